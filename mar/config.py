@@ -1,0 +1,390 @@
+"""Every setting that bears on a result: one frozen, closed, typed tree.
+
+Imports neither torch nor Ray, so that a thousand trials can be planned in a second.
+Where and how a trial runs (workers, devices, storage) is not here but in
+``orchestration.config.LaunchConfig``: a result does not depend on it.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from mar.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+"""A share of a whole, 0 to 1 inclusive."""
+MaskRatio = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""ρ, the share of tokens hidden; below 1, because something must stay visible."""
+Tubelet = tuple[PositiveInt, PositiveInt, PositiveInt]
+Scale = tuple[PositiveFloat, PositiveFloat]
+Grid = tuple[int, int, int]
+"""Tokens in time, height and width: (t, h, w)."""
+
+ENCODER_SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+"""Name -> (width D, depth L, heads) of the plain ViT family (Dosovitskiy et al., Table 1)."""
+
+
+class Node(BaseModel):
+    """A branch of the settings tree: immutable, and closed to names it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(Node):
+    """Which videos, and what they are labelled."""
+
+    format: Literal["list", "ssv2"] = "list"
+    """``list``: a line is a path and a class number. ``ssv2``: Something-Something's json files."""
+    root: str = "data"
+    """Folder of the videos. Not part of a trial's identity: the content's fingerprint is."""
+    train: str = "train.txt"
+    """Annotation file of the training split; relative to ``root``, or absolute."""
+    val: str = "val.txt"
+    """Annotation file of the evaluation split; relative to ``root``, or absolute."""
+    labels: str = "labels.json"
+    """Class names of an ``ssv2`` set; relative to ``root``, or absolute."""
+    num_classes: PositiveInt = 174
+    """Number of classes C."""
+    broken: Literal["error", "skip"] = "error"
+    """A training video that cannot be decoded stops the trial, or is left out and counted."""
+
+
+class ClipConfig(Node):
+    """Which pixels of a video the model is given."""
+
+    frames: PositiveInt = 16
+    """Frames T in a clip (section IV-A)."""
+    size: PositiveInt = 224
+    """Height and width of a clip, pixels (section IV-A); 112 is "D.S. 2x" of Table II."""
+    sampling: Literal["segments", "dense"] = "segments"
+    """``segments``: one frame from each of T equal segments (SSv2). ``dense``: T frames, ``stride`` apart."""
+    stride: PositiveInt = 4
+    """Frames from one sampled frame to the next, when ``dense`` (Kinetics: 4)."""
+
+
+class EncoderConfig(Node):
+    """The plain ViT with joint space-time attention (section IV-A)."""
+
+    size: Literal["tiny", "small", "base", "large", "huge", "custom"] = "base"
+    """Named size; ``custom`` takes ``width``, ``depth`` and ``heads``."""
+    width: PositiveInt | None = None
+    """Token width D, when ``custom``."""
+    depth: PositiveInt | None = None
+    """Number of blocks L, when ``custom``."""
+    heads: PositiveInt | None = None
+    """Attention heads, when ``custom``."""
+    tubelet: Tubelet = (2, 16, 16)
+    """Frames, height and width of the patch that becomes one token (section IV-A)."""
+    drop_path: Fraction = 0.1
+    """Stochastic depth of the last block, rising linearly from 0 (Table I)."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        given = (self.width, self.depth, self.heads)
+        if self.size == "custom" and None in given:
+            raise ValueError("size 'custom' needs width, depth and heads")
+        if self.size != "custom" and given != (None, None, None):
+            raise ValueError(f"size '{self.size}' fixes width, depth and heads; set size: custom to choose them")
+        if self.dimensions[0] % self.dimensions[2]:
+            raise ValueError(f"width {self.dimensions[0]} is not divisible by {self.dimensions[2]} heads")
+        return self
+
+    @property
+    def dimensions(self) -> tuple[int, int, int]:
+        """Width D, depth L, heads."""
+        if self.size == "custom":
+            assert self.width and self.depth and self.heads
+            return self.width, self.depth, self.heads
+        return ENCODER_SIZES[self.size]
+
+
+class MaskConfig(Node):
+    """Which tokens are hidden in training (section III-B)."""
+
+    strategy: Literal["cell", "random", "block", "uniform", "tube", "frame"] = "cell"
+    """How hidden tokens are placed in a slice (Table II)."""
+    motion: Literal["running", "standard"] = "running"
+    """Whether the mask moves from slice to slice, Eq. 1 (Table II)."""
+    ratio: MaskRatio = 0.5
+    """ρ, the share of hidden tokens; 0 hides nothing (Tables II, III c, V)."""
+    cell: tuple[PositiveInt, PositiveInt] = (2, 2)
+    """Height r and width q of the running cell, tokens (Table IV)."""
+    spatial: Literal["repeated", "random"] = "repeated"
+    """All cells start in the same random state, or each in its own (Table III a)."""
+    temporal: Literal["shuffled", "fixed"] = "shuffled"
+    """Slices in random order, or in running order (Table III a)."""
+
+    @model_validator(mode="after")
+    def _can_run(self) -> Self:
+        if self.strategy in ("tube", "frame") and self.motion == "running":
+            raise ValueError(f"a {self.strategy} mask cannot run: set motion: standard (Table II)")
+        return self
+
+    def num_hidden(self, grid: Grid) -> int:
+        """Return the number of hidden tokens in a clip: for one setting, every clip has the same."""
+        t, h, w = grid
+        if self.strategy == "frame":
+            return round(self.ratio * t) * h * w
+        if self.strategy in ("tube", "block") or (self.strategy == "random" and self.motion == "running"):
+            return t * int(self.ratio * h * w)
+        return int(self.ratio * t * h * w)
+
+
+class ClassifierConfig(Node):
+    """From encoded visible tokens to class scores (section III-C)."""
+
+    kind: Literal["bridging", "linear", "mlp"] = "bridging"
+    """Transformer blocks, Eq. 2, or the baselines of Tables V and VI."""
+    width: PositiveInt = 512
+    """Token width of the bridging classifier, and hidden width of the MLP (Table VI)."""
+    depth: PositiveInt = 2
+    """Blocks of the bridging classifier, or layers of the MLP (Table VI)."""
+    heads: PositiveInt = 4
+    """Attention heads of the bridging classifier."""
+    positions: bool = False
+    """Add sin-cos positions at its input (Table VII)."""
+    mask_tokens: bool = False
+    """Give it learned tokens in the hidden places (Table VII)."""
+    dropout: Fraction = 0.1
+    """Dropout before the last linear layer (Table I)."""
+
+    @model_validator(mode="after")
+    def _options_apply(self) -> Self:
+        if self.kind == "bridging" and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        if self.kind != "bridging" and (self.positions or self.mask_tokens):
+            raise ValueError("positions and mask_tokens need kind: bridging (Table VII)")
+        return self
+
+
+class ReconstructionConfig(Node):
+    """The auxiliary branch that redraws hidden patches, in training only (section III-D)."""
+
+    weight: NonNegativeFloat = 0.1
+    """λ of Eq. 5; at 0 there is no such branch (Table IX a)."""
+    normalize_target: bool = True
+    """Normalise each target patch by its own mean and deviation (Table VIII)."""
+    width: PositiveInt = 384
+    """Token width of the decoder."""
+    depth: PositiveInt = 4
+    """Blocks of the decoder."""
+    heads: PositiveInt = 6
+    """Attention heads of the decoder."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        return self
+
+
+class AugmentConfig(Node):
+    """Training-time augmentation (Table I)."""
+
+    crop_scale: Scale = (0.08, 1.0)
+    """Area of the random-resized crop, share of the frame, from and to."""
+    crop_aspect: Scale = (0.75, 1.3333333333333333)
+    """Aspect ratio of the random-resized crop, from and to."""
+    flip: bool = False
+    """Mirror half of the clips; wrong where a class means left or right."""
+    mixup: NonNegativeFloat = 0.8
+    """Beta parameter of mixup; 0 switches it off (Table X)."""
+    cutmix: NonNegativeFloat = 1.0
+    """Beta parameter of cutmix, one box for all frames; 0 switches it off (Table X)."""
+    smoothing: Fraction = 0.1
+    """Label smoothing."""
+
+
+class RecipeConfig(Node):
+    """Optimiser and schedule (Table I)."""
+
+    epochs: PositiveInt = 40
+    """Passes over the training split."""
+    batch_size: PositiveInt = 512
+    """Clips per optimiser step, over all workers together."""
+    base_lr: PositiveFloat = 1.0e-3
+    """Learning rate at a batch of 256 (``linear``), or as it is (``none``)."""
+    lr_scaling: Literal["linear", "none"] = "linear"
+    """``linear``: multiply by batch_size / 256 (Table I, footnote)."""
+    warmup_epochs: NonNegativeFloat = 5.0
+    """Epochs of linear warm-up from ``warmup_lr``."""
+    warmup_lr: NonNegativeFloat = 1.0e-6
+    """Learning rate of the first step when there is a warm-up."""
+    min_lr: NonNegativeFloat = 1.0e-6
+    """Learning rate at the end of the cosine."""
+    weight_decay: NonNegativeFloat = 0.05
+    """AdamW's; not applied to biases, norms and mask tokens."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's momenta β₁, β₂."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
+    """Learning-rate factor from each encoder block to the one below it."""
+    clip_grad: PositiveFloat | None = None
+    """Largest gradient norm; none: not clipped."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the matrix products; master weights are float32 always."""
+
+
+class EvaluationMaskConfig(Node):
+    """The mask of evaluation: deterministic, the same for every clip."""
+
+    start: NonNegativeInt = 0
+    """State of the running cell in the first slice: 0 is A (Table III b)."""
+    ratio: MaskRatio | None = None
+    """ρ in testing; none: as in training (Table III c)."""
+
+
+class EvaluationConfig(Node):
+    """How accuracy is measured."""
+
+    clips: PositiveInt = 2
+    """Clips from each video in the final test; probabilities are averaged."""
+    crops: Literal[1, 3] = 3
+    """Crops of each clip in the final test: the centre, or three along the long side."""
+    mask: EvaluationMaskConfig = EvaluationMaskConfig()
+    """The mask in testing."""
+    every_epochs: PositiveInt = 1
+    """Epochs between two one-view validations during training."""
+    shuffled_frames: bool = False
+    """Also test with each clip's frames in random order: what is left is not motion."""
+
+
+class ExperimentConfig(Node):
+    """One training, completely described. Equal trees give equal results."""
+
+    data: DataConfig = DataConfig()
+    clip: ClipConfig = ClipConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    mask: MaskConfig = MaskConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
+    augment: AugmentConfig = AugmentConfig()
+    recipe: RecipeConfig = RecipeConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: NonNegativeInt = 0
+    """Seed of everything that is drawn."""
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        shape = (self.clip.frames, self.clip.size, self.clip.size)
+        if any(length % patch for length, patch in zip(shape, self.encoder.tubelet, strict=True)):
+            raise ValueError(f"encoder.tubelet {list(self.encoder.tubelet)} does not divide a clip of {list(shape)}")
+        ratios = (self.mask.ratio, self.test_ratio)
+        if self.mask.strategy == "cell" and any(ratios):
+            _, h, w = self.grid
+            if h % self.mask.cell[0] or w % self.mask.cell[1]:
+                raise ValueError(f"mask.cell {list(self.mask.cell)} does not divide the {h} x {w} token grid")
+        return self
+
+    @property
+    def grid(self) -> Grid:
+        """The token grid (t, h, w)."""
+        frames, height, width = self.encoder.tubelet
+        return self.clip.frames // frames, self.clip.size // height, self.clip.size // width
+
+    @property
+    def test_ratio(self) -> float:
+        """ρ in testing."""
+        ratio = self.evaluation.mask.ratio
+        return self.mask.ratio if ratio is None else ratio
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether there is a reconstruction branch: λ > 0 and something to redraw."""
+        return self.reconstruction.weight > 0 and self.mask.ratio > 0
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return ``{"mask.ratio": 0.5, …}`` for a nested mapping."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{path}.")  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            flat[path] = value
+    return flat
+
+
+def merge(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``tree`` with dotted (or nested) settings replaced; ``tree`` itself is left alone."""
+    merged: dict[str, Any] = copy.deepcopy(dict(tree))
+    for path, value in flatten(overrides).items():
+        *branches, leaf = path.split(".")
+        node = merged
+        for branch in branches:
+            child = node.setdefault(branch, {})
+            if not isinstance(child, dict):
+                raise SettingError(path, f"{branch} is a value, not a branch")
+            node = child
+        node[leaf] = value
+    return merged
+
+
+def _paths(model: type[Node], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Node):
+            yield from _paths(field.annotation, f"{prefix}{name}.")
+
+
+SETTING_PATHS = tuple(_paths(ExperimentConfig))
+"""Every dotted path of the tree, branches included."""
+
+
+class SettingError(UserError):
+    """One setting is wrong; ``path`` says which, so that a caller can name the file and line."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}" if path else reason)
+        self.path = path
+
+
+def build(tree: Mapping[str, Any]) -> ExperimentConfig:
+    """Check a nested mapping and make it a settings tree.
+
+    Raises:
+        SettingError: an unknown path (its nearest neighbour is named) or a value that breaks a rule.
+    """
+    try:
+        return ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        known = [candidate for candidate in SETTING_PATHS if path == candidate or path.startswith(f"{candidate}.")]
+        if first["type"] == "extra_forbidden":
+            nearest = difflib.get_close_matches(path, SETTING_PATHS, n=1, cutoff=0.4)
+            raise SettingError(path, "no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")) from None
+        place = max(known, key=len, default=path)
+        value = "" if isinstance(first["input"], (Mapping, BaseModel)) else f", not {first['input']!r}"
+        raise SettingError(place, f"{_rule(first['msg'])}{value}") from None
+
+
+def _rule(message: str) -> str:
+    return message.removeprefix("Value error, ").replace("Input should be", "must be")
+
+
+def canonical(settings: ExperimentConfig) -> str:
+    """Return the settings as one line of JSON, every value written out, keys sorted."""
+    return json.dumps(settings.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,47 @@
+"""The ViT encoder: tubelet embedding and blocks, over visible tokens only (section III-A)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mar.config import EncoderConfig
+from mar.layers import LayerNorm, initialise, sin_cos_positions, take_tokens, transformer_blocks
+
+
+def patchify(video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int]) -> Float[Tensor, "B N P"]:
+    """Cut clips into tubelets, tokens in order t, h, w; within one, channel, frame, row, column (P values)."""
+    frames, height, width = tubelet
+    parts = video.unfold(2, frames, frames).unfold(3, height, height).unfold(4, width, width)
+    return parts.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(1, 3).flatten(2)
+
+
+class Encoder(nn.Module):
+    """Visible tubelets in, visible tokens F_v out.
+
+    The hidden tubelets are dropped before the embedding: what is hidden is never touched.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: EncoderConfig, num_tokens: int) -> None:
+        super().__init__()
+        width, depth, heads = config.dimensions
+        self.tubelet = config.tubelet
+        self.embed = nn.Linear(3 * config.tubelet[0] * config.tubelet[1] * config.tubelet[2], width)
+        self.register_buffer("positions", sin_cos_positions(num_tokens, width), persistent=False)
+        self.blocks = transformer_blocks(width, depth, heads, config.drop_path)
+        self.norm = LayerNorm(width)
+        initialise(self)
+
+    def forward(self, video: Float[Tensor, "B C T H W"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+        """Embed the visible tubelets, add their positions, run the blocks and the final norm."""
+        tubelets = take_tokens(patchify(video, self.tubelet), visible)
+        tokens = self.embed(tubelets) + self.positions[visible]
+        return self.norm(self.blocks(tokens))
+
+
+def flat_conv_weight(weight: Float[Tensor, "D C t h w"]) -> Float[Tensor, "D P"]:
+    """Return a 3D convolution's patch embedding as the matrix that :func:`patchify` order needs."""
+    return torch.flatten(weight, 1)

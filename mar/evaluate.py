@@ -1,0 +1,116 @@
+"""Multi-view evaluation: class probabilities averaged over clips and crops, top-1 and top-5 in percent."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mar import parallel
+from mar.annotations import Video
+from mar.augment import to_pixels
+from mar.config import ExperimentConfig
+from mar.dataset import Batch, EvaluationClips, loader
+from mar.errors import Failure
+from mar.masking import evaluation_mask
+from mar.model import MAR
+
+_CLIPS_PER_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said of each video that could be decoded."""
+
+    videos: Int[Tensor, " n"]
+    """Each video's place in the split."""
+    labels: Int[Tensor, " n"]
+    probabilities: Float[Tensor, "n classes"]
+    broken: tuple[str, ...]
+    """Videos that could not be decoded, with the reason; accuracies do not count them."""
+
+    def accuracy(self, k: int) -> float:
+        """Return top-k accuracy in percent; a video counts if its label is among the k most probable classes."""
+        best = self.probabilities.topk(min(k, self.probabilities.shape[1]), dim=1).indices
+        return 100 * (best == self.labels[:, None]).any(dim=1).double().mean().item()
+
+    def metrics(self, stage: str) -> dict[str, float]:
+        """Return accuracies and counts, named ``stage/…``."""
+        counts = {f"{stage}/num_videos": float(len(self.labels)), f"{stage}/num_broken": float(len(self.broken))}
+        return {f"{stage}/top1": self.accuracy(1), f"{stage}/top5": self.accuracy(5), **counts}
+
+
+class Evaluator:
+    """Evaluates a model on one split, as often as asked."""
+
+    def __init__(
+        self,
+        settings: ExperimentConfig,
+        videos: list[Video],
+        device: torch.device,
+        *,
+        clips: int = 1,
+        crops: int = 1,
+        shuffled: bool = False,
+        loader_processes: int = 0,
+    ) -> None:
+        share = parallel.share()
+        mine = list(range(share.rank, len(videos), share.world))
+        size = max(1, _CLIPS_PER_BATCH // (clips * crops))
+        batches = [mine[first : first + size] for first in range(0, len(mine), size)]
+        self.settings, self.device = settings, device
+        dataset = EvaluationClips(settings, videos, clips, crops, shuffled)
+        self.loader = loader(dataset, batches, loader_processes, device)
+
+    @torch.no_grad()
+    def __call__(self, model: MAR) -> Predictions:
+        """Return the predictions for the whole split, on every worker.
+
+        Raises:
+            Failure: not one video could be decoded.
+        """
+        model.eval()
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        broken: list[str] = []
+        for batch in self.loader:
+            broken.extend(str(video) for video in batch.broken)
+            if len(batch.labels):
+                seen.append((batch.videos, batch.labels, self._probabilities(model, batch)))
+        model.train()
+        parts = parallel.gathered((seen, broken))
+        rows = [row for part, _ in parts for row in part]
+        failed = tuple(sorted(reason for _, part in parts for reason in part))
+        if not rows:
+            raise Failure(f"not one video of the evaluation split could be decoded; the first: {failed[0]}")
+        videos, labels, probabilities = (torch.cat(column) for column in zip(*rows, strict=True))
+        order = videos.argsort()
+        return Predictions(videos[order], labels[order], probabilities[order], failed)
+
+    def _probabilities(self, model: MAR, batch: Batch) -> Float[Tensor, "B classes"]:
+        num_videos, views = batch.clips.shape[:2]
+        pixels = to_pixels(batch.clips.flatten(0, 1).to(self.device, non_blocking=True))
+        hidden = evaluation_mask(self.settings).expand(len(pixels), -1, -1, -1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"):
+            scores = model.classify(pixels, hidden)
+        return scores.float().softmax(dim=1).view(num_videos, views, -1).mean(dim=1).cpu()
+
+
+def write_predictions(predictions: Predictions, videos: list[Video], file: Path) -> None:
+    """Write one row a video: its label, the label's probability and the five most probable classes."""
+    best = predictions.probabilities.topk(min(5, predictions.probabilities.shape[1]), dim=1)
+    header = ["video", "label", "probability_of_label"]
+    for rank in range(1, best.indices.shape[1] + 1):
+        header += [f"class_{rank}", f"probability_{rank}"]
+    with file.open("w", newline="", encoding="utf-8") as output:
+        writer = csv.writer(output)
+        writer.writerow(header)
+        for row, (place, label) in enumerate(zip(predictions.videos.tolist(), predictions.labels.tolist(), strict=True)):
+            own = f"{predictions.probabilities[row, label].item():.6f}"
+            line: list[object] = [videos[place].name, label, own]
+            for name, probability in zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True):
+                line += [name, f"{probability:.6f}"]
+            writer.writerow(line)

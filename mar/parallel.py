@@ -1,0 +1,41 @@
+"""The few things that data-parallel workers say to each other; with one worker they cost nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mar.dataset import Share
+
+
+def share() -> Share:
+    """Return which worker this is, of how many."""
+    if dist.is_available() and dist.is_initialized():
+        return Share(dist.get_rank(), dist.get_world_size())
+    return Share()
+
+
+def summed(values: Tensor) -> Tensor:
+    """Return the sum of ``values`` over all workers."""
+    if share().world > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(item: Any) -> list[Any]:
+    """Return every worker's ``item``, in the order of ranks."""
+    workers = share()
+    if workers.world == 1:
+        return [item]
+    items: list[Any] = [None] * workers.world
+    dist.all_gather_object(items, item)
+    return items
+
+
+def default_device() -> torch.device:
+    """Return this process's accelerator, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

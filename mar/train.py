@@ -1,0 +1,264 @@
+"""``fit``: the only training loop. It reports to a function it is given and knows nothing of what is behind it.
+
+Load order: settings, data, model, optimiser, then the newest whole checkpoint of the trial's folder.
+What is drawn in a step (masks, flips, mixing, dropout) follows from the seed and the step alone, so a
+training that was stopped and went on equals one that was not: bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mar import checkpoint, parallel
+from mar.annotations import Video, read_split
+from mar.augment import flip, mix, soft_labels, to_pixels
+from mar.checkpoint import Progress
+from mar.config import ExperimentConfig
+from mar.dataset import Batch, TrainingClips, TrainingOrder, draw, loader
+from mar.errors import Failure, UserError
+from mar.evaluate import Evaluator, Predictions, write_predictions
+from mar.masking import training_mask
+from mar.model import MAR, Losses
+from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
+
+Report = Callable[[int, dict[str, float], Path | None], None]
+"""(finished epochs, metrics, checkpoint folder or none) -> nothing. Called equally often on every worker."""
+
+RESULT = "result"
+"""Folder, below the trial's, of the finished model, its settings and its predictions."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How to run, not what: no value here changes a result (up to the order of floating-point sums)."""
+
+    device: torch.device
+    loader_processes: int = 0
+    """Processes that decode; 0: the training process does."""
+    max_clips_per_pass: int | None = None
+    """Largest forward-backward pass of one worker; a larger share of the batch is accumulated over several."""
+    checkpoint_every_steps: int | None = None
+    """Also save in the middle of an epoch."""
+    say: Callable[[str], None] = print
+    """Where messages for a person go."""
+
+
+@dataclass
+class Training:
+    """A training under way."""
+
+    settings: ExperimentConfig
+    folder: Path
+    execution: Execution
+    model: MAR
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    steps_per_epoch: int
+
+    def __post_init__(self) -> None:
+        self.share = parallel.share()
+        self.wrapped: nn.Module = self.model
+        if self.share.world > 1:
+            ids = [self.execution.device.index] if self.execution.device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(
+                self.model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return len(self.progress.history)
+
+
+def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Execution) -> dict[str, float]:
+    """Train from the newest checkpoint in ``folder`` (or from the start), test, and return the final metrics.
+
+    Reports every epoch, those before the resumption included, so that a listener that lost some gets all.
+    Leaves ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``predictions.csv``, ``metrics.json``.
+
+    Raises:
+        UserError: the settings do not fit the data.
+        Failure: the loss is not finite, a video is broken (``data.broken: error``), or the disk refuses.
+    """
+    train, val = read_split(settings.data, "train"), read_split(settings.data, "val")
+    order = _training_order(settings, train)
+    torch.manual_seed(settings.seed)
+    model = MAR(settings).to(execution.device)
+    optimizer = build_optimizer(model, settings.recipe)
+    found = checkpoint.latest(folder, settings, execution.say)
+    progress = checkpoint.restore(found, model, optimizer) if found else Progress()
+    order.first_step = progress.step
+    training = Training(settings, folder, execution, model, optimizer, progress, order.steps_per_epoch)
+    for epoch, metrics in enumerate(progress.history, start=1):
+        report(epoch, metrics, None)
+    processes = execution.loader_processes
+    batches = iter(loader(TrainingClips(settings, train), order, processes, execution.device))
+    validate = Evaluator(settings, val, execution.device, loader_processes=processes)
+    while training.epoch < settings.recipe.epochs:
+        metrics = _train_epoch(training, batches)
+        if (training.epoch + 1) % settings.evaluation.every_epochs == 0:
+            started = time.perf_counter()
+            metrics |= validate(model).metrics("val")
+            progress.elapsed_s += time.perf_counter() - started
+        metrics["time/elapsed_s"] = progress.elapsed_s
+        progress.history.append(metrics)
+        report(training.epoch, metrics, _save(training))
+    return _finish(training, val, report)
+
+
+def _training_order(settings: ExperimentConfig, train: list[Video]) -> TrainingOrder:
+    size, share = settings.recipe.batch_size, parallel.share()
+    if size > len(train):
+        raise UserError(f"recipe.batch_size: {size} is more than the {len(train)} training videos; make it smaller")
+    if size < 2 * share.world:
+        raise UserError(f"recipe.batch_size: {size} gives {share.world} workers less than two clips each")
+    return TrainingOrder(settings, len(train), share)
+
+
+def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, float]:
+    """Finish the epoch that the progress stands in; returns its metrics and starts new sums."""
+    settings, progress, device = training.settings, training.progress, training.execution.device
+    end, every = (training.epoch + 1) * training.steps_per_epoch, training.execution.checkpoint_every_steps
+    sums = torch.tensor(progress.sums, dtype=torch.float64, device=device) * (training.share.rank == 0)
+    started, first_step, rate = time.perf_counter(), progress.step, 0.0
+    while progress.step < end:
+        batch = next(batches)
+        sums[4] += _count_broken(training, batch)
+        rate = learning_rate(settings.recipe, progress.step / training.steps_per_epoch)
+        set_learning_rate(training.optimizer, rate)
+        sums[:4] += train_step(training, batch)
+        progress.step += 1
+        if every and progress.step % every == 0 and progress.step < end:
+            progress.sums = parallel.summed(sums).tolist()
+            _save(training)
+    total, classification, reconstruction, clips, broken = parallel.summed(sums).tolist()
+    seconds = time.perf_counter() - started
+    progress.elapsed_s += seconds
+    progress.sums = Progress().sums
+    if not math.isfinite(total):
+        raise Failure(f"the loss is {total} in epoch {training.epoch + 1}: try a smaller recipe.base_lr")
+    metrics = {"train/loss": total / clips, "train/classification_loss": classification / clips, "train/lr": rate}
+    if settings.reconstructs:
+        metrics["train/reconstruction_loss"] = reconstruction / clips
+    trained = (progress.step - first_step) * settings.recipe.batch_size
+    return metrics | {"train/num_broken": broken, "throughput/clips_per_s": trained / seconds}
+
+
+def train_step(training: Training, batch: Batch) -> Tensor:
+    """Take one optimiser step on this worker's share of the batch; returns sums of the losses and the clips.
+
+    Each clip's loss is divided by the global batch, so that the step is the same however it is shared out
+    over workers and passes.
+    """
+    settings, device, share = training.settings, training.execution.device, training.share
+    augment, size, step = settings.augment, settings.recipe.batch_size, training.progress.step
+    hidden, mirrored = _drawn(training)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    training.optimizer.zero_grad(set_to_none=True)
+    passes = _passes(len(batch.labels), training.execution.max_clips_per_pass)
+    for part in passes:
+        pixels = to_pixels(batch.clips[part].to(device, non_blocking=True))
+        labels = soft_labels(batch.labels[part].to(device), settings.data.num_classes, augment.smoothing)
+        if augment.flip:
+            pixels = flip(pixels, mirrored[part].to(device))
+        pixels, labels = mix(pixels, labels, augment, draw(settings.seed, 3, step))
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"):
+            losses: Losses = training.wrapped(pixels, hidden[part], labels)
+        scale = share.world / size  # DistributedDataParallel averages over the workers
+        with _no_sync(training.wrapped) if part is not passes[-1] else nullcontext():
+            (losses.total.sum() * scale).backward()
+        columns = (losses.total, losses.classification, losses.reconstruction, torch.ones_like(losses.total))
+        sums += torch.stack([column.detach().sum(dtype=torch.float64) for column in columns])
+    gradient_norm(training.model, settings.recipe.clip_grad)
+    training.optimizer.step()
+    return sums
+
+
+def _drawn(training: Training) -> tuple[Tensor, Tensor]:
+    """Draw what a step needs for the whole batch, return this worker's part: hidden tokens, mirrored clips.
+
+    Also seeds dropout and stochastic depth.
+    """
+    settings, share, step = training.settings, training.share, training.progress.step
+    part, size = share.of(settings.recipe.batch_size), settings.recipe.batch_size
+    generator = torch.Generator().manual_seed(int(draw(settings.seed, 2, step).integers(2**62)))
+    hidden = training_mask(settings.mask, settings.grid, size, generator)
+    mirrored = torch.rand(size, generator=generator) < 0.5
+    torch.manual_seed(int(draw(settings.seed, 4, step, share.rank).integers(2**62)))
+    return hidden[part.start : part.stop], mirrored[part.start : part.stop]
+
+
+def _passes(num_clips: int, limit: int | None) -> list[slice]:
+    """Return the forward-backward passes of a share: of even length, so that clips keep their mixing partners."""
+    length = max(2, limit - limit % 2) if limit else num_clips
+    return [slice(first, min(first + length, num_clips)) for first in range(0, num_clips, max(length, 1))]
+
+
+def _no_sync(model: nn.Module) -> AbstractContextManager[None]:
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def _count_broken(training: Training, batch: Batch) -> int:
+    """Return the number of broken videos in the batch, if the settings allow any."""
+    if batch.broken and training.settings.data.broken == "error":
+        raise Failure(f"{batch.broken[0]}. Repair or remove it, or set data.broken: skip to leave such videos out")
+    if not len(batch.labels):
+        raise Failure(f"not one video of a batch could be decoded; the first: {batch.broken[0]}")
+    return len(batch.broken)
+
+
+def _save(training: Training) -> Path:
+    path = checkpoint.path_for(training.folder, training.progress)
+    if training.share.rank == 0:
+        checkpoint.save(training.folder, training.settings, training.model, training.optimizer, training.progress)
+    return path
+
+
+def _finish(training: Training, val: list[Video], report: Report) -> dict[str, float]:
+    """Test with all views, write the result folder, report the last time."""
+    settings, execution = training.settings, training.execution
+    views = {"clips": settings.evaluation.clips, "crops": settings.evaluation.crops}
+    test = Evaluator(settings, val, execution.device, **views, loader_processes=execution.loader_processes)
+    predictions = test(training.model)
+    metrics = training.progress.history[-1] | predictions.metrics("test")
+    if settings.evaluation.shuffled_frames:
+        shuffle = Evaluator(settings, val, execution.device, **views, shuffled=True)
+        metrics["test/top1_shuffled_frames"] = shuffle(training.model).accuracy(1)
+    if training.share.rank == 0:
+        _write_result(training, val, predictions, metrics)
+    report(training.epoch, metrics, training.folder / RESULT)
+    return metrics
+
+
+def _write_result(training: Training, val: list[Video], predictions: Predictions, metrics: dict[str, float]) -> None:
+    settings = training.settings.model_dump(mode="json")
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    broken = "".join(f"{reason}\n" for reason in predictions.broken)
+    checkpoint.write_sealed(
+        training.folder / RESULT,
+        {
+            "model.safetensors": lambda file: save_file(training.model.state_dict(), file),
+            "settings.yaml": lambda file: write_text(file, text),
+            "metrics.json": lambda file: write_text(file, json.dumps(metrics, indent=1)),
+            "predictions.csv": lambda file: write_predictions(predictions, val, file),
+            "broken_videos.txt": lambda file: write_text(file, broken),
+        },
+        {"settings": settings, "metrics": metrics},
+    )
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write UTF-8 text."""
+    file.write_text(text, encoding="utf-8")

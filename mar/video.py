@@ -1,0 +1,125 @@
+"""From a video file to the frames of a clip: decoding (decord, PyAV) and which frames to take."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mar.config import ClipConfig
+
+Frames = npt.NDArray[np.uint8]
+"""uint8 frames, ``[T, H, W, 3]``, RGB."""
+
+os.environ.setdefault("DECORD_EOF_RETRY_MAX", "64")  # the default, 10240, hangs for minutes on a truncated file
+
+
+class BrokenVideo(Exception):
+    """A file gave no frames; says which and why."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class Reader:
+    """One opened video: its length, and any of its frames. Close it by leaving the ``with`` block.
+
+    decord decodes only what is asked for; a file that it cannot open or read is decoded from the front by PyAV.
+    A header may promise more frames than there are: what cannot be reached repeats the last frame that can.
+
+    Raises:
+        BrokenVideo: neither decoder found a frame.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._decoded: Frames | None = None
+        self._decord: Any = _open_decord(path)
+        if self._decord is None:
+            self._decoded = _decode_all(path)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._decord = None  # decord frees its decoder and its thread with the object
+
+    def __len__(self) -> int:
+        return len(self._decord) if self._decoded is None else len(self._decoded)
+
+    def frames(self, indices: Sequence[int]) -> Frames:
+        """Return the frames with these numbers, ``[len(indices), H, W, 3]``."""
+        if self._decoded is None:
+            try:
+                return self._decord.get_batch(list(indices)).asnumpy()
+            except Exception:  # decord raises its own DECORDError and, on odd files, bare RuntimeErrors
+                self._decoded = _decode_all(self.path)
+        last = len(self._decoded) - 1
+        return self._decoded[[min(index, last) for index in indices]]
+
+
+def _open_decord(path: Path) -> Any:
+    try:
+        decord = importlib.import_module("decord")
+        reader = decord.VideoReader(str(path), num_threads=1)
+        return reader if len(reader) else None
+    except Exception:  # no wheel on this platform, or decord's own error: PyAV is asked next
+        return None
+
+
+def _decode_all(path: Path) -> Frames:
+    """Decode from the front with PyAV, in the decoder's order; a bad packet is passed over."""
+    if not path.is_file():
+        raise BrokenVideo(path, "no such file")
+    import av
+
+    frames: list[Frames] = []
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:
+            stream = max(container.streams.video, key=lambda video: video.width * video.height, default=None)
+            if stream is None:
+                raise BrokenVideo(path, "no video stream in it")
+            for packet in container.demux(stream):
+                try:
+                    frames.extend(frame.to_ndarray(format="rgb24") for frame in packet.decode())
+                except av.error.InvalidDataError:
+                    continue
+    except (OSError, av.error.FFmpegError, ValueError) as error:
+        if not frames:
+            raise BrokenVideo(path, f"not a video that can be decoded ({error})") from None
+    if not frames:
+        raise BrokenVideo(path, "no frame could be decoded")
+    shape = frames[0].shape
+    return np.stack([frame for frame in frames if frame.shape == shape])
+
+
+def training_frames(clip: ClipConfig, num_frames: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Return T frame numbers, drawn: one from each of T segments, or T from a random start, ``stride`` apart."""
+    if clip.sampling == "dense":
+        span = (clip.frames - 1) * clip.stride + 1
+        start = int(rng.integers(max(num_frames - span, 0) + 1))
+        return np.minimum(start + clip.stride * np.arange(clip.frames), num_frames - 1)
+    edges = np.linspace(0, num_frames, clip.frames + 1)
+    drawn = edges[:-1] + rng.random(clip.frames) * np.diff(edges)
+    return np.minimum(drawn.astype(np.int64), num_frames - 1)
+
+
+def evaluation_frames(clip: ClipConfig, num_frames: int, num_clips: int) -> list[npt.NDArray[np.int64]]:
+    """Return the frame numbers of each test clip: spread evenly over the video, or over each segment."""
+    if clip.sampling == "dense":
+        span = (clip.frames - 1) * clip.stride + 1
+        room = max(num_frames - span, 0)
+        starts = np.linspace(0, room, num_clips).astype(np.int64) if num_clips > 1 else np.array([room // 2])
+        return [np.minimum(start + clip.stride * np.arange(clip.frames), num_frames - 1) for start in starts]
+    edges = np.linspace(0, num_frames, clip.frames + 1)
+    parts = (np.arange(num_clips) + 0.5) / num_clips
+    return [np.minimum((edges[:-1] + part * np.diff(edges)).astype(np.int64), num_frames - 1) for part in parts]

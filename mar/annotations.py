@@ -22,7 +22,7 @@ class Video:
     """One labelled video."""
 
     name: str
-    """Its path below the data root, as the annotations give it."""
+    """Its path below the video folder, as the annotations give it."""
     path: Path
     label: int
 
@@ -33,6 +33,7 @@ def read_split(data: DataConfig, split: Split) -> list[Video]:
     Raises:
         UserError: a missing file, a line that cannot be understood, an unknown class, or a path that
             leaves the data root. The message names file and line.
+
     """
     root = Path(data.root)
     if not root.is_dir() or not any(root.iterdir()):
@@ -42,7 +43,8 @@ def read_split(data: DataConfig, split: Split) -> list[Video]:
     rows = _read_ssv2(data, file) if data.format == "ssv2" else _read_list(file)
     if not rows:
         raise UserError(f"{file}: no videos in it; data.{split} must name at least one")
-    return [Video(name, _below(root, name, place), _checked(label, data, place)) for name, label, place in rows]
+    folder = root / data.videos
+    return [Video(name, _below(folder, name, place), _checked(label, data, place)) for name, label, place in rows]
 
 
 def class_names(data: DataConfig) -> list[str]:
@@ -101,14 +103,14 @@ def _read_ssv2(data: DataConfig, file: Path) -> list[tuple[str, int, str]]:
         template = str(entry["template"]).replace("[", "").replace("]", "")
         if template not in labels:
             raise UserError(f"{place}: the class {template!r} is not in {Path(data.root) / data.labels}")
-        rows.append((_ssv2_file(Path(data.root), str(entry["id"])), labels[template], place))
+        rows.append((_ssv2_file(Path(data.root) / data.videos, str(entry["id"])), labels[template], place))
     return rows
 
 
-def _ssv2_file(root: Path, identifier: str) -> str:
+def _ssv2_file(folder: Path, identifier: str) -> str:
     """The official release is webm; many train on a conversion to mp4."""
     original = f"{identifier}.webm"
-    return original if (root / original).exists() else f"{identifier}.mp4"
+    return original if (folder / original).exists() else f"{identifier}.mp4"
 
 
 def _labels(data: DataConfig) -> dict[str, int]:
@@ -132,10 +134,10 @@ def _read_json(file: Path, kind: type[Any]) -> Any:
     return content
 
 
-def _below(root: Path, name: str, place: str) -> Path:
-    path = root / name
-    if Path(name).is_absolute() or not path.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{place}: {name} leaves the data root {root}; paths must stay below it")
+def _below(folder: Path, name: str, place: str) -> Path:
+    path = folder / name
+    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{place}: {name} leaves the video folder {folder}; paths must stay below it")
     return path
 
 

@@ -58,6 +58,7 @@ def write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any]) -> None
 
     Raises:
         Failure: the disk is full or refuses; nothing half-written is left behind.
+
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -87,6 +88,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
     Raises:
         Failure: a file is missing or changed.
+
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -149,6 +151,11 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """Load the weights of a checkpoint or result folder, verified."""
     read_sealed(path)
     model.load_state_dict(load_file(path / "model.safetensors"))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write UTF-8 text."""
+    file.write_text(text, encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:

@@ -36,6 +36,9 @@ Scale = tuple[PositiveFloat, PositiveFloat]
 Grid = tuple[int, int, int]
 """Tokens in time, height and width: (t, h, w)."""
 
+RESULT = "result"
+"""Folder, below a trial's, of the finished model, its settings, metrics and predictions."""
+
 ENCODER_SIZES = {
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
@@ -58,7 +61,9 @@ class DataConfig(Node):
     format: Literal["list", "ssv2"] = "list"
     """``list``: a line is a path and a class number. ``ssv2``: Something-Something's json files."""
     root: str = "data"
-    """Folder of the videos. Not part of a trial's identity: the content's fingerprint is."""
+    """Folder of the data set. Not part of a trial's identity: the content's fingerprint is."""
+    videos: str = "."
+    """Folder of the videos; relative to ``root``."""
     train: str = "train.txt"
     """Annotation file of the training split; relative to ``root``, or absolute."""
     val: str = "val.txt"
@@ -366,6 +371,7 @@ def build(tree: Mapping[str, Any]) -> ExperimentConfig:
 
     Raises:
         SettingError: an unknown path (its nearest neighbour is named) or a value that breaks a rule.
+
     """
     try:
         return ExperimentConfig.model_validate(tree)

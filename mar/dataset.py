@@ -132,7 +132,7 @@ class Share:
 
 
 class TrainingOrder:
-    """This worker's (video, epoch) keys for each step from ``first_step`` on; iterate once.
+    """The (video, epoch) keys of this worker for each step from ``first_step`` on; iterate once.
 
     Each epoch is a new permutation of the split; its last, incomplete batch is dropped.
     """

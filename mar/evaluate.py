@@ -72,6 +72,7 @@ class Evaluator:
 
         Raises:
             Failure: not one video could be decoded.
+
         """
         model.eval()
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -108,7 +109,9 @@ def write_predictions(predictions: Predictions, videos: list[Video], file: Path)
     with file.open("w", newline="", encoding="utf-8") as output:
         writer = csv.writer(output)
         writer.writerow(header)
-        for row, (place, label) in enumerate(zip(predictions.videos.tolist(), predictions.labels.tolist(), strict=True)):
+        for row, (place, label) in enumerate(
+            zip(predictions.videos.tolist(), predictions.labels.tolist(), strict=True)
+        ):
             own = f"{predictions.probabilities[row, label].item():.6f}"
             line: list[object] = [videos[place].name, label, own]
             for name, probability in zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True):

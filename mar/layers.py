@@ -31,7 +31,10 @@ def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.
     """Return ``depth`` pre-norm blocks (MLP ratio 4, GELU); stochastic depth rises linearly to ``drop_path``."""
     rates = torch.linspace(0, drop_path, depth).tolist()
     return nn.Sequential(
-        *(_timm.Block(width, heads, mlp_ratio=4.0, qkv_bias=True, drop_path=rate, norm_layer=LayerNorm) for rate in rates)
+        *(
+            _timm.Block(width, heads, mlp_ratio=4.0, qkv_bias=True, drop_path=rate, norm_layer=LayerNorm)
+            for rate in rates
+        )
     )
 
 

@@ -43,10 +43,20 @@ VERBS = (
 """Class templates; each odd one is its neighbour played backwards."""
 
 PHOTOS = {
-    "train": ("astronaut.png", "chelsea.png", "coffee.png", "flower.jpg", "hubble_deep_field.jpg", "brick.png", "grass.png"),
+    "train": (
+        "astronaut.png",
+        "chelsea.png",
+        "coffee.png",
+        "flower.jpg",
+        "hubble_deep_field.jpg",
+        "brick.png",
+        "grass.png",
+    ),
     "validation": ("china.jpg", "rocket.jpg", "motorcycle_left.png", "ihc.png", "gravel.png", "moon.png"),
 }
 _FIRST_VALIDATION_DIGIT = 1300
+_INK = 90
+"""Brightness, of 255, from which a pixel belongs to a digit."""
 FRAMES_PER_S = 12
 
 
@@ -103,6 +113,7 @@ def make(folder: Path, options: MotionVerbs, say: Callable[[int, int], None] = l
     Raises:
         UserError: ``folder`` holds something else.
         Failure: the disk is full or refuses.
+
     """
     facts = folder / "motion-verbs.json"
     if facts.is_file() and json.loads(facts.read_text()) == asdict(options):
@@ -133,9 +144,7 @@ def _write(folder: Path, options: MotionVerbs, say: Callable[[int, int], None]) 
             scene = _Scene(options, split, label, np.random.default_rng([options.seed, part, index]))
             write_video(folder / "videos" / f"{identifier}.mp4", np.stack(list(scene.frames())))
             sentence = VERBS[label].replace("[something]", "a digit")
-            items.append(
-                {"id": identifier, "label": sentence, "template": VERBS[label], "placeholders": ["a digit"]}
-            )
+            items.append({"id": identifier, "label": sentence, "template": VERBS[label], "placeholders": ["a digit"]})
             done += 1
             say(done, total)
         _write_json(folder / f"{split}.json", items)
@@ -152,7 +161,9 @@ def write_video(file: Path, frames: Frames) -> None:
     import av
 
     with av.open(str(file), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=Fraction(FRAMES_PER_S), options={"crf": "16", "threads": "1"})
+        stream: Any = container.add_stream(
+            "libx264", rate=Fraction(FRAMES_PER_S), options={"crf": "16", "threads": "1"}
+        )
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -168,7 +179,9 @@ class _Scene:
         self.background = _photo_crop(split, options.size + 2 * margin, rng)
         self.margin = margin
         self.objects = [_object(split, options.size, rng) for _ in range(2 + options.clutter)]
-        self.standing = [_Pose(*rng.uniform(0.1, 0.9, 2), rng.uniform(0.2, 0.35)) for _ in range(options.clutter)]
+        self.standing = [
+            _Pose(rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9), rng.uniform(0.2, 0.35)) for _ in range(options.clutter)
+        ]
         self.moving = list(_MOTIONS[label // 2](np.linspace(0, 1, options.frames), rng))
 
     def frames(self) -> Iterator[Frames]:
@@ -235,7 +248,7 @@ def _object(split: str, size: int, rng: np.random.Generator) -> Image.Image:
     outline = Image.fromarray(digits[rng.integers(first, last)]).resize((size, size), Image.Resampling.BICUBIC)
     shade = int(rng.choice([0, 255]))
     texture = Image.blend(_photo_crop(split, size, rng), Image.new("RGB", (size, size), (shade,) * 3), 0.5)
-    texture.putalpha(outline.point(lambda value: 255 if value > 90 else 0))
+    texture.putalpha(Image.fromarray((np.asarray(outline) > _INK).astype(np.uint8) * 255))
     return texture
 
 
@@ -253,7 +266,9 @@ def _photo(name: str) -> Image.Image:
         file = Path(origin).parent / folder / name
         if file.is_file():
             return Image.open(file).convert("RGB")
-    raise Failure(f"the photo {name} is neither in scikit-image nor in scikit-learn; install the versions in constraints.txt")
+    raise Failure(
+        f"the photo {name} is neither in scikit-image nor in scikit-learn; install the versions in constraints.txt"
+    )
 
 
 def _photo_crop(split: str, side: int, rng: np.random.Generator) -> Image.Image:

@@ -25,7 +25,7 @@ from mar import checkpoint, parallel
 from mar.annotations import Video, read_split
 from mar.augment import flip, mix, soft_labels, to_pixels
 from mar.checkpoint import Progress
-from mar.config import ExperimentConfig
+from mar.config import RESULT, ExperimentConfig
 from mar.dataset import Batch, TrainingClips, TrainingOrder, draw, loader
 from mar.errors import Failure, UserError
 from mar.evaluate import Evaluator, Predictions, write_predictions
@@ -35,9 +35,6 @@ from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learnin
 
 Report = Callable[[int, dict[str, float], Path | None], None]
 """(finished epochs, metrics, checkpoint folder or none) -> nothing. Called equally often on every worker."""
-
-RESULT = "result"
-"""Folder, below the trial's, of the finished model, its settings and its predictions."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,7 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     Raises:
         UserError: the settings do not fit the data.
         Failure: the loss is not finite, a video is broken (``data.broken: error``), or the disk refuses.
+
     """
     train, val = read_split(settings.data, "train"), read_split(settings.data, "val")
     order = _training_order(settings, train)
@@ -229,12 +227,12 @@ def _save(training: Training) -> Path:
 def _finish(training: Training, val: list[Video], report: Report) -> dict[str, float]:
     """Test with all views, write the result folder, report the last time."""
     settings, execution = training.settings, training.execution
-    views = {"clips": settings.evaluation.clips, "crops": settings.evaluation.crops}
-    test = Evaluator(settings, val, execution.device, **views, loader_processes=execution.loader_processes)
+    views, device, processes = settings.evaluation, execution.device, execution.loader_processes
+    test = Evaluator(settings, val, device, clips=views.clips, crops=views.crops, loader_processes=processes)
     predictions = test(training.model)
     metrics = training.progress.history[-1] | predictions.metrics("test")
     if settings.evaluation.shuffled_frames:
-        shuffle = Evaluator(settings, val, execution.device, **views, shuffled=True)
+        shuffle = Evaluator(settings, val, device, clips=views.clips, crops=views.crops, shuffled=True)
         metrics["test/top1_shuffled_frames"] = shuffle(training.model).accuracy(1)
     if training.share.rank == 0:
         _write_result(training, val, predictions, metrics)
@@ -250,15 +248,10 @@ def _write_result(training: Training, val: list[Video], predictions: Predictions
         training.folder / RESULT,
         {
             "model.safetensors": lambda file: save_file(training.model.state_dict(), file),
-            "settings.yaml": lambda file: write_text(file, text),
-            "metrics.json": lambda file: write_text(file, json.dumps(metrics, indent=1)),
+            "settings.yaml": lambda file: checkpoint.write_text(file, text),
+            "metrics.json": lambda file: checkpoint.write_text(file, json.dumps(metrics, indent=1)),
             "predictions.csv": lambda file: write_predictions(predictions, val, file),
-            "broken_videos.txt": lambda file: write_text(file, broken),
+            "broken_videos.txt": lambda file: checkpoint.write_text(file, broken),
         },
         {"settings": settings, "metrics": metrics},
     )
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write UTF-8 text."""
-    file.write_text(text, encoding="utf-8")

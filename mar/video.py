@@ -38,6 +38,7 @@ class Reader:
 
     Raises:
         BrokenVideo: neither decoder found a frame.
+
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,6 +68,21 @@ class Reader:
         return self._decoded[[min(index, last) for index in indices]]
 
 
+def decode_with(decoder: str, path: Path) -> Frames:
+    """Return all frames of a video by one decoder, ``decord`` or ``pyav``, with no fallback.
+
+    Raises:
+        BrokenVideo: that decoder cannot.
+
+    """
+    if decoder == "pyav":
+        return _decode_all(path)
+    reader = _open_decord(path)
+    if reader is None:
+        raise BrokenVideo(path, "decord cannot open it, or is not installed")
+    return reader.get_batch(list(range(len(reader)))).asnumpy()
+
+
 def _open_decord(path: Path) -> Any:
     try:
         decord = importlib.import_module("decord")
@@ -81,6 +97,7 @@ def _decode_all(path: Path) -> Frames:
     if not path.is_file():
         raise BrokenVideo(path, "no such file")
     import av
+    from av.error import FFmpegError, InvalidDataError
 
     frames: list[Frames] = []
     try:
@@ -90,16 +107,20 @@ def _decode_all(path: Path) -> Frames:
                 raise BrokenVideo(path, "no video stream in it")
             for packet in container.demux(stream):
                 try:
-                    frames.extend(frame.to_ndarray(format="rgb24") for frame in packet.decode())
-                except av.error.InvalidDataError:
+                    frames.extend(_pixels(frame) for frame in packet.decode())
+                except InvalidDataError:
                     continue
-    except (OSError, av.error.FFmpegError, ValueError) as error:
+    except (OSError, FFmpegError, ValueError) as error:
         if not frames:
             raise BrokenVideo(path, f"not a video that can be decoded ({error})") from None
     if not frames:
         raise BrokenVideo(path, "no frame could be decoded")
     shape = frames[0].shape
     return np.stack([frame for frame in frames if frame.shape == shape])
+
+
+def _pixels(frame: Any) -> Frames:
+    return frame.to_ndarray(format="rgb24")
 
 
 def training_frames(clip: ClipConfig, num_frames: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -1,0 +1,35 @@
+# Two commands, each complete on a machine with Python 3.11 (or later) and git:
+#   make demo    data, a small ablation, its table and figure
+#   make test    everything that is checked before a change lands
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: demo test check format clean
+
+demo: $(STAMP)
+	@$(BIN)/mar data make motion-verbs mar_data/motion-verbs
+	@$(BIN)/mar run search_spaces/quickstart.yaml
+
+test: check
+	$(BIN)/pytest -q
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Installed again when what is to be installed has changed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mar needs Python 3.11 or later: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,309 @@
+"""The command ``mar`` and its verbs: parsing and printing, nothing else.
+
+Imports only what parsing needs; each verb imports its own, so that ``mar --help`` and ``mar plan`` are quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from mar.errors import Failure, UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+data_app = typer.Typer(no_args_is_help=True, help="Make and inspect data sets.")
+app.add_typer(data_app, name="data")
+
+StudyName = Annotated[
+    str, typer.Argument(metavar="STUDY", help="A study file, or the name of one that ships with mar.")
+]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships with mar.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[path=value …]", help="Settings, as mask.ratio=0.75.")]
+Only = Annotated[list[str] | None, typer.Option("--only", metavar="AXIS=LABEL", help="Only these trials; repeatable.")]
+StoreFolder = Annotated[Path, typer.Option("--store", envvar="MAR_STORE", help="Folder of checkpoints and tracking.")]
+TrackingUri = Annotated[str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")]
+DEFAULT_STORE = Path("mar_store")
+
+
+def main() -> NoReturn:
+    """Run the command; exit 0 done, 1 failed, 2 the user's mistake."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure:  # a terminal in the C locale must not stop a study over the × of "2 × 2"
+            reconfigure(encoding="utf-8", errors="replace")
+    try:
+        app()
+    except UserError as error:
+        _end(str(error), 2)
+    except Failure as error:
+        _end(str(error), 1)
+    except BrokenPipeError:
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _end(words: str, code: int) -> NoReturn:
+    print(f"mar: {words}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def run(
+    study: StudyName,
+    overrides: Overrides = None,
+    only: Only = None,
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    backend: Annotated[
+        Literal["train", "inline"], typer.Option(help="Ray Train workers, or inside Tune's trial.")
+    ] = "train",
+    is_local: Annotated[bool, typer.Option("--local", help="One trial after the other, here, without Ray.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Data-parallel workers of a trial.")] = 1,
+    cpus_per_worker: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_worker: Annotated[int | None, typer.Option(min=0, help="Default: one where there are any.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Default: as many trials as fit.")] = None,
+    loader_processes: Annotated[int, typer.Option(min=0, help="Decoding processes of a worker.")] = 0,
+    max_clips_per_pass: Annotated[int | None, typer.Option(min=2, help="Accumulate gradients above this.")] = None,
+    checkpoint_every_steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint inside epochs too.")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="Times a failed trial goes on.")] = 1,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a private one here.")] = None,
+) -> None:
+    """Train what is missing of a study (a killed run goes on by itself), then print its table."""
+    from orchestration.config import LaunchConfig
+    from orchestration.run import run_study
+    from orchestration.study import read_study
+
+    launch = LaunchConfig(
+        store=store,
+        tracking_uri=tracking_uri,
+        backend="local" if is_local else backend,
+        address=address,
+        workers=workers,
+        cpus_per_worker=cpus_per_worker,
+        gpus_per_worker=gpus_per_worker,
+        max_concurrent_trials=max_concurrent,
+        loader_processes=loader_processes,
+        max_clips_per_pass=max_clips_per_pass,
+        checkpoint_every_steps=checkpoint_every_steps,
+        retries=retries,
+    )
+    run_study(read_study(study, overrides or [], only or []), launch)
+
+
+@app.command()
+def plan(
+    study: StudyName,
+    overrides: Overrides = None,
+    only: Only = None,
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a study's trials: which are there, which are new, what they cost. Trains nothing."""
+    from orchestration.plan import plan_json, plan_text, plan_trials
+    from orchestration.study import read_study
+
+    lines = plan_trials(read_study(study, overrides or [], only or []), _records(store, tracking_uri))
+    print(plan_json(lines) if as_json else plan_text(lines))
+
+
+@app.command()
+def table(
+    study: StudyName,
+    overrides: Overrides = None,
+    only: Only = None,
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    form: Annotated[Literal["md", "tex", "html", "csv", "json"], typer.Option("--format")] = "md",
+) -> None:
+    """Print a study's table from what MLflow remembers."""
+    from orchestration.study import read_study
+    from orchestration.tables import FORMATS, table_info
+
+    info = table_info(read_study(study, overrides or [], only or []), _records(store, tracking_uri))
+    print(FORMATS[form](info), end="")
+
+
+@app.command()
+def figure(
+    study: StudyName,
+    overrides: Overrides = None,
+    only: Only = None,
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    output: Output = None,
+) -> None:
+    """Draw a study's figure from what MLflow remembers (png, pdf or svg)."""
+    from orchestration.figures import draw, figure_info
+    from orchestration.study import read_study
+
+    read = read_study(study, overrides or [], only or [])
+    file = output or Path(f"{read.name}.png")
+    draw(figure_info(read, _records(store, tracking_uri)), file)
+    print(file)
+
+
+@app.command()
+def report(
+    study: StudyName,
+    overrides: Overrides = None,
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    output: Output = None,
+) -> None:
+    """Write a study's table in every format, its figure and a page about them."""
+    from orchestration.config import LaunchConfig
+    from orchestration.report import write_report
+    from orchestration.study import read_study
+
+    read = read_study(study, overrides or [])
+    folder = output or LaunchConfig(store=store).report_folder(read.name)
+    write_report(read, _records(store, tracking_uri), folder)
+    print(folder)
+
+
+@app.command()
+def show(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print a recipe's settings, all of them, resolved."""
+    import yaml
+
+    from orchestration.study import read_recipe
+
+    tree = read_recipe(recipe, overrides or []).model_dump(mode="json")
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    print(json.dumps(tree, indent=1, ensure_ascii=False) if as_json else text.rstrip())
+
+
+@app.command()
+def cost(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print GFLOPs in the paper's convention, parameters and tokens."""
+    from dataclasses import asdict
+
+    from mar.cost import cost as cost_of
+    from orchestration.study import read_recipe
+
+    figures = asdict(cost_of(read_recipe(recipe, overrides or [])))
+    units = {"gflops": "GFLOPs a view, inference", "train_gflops": "GFLOPs a clip, training step"}
+    units |= {"params_m": "M parameters", "train_params_m": "M parameters with the reconstruction branch"}
+    units |= {"tokens": "tokens a clip", "visible_tokens": "visible tokens a clip, in testing"}
+    lines = (
+        f"{value:>10.2f}  {units[name]}" if isinstance(value, float) else f"{value:>10d}  {units[name]}"
+        for name, value in figures.items()
+    )
+    print(json.dumps(figures, indent=1) if as_json else "\n".join(lines))
+
+
+@app.command()
+def mask(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Output = None,
+    clips: Annotated[int, typer.Option(min=0, help="Masks drawn as in training.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a recipe's masks, as in Figs. 3 and 4; with --json print them, 1 where hidden."""
+    from mar.visualise import draw_masks, example_masks
+    from orchestration.study import read_recipe
+
+    settings = read_recipe(recipe, overrides or [])
+    masks = example_masks(settings, clips)
+    if as_json:
+        print(json.dumps({name: hidden.int().tolist() for name, hidden in masks.items()}))
+        return
+    chosen, file = settings.mask, output or Path("mask.png")
+    draw_masks(masks, f"{chosen.strategy} {chosen.motion}, {chosen.ratio:.0%} hidden (dark)", file)
+    print(file)
+
+
+@app.command()
+def ui(
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """Open MLflow on the embedded store, for this machine only (loopback)."""
+    import subprocess
+
+    from orchestration.config import LaunchConfig
+    from orchestration.tracking import serve
+
+    launch = LaunchConfig(store=store, tracking_uri=tracking_uri)
+    if tracking_uri is None and not (store / "mlflow.db").is_file():
+        raise UserError(f"--store {store}: no tracking store there yet; `mar run quickstart` makes one")
+    if tracking_uri and tracking_uri.startswith("http"):
+        print(f"the store is a server already: open {tracking_uri}")
+        return
+    print(f"MLflow at http://127.0.0.1:{port} (stop with Ctrl-C)", flush=True)
+    sys.exit(subprocess.call([sys.executable, "-m", *serve(launch, port)]))  # noqa: S603
+
+
+@app.command()
+def doctor(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None, as_json: AsJson = False) -> None:
+    """Try what mar needs here: devices, decoders, Ray, the tracking store. Exit code 1 if something does not work."""
+    from orchestration.config import LaunchConfig
+    from orchestration.doctor import examine
+
+    findings = examine(LaunchConfig(store=store, tracking_uri=tracking_uri))
+    if as_json:
+        print(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.works else 'FAIL'}  {finding.name:<15} {finding.words}")
+    if not all(finding.works for finding in findings):
+        sys.exit(1)
+
+
+@data_app.command("make")
+def data_make(
+    kind: Annotated[Literal["motion-verbs"], typer.Argument(help="Which set.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    difficulty: Annotated[
+        Literal["easy", "medium", "hard"], typer.Option(help="Where the other options start from.")
+    ] = "easy",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    size: Annotated[int | None, typer.Option(help="Height and width, pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames in a video.")] = None,
+    classes: Annotated[int | None, typer.Option(help="2 to 12, even.")] = None,
+    train: Annotated[int | None, typer.Option(help="Training videos.")] = None,
+    validation: Annotated[int | None, typer.Option(help="Validation videos.")] = None,
+    clutter: Annotated[int | None, typer.Option(help="Objects that do not move.")] = None,
+    shake: Annotated[float | None, typer.Option(help="Camera shake, share of the height.")] = None,
+) -> None:
+    """Make a set of H.264 videos in which only motion tells the class."""
+    from dataclasses import replace
+
+    from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+    from mar.motion_verbs import DIFFICULTIES, make
+
+    given: dict[str, Any] = {"size": size, "frames": frames, "classes": classes, "train": train}
+    given |= {"validation": validation, "clutter": clutter, "shake": shake}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = replace(DIFFICULTIES[difficulty], seed=seed, **chosen)
+    with Progress(
+        *Progress.get_default_columns()[:2], TextColumn("{task.completed} videos"), TimeRemainingColumn()
+    ) as bar:
+        task = bar.add_task(kind)
+        made = make(folder, options, lambda done, total: bar.update(task, completed=done, total=total))
+    words = f"made in {folder}" if made else f"is in {folder} already"
+    print(
+        f"{kind}: {options.train} training and {options.validation} validation videos of {options.classes} classes {words}"
+    )
+
+
+def _records(store: Path, tracking_uri: str | None) -> list[Any]:
+    """Return what MLflow remembers; nothing while there is no embedded store yet."""
+    if tracking_uri is None and not (store / "mlflow.db").is_file():
+        return []
+    from orchestration.config import LaunchConfig
+    from orchestration.tracking import Store
+
+    return list(Store(LaunchConfig(store=store, tracking_uri=tracking_uri)).trials())

@@ -1,0 +1,58 @@
+"""Where and how trials run. Nothing here changes a result, and nothing here is part of a trial's identity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class LaunchConfig(BaseModel):
+    """One launch of a study."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    store: Path = Path("mar_store")
+    """Folder of the embedded tracking store, of checkpoints and of reports; shared storage on a cluster."""
+    tracking_uri: str | None = None
+    """MLflow server; none: SQLite and a folder below ``store``."""
+    backend: Literal["train", "inline", "local"] = "train"
+    """``train``: Ray Train workers. ``inline``: inside Tune's trial, one worker. ``local``: no Ray at all."""
+    address: str | None = None
+    """Ray cluster to join; none: a private one on this machine, reachable from here only."""
+    workers: PositiveInt = 1
+    """Data-parallel workers of a trial."""
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: NonNegativeInt | None = None
+    """None: one where there are any."""
+    max_concurrent_trials: PositiveInt | None = None
+    """None: as many as the cluster holds."""
+    loader_processes: NonNegativeInt = 0
+    """Decoding processes of a worker; 0: the worker decodes itself."""
+    max_clips_per_pass: PositiveInt | None = None
+    """Gradient accumulation: largest forward-backward pass of one worker, clips."""
+    checkpoint_every_steps: PositiveInt | None = None
+    """Checkpoint inside an epoch too; an epoch's end always has one."""
+    retries: NonNegativeInt = 1
+    """Times a failed trial goes on from its last checkpoint."""
+    poll_s: PositiveFloat = 0.5
+    """How often Ray Train looks at its workers, seconds."""
+
+    @property
+    def tracking(self) -> str:
+        """The MLflow address."""
+        return self.tracking_uri or f"sqlite:///{self.store.resolve() / 'mlflow.db'}"
+
+    @property
+    def artifacts(self) -> str | None:
+        """Where an embedded store keeps artifacts; a server knows its own."""
+        return None if self.tracking_uri else (self.store.resolve() / "artifacts").as_uri()
+
+    def trial_folder(self, key: str) -> Path:
+        """Return the folder of a trial's checkpoints and result."""
+        return self.store.resolve() / "trials" / key
+
+    def report_folder(self, study: str) -> Path:
+        """Return the folder of a study's tables and figures."""
+        return self.store.resolve() / "reports" / study

@@ -1,0 +1,83 @@
+"""YAML files: where they are, what is on which line."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mar.errors import UserError
+
+_HERE = Path(__file__).parent
+
+
+def packaged(folder: str) -> Path:
+    """Return a folder that ships with the project: inside the wheel, or beside the packages in a checkout."""
+    return next(place for place in (_HERE / folder, _HERE.parent / folder) if place.is_dir())
+
+
+def find(name: str, kind: str) -> Path:
+    """Return the file that ``name`` means: a path, or the name of a packaged study or recipe.
+
+    Raises:
+        UserError: there is none; the nearest packaged names are given.
+
+    """
+    given = Path(name)
+    if given.is_file():
+        return given.resolve()
+    spaces = packaged("search_spaces")
+    folder = spaces / "recipes" if kind == "recipe" else spaces
+    candidates = [folder / name, folder / f"{name}.yaml", spaces / name, spaces.parent / name]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found:
+        return found.resolve()
+    known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob("**/*.yaml"))
+    if kind == "study":
+        known = [path for path in known if not path.startswith("recipes/")]
+    near = difflib.get_close_matches(given.stem, known, n=3, cutoff=0.3) or known
+    raise UserError(f"no {kind} {name!r}: neither a file nor one that ships with mar ({', '.join(near)})")
+
+
+class Document:
+    """A YAML mapping that remembers the line of every entry."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: dict[tuple[str, ...], int] = {}
+        try:
+            text = path.read_text(encoding="utf-8")
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            content = yaml.safe_load(text)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}: expected settings, 'name: value' line by line")
+        self.content: dict[str, Any] = content
+        self._read_lines(node, ())
+
+    def place(self, *names: str) -> str:
+        """Return ``file:line`` of the entry, or of its nearest ancestor that the file has."""
+        for length in range(len(names), 0, -1):
+            if names[:length] in self.lines:
+                return f"{self.path}:{self.lines[names[:length]]}"
+        return str(self.path)
+
+    def place_of_setting(self, path: str) -> str:
+        """Return ``file:line`` of a dotted setting, written nested or dotted."""
+        names = tuple(path.split("."))
+        whole = [key for key in self.lines if ".".join(key) == path]
+        return self.place(*(whole[0] if whole else names))
+
+    def _read_lines(self, node: yaml.MappingNode, above: tuple[str, ...]) -> None:
+        for key, value in node.value:
+            name = (*above, str(key.value))
+            if name in self.lines:
+                raise UserError(f"{self.path}:{key.start_mark.line + 1}: {'.'.join(name)} stands here a second time")
+            self.lines[name] = key.start_mark.line + 1
+            if isinstance(value, yaml.MappingNode):
+                self._read_lines(value, name)

@@ -1,0 +1,176 @@
+"""One launch of a study: trains what is missing, and writes down what happens.
+
+The record comes first: a trial is known to be finished when MLflow says so, not before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import filelock
+
+from mar.annotations import read_split
+from mar.config import RESULT
+from mar.cost import cost
+from mar.errors import Failure, UserError
+from orchestration import provenance
+from orchestration.config import LaunchConfig
+from orchestration.results import match
+from orchestration.study import Study, Trial
+from orchestration.tracking import IDENTITY, KEY, KIND, STUDY, Store, Writer
+
+
+class View(Protocol):
+    """Who watches a launch; ``progress`` has two."""
+
+    def started(self, trial: Trial) -> None:
+        """A trial runs."""
+
+    def epoch(self, trial: Trial, epoch: int, metrics: dict[str, float]) -> None:
+        """It finished an epoch."""
+
+    def finished(self, trial: Trial, metrics: dict[str, float]) -> None:
+        """It is done."""
+
+    def failed(self, trial: Trial, reason: str) -> None:
+        """It was given up."""
+
+
+class Launch:
+    """Hears from the backend; tells MLflow and the view. It is the only writer of its study's runs."""
+
+    def __init__(self, study: Study, store: Store, view: View) -> None:
+        self.study, self.store, self.view = study, store, view
+        self.trials = {trial.key: trial for trial in study.trials}
+        self.writer = Writer(store)
+        self.experiment = store.experiment(study.name)
+        self.shared = {STUDY: study.name, **provenance.tags()}
+        self.parent = store.run(self.experiment, study.name, {KIND: "study", STUDY: study.name}, self._parent_tags())
+        self.runs: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
+        self.done: set[str] = set()
+
+    def started(self, key: str) -> None:
+        """Find or make the trial's run."""
+        if key in self.runs:
+            return
+        trial, figures = self.trials[key], cost(self.trials[key].settings)
+        tags = {
+            **self.shared,
+            IDENTITY: trial.identity,
+            "mlflow.parentRunId": self.parent,
+            "labels": json.dumps(dict(trial.labels), ensure_ascii=False),
+            "seed": str(trial.settings.seed),
+            "cost.gflops": f"{figures.gflops:.4f}",
+            "cost.params_m": f"{figures.params_m:.4f}",
+            "folder": str(self.store.launch.trial_folder(key)),
+        }
+        self.runs[key] = self.store.run(self.experiment, trial.name, {KIND: "trial", KEY: key}, tags)
+        self.store.parameters(self.runs[key], trial.settings.model_dump(mode="json"))
+        self.writer.metrics(self.runs[key], 0, {"cost/gflops": figures.gflops, "cost/params_m": figures.params_m}, True)
+        self.view.started(trial)
+
+    def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
+        """Log an epoch."""
+        self.writer.metrics(self.runs[key], epoch, metrics)
+        self.view.epoch(self.trials[key], epoch, metrics)
+
+    def finished(self, key: str) -> None:
+        """Log the final metrics and the result folder, then mark the run as finished."""
+        folder, trial, run_id = self.store.launch.trial_folder(key), self.trials[key], self.runs[key]
+        metrics: dict[str, float] = json.loads((folder / RESULT / "metrics.json").read_text(encoding="utf-8"))
+        final = {name: value for name, value in metrics.items() if name.startswith("test/")}
+        self.writer.metrics(run_id, trial.settings.recipe.epochs, final, again=True)
+        self.writer.artifacts(run_id, folder / RESULT, RESULT)
+        self.writer.end(run_id, "FINISHED")
+        self.done.add(key)
+        self.view.finished(trial, metrics)
+
+    def failed(self, key: str, reason: str) -> None:
+        """Log why, and mark the run as failed."""
+        self.failures[key] = reason
+        if key in self.runs:
+            self.writer.tag(self.runs[key], "failure", reason[:4000])
+            self.writer.end(self.runs[key], "FAILED")
+        self.view.failed(self.trials[key], reason)
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Trials that were started and neither finished nor failed: somebody stopped the launch."""
+        return [key for key in self.runs if key not in self.done and key not in self.failures]
+
+    def settle(self) -> None:
+        """Write down what the trials came to; after this, MLflow can be read."""
+        for key in self.unfinished:
+            self.writer.end(self.runs[key], "KILLED")
+        self.writer.flush()
+
+    def close(self, reports: Path) -> None:
+        """End the parent run, with the report's files."""
+        self.writer.artifacts(self.parent, reports, "report")
+        self.writer.end(self.parent, "FAILED" if self.failures else "KILLED" if self.unfinished else "FINISHED")
+        self.writer.close()
+
+    def _parent_tags(self) -> dict[str, str]:
+        return {**self.shared, "title": self.study.file.title, "mlflow.note.content": self.study.file.title}
+
+
+def missing_trials(study: Study, store: Store) -> list[Trial]:
+    """Return the trials that no finished run of any study has, each training once, in order."""
+    found = match(study.trials, store.trials())
+    return list({trial.key: trial for trial in study.trials if trial.key not in found}.values())
+
+
+def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
+    """Train the trials on the backend that the launch names; failures are in ``launched.failures``.
+
+    Raises:
+        UserError: the data is not there or the trials cannot be placed.
+
+    """
+    launch = launched.store.launch
+    for trial in trials:
+        read_split(trial.settings.data, "train")
+        read_split(trial.settings.data, "val")
+    if launch.backend == "local":
+        from orchestration import local  # torch, which the other backends load elsewhere
+
+        local.run(trials, launch, launched)
+    else:
+        from orchestration import sweep
+
+        sweep.run(trials, launch, launched)
+
+
+@contextmanager
+def only_one(study: Study, launch: LaunchConfig) -> Generator[None]:
+    """Hold the locks of the study and its trials: two launches at once would train the same thing twice.
+
+    Raises:
+        UserError: another launch holds it; says which process, since when.
+        Failure: the store cannot be written.
+
+    """
+    folder = launch.store.resolve() / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"the store {launch.store} cannot be written: {error}; choose another with --store") from None
+    names = [study.name, *(trial.key for trial in study.trials)]
+    with ExitStack() as held:
+        for name in dict.fromkeys(names):
+            lock, note = filelock.FileLock(folder / f"{name}.lock"), folder / f"{name}.txt"
+            try:
+                held.enter_context(lock.acquire(timeout=0))
+            except filelock.Timeout:
+                told = note.read_text(encoding="utf-8") if note.is_file() else "unknown process"
+                what = f"the study {name}" if name == study.name else "a trial of this study, in another study,"
+                raise UserError(f"{what} is being run already ({told}); wait for it, or stop that process") from None
+            note.write_text(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}", encoding="utf-8")
+        yield

@@ -1,0 +1,41 @@
+"""Where a result comes from: commit, versions, host."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("mar-on-ray", "torch", "timm", "ray", "mlflow", "optuna", "decord", "av", "numpy")
+
+
+def tags() -> dict[str, str]:
+    """Return what is the same for every trial of a launch, as tags."""
+    versions = {f"version.{name}": version for name, version in package_versions().items() if version}
+    return {**versions, "version.python": platform.python_version(), "host": platform.node(), **_git()}
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the installed version of each package that bears on a result; none: not installed."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _git() -> dict[str, str]:
+    """Return the checkout's commit and whether it has uncommitted changes; nothing outside a checkout."""
+    program, root = shutil.which("git"), Path(__file__).parent.parent
+    if not program or not (root / ".git").exists():
+        return {}
+
+    def ask(*words: str) -> str:
+        answer = subprocess.run([program, "-C", str(root), *words], capture_output=True, text=True, check=False)  # noqa: S603
+        return answer.stdout.strip()
+
+    return {"mlflow.source.git.commit": ask("rev-parse", "HEAD"), "git.dirty": str(bool(ask("status", "--porcelain")))}

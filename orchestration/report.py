@@ -1,0 +1,85 @@
+"""The report of a study: its table in every format, its figure, and a page that says what was found."""
+
+from __future__ import annotations
+
+import html
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from mar.config import flatten
+from orchestration.figures import draw, figure_info
+from orchestration.results import Record, Row, rows
+from orchestration.study import Study
+from orchestration.tables import FORMATS, TableInfo, table_info
+
+
+def write_report(study: Study, records: Sequence[Record], folder: Path) -> None:
+    """Write ``table.*``, ``figure.png``, ``figure.pdf``, ``figure.csv``, ``report.md`` and ``report.html``."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    table, figure = table_info(study, records), figure_info(study, records)
+    for ending, render in FORMATS.items():
+        (unfinished / f"table.{ending}").write_text(render(table), encoding="utf-8")
+    for ending in ("png", "pdf"):
+        draw(figure, unfinished / f"figure.{ending}")
+    figure.frame().to_csv(unfinished / "figure.csv", index=False)
+    (unfinished / "report.md").write_text(_markdown(study, table), encoding="utf-8")
+    (unfinished / "report.html").write_text(_html(study, table), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def findings(study: Study, records: Sequence[Record]) -> list[str]:
+    """Return what the report says of the best setting: its accuracy, beside guessing and beside shuffled frames."""
+    return _findings(study, rows(study, records))
+
+
+def _findings(study: Study, all_rows: Sequence[Row]) -> list[str]:
+    there = [row for row in all_rows if "top1" in row.cells and row.cells["top1"].mean is not None]
+    if not there:
+        return ["No trial is finished yet."]
+    best = max(there, key=lambda row: row.cells["top1"].mean or 0.0)
+    top1, settings = best.cells["top1"].mean or 0.0, study.trials[0].settings
+    chance = 100 / settings.data.num_classes
+    words = [
+        f"Best: {best.label}, {top1:.2f} % top-1 on videos that it has not seen "
+        f"({top1 / chance:.1f} times guessing, {chance:.2f} %)."
+    ]
+    shuffled = best.cells["shuffled_top1"].mean if "shuffled_top1" in best.cells else None
+    if shuffled is not None:
+        words.append(f"With each clip's frames in random order the same model has {shuffled:.2f} %.")
+    return words
+
+
+def _shared_settings(study: Study) -> list[tuple[str, str]]:
+    trees = [flatten(trial.settings.model_dump(mode="json")) for trial in study.trials]
+    first = trees[0]
+    return [(path, str(value)) for path, value in first.items() if all(tree[path] == value for tree in trees)]
+
+
+def _markdown(study: Study, table: TableInfo) -> str:
+    shared = "\n".join(f"| `{path}` | {value} |" for path, value in _shared_settings(study))
+    found = "\n".join(_findings(study, table.rows))
+    return (
+        f"# {study.file.title}\n\n{found}\n\n{FORMATS['md'](table)}\n![{study.file.title}](figure.png)\n\n"
+        f"## Settings that all trials share\n\n| setting | value |\n|---|---|\n{shared}\n"
+    )
+
+
+def _html(study: Study, table: TableInfo) -> str:
+    title = html.escape(study.file.title)
+    rows_text = "".join(
+        f"<tr><td><code>{html.escape(path)}</code></td><td>{html.escape(value)}</td></tr>\n"
+        for path, value in _shared_settings(study)
+    )
+    found = "".join(f"<p>{html.escape(words)}</p>\n" for words in _findings(study, table.rows))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        "<style>body{font-family:sans-serif;max-width:50em;margin:2em auto;padding:0 1em}"
+        "table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
+        "caption{caption-side:top;text-align:left;font-weight:bold;padding:.5em 0}img{max-width:100%}</style></head>\n"
+        f'<body><h1>{title}</h1>\n{found}{FORMATS["html"](table)}<p><img src="figure.png" alt="{title}"></p>\n'
+        f"<h2>Settings that all trials share</h2>\n<table>{rows_text}</table></body></html>\n"
+    )

@@ -1,0 +1,56 @@
+"""``mar run``: train what is missing, report from MLflow, say where everything is."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from mar.errors import Failure
+from orchestration.config import LaunchConfig
+from orchestration.launch import Launch, missing_trials, only_one, train_missing
+from orchestration.progress import Board
+from orchestration.report import findings, write_report
+from orchestration.study import Study
+from orchestration.tables import table_info, to_markdown
+from orchestration.tracking import Store
+
+
+def run_study(study: Study, launch: LaunchConfig) -> None:
+    """Run a study to its table.
+
+    Raises:
+        UserError: the data is not there, another run of the study is alive, a trial does not fit the cluster.
+        Failure: a trial was given up or stopped; the table shows what is there.
+
+    """
+    console = Console(soft_wrap=True)
+    with only_one(study, launch):
+        store = Store(launch)
+        missing = missing_trials(study, store)
+        have = len({trial.key for trial in study.trials}) - len(missing)
+        console.print(
+            f"{study.file.title}: {len(study.trials)} trials, {have} finished before, {len(missing)} to train"
+        )
+        board = Board(missing, have, console)
+        launched = Launch(study, store, board)
+        try:
+            if missing:
+                with board:
+                    train_missing(launched, missing)
+        finally:
+            launched.settle()
+        folder = launch.report_folder(study.name)
+        records = store.trials()
+        write_report(study, records, folder)
+        launched.close(folder)
+    print(f"\n{to_markdown(table_info(study, records))}")
+    print("\n".join(findings(study, records)))
+    print(f"\nfigure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")
+    served = launch.tracking_uri or f"mar ui{'' if str(launch.store) == 'mar_store' else f' --store {launch.store}'}"
+    print(f"MLflow   {served}   (experiment {study.name!r})")
+    if launched.failures:
+        names = ", ".join(launched.trials[key].name for key in launched.failures)
+        raise Failure(
+            f"{len(launched.failures)} of {len(study.trials)} trials failed: {names}; run the same command to go on"
+        )
+    if launched.unfinished:
+        raise Failure(f"stopped with {len(launched.unfinished)} trials unfinished; run the same command to go on")

@@ -1,0 +1,278 @@
+"""A study file becomes an ordered list of trials: labels and complete settings, before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
+from mar.annotations import fingerprint
+from mar.config import ExperimentConfig, SettingError, build, canonical, merge
+from mar.errors import UserError
+from orchestration.files import Document, find
+
+Label = str | int | float | bool
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TableLayout(_Part):
+    """Which table a study prints."""
+
+    columns: tuple[str, ...] = ("top1", "top5", "gflops")
+    """Quantities, by their short names (``results.QUANTITIES``)."""
+
+
+class FigureLayout(_Part):
+    """Which figure a study draws."""
+
+    kind: Literal["points", "bars"] = "bars"
+    """``points``: one quantity against another. ``bars``: quantities side by side for each row."""
+    x: str | None = None
+    """Quantity on the horizontal axis, for ``points``."""
+    y: tuple[str, ...] = ("top1",)
+    """Quantities on the vertical axis."""
+    chance: bool = False
+    """Draw the line of guessing, 100 / classes, percent."""
+
+
+class StudyFile(_Part):
+    """What a study file may say."""
+
+    title: str
+    """Printed above the table."""
+    recipe: str
+    """File of the settings that all trials share."""
+    seeds: tuple[NonNegativeInt, ...] = (0,)
+    """Each setting is trained once with each."""
+    fixed: dict[str, Any] = {}
+    """Settings that differ from the recipe in all trials."""
+    axes: dict[str, dict[Label, dict[str, Any]]]
+    """Axis -> printed label -> the settings that move together."""
+    paper: dict[str, dict[Label, float]] = {}
+    """Quantity -> label (labels of several axes joined by " / ") -> what the paper printed."""
+    table: TableLayout = TableLayout()
+    figure: FigureLayout = FigureLayout()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a study: its place in the table, and its complete settings."""
+
+    labels: Mapping[str, str]
+    """Axis -> label."""
+    settings: ExperimentConfig
+    fingerprint: str
+    """Of the data's content; ``absent`` while the data is not there."""
+
+    @property
+    def row(self) -> str:
+        """The labels of all axes, joined."""
+        return " / ".join(self.labels.values())
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"{self.row} (seed {self.settings.seed})"
+
+    @cached_property
+    def identity(self) -> str:
+        """Equal identities, equal results: all settings, the data's fingerprint in the place of its paths."""
+        return identity(self.settings, self.fingerprint)
+
+    @cached_property
+    def key(self) -> str:
+        """A short hash of the identity; names the trial's folder."""
+        return hashlib.sha256(self.identity.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study, resolved."""
+
+    name: str
+    """The file's name without its ending: the experiment's name in MLflow."""
+    file: StudyFile
+    trials: Sequence[Trial]
+
+
+def identity(settings: ExperimentConfig, data_fingerprint: str) -> str:
+    """Return one line that is equal for equal trainings: settings with the data's content instead of its place."""
+    tree: dict[str, Any] = json.loads(canonical(settings))
+    for path in ("root", "videos", "train", "val", "labels"):
+        del tree["data"][path]
+    return json.dumps({**tree, "fingerprint": data_fingerprint}, sort_keys=True, ensure_ascii=False)
+
+
+def completed(identity_line: str) -> str:
+    """Return an identity that an earlier version wrote, with the settings it did not know yet at their defaults."""
+    tree: dict[str, Any] = json.loads(identity_line)
+    data_fingerprint = tree.pop("fingerprint")
+    return identity(build(tree), data_fingerprint)
+
+
+def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Study:
+    """Read a study file and list its trials in the order of the file: last axis fastest, then seeds.
+
+    ``overrides`` are ``path=value`` from the command line, the last word on every setting; ``recipe=FILE``
+    puts another recipe under the study. ``only`` keeps the trials with the given ``axis=label``.
+
+    Raises:
+        UserError: a bad file, setting, label or override; the message says where.
+
+    """
+    document = Document(find(name, "study"))
+    file = _checked(document)
+    changes = parse_overrides(overrides)
+    recipe_name = str(changes.pop("recipe", "")) or _beside(document, file.recipe)
+    recipe = Document(find(recipe_name, "recipe"))
+    seeds = (changes.pop("seed"),) if "seed" in changes else file.seeds
+    fingerprints: dict[tuple[str, ...], str] = {}
+    trials: list[Trial] = []
+    for labels in itertools.product(*(axis.items() for axis in file.axes.values())):
+        tree = _merged([(recipe, recipe.content, ()), (document, file.fixed, ("fixed",))])
+        for axis, (label, settings) in zip(file.axes, labels, strict=True):
+            tree = _override(tree, settings, document, ("axes", axis, str(label)))
+        for seed in seeds:
+            settings = _build(merge(tree, {**changes, "seed": seed}), recipe, document, labels, file, changes)
+            named = {axis: str(label) for axis, (label, _) in zip(file.axes, labels, strict=True)}
+            trials.append(Trial(named, settings, _fingerprint(settings, fingerprints)))
+    study = Study(document.path.stem, file, trials)
+    _check_paper(study, document)
+    return Study(study.name, file, _select(trials, file, only))
+
+
+def read_recipe(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read a recipe file and apply ``path=value`` overrides."""
+    document = Document(find(name, "recipe"))
+    changes = parse_overrides(overrides)
+    try:
+        return build(merge(document.content, changes))
+    except SettingError as error:
+        place = "" if _touches(error.path, changes) else f"{document.place_of_setting(error.path)}: "
+        raise UserError(f"{place}{error}") from None
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return dotted paths and YAML values of ``path=value`` words."""
+    changes: dict[str, Any] = {}
+    for word in overrides:
+        path, equals, text = word.partition("=")
+        if not equals or not path:
+            raise UserError(f"{word!r}: expected path=value, as in mask.ratio=0.75")
+        try:
+            changes[path] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{path}: the value {text!r} is not valid YAML") from None
+    return changes
+
+
+def _checked(document: Document) -> StudyFile:
+    try:
+        return StudyFile.model_validate(document.content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        names = tuple(str(part) for part in first["loc"])
+        raise UserError(f"{document.place(*names)}: {'.'.join(names)}: {first['msg']}") from None
+
+
+def _beside(document: Document, recipe: str) -> str:
+    """A study names its recipe relative to itself, or one that ships with mar."""
+    near = document.path.parent / recipe
+    if near.is_file():
+        return str(near)
+    try:
+        return str(find(recipe, "recipe"))
+    except UserError as error:
+        raise UserError(f"{document.place('recipe')}: recipe: {error}") from None
+
+
+def _merged(layers: Sequence[tuple[Document, Mapping[str, Any], tuple[str, ...]]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for document, settings, place in layers:
+        tree = _override(tree, settings, document, place)
+    return tree
+
+
+def _override(
+    tree: dict[str, Any], settings: Mapping[str, Any], document: Document, place: tuple[str, ...]
+) -> dict[str, Any]:
+    try:
+        return merge(tree, settings)
+    except SettingError as error:
+        raise UserError(f"{document.place(*place)}: {error}") from None
+
+
+def _touches(path: str, changes: Mapping[str, Any]) -> bool:
+    """Whether one of the changes is to this setting, to something in it, or to the branch it is in."""
+    return any(change == path or change.startswith(f"{path}.") or path.startswith(f"{change}.") for change in changes)
+
+
+def _build(
+    tree: Mapping[str, Any],
+    recipe: Document,
+    document: Document,
+    labels: Sequence[tuple[Label, Mapping[str, Any]]],
+    file: StudyFile,
+    changes: Mapping[str, Any],
+) -> ExperimentConfig:
+    try:
+        return build(tree)
+    except SettingError as error:
+        if _touches(error.path, changes):
+            raise UserError(str(error)) from None
+        for axis, (label, settings) in zip(file.axes, labels, strict=True):
+            if error.path and _touches(error.path, settings):
+                raise UserError(f"{document.place('axes', axis, str(label))}: {axis} = {label}: {error}") from None
+        if error.path and _touches(error.path, file.fixed):
+            raise UserError(f"{document.place('fixed')}: {error}") from None
+        raise UserError(f"{recipe.place_of_setting(error.path)}: {error}") from None
+
+
+def _fingerprint(settings: ExperimentConfig, known: dict[tuple[str, ...], str]) -> str:
+    data = settings.data
+    place = (data.format, data.root, data.videos, data.train, data.val, data.labels, str(data.num_classes))
+    if place not in known:
+        try:
+            known[place] = fingerprint(data)
+        except UserError:
+            known[place] = "absent"
+    return known[place]
+
+
+def _check_paper(study: Study, document: Document) -> None:
+    rows = {trial.row for trial in study.trials}
+    for quantity, values in study.file.paper.items():
+        for label in values:
+            if str(label) not in rows:
+                known = ", ".join(sorted(rows))
+                where = document.place("paper", quantity, str(label))
+                raise UserError(f"{where}: paper.{quantity}: no trial is labelled {str(label)!r} (there are: {known})")
+
+
+def _select(trials: list[Trial], file: StudyFile, only: Sequence[str]) -> list[Trial]:
+    for word in only:
+        axis, equals, label = word.partition("=")
+        if not equals or axis not in file.axes:
+            raise UserError(f"--only {word}: expected axis=label with an axis of the study ({', '.join(file.axes)})")
+        known = [str(name) for name in file.axes[axis]]
+        if label not in known:
+            raise UserError(f"--only {word}: the axis {axis} has no label {label!r} (it has: {', '.join(known)})")
+        trials = [trial for trial in trials if trial.labels[axis] == label]
+    return trials
+
+
+def absolute_root(trial: Trial) -> ExperimentConfig:
+    """Return the settings with an absolute data root, for workers whose working folder is another."""
+    root = str(Path(trial.settings.data.root).resolve())
+    return trial.settings.model_copy(update={"data": trial.settings.data.model_copy(update={"root": root})})

@@ -1,0 +1,147 @@
+"""One trial: what a backend is told about it, and Tune's trial that trains it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mar.errors import Failure
+from orchestration.config import LaunchConfig
+from orchestration.study import Trial, absolute_root
+
+FAILURE = "failure.txt"
+"""File, below the trial's folder, with the words for the user when a worker gave up."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """All that a worker on any machine needs: plain values, so that it travels as a dictionary."""
+
+    key: str
+    name: str
+    settings: dict[str, Any]
+    folder: str
+    workers: int
+    cpus_per_worker: int
+    gpus_per_worker: int
+    loader_processes: int
+    max_clips_per_pass: int | None
+    checkpoint_every_steps: int | None
+    retries: int
+    poll_s: float
+    storage: str
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as a dictionary."""
+        return asdict(self)
+
+
+class Listener(Protocol):
+    """What a launch wants to hear from the backend that trains its trials."""
+
+    def started(self, key: str) -> None:
+        """A trial runs."""
+
+    def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
+        """A trial finished an epoch (or tells of an earlier one again)."""
+
+    def finished(self, key: str) -> None:
+        """A trial is done: its result folder is complete."""
+
+    def failed(self, key: str, reason: str) -> None:
+        """A trial was given up."""
+
+
+def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int) -> Assignment:
+    """Return what a worker is told of a trial."""
+    return Assignment(
+        key=trial.key,
+        name=trial.name,
+        settings=absolute_root(trial).model_dump(mode="json"),
+        folder=str(launch.trial_folder(trial.key)),
+        workers=launch.workers,
+        cpus_per_worker=launch.cpus_per_worker,
+        gpus_per_worker=gpus_per_worker,
+        loader_processes=launch.loader_processes,
+        max_clips_per_pass=launch.max_clips_per_pass,
+        checkpoint_every_steps=launch.checkpoint_every_steps,
+        retries=launch.retries,
+        poll_s=launch.poll_s,
+        storage=str(launch.store.resolve() / "ray"),
+    )
+
+
+def reason_of(folder: Path, error: object) -> str:
+    """Return why a trial failed: the worker's own words, or the last line of what Ray says."""
+    words = folder / FAILURE
+    if words.is_file():
+        return words.read_text(encoding="utf-8")
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
+
+
+def run_inline(config: dict[str, Any]) -> None:
+    """Train inside Tune's trial: one worker, no process of its own, under a second to start."""
+    from ray import tune
+
+    from orchestration.worker import train
+
+    def report(epoch: int, metrics: dict[str, float], _: Path | None) -> None:
+        tune.report({**metrics, "epoch": epoch})
+
+    train(config["assignment"], report)
+
+
+def run_with_workers(config: dict[str, Any]) -> None:
+    """Train with Ray Train's TorchTrainer; this process only waits and passes the reports on to Tune.
+
+    Raises:
+        Failure: the trainer gave the trial up.
+
+    """
+    from ray import train as ray_train
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from orchestration.worker import train_worker
+
+    assignment = Assignment(**config["assignment"])
+    resources = {"CPU": float(assignment.cpus_per_worker)}
+    if assignment.gpus_per_worker:
+        resources["GPU"] = float(assignment.gpus_per_worker)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=assignment.plain(),
+        scaling_config=ray_train.ScalingConfig(
+            num_workers=assignment.workers, use_gpu=assignment.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=ray_train.RunConfig(
+            name=assignment.key,
+            storage_path=assignment.storage,
+            callbacks=[TuneReportCallback()],
+            failure_config=ray_train.FailureConfig(max_failures=assignment.retries, controller_failure_limit=1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray_train.TrainingFailedError as error:
+        raise Failure(reason_of(Path(assignment.folder), error)) from None
+
+
+def quiet_environment(launch: LaunchConfig) -> dict[str, str]:
+    """Return what Ray must find in the environment, in this process and in its workers."""
+    return {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(launch.poll_s),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
+        "MAR_LAUNCH": json.dumps({"workers": launch.workers}),
+    }

@@ -1,0 +1,62 @@
+"""A tiny data set of real videos, tiny settings for it, and the shapes in signatures switched on."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(
+    RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", MLFLOW_DISABLE_TELEMETRY="true", OMP_NUM_THREADS="1"
+)
+
+from jaxtyping import install_import_hook
+
+_SHAPED = ["augment", "classifier", "dataset", "decoder", "encoder", "evaluate", "layers", "masking", "model", "optim"]
+install_import_hook([f"mar.{module}" for module in _SHAPED], "beartype.beartype")
+
+import pytest
+import torch
+
+from mar.config import ExperimentConfig, build, merge
+from mar.motion_verbs import MotionVerbs, make
+
+torch.set_num_threads(1)
+TINY_VERBS = MotionVerbs(size=16, frames=8, classes=2, train=16, validation=8)
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen training and eight validation mp4s of two classes."""
+    folder = tmp_path_factory.mktemp("data") / "motion-verbs"
+    make(folder, TINY_VERBS)
+    return folder
+
+
+def tiny_tree(root: Path) -> dict[str, Any]:
+    """Settings of a model that trains in a second."""
+    return {
+        "data": {
+            "format": "ssv2",
+            "root": str(root),
+            "videos": "videos",
+            "train": "train.json",
+            "val": "validation.json",
+            "num_classes": 2,
+        },
+        "clip": {"frames": 8, "size": 16},
+        "encoder": {"size": "custom", "width": 16, "depth": 1, "heads": 2, "tubelet": [2, 4, 4], "drop_path": 0.1},
+        "classifier": {"width": 16, "depth": 1, "heads": 2, "dropout": 0.1},
+        "reconstruction": {"width": 16, "depth": 1, "heads": 2},
+        "recipe": {"epochs": 3, "batch_size": 8, "warmup_epochs": 1, "precision": "fp32"},
+        "evaluation": {"clips": 1, "crops": 1},
+    }
+
+
+@pytest.fixture
+def tiny(videos: Path) -> Callable[..., ExperimentConfig]:
+    """Tiny settings, with overrides: ``tiny({"mask.ratio": 0.75})``."""
+
+    def settings(overrides: dict[str, Any] | None = None) -> ExperimentConfig:
+        return build(merge(tiny_tree(videos), overrides or {}))
+
+    return settings

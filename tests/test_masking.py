@@ -1,0 +1,142 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mar.config import MaskConfig, build, merge
+from mar.masking import evaluation_mask, training_mask
+from mar.model import split_places
+
+STRATEGIES = [
+    ("cell", "running"),
+    ("cell", "standard"),
+    ("random", "running"),
+    ("random", "standard"),
+    ("block", "running"),
+    ("block", "standard"),
+    ("uniform", "running"),
+    ("uniform", "standard"),
+    ("tube", "standard"),
+    ("frame", "standard"),
+]
+RELEASED_STATES = {  # top left, top right, bottom left, bottom right; 1 is hidden; states A, B, C, D
+    0.25: ["1000", "0100", "0010", "0001"],
+    0.5: ["1100", "0110", "0011", "1001"],
+    0.75: ["1110", "0111", "1011", "1101"],
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def cell_states(mask: torch.Tensor) -> list[str]:
+    """The top left cell of each slice."""
+    return ["".join(str(int(hidden)) for hidden in tokens[:2, :2].flatten()) for tokens in mask]
+
+
+@pytest.mark.parametrize("start", range(4))
+@pytest.mark.parametrize("ratio", RELEASED_STATES)
+def test_the_mask_of_evaluation_runs_through_the_released_states(ratio: float, start: int) -> None:
+    mask = evaluation_mask(build({"mask": {"ratio": ratio}, "evaluation": {"mask": {"start": start}}}))[0]
+    states = RELEASED_STATES[ratio]
+    assert cell_states(mask) == [states[(slice_ + start) % 4] for slice_ in range(8)]
+    assert torch.equal(mask, mask[:, :2, :2].repeat(1, 7, 7))
+
+
+@pytest.mark.parametrize(("strategy", "motion"), STRATEGIES)
+@given(
+    ratio=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.6, 0.75, 0.9]),
+    grid=st.tuples(st.sampled_from([2, 4, 8]), st.sampled_from([4, 8, 14]), st.sampled_from([4, 8, 14])),
+    spatial=st.sampled_from(["repeated", "random"]),
+    temporal=st.sampled_from(["shuffled", "fixed"]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None)
+def test_every_clip_has_the_stated_number_of_hidden_tokens(
+    strategy: str, motion: str, ratio: float, grid: tuple[int, int, int], spatial: str, temporal: str, seed: int
+) -> None:
+    mask = MaskConfig.model_validate(
+        {"strategy": strategy, "motion": motion, "ratio": ratio, "spatial": spatial, "temporal": temporal}
+    )
+    drawn = training_mask(mask, grid, 5, generator(seed))
+    assert drawn.shape == (5, *grid)
+    assert drawn.flatten(1).sum(dim=1).tolist() == [mask.num_hidden(grid)] * 5
+    assert abs(mask.num_hidden(grid) / drawn[0].numel() - ratio) <= 1 / min(grid[0], grid[1] * grid[2])
+    assert torch.equal(drawn, training_mask(mask, grid, 5, generator(seed)))
+
+
+@pytest.mark.parametrize("cell", [(14, 14), (7, 7), (7, 2), (2, 7), (2, 2)])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_cells_of_every_size_of_table_iv_keep_the_token_count(cell: tuple[int, int], ratio: float) -> None:
+    mask = MaskConfig(cell=cell, ratio=ratio)
+    drawn = training_mask(mask, (8, 14, 14), 4, generator())
+    assert drawn.flatten(1).sum(dim=1).tolist() == [int(ratio * 1568)] * 4
+
+
+def test_half_of_a_large_cell_is_striped_not_a_block() -> None:
+    mask = evaluation_mask(build({"mask": {"cell": [14, 14]}}))[0]
+    stripes = torch.arange(14) % 2 == 0
+    assert torch.equal(mask[0], stripes.expand(14, 14))
+    assert torch.equal(mask[1], ~mask[0])
+
+
+def test_each_place_of_a_running_cell_is_hidden_in_two_of_four_slices() -> None:
+    mask = training_mask(MaskConfig(spatial="random"), (8, 14, 14), 3, generator())
+    assert mask.sum(dim=1).unique().tolist() == [4]
+    fixed = training_mask(MaskConfig(temporal="fixed"), (8, 14, 14), 3, generator())
+    assert fixed[:, :4].sum(dim=1).unique().tolist() == [2]
+
+
+def test_shuffling_permutes_whole_slices_and_starts_are_drawn_for_each_clip() -> None:
+    shuffled = training_mask(MaskConfig(), (8, 4, 4), 64, generator())
+    states = {state for clip in shuffled for state in cell_states(clip)[:1]}
+    assert states == set(RELEASED_STATES[0.5])
+    assert all(sorted(cell_states(clip)) == sorted(RELEASED_STATES[0.5] * 2) for clip in shuffled)
+    assert any(cell_states(clip)[:4] != cell_states(clip)[4:] for clip in shuffled)
+
+
+def test_a_mask_at_rest_is_the_same_in_every_slice_and_a_running_one_is_not() -> None:
+    for strategy in ("cell", "random", "block", "uniform"):
+        running = training_mask(MaskConfig(strategy=strategy, temporal="fixed"), (8, 14, 14), 2, generator())
+        assert not torch.equal(running[:, 0], running[:, 1])
+    for strategy in ("cell", "block", "uniform", "tube"):
+        resting = training_mask(MaskConfig(strategy=strategy, motion="standard"), (8, 14, 14), 2, generator())
+        assert torch.equal(resting, resting[:, :1].expand_as(resting))
+
+
+def test_a_running_mask_is_the_slice_before_it_moved_one_column() -> None:
+    for strategy in ("random", "block"):
+        mask = training_mask(MaskConfig(strategy=strategy), (8, 14, 14), 2, generator())
+        assert torch.equal(mask[:, 1:], mask[:, :-1].roll(1, dims=3))
+
+
+def test_a_frame_mask_hides_whole_slices_and_a_block_is_one_piece() -> None:
+    frame = training_mask(MaskConfig(strategy="frame", motion="standard"), (8, 4, 4), 8, generator())
+    assert set(frame.flatten(2).sum(dim=2).unique().tolist()) == {0, 16}
+    block = training_mask(MaskConfig(strategy="block", motion="standard", ratio=0.25), (8, 14, 14), 8, generator())
+    for clip in block[:, 0]:
+        rows, columns = clip.any(dim=1).nonzero().flatten(), clip.any(dim=0).nonzero().flatten()
+        area = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+        assert clip.sum() > 0.8 * area
+
+
+def test_the_mask_of_evaluation_never_changes() -> None:
+    for strategy, motion in STRATEGIES:
+        tree = merge({}, {"mask.strategy": strategy, "mask.motion": motion})
+        assert torch.equal(evaluation_mask(build(tree)), evaluation_mask(build(tree)))
+
+
+def test_another_ratio_in_testing_changes_the_mask_of_evaluation_only() -> None:
+    chosen = build({"mask": {"ratio": 0.5}, "evaluation": {"mask": {"ratio": 0.75}}})
+    assert evaluation_mask(chosen).sum() == 1176
+    assert training_mask(chosen.mask, chosen.grid, 1, generator()).sum() == 784
+
+
+def test_visible_and_hidden_places_are_in_order_and_complete() -> None:
+    mask = training_mask(MaskConfig(strategy="random", motion="standard"), (4, 4, 4), 3, generator())
+    visible, hidden = split_places(mask)
+    assert torch.equal(visible, visible.sort(dim=1).values)
+    assert torch.equal(torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(64).expand(3, -1))
+    assert mask.flatten(1).gather(1, hidden).all()
+    assert not mask.flatten(1).gather(1, visible).any()

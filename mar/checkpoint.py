@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -74,7 +75,7 @@ def write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any]) -> None
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
         _flush(path.parent)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
         free_gib = shutil.disk_usage(_existing(path)).free / 2**30
         raise Failure(

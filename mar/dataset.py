@@ -34,7 +34,7 @@ def draw(seed: int, *stream: int) -> np.random.Generator:
 class Batch:
     """Clips of uint8 pixels, their labels, and the videos that gave none."""
 
-    clips: UInt8[Tensor, "B T H W C"]
+    clips: UInt8[Tensor, "B *views T H W C"]
     labels: Int[Tensor, " B"]
     videos: Int[Tensor, " B"]
     """Each clip's place in the split."""

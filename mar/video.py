@@ -78,9 +78,10 @@ def decode_with(decoder: str, path: Path) -> Frames:
     if decoder == "pyav":
         return _decode_all(path)
     reader = _open_decord(path)
-    if reader is None:
-        raise BrokenVideo(path, "decord cannot open it, or is not installed")
-    return reader.get_batch(list(range(len(reader)))).asnumpy()
+    try:
+        return reader.get_batch(list(range(len(reader)))).asnumpy()
+    except Exception as error:  # see Reader.frames; None has no get_batch when decord could not even open it
+        raise BrokenVideo(path, f"decord cannot decode it, or is not installed ({error})") from None
 
 
 def _open_decord(path: Path) -> Any:

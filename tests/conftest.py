@@ -21,7 +21,7 @@ from mar.config import ExperimentConfig, build, merge
 from mar.motion_verbs import MotionVerbs, make
 
 torch.set_num_threads(1)
-TINY_VERBS = MotionVerbs(size=16, frames=8, classes=2, train=16, validation=8)
+TINY_VERBS = MotionVerbs(size=32, frames=8, classes=2, train=16, validation=8)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,277 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_VERBS
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mar.annotations import class_names, fingerprint, read_split
+from mar.augment import flip, mix, soft_labels
+from mar.config import AugmentConfig, ClipConfig, DataConfig, ExperimentConfig
+from mar.dataset import EvaluationClips, Share, TrainingClips, TrainingOrder, random_box, test_boxes
+from mar.errors import UserError
+from mar.motion_verbs import PHOTOS, VERBS, MotionVerbs, make, write_video
+from mar.video import BrokenVideo, Reader, decode_with, evaluation_frames, training_frames
+
+Settings = Callable[..., ExperimentConfig]
+
+
+def list_data(root: Path, text: str, num_classes: int = 2) -> DataConfig:
+    (root / "train.txt").write_text(text)
+    return DataConfig(root=str(root), num_classes=num_classes)
+
+
+# The demo data
+
+
+def test_the_demo_data_are_h264_files_in_something_somethings_format(videos: Path) -> None:
+    import av
+
+    items = json.loads((videos / "train.json").read_text())
+    assert json.loads((videos / "labels.json").read_text()) == {
+        "Moving something to the right": "0",
+        "Moving something to the left": "1",
+    }
+    assert items[0].keys() == {"id", "label", "template", "placeholders"}
+    with av.open(str(videos / "videos" / f"{items[0]['id']}.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        assert sum(1 for _ in container.decode(video=0)) == 8
+
+
+def test_the_same_seed_makes_the_same_files_and_another_seed_others(videos: Path, tmp_path: Path) -> None:
+    make(tmp_path / "same", TINY_VERBS)
+    make(tmp_path / "other", MotionVerbs(**{**vars(TINY_VERBS), "seed": 1}))
+    clips = [sorted((folder / "videos").iterdir()) for folder in (videos, tmp_path / "same", tmp_path / "other")]
+    assert [file.read_bytes() for file in clips[0]] == [file.read_bytes() for file in clips[1]]
+    assert all(a.read_bytes() != b.read_bytes() for a, b in zip(clips[0], clips[2], strict=True))
+
+
+def test_training_and_validation_share_no_photo() -> None:
+    assert not set(PHOTOS["train"]) & set(PHOTOS["validation"])
+
+
+def test_an_object_moves_right_in_the_first_class_and_left_in_the_second(tmp_path: Path) -> None:
+    make(tmp_path / "set", MotionVerbs(size=32, frames=8, classes=2, train=12, validation=2))
+    for item in json.loads((tmp_path / "set" / "train.json").read_text()):
+        frames = decode_with("pyav", tmp_path / "set" / "videos" / f"{item['id']}.mp4").astype(float)
+        changed = np.abs(frames - np.median(frames, axis=0)).mean(axis=(1, 3))
+        centre = (changed * np.arange(32)).sum(axis=1) / changed.sum(axis=1)
+        slope = np.polyfit(range(8), centre, 1)[0]
+        assert (slope > 0) == (item["template"] == VERBS[0])
+
+
+def test_making_a_set_again_keeps_it_and_never_overwrites_something_else(videos: Path, tmp_path: Path) -> None:
+    assert not make(videos, TINY_VERBS)
+    with pytest.raises(UserError, match="holds something else"):
+        make(videos, MotionVerbs())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds something else"):
+        make(tmp_path / "mine", TINY_VERBS)
+    with pytest.raises(UserError, match="classes: must be even"):
+        MotionVerbs(classes=3)
+
+
+# Annotations
+
+
+def test_a_list_file_is_read_with_commas_spaces_and_a_path_with_spaces(tmp_path: Path) -> None:
+    data = list_data(tmp_path, "a.mp4 0\nclips/b c.mp4  1\n\nd.mp4,1\n")
+    assert [(video.name, video.label) for video in read_split(data, "train")] == [
+        ("a.mp4", 0),
+        ("clips/b c.mp4", 1),
+        ("d.mp4", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("b.mp4", "train.txt:2: expected a path and a class number"),
+        ("b.mp4 one", "train.txt:2: expected a path and a class number"),
+        ("b.mp4 2", r"train.txt:2: class 2 is outside 0 … 1 (data.num_classes)"),
+        ("../b.mp4 1", "train.txt:2: ../b.mp4 leaves the video folder"),
+        ("/etc/passwd 1", "train.txt:2: /etc/passwd leaves the video folder"),
+    ],
+)
+def test_a_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_split(list_data(tmp_path, f"a.mp4 0\n{line}\n"), "train")
+    assert words in str(caught.value)
+
+
+def test_a_link_out_of_the_data_root_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "out").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="leaves the video folder"):
+        read_split(list_data(tmp_path / "root", "out/a.mp4 0\n"), "train")
+
+
+def test_an_empty_or_missing_data_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.root: the folder .* is empty"):
+        read_split(DataConfig(root=str(tmp_path)), "train")
+    with pytest.raises(UserError, match=r"data\.root: the folder .*absent does not exist"):
+        read_split(DataConfig(root=str(tmp_path / "absent")), "train")
+
+
+def test_something_somethings_files_are_read_and_their_faults_named(tiny: Settings, videos: Path, tmp_path: Path) -> None:
+    data = tiny().data
+    assert [video.label for video in read_split(data, "train")[:4]] == [0, 1, 0, 1]
+    assert class_names(data) == ["Moving something to the right", "Moving something to the left"]
+    copy = tmp_path / "copy"
+    shutil.copytree(videos, copy)
+    moved = data.model_copy(update={"root": str(copy)})
+    (copy / "train.json").write_text('[{"id": "1", "template": "Eating [something]"}]')
+    with pytest.raises(UserError, match=r"item 1: the class 'Eating something' is not in"):
+        read_split(moved, "train")
+    (copy / "train.json").write_text('[{"id": "1"\n]')
+    with pytest.raises(UserError, match=r"train\.json:2: not valid JSON"):
+        read_split(moved, "train")
+
+
+def test_the_fingerprint_follows_the_content_not_the_place(tiny: Settings, videos: Path, tmp_path: Path) -> None:
+    data = tiny().data
+    shutil.copytree(videos, tmp_path / "copy")
+    copied = data.model_copy(update={"root": str(tmp_path / "copy")})
+    assert fingerprint(copied) == fingerprint(data)
+    first = next((tmp_path / "copy" / "videos").iterdir())
+    first.write_bytes(first.read_bytes() + b"x")
+    assert fingerprint(copied) != fingerprint(data)
+
+
+# Decoding
+
+
+def test_both_decoders_give_the_same_frames(videos: Path) -> None:
+    file = next((videos / "videos").iterdir())
+    np.testing.assert_array_equal(decode_with("decord", file), decode_with("pyav", file))
+    with Reader(file) as reader:
+        np.testing.assert_array_equal(reader.frames([5, 0, 5]), decode_with("pyav", file)[[5, 0, 5]])
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404 not found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_file_that_is_no_video_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "clip.mp4"
+    file.write_bytes(content)
+    with pytest.raises(BrokenVideo, match=r"clip\.mp4: not a video that can be decoded"):
+        Reader(file)
+
+
+def test_a_missing_video_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BrokenVideo, match="no such file"):
+        Reader(tmp_path / "absent.mp4")
+
+
+def test_a_video_of_one_frame_fills_a_clip(tmp_path: Path) -> None:
+    write_video(tmp_path / "one.mp4", np.full((1, 16, 16, 3), 100, np.uint8))
+    for sampling in ("segments", "dense"):
+        clip = ClipConfig.model_validate({"frames": 8, "sampling": sampling})
+        with Reader(tmp_path / "one.mp4") as reader:
+            assert reader.frames(evaluation_frames(clip, len(reader), 2)[1].tolist()).shape == (8, 16, 16, 3)
+
+
+@given(
+    num_frames=st.integers(1, 300),
+    sampling=st.sampled_from(["segments", "dense"]),
+    stride=st.integers(1, 8),
+    num_clips=st.integers(1, 5),
+    seed=st.integers(0, 100),
+)
+def test_sampled_frames_exist_and_are_in_order(
+    num_frames: int, sampling: str, stride: int, num_clips: int, seed: int
+) -> None:
+    clip = ClipConfig.model_validate({"sampling": sampling, "stride": stride})
+    drawn = [training_frames(clip, num_frames, np.random.default_rng(seed))]
+    for indices in drawn + evaluation_frames(clip, num_frames, num_clips):
+        assert len(indices) == 16
+        assert 0 <= indices.min() <= indices.max() < num_frames
+        assert (np.diff(indices) >= 0).all()
+
+
+# Clips
+
+
+def test_a_clip_depends_on_its_seed_epoch_and_video_alone(tiny: Settings) -> None:
+    settings = tiny()
+    clips = TrainingClips(settings, read_split(settings.data, "train"))
+    again = TrainingClips(settings, read_split(settings.data, "train"))
+    _ = clips[3, 0]
+    assert torch.equal(clips[5, 1][0], again[5, 1][0])  # type: ignore[index]
+    assert not torch.equal(clips[5, 1][0], clips[5, 2][0])  # type: ignore[index]
+
+
+def test_three_crops_lie_at_both_ends_and_the_centre_of_the_long_side() -> None:
+    assert test_boxes(100, 160, 3) == [(0, 0, 100, 100), (0, 30, 100, 100), (0, 60, 100, 100)]
+    assert test_boxes(160, 100, 1) == [(30, 0, 100, 100)]
+
+
+def test_test_views_are_clips_times_crops_and_shuffling_keeps_the_frames(tiny: Settings) -> None:
+    settings = tiny()
+    videos = read_split(settings.data, "val")
+    views = EvaluationClips(settings, videos, 2, 3, shuffled=False)[0][0]  # type: ignore[index]
+    assert views.shape == (6, 8, 16, 16, 3)
+    ordered = EvaluationClips(settings, videos, 1, 1, shuffled=False)[0][0][0]  # type: ignore[index]
+    shuffled = EvaluationClips(settings, videos, 1, 1, shuffled=True)[0][0][0]  # type: ignore[index]
+    assert not torch.equal(ordered, shuffled)
+    assert sorted(frame.sum().item() for frame in ordered) == sorted(frame.sum().item() for frame in shuffled)
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 1000))
+def test_a_random_crop_lies_in_the_frame(height: int, width: int, seed: int) -> None:
+    top, left, h, w = random_box(height, width, ExperimentConfig(), np.random.default_rng(seed))
+    assert top >= 0 and left >= 0 and h > 0 and w > 0
+    assert top + h <= height and left + w <= width
+
+
+@given(num_videos=st.integers(8, 60), world=st.integers(1, 4), first_step=st.integers(0, 10))
+def test_every_epoch_sees_each_video_at_most_once_and_workers_share_a_batch(
+    num_videos: int, world: int, first_step: int
+) -> None:
+    settings = ExperimentConfig.model_validate({"recipe": {"epochs": 3, "batch_size": 8}})
+    whole = list(TrainingOrder(settings, num_videos, Share()))
+    shares = [list(TrainingOrder(settings, num_videos, Share(rank, world))) for rank in range(world)]
+    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
+    assert all(len(part) % 2 == 0 for share in shares for part in share)
+    per_epoch = num_videos // 8
+    for epoch in range(3):
+        keys = sum(whole[epoch * per_epoch : (epoch + 1) * per_epoch], [])
+        assert len(set(keys)) == per_epoch * 8
+        assert {key[1] for key in keys} == {epoch}
+    assert list(TrainingOrder(settings, num_videos, Share(), first_step)) == whole[first_step:]
+
+
+# Augmentation
+
+
+def test_smoothed_labels_are_timms() -> None:
+    from timm.data.mixup import mixup_target
+
+    labels = torch.tensor([0, 3, 1])
+    torch.testing.assert_close(soft_labels(labels, 5, 0.1), mixup_target(labels, 5, lam=1.0, smoothing=0.1))
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.8, "cutmix": 0.0}, {"mixup": 0.0, "cutmix": 1.0}])
+def test_mixing_takes_of_the_neighbours_label_what_it_takes_of_its_pixels(mixing: dict[str, float]) -> None:
+    config = AugmentConfig.model_validate(mixing)
+    pixels = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]).view(5, 1, 1, 1, 1).expand(5, 3, 4, 16, 16)
+    labels = soft_labels(torch.arange(5), 5, 0.0)
+    for seed in range(20):
+        mixed, mixed_labels = mix(pixels, labels, config, np.random.default_rng(seed))
+        torch.testing.assert_close(mixed.mean(dim=(1, 2, 3, 4)), mixed_labels @ torch.arange(5.0), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mixed_labels.sum(dim=1), torch.ones(5))
+        assert torch.equal(mixed[4], pixels[4]), "a clip without a neighbour stays as it is"
+        assert torch.equal(mixed[:, :, 0], mixed[:, :, 3]), "the same box in every frame"
+
+
+def test_mixing_switched_off_changes_nothing_and_flipping_mirrors_whole_clips() -> None:
+    pixels, labels = torch.rand(2, 3, 4, 8, 8), soft_labels(torch.tensor([0, 1]), 2, 0.0)
+    off = AugmentConfig(mixup=0.0, cutmix=0.0)
+    assert mix(pixels, labels, off, np.random.default_rng(0))[0] is pixels
+    flipped = flip(pixels, torch.tensor([True, False]))
+    assert torch.equal(flipped[0], pixels[0].flip(-1))
+    assert torch.equal(flipped[1], pixels[1])

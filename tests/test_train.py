@@ -1,0 +1,247 @@
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from safetensors.torch import load_file
+
+from mar.checkpoint import Progress, latest, read_sealed
+from mar.config import RESULT, ExperimentConfig, RecipeConfig, build, canonical
+from mar.errors import Failure, UserError
+from mar.model import MAR
+from mar.optim import learning_rate, parameter_groups
+from mar.train import Execution, fit
+
+Settings = Callable[..., ExperimentConfig]
+CPU = torch.device("cpu")
+CLOCKS = ("time/", "throughput/")
+
+
+def train(settings: ExperimentConfig, folder: Path, **execution: Any) -> list[tuple[int, dict[str, float]]]:
+    """Train and return what was reported, without what a clock measured."""
+    reports: list[tuple[int, dict[str, float]]] = []
+
+    def report(epoch: int, metrics: dict[str, float], _: Path | None) -> None:
+        reports.append((epoch, {name: value for name, value in metrics.items() if not name.startswith(CLOCKS)}))
+
+    fit(settings, folder, report, Execution(CPU, **{"say": lambda _: None, **execution}))
+    return reports
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / RESULT / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(other)[name]), name
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(settings: ExperimentConfig, folder: Path, epochs: int, **execution: Any) -> None:
+    def report(epoch: int, _: dict[str, float], __: Path | None) -> None:
+        if epoch == epochs:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(settings, folder, report, Execution(CPU, say=lambda _: None, **execution))
+
+
+def test_two_runs_are_bitwise_equal(tiny: Settings, tmp_path: Path) -> None:
+    one, other = (train(tiny(), tmp_path / name) for name in ("one", "other"))
+    assert one == other
+    assert_same_weights(tmp_path / "one", tmp_path / "other")
+
+
+def test_a_stopped_run_goes_on_and_equals_one_that_was_not(tiny: Settings, tmp_path: Path) -> None:
+    undisturbed = train(tiny(), tmp_path / "undisturbed")
+    stop_after(tiny(), tmp_path / "stopped", epochs=2)
+    resumed = train(tiny(), tmp_path / "stopped")
+    assert resumed == undisturbed, "the epochs before the stop are reported again"
+    assert_same_weights(tmp_path / "undisturbed", tmp_path / "stopped")
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from mar.config import build
+from mar import checkpoint
+from mar.train import Execution, fit
+import json
+torch.set_num_threads(1)
+save = checkpoint.save
+def save_then_die(*args, **kwargs):
+    save(*args, **kwargs)
+    if args[-1].step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save = save_then_die
+fit(build(json.loads(sys.argv[1])), Path(sys.argv[2]), lambda *_: None,
+    Execution(torch.device("cpu"), checkpoint_every_steps=1))
+"""
+
+
+def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_with_the_next_step(tiny: Settings, tmp_path: Path) -> None:
+    settings = tiny()
+    killed = subprocess.run([sys.executable, "-c", KILLED, canonical(settings), str(tmp_path / "killed")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    newest = latest(tmp_path / "killed", settings, print)
+    assert newest
+    assert newest.progress.step == 3, "two steps an epoch: killed after the first step of the second"
+    assert newest.progress.sums[3] == 8, "the clips of the half epoch"
+    assert train(settings, tmp_path / "killed", checkpoint_every_steps=1) == train(settings, tmp_path / "undisturbed")
+    assert_same_weights(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+def test_accumulated_gradients_give_the_same_training(tiny: Settings, tmp_path: Path) -> None:
+    settings = tiny({"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "augment.cutmix": 0.0})
+    train(settings, tmp_path / "whole")
+    train(settings, tmp_path / "parts", max_clips_per_pass=2)
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "parts")[name], tensor, atol=2e-5, rtol=1e-3)
+
+
+def _work(rank: int, world: int, settings: str, folder: str, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    train(build(json.loads(settings)), Path(folder))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_train_what_one_does(tiny: Settings, tmp_path: Path) -> None:
+    settings = tiny({"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "recipe.epochs": 2})
+    alone = train(settings, tmp_path / "one")
+    arguments = (2, canonical(settings), str(tmp_path / "two"), 29511)
+    multiprocessing.spawn(_work, args=arguments, nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, atol=2e-5, rtol=1e-3)
+    metrics = json.loads((tmp_path / "two" / RESULT / "metrics.json").read_text())
+    assert metrics["train/loss"] == pytest.approx(alone[-1][1]["train/loss"], rel=1e-4)
+    assert metrics["test/num_videos"] == 8
+
+
+def test_other_processes_decode_the_same_clips(tiny: Settings, tmp_path: Path) -> None:
+    settings = tiny({"recipe.epochs": 1})
+    assert train(settings, tmp_path / "here") == train(settings, tmp_path / "there", loader_processes=1)
+
+
+def test_the_result_is_complete_and_says_what_it_is(tiny: Settings, tmp_path: Path) -> None:
+    settings = tiny({"evaluation.shuffled_frames": True, "evaluation.clips": 2, "evaluation.crops": 3})
+    final = train(settings, tmp_path)[-1][1]
+    manifest = read_sealed(tmp_path / RESULT)
+    assert build(manifest["settings"]) == settings
+    rows = (tmp_path / RESULT / "predictions.csv").read_text().splitlines()
+    assert rows[0] == "video,label,probability_of_label,class_1,probability_1,class_2,probability_2"
+    correct = [row.split(",")[1] == row.split(",")[3] for row in rows[1:]]
+    assert final["test/top1"] == pytest.approx(100 * sum(correct) / 8)
+    assert 0 <= final["test/top1_shuffled_frames"] <= 100
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(tiny: Settings, tmp_path: Path) -> None:
+    undisturbed = train(tiny(), tmp_path / "undisturbed")
+    stop_after(tiny(), tmp_path / "damaged", epochs=2)
+    newest = sorted((tmp_path / "damaged").glob("step_*"))[-1]
+    content = bytearray((newest / "training.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "training.pt").write_bytes(content)
+    said: list[str] = []
+    assert train(tiny(), tmp_path / "damaged", say=said.append) == undisturbed
+    assert "training.pt changed after it was written" in said[0]
+
+
+def test_a_checkpoint_of_other_settings_is_not_used(tiny: Settings, tmp_path: Path) -> None:
+    train(tiny(), tmp_path)
+    said: list[str] = []
+    assert latest(tmp_path, tiny({"recipe.base_lr": 0.01}), said.append) is None
+    assert "other settings" in said[0]
+
+
+def test_a_disk_that_refuses_leaves_the_earlier_checkpoint_and_says_what_to_do(tiny: Settings, tmp_path: Path) -> None:
+    stop_after(tiny(), tmp_path, epochs=1)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(Failure, match="Earlier checkpoints are kept: make room"):
+            train(tiny(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert train(tiny(), tmp_path)[-1][0] == 3
+
+
+@pytest.fixture
+def half_broken(videos: Path, tmp_path: Path) -> Path:
+    shutil.copytree(videos, tmp_path / "data")
+    for identifier in ("1000003", "2000005"):
+        (tmp_path / "data" / "videos" / f"{identifier}.mp4").write_text("<html>gone</html>")
+    return tmp_path / "data"
+
+
+def test_a_broken_training_video_stops_the_training_and_is_named(
+    tiny: Settings, half_broken: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Failure, match=r"1000003\.mp4: not a video .*data\.broken: skip"):
+        train(tiny({"data.root": str(half_broken)}), tmp_path / "trial")
+
+
+def test_broken_videos_can_be_left_out_and_are_counted(tiny: Settings, half_broken: Path, tmp_path: Path) -> None:
+    final = train(tiny({"data.root": str(half_broken), "data.broken": "skip"}), tmp_path / "trial")[-1][1]
+    assert (final["train/num_broken"], final["test/num_broken"], final["test/num_videos"]) == (1, 1, 7)
+    assert "2000005.mp4" in (tmp_path / "trial" / RESULT / "broken_videos.txt").read_text()
+
+
+def test_a_batch_larger_than_the_split_is_refused(tiny: Settings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe\.batch_size: 32 is more than the 16 training videos"):
+        train(tiny({"recipe.batch_size": 32}), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tiny: Settings, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=r"the loss is .* try a smaller recipe\.base_lr"):
+        train(tiny({"recipe.base_lr": 1e30, "recipe.warmup_epochs": 0}), tmp_path)
+    assert not list(tmp_path.glob("step_*"))
+
+
+def test_bfloat16_trains_too(tiny: Settings, tmp_path: Path) -> None:
+    assert train(tiny({"recipe.precision": "bf16", "recipe.epochs": 1}), tmp_path)[-1][1]["train/loss"] > 0
+
+
+def test_the_learning_rate_warms_up_and_follows_the_cosine() -> None:
+    recipe = RecipeConfig(epochs=40, batch_size=512, base_lr=1e-3)
+    assert learning_rate(recipe, 0.0) == pytest.approx(1e-6)
+    assert learning_rate(recipe, 5.0) == pytest.approx(2e-3)
+    assert learning_rate(recipe, 22.5) == pytest.approx((2e-3 + 1e-6) / 2)
+    assert learning_rate(recipe, 40.0) == pytest.approx(1e-6)
+    unscaled = recipe.model_copy(update={"lr_scaling": "none"})
+    assert learning_rate(unscaled, 5.0) == pytest.approx(1e-3)
+
+
+def test_layers_decay_as_timm_decays_them(tiny: Settings) -> None:
+    """timm groups the same blocks: its encoder has depth + 2 layers, embedding first, norm and heads last."""
+    settings = tiny({"encoder.depth": 3, "recipe.layer_decay": 0.5})
+    model = MAR(settings)
+    scales = {id(p): group["lr_scale"] for group in parameter_groups(model, settings.recipe) for p in group["params"]}
+    named = {name: scales[id(parameter)] for name, parameter in model.named_parameters()}
+    assert named["encoder.embed.weight"] == 0.5**4
+    assert [named[f"encoder.blocks.{layer}.attn.qkv.weight"] for layer in range(3)] == [0.5**3, 0.5**2, 0.5]
+    assert named["classifier.head.weight"] == named["decoder.blocks.0.attn.qkv.weight"] == 1.0
+    decays = {id(p): group["weight_decay"] for group in parameter_groups(model, settings.recipe) for p in group["params"]}
+    undecayed = [name for name, parameter in model.named_parameters() if not decays[id(parameter)]]
+    assert all(name.endswith(("bias", "mask_token")) or "norm" in name for name in undecayed)
+
+
+def test_progress_survives_json() -> None:
+    progress = Progress(step=3, sums=[1.0] * 5, history=[{"train/loss": 0.5}])
+    assert Progress(**json.loads(json.dumps(vars(progress)))) == progress

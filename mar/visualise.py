@@ -34,13 +34,12 @@ def draw_masks(masks: dict[str, Bool[Tensor, "t h w"]], title: str, file: Path) 
     num_slices = next(iter(masks.values())).shape[0]
     figure = Figure(figsize=(1.1 * num_slices + 1.2, 1.25 * len(masks) + 0.6), layout="constrained")
     panels: Any = figure.subplots(len(masks), num_slices, squeeze=False)
-    for line, (name, mask) in zip(panels, masks.items(), strict=True):
+    for row, (line, (name, mask)) in enumerate(zip(panels, masks.items(), strict=True)):
         for step, (panel, hidden) in enumerate(zip(line, mask, strict=True)):
-            panel.pcolormesh(
-                hidden.flip(0).int().numpy(), cmap="Greys", vmin=0, vmax=1.6, edgecolors="0.8", linewidth=0.4
-            )
+            cells = hidden.flip(0).int().numpy()
+            panel.pcolormesh(cells, cmap="Greys", vmin=0, vmax=1.6, edgecolors="0.8", linewidth=0.4)
             panel.set(aspect="equal", xticks=[], yticks=[])
-            if line is panels[0]:
+            if row == 0:
                 panel.set_title(f"t = {step}", fontsize=8)
         line[0].set_ylabel(name, fontsize=7)
     figure.suptitle(title, fontsize=10)

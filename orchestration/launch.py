@@ -24,6 +24,7 @@ from orchestration.config import LaunchConfig
 from orchestration.results import match
 from orchestration.study import Study, Trial
 from orchestration.tracking import IDENTITY, KEY, KIND, STUDY, Store, Writer
+from orchestration.trial import LOG
 
 
 class View(Protocol):
@@ -41,6 +42,9 @@ class View(Protocol):
     def failed(self, trial: Trial, reason: str) -> None:
         """It was given up."""
 
+    def says(self, trial: Trial, words: str) -> None:
+        """It has a message for a person."""
+
 
 class Launch:
     """Hears from the backend; tells MLflow and the view. It is the only writer of its study's runs."""
@@ -55,6 +59,7 @@ class Launch:
         self.runs: dict[str, str] = {}
         self.failures: dict[str, str] = {}
         self.done: set[str] = set()
+        self._relayed: dict[str, int] = {}
 
     def started(self, key: str) -> None:
         """Find or make the trial's run."""
@@ -74,11 +79,14 @@ class Launch:
         self.runs[key] = self.store.run(self.experiment, trial.name, {KIND: "trial", KEY: key}, tags)
         self.store.parameters(self.runs[key], trial.settings.model_dump(mode="json"))
         self.writer.metrics(self.runs[key], 0, {"cost/gflops": figures.gflops, "cost/params_m": figures.params_m}, True)
+        log = self.store.launch.trial_folder(key) / LOG
+        self._relayed[key] = log.stat().st_size if log.is_file() else 0
         self.view.started(trial)
 
     def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
         """Log an epoch."""
         self.writer.metrics(self.runs[key], epoch, metrics)
+        self._relay(key)
         self.view.epoch(self.trials[key], epoch, metrics)
 
     def finished(self, key: str) -> None:
@@ -111,11 +119,28 @@ class Launch:
             self.writer.end(self.runs[key], "KILLED")
         self.writer.flush()
 
-    def close(self, reports: Path) -> None:
-        """End the parent run, with the report's files."""
+    def keep(self, reports: Path) -> None:
+        """Log the report's files with the study's run."""
         self.writer.artifacts(self.parent, reports, "report")
-        self.writer.end(self.parent, "FAILED" if self.failures else "KILLED" if self.unfinished else "FINISHED")
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the study's run, whatever happened."""
+        is_whole = kind is None and not self.failures and not self.unfinished
+        self.writer.end(self.parent, "FINISHED" if is_whole else "FAILED" if self.failures else "KILLED")
         self.writer.close()
+
+    def _relay(self, key: str) -> None:
+        """Tell the view what the trial's workers have said since."""
+        log = self.store.launch.trial_folder(key) / LOG
+        if log.is_file() and log.stat().st_size > self._relayed.get(key, 0):
+            with log.open(encoding="utf-8") as file:
+                file.seek(self._relayed.get(key, 0))
+                for line in file.read().splitlines():
+                    self.view.says(self.trials[key], line)
+                self._relayed[key] = file.tell()
 
     def _parent_tags(self) -> dict[str, str]:
         return {**self.shared, "title": self.study.file.title, "mlflow.note.content": self.study.file.title}

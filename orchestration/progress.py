@@ -72,6 +72,10 @@ class Board:
         state.status = "failed"
         self.console.print(Text(f"✗ {trial.name}: {reason}", style="red"), soft_wrap=True)
 
+    def says(self, trial: Trial, words: str) -> None:
+        """It has a message for a person."""
+        self.console.print(Text(f"! {trial.name}: {words}", style="yellow"), soft_wrap=True)
+
     def counts(self) -> dict[str, int]:
         """Return how many trials are in which state; those finished in earlier launches count as done."""
         states = [state.status for state in self.states.values()]

@@ -31,17 +31,17 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
             f"{study.file.title}: {len(study.trials)} trials, {have} finished before, {len(missing)} to train"
         )
         board = Board(missing, have, console)
-        launched = Launch(study, store, board)
-        try:
-            if missing:
-                with board:
-                    train_missing(launched, missing)
-        finally:
-            launched.settle()
-        folder = launch.report_folder(study.name)
-        records = store.trials()
-        write_report(study, records, folder)
-        launched.close(folder)
+        with Launch(study, store, board) as launched:
+            try:
+                if missing:
+                    with board:
+                        train_missing(launched, missing)
+            finally:
+                launched.settle()
+            folder = launch.report_folder(study.name)
+            records = store.trials()
+            write_report(study, records, folder)
+            launched.keep(folder)
     print(f"\n{to_markdown(table_info(study, records))}")
     print("\n".join(findings(study, records)))
     print(f"\nfigure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")

@@ -73,7 +73,6 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
 def _start(launch: LaunchConfig) -> None:
     import ray
 
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if launch.address is None else "token")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     if launch.address is None:
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
@@ -89,10 +88,10 @@ def cluster_words() -> str:
 
     _start(LaunchConfig())
     try:
-        answer: Any = ray.remote(num_cpus=0.1)(os.getpid)
-        ray.get(answer.remote(), timeout=60)
+        task: Any = ray.remote(num_cpus=0.1)(lambda: "ran")
+        answer: Any = ray.get(task.remote(), timeout=60)
         total = ray.cluster_resources()
-        return f"{ray.__version__}: a task ran; {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
+        return f"{ray.__version__}: a task {answer}; {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
     finally:
         ray.shutdown()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from mar.errors import Failure
 from orchestration.config import LaunchConfig
 from orchestration.study import Trial, absolute_root
 
+LOG = "log.txt"
+"""File, below the trial's folder, with what its workers had to say."""
 FAILURE = "failure.txt"
 """File, below the trial's folder, with the words for the user when a worker gave up."""
 
@@ -133,7 +134,9 @@ def run_with_workers(config: dict[str, Any]) -> None:
 
 def quiet_environment(launch: LaunchConfig) -> dict[str, str]:
     """Return what Ray must find in the environment, in this process and in its workers."""
+    token = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")} if launch.address else {}
     return {
+        **token,  # a cluster of our own makes its token itself: Ray's default
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(launch.poll_s),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -143,5 +146,4 @@ def quiet_environment(launch: LaunchConfig) -> dict[str, str]:
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
-        "MAR_LAUNCH": json.dumps({"workers": launch.workers}),
     }

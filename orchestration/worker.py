@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from mar.checkpoint import write_text
 from mar.config import build
 from mar.errors import Failure, UserError
 from mar.parallel import default_device, share
 from mar.train import Execution, Report, fit
-from orchestration.trial import FAILURE, Assignment
+from orchestration.trial import FAILURE, LOG, Assignment
+
+_PREDECESSOR_S = 60.0
 
 
 def train(assignment: dict[str, Any], report: Report) -> None:
@@ -20,22 +25,46 @@ def train(assignment: dict[str, Any], report: Report) -> None:
     told = Assignment(**assignment)
     folder = Path(told.folder)
     torch.set_num_threads(told.cpus_per_worker)
-    folder.mkdir(parents=True, exist_ok=True)
     leads = share().rank == 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"{folder} cannot be made: {error}; choose another --store") from None
     execution = Execution(
         device=default_device(),
         loader_processes=told.loader_processes,
         max_clips_per_pass=told.max_clips_per_pass,
         checkpoint_every_steps=told.checkpoint_every_steps,
-        say=(lambda words: print(f"{told.name}: {words}", flush=True)) if leads else (lambda _: None),
+        say=_Log(folder) if leads else (lambda _: None),
     )
-    if leads:
-        (folder / FAILURE).unlink(missing_ok=True)
     try:
-        fit(build(told.settings), folder, report, execution)
+        with _alone_in(folder) if leads else nullcontext():
+            fit(build(told.settings), folder, report, execution)
     except (UserError, Failure) as error:
         write_text(folder / FAILURE, str(error))
         raise
+
+
+class _Log:
+    """Messages for a person, in the trial's folder: the launch reads them from there (Ray keeps what is printed)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / LOG
+
+    def __call__(self, words: str) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(f"{words}\n")
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Generator[None]:
+    """Hold the trial's folder: a worker of a killed launch may live some seconds longer than its driver."""
+    try:
+        with FileLock(folder / "lock", timeout=_PREDECESSOR_S):
+            (folder / FAILURE).unlink(missing_ok=True)
+            yield
+    except Timeout:
+        raise Failure(f"{folder} is held by another process; stop it and run the same command again") from None
 
 
 def train_worker(assignment: dict[str, Any]) -> None:

@@ -15,7 +15,10 @@ PAPER_GFLOPS: list[tuple[dict[str, Any], float]] = [
     ({"mask.ratio": 0.75}, 40.95),
     (LINEAR, 79.84),
     ({"classifier.kind": "mlp"}, 80.15),
-    *[({"classifier.width": 256, "classifier.depth": d}, g) for d, g in ((1, 80.93), (2, 81.86), (4, 83.73), (8, 87.46))],
+    *[
+        ({"classifier.width": 256, "classifier.depth": d}, g)
+        for d, g in ((1, 80.93), (2, 81.86), (4, 83.73), (8, 87.46))
+    ],
     *[({"classifier.width": 384, "classifier.depth": d}, g) for d, g in ((1, 81.93), (2, 83.80), (4, 87.52))],
     *[({"classifier.width": 512, "classifier.depth": d}, g) for d, g in ((1, 83.25), (2, 86.35), (4, 92.55))],
     *[({"classifier.width": 640, "classifier.depth": d}, g) for d, g in ((1, 84.87), (2, 89.52), (4, 98.81))],

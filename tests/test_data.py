@@ -119,7 +119,9 @@ def test_an_empty_or_missing_data_folder_is_named(tmp_path: Path) -> None:
         read_split(DataConfig(root=str(tmp_path / "absent")), "train")
 
 
-def test_something_somethings_files_are_read_and_their_faults_named(tiny: Settings, videos: Path, tmp_path: Path) -> None:
+def test_something_somethings_files_are_read_and_their_faults_named(
+    tiny: Settings, videos: Path, tmp_path: Path
+) -> None:
     data = tiny().data
     assert [video.label for video in read_split(data, "train")[:4]] == [0, 1, 0, 1]
     assert class_names(data) == ["Moving something to the right", "Moving something to the left"]
@@ -154,7 +156,9 @@ def test_both_decoders_give_the_same_frames(videos: Path) -> None:
         np.testing.assert_array_equal(reader.frames([5, 0, 5]), decode_with("pyav", file)[[5, 0, 5]])
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>404 not found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>404 not found</html>", b"version https://git-lfs.github.com/spec/v1\n"]
+)
 def test_a_file_that_is_no_video_is_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "clip.mp4"
     file.write_bytes(content)

@@ -9,7 +9,7 @@ from mar.config import ExperimentConfig
 from mar.decoder import reconstruction_target
 from mar.encoder import flat_conv_weight, patchify
 from mar.masking import training_mask
-from mar.model import MAR, IMAGENET_MEAN, split_places
+from mar.model import IMAGENET_MEAN, MAR, split_places
 
 Settings = Callable[..., ExperimentConfig]
 QUIET = {"encoder.drop_path": 0.0, "classifier.dropout": 0.0}

@@ -237,7 +237,9 @@ def test_layers_decay_as_timm_decays_them(tiny: Settings) -> None:
     assert named["encoder.embed.weight"] == 0.5**4
     assert [named[f"encoder.blocks.{layer}.attn.qkv.weight"] for layer in range(3)] == [0.5**3, 0.5**2, 0.5]
     assert named["classifier.head.weight"] == named["decoder.blocks.0.attn.qkv.weight"] == 1.0
-    decays = {id(p): group["weight_decay"] for group in parameter_groups(model, settings.recipe) for p in group["params"]}
+    decays = {
+        id(p): group["weight_decay"] for group in parameter_groups(model, settings.recipe) for p in group["params"]
+    }
     undecayed = [name for name, parameter in model.named_parameters() if not decays[id(parameter)]]
     assert all(name.endswith(("bias", "mask_token")) or "norm" in name for name in undecayed)
 

@@ -1,0 +1,160 @@
+import csv
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_tree
+from scipy import stats
+
+from orchestration.figures import draw, figure_info
+from orchestration.plan import plan_json, plan_text, plan_trials
+from orchestration.report import findings, write_report
+from orchestration.results import Cell, match, rows
+from orchestration.study import Study, read_study
+from orchestration.tables import FORMATS, cell_text, latex_escaped, table_info, to_latex, to_markdown
+
+STUDY = """\
+title: "Mask ratio & 100 %"
+recipe: recipe.yaml
+seeds: [0, 1]
+axes:
+  ρ:
+    50 %: {mask.ratio: 0.5}
+    75 %: {mask.ratio: 0.75}
+paper:
+  top1: {75 %: 69.46}
+table: {columns: [top1, gflops]}
+figure: {kind: points, x: gflops, y: [top1], chance: true}
+"""
+
+
+@dataclass
+class Run:
+    identity: str
+    metrics: dict[str, float]
+    status: str = "FINISHED"
+    run_id: str = field(default="run")
+
+
+@pytest.fixture
+def study(tmp_path: Path, videos: Path) -> Study:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    (tmp_path / "study.yaml").write_text(STUDY)
+    return read_study(str(tmp_path / "study.yaml"))
+
+
+def runs(study: Study, *top1: float) -> list[Run]:
+    values = zip(study.trials, top1, strict=False)
+    return [Run(trial.identity, {"test/top1": value, "throughput/clips_per_s": 50.0}) for trial, value in values]
+
+
+def test_a_cell_has_the_mean_and_the_t_interval_of_its_seeds(study: Study) -> None:
+    cell = rows(study, runs(study, 70.0, 71.0, 69.0, 69.0))[0].cells["top1"]
+    low, high = stats.t.interval(0.95, 1, loc=70.5, scale=stats.sem([70.0, 71.0]))
+    assert (cell.status, cell.mean) == ("complete", 70.5)
+    assert cell.half_width == pytest.approx((high - low) / 2)
+
+
+def test_missing_and_partial_cells_are_visible_as_such(study: Study) -> None:
+    found = rows(study, runs(study, 70.0))
+    assert [row.cells["top1"].status for row in found] == ["partial", "missing"]
+    text = to_markdown(table_info(study, runs(study, 70.0)))
+    assert "70.00 (1 of 2)" in text
+    assert "1 of 4 trials are finished" in text
+    assert cell_text(Cell("missing"), 2, 2) == "–"
+
+
+def test_a_run_that_failed_or_has_other_settings_fills_no_cell(study: Study) -> None:
+    failed = [Run(trial.identity, {"test/top1": 1.0}, status="FAILED") for trial in study.trials]
+    assert match(study.trials, failed) == {}
+    assert match(study.trials, [Run("{}", {"test/top1": 1.0}), Run("", {})]) == {}
+
+
+def test_a_run_from_before_a_setting_existed_still_counts(study: Study) -> None:
+    before = json.loads(study.trials[0].identity)
+    del before["mask"]["temporal"]
+    assert list(match(study.trials, [Run(json.dumps(before), {})])) == [study.trials[0].key]
+
+
+def test_the_paper_stands_beside_ours_and_is_never_mixed_with_it(study: Study) -> None:
+    text = to_markdown(table_info(study, runs(study, 70.0, 71.0, 69.0, 69.5)))
+    header, _, first, second = text.splitlines()[2:6]
+    assert [words.strip() for words in header.split("|")[1:4]] == ["ρ", "Top-1 (%)", "Top-1 (%), paper"]
+    assert first.split("|")[3].strip() == "–"
+    assert second.split("|")[3].strip() == "69.46"
+    assert "**70.50" in first
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_shows_every_row(study: Study, form: str) -> None:
+    text = FORMATS[form](table_info(study, runs(study, 70.0, 71.0, 69.0, 69.5)))
+    assert "70.5" in text
+    assert ("75 \\%" if form == "tex" else "75 %") in text
+
+
+def test_latex_is_escaped_and_uses_booktabs(study: Study) -> None:
+    text = to_latex(table_info(study, []))
+    assert "\\caption{Mask ratio \\& 100 \\%" in text
+    assert "\\toprule" in text
+    assert latex_escaped("a_b × ρ \\ 5 %") == "a\\_b $\\times$ $\\rho$ \\textbackslash{} 5 \\%"
+
+
+def test_csv_is_unrounded_and_json_says_the_same(study: Study) -> None:
+    info = table_info(study, runs(study, 70.123456, 71.0))
+    table = list(csv.DictReader(io.StringIO(FORMATS["csv"](info))))
+    assert float(table[0]["mean"]) == pytest.approx((70.123456 + 71.0) / 2)
+    assert json.loads(FORMATS["json"](info))["cells"][0]["values"] == [70.123456, 71.0]
+
+
+def test_the_figure_shows_what_is_there_and_names_what_is_not(study: Study, tmp_path: Path) -> None:
+    info = figure_info(study, runs(study, 70.0, 71.0))
+    assert info.series[0].y == [70.5]
+    assert info.series[0].labels == ["50 %"]
+    assert (info.missing, info.chance) == (["75 %"], 50.0)
+    draw(info, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_is_complete(study: Study, tmp_path: Path) -> None:
+    write_report(study, runs(study, 70.0, 71.0, 69.0, 69.5), tmp_path / "report")
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {f"table.{form}" for form in FORMATS} | {"figure.png", "figure.pdf", "report.html", "report.md"} <= names
+    assert findings(study, runs(study, 70.0, 71.0))[0].startswith("Best: 50 %, 70.50 % top-1")
+    assert findings(study, []) == ["No trial is finished yet."]
+
+
+def test_a_plan_says_what_is_there_and_what_the_rest_will_take(study: Study) -> None:
+    lines = plan_trials(study, runs(study, 70.0))
+    assert [line.state for line in lines] == ["have", "new", "new", "new"]
+    assert lines[0].num_clips == 16 * 3
+    assert lines[1].device_hours == pytest.approx(48 / 50 / 3600)
+    assert json.loads(plan_json(lines))[0]["run_id"] == "run"
+    assert "4 trials: 1 finished, 3 to train" in plan_text(lines)
+
+
+def test_a_plan_without_a_finished_trial_guesses_no_hours(study: Study) -> None:
+    assert plan_trials(study, [])[0].device_hours is None
+
+
+def test_an_equal_trial_is_planned_once(study: Study, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(STUDY.replace("0.75}", "0.5}"))
+    lines = plan_trials(read_study(str(tmp_path / "study.yaml")), [])
+    assert [line.state for line in lines] == ["new", "new", "same", "same"]
+
+
+def test_a_thousand_trials_are_planned_without_torch_or_ray(tmp_path: Path, videos: Path) -> None:
+    import subprocess
+    import sys
+
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    text = STUDY.replace("seeds: [0, 1]", f"seeds: {list(range(500))}")
+    (tmp_path / "study.yaml").write_text(text)
+    program = (
+        "import sys; from orchestration.plan import plan_trials; from orchestration.study import read_study;"
+        "assert len(plan_trials(read_study(sys.argv[1]), [])) == 1000;"
+        "assert not {'torch', 'ray', 'mlflow', 'scipy', 'pandas'} & sys.modules.keys(), 'heavy'"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "study.yaml")], check=True)

@@ -1,0 +1,286 @@
+"""Studies run for real: every backend, MLflow, a killed driver, and what a user's mistakes are answered with."""
+
+import contextlib
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import tiny_tree
+
+from orchestration.cli import main
+from orchestration.config import LaunchConfig
+from orchestration.tracking import RunRecord, Store
+
+STUDY = """\
+title: "Tiny"
+recipe: recipe.yaml
+axes:
+  ρ:
+    50 %: {mask.ratio: 0.5}
+    75 %: {mask.ratio: 0.75}
+paper: {top1: {50 %: 70.97}}
+"""
+pytestmark = pytest.mark.filterwarnings("default")  # of Ray's and MLflow's own code
+MAR = [sys.executable, "-c", "from orchestration.cli import main; main()"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, videos: Path) -> Path:
+    """A folder with a study of two tiny trials."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    return tmp_path
+
+
+@pytest.fixture
+def no_orphans() -> Iterator[None]:
+    """A killed driver leaves two of Ray's agents behind."""
+    yield
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if "ray" in (process.info["name"] or "").lower():
+            process.kill()
+
+
+def mar(place: Path, *words: str, code: int = 0) -> str:
+    """Run the command in ``place``, in this process (loading Ray and MLflow anew takes seconds); return its output."""
+    output = io.StringIO()
+    before = sys.argv
+    try:
+        sys.argv = ["mar", *words]
+        with contextlib.chdir(place), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            main()
+    except SystemExit as ended:
+        assert ended.code == code, output.getvalue()
+    finally:
+        sys.argv = before
+    return output.getvalue()
+
+
+def trial_runs(place: Path, store: str = "mar_store") -> list[RunRecord]:
+    records = Store(LaunchConfig(store=place / store)).trials()
+    return sorted(records, key=lambda record: record.tags["labels"])
+
+
+def learnt(record: RunRecord) -> dict[str, float]:
+    """The metrics that no clock measured."""
+    return {name: value for name, value in record.metrics.items() if not name.startswith(("time/", "throughput/"))}
+
+
+def test_the_same_settings_give_the_same_numbers_on_every_backend(place: Path) -> None:
+    backends = {"plain": ["--local"], "inline": ["--backend", "inline"], "workers": ["--backend", "train"]}
+    numbers: dict[str, list[dict[str, float]]] = {}
+    for name, words in backends.items():
+        output = mar(place, "run", "tiny.yaml", "--store", name, *words)
+        assert "| 50 % |" in output
+        runs = trial_runs(place, name)
+        assert [run.status for run in runs] == ["FINISHED", "FINISHED"]
+        numbers[name] = [learnt(run) for run in runs]
+    assert numbers["plain"] == numbers["inline"] == numbers["workers"]
+
+    mar(place, "run", "tiny.yaml", "--store", "two", "--workers", "2", "--only", "ρ=50 %")
+    together = trial_runs(place, "two")[0].metrics
+    assert together["test/num_videos"] == 8
+    # dropout is drawn by each worker, so two workers' numbers are near, not equal
+    assert together["train/loss"] == pytest.approx(numbers["plain"][0]["train/loss"], rel=0.1)
+
+
+def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -> None:
+    mar(place, "run", "tiny.yaml", "--local")
+    store = Store(LaunchConfig(store=place / "mar_store"))
+    experiment = store.client.get_experiment_by_name("tiny")
+    assert experiment
+    runs = store.client.search_runs([experiment.experiment_id])
+    parent = next(run for run in runs if run.data.tags["mar.kind"] == "study")
+    child = next(run for run in runs if run.info.run_name == "50 % (seed 0)")
+    assert (len(runs), parent.info.status) == (3, "FINISHED")
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.params["mask.ratio"] == "0.5"
+    assert {"host", "version.torch", "cost.gflops", "cost.params_m", "labels", "seed"} <= child.data.tags.keys()
+    assert [epoch for epoch, _ in store.history(child.info.run_id, "train/loss")] == [1, 2, 3]
+    files = {item.path for item in store.client.list_artifacts(child.info.run_id, "result")}
+    assert files >= {
+        f"result/{name}" for name in ("model.safetensors", "manifest.json", "predictions.csv", "settings.yaml")
+    }
+    assert {item.path for item in store.client.list_artifacts(parent.info.run_id, "report")} >= {"report/figure.png"}
+
+
+def test_a_trial_finished_in_another_study_is_not_trained_again(place: Path) -> None:
+    mar(place, "run", "tiny.yaml", "--local", "--only", "ρ=50 %")
+    (place / "other.yaml").write_text(
+        STUDY.replace("ρ:", "ratio:").replace("75 %: {mask.ratio: 0.75}", "25 %: {mask.ratio: 0.25}")
+    )
+    output = mar(place, "run", "other.yaml", "--local")
+    assert "2 trials, 1 finished before, 1 to train" in output
+    assert len(trial_runs(place)) == 2
+    plan = json.loads(mar(place, "plan", "other.yaml", "--json"))
+    assert [line["state"] for line in plan] == ["have", "have"]
+
+
+def test_tables_and_figures_come_from_mlflow_alone(place: Path) -> None:
+    assert "0 of 2 trials are finished" in mar(place, "table", "tiny.yaml")
+    mar(place, "run", "tiny.yaml", "--local", "--only", "ρ=75 %")
+    for path in (place / "mar_store" / "trials").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    lines = mar(place, "table", "tiny.yaml").splitlines()
+    assert re.search(r"\| 50 % \| – +\| 70.97", lines[4])
+    assert re.search(r"\| 75 % \| \d+\.\d\d", lines[5])
+    assert "\\toprule" in mar(place, "table", "tiny.yaml", "--format", "tex")
+    assert mar(place, "figure", "tiny.yaml", "-o", "f.svg").strip() == "f.svg"
+    assert (place / "f.svg").stat().st_size > 1000
+    assert "cannot draw a .doc file" in mar(place, "figure", "tiny.yaml", "-o", "f.doc", code=2)
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("no_orphans")
+def test_a_killed_study_resumes_without_repeating_a_trial(place: Path) -> None:
+    words = ["run", "tiny.yaml", "recipe.epochs=30", "--max-concurrent", "1"]
+    store = place / "mar_store"
+    with (place / "first.log").open("w") as log:
+        first = subprocess.Popen([*MAR, *words], cwd=place, stdout=log, stderr=log)
+
+    def checkpoints() -> dict[str, list[str]]:
+        return {
+            folder.name: sorted(path.name for path in folder.glob("step_*"))
+            for folder in store.glob("trials/*")
+            if not (folder / "result").is_dir()
+        }
+
+    try:
+        wait_for(lambda: len(list(store.glob("trials/*/result"))) == 1 and any(checkpoints().values()))
+    finally:
+        first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = {record.run_id: record for record in trial_runs(place)}
+    assert sorted(record.status for record in before.values()) == ["FINISHED", "RUNNING"]
+    finished = next(record for record in before.values() if record.status == "FINISHED")
+    began = Store(LaunchConfig(store=store)).client.get_run(finished.run_id).info.end_time
+
+    output = mar(place, *words)
+    assert "2 trials, 1 finished before, 1 to train" in output
+    after = {record.run_id: record for record in trial_runs(place)}
+    assert after.keys() == before.keys(), "the runs were found again, not made anew"
+    assert [record.status for record in after.values()] == ["FINISHED", "FINISHED"]
+    assert Store(LaunchConfig(store=store)).client.get_run(finished.run_id).info.end_time == began
+    resumed = next(record for record in after.values() if record.run_id != finished.run_id)
+    reader = Store(LaunchConfig(store=store))
+    history = reader.client.get_metric_history(resumed.run_id, "train/loss")
+    assert sorted(point.step for point in history) == list(range(1, 31)), "every epoch is there, once"
+    undisturbed = mar(place, "run", "tiny.yaml", "recipe.epochs=30", "--store", "undisturbed", "--local")
+    assert "| 75 %" in undisturbed
+    again = {record.tags["mar.key"]: record for record in trial_runs(place, "undisturbed")}
+    assert learnt(again[resumed.tags["mar.key"]]) == learnt(resumed)
+
+
+def test_a_second_run_of_a_study_that_is_alive_is_refused(place: Path) -> None:
+    with (place / "first.log").open("w") as log:
+        words = ["run", "tiny.yaml", "recipe.epochs=500", "--local"]
+        first = subprocess.Popen([*MAR, *words], cwd=place, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+        assert f"the study tiny is being run already (process {first.pid}" in mar(place, *words, code=2)
+        (place / "same.yaml").write_text(STUDY)
+        output = mar(place, "run", "same.yaml", *words[2:], code=2)
+        assert "a trial of this study, in another study, is being run already" in output
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_trial_that_fails_is_named_and_the_others_go_on(place: Path) -> None:
+    study = STUDY.replace("{mask.ratio: 0.5}", "{mask.ratio: 0.5, recipe.base_lr: 1.0e+30, recipe.warmup_epochs: 0}")
+    (place / "tiny.yaml").write_text(study)
+    output = mar(place, "run", "tiny.yaml", "--backend", "inline", "--retries", "0", code=1)
+    assert "✗ 50 % (seed 0): the loss is" in output
+    assert "1 of 2 trials failed: 50 % (seed 0); run the same command to go on" in output
+    assert "✓ 75 % (seed 0)" in output
+    assert sorted(record.status for record in trial_runs(place)) == ["FAILED", "FINISHED"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud_in_a_ray_worker(place: Path) -> None:
+    words = ["run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline"]
+    mar(place, *words)
+    (trial,) = (place / "mar_store" / "trials").iterdir()
+    newest = sorted(trial.glob("step_*"))[-1]
+    (newest / "model.safetensors").write_bytes(b"bits have flipped")
+    store = Store(LaunchConfig(store=place / "mar_store"))
+    store.client.set_terminated(trial_runs(place)[0].run_id, "FAILED")
+    assert "checkpoint not used" in mar(place, *words)
+
+
+MISTAKES: list[tuple[list[str], int, str]] = [
+    (["run", "absent"], 2, "no study 'absent': neither a file nor one that ships with mar (quickstart)"),
+    (["run", "tiny.yaml", "mask.ration=0.5"], 2, "mask.ration: no such setting; did you mean mask.ratio?"),
+    (["run", "tiny.yaml", "data.root=nowhere"], 2, "data.root: the folder nowhere does not exist"),
+    (["run", "tiny.yaml", "--only", "ρ=60 %"], 2, "the axis ρ has no label '60 %'"),
+    (["run", "tiny.yaml", "--local", "--workers", "2"], 2, "--local trains with one worker"),
+    (["run", "tiny.yaml", "--workers", "64"], 2, "--workers 64: a trial asks for 64 CPU, the cluster has"),
+    (["run", "tiny.yaml", "--local", "recipe.batch_size=99"], 1, "recipe.batch_size: 99 is more than the 16"),
+    (["run", "tiny.yaml", "--local", "--store", "/proc/store"], 1, "the store /proc/store cannot be written"),
+    (["table", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:9"], 1, "the tracking store http://127.0.0.1:9 cannot"),
+    (["run", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:9"], 1, "the tracking store http://127.0.0.1:9 cannot"),
+    (["show", "absent"], 2, "no recipe 'absent'"),
+    (["cost", "recipe.yaml", "mask.ratio=2"], 2, "mask.ratio: must be less than 1, not 2"),
+    (["mask", "recipe.yaml", "-o", "mask.doc"], 2, "cannot draw a .doc file"),
+    (["ui", "--store", "nowhere"], 2, "--store nowhere: no tracking store there yet"),
+    (["data", "make", "motion-verbs", "set", "--classes", "3"], 2, "classes: must be even, from 2 to 12, not 3"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_users_mistake_is_answered_with_its_place_and_remedy(
+    place: Path, words: list[str], code: int, message: str
+) -> None:
+    assert message in mar(place, *words, code=code)
+    if (place / "mar_store" / "mlflow.db").is_file():
+        client = Store(LaunchConfig(store=place / "mar_store")).client
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        assert "RUNNING" not in {run.info.status for run in client.search_runs(experiments)}
+
+
+def test_a_video_that_is_no_video_stops_its_trial_and_is_named(place: Path) -> None:
+    (place / "data").mkdir()
+    (place / "data" / "a.mp4").write_text("<html>not found</html>")
+    (place / "data" / "list.txt").write_text("a.mp4 0\n" * 8)
+    recipe = tiny_tree(place / "data")
+    recipe["data"] = {"root": str(place / "data"), "train": "list.txt", "val": "list.txt", "num_classes": 2}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    output = mar(place, "run", "tiny.yaml", "--local", code=1)
+    assert "a.mp4: not a video that can be decoded" in output
+    assert "data.broken: skip" in output
+    (place / "data" / "list.txt").write_text("a.mp4\n")
+    assert "list.txt:1: expected a path and a class number" in mar(place, "run", "tiny.yaml", "--local", code=2)
+
+
+def test_the_small_verbs_print_what_they_promise(place: Path) -> None:
+    shown = yaml.safe_load(mar(place, "show", "recipe.yaml", "mask.ratio=0.75"))
+    assert shown["mask"]["ratio"] == 0.75
+    assert json.loads(mar(place, "show", "recipe.yaml", "--json"))["encoder"]["width"] == 16
+    assert json.loads(mar(place, "cost", "recipe.yaml", "--json"))["tokens"] == 64
+    assert "GFLOPs a view" in mar(place, "cost", "recipe.yaml")
+    masks = json.loads(mar(place, "mask", "recipe.yaml", "--json", "--clips", "1"))
+    assert masks["evaluation"][0][0] == [1, 1, 1, 1]
+    assert mar(place, "mask", "recipe.yaml", "-o", "m.png").strip() == "m.png"
+    assert (place / "m.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads(mar(place, "doctor", "--json"))
+    assert {finding["name"]: finding["works"] for finding in report} == dict.fromkeys(
+        ["python", "packages", "devices", "decord", "pyav", "ray", "tracking store", "disk"], True
+    )

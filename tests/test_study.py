@@ -1,0 +1,145 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_tree
+
+from mar.config import flatten
+from mar.errors import UserError
+from orchestration.files import find, packaged
+from orchestration.study import read_recipe, read_study
+
+STUDY = """\
+title: "A study"
+recipe: recipe.yaml
+seeds: [0, 1]
+fixed: {recipe.epochs: 2}
+axes:
+  ρ:
+    50 %: {mask.ratio: 0.5}
+    75 %: {mask.ratio: 0.75}
+  λ:
+    0.0: {reconstruction.weight: 0.0}
+    0.1: {reconstruction.weight: 0.1}
+paper:
+  top1: {50 % / 0.1: 70.97}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, videos: Path) -> Callable[[str], str]:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+
+    def study(text: str) -> str:
+        (tmp_path / "study.yaml").write_text(text)
+        return str(tmp_path / "study.yaml")
+
+    return study
+
+
+def test_trials_come_in_the_order_of_the_file_last_axis_fastest_then_seeds(write: Callable[[str], str]) -> None:
+    study = read_study(write(STUDY))
+    assert [trial.name for trial in study.trials][:5] == [
+        "50 % / 0.0 (seed 0)",
+        "50 % / 0.0 (seed 1)",
+        "50 % / 0.1 (seed 0)",
+        "50 % / 0.1 (seed 1)",
+        "75 % / 0.0 (seed 0)",
+    ]
+    assert len({trial.key for trial in study.trials}) == 8
+    assert study.name == "study"
+
+
+def test_the_later_word_wins_recipe_fixed_axes_command_line(write: Callable[[str], str]) -> None:
+    file = write(STUDY)
+    assert {trial.settings.recipe.epochs for trial in read_study(file).trials} == {2}
+    chosen = read_study(file, ["mask.ratio=0.25", "seed=7", "recipe.epochs=5"]).trials
+    assert {(t.settings.mask.ratio, t.settings.seed, t.settings.recipe.epochs) for t in chosen} == {(0.25, 7, 5)}
+    assert len(chosen) == 4
+
+
+def test_another_recipe_can_be_put_under_a_study(write: Callable[[str], str]) -> None:
+    trials = read_study(write(STUDY), ["recipe=quickstart"]).trials
+    assert trials[0].settings.encoder.width == 64
+    assert trials[0].settings.recipe.epochs == 2
+
+
+def test_only_keeps_the_named_trials(write: Callable[[str], str]) -> None:
+    trials = read_study(write(STUDY), only=["ρ=75 %", "λ=0.1"]).trials
+    assert [trial.name for trial in trials] == ["75 % / 0.1 (seed 0)", "75 % / 0.1 (seed 1)"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("mask.ratio: 0.75", "mask.ration: 0.75", "study.yaml:8: ρ = 75 %: mask.ration: no such setting; did you mean"),
+        ("mask.ratio: 0.75", "mask.ratio: 1.5", "study.yaml:8: ρ = 75 %: mask.ratio: must be less than 1, not 1.5"),
+        ("recipe.epochs: 2", "recipe.epochs: two", "study.yaml:4: recipe.epochs: must be a valid integer"),
+        ("50 % / 0.1: 70.97", "60 % / 0.1: 70.97", "study.yaml:13: paper.top1: no trial is labelled '60 % / 0.1'"),
+        ("recipe: recipe.yaml", "recipe: absent.yaml", "study.yaml:2: recipe: no recipe 'absent.yaml'"),
+        ("seeds: [0, 1]", "sedes: [0, 1]", "study.yaml:3: sedes: "),
+        ("seeds: [0, 1]", "seeds: [0, -1]", "study.yaml:3: seeds.1: "),
+        ("    75 %: {", "    50 %: {", "study.yaml:8: axes.ρ.50 % stands here a second time"),
+        ("  ρ:", "  ρ: [", "study.yaml:8: not valid YAML"),
+    ],
+)
+def test_a_faulty_study_is_named_with_file_line_and_setting(
+    write: Callable[[str], str], old: str, new: str, words: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        read_study(write(STUDY.replace(old, new)))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "only", "words"),
+    [
+        (["mask.ration=0.5"], [], "mask.ration: no such setting; did you mean mask.ratio?"),
+        (["mask.ratio"], [], "'mask.ratio': expected path=value"),
+        (["recipe=nowhere"], [], "no recipe 'nowhere'"),
+        ([], ["ρ=60 %"], "--only ρ=60 %: the axis ρ has no label '60 %' (it has: 50 %, 75 %)"),
+        ([], ["rho=50 %"], "--only rho=50 %: expected axis=label with an axis of the study (ρ, λ)"),
+    ],
+)
+def test_a_faulty_command_line_is_named(
+    write: Callable[[str], str], overrides: list[str], only: list[str], words: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        read_study(write(STUDY), overrides, only)
+    assert words in str(caught.value)
+
+
+def test_a_fault_in_the_recipe_is_named_there(write: Callable[[str], str], tmp_path: Path) -> None:
+    file = write(STUDY)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("num_classes: 2", "num_classes: 0"))
+    with pytest.raises(UserError, match=r"recipe\.yaml:\d+: data\.num_classes: must be greater than 0"):
+        read_study(file)
+
+
+def test_an_unknown_study_is_answered_with_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"no study 'quickstrat'.*quickstart"):
+        find("quickstrat", "study")
+
+
+def test_equal_settings_are_one_training_wherever_they_stand(write: Callable[[str], str], tmp_path: Path) -> None:
+    here = read_study(write(STUDY), only=["ρ=50 %", "λ=0.1"]).trials[0]
+    other = STUDY.replace("ρ:", "ratio:").replace(
+        "50 %: {mask.ratio: 0.5}", "half: {mask.ratio: 0.5, mask.cell: [2, 2]}"
+    )
+    there = read_study(write(other.replace("50 % / 0.1", "half / 0.1")), only=["ratio=half", "λ=0.1"]).trials[0]
+    assert here.key == there.key
+
+
+@pytest.mark.parametrize("file", sorted(packaged("search_spaces").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_study_is_sound(file: Path) -> None:
+    assert read_study(str(file)).trials
+
+
+@pytest.mark.parametrize(
+    "file", sorted(packaged("search_spaces").glob("recipes/**/*.yaml")), ids=lambda file: file.stem
+)
+def test_every_shipped_recipe_is_sound_and_explained(file: Path) -> None:
+    assert flatten(read_recipe(str(file)).model_dump())
+    assert file.read_text().startswith("# ")

@@ -47,7 +47,7 @@ class Record(Protocol):
 
     @property
     def status(self) -> str:
-        """FINISHED, RUNNING, …"""
+        """MLflow's word: FINISHED, RUNNING, FAILED or KILLED."""
         ...
 
     @property

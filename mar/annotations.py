@@ -33,7 +33,6 @@ def read_split(data: DataConfig, split: Split) -> list[Video]:
     Raises:
         UserError: a missing file, a line that cannot be understood, an unknown class, or a path that
             leaves the data root. The message names file and line.
-
     """
     root = Path(data.root)
     if not root.is_dir() or not any(root.iterdir()):

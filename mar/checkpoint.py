@@ -59,7 +59,6 @@ def write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any]) -> None
 
     Raises:
         Failure: the disk is full or refuses; nothing half-written is left behind.
-
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -89,7 +88,6 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
     Raises:
         Failure: a file is missing or changed.
-
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))

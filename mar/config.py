@@ -371,7 +371,6 @@ def build(tree: Mapping[str, Any]) -> ExperimentConfig:
 
     Raises:
         SettingError: an unknown path (its nearest neighbour is named) or a value that breaks a rule.
-
     """
     try:
         return ExperimentConfig.model_validate(tree)

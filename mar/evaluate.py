@@ -72,7 +72,6 @@ class Evaluator:
 
         Raises:
             Failure: not one video could be decoded.
-
         """
         model.eval()
         seen: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -115,7 +115,6 @@ def make(folder: Path, options: MotionVerbs, say: Callable[[int, int], None] = l
     Raises:
         UserError: ``folder`` holds something else.
         Failure: the disk is full or refuses.
-
     """
     facts = folder / "motion-verbs.json"
     if facts.is_file() and json.loads(facts.read_text()) == asdict(options):

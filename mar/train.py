@@ -88,7 +88,6 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     Raises:
         UserError: the settings do not fit the data.
         Failure: the loss is not finite, a video is broken (``data.broken: error``), or the disk refuses.
-
     """
     train, val = read_split(settings.data, "train"), read_split(settings.data, "val")
     order = _training_order(settings, train)

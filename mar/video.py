@@ -38,7 +38,6 @@ class Reader:
 
     Raises:
         BrokenVideo: neither decoder found a frame.
-
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,7 +72,6 @@ def decode_with(decoder: str, path: Path) -> Frames:
 
     Raises:
         BrokenVideo: that decoder cannot.
-
     """
     if decoder == "pyav":
         return _decode_all(path)

@@ -27,7 +27,6 @@ def draw_masks(masks: dict[str, Bool[Tensor, "t h w"]], title: str, file: Path) 
 
     Raises:
         UserError: matplotlib does not write that format.
-
     """
     from matplotlib.figure import Figure
 

@@ -84,7 +84,6 @@ def draw(info: FigureInfo, file: Path) -> None:
 
     Raises:
         UserError: matplotlib does not write that format.
-
     """
     from matplotlib.figure import Figure
 

@@ -23,7 +23,6 @@ def find(name: str, kind: str) -> Path:
 
     Raises:
         UserError: there is none; the nearest packaged names are given.
-
     """
     given = Path(name)
     if given.is_file():

@@ -152,17 +152,25 @@ def missing_trials(study: Study, store: Store) -> list[Trial]:
     return list({trial.key: trial for trial in study.trials if trial.key not in found}.values())
 
 
+def check_data(trials: Sequence[Trial]) -> None:
+    """Read the annotations of the trials' data, each set once.
+
+    Raises:
+        UserError: a set is not there, or a line of it is wrong.
+    """
+    sets = {trial.settings.data.model_dump_json(): trial.settings.data for trial in trials}
+    for data in sets.values():
+        read_split(data, "train")
+        read_split(data, "val")
+
+
 def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
     """Train the trials on the backend that the launch names; failures are in ``launched.failures``.
 
     Raises:
-        UserError: the data is not there or the trials cannot be placed.
-
+        UserError: one trial asks for more than the cluster has.
     """
     launch = launched.store.launch
-    for trial in trials:
-        read_split(trial.settings.data, "train")
-        read_split(trial.settings.data, "val")
     if launch.backend == "local":
         from orchestration import local  # torch, which the other backends load elsewhere
 
@@ -180,7 +188,6 @@ def only_one(study: Study, launch: LaunchConfig) -> Generator[None]:
     Raises:
         UserError: another launch holds it; says which process, since when.
         Failure: the store cannot be written.
-
     """
     folder = launch.store.resolve() / "locks"
     try:

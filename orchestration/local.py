@@ -17,7 +17,6 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
 
     Raises:
         UserError: more than one worker asked for.
-
     """
     if launch.workers > 1:
         raise UserError("--local trains with one worker; leave out --local to use --workers")

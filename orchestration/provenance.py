@@ -8,7 +8,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("mar-on-ray", "torch", "timm", "ray", "mlflow", "optuna", "decord", "av", "numpy")
+PACKAGES = ("mar-on-ray", "torch", "timm", "ray", "mlflow", "decord", "av", "numpy")
 
 
 def tags() -> dict[str, str]:

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from mar.errors import Failure
 from orchestration.config import LaunchConfig
-from orchestration.launch import Launch, missing_trials, only_one, train_missing
+from orchestration.launch import Launch, check_data, missing_trials, only_one, train_missing
 from orchestration.progress import Board
 from orchestration.report import findings, write_report
 from orchestration.study import Study
@@ -20,12 +20,12 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
     Raises:
         UserError: the data is not there, another run of the study is alive, a trial does not fit the cluster.
         Failure: a trial was given up or stopped; the table shows what is there.
-
     """
     console = Console(soft_wrap=True)
     with only_one(study, launch):
         store = Store(launch)
         missing = missing_trials(study, store)
+        check_data(missing)
         have = len({trial.key for trial in study.trials}) - len(missing)
         console.print(
             f"{study.file.title}: {len(study.trials)} trials, {have} finished before, {len(missing)} to train"

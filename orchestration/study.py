@@ -129,7 +129,6 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
 
     Raises:
         UserError: a bad file, setting, label or override; the message says where.
-
     """
     document = Document(find(name, "study"))
     file = _checked(document)

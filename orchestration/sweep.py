@@ -28,7 +28,6 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
 
     Raises:
         UserError: one trial asks for more than the cluster has.
-
     """
     os.environ.update(quiet_environment(launch))
     import ray

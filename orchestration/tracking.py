@@ -168,7 +168,6 @@ class Writer:
 
         Raises:
             Failure: the store could not be written.
-
         """
         written = threading.Event()
         self._orders.put(self._flush)
@@ -181,7 +180,6 @@ class Writer:
 
         Raises:
             Failure: the store could not be written.
-
         """
         self._orders.put(None)
         self._thread.join()

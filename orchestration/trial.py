@@ -101,7 +101,6 @@ def run_with_workers(config: dict[str, Any]) -> None:
 
     Raises:
         Failure: the trainer gave the trial up.
-
     """
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer

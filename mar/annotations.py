@@ -46,13 +46,6 @@ def read_split(data: DataConfig, split: Split) -> list[Video]:
     return [Video(name, _below(folder, name, place), _checked(label, data, place)) for name, label, place in rows]
 
 
-def class_names(data: DataConfig) -> list[str]:
-    """Return the name of each class: Something-Something's, or the numbers."""
-    if data.format != "ssv2":
-        return [str(label) for label in range(data.num_classes)]
-    return [name for name, _ in sorted(_labels(data).items(), key=lambda item: item[1])]
-
-
 def fingerprint(data: DataConfig) -> str:
     """Return a hash of both splits' names and labels and of their videos' sizes; equal content, equal hash.
 
@@ -78,7 +71,7 @@ def _annotation_file(data: DataConfig, split: Split) -> Path:
 def _read_list(file: Path) -> list[tuple[str, int, str]]:
     """One video a line: a path and a class number, parted by a comma or white space; the path may hold spaces."""
     rows: list[tuple[str, int, str]] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(_text(file).splitlines(), start=1):
         text, place = line.strip(), f"{file}:{number}"
         if not text:
             continue
@@ -123,9 +116,16 @@ def _labels(data: DataConfig) -> dict[str, int]:
         raise UserError(f"{file}: every class name must have a number") from None
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
 def _read_json(file: Path, kind: type[Any]) -> Any:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(_text(file))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(content, kind):

@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mar import __version__
-from mar.config import ExperimentConfig, build
-from mar.errors import Failure
+from mar.config import MANIFEST, ExperimentConfig, build, placeless
+from mar.errors import Failure, UserError
 
-MANIFEST = "manifest.json"
 Writers = Mapping[str, Callable[[Path], None]]
 """File name -> what writes that file."""
 
@@ -50,7 +49,6 @@ class Checkpoint:
     """A verified checkpoint on disk."""
 
     path: Path
-    settings: ExperimentConfig
     progress: Progress
 
 
@@ -93,9 +91,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         changed = [name for name, facts in manifest["files"].items() if _sha256(path / name) != facts["sha256"]]
     except (OSError, ValueError, KeyError) as error:
-        raise Failure(f"{path} is not complete: {error}") from None
+        raise Failure(f"it is not complete: {error}") from None
     if changed:
-        raise Failure(f"{path}: {', '.join(changed)} changed after it was written")
+        raise Failure(f"{', '.join(changed)} changed after it was written")
     return manifest
 
 
@@ -114,7 +112,9 @@ def save(
         "training.pt": lambda file: torch.save(optimizer.state_dict(), file),
     }
     write_sealed(path, writers, {"settings": settings.model_dump(mode="json"), "progress": asdict(progress)})
-    for old in sorted(folder.glob("step_*"))[:-keep]:
+    there = sorted(folder.glob("step_*"))
+    kept = [old for old in there if old.name <= path.name][-keep:]
+    for old in {*there, *folder.glob(".step_*.unfinished")} - {*kept}:  # newer ones were found to be damaged
         shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -129,12 +129,12 @@ def latest(folder: Path, settings: ExperimentConfig, say: Callable[[str], None])
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
             manifest = read_sealed(path)
-        except Failure as failure:
-            say(f"checkpoint not used: {failure}")
+            saved, progress = build(manifest["settings"]), Progress(**manifest["progress"])
+        except (Failure, UserError, KeyError, TypeError) as error:  # damaged, or of another version
+            say(f"checkpoint not used: {path}: {error}")
             continue
-        saved = build(manifest["settings"])
-        if saved == settings:
-            return Checkpoint(path, saved, Progress(**manifest["progress"]))
+        if placeless(saved) == placeless(settings):
+            return Checkpoint(path, progress)
         say(f"checkpoint not used: {path} has other settings")
     return None
 
@@ -144,12 +144,6 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
     optimizer.load_state_dict(torch.load(checkpoint.path / "training.pt", weights_only=True, map_location="cpu"))
     return checkpoint.progress
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load the weights of a checkpoint or result folder, verified."""
-    read_sealed(path)
-    model.load_state_dict(load_file(path / "model.safetensors"))
 
 
 def write_text(file: Path, text: str) -> None:

@@ -11,6 +11,7 @@ import copy
 import difflib
 import json
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -38,6 +39,8 @@ Grid = tuple[int, int, int]
 
 RESULT = "result"
 """Folder, below a trial's, of the finished model, its settings, metrics and predictions."""
+MANIFEST = "manifest.json"
+"""Written last into a result or checkpoint folder, with the SHA-256 of its files."""
 
 ENCODER_SIZES = {
     "tiny": (192, 12, 3),
@@ -179,6 +182,8 @@ class ClassifierConfig(Node):
     def _options_apply(self) -> Self:
         if self.kind == "bridging" and self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        if self.kind == "mlp" and self.depth < 2:
+            raise ValueError("an MLP has at least two layers: set depth: 2 or more, or kind: linear")
         if self.kind != "bridging" and (self.positions or self.mask_tokens):
             raise ValueError("positions and mask_tokens need kind: bridging (Table VII)")
         return self
@@ -241,7 +246,7 @@ class RecipeConfig(Node):
     """Learning rate at the end of the cosine."""
     weight_decay: NonNegativeFloat = 0.05
     """AdamW's; not applied to biases, norms and mask tokens."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[MaskRatio, MaskRatio] = (0.9, 0.999)
     """AdamW's momenta β₁, β₂."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
     """Learning-rate factor from each encoder block to the one below it."""
@@ -294,12 +299,15 @@ class ExperimentConfig(Node):
     def _shapes_fit(self) -> Self:
         shape = (self.clip.frames, self.clip.size, self.clip.size)
         if any(length % patch for length, patch in zip(shape, self.encoder.tubelet, strict=True)):
-            raise ValueError(f"encoder.tubelet {list(self.encoder.tubelet)} does not divide a clip of {list(shape)}")
+            raise ValueError(f"encoder.tubelet: {list(self.encoder.tubelet)} does not divide a clip of {list(shape)}")
         ratios = (self.mask.ratio, self.test_ratio)
         if self.mask.strategy == "cell" and any(ratios):
             _, h, w = self.grid
             if h % self.mask.cell[0] or w % self.mask.cell[1]:
-                raise ValueError(f"mask.cell {list(self.mask.cell)} does not divide the {h} x {w} token grid")
+                raise ValueError(f"mask.cell: {list(self.mask.cell)} does not divide the {h} x {w} token grid")
+        for path, mask in (("mask.ratio", self.mask), ("evaluation.mask.ratio", self.test_mask)):
+            if mask.num_hidden(self.grid) >= prod(self.grid):
+                raise ValueError(f"{path}: {mask.ratio} leaves no token of {prod(self.grid)} visible")
         return self
 
     @property
@@ -315,9 +323,14 @@ class ExperimentConfig(Node):
         return self.mask.ratio if ratio is None else ratio
 
     @property
+    def test_mask(self) -> MaskConfig:
+        """The mask's settings in testing."""
+        return self.mask.model_copy(update={"ratio": self.test_ratio})
+
+    @property
     def reconstructs(self) -> bool:
         """Whether there is a reconstruction branch: λ > 0 and something to redraw."""
-        return self.reconstruction.weight > 0 and self.mask.ratio > 0
+        return self.reconstruction.weight > 0 and self.mask.num_hidden(self.grid) > 0
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -376,14 +389,16 @@ def build(tree: Mapping[str, Any]) -> ExperimentConfig:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
+        path, message = ".".join(str(part) for part in first["loc"]), _rule(first["msg"])
+        if not path:  # a rule between branches: its message begins with the setting to blame
+            path, message = message.split(": ", 1)
         known = [candidate for candidate in SETTING_PATHS if path == candidate or path.startswith(f"{candidate}.")]
         if first["type"] == "extra_forbidden":
             nearest = difflib.get_close_matches(path, SETTING_PATHS, n=1, cutoff=0.4)
             raise SettingError(path, "no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")) from None
         place = max(known, key=len, default=path)
         value = "" if isinstance(first["input"], (Mapping, BaseModel)) else f", not {first['input']!r}"
-        raise SettingError(place, f"{_rule(first['msg'])}{value}") from None
+        raise SettingError(place, f"{message}{value}") from None
 
 
 def _rule(message: str) -> str:
@@ -393,3 +408,13 @@ def _rule(message: str) -> str:
 def canonical(settings: ExperimentConfig) -> str:
     """Return the settings as one line of JSON, every value written out, keys sorted."""
     return json.dumps(settings.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+
+
+DATA_PLACES = ("root", "videos", "train", "val", "labels")
+"""Settings of ``data`` that say where it lies: they bear on no result."""
+
+
+def placeless(settings: ExperimentConfig) -> dict[str, Any]:
+    """Return the settings as plain values, without those that say where the data lies."""
+    tree = settings.model_dump(mode="json")
+    return {**tree, "data": {name: value for name, value in tree["data"].items() if name not in DATA_PLACES}}

@@ -34,7 +34,7 @@ class Cost:
 def cost(settings: ExperimentConfig) -> Cost:
     """Return the cost of a model from its settings alone."""
     tokens = prod(settings.grid)
-    test = tokens - settings.mask.model_copy(update={"ratio": settings.test_ratio}).num_hidden(settings.grid)
+    test = tokens - settings.test_mask.num_hidden(settings.grid)
     train = tokens - settings.mask.num_hidden(settings.grid)
     forward = _encoder_flops(settings, train) + _classifier_flops(settings, train) + _decoder_flops(settings, train)
     inference_params = _encoder_params(settings) + _classifier_params(settings)

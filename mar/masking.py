@@ -40,7 +40,7 @@ def evaluation_mask(settings: ExperimentConfig, device: torch.device | None = No
     Cells run in order from ``evaluation.mask.start``; strategies that are random in testing too are
     drawn once, from a fixed seed.
     """
-    mask = settings.mask.model_copy(update={"ratio": settings.test_ratio})
+    mask = settings.test_mask
     if mask.strategy in ("cell", "uniform") and mask.ratio > 0:
         _, h, w = settings.grid
         cell = (h, w) if mask.strategy == "uniform" else mask.cell

@@ -116,8 +116,9 @@ def make(folder: Path, options: MotionVerbs, say: Callable[[int, int], None] = l
         UserError: ``folder`` holds something else.
         Failure: the disk is full or refuses.
     """
+    folder = folder.resolve()
     facts = folder / "motion-verbs.json"
-    if facts.is_file() and json.loads(facts.read_text()) == asdict(options):
+    if facts.is_file() and facts.read_text(encoding="utf-8") == _facts(options):
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and holds something else; choose another folder or remove it")
@@ -125,13 +126,17 @@ def make(folder: Path, options: MotionVerbs, say: Callable[[int, int], None] = l
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         _write(unfinished, options, say)
-        (unfinished / facts.name).write_text(json.dumps(asdict(options), indent=1))
+        (unfinished / facts.name).write_text(_facts(options), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise Failure(f"could not write {folder}: {error}") from None
     return True
+
+
+def _facts(options: MotionVerbs) -> str:
+    return json.dumps(asdict(options), indent=1)
 
 
 def _write(folder: Path, options: MotionVerbs, say: Callable[[int, int], None]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mar.dataset import Share
+
+T = TypeVar("T")
 
 
 def share() -> Share:
@@ -34,6 +37,11 @@ def gathered(item: Any) -> list[Any]:
     items: list[Any] = [None] * workers.world
     dist.all_gather_object(items, item)
     return items
+
+
+def of_first(find: Callable[[], T]) -> T:
+    """Return what the first worker finds, on every worker; the others wait for it."""
+    return gathered(find() if share().rank == 0 else None)[0]
 
 
 def default_device() -> torch.device:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -94,9 +95,11 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     torch.manual_seed(settings.seed)
     model = MAR(settings).to(execution.device)
     optimizer = build_optimizer(model, settings.recipe)
-    found = checkpoint.latest(folder, settings, execution.say)
+    found = parallel.of_first(lambda: checkpoint.latest(folder, settings, execution.say))
     progress = checkpoint.restore(found, model, optimizer) if found else Progress()
     order.first_step = progress.step
+    if parallel.share().rank == 0:
+        shutil.rmtree(folder / RESULT, ignore_errors=True)
     training = Training(settings, folder, execution, model, optimizer, progress, order.steps_per_epoch)
     for epoch, metrics in enumerate(progress.history, start=1):
         report(epoch, metrics, None)
@@ -106,13 +109,23 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     while training.epoch < settings.recipe.epochs:
         metrics = _train_epoch(training, batches)
         if (training.epoch + 1) % settings.evaluation.every_epochs == 0:
-            started = time.perf_counter()
+            clock = _Clock(progress)
             metrics |= validate(model).metrics("val")
-            progress.elapsed_s += time.perf_counter() - started
+            clock.stop()
         metrics["time/elapsed_s"] = progress.elapsed_s
         progress.history.append(metrics)
         report(training.epoch, metrics, _save(training))
     return _finish(training, val, report)
+
+
+class _Clock:
+    """Adds the time until ``stop`` to the progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.started = progress, time.perf_counter()
+
+    def stop(self) -> None:
+        self.progress.elapsed_s += time.perf_counter() - self.started
 
 
 def _training_order(settings: ExperimentConfig, train: list[Video]) -> TrainingOrder:
@@ -129,7 +142,7 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
     settings, progress, device = training.settings, training.progress, training.execution.device
     end, every = (training.epoch + 1) * training.steps_per_epoch, training.execution.checkpoint_every_steps
     sums = torch.tensor(progress.sums, dtype=torch.float64, device=device) * (training.share.rank == 0)
-    started, first_step, rate = time.perf_counter(), progress.step, 0.0
+    clock, first_step, elapsed_s, rate = _Clock(progress), progress.step, progress.elapsed_s, 0.0
     while progress.step < end:
         batch = next(batches)
         sums[4] += _count_broken(training, batch)
@@ -139,10 +152,11 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
         progress.step += 1
         if every and progress.step % every == 0 and progress.step < end:
             progress.sums = parallel.summed(sums).tolist()
+            clock.stop()
             _save(training)
+            clock = _Clock(progress)
     total, classification, reconstruction, clips, broken = parallel.summed(sums).tolist()
-    seconds = time.perf_counter() - started
-    progress.elapsed_s += seconds
+    clock.stop()
     progress.sums = Progress().sums
     if not math.isfinite(total):
         raise Failure(f"the loss is {total} in epoch {training.epoch + 1}: try a smaller recipe.base_lr")
@@ -150,7 +164,7 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
     if settings.reconstructs:
         metrics["train/reconstruction_loss"] = reconstruction / clips
     trained = (progress.step - first_step) * settings.recipe.batch_size
-    return metrics | {"train/num_broken": broken, "throughput/clips_per_s": trained / seconds}
+    return metrics | {"train/num_broken": broken, "throughput/clips_per_s": trained / (progress.elapsed_s - elapsed_s)}
 
 
 def train_step(training: Training, batch: Batch) -> Tensor:
@@ -229,6 +243,9 @@ def _finish(training: Training, val: list[Video], report: Report) -> dict[str, f
     views, device, processes = settings.evaluation, execution.device, execution.loader_processes
     test = Evaluator(settings, val, device, clips=views.clips, crops=views.crops, loader_processes=processes)
     predictions = test(training.model)
+    if predictions.broken:
+        first = f"the first: {predictions.broken[0]}"
+        execution.say(f"{len(predictions.broken)} of {len(val)} test videos could not be decoded, {first}")
     metrics = training.progress.history[-1] | predictions.metrics("test")
     if settings.evaluation.shuffled_frames:
         shuffle = Evaluator(settings, val, device, clips=views.clips, crops=views.crops, shuffled=True)

@@ -47,6 +47,8 @@ def main() -> NoReturn:
         _end(str(error), 1)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        _end(str(error), 1)
     sys.exit(0)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from mar.errors import UserError
-from orchestration.results import QUANTITIES, Record, rows
+from orchestration.quantities import QUANTITIES
+from orchestration.results import Record, rows
 from orchestration.study import Study
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -41,8 +42,12 @@ class FigureInfo:
     series: Sequence[Series]
     chance: float | None
     """Percent, where guessing is drawn."""
+    rows: Sequence[str]
+    """All of them, in the study's order."""
     missing: Sequence[str]
     """Rows that have nothing yet."""
+    partial: Sequence[str]
+    """Rows of which some seeds are not there yet."""
 
     def frame(self) -> pd.DataFrame:
         """Return the points, to travel with the picture."""
@@ -75,7 +80,9 @@ def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
         y_title=series[0].name if len(series) == 1 else "Top-1 (%)" if "top1" in layout.y else "",
         series=series,
         chance=100 / study.trials[0].settings.data.num_classes if layout.chance else None,
+        rows=[row.label for row in all_rows],
         missing=[row.label for row in all_rows if not row.finished],
+        partial=[row.label for row in all_rows if 0 < row.finished < row.seeds],
     )
 
 
@@ -91,14 +98,18 @@ def draw(info: FigureInfo, file: Path) -> None:
     axes: Any = figure.subplots()
     for place, series in enumerate(info.series):
         colour = _COLOURS[place % len(_COLOURS)]
-        _bars(axes, info, series, place, colour) if info.kind == "bars" else _points(axes, series, colour)
+        if info.kind == "bars":
+            _bars(axes, info, series, place, colour)
+        else:
+            _points(axes, series, colour)
     if info.chance is not None:
         axes.axhline(info.chance, color="0.4", linestyle=":", label=f"guessing ({info.chance:g} %)")
     axes.set(title=info.title, xlabel=info.x_title, ylabel=info.y_title)
     if len(info.series) > 1 or info.chance is not None:
         axes.legend(frameon=False)
-    if info.missing:
-        axes.text(0.01, 0.01, f"not there yet: {', '.join(info.missing)}", transform=axes.transAxes, fontsize=8)
+    lacking = {"not there yet": info.missing, "seeds not there yet": info.partial}
+    words = "; ".join(f"{what}: {', '.join(labels)}" for what, labels in lacking.items() if labels)
+    axes.text(0.01, 0.01, words, transform=axes.transAxes, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12, y=0.12)
     if file.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
@@ -116,7 +127,8 @@ def _points(axes: Any, series: Series, colour: str) -> None:
 def _bars(axes: Any, info: FigureInfo, series: Series, place: int, colour: str) -> None:
     width = 0.8 / len(info.series)
     shift = (place - (len(info.series) - 1) / 2) * width
-    positions = [x + shift for x in series.x] if info.kind == "bars" else series.x
-    axes.bar(positions, series.y, width, yerr=series.error, color=colour, label=series.name, capsize=3)
+    axes.bar(
+        [x + shift for x in series.x], series.y, width, yerr=series.error, color=colour, label=series.name, capsize=3
+    )
     if place == 0:
-        axes.set_xticks(series.x, series.labels)
+        axes.set_xticks(range(len(info.rows)), info.rows)

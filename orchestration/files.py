@@ -40,6 +40,16 @@ def find(name: str, kind: str) -> Path:
     raise UserError(f"no {kind} {name!r}: neither a file nor one that ships with mar ({', '.join(near)})")
 
 
+class _KeysAsWritten(yaml.SafeLoader):
+    """YAML takes a label like ``on`` or ``0.10`` for a boolean or a number; a name is what is written."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
+
+
 class Document:
     """A YAML mapping that remembers the line of every entry."""
 
@@ -49,7 +59,7 @@ class Document:
         try:
             text = path.read_text(encoding="utf-8")
             node = yaml.compose(text, Loader=yaml.SafeLoader)
-            content = yaml.safe_load(text)
+            content = yaml.load(text, Loader=_KeysAsWritten)  # noqa: S506  (a SafeLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""

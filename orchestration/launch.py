@@ -9,14 +9,14 @@ import json
 import os
 import time
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import filelock
 
 from mar.annotations import read_split
-from mar.config import RESULT
+from mar.config import DATA_PLACES, RESULT, placeless
 from mar.cost import cost
 from mar.errors import Failure, UserError
 from orchestration import provenance
@@ -25,6 +25,9 @@ from orchestration.results import match
 from orchestration.study import Study, Trial
 from orchestration.tracking import IDENTITY, KEY, KIND, STUDY, Store, Writer
 from orchestration.trial import LOG
+
+_PARENT = "study"
+"""The writer's key of the study's own run."""
 
 
 class View(Protocol):
@@ -52,76 +55,70 @@ class Launch:
     def __init__(self, study: Study, store: Store, view: View) -> None:
         self.study, self.store, self.view = study, store, view
         self.trials = {trial.key: trial for trial in study.trials}
-        self.writer = Writer(store)
-        self.experiment = store.experiment(study.name)
         self.shared = {STUDY: study.name, **provenance.tags()}
-        self.parent = store.run(self.experiment, study.name, {KIND: "study", STUDY: study.name}, self._parent_tags())
-        self.runs: dict[str, str] = {}
-        self.failures: dict[str, str] = {}
+        self.experiment = store.experiment(study.name)
+        title = study.file.title
+        tags = {**self.shared, "title": title, "mlflow.note.content": title}
+        self.parent = store.run(self.experiment, study.name, {KIND: "study"}, tags)
+        self.writer = Writer(store)
+        self.writer.open(_PARENT, lambda: self.parent)
+        self.begun: set[str] = set()
         self.done: set[str] = set()
+        self.failures: dict[str, str] = {}
         self._relayed: dict[str, int] = {}
 
     def started(self, key: str) -> None:
         """Find or make the trial's run."""
-        if key in self.runs:
+        if key in self.begun:
             return
-        trial, figures = self.trials[key], cost(self.trials[key].settings)
-        tags = {
-            **self.shared,
-            IDENTITY: trial.identity,
-            "mlflow.parentRunId": self.parent,
-            "labels": json.dumps(dict(trial.labels), ensure_ascii=False),
-            "seed": str(trial.settings.seed),
-            "cost.gflops": f"{figures.gflops:.4f}",
-            "cost.params_m": f"{figures.params_m:.4f}",
-            "folder": str(self.store.launch.trial_folder(key)),
-        }
-        self.runs[key] = self.store.run(self.experiment, trial.name, {KIND: "trial", KEY: key}, tags)
-        self.store.parameters(self.runs[key], trial.settings.model_dump(mode="json"))
-        self.writer.metrics(self.runs[key], 0, {"cost/gflops": figures.gflops, "cost/params_m": figures.params_m}, True)
+        self.begun.add(key)
+        figures = cost(self.trials[key].settings)
+        self.writer.open(key, lambda: self._run_of(self.trials[key]))
+        self.writer.metrics(key, 0, {"cost/gflops": figures.gflops, "cost/params_m": figures.params_m}, again=True)
         log = self.store.launch.trial_folder(key) / LOG
         self._relayed[key] = log.stat().st_size if log.is_file() else 0
-        self.view.started(trial)
+        self.view.started(self.trials[key])
 
     def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
         """Log an epoch."""
-        self.writer.metrics(self.runs[key], epoch, metrics)
+        self.writer.metrics(key, epoch, metrics)
         self._relay(key)
         self.view.epoch(self.trials[key], epoch, metrics)
 
     def finished(self, key: str) -> None:
         """Log the final metrics and the result folder, then mark the run as finished."""
-        folder, trial, run_id = self.store.launch.trial_folder(key), self.trials[key], self.runs[key]
+        folder, trial = self.store.launch.trial_folder(key), self.trials[key]
         metrics: dict[str, float] = json.loads((folder / RESULT / "metrics.json").read_text(encoding="utf-8"))
         final = {name: value for name, value in metrics.items() if name.startswith("test/")}
-        self.writer.metrics(run_id, trial.settings.recipe.epochs, final, again=True)
-        self.writer.artifacts(run_id, folder / RESULT, RESULT)
-        self.writer.end(run_id, "FINISHED")
+        self.writer.metrics(key, trial.settings.recipe.epochs, final, again=True)
+        self.writer.artifacts(key, folder / RESULT, RESULT)
+        self.writer.end(key, "FINISHED")
         self.done.add(key)
+        self._relay(key)
         self.view.finished(trial, metrics)
 
     def failed(self, key: str, reason: str) -> None:
         """Log why, and mark the run as failed."""
         self.failures[key] = reason
-        if key in self.runs:
-            self.writer.tag(self.runs[key], "failure", reason[:4000])
-            self.writer.end(self.runs[key], "FAILED")
+        if key in self.begun:
+            self.writer.tag(key, "failure", reason[:4000])
+            self.writer.end(key, "FAILED")
         self.view.failed(self.trials[key], reason)
 
     @property
     def unfinished(self) -> list[str]:
         """Trials that were started and neither finished nor failed: somebody stopped the launch."""
-        return [key for key in self.runs if key not in self.done and key not in self.failures]
+        return [key for key in self.begun if key not in self.done and key not in self.failures]
 
     def settle(self) -> None:
         """Write down what the trials came to; after this, MLflow can be read."""
         for key in self.unfinished:
-            self.writer.end(self.runs[key], "KILLED")
+            self.writer.end(key, "KILLED")
         self.writer.flush()
 
     def keep(self, reports: Path) -> None:
         """Log the report's files with the study's run."""
-        self.writer.artifacts(self.parent, reports, "report")
+        self.writer.artifacts(_PARENT, reports, "report")
 
     def __enter__(self) -> Launch:
         return self
@@ -129,7 +126,7 @@ class Launch:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End the study's run, whatever happened."""
         is_whole = kind is None and not self.failures and not self.unfinished
-        self.writer.end(self.parent, "FINISHED" if is_whole else "FAILED" if self.failures else "KILLED")
+        self.writer.end(_PARENT, "FINISHED" if is_whole else "FAILED" if self.failures else "KILLED")
         self.writer.close()
 
     def _relay(self, key: str) -> None:
@@ -142,8 +139,23 @@ class Launch:
                     self.view.says(self.trials[key], line)
                 self._relayed[key] = file.tell()
 
-    def _parent_tags(self) -> dict[str, str]:
-        return {**self.shared, "title": self.study.file.title, "mlflow.note.content": self.study.file.title}
+    def _run_of(self, trial: Trial) -> str:
+        data = trial.settings.data
+        figures = cost(trial.settings)
+        tags = {
+            **self.shared,
+            IDENTITY: trial.identity,
+            "mlflow.parentRunId": self.parent,
+            "labels": json.dumps(dict(trial.labels), ensure_ascii=False),
+            "seed": str(trial.settings.seed),
+            "cost.gflops": f"{figures.gflops:.4f}",
+            "cost.params_m": f"{figures.params_m:.4f}",
+            "folder": str(self.store.launch.trial_folder(trial.key)),
+            **{f"data.{name}": str(getattr(data, name)) for name in DATA_PLACES},
+        }
+        run_id = self.store.run(self.experiment, trial.name, {KIND: "trial", KEY: trial.key}, tags)
+        self.store.parameters(run_id, placeless(trial.settings))
+        return run_id
 
 
 def missing_trials(study: Study, store: Store) -> list[Trial]:
@@ -156,12 +168,17 @@ def check_data(trials: Sequence[Trial]) -> None:
     """Read the annotations of the trials' data, each set once.
 
     Raises:
-        UserError: a set is not there, or a line of it is wrong.
+        UserError: a set is not there, a line of it is wrong, or it is smaller than a batch.
     """
-    sets = {trial.settings.data.model_dump_json(): trial.settings.data for trial in trials}
-    for data in sets.values():
-        read_split(data, "train")
-        read_split(data, "val")
+    sizes: dict[str, int] = {}
+    for trial in trials:
+        data, batch_size = trial.settings.data, trial.settings.recipe.batch_size
+        name = data.model_dump_json()
+        if name not in sizes:
+            read_split(data, "val")
+            sizes[name] = len(read_split(data, "train"))
+        if batch_size > sizes[name]:
+            raise UserError(f"recipe.batch_size: {batch_size} is more than the {sizes[name]} training videos")
 
 
 def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
@@ -183,7 +200,9 @@ def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
 
 @contextmanager
 def only_one(study: Study, launch: LaunchConfig) -> Generator[None]:
-    """Hold the locks of the study and its trials: two launches at once would train the same thing twice.
+    """Hold the study's lock: two launches at once would train the same trials.
+
+    A trial that another study is training at this moment is refused by its worker (``worker._alone_in``).
 
     Raises:
         UserError: another launch holds it; says which process, since when.
@@ -194,15 +213,13 @@ def only_one(study: Study, launch: LaunchConfig) -> Generator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Failure(f"the store {launch.store} cannot be written: {error}; choose another with --store") from None
-    names = [study.name, *(trial.key for trial in study.trials)]
-    with ExitStack() as held:
-        for name in dict.fromkeys(names):
-            lock, note = filelock.FileLock(folder / f"{name}.lock"), folder / f"{name}.txt"
-            try:
-                held.enter_context(lock.acquire(timeout=0))
-            except filelock.Timeout:
-                told = note.read_text(encoding="utf-8") if note.is_file() else "unknown process"
-                what = f"the study {name}" if name == study.name else "a trial of this study, in another study,"
-                raise UserError(f"{what} is being run already ({told}); wait for it, or stop that process") from None
-            note.write_text(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}", encoding="utf-8")
+    lock, note = filelock.FileLock(folder / f"{study.name}.lock"), folder / f"{study.name}.txt"
+    try:
+        held = lock.acquire(timeout=0)
+    except filelock.Timeout:
+        told = note.read_text(encoding="utf-8") if note.is_file() else "unknown process"
+        words = f"the study {study.name} is being run already ({told}); wait for it, or stop that process"
+        raise UserError(words) from None
+    with held:
+        note.write_text(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}", encoding="utf-8")
         yield

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from mar.errors import Failure, UserError
+import torch
+
+from mar.errors import UserError
 from orchestration.config import LaunchConfig
 from orchestration.study import Trial
-from orchestration.trial import Listener, assign
+from orchestration.trial import LOG, Listener, assign
 from orchestration.worker import train
 
 
@@ -20,6 +23,7 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
     """
     if launch.workers > 1:
         raise UserError("--local trains with one worker; leave out --local to use --workers")
+    gpus = int(torch.cuda.is_available()) if launch.gpus_per_worker is None else launch.gpus_per_worker
     for trial in trials:
         listener.started(trial.key)
 
@@ -27,8 +31,11 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
             listener.epoch(key, epoch, metrics)
 
         try:
-            train(assign(trial, launch, 0).plain(), report)
-        except (UserError, Failure) as error:
-            listener.failed(trial.key, str(error))
-        else:
+            reason = train(assign(trial, launch, gpus).plain(), report)
+        except Exception as error:  # a fault of ours or of the settings: the next trial may do better
+            (launch.trial_folder(trial.key) / LOG).write_text(traceback.format_exc(), encoding="utf-8")
+            reason = f"{type(error).__name__}: {error}"
+        if reason is None:
             listener.finished(trial.key)
+        else:
+            listener.failed(trial.key, reason)

@@ -10,7 +10,7 @@ from typing import Literal
 from mar.annotations import read_split
 from mar.cost import cost
 from orchestration.results import Record, match
-from orchestration.study import Study, Trial
+from orchestration.study import ABSENT, Study, Trial
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def plan_text(lines: Sequence[PlannedTrial]) -> str:
         words += f", about {sum(hours):.2f} device-hours at the throughput of this study's finished trials"
     elif new:
         words += "; device-hours are known once a trial of this study is finished here"
-    if any(line.trial.fingerprint == "absent" for line in lines):
+    if any(line.trial.fingerprint == ABSENT for line in lines):
         words += f"\nthe data is not there yet: {lines[0].trial.settings.data.root}"
     return "\n".join([header, *rows, words])
 
@@ -110,7 +110,7 @@ def _or_dash(value: float | None, form: str) -> str:
 def _num_training_videos(study: Study) -> int | None:
     """Return the size of the training split; none while the data is not there, or where trials differ in it."""
     data = study.trials[0].settings.data
-    if any(trial.fingerprint == "absent" or trial.settings.data != data for trial in study.trials):
+    if any(trial.fingerprint == ABSENT or trial.settings.data != data for trial in study.trials):
         return None
     return len(read_split(data, "train"))
 

@@ -14,6 +14,8 @@ from rich.text import Text
 
 from orchestration.study import Trial
 
+_ROWS = 24
+"""A study of more trials shows those that run or failed."""
 _MARKS = {"queued": "·", "running": "▶", "done": "✓", "failed": "✗"}
 
 
@@ -108,11 +110,14 @@ class Board:
         table = Table(box=None, pad_edge=False)
         for heading in ("", "trial", "epoch", "", "loss", "top-1 (%)", "clips/s"):
             table.add_column(heading, justify="left" if heading in ("", "trial") else "right")
-        for state in self.states.values():
+        shown = list(self.states.values())
+        if len(shown) > _ROWS:
+            shown = [state for state in shown if state.status in ("running", "failed")][:_ROWS]
+        for state in shown:
             epochs, metrics = state.trial.settings.recipe.epochs, state.metrics
             table.add_row(
                 _MARKS[state.status],
-                state.trial.name,
+                Text(state.trial.name),
                 f"{state.epoch}/{epochs}",
                 ProgressBar(epochs, state.epoch, width=16),
                 _figure(metrics, "train/loss", ".4f"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,20 +14,19 @@ from orchestration.tables import FORMATS, TableInfo, table_info
 
 
 def write_report(study: Study, records: Sequence[Record], folder: Path) -> None:
-    """Write ``table.*``, ``figure.png``, ``figure.pdf``, ``figure.csv``, ``report.md`` and ``report.html``."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    """Write ``table.*``, ``figure.png``, ``figure.pdf``, ``figure.csv``, ``report.md`` and ``report.html``.
+
+    Whatever else is in the folder stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     table, figure = table_info(study, records), figure_info(study, records)
     for ending, render in FORMATS.items():
-        (unfinished / f"table.{ending}").write_text(render(table), encoding="utf-8")
+        (folder / f"table.{ending}").write_text(render(table), encoding="utf-8")
     for ending in ("png", "pdf"):
-        draw(figure, unfinished / f"figure.{ending}")
-    figure.frame().to_csv(unfinished / "figure.csv", index=False)
-    (unfinished / "report.md").write_text(_markdown(study, table), encoding="utf-8")
-    (unfinished / "report.html").write_text(_html(study, table), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+        draw(figure, folder / f"figure.{ending}")
+    figure.frame().to_csv(folder / "figure.csv", index=False)
+    (folder / "report.md").write_text(_markdown(study, table), encoding="utf-8")
+    (folder / "report.html").write_text(_html(study, table), encoding="utf-8")
 
 
 def findings(study: Study, records: Sequence[Record]) -> list[str]:
@@ -37,7 +35,7 @@ def findings(study: Study, records: Sequence[Record]) -> list[str]:
 
 
 def _findings(study: Study, all_rows: Sequence[Row]) -> list[str]:
-    there = [row for row in all_rows if "top1" in row.cells and row.cells["top1"].mean is not None]
+    there = [row for row in all_rows if row.cells["top1"].mean is not None]
     if not there:
         return ["No trial is finished yet."]
     best = max(there, key=lambda row: row.cells["top1"].mean or 0.0)
@@ -47,7 +45,7 @@ def _findings(study: Study, all_rows: Sequence[Row]) -> list[str]:
         f"Best: {best.label}, {top1:.2f} % top-1 on videos that it has not seen "
         f"({top1 / chance:.1f} times guessing, {chance:.2f} %)."
     ]
-    shuffled = best.cells["shuffled_top1"].mean if "shuffled_top1" in best.cells else None
+    shuffled = best.cells["shuffled_top1"].mean
     if shuffled is not None:
         words.append(f"With each clip's frames in random order the same model has {shuffled:.2f} %.")
     return words

@@ -7,34 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from mar.cost import Cost, cost
-from orchestration.study import Study, Trial, completed
+from orchestration.quantities import QUANTITIES
+from orchestration.study import ABSENT, Study, Trial, completed
 
 CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A column: where its value comes from and how it is printed."""
-
-    title: str
-    source: str
-    """A metric's name, or ``cost.`` and a field of ``mar.cost.Cost``."""
-    digits: int = 2
-    higher_is_better: bool | None = None
-
-
-QUANTITIES = {
-    "top1": Quantity("Top-1 (%)", "test/top1", higher_is_better=True),
-    "top5": Quantity("Top-5 (%)", "test/top5", higher_is_better=True),
-    "shuffled_top1": Quantity("Top-1, shuffled frames (%)", "test/top1_shuffled_frames"),
-    "gflops": Quantity("GFLOPs", "cost.gflops", digits=4),
-    "params": Quantity("Param (M)", "cost.params_m"),
-    "loss": Quantity("Loss", "train/loss", digits=4, higher_is_better=False),
-    "reconstruction_loss": Quantity("L_r", "train/reconstruction_loss", digits=4, higher_is_better=False),
-    "clips_per_s": Quantity("Clips/s", "throughput/clips_per_s", digits=1, higher_is_better=True),
-    "time_s": Quantity("Training time (s)", "time/elapsed_s", digits=0, higher_is_better=False),
-}
-"""The quantities a study's table and figure may name."""
 
 
 class Record(Protocol):
@@ -92,60 +68,80 @@ class Cell:
 class Row:
     """One setting of a study, over its seeds."""
 
-    label: str
+    labels: tuple[str, ...]
+    """One for each axis."""
     cells: Mapping[str, Cell]
     """By quantity."""
     seeds: int
     finished: int
+    notes: tuple[str, ...] = ()
+    """What a reader must know of its numbers."""
+
+    @property
+    def label(self) -> str:
+        """The labels of all axes, joined."""
+        return " / ".join(self.labels)
 
 
 def match(trials: Sequence[Trial], records: Sequence[Record]) -> dict[str, Record]:
     """Return, by trial key, the newest finished run with the trial's settings, of whatever study.
 
-    A run logged before a setting existed matches if the trial leaves that setting at its default.
+    A run logged before a setting existed matches if the trial leaves that setting at its default. Where the data
+    is not at hand, its fingerprint is unknown, and the settings alone decide: a table needs no videos.
     """
     finished = [record for record in records if record.status == "FINISHED" and record.identity]
-    exact: dict[str, Record] = {}
-    for record in reversed(finished):
-        exact[record.identity] = record
+    exact = {record.identity: record for record in reversed(finished)}
     found = {trial.key: exact[trial.identity] for trial in trials if trial.identity in exact}
-    missing = {trial.identity: trial.key for trial in trials if trial.key not in found}
-    if missing:
-        for record in finished:
-            key = missing.get(_completed(record.identity))
-            if key is not None:
-                found.setdefault(key, record)
+    missing = {trial.identity: trial for trial in trials if trial.key not in found}
+    is_anywhere = any(trial.fingerprint == ABSENT for trial in missing.values())
+    for record in finished if missing else []:
+        for data in (None, ABSENT) if is_anywhere else (None,):
+            trial = missing.get(_completed(record.identity, data))
+            if trial is not None:
+                found.setdefault(trial.key, record)
     return found
 
 
-def _completed(identity_line: str) -> str:
+def _completed(identity_line: str, data_fingerprint: str | None) -> str:
     try:
-        return completed(identity_line)
+        return completed(identity_line, data_fingerprint)
     except (ValueError, KeyError):  # written by a version whose settings this one does not understand
         return ""
 
 
 def rows(study: Study, records: Sequence[Record]) -> list[Row]:
-    """Return the study's rows in its order, with every quantity of its table and figure."""
+    """Return the study's rows in its order, with every quantity of its table, its figure and its report."""
     found = match(study.trials, records)
     figure = study.file.figure
-    wanted: list[str] = [*study.file.table.columns, *figure.y, *([figure.x] if figure.x else [])]
-    grouped: dict[str, list[Trial]] = {}
+    wanted = {*study.file.table.columns, *figure.y, *([figure.x] if figure.x else []), "top1", "shuffled_top1"}
+    grouped: dict[tuple[str, ...], list[Trial]] = {}
     for trial in study.trials:
-        grouped.setdefault(trial.row, []).append(trial)
+        grouped.setdefault(tuple(trial.labels.values()), []).append(trial)
     return [
         Row(
-            label,
-            {name: _cell(study, label, name, trials, found) for name in wanted},
+            labels,
+            {name: _cell(study, name, trials, found) for name in wanted},
             len(trials),
             sum(trial.key in found for trial in trials),
+            _notes(trials, found),
         )
-        for label, trials in grouped.items()
+        for labels, trials in grouped.items()
     ]
 
 
-def _cell(study: Study, label: str, name: str, trials: Sequence[Trial], found: Mapping[str, Record]) -> Cell:
-    paper = {str(row): value for row, value in study.file.paper.get(name, {}).items()}.get(label)
+def _notes(trials: Sequence[Trial], found: Mapping[str, Record]) -> tuple[str, ...]:
+    """Accuracy is over the videos that could be decoded: say so where some could not."""
+    broken = {
+        (int(metrics["test/num_broken"]), int(metrics["test/num_videos"]))
+        for metrics in (found[trial.key].metrics for trial in trials if trial.key in found)
+        if metrics.get("test/num_broken")
+    }
+    row = trials[0].row
+    return tuple(f"{row}: over {whole} videos; {lost} more could not be decoded." for lost, whole in sorted(broken))
+
+
+def _cell(study: Study, name: str, trials: Sequence[Trial], found: Mapping[str, Record]) -> Cell:
+    paper = study.file.paper.get(name, {}).get(trials[0].row)
     source = QUANTITIES[name].source
     if source.startswith("cost."):
         return Cell("complete", (cost_figure(cost(trials[0].settings), source),), paper)

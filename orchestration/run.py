@@ -27,9 +27,8 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
         missing = missing_trials(study, store)
         check_data(missing)
         have = len({trial.key for trial in study.trials}) - len(missing)
-        console.print(
-            f"{study.file.title}: {len(study.trials)} trials, {have} finished before, {len(missing)} to train"
-        )
+        counts = f"{len(study.trials)} trials, {have} finished before, {len(missing)} to train"
+        console.print(f"{study.file.title}: {counts}", markup=False)
         board = Board(missing, have, console)
         with Launch(study, store, board) as launched:
             try:

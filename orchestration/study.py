@@ -15,11 +15,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from mar.annotations import fingerprint
-from mar.config import ExperimentConfig, SettingError, build, canonical, merge
+from mar.config import ExperimentConfig, SettingError, build, merge, placeless
 from mar.errors import UserError
 from orchestration.files import Document, find
+from orchestration.quantities import QUANTITIES
 
-Label = str | int | float | bool
+ABSENT = "absent"
+"""The fingerprint while the data is not there."""
 
 
 class _Part(BaseModel):
@@ -30,7 +32,7 @@ class TableLayout(_Part):
     """Which table a study prints."""
 
     columns: tuple[str, ...] = ("top1", "top5", "gflops")
-    """Quantities, by their short names (``results.QUANTITIES``)."""
+    """By their short names (``quantities.QUANTITIES``)."""
 
 
 class FigureLayout(_Part):
@@ -57,9 +59,9 @@ class StudyFile(_Part):
     """Each setting is trained once with each."""
     fixed: dict[str, Any] = {}
     """Settings that differ from the recipe in all trials."""
-    axes: dict[str, dict[Label, dict[str, Any]]]
+    axes: dict[str, dict[str, dict[str, Any]]]
     """Axis -> printed label -> the settings that move together."""
-    paper: dict[str, dict[Label, float]] = {}
+    paper: dict[str, dict[str, float]] = {}
     """Quantity -> label (labels of several axes joined by " / ") -> what the paper printed."""
     table: TableLayout = TableLayout()
     figure: FigureLayout = FigureLayout()
@@ -73,7 +75,7 @@ class Trial:
     """Axis -> label."""
     settings: ExperimentConfig
     fingerprint: str
-    """Of the data's content; ``absent`` while the data is not there."""
+    """Of the data's content; ``ABSENT`` while it is not there."""
 
     @property
     def row(self) -> str:
@@ -108,17 +110,18 @@ class Study:
 
 def identity(settings: ExperimentConfig, data_fingerprint: str) -> str:
     """Return one line that is equal for equal trainings: settings with the data's content instead of its place."""
-    tree: dict[str, Any] = json.loads(canonical(settings))
-    for path in ("root", "videos", "train", "val", "labels"):
-        del tree["data"][path]
-    return json.dumps({**tree, "fingerprint": data_fingerprint}, sort_keys=True, ensure_ascii=False)
+    tree = {**placeless(settings), "fingerprint": data_fingerprint}
+    return json.dumps(tree, sort_keys=True, ensure_ascii=False)
 
 
-def completed(identity_line: str) -> str:
-    """Return an identity that an earlier version wrote, with the settings it did not know yet at their defaults."""
+def completed(identity_line: str, data_fingerprint: str | None = None) -> str:
+    """Return an identity that an earlier version wrote, with the settings it did not know yet at their defaults.
+
+    ``data_fingerprint`` is put in the place of its own: where the data is not at hand, settings alone must do.
+    """
     tree: dict[str, Any] = json.loads(identity_line)
-    data_fingerprint = tree.pop("fingerprint")
-    return identity(build(tree), data_fingerprint)
+    own = tree.pop("fingerprint")
+    return identity(build(tree), data_fingerprint or own)
 
 
 def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Study:
@@ -133,21 +136,26 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     document = Document(find(name, "study"))
     file = _checked(document)
     changes = parse_overrides(overrides)
-    recipe_name = str(changes.pop("recipe", "")) or _beside(document, file.recipe)
+    another = changes.pop("recipe") if isinstance(changes.get("recipe"), str) else None
+    recipe_name = another or _beside(document, file.recipe)
     recipe = Document(find(recipe_name, "recipe"))
     seeds = (changes.pop("seed"),) if "seed" in changes else file.seeds
-    fingerprints: dict[tuple[str, ...], str] = {}
+    fingerprints: dict[str, str] = {}
     trials: list[Trial] = []
     for labels in itertools.product(*(axis.items() for axis in file.axes.values())):
         tree = _merged([(recipe, recipe.content, ()), (document, file.fixed, ("fixed",))])
         for axis, (label, settings) in zip(file.axes, labels, strict=True):
-            tree = _override(tree, settings, document, ("axes", axis, str(label)))
+            tree = _override(tree, settings, document, ("axes", axis, label))
         for seed in seeds:
             settings = _build(merge(tree, {**changes, "seed": seed}), recipe, document, labels, file, changes)
-            named = {axis: str(label) for axis, (label, _) in zip(file.axes, labels, strict=True)}
-            trials.append(Trial(named, settings, _fingerprint(settings, fingerprints)))
+            named = [label for label, _ in labels]
+            trials.append(
+                Trial(dict(zip(file.axes, named, strict=True)), settings, _fingerprint(settings, fingerprints))
+            )
     study = Study(document.path.stem, file, trials)
-    _check_paper(study, document)
+    if not trials:
+        raise UserError(f"{document.path}: no trial in it; every axis needs a label, and seeds a seed")
+    _check_quantities(study, document)
     return Study(study.name, file, _select(trials, file, only))
 
 
@@ -178,11 +186,17 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _checked(document: Document) -> StudyFile:
     try:
-        return StudyFile.model_validate(document.content)
+        file = StudyFile.model_validate(document.content)
     except ValidationError as error:
         first = error.errors()[0]
         names = tuple(str(part) for part in first["loc"])
         raise UserError(f"{document.place(*names)}: {'.'.join(names)}: {first['msg']}") from None
+    if len(set(file.seeds)) < len(file.seeds):
+        raise UserError(f"{document.place('seeds')}: seeds: each may stand there once")
+    settings = [file.fixed, *(tree for axis in file.axes.values() for tree in axis.values())]
+    if any("seed" in tree for tree in settings):
+        raise UserError(f"{document.path}: the seed is set by 'seeds: [0, 1, …]', not as a setting")
+    return file
 
 
 def _beside(document: Document, recipe: str) -> str:
@@ -221,7 +235,7 @@ def _build(
     tree: Mapping[str, Any],
     recipe: Document,
     document: Document,
-    labels: Sequence[tuple[Label, Mapping[str, Any]]],
+    labels: Sequence[tuple[str, Mapping[str, Any]]],
     file: StudyFile,
     changes: Mapping[str, Any],
 ) -> ExperimentConfig:
@@ -232,43 +246,53 @@ def _build(
             raise UserError(str(error)) from None
         for axis, (label, settings) in zip(file.axes, labels, strict=True):
             if error.path and _touches(error.path, settings):
-                raise UserError(f"{document.place('axes', axis, str(label))}: {axis} = {label}: {error}") from None
+                raise UserError(f"{document.place('axes', axis, label)}: {axis} = {label}: {error}") from None
         if error.path and _touches(error.path, file.fixed):
             raise UserError(f"{document.place('fixed')}: {error}") from None
         raise UserError(f"{recipe.place_of_setting(error.path)}: {error}") from None
 
 
-def _fingerprint(settings: ExperimentConfig, known: dict[tuple[str, ...], str]) -> str:
+def _fingerprint(settings: ExperimentConfig, known: dict[str, str]) -> str:
     data = settings.data
-    place = (data.format, data.root, data.videos, data.train, data.val, data.labels, str(data.num_classes))
+    place = data.model_dump_json()
     if place not in known:
-        try:
-            known[place] = fingerprint(data)
-        except UserError:
-            known[place] = "absent"
+        known[place] = fingerprint(data) if Path(data.root).is_dir() and any(Path(data.root).iterdir()) else ABSENT
     return known[place]
 
 
-def _check_paper(study: Study, document: Document) -> None:
-    rows = {trial.row for trial in study.trials}
-    for quantity, values in study.file.paper.items():
+def _check_quantities(study: Study, document: Document) -> None:
+    """Every quantity must be known, and every label of the paper's numbers must be a trial's."""
+    table, figure, paper = study.file.table, study.file.figure, study.file.paper
+    named = [("table", name) for name in table.columns] + [("figure", name) for name in figure.y]
+    named += [("figure", figure.x)] if figure.x else []
+    for part, name in [*named, *(("paper", name) for name in paper)]:
+        if name not in QUANTITIES:
+            raise UserError(
+                f"{document.place(part)}: {part}: no quantity {name!r} (there are: {', '.join(QUANTITIES)})"
+            )
+    if figure.kind == "points" and figure.x is None:
+        raise UserError(f"{document.place('figure')}: figure: kind 'points' needs x")
+    rows = sorted({trial.row for trial in study.trials})
+    for quantity, values in paper.items():
         for label in values:
-            if str(label) not in rows:
-                known = ", ".join(sorted(rows))
-                where = document.place("paper", quantity, str(label))
-                raise UserError(f"{where}: paper.{quantity}: no trial is labelled {str(label)!r} (there are: {known})")
+            if label not in rows:
+                where = document.place("paper", quantity, label)
+                known = ", ".join(rows)
+                raise UserError(f"{where}: paper.{quantity}: no trial is labelled {label!r} (there are: {known})")
 
 
 def _select(trials: list[Trial], file: StudyFile, only: Sequence[str]) -> list[Trial]:
+    """Keep the trials with one of the given labels on each axis that is given."""
+    wanted: dict[str, list[str]] = {}
     for word in only:
         axis, equals, label = word.partition("=")
         if not equals or axis not in file.axes:
             raise UserError(f"--only {word}: expected axis=label with an axis of the study ({', '.join(file.axes)})")
-        known = [str(name) for name in file.axes[axis]]
-        if label not in known:
-            raise UserError(f"--only {word}: the axis {axis} has no label {label!r} (it has: {', '.join(known)})")
-        trials = [trial for trial in trials if trial.labels[axis] == label]
-    return trials
+        if label not in file.axes[axis]:
+            known = ", ".join(file.axes[axis])
+            raise UserError(f"--only {word}: the axis {axis} has no label {label!r} (it has: {known})")
+        wanted.setdefault(axis, []).append(label)
+    return [trial for trial in trials if all(trial.labels[axis] in labels for axis, labels in wanted.items())]
 
 
 def absolute_root(trial: Trial) -> ExperimentConfig:

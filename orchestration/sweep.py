@@ -14,10 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mar.errors import UserError
+from mar.config import MANIFEST, RESULT
+from mar.errors import Failure, UserError
 from orchestration.config import LaunchConfig
 from orchestration.study import Trial
-from orchestration.trial import Listener, assign, quiet_environment, reason_of, run_inline, run_with_workers
+from orchestration.trial import (
+    FAILURE,
+    Listener,
+    assign,
+    quiet_environment,
+    reason_of,
+    run_inline,
+    run_with_workers,
+)
 
 _OBJECT_STORE_BYTES = 200 * 2**20
 """Nothing but reports and settings passes through it."""
@@ -29,6 +38,8 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
     Raises:
         UserError: one trial asks for more than the cluster has.
     """
+    if launch.backend == "inline" and launch.workers > 1:
+        raise UserError("--backend inline trains with one worker; leave it out to use --workers")
     os.environ.update(quiet_environment(launch))
     import ray
     from ray import tune
@@ -36,13 +47,14 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
     started_here = not ray.is_initialized()
     if started_here:
         _start(launch)
+    ray_folder = launch.store.resolve() / "ray"
     try:
         gpus = _gpus_per_worker(launch)
         concurrent = _concurrent(launch, gpus)
-        ray_folder = launch.store.resolve() / "ray"
         assignments = [assign(trial, launch, gpus) for trial in trials]
-        for assignment in assignments:  # an earlier attempt's controller state: checkpoints are kept elsewhere
+        for assignment in assignments:  # what an earlier launch left of its own; checkpoints stay
             shutil.rmtree(ray_folder / assignment.key, ignore_errors=True)
+            (Path(assignment.folder) / FAILURE).unlink(missing_ok=True)
         inline = launch.backend == "inline"
         here = {"CPU": float(launch.cpus_per_worker), "GPU": float(gpus)}
         resources = here if inline else {"node:__internal_head__": 0.001}
@@ -64,6 +76,8 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
                 failure_config=tune.FailureConfig(max_failures=launch.retries),
             ),
         ).fit()
+    except tune.TuneError as error:
+        raise Failure(f"Ray Tune stopped: {reason_of(ray_folder, error)}") from None
     finally:
         if started_here:
             ray.shutdown()
@@ -145,8 +159,11 @@ def _listening(listener: Listener) -> Any:
                 self.listener.epoch(_trial_name(trial), int(result["epoch"]), metrics)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            if self.listener:
-                self.listener.finished(_trial_name(trial))
+            key, folder = _trial_name(trial), Path(trial.config["assignment"]["folder"])
+            if self.listener and (folder / RESULT / MANIFEST).is_file():
+                self.listener.finished(key)
+            elif self.listener:
+                self.listener.failed(key, reason_of(folder, "it ended without a result"))
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             key = _trial_name(trial)

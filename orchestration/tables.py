@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from orchestration.results import QUANTITIES, Cell, Record, Row, rows
+from orchestration.quantities import QUANTITIES
+from orchestration.results import Cell, Record, Row, rows
 from orchestration.study import Study
 
 MISSING = "–"
@@ -28,9 +29,12 @@ class TableInfo:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know: how many trials are missing."""
+        """What a reader must know: how many trials are missing, which videos were not counted."""
         finished, wanted = sum(row.finished for row in self.rows), sum(row.seeds for row in self.rows)
-        return [] if finished == wanted else [f"{finished} of {wanted} trials are finished; {MISSING}: not there yet."]
+        missing = (
+            [] if finished == wanted else [f"{finished} of {wanted} trials are finished; {MISSING}: not there yet."]
+        )
+        return missing + [note for row in self.rows for note in row.notes]
 
 
 def table_info(study: Study, records: Sequence[Record]) -> TableInfo:
@@ -110,7 +114,7 @@ def cell_text(cell: Cell, digits: int, seeds: int) -> str:
 
 def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], str]) -> pd.DataFrame:
     columns: dict[str, list[str]] = {
-        plain(axis): [plain(row.label.split(" / ")[place]) for row in info.rows] for place, axis in enumerate(info.axes)
+        plain(axis): [plain(row.labels[place]) for row in info.rows] for place, axis in enumerate(info.axes)
     }
     for name in info.columns:
         quantity = QUANTITIES[name]
@@ -129,19 +133,19 @@ def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], s
 
 
 def _leader(info: TableInfo, name: str) -> Row | None:
-    """Return the row with the best value, if all are there and better means something."""
+    """Return the row with the best value, if all are there, better means something and it stands alone."""
     direction = QUANTITIES[name].higher_is_better
     means = [row.cells[name].mean for row in info.rows]
     if direction is None or len(means) < 2 or None in means:
         return None
-    ordered = sorted(info.rows, key=lambda row: row.cells[name].mean or 0.0)
-    return ordered[-1 if direction else 0]
+    best = (max if direction else min)(mean for mean in means if mean is not None)
+    return info.rows[means.index(best)] if means.count(best) == 1 else None
 
 
 def _plain_rows(info: TableInfo) -> list[dict[str, Any]]:
     return [
         {
-            **dict(zip(info.axes, row.label.split(" / "), strict=False)),
+            **dict(zip(info.axes, row.labels, strict=True)),
             "quantity": name,
             "status": row.cells[name].status,
             "mean": row.cells[name].mean,

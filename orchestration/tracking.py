@@ -26,6 +26,7 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 import mlflow
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from mar.config import flatten
 from mar.errors import Failure
@@ -87,16 +88,12 @@ class Store:
             for run in runs
         ]
 
-    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
-        """Return a metric's values by epoch."""
-        with _explained(self.launch):
-            points = self.client.get_metric_history(run_id, metric)
-        return sorted({point.step: point.value for point in points}.items())
-
     def experiment(self, study: str) -> str:
         """Return the id of the study's experiment; makes it if there is none."""
         with _explained(self.launch):
             found = self.client.get_experiment_by_name(study)
+            if found and found.lifecycle_stage == "deleted":
+                self.client.restore_experiment(found.experiment_id)
             if found:
                 return found.experiment_id
             return self.client.create_experiment(study, artifact_location=self.launch.artifacts)
@@ -132,94 +129,106 @@ class Store:
 
 
 class Writer:
-    """Writes metrics, artifacts and ends of runs in a thread of its own, in order; a caller never waits.
+    """Writes to MLflow in a thread of its own, in the order of the calls; a caller never waits.
 
-    ``close`` writes what is left. What could not be written is kept and tried again until then.
+    What cannot be written is tried again, and nothing is written before it: a store that was away for a while gets
+    everything, once. Runs are known by a key of the caller's, because they too may have to wait to be made.
     """
 
-    def __init__(self, store: Store) -> None:
-        self.store, self.client = store, store.client
+    def __init__(self, store: Store, patience_s: float = 30.0) -> None:
+        self.store, self.client, self.patience_s = store, store.client, patience_s
         self._orders: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self._runs: dict[str, str] = {}
         self._pending: dict[str, list[Metric]] = {}
         self._logged: dict[str, int] = {}
         self._failure: Exception | None = None
+        self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
 
-    def metrics(self, run_id: str, epoch: int, metrics: Mapping[str, float], again: bool = False) -> None:
+    def open(self, key: str, find_or_make: Callable[[], str]) -> None:
+        """Let ``key`` name the run whose id ``find_or_make`` returns."""
+        self._orders.put(lambda: self._runs.update({key: find_or_make()}))
+
+    def metrics(self, key: str, epoch: int, metrics: Mapping[str, float], again: bool = False) -> None:
         """Log an epoch's metrics, unless an attempt before this one has; ``again`` logs them in any case."""
         now = int(time.time() * 1000)
-        self._orders.put(lambda: self._collect(run_id, epoch, metrics, now, again))
+        self._orders.put(lambda: self._collect(key, epoch, metrics, now, again))
 
-    def artifacts(self, run_id: str, folder: Path, below: str | None = None) -> None:
+    def artifacts(self, key: str, folder: Path, below: str) -> None:
         """Upload a folder's files."""
-        self._orders.put(lambda: self.client.log_artifacts(run_id, str(folder), artifact_path=below))
+        self._orders.put(lambda: self.client.log_artifacts(self._runs[key], str(folder), artifact_path=below))
 
-    def tag(self, run_id: str, name: str, value: str) -> None:
+    def tag(self, key: str, name: str, value: str) -> None:
         """Set a tag."""
-        self._orders.put(lambda: self.client.set_tag(run_id, name, value))
+        self._orders.put(lambda: self.client.set_tag(self._runs[key], name, value))
 
-    def end(self, run_id: str, status: Status) -> None:
+    def end(self, key: str, status: Status) -> None:
         """Mark a run as ended, after all that was ordered before."""
-        self._orders.put(lambda: self._end(run_id, status))
+        self._orders.put(self._flush)
+        self._orders.put(lambda: self.client.set_terminated(self._runs[key], status))
 
     def flush(self) -> None:
         """Wait until all that was ordered is written.
 
         Raises:
-            Failure: the store could not be written.
+            Failure: the store could not be written, and was not back within ``patience_s``.
         """
         written = threading.Event()
         self._orders.put(self._flush)
         self._orders.put(written.set)
-        written.wait()
-        self._raise()
+        while not written.wait(timeout=self.patience_s):
+            if self._failure:
+                self._abandoned.set()
+                raise Failure(_unusable(self.store.launch, self._failure))
 
     def close(self) -> None:
         """Write what is left and stop.
 
         Raises:
-            Failure: the store could not be written.
+            Failure: as ``flush``.
         """
-        self._orders.put(None)
-        self._thread.join()
-        self._raise()
-
-    def _raise(self) -> None:
-        if self._failure:
-            raise Failure(_unreachable(self.store.launch, self._failure)) from None
+        try:
+            if not self._abandoned.is_set():
+                self.flush()
+        finally:
+            self._orders.put(None)
+            self._thread.join()
 
     def _work(self) -> None:
-        while True:
-            order = self._orders.get()
+        while (order := self._orders.get()) is not None:
+            self._carry_out(order)
+            if self._orders.empty():
+                self._carry_out(self._flush)
+
+    def _carry_out(self, order: Callable[[], object]) -> None:
+        pause_s = 0.5
+        while not self._abandoned.is_set():
             try:
-                if order:
-                    order()
-                if self._orders.empty():
-                    self._flush()
-            except Exception as error:
+                order()
+            except Exception as error:  # whatever it was, the order stands until it is carried out or given up
                 self._failure = error
-            if order is None:
+                self._abandoned.wait(pause_s)
+                pause_s = min(2 * pause_s, 15.0)
+            else:
+                self._failure = None
                 return
 
-    def _collect(self, run_id: str, epoch: int, metrics: Mapping[str, float], now: int, again: bool) -> None:
-        if run_id not in self._logged:
-            history = self.client.get_metric_history(run_id, "epoch")
-            self._logged[run_id] = max((point.step for point in history), default=0)
-        if epoch > self._logged[run_id] or again:
-            self._logged[run_id] = max(epoch, self._logged[run_id])
+    def _collect(self, key: str, epoch: int, metrics: Mapping[str, float], now: int, again: bool) -> None:
+        if key not in self._logged:
+            history = self.client.get_metric_history(self._runs[key], "epoch")
+            self._logged[key] = max((point.step for point in history), default=0)
+        if epoch > self._logged[key] or again:
+            self._logged[key] = max(epoch, self._logged[key])
             points = [Metric(name, value, now, epoch) for name, value in {**metrics, "epoch": epoch}.items()]
-            self._pending.setdefault(run_id, []).extend(points)
+            self._pending.setdefault(key, []).extend(points)
 
     def _flush(self) -> None:
-        for run_id, points in list(self._pending.items()):
-            for first in range(0, len(points), _METRICS_PER_BATCH):
-                self.client.log_batch(run_id, metrics=points[first : first + _METRICS_PER_BATCH])
-            del self._pending[run_id]
-
-    def _end(self, run_id: str, status: Status) -> None:
-        self._flush()
-        self.client.set_terminated(run_id, status)
+        for key, points in list(self._pending.items()):
+            while points:
+                self.client.log_batch(self._runs[key], metrics=points[:_METRICS_PER_BATCH])
+                del points[:_METRICS_PER_BATCH]
+            del self._pending[key]
 
 
 def _parameter(value: Any) -> str:
@@ -230,15 +239,16 @@ def _parameter(value: Any) -> str:
 def _explained(launch: LaunchConfig) -> Generator[None]:
     try:
         yield
-    except (MlflowException, OSError, ConnectionError) as error:
-        raise Failure(_unreachable(launch, error)) from None
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+        raise Failure(_unusable(launch, error)) from None
 
 
-def _unreachable(launch: LaunchConfig, error: Exception) -> str:
+def _unusable(launch: LaunchConfig, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0][:200]
+    advice = "Is the server up, and --tracking-uri right? " if launch.tracking.startswith("http") else ""
     return (
         f"the tracking store {launch.tracking} cannot be used: {reason}. "
-        "Is the server up, and --tracking-uri right? Checkpoints are safe; run the same command again"
+        f"{advice}Checkpoints are safe; when it works again, the same command goes on"
     )
 
 

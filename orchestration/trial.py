@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mar.errors import Failure
 from orchestration.config import LaunchConfig
 from orchestration.study import Trial, absolute_root
 
@@ -22,7 +21,6 @@ class Assignment:
     """All that a worker on any machine needs: plain values, so that it travels as a dictionary."""
 
     key: str
-    name: str
     settings: dict[str, Any]
     folder: str
     workers: int
@@ -60,7 +58,6 @@ def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int) -> Assignme
     """Return what a worker is told of a trial."""
     return Assignment(
         key=trial.key,
-        name=trial.name,
         settings=absolute_root(trial).model_dump(mode="json"),
         folder=str(launch.trial_folder(trial.key)),
         workers=launch.workers,
@@ -78,10 +75,8 @@ def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int) -> Assignme
 def reason_of(folder: Path, error: object) -> str:
     """Return why a trial failed: the worker's own words, or the last line of what Ray says."""
     words = folder / FAILURE
-    if words.is_file():
-        return words.read_text(encoding="utf-8")
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
+    lines = words.read_text(encoding="utf-8") if words.is_file() else str(error).strip()
+    return lines.splitlines()[-1] if lines else "no reason given"
 
 
 def run_inline(config: dict[str, Any]) -> None:
@@ -99,8 +94,8 @@ def run_inline(config: dict[str, Any]) -> None:
 def run_with_workers(config: dict[str, Any]) -> None:
     """Train with Ray Train's TorchTrainer; this process only waits and passes the reports on to Tune.
 
-    Raises:
-        Failure: the trainer gave the trial up.
+    When the trainer gives the trial up, after its retries, this ends normally: Tune is there to try again when
+    this process itself is lost.
     """
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer
@@ -128,7 +123,9 @@ def run_with_workers(config: dict[str, Any]) -> None:
     try:
         trainer.fit()
     except ray_train.TrainingFailedError as error:
-        raise Failure(reason_of(Path(assignment.folder), error)) from None
+        folder = Path(assignment.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILURE).write_text(reason_of(folder, error), encoding="utf-8")
 
 
 def quiet_environment(launch: LaunchConfig) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,16 @@ from mar.parallel import default_device, share
 from mar.train import Execution, Report, fit
 from orchestration.trial import FAILURE, LOG, Assignment
 
-_PREDECESSOR_S = 60.0
+_PREDECESSOR_S = 20.0
 
 
-def train(assignment: dict[str, Any], report: Report) -> None:
-    """Train one trial in this process (as one of several, if a process group is up)."""
+def train(assignment: dict[str, Any], report: Report) -> str | None:
+    """Train one trial in this process (as one of several, if a process group is up).
+
+    Returns why it was given up, or none when it is finished. A mistake or a failure that would come again is
+    returned and not raised, so that nobody tries again; it is in the trial's folder too. With several workers it
+    is raised, or the others would wait for this one.
+    """
     told = Assignment(**assignment)
     folder = Path(told.folder)
     torch.set_num_threads(told.cpus_per_worker)
@@ -31,7 +36,7 @@ def train(assignment: dict[str, Any], report: Report) -> None:
     except OSError as error:
         raise Failure(f"{folder} cannot be made: {error}; choose another --store") from None
     execution = Execution(
-        device=default_device(),
+        device=default_device() if told.gpus_per_worker else torch.device("cpu"),
         loader_processes=told.loader_processes,
         max_clips_per_pass=told.max_clips_per_pass,
         checkpoint_every_steps=told.checkpoint_every_steps,
@@ -41,8 +46,12 @@ def train(assignment: dict[str, Any], report: Report) -> None:
         with _alone_in(folder) if leads else nullcontext():
             fit(build(told.settings), folder, report, execution)
     except (UserError, Failure) as error:
-        write_text(folder / FAILURE, str(error))
-        raise
+        with suppress(OSError):  # on a full disk even the words do not fit
+            write_text(folder / FAILURE, str(error))
+        if share().world > 1:
+            raise
+        return str(error)
+    return None
 
 
 class _Log:
@@ -61,10 +70,11 @@ def _alone_in(folder: Path) -> Generator[None]:
     """Hold the trial's folder: a worker of a killed launch may live some seconds longer than its driver."""
     try:
         with FileLock(folder / "lock", timeout=_PREDECESSOR_S):
-            (folder / FAILURE).unlink(missing_ok=True)
             yield
     except Timeout:
-        raise Failure(f"{folder} is held by another process; stop it and run the same command again") from None
+        raise Failure(
+            f"{folder} is being trained by another process: wait for that study, then run this again"
+        ) from None
 
 
 def train_worker(assignment: dict[str, Any]) -> None:

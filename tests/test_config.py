@@ -19,10 +19,11 @@ def test_an_unknown_setting_names_its_nearest_neighbour() -> None:
         ("mask.ratio", 1.0, "mask.ratio: must be less than 1, not 1.0"),
         ("mask.strategy", "cells", "mask.strategy: must be 'cell', 'random'"),
         ("mask.strategy", "tube", "mask: a tube mask cannot run: set motion: standard"),
-        ("mask.cell", [3, 3], "mask.cell [3, 3] does not divide the 14 x 14 token grid"),
-        ("encoder.tubelet", [3, 16, 16], r"encoder.tubelet [3, 16, 16] does not divide a clip of [16, 224, 224]"),
+        ("mask.cell", [3, 3], "mask.cell: [3, 3] does not divide the 14 x 14 token grid"),
+        ("encoder.tubelet", [3, 16, 16], "encoder.tubelet: [3, 16, 16] does not divide a clip of [16, 224, 224]"),
         ("encoder.width", 96, "encoder: size 'base' fixes width"),
         ("classifier.heads", 7, "classifier: width 512 is not divisible by 7 heads"),
+        ("classifier", {"kind": "mlp", "depth": 1}, "classifier: an MLP has at least two layers"),
         ("recipe.epochs", 0, "recipe.epochs: must be greater than 0, not 0"),
         ("data.num_classes", "many", "data.num_classes: must be a valid integer"),
     ],
@@ -82,3 +83,12 @@ def test_a_setting_added_later_and_left_at_its_default_makes_no_difference() -> 
     assert completed(json.dumps(before)) == now
     before["mask"]["ratio"] = 0.25
     assert completed(json.dumps(before)) != now
+
+
+def test_a_mask_that_rounds_to_everything_is_refused_and_one_that_rounds_to_nothing_reconstructs_nothing() -> None:
+    frame = {"mask.strategy": "frame", "mask.motion": "standard"}
+    with pytest.raises(SettingError, match=r"mask\.ratio: 0\.95 leaves no token of 1568 visible"):
+        build(merge({}, {**frame, "mask.ratio": 0.95}))
+    with pytest.raises(SettingError, match=r"evaluation\.mask\.ratio: 0\.95 leaves no token"):
+        build(merge({}, {**frame, "evaluation.mask.ratio": 0.95}))
+    assert not build(merge({}, {**frame, "mask.ratio": 0.05})).reconstructs

@@ -30,7 +30,7 @@ def clips_and_mask(settings: ExperimentConfig) -> tuple[torch.Tensor, torch.Tens
         {"reconstruction.weight": 0.0},
         {"mask.ratio": 0.75, "reconstruction.normalize_target": False},
         {"classifier.kind": "linear"},
-        {"classifier.kind": "mlp"},
+        {"classifier.kind": "mlp", "classifier.depth": 2},
         {"classifier.positions": True},
         {"classifier.positions": True, "classifier.mask_tokens": True},
     ],

@@ -118,6 +118,36 @@ def test_the_figure_shows_what_is_there_and_names_what_is_not(study: Study, tmp_
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_partial_row_is_named_in_the_figure(study: Study) -> None:
+    assert figure_info(study, runs(study, 70.0)).partial == ["50 %"]
+
+
+def test_videos_that_were_not_counted_are_told_below_the_table(study: Study) -> None:
+    (run,) = runs(study, 70.0)
+    run.metrics |= {"test/num_broken": 3.0, "test/num_videos": 5.0}
+    assert "50 %: over 5 videos; 3 more could not be decoded." in to_markdown(table_info(study, [run]))
+
+
+def test_a_table_needs_no_videos(study: Study, tmp_path: Path) -> None:
+    finished = runs(study, 70.0, 71.0, 69.0, 69.0)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("motion-verbs", "moved-away"))
+    elsewhere = read_study(str(tmp_path / "study.yaml"))
+    assert [row.finished for row in rows(elsewhere, finished)] == [2, 2]
+
+
+def test_a_report_leaves_what_else_is_in_the_folder(study: Study, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("chapter 1")
+    write_report(study, [], tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "chapter 1"
+
+
+def test_a_finished_study_without_top1_in_its_table_still_reports_it(study: Study, tmp_path: Path) -> None:
+    text = STUDY.replace("columns: [top1, gflops]", "columns: [gflops]").replace("y: [top1]", "y: [params]")
+    (tmp_path / "study.yaml").write_text(text)
+    assert findings(read_study(str(tmp_path / "study.yaml")), runs(study, 70.0, 70.0))[0].startswith("Best: 50 %")
+
+
 def test_the_report_is_complete(study: Study, tmp_path: Path) -> None:
     write_report(study, runs(study, 70.0, 71.0, 69.0, 69.5), tmp_path / "report")
     names = {path.name for path in (tmp_path / "report").iterdir()}

@@ -196,8 +196,8 @@ def test_a_second_run_of_a_study_that_is_alive_is_refused(place: Path) -> None:
         wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
         assert f"the study tiny is being run already (process {first.pid}" in mar(place, *words, code=2)
         (place / "same.yaml").write_text(STUDY)
-        output = mar(place, "run", "same.yaml", *words[2:], code=2)
-        assert "a trial of this study, in another study, is being run already" in output
+        output = mar(place, "run", "same.yaml", *words[2:], "--only", "ρ=50 %", code=1)
+        assert "is being trained by another process: wait for that study" in output
     finally:
         first.kill()
         first.wait()
@@ -231,10 +231,12 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["run", "tiny.yaml", "--only", "ρ=60 %"], 2, "the axis ρ has no label '60 %'"),
     (["run", "tiny.yaml", "--local", "--workers", "2"], 2, "--local trains with one worker"),
     (["run", "tiny.yaml", "--workers", "64"], 2, "--workers 64: a trial asks for 64 CPU, the cluster has"),
-    (["run", "tiny.yaml", "--local", "recipe.batch_size=99"], 1, "recipe.batch_size: 99 is more than the 16"),
+    (["run", "tiny.yaml", "--local", "recipe.batch_size=99"], 2, "recipe.batch_size: 99 is more than the 16"),
     (["run", "tiny.yaml", "--local", "--store", "/proc/store"], 1, "the store /proc/store cannot be written"),
     (["table", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:9"], 1, "the tracking store http://127.0.0.1:9 cannot"),
     (["run", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:9"], 1, "the tracking store http://127.0.0.1:9 cannot"),
+    (["run", "tiny.yaml", "--backend", "inline", "--workers", "2"], 2, "--backend inline trains with one worker"),
+    (["figure", "tiny.yaml", "-o", "/proc/f.png"], 1, "/proc/f.png"),
     (["show", "absent"], 2, "no recipe 'absent'"),
     (["cost", "recipe.yaml", "mask.ratio=2"], 2, "mask.ratio: must be less than 1, not 2"),
     (["mask", "recipe.yaml", "-o", "mask.doc"], 2, "cannot draw a .doc file"),

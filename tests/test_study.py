@@ -65,6 +65,31 @@ def test_another_recipe_can_be_put_under_a_study(write: Callable[[str], str]) ->
     assert trials[0].settings.recipe.epochs == 2
 
 
+def test_labels_are_what_is_written_and_may_hold_anything(write: Callable[[str], str]) -> None:
+    study = read_study(
+        write(STUDY.replace("0.0: {", "off: {").replace("    0.1: {", "    w / o: {").replace("0.1: 70", "w / o: 70"))
+    )
+    assert [trial.labels["λ"] for trial in study.trials][::2] == ["off", "w / o", "off", "w / o"]
+    assert len(read_study(str(study_file(write)), only=["λ=0.0", "λ=0.1", "ρ=50 %"]).trials) == 4
+
+
+def study_file(write: Callable[[str], str]) -> str:
+    return write(STUDY)
+
+
+def test_a_missing_data_set_is_absent_and_a_faulty_one_is_named(write: Callable[[str], str], tmp_path: Path) -> None:
+    assert read_study(write(STUDY), ["data.root=nowhere"]).trials[0].fingerprint == "absent"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.txt").write_bytes(b"caf\xe9.mp4 0\n")
+    words = [f"data.root={tmp_path / 'data'}", "data.format=list", "data.train=train.txt", "data.val=train.txt"]
+    with pytest.raises(UserError, match=r"train\.txt: not UTF-8 text"):
+        read_study(write(STUDY), words)
+
+
+def test_recipe_settings_can_be_given_as_a_branch(write: Callable[[str], str]) -> None:
+    assert read_study(write(STUDY), ["recipe={epochs: 9}"]).trials[0].settings.recipe.epochs == 9
+
+
 def test_only_keeps_the_named_trials(write: Callable[[str], str]) -> None:
     trials = read_study(write(STUDY), only=["ρ=75 %", "λ=0.1"]).trials
     assert [trial.name for trial in trials] == ["75 % / 0.1 (seed 0)", "75 % / 0.1 (seed 1)"]
@@ -78,6 +103,17 @@ def test_only_keeps_the_named_trials(write: Callable[[str], str]) -> None:
         ("recipe.epochs: 2", "recipe.epochs: two", "study.yaml:4: recipe.epochs: must be a valid integer"),
         ("50 % / 0.1: 70.97", "60 % / 0.1: 70.97", "study.yaml:13: paper.top1: no trial is labelled '60 % / 0.1'"),
         ("recipe: recipe.yaml", "recipe: absent.yaml", "study.yaml:2: recipe: no recipe 'absent.yaml'"),
+        (
+            "mask.ratio: 0.75",
+            "mask.cell: [3, 3]",
+            "study.yaml:8: ρ = 75 %: mask.cell: [3, 3] does not divide the 4 x 4",
+        ),
+        ("paper:", "table: {columns: [top_1]}\npaper:", "study.yaml:12: table: no quantity 'top_1' (there are: top1, "),
+        ("top1: {50 %", "topp1: {50 %", "study.yaml:12: paper: no quantity 'topp1'"),
+        ("paper:", "figure: {kind: points}\npaper:", "study.yaml:12: figure: kind 'points' needs x"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", "study.yaml:3: seeds: each may stand there once"),
+        ("seeds: [0, 1]", "seeds: []", "no trial in it"),
+        ("fixed: {recipe.epochs: 2}", "fixed: {seed: 2}", "the seed is set by 'seeds: [0, 1, …]'"),
         ("seeds: [0, 1]", "sedes: [0, 1]", "study.yaml:3: sedes: "),
         ("seeds: [0, 1]", "seeds: [0, -1]", "study.yaml:3: seeds.1: "),
         ("    75 %: {", "    50 %: {", "study.yaml:8: axes.ρ.50 % stands here a second time"),

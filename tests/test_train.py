@@ -168,6 +168,26 @@ def test_a_checkpoint_of_other_settings_is_not_used(tiny: Settings, tmp_path: Pa
     assert "other settings" in said[0]
 
 
+def test_moved_data_does_not_make_a_checkpoint_stale(tiny: Settings, videos: Path, tmp_path: Path) -> None:
+    undisturbed = train(tiny(), tmp_path / "undisturbed")
+    stop_after(tiny(), tmp_path / "moved", epochs=2)
+    (tmp_path / "elsewhere").symlink_to(videos)
+    said: list[str] = []
+    assert train(tiny({"data.root": str(tmp_path / "elsewhere")}), tmp_path / "moved", say=said.append) == undisturbed
+    assert said == []
+
+
+def test_new_checkpoints_replace_newer_ones_that_cannot_be_used(tiny: Settings, tmp_path: Path) -> None:
+    train(tiny(), tmp_path)
+    for stale in tmp_path.glob("step_*"):
+        (stale / "model.safetensors").write_bytes(b"bits have flipped")
+    stop_after(tiny(), tmp_path, epochs=1)
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000002"]
+    found = latest(tmp_path, tiny(), print)
+    assert found
+    assert found.progress.step == 2
+
+
 def test_a_disk_that_refuses_leaves_the_earlier_checkpoint_and_says_what_to_do(tiny: Settings, tmp_path: Path) -> None:
     stop_after(tiny(), tmp_path, epochs=1)
     before = sorted(path.name for path in tmp_path.iterdir())

@@ -1,0 +1,29 @@
+"""The quantities that a study's table and figure may name: where each comes from, how it is printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A column: where its value comes from and how it is printed."""
+
+    title: str
+    source: str
+    """A metric's name, or ``cost.`` and a field of ``mar.cost.Cost``."""
+    digits: int = 2
+    higher_is_better: bool | None = None
+
+
+QUANTITIES = {
+    "top1": Quantity("Top-1 (%)", "test/top1", higher_is_better=True),
+    "top5": Quantity("Top-5 (%)", "test/top5", higher_is_better=True),
+    "shuffled_top1": Quantity("Top-1, shuffled frames (%)", "test/top1_shuffled_frames"),
+    "gflops": Quantity("GFLOPs", "cost.gflops", digits=4),
+    "params": Quantity("Param (M)", "cost.params_m"),
+    "loss": Quantity("Loss", "train/loss", digits=4, higher_is_better=False),
+    "reconstruction_loss": Quantity("L_r", "train/reconstruction_loss", digits=4, higher_is_better=False),
+    "clips_per_s": Quantity("Clips/s", "throughput/clips_per_s", digits=1, higher_is_better=True),
+    "time_s": Quantity("Training time (s)", "time/elapsed_s", digits=0, higher_is_better=False),
+}

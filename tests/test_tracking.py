@@ -1,0 +1,98 @@
+"""The one writer: in order, in batches, and through an outage of the store."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from mar.errors import Failure
+from orchestration.config import LaunchConfig
+from orchestration.tracking import Store, Writer
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(LaunchConfig(store=tmp_path / "store"))
+
+
+@pytest.fixture
+def writer(store: Store) -> Iterator[Writer]:
+    experiment = store.experiment("study's name")
+    writer = Writer(store, patience_s=1.0)
+    writer.open("a", lambda: store.run(experiment, "trial a", {"mar.kind": "trial", "mar.key": "a"}, {}))
+    yield writer
+    writer._abandoned.set()
+
+
+def break_for(writer: Writer, monkeypatch: pytest.MonkeyPatch, name: str, times: int) -> None:
+    """Let a call of MLflow's client fail so many times, then work again."""
+    real, left = getattr(writer.client, name), [times]
+
+    def call(*args: object, **kwargs: object) -> object:
+        if left[0]:
+            left[0] -= 1
+            raise MlflowException("the server went away")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(writer.client, name, call)
+
+
+CALLS = ["create_run", "log_batch", "log_artifacts", "set_terminated", "get_metric_history"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_store_that_was_away_gets_everything_once(
+    store: Store, writer: Writer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: str
+) -> None:
+    break_for(writer, monkeypatch, call, times=1)
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "metrics.json").write_text("{}")
+    for epoch in (1, 2, 2, 3):
+        writer.metrics("a", epoch, {"train/loss": 1.0 / epoch})
+    writer.artifacts("a", tmp_path / "result", "result")
+    writer.end("a", "FINISHED")
+    writer.close()
+    (run,) = store.trials()
+    assert run.status == "FINISHED"
+    history = store.client.get_metric_history(run.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert [item.path for item in store.client.list_artifacts(run.run_id, "result")] == ["result/metrics.json"]
+
+
+def test_a_run_is_never_finished_before_all_of_it_is_written(
+    store: Store, writer: Writer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    break_for(writer, monkeypatch, "log_artifacts", times=10_000)
+    writer.artifacts("a", tmp_path, "result")
+    writer.end("a", "FINISHED")
+    with pytest.raises(Failure, match=r"the server went away.*the same command goes on"):
+        writer.close()
+    assert [run.status for run in store.trials()] == ["RUNNING"]
+
+
+def test_epochs_that_an_earlier_launch_logged_are_not_logged_again(store: Store, writer: Writer) -> None:
+    writer.metrics("a", 1, {"train/loss": 1.0})
+    writer.metrics("a", 2, {"train/loss": 0.5})
+    writer.close()
+    later = Writer(store)
+    later.open("a", lambda: store.run(store.experiment("study's name"), "trial a", {"mar.key": "a"}, {}))
+    for epoch in (1, 2, 3):
+        later.metrics("a", epoch, {"train/loss": 0.25})
+    later.close()
+    (run,) = store.trials()
+    history = store.client.get_metric_history(run.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5), (3, 0.25)]
+
+
+def test_an_experiment_that_was_deleted_in_the_browser_comes_back(store: Store) -> None:
+    identifier = store.experiment("study")
+    store.client.delete_experiment(identifier)
+    assert store.experiment("study") == identifier
+    store.run(identifier, "trial", {"mar.kind": "trial"}, {})
+
+
+def test_a_store_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database at all" * 100)
+    with pytest.raises(Failure, match=r"the tracking store sqlite.*mlflow\.db cannot be used"):
+        Store(LaunchConfig(store=tmp_path))

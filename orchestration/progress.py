@@ -35,6 +35,7 @@ class Board:
     def __init__(self, trials: list[Trial], have: int, console: Console) -> None:
         self.states = {trial.key: _State(trial) for trial in trials}
         self.have, self.console = have, console
+        self.widest = 1
         self.live = Live(console=console, get_renderable=self.table, refresh_per_second=2, transient=True)
         self.is_live = console.is_terminal
 
@@ -51,6 +52,7 @@ class Board:
         """A trial runs."""
         state = self.states[trial.key]
         state.status, state.began = "running", time.monotonic()
+        self.widest = max(self.widest, self.counts()["running"])
         self._line(f"▶ {trial.name}: started   [{self.summary()}]")
 
     def epoch(self, trial: Trial, epoch: int, metrics: dict[str, float]) -> None:
@@ -93,7 +95,7 @@ class Board:
     def seconds_left(self) -> float | None:
         """Return the estimated seconds to the end; none before the first epoch is done.
 
-        A queued trial is taken to need what the running ones need, starting included, as many at a time as run now.
+        A queued trial is taken to need what the running ones need, starting included, as many at a time as ever ran.
         """
         running = [state for state in self.states.values() if state.status == "running" and state.epoch]
         if not running:
@@ -103,7 +105,7 @@ class Board:
         left = max(pace * (all_ - state.epoch) for pace, all_, state in zip(per_epoch, epochs, running, strict=True))
         whole = sum(pace * all_ for pace, all_ in zip(per_epoch, epochs, strict=True)) / len(running)
         start = sum(state.start_s for state in running) / len(running)
-        return left + math.ceil(self.counts()["queued"] / len(running)) * (whole + start)
+        return left + math.ceil(self.counts()["queued"] / self.widest) * (whole + start)
 
     def table(self) -> ConsoleRenderable:
         """Return the live view."""

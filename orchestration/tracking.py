@@ -96,7 +96,8 @@ class Store:
                 self.client.restore_experiment(found.experiment_id)
             if found:
                 return found.experiment_id
-            return self.client.create_experiment(study, artifact_location=self.launch.artifacts)
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # its pages show runs first, not LLM traces
+            return self.client.create_experiment(study, artifact_location=self.launch.artifacts, tags=kind)
 
     def run(self, experiment_id: str, name: str, find: Mapping[str, str], tags: Mapping[str, str]) -> str:
         """Return the id of the run that has the tags ``find``, running again; makes it if there is none."""

@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_tree
+from rich.console import Console
+
+from orchestration.progress import Board
+from orchestration.study import Trial, read_study
+
+STUDY = """\
+title: "A study"
+recipe: recipe.yaml
+seeds: [0, 1, 2, 3]
+axes: {cell: {"[random]": {mask.cell: [2, 2]}}}
+"""
+
+
+@pytest.fixture
+def trials(tmp_path: Path, videos: Path) -> list[Trial]:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    (tmp_path / "study.yaml").write_text(STUDY)
+    return list(read_study(str(tmp_path / "study.yaml")).trials)
+
+
+def figures(elapsed_s: float) -> dict[str, float]:
+    return {"train/loss": 0.5, "val/top1": 60.0, "throughput/clips_per_s": 100.0, "time/elapsed_s": elapsed_s}
+
+
+def test_the_board_counts_estimates_and_shows_labels_as_they_are(trials: list[Trial]) -> None:
+    console = Console(record=True, width=120)
+    board = Board(trials, have=2, console=console)
+    assert board.summary() == "2 done, 0 running, 4 queued"
+    for trial in trials[:2]:
+        board.started(trial)
+        board.epoch(trial, 1, figures(10.0))
+    # three epochs of 10 s: 20 s are left of these two, then two more at a time take 30 s
+    assert board.seconds_left() == pytest.approx(50.0, abs=1)
+    board.finished(trials[0], {**figures(30.0), "test/top1": 70.0})
+    board.failed(trials[1], "no [space] left")
+    assert board.counts() == {"done": 3, "running": 0, "queued": 2, "failed": 1}
+    console.print(board.table())
+    text = console.export_text()
+    assert "[random] (seed 0)" in text
+    assert "no [space] left" in text
+    assert "70.00" in text
+
+
+def test_a_resumed_trial_is_not_thought_to_be_faster_than_it_is(trials: list[Trial]) -> None:
+    board = Board(trials[:1], have=0, console=Console(record=True))
+    board.started(trials[0])
+    board.epoch(trials[0], 1, figures(10.0))
+    board.epoch(trials[0], 2, figures(20.0))
+    assert board.seconds_left() == pytest.approx(10.0, abs=1)

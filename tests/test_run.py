@@ -106,7 +106,7 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.params["mask.ratio"] == "0.5"
     assert {"host", "version.torch", "cost.gflops", "cost.params_m", "labels", "seed"} <= child.data.tags.keys()
-    assert [epoch for epoch, _ in store.history(child.info.run_id, "train/loss")] == [1, 2, 3]
+    assert [point.step for point in store.client.get_metric_history(child.info.run_id, "train/loss")] == [1, 2, 3]
     files = {item.path for item in store.client.list_artifacts(child.info.run_id, "result")}
     assert files >= {
         f"result/{name}" for name in ("model.safetensors", "manifest.json", "predictions.csv", "settings.yaml")

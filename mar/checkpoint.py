@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mar import __version__
-from mar.config import MANIFEST, ExperimentConfig, build, placeless
+from mar import MANIFEST, __version__
+from mar.config import ExperimentConfig
 from mar.errors import Failure, UserError
+from mar.settings import build, placeless
 
 Writers = Mapping[str, Callable[[Path], None]]
 """File name -> what writes that file."""

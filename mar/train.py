@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mar import checkpoint, parallel
+from mar import RESULT, checkpoint, parallel
 from mar.annotations import Video, read_split
 from mar.augment import flip, mix, soft_labels, to_pixels
 from mar.checkpoint import Progress
-from mar.config import RESULT, ExperimentConfig
+from mar.config import ExperimentConfig
 from mar.dataset import Batch, TrainingClips, TrainingOrder, draw, loader
 from mar.errors import Failure, UserError
 from mar.evaluate import Evaluator, Predictions, write_predictions

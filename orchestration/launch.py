@@ -15,10 +15,11 @@ from typing import Protocol
 
 import filelock
 
+from mar import RESULT
 from mar.annotations import read_split
-from mar.config import DATA_PLACES, RESULT, placeless
 from mar.cost import cost
 from mar.errors import Failure, UserError
+from mar.settings import DATA_PLACES, placeless
 from orchestration import provenance
 from orchestration.config import LaunchConfig
 from orchestration.results import match

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from mar.config import flatten
+from mar.settings import flatten
 from orchestration.figures import draw, figure_info
 from orchestration.results import Record, Row, rows
 from orchestration.study import Study

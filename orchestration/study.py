@@ -15,8 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from mar.annotations import fingerprint
-from mar.config import ExperimentConfig, SettingError, build, merge, placeless
+from mar.config import ExperimentConfig
 from mar.errors import UserError
+from mar.settings import SettingError, build, merge, placeless
 from orchestration.files import Document, find
 from orchestration.quantities import QUANTITIES
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mar.config import MANIFEST, RESULT
+from mar import MANIFEST, RESULT
 from mar.errors import Failure, UserError
 from orchestration.config import LaunchConfig
 from orchestration.study import Trial

@@ -28,8 +28,8 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from mar.config import flatten
 from mar.errors import Failure
+from mar.settings import flatten
 from orchestration.config import LaunchConfig
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)

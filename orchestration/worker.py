@@ -11,9 +11,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from mar.checkpoint import write_text
-from mar.config import build
 from mar.errors import Failure, UserError
 from mar.parallel import default_device, share
+from mar.settings import build
 from mar.train import Execution, Report, fit
 from orchestration.trial import FAILURE, LOG, Assignment
 

@@ -15,8 +15,9 @@ install_import_hook([f"mar.{module}" for module in _SHAPED], "beartype.beartype"
 import pytest
 import torch
 
-from mar.config import ExperimentConfig, build, merge
+from mar.config import ExperimentConfig
 from mar.motion_verbs import MotionVerbs, make
+from mar.settings import build, merge
 
 torch.set_num_threads(1)
 TINY_VERBS = MotionVerbs(size=32, frames=8, classes=2, train=16, validation=8)

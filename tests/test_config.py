@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mar.config import SETTING_PATHS, ExperimentConfig, SettingError, build, canonical, flatten, merge
+from mar.config import ExperimentConfig
+from mar.settings import SETTING_PATHS, SettingError, build, canonical, flatten, merge
 from orchestration.study import completed, identity
 
 

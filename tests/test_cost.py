@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 
-from mar.config import ExperimentConfig, build, merge
+from mar.config import ExperimentConfig
 from mar.cost import cost
 from mar.model import MAR
+from mar.settings import build, merge
 
 LINEAR = {"classifier.kind": "linear"}
 PAPER_GFLOPS: list[tuple[dict[str, Any], float]] = [

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mar.config import ExperimentConfig, build
+from mar.config import ExperimentConfig
 from mar.decoder import reconstruction_loss, reconstruction_target
 from mar.encoder import flat_conv_weight
 from mar.layers import sin_cos_positions
 from mar.masking import evaluation_mask
 from mar.model import MAR, split_places
+from mar.settings import build
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 RATIOS = [0.25, 0.5, 0.75]

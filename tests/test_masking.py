@@ -3,9 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mar.config import MaskConfig, build, merge
+from mar.config import MaskConfig
 from mar.masking import evaluation_mask, training_mask
 from mar.model import split_places
+from mar.settings import build, merge
 
 STRATEGIES = [
     ("cell", "running"),

@@ -5,8 +5,8 @@ import pytest
 import yaml
 from conftest import tiny_tree
 
-from mar.config import flatten
 from mar.errors import UserError
+from mar.settings import flatten
 from orchestration.files import find, packaged
 from orchestration.study import read_recipe, read_study
 

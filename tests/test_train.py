@@ -14,11 +14,13 @@ import torch
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 
+from mar import RESULT
 from mar.checkpoint import Progress, latest, read_sealed
-from mar.config import RESULT, ExperimentConfig, RecipeConfig, build, canonical
+from mar.config import ExperimentConfig, RecipeConfig
 from mar.errors import Failure, UserError
 from mar.model import MAR
 from mar.optim import learning_rate, parameter_groups
+from mar.settings import build, canonical
 from mar.train import Execution, fit
 
 Settings = Callable[..., ExperimentConfig]
@@ -76,7 +78,7 @@ def test_a_stopped_run_goes_on_and_equals_one_that_was_not(tiny: Settings, tmp_p
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from mar.config import build
+from mar.settings import build
 from mar import checkpoint
 from mar.train import Execution, fit
 import json

@@ -30,6 +30,9 @@ from mar.settings import build, placeless
 Writers = Mapping[str, Callable[[Path], None]]
 """File name -> what writes that file."""
 
+_FULL_BYTES = 64 * 2**20
+"""With less than this left, a failed write is put down to a full disk; torch's own words would not say so."""
+
 
 @dataclass
 class Progress:
@@ -75,9 +78,10 @@ def write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any]) -> None
         _flush(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
-        free_gib = shutil.disk_usage(_existing(path)).free / 2**30
+        free_bytes = shutil.disk_usage(_existing(path)).free
+        reason = "the disk is full" if free_bytes < _FULL_BYTES else str(error)
         raise Failure(
-            f"could not write {path}: {error} ({free_gib:.1f} GiB free). Earlier checkpoints are kept: "
+            f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). Earlier checkpoints are kept: "
             "make room or choose another --store, and run the same command again"
         ) from None
 

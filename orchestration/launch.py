@@ -22,7 +22,7 @@ from mar.errors import Failure, UserError
 from mar.settings import DATA_PLACES, placeless
 from orchestration import provenance
 from orchestration.config import LaunchConfig
-from orchestration.results import match
+from orchestration.results import Record, match
 from orchestration.study import Study, Trial
 from orchestration.tracking import IDENTITY, KEY, KIND, STUDY, Store, Writer
 from orchestration.trial import LOG
@@ -32,7 +32,7 @@ _PARENT = "study"
 
 
 class View(Protocol):
-    """Who watches a launch; ``progress`` has two."""
+    """Who watches a launch; ``progress.Board`` does."""
 
     def started(self, trial: Trial) -> None:
         """A trial runs."""
@@ -75,7 +75,7 @@ class Launch:
         self.begun.add(key)
         figures = cost(self.trials[key].settings)
         self.writer.open(key, lambda: self._run_of(self.trials[key]))
-        self.writer.metrics(key, 0, {"cost/gflops": figures.gflops, "cost/params_m": figures.params_m}, again=True)
+        self.writer.metrics(key, 0, {"cost/gflops": figures.gflops, "cost/params_m": figures.params_m})
         log = self.store.launch.trial_folder(key) / LOG
         self._relayed[key] = log.stat().st_size if log.is_file() else 0
         self.view.started(self.trials[key])
@@ -117,8 +117,11 @@ class Launch:
             self.writer.end(key, "KILLED")
         self.writer.flush()
 
-    def keep(self, reports: Path) -> None:
-        """Log the report's files with the study's run."""
+    def keep(self, reports: Path, records: Sequence[Record]) -> None:
+        """Log the report's files with the study's run, and which runs its table is made of, of whatever study."""
+        found = match(self.study.trials, records)
+        runs = {trial.name: found[trial.key].run_id for trial in self.study.trials if trial.key in found}
+        self.writer.tag(_PARENT, "runs", json.dumps(runs, ensure_ascii=False))
         self.writer.artifacts(_PARENT, reports, "report")
 
     def __enter__(self) -> Launch:

@@ -40,7 +40,7 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
             folder = launch.report_folder(study.name)
             records = store.trials()
             write_report(study, records, folder)
-            launched.keep(folder)
+            launched.keep(folder, records)
     print(f"\n{to_markdown(table_info(study, records))}")
     print("\n".join(findings(study, records)))
     print(f"\nfigure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")

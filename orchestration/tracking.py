@@ -152,7 +152,7 @@ class Writer:
         self._orders.put(lambda: self._runs.update({key: find_or_make()}))
 
     def metrics(self, key: str, epoch: int, metrics: Mapping[str, float], again: bool = False) -> None:
-        """Log an epoch's metrics, unless an attempt before this one has; ``again`` logs them in any case."""
+        """Log an epoch's metrics, unless an attempt before this one has; ``again`` logs what is new in any case."""
         now = int(time.time() * 1000)
         self._orders.put(lambda: self._collect(key, epoch, metrics, now, again))
 
@@ -218,10 +218,11 @@ class Writer:
     def _collect(self, key: str, epoch: int, metrics: Mapping[str, float], now: int, again: bool) -> None:
         if key not in self._logged:
             history = self.client.get_metric_history(self._runs[key], "epoch")
-            self._logged[key] = max((point.step for point in history), default=0)
+            self._logged[key] = max((point.step for point in history), default=-1)
         if epoch > self._logged[key] or again:
             self._logged[key] = max(epoch, self._logged[key])
-            points = [Metric(name, value, now, epoch) for name, value in {**metrics, "epoch": epoch}.items()]
+            named = metrics if again else {**metrics, "epoch": epoch}
+            points = [Metric(name, value, now, epoch) for name, value in named.items()]
             self._pending.setdefault(key, []).extend(points)
 
     def _flush(self) -> None:

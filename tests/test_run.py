@@ -122,6 +122,12 @@ def test_a_trial_finished_in_another_study_is_not_trained_again(place: Path) -> 
     output = mar(place, "run", "other.yaml", "--local")
     assert "2 trials, 1 finished before, 1 to train" in output
     assert len(trial_runs(place)) == 2
+    store = Store(LaunchConfig(store=place / "mar_store"))
+    experiment = store.client.get_experiment_by_name("other")
+    assert experiment
+    (parent,) = store.client.search_runs([experiment.experiment_id], "tags.`mar.kind` = 'study'")
+    used = json.loads(parent.data.tags["runs"])
+    assert sorted(used.values()) == sorted(run.run_id for run in trial_runs(place))
     plan = json.loads(mar(place, "plan", "other.yaml", "--json"))
     assert [line["state"] for line in plan] == ["have", "have"]
 
@@ -182,6 +188,8 @@ def test_a_killed_study_resumes_without_repeating_a_trial(place: Path) -> None:
     reader = Store(LaunchConfig(store=store))
     history = reader.client.get_metric_history(resumed.run_id, "train/loss")
     assert sorted(point.step for point in history) == list(range(1, 31)), "every epoch is there, once"
+    assert len(reader.client.get_metric_history(resumed.run_id, "cost/gflops")) == 1
+    assert len(reader.client.get_metric_history(resumed.run_id, "test/top1")) == 1
     undisturbed = mar(place, "run", "tiny.yaml", "recipe.epochs=30", "--store", "undisturbed", "--local")
     assert "| 75 %" in undisturbed
     again = {record.tags["mar.key"]: record for record in trial_runs(place, "undisturbed")}

@@ -7,6 +7,7 @@ and no pickle of an earlier one is ever read.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -80,7 +81,7 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
         raise Failure(f"Ray Tune stopped: {reason_of(ray_folder, error)}") from None
     finally:
         if started_here:
-            ray.shutdown()
+            stop()
 
 
 def _start(launch: LaunchConfig) -> None:
@@ -95,6 +96,22 @@ def _start(launch: LaunchConfig) -> None:
         raise UserError(f"--address {launch.address}: no Ray cluster answers there ({error})") from None
 
 
+def stop() -> None:
+    """Leave Ray.
+
+    Ray ends the whole process, exit code 1, if a reference of its is freed while it shuts down; a garbage collection
+    that happens to run in another thread (the tracking writer's) frees some. So there is none meanwhile.
+    """
+    import ray
+
+    gc.collect()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
+
+
 def cluster_words() -> str:
     """Start a private Ray, run a task on it, stop it; returns what it has."""
     import ray
@@ -106,7 +123,7 @@ def cluster_words() -> str:
         total = ray.cluster_resources()
         return f"{ray.__version__}: a task {answer}; {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
     finally:
-        ray.shutdown()
+        stop()
 
 
 def _gpus_per_worker(launch: LaunchConfig) -> int:

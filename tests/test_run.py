@@ -196,6 +196,29 @@ def test_a_killed_study_resumes_without_repeating_a_trial(place: Path) -> None:
     assert learnt(again[resumed.tags["mar.key"]]) == learnt(resumed)
 
 
+GARBAGE = """
+import gc, logging, sys, threading, time
+import ray
+from orchestration import sweep
+ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+references = [ray.put(number) for number in range(10_000)]
+def make_garbage():
+    while references:
+        cycle = [references.pop()]
+        cycle.append(cycle)
+        time.sleep(0.0001)
+gc.set_threshold(10, 1, 1)
+threading.Thread(target=make_garbage, daemon=True).start()
+{"ours": sweep.stop, "ray's": ray.shutdown}[sys.argv[1]]()
+print("alive")
+"""
+
+
+def test_leaving_ray_does_not_end_the_process_over_another_threads_garbage() -> None:
+    done = subprocess.run([sys.executable, "-c", GARBAGE, "ours"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr[-2000:]
+
+
 def test_a_second_run_of_a_study_that_is_alive_is_refused(place: Path) -> None:
     with (place / "first.log").open("w") as log:
         words = ["run", "tiny.yaml", "recipe.epochs=500", "--local"]

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,20 @@ def test_sampled_frames_exist_and_are_in_order(
         assert len(indices) == 16
         assert 0 <= indices.min() <= indices.max() < num_frames
         assert (np.diff(indices) >= 0).all()
+
+
+REAL = Path(os.environ.get("MAR_REAL_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not (REAL / "ut_interaction").is_dir(), reason=f"no ut_interaction below {REAL}")
+def test_real_avi_files_whose_header_counts_too_many_frames_are_read_to_the_end() -> None:
+    for file in sorted((REAL / "ut_interaction" / "videos").rglob("*.avi"))[::20]:
+        whole = decode_with("pyav", file)
+        with Reader(file) as reader:
+            assert len(reader) >= len(whole)
+            seen = reader.frames([0, len(whole) // 2, len(reader) - 1])
+        assert np.abs(seen.astype(int) - whole[[0, len(whole) // 2, -1]]).mean() < 3
 
 
 # Clips

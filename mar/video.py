@@ -33,7 +33,8 @@ class BrokenVideo(Exception):
 class Reader:
     """One opened video: its length, and any of its frames. Close it by leaving the ``with`` block.
 
-    decord decodes only what is asked for; a file that it cannot open or read is decoded from the front by PyAV.
+    decord decodes only what is asked for; a file that it cannot open or read is decoded from the front by PyAV, and
+    so is every avi: with packed B-frames decord gives, from one call to the next, other frames than asked for.
     A header may promise more frames than there are: what cannot be reached repeats the last frame that can.
 
     Raises:
@@ -43,7 +44,7 @@ class Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._decoded: Frames | None = None
-        self._decord: Any = _open_decord(path)
+        self._decord: Any = None if _is_avi(path) else _open_decord(path)
         if self._decord is None:
             self._decoded = _decode_all(path)
 
@@ -65,6 +66,16 @@ class Reader:
                 self._decoded = _decode_all(self.path)
         last = len(self._decoded) - 1
         return self._decoded[[min(index, last) for index in indices]]
+
+
+def _is_avi(path: Path) -> bool:
+    """By its content: an avi may have any name."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start[:4] == b"RIFF" and start[8:12] == b"AVI "
 
 
 def decode_with(decoder: str, path: Path) -> Frames:

@@ -35,7 +35,7 @@ class LaunchConfig(BaseModel):
     checkpoint_every_steps: PositiveInt | None = None
     """Checkpoint inside an epoch too; an epoch's end always has one."""
     retries: NonNegativeInt = 1
-    """Times a failed trial goes on from its last checkpoint."""
+    """Times a trial that Ray lost goes on from its last checkpoint; ``local`` has no such second try."""
     poll_s: PositiveFloat = 0.5
     """How often Ray Train looks at its workers, seconds."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -84,11 +83,6 @@ def build(tree: Mapping[str, Any]) -> ExperimentConfig:
 
 def _rule(message: str) -> str:
     return message.removeprefix("Value error, ").replace("Input should be", "must be")
-
-
-def canonical(settings: ExperimentConfig) -> str:
-    """Return the settings as one line of JSON, every value written out, keys sorted."""
-    return json.dumps(settings.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
 
 
 DATA_PLACES = ("root", "videos", "train", "val", "labels")

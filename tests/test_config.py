@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mar.config import ExperimentConfig
-from mar.settings import SETTING_PATHS, SettingError, build, canonical, flatten, merge
+from mar.settings import SETTING_PATHS, SettingError, build, flatten, merge
 from orchestration.study import completed, identity
 
 
@@ -68,7 +68,7 @@ def test_writing_out_a_default_changes_nothing(path: str) -> None:
 
 def test_settings_survive_json() -> None:
     settings = build({"mask": {"ratio": 0.75, "cell": [7, 2]}})
-    assert build(json.loads(canonical(settings))) == settings
+    assert build(json.loads(settings.model_dump_json())) == settings
 
 
 def test_the_place_of_the_data_is_not_part_of_a_trials_identity_and_its_content_is() -> None:

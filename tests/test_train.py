@@ -20,7 +20,7 @@ from mar.config import ExperimentConfig, RecipeConfig
 from mar.errors import Failure, UserError
 from mar.model import MAR
 from mar.optim import learning_rate, parameter_groups
-from mar.settings import build, canonical
+from mar.settings import build
 from mar.train import Execution, fit
 
 Settings = Callable[..., ExperimentConfig]
@@ -96,7 +96,9 @@ fit(build(json.loads(sys.argv[1])), Path(sys.argv[2]), lambda *_: None,
 
 def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_with_the_next_step(tiny: Settings, tmp_path: Path) -> None:
     settings = tiny()
-    killed = subprocess.run([sys.executable, "-c", KILLED, canonical(settings), str(tmp_path / "killed")], check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, settings.model_dump_json(), str(tmp_path / "killed")], check=False
+    )
     assert killed.returncode == -signal.SIGKILL
     newest = latest(tmp_path / "killed", settings, print)
     assert newest
@@ -125,7 +127,7 @@ def _work(rank: int, world: int, settings: str, folder: str, port: int) -> None:
 def test_two_workers_train_what_one_does(tiny: Settings, tmp_path: Path) -> None:
     settings = tiny({"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "recipe.epochs": 2})
     alone = train(settings, tmp_path / "one")
-    arguments = (2, canonical(settings), str(tmp_path / "two"), 29511)
+    arguments = (2, settings.model_dump_json(), str(tmp_path / "two"), 29511)
     multiprocessing.spawn(_work, args=arguments, nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, atol=2e-5, rtol=1e-3)

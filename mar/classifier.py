@@ -35,7 +35,8 @@ class BridgingClassifier(nn.Module):
         self.norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.width, num_classes)
-        initialise(self)
+        for part in (self.blocks, self.head):  # the projection keeps torch's default, as in the release
+            initialise(part)
 
     def forward(self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B classes"]:
         """Return the class scores of each clip."""
@@ -53,17 +54,19 @@ class BridgingClassifier(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """The baseline of Table V: average, dropout, one linear layer."""
+    """The baseline of Table V: average, dropout, one linear layer, which starts near zero as VideoMAE's does."""
 
     def __init__(self, config: ClassifierConfig, encoder_width: int, num_classes: int) -> None:
         super().__init__()
+        self.norm = LayerNorm(encoder_width) if config.norm == "pooled" else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(encoder_width, num_classes)
-        initialise(self)
+        nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B classes"]:
         """Return the class scores of each clip."""
-        return self.head(self.dropout(tokens.mean(dim=1)))
+        return self.head(self.dropout(self.norm(tokens.mean(dim=1))))
 
 
 class MLPClassifier(nn.Module):

@@ -95,6 +95,8 @@ class EncoderConfig(Node):
     """Frames, height and width of the patch that becomes one token (section IV-A)."""
     drop_path: Fraction = 0.1
     """Stochastic depth of the last block, rising linearly from 0 (Table I)."""
+    weights: str | None = None
+    """Pre-trained weights to start from: a file, a folder, a Hugging Face or timm name; none: random (Table IX b)."""
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
@@ -165,6 +167,8 @@ class ClassifierConfig(Node):
     """Give it learned tokens in the hidden places (Table VII)."""
     dropout: Fraction = 0.1
     """Dropout before the last linear layer (Table I)."""
+    norm: Literal["tokens", "pooled"] = "tokens"
+    """The encoder's last norm: on each token, or on their average, as VideoMAE's fine-tuned models have it."""
 
     @model_validator(mode="after")
     def _options_apply(self) -> Self:
@@ -174,6 +178,8 @@ class ClassifierConfig(Node):
             raise ValueError("an MLP has at least two layers: set depth: 2 or more, or kind: linear")
         if self.kind != "bridging" and (self.positions or self.mask_tokens):
             raise ValueError("positions and mask_tokens need kind: bridging (Table VII)")
+        if self.kind != "linear" and self.norm == "pooled":
+            raise ValueError("norm: 'pooled' needs kind: linear")
         return self
 
 
@@ -190,6 +196,8 @@ class ReconstructionConfig(Node):
     """Blocks of the decoder."""
     heads: PositiveInt = 6
     """Attention heads of the decoder."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start the decoder from ``encoder.weights`` too (where there are any), or at random (Table VIII)."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -228,6 +236,8 @@ class RecipeConfig(Node):
     """``linear``: multiply by batch_size / 256 (Table I, footnote)."""
     warmup_epochs: NonNegativeFloat = 5.0
     """Epochs of linear warm-up from ``warmup_lr``."""
+    cosine_from: Literal["warmup", "start"] = "warmup"
+    """The cosine begins when warm-up ends, at the peak; or at epoch 0, and warm-up rises to meet it (release)."""
     warmup_lr: NonNegativeFloat = 1.0e-6
     """Learning rate of the first step when there is a warm-up."""
     min_lr: NonNegativeFloat = 1.0e-6
@@ -238,6 +248,8 @@ class RecipeConfig(Node):
     """AdamW's momenta β₁, β₂."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
     """Learning-rate factor from each encoder block to the one below it."""
+    layer_decay_of: Literal["all", "weights"] = "all"
+    """Layer decay is for all parameters of a block (VideoMAE), or not for norms and biases (release)."""
     clip_grad: PositiveFloat | None = None
     """Largest gradient norm; none: not clipped."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -293,6 +305,11 @@ class ExperimentConfig(Node):
             _, h, w = self.grid
             if h % self.mask.cell[0] or w % self.mask.cell[1]:
                 raise ValueError(f"mask.cell: {list(self.mask.cell)} does not divide the {h} x {w} token grid")
+        if self.classifier.norm == "pooled" and self.reconstructs:
+            raise ValueError(
+                "classifier.norm: 'pooled' leaves the decoder tokens without a norm; set it to tokens, or "
+                "reconstruction.weight to 0"
+            )
         for path, mask in (("mask.ratio", self.mask), ("evaluation.mask.ratio", self.test_mask)):
             if mask.num_hidden(self.grid) >= prod(self.grid):
                 raise ValueError(f"{path}: {mask.ratio} leaves no token of {prod(self.grid)} visible")

@@ -55,13 +55,14 @@ def _blocks_flops(num_tokens: int, width: int, depth: int) -> int:
 def _encoder_flops(settings: ExperimentConfig, visible: int) -> int:
     width, depth, _ = settings.encoder.dimensions
     embedding = prod(settings.grid) * _patch_values(settings) * width
-    return embedding + _blocks_flops(visible, width, depth) + 5 * visible * width
+    last_norm = 5 * visible * width * (settings.classifier.norm == "tokens")
+    return embedding + _blocks_flops(visible, width, depth) + last_norm
 
 
 def _classifier_flops(settings: ExperimentConfig, visible: int) -> int:
     config, width, classes = settings.classifier, settings.encoder.dimensions[0], settings.data.num_classes
     if config.kind == "linear":
-        return width * classes
+        return 5 * width * (config.norm == "pooled") + width * classes
     project = visible * width * config.width
     if config.kind == "mlp":
         return project + max(config.depth - 2, 0) * config.width**2 + config.width * classes
@@ -88,13 +89,17 @@ def _blocks_params(width: int, depth: int) -> int:
 
 def _encoder_params(settings: ExperimentConfig) -> int:
     width, depth, _ = settings.encoder.dimensions
-    return (_patch_values(settings) + 1) * width + _blocks_params(width, depth) + 2 * width
+    return (
+        (_patch_values(settings) + 1) * width
+        + _blocks_params(width, depth)
+        + 2 * width * (settings.classifier.norm == "tokens")
+    )
 
 
 def _classifier_params(settings: ExperimentConfig) -> int:
     config, width, classes = settings.classifier, settings.encoder.dimensions[0], settings.data.num_classes
     if config.kind == "linear":
-        return (width + 1) * classes
+        return 2 * width * (config.norm == "pooled") + (width + 1) * classes
     head = (config.width + 1) * classes
     if config.kind == "mlp":
         return (width + 1) * config.width + max(config.depth - 2, 0) * (config.width + 1) * config.width + head

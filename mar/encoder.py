@@ -25,14 +25,14 @@ class Encoder(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, config: EncoderConfig, num_tokens: int) -> None:
+    def __init__(self, config: EncoderConfig, num_tokens: int, last_norm: bool = True) -> None:
         super().__init__()
         width, depth, heads = config.dimensions
         self.tubelet = config.tubelet
         self.embed = nn.Linear(3 * config.tubelet[0] * config.tubelet[1] * config.tubelet[2], width)
         self.register_buffer("positions", sin_cos_positions(num_tokens, width), persistent=False)
         self.blocks = transformer_blocks(width, depth, heads, config.drop_path)
-        self.norm = LayerNorm(width)
+        self.norm = LayerNorm(width) if last_norm else nn.Identity()
         initialise(self)
 
     def forward(self, video: Float[Tensor, "B C T H W"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:

@@ -29,7 +29,7 @@ def sin_cos_positions(num_tokens: int, width: int) -> Float[Tensor, "N D"]:
 
 def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.0) -> nn.Sequential:
     """Return ``depth`` pre-norm blocks (MLP ratio 4, GELU); stochastic depth rises linearly to ``drop_path``."""
-    rates = torch.linspace(0, drop_path, depth).tolist()
+    rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
     return nn.Sequential(
         *(
             _timm.Block(width, heads, mlp_ratio=4.0, qkv_bias=True, drop_path=rate, norm_layer=LayerNorm)

@@ -22,10 +22,6 @@ from torch import Tensor
 
 from mar.config import ExperimentConfig, Grid, MaskConfig
 
-_LARGEST_PACKED_CELL = 4
-"""Up to this area the hidden tokens of state A are the first ones; in larger cells they are spread evenly,
-or the mask would be a block (section IV-B, "the spatial size of the running cell")."""
-
 
 def training_mask(mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator) -> Bool[Tensor, "B t h w"]:
     """Draw an independent mask for each clip, on the generator's device."""
@@ -82,7 +78,7 @@ def _run_cells(
     """Eq. 1: in slice t, a cell that started in state i is in state t + i, each state the last one rotated by one."""
     (t, h, w), (r, q) = grid, cell
     rows, columns, area = h // r, w // q, r * q
-    table, extra = _cell_states(area, int(mask.ratio * t * h * w), t * rows * columns)
+    table, extra = _cell_states(cell, int(mask.ratio * t * h * w), t * rows * columns)
     slices = torch.arange(t, device=starts.device)[None, :, None, None]
     steps = slices if mask.motion == "running" else torch.zeros_like(slices)
     state = (steps + starts[:, None]) % area
@@ -92,25 +88,32 @@ def _run_cells(
 
 
 def _cell_states(
-    area: int, hidden_total: int, num_cells: int
+    cell: tuple[int, int], hidden_total: int, num_cells: int
 ) -> tuple[Bool[Tensor, "2 area area"], Int[Tensor, " num_cells"]]:
     """Return the rotations of state A with the mean count of hidden tokens rounded down, and with one more.
 
     The second tensor says, for each cell of a clip, which of the two it has: 0 or 1, so that the total is exact.
     """
-    few = hidden_total // num_cells
+    few, area = hidden_total // num_cells, cell[0] * cell[1]
     edges = torch.arange(num_cells + 1) * hidden_total // num_cells
-    table = torch.stack([torch.stack([_state_a(area, m).roll(i) for i in range(area)]) for m in (few, few + 1)])
+    table = torch.stack([torch.stack([_state_a(cell, m).roll(i) for i in range(area)]) for m in (few, few + 1)])
     return table, edges.diff() - few
 
 
-def _state_a(area: int, num_hidden: int) -> Bool[Tensor, " area"]:
-    """State A, row by row: the first tokens of a small cell; in a large one, the rarer kind is evenly spread."""
-    if area <= _LARGEST_PACKED_CELL:
+def _state_a(cell: tuple[int, int], num_hidden: int) -> Bool[Tensor, " area"]:
+    """State A, row by row: the first tokens of a 2 × 2 cell; in another, the rarer kind is spread.
+
+    Packed, the mask of a large cell would be a block (section IV-B, "the spatial size of the running cell"). The
+    released code spreads with a whole stride; where that leaves tokens over and it fails, ours are spread evenly.
+    """
+    area = cell[0] * cell[1]
+    if cell == (2, 2):
         return torch.arange(area) < num_hidden
-    rarer = min(num_hidden, area - num_hidden)
+    rarer = max(min(num_hidden, area - num_hidden), 0)
     spread = torch.zeros(area, dtype=torch.bool)
-    spread[torch.arange(rarer) * area // max(rarer, 1)] = True
+    stride = -(-area // max(rarer, 1))
+    whole = (rarer - 1) * stride < area
+    spread[torch.arange(rarer) * stride if whole else torch.arange(rarer) * area // rarer] = True
     return spread if num_hidden == rarer else ~spread
 
 

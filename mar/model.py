@@ -49,7 +49,7 @@ class MAR(nn.Module):
         t, h, w = settings.grid
         num_tokens, width = t * h * w, settings.encoder.dimensions[0]
         self.reconstruction = settings.reconstruction
-        self.encoder = Encoder(settings.encoder, num_tokens)
+        self.encoder = Encoder(settings.encoder, num_tokens, last_norm=settings.classifier.norm == "tokens")
         self.classifier = build_classifier(settings.classifier, width, num_tokens, settings.data.num_classes)
         patch_values = self.encoder.embed.in_features
         has_decoder = settings.reconstructs

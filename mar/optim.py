@@ -19,20 +19,43 @@ def peak_lr(recipe: RecipeConfig) -> float:
 
 def learning_rate(recipe: RecipeConfig, epoch: float) -> float:
     """Return the learning rate at a time in epochs: linear warm-up, then half a cosine to ``min_lr``."""
-    peak = peak_lr(recipe)
     if epoch < recipe.warmup_epochs:
-        return recipe.warmup_lr + (peak - recipe.warmup_lr) * epoch / recipe.warmup_epochs
-    progress = (epoch - recipe.warmup_epochs) / max(recipe.epochs - recipe.warmup_epochs, 1e-9)
-    return recipe.min_lr + (peak - recipe.min_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+        end = _cosine(recipe, recipe.warmup_epochs)
+        return recipe.warmup_lr + (end - recipe.warmup_lr) * epoch / recipe.warmup_epochs
+    return _cosine(recipe, epoch)
 
 
-def layer_scale(name: str, depth: int, decay: float) -> float:
-    """Return the learning-rate factor of a parameter: decay^(L - k) in block k of L, decay^(L + 1) at the embedding."""
-    if name.startswith("encoder.embed"):
+def _cosine(recipe: RecipeConfig, epoch: float) -> float:
+    start = recipe.warmup_epochs if recipe.cosine_from == "warmup" else 0.0
+    progress = (epoch - start) / max(recipe.epochs - start, 1e-9)
+    return recipe.min_lr + (peak_lr(recipe) - recipe.min_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+
+def layer_scale(name: str, depth: int, recipe: RecipeConfig) -> float:
+    """Return the learning-rate factor of a parameter: decay^(L - k) in block k of L, decay^(L + 1) at the embedding.
+
+    Under ``layer_decay_of: weights``, the release's rule, norms and biases have a factor of 1 everywhere, and the
+    decoder's mask token has the embedding's.
+    """
+    decay, weights_only = recipe.layer_decay, recipe.layer_decay_of == "weights"
+    if weights_only and (_is_norm(name) or name.endswith("bias")):
+        return 1.0
+    if name.startswith("encoder.embed") or (weights_only and name == "decoder.mask_token"):
         return decay ** (depth + 1)
     if name.startswith("encoder.blocks."):
         return decay ** (depth - int(name.split(".")[2]))
     return 1.0
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name
+
+
+def is_decayed(name: str, recipe: RecipeConfig) -> bool:
+    """Whether weight decay applies: not to norms and biases; to mask tokens under the release's rule alone."""
+    if name.endswith("mask_token"):
+        return recipe.layer_decay_of == "weights"
+    return not _is_norm(name) and not name.endswith("bias")
 
 
 def parameter_groups(model: MAR, recipe: RecipeConfig) -> list[dict[str, Any]]:
@@ -40,9 +63,8 @@ def parameter_groups(model: MAR, recipe: RecipeConfig) -> list[dict[str, Any]]:
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     depth = len(model.encoder.blocks)
     for name, parameter in model.named_parameters():
-        scale = layer_scale(name, depth, recipe.layer_decay)
-        decayed = parameter.ndim > 1 and not name.endswith("mask_token")
-        decay = recipe.weight_decay if decayed else 0.0
+        scale = layer_scale(name, depth, recipe)
+        decay = recipe.weight_decay if is_decayed(name, recipe) else 0.0
         group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())

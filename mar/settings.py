@@ -90,6 +90,8 @@ DATA_PLACES = ("root", "videos", "train", "val", "labels")
 
 
 def placeless(settings: ExperimentConfig) -> dict[str, Any]:
-    """Return the settings as plain values, without those that say where the data lies."""
+    """Return the settings as plain values, without those that say where data and pre-trained weights lie."""
     tree = settings.model_dump(mode="json")
-    return {**tree, "data": {name: value for name, value in tree["data"].items() if name not in DATA_PLACES}}
+    data = {name: value for name, value in tree["data"].items() if name not in DATA_PLACES}
+    encoder = {name: value for name, value in tree["encoder"].items() if name != "weights"}
+    return {**tree, "data": data, "encoder": encoder}

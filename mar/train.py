@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mar import RESULT, checkpoint, parallel
+from mar import RESULT, checkpoint, parallel, pretrained
 from mar.annotations import Video, read_split
 from mar.augment import flip, mix, soft_labels, to_pixels
 from mar.checkpoint import Progress
@@ -97,6 +97,8 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     optimizer = build_optimizer(model, settings.recipe)
     found = parallel.of_first(lambda: checkpoint.latest(folder, settings, execution.say))
     progress = checkpoint.restore(found, model, optimizer) if found else Progress()
+    if settings.encoder.weights and not found:
+        execution.say(pretrained.start(model, settings))
     order.first_step = progress.step
     if parallel.share().rank == 0:
         shutil.rmtree(folder / RESULT, ignore_errors=True)

@@ -13,10 +13,12 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from mar.errors import Failure, UserError
+from orchestration.cli_weights import weights_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Make and inspect data sets.")
 app.add_typer(data_app, name="data")
+app.add_typer(weights_app, name="weights")
 
 StudyName = Annotated[
     str, typer.Argument(metavar="STUDY", help="A study file, or the name of one that ships with mar.")
@@ -185,17 +187,60 @@ def show(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = Fals
 
 
 @app.command()
-def cost(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Print GFLOPs in the paper's convention, parameters and tokens."""
+def diff(
+    first: RecipeName,
+    second: Annotated[str, typer.Argument(metavar="RECIPE", help="The other recipe.")],
+    as_json: AsJson = False,
+) -> None:
+    """Name every setting in which two recipes differ, and the reason the recipes give."""
+    from orchestration.differences import differences
+
+    found = differences(first, second)
+    if as_json:
+        print(json.dumps([vars(each) for each in found], indent=1, ensure_ascii=False))
+        return
+    width = max((len(each.setting) for each in found), default=0)
+    values = [(f"{each.first}", f"{each.second}") for each in found]
+    widths = [max((len(pair[side]) for pair in values), default=0) for side in (0, 1)]
+    for each, (one, other) in zip(found, values, strict=True):
+        print(f"{each.setting:<{width}}  {one:>{widths[0]}}  {other:>{widths[1]}}  {each.reason}".rstrip())
+    print(f"{len(found)} settings differ" if found else "equal: no setting differs")
+
+
+@app.command()
+def cost(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe file or name.")] = None,
+    overrides: Overrides = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Also train a few steps on the CUDA device here.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips in a step, for --memory.")] = 1,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's figures beside ours; needs no recipe.")] = False,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print GFLOPs in the paper's convention, parameters, tokens, and peak training memory."""
+    if paper:
+        from orchestration.paper import cost_frame, write_page
+
+        text = write_page(output)
+        print(cost_frame().to_json(orient="records", indent=1, force_ascii=False) if as_json else output or text)
+        return
+    if recipe is None:
+        raise UserError("cost: which recipe? (or --paper, for the paper's figures beside ours)")
     from dataclasses import asdict
 
     from mar.cost import cost as cost_of
     from orchestration.study import read_recipe
 
-    figures = asdict(cost_of(read_recipe(recipe, overrides or [])))
+    settings = read_recipe(recipe, overrides or [])
+    figures: dict[str, float | int] = asdict(cost_of(settings))
     units = {"gflops": "GFLOPs a view, inference", "train_gflops": "GFLOPs a clip, training step"}
     units |= {"params_m": "M parameters", "train_params_m": "M parameters with the reconstruction branch"}
     units |= {"tokens": "tokens a clip", "visible_tokens": "visible tokens a clip, in testing"}
+    if memory:
+        from mar.memory import peak_training_memory_gib
+
+        figures["peak_training_gib"] = peak_training_memory_gib(settings, batch_size)
+        units["peak_training_gib"] = f"GiB at the peak of training, {batch_size} clips a step, measured here"
     lines = (
         f"{value:>10.2f}  {units[name]}" if isinstance(value, float) else f"{value:>10d}  {units[name]}"
         for name, value in figures.items()

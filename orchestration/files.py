@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mar.errors import UserError
+from mar.settings import SettingError, merge
 
 _HERE = Path(__file__).parent
 
@@ -33,9 +34,8 @@ def find(name: str, kind: str) -> Path:
     found = next((path for path in candidates if path.is_file()), None)
     if found:
         return found.resolve()
-    known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob("**/*.yaml"))
-    if kind == "study":
-        known = [path for path in known if not path.startswith("recipes/")]
+    pattern = "**/*.yaml" if kind == "recipe" else "*.yaml"
+    known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob(pattern))
     near = difflib.get_close_matches(given.stem, known, n=3, cutoff=0.3) or known
     raise UserError(f"no {kind} {name!r}: neither a file nor one that ships with mar ({', '.join(near)})")
 
@@ -67,6 +67,7 @@ class Document:
         if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: expected settings, 'name: value' line by line")
         self.content: dict[str, Any] = content
+        self.comments = _comments(text)
         self._read_lines(node, ())
 
     def place(self, *names: str) -> str:
@@ -78,9 +79,19 @@ class Document:
 
     def place_of_setting(self, path: str) -> str:
         """Return ``file:line`` of a dotted setting, written nested or dotted."""
-        names = tuple(path.split("."))
-        whole = [key for key in self.lines if ".".join(key) == path]
-        return self.place(*(whole[0] if whole else names))
+        return self.place(*(self._key(path) or path.split(".")))
+
+    def has(self, path: str) -> bool:
+        """Whether the file has that dotted setting."""
+        return self._key(path) is not None
+
+    def comment(self, path: str) -> str | None:
+        """Return the comment behind a dotted setting, on its line."""
+        key = self._key(path)
+        return self.comments.get(self.lines[key]) if key else None
+
+    def _key(self, path: str) -> tuple[str, ...] | None:
+        return next((key for key in self.lines if ".".join(key) == path), None)
 
     def _read_lines(self, node: yaml.MappingNode, above: tuple[str, ...]) -> None:
         for key, value in node.value:
@@ -90,3 +101,51 @@ class Document:
             self.lines[name] = key.start_mark.line + 1
             if isinstance(value, yaml.MappingNode):
                 self._read_lines(value, name)
+
+
+def _comments(text: str) -> dict[int, str]:
+    """Return, by line, the comments that stand behind something."""
+    ends: dict[int, int] = {}
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        end = token.end_mark
+        if token.start_mark.index < end.index:
+            ends[end.line] = max(ends.get(end.line, 0), end.column)
+    lines = text.splitlines()
+    behind = {line + 1: lines[line][column:].strip() for line, column in ends.items() if line < len(lines)}
+    return {line: words.lstrip("# ") for line, words in behind.items() if words.startswith("#")}
+
+
+class Recipe:
+    """A recipe's settings: those of the recipe it extends, then its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.documents: list[Document] = []
+        """The one that extends no other first."""
+        document = Document(path)
+        while True:
+            self.documents.insert(0, document)
+            base = document.content.pop("extends", None)
+            if base is None:
+                break
+            above = (document.path.parent / str(base)).resolve()
+            if not above.is_file() or above in [each.path.resolve() for each in self.documents]:
+                reason = "extends itself" if above.is_file() else "is not there"
+                raise UserError(f"{document.place('extends')}: extends: {base} {reason}")
+            document = Document(above)
+        self.content: dict[str, Any] = {}
+        for each in self.documents:
+            try:
+                self.content = merge(self.content, each.content)
+            except SettingError as error:
+                raise UserError(f"{each.place_of_setting(error.path)}: {error}") from None
+
+    def place_of_setting(self, path: str) -> str:
+        """Return ``file:line`` of a dotted setting, in the file that has the last word on it."""
+        return self._owner(path).place_of_setting(path)
+
+    def comment(self, path: str) -> str | None:
+        """Return the comment behind a dotted setting, where it was set last."""
+        return self._owner(path).comment(path)
+
+    def _owner(self, path: str) -> Document:
+        return next((each for each in reversed(self.documents) if each.has(path)), self.documents[-1])

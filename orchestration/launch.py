@@ -24,7 +24,7 @@ from orchestration import provenance
 from orchestration.config import LaunchConfig
 from orchestration.results import Record, match
 from orchestration.study import Study, Trial
-from orchestration.tracking import IDENTITY, KEY, KIND, STUDY, Store, Writer
+from orchestration.tracking import IDENTITY, KEY, KIND, STUDY, WEIGHTS, Store, Writer
 from orchestration.trial import LOG
 
 _PARENT = "study"
@@ -155,6 +155,7 @@ class Launch:
             "cost.gflops": f"{figures.gflops:.4f}",
             "cost.params_m": f"{figures.params_m:.4f}",
             "folder": str(self.store.launch.trial_folder(trial.key)),
+            **({WEIGHTS: trial.settings.encoder.weights} if trial.settings.encoder.weights else {}),
             **{f"data.{name}": str(getattr(data, name)) for name in DATA_PLACES},
         }
         run_id = self.store.run(self.experiment, trial.name, {KIND: "trial", KEY: trial.key}, tags)

@@ -77,6 +77,8 @@ def plan_text(lines: Sequence[PlannedTrial]) -> str:
         words += "; device-hours are known once a trial of this study is finished here"
     if any(line.trial.fingerprint == ABSENT for line in lines):
         words += f"\nthe data is not there yet: {lines[0].trial.settings.data.root}"
+    absent = {line.trial.settings.encoder.weights for line in lines if line.trial.lacks_weights} - {None}
+    words += "".join(f"\nthe weights are not here yet: {name}" for name in sorted(map(str, absent)))
     return "\n".join([header, *rows, words])
 
 

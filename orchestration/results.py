@@ -36,6 +36,11 @@ class Record(Protocol):
         """Which training it is (``study.identity``)."""
         ...
 
+    @property
+    def weights(self) -> str | None:
+        """The name of the pre-trained weights it started from, if any."""
+        ...
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -87,7 +92,8 @@ def match(trials: Sequence[Trial], records: Sequence[Record]) -> dict[str, Recor
     """Return, by trial key, the newest finished run with the trial's settings, of whatever study.
 
     A run logged before a setting existed matches if the trial leaves that setting at its default. Where the data
-    is not at hand, its fingerprint is unknown, and the settings alone decide: a table needs no videos.
+    is not at hand, its fingerprint is unknown, and the settings alone decide: a table needs no videos. So it is with
+    pre-trained weights, and their name.
     """
     finished = [record for record in records if record.status == "FINISHED" and record.identity]
     exact = {record.identity: record for record in reversed(finished)}
@@ -96,15 +102,16 @@ def match(trials: Sequence[Trial], records: Sequence[Record]) -> dict[str, Recor
     is_anywhere = any(trial.fingerprint == ABSENT for trial in missing.values())
     for record in finished if missing else []:
         for data in (None, ABSENT) if is_anywhere else (None,):
-            trial = missing.get(_completed(record.identity, data))
-            if trial is not None:
-                found.setdefault(trial.key, record)
+            for weights in {None, record.weights}:
+                trial = missing.get(_completed(record.identity, data, weights))
+                if trial is not None:
+                    found.setdefault(trial.key, record)
     return found
 
 
-def _completed(identity_line: str, data_fingerprint: str | None) -> str:
+def _completed(identity_line: str, data_fingerprint: str | None, weights: str | None) -> str:
     try:
-        return completed(identity_line, data_fingerprint)
+        return completed(identity_line, data_fingerprint, weights)
     except (ValueError, KeyError):  # written by a version whose settings this one does not understand
         return ""
 

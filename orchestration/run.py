@@ -9,7 +9,7 @@ from orchestration.config import LaunchConfig
 from orchestration.launch import Launch, check_data, missing_trials, only_one, train_missing
 from orchestration.progress import Board
 from orchestration.report import findings, write_report
-from orchestration.study import Study
+from orchestration.study import Study, fetch_weights
 from orchestration.tables import table_info, to_markdown
 from orchestration.tracking import Store
 
@@ -22,6 +22,7 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
         Failure: a trial was given up or stopped; the table shows what is there.
     """
     console = Console(soft_wrap=True)
+    fetch_weights(study)
     with only_one(study, launch):
         store = Store(launch)
         missing = missing_trials(study, store)

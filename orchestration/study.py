@@ -18,7 +18,10 @@ from mar.annotations import fingerprint
 from mar.config import ExperimentConfig
 from mar.errors import UserError
 from mar.settings import SettingError, build, merge, placeless
-from orchestration.files import Document, find
+from mar.sources import ABSENT as WEIGHTS_ABSENT
+from mar.sources import fetch, is_path
+from mar.sources import fingerprint as weights_fingerprint
+from orchestration.files import Document, Recipe, find
 from orchestration.quantities import QUANTITIES
 
 ABSENT = "absent"
@@ -93,6 +96,12 @@ class Trial:
         """Equal identities, equal results: all settings, the data's fingerprint in the place of its paths."""
         return identity(self.settings, self.fingerprint)
 
+    @property
+    def lacks_weights(self) -> bool:
+        """Whether it starts from pre-trained weights that are not on this machine."""
+        name = self.settings.encoder.weights
+        return name is not None and weights_fingerprint(name).startswith(WEIGHTS_ABSENT)
+
     @cached_property
     def key(self) -> str:
         """A short hash of the identity; names the trial's folder."""
@@ -111,17 +120,22 @@ class Study:
 
 def identity(settings: ExperimentConfig, data_fingerprint: str) -> str:
     """Return one line that is equal for equal trainings: settings with the data's content instead of its place."""
-    tree = {**placeless(settings), "fingerprint": data_fingerprint}
+    tree: dict[str, Any] = {**placeless(settings), "fingerprint": data_fingerprint}
+    if settings.encoder.weights:
+        tree["encoder"] = {**tree["encoder"], "weights": weights_fingerprint(settings.encoder.weights)}
     return json.dumps(tree, sort_keys=True, ensure_ascii=False)
 
 
-def completed(identity_line: str, data_fingerprint: str | None = None) -> str:
+def completed(identity_line: str, data_fingerprint: str | None = None, weights: str | None = None) -> str:
     """Return an identity that an earlier version wrote, with the settings it did not know yet at their defaults.
 
-    ``data_fingerprint`` is put in the place of its own: where the data is not at hand, settings alone must do.
+    ``data_fingerprint`` is put in the place of its own: where the data is not at hand, settings alone must do. So
+    is the name of the pre-trained ``weights``: where they are not at hand, their name must do.
     """
     tree: dict[str, Any] = json.loads(identity_line)
     own = tree.pop("fingerprint")
+    if weights:
+        tree["encoder"]["weights"] = f"{WEIGHTS_ABSENT}{weights}"
     return identity(build(tree), data_fingerprint or own)
 
 
@@ -139,12 +153,12 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     changes = parse_overrides(overrides)
     another = changes.pop("recipe") if isinstance(changes.get("recipe"), str) else None
     recipe_name = another or _beside(document, file.recipe)
-    recipe = Document(find(recipe_name, "recipe"))
+    recipe = Recipe(find(recipe_name, "recipe"))
     seeds = (changes.pop("seed"),) if "seed" in changes else file.seeds
     fingerprints: dict[str, str] = {}
     trials: list[Trial] = []
     for labels in itertools.product(*(axis.items() for axis in file.axes.values())):
-        tree = _merged([(recipe, recipe.content, ()), (document, file.fixed, ("fixed",))])
+        tree = _override(recipe.content, file.fixed, document, ("fixed",))
         for axis, (label, settings) in zip(file.axes, labels, strict=True):
             tree = _override(tree, settings, document, ("axes", axis, label))
         for seed in seeds:
@@ -162,12 +176,12 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
 
 def read_recipe(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read a recipe file and apply ``path=value`` overrides."""
-    document = Document(find(name, "recipe"))
+    recipe = Recipe(find(name, "recipe"))
     changes = parse_overrides(overrides)
     try:
-        return build(merge(document.content, changes))
+        return build(merge(recipe.content, changes))
     except SettingError as error:
-        place = "" if _touches(error.path, changes) else f"{document.place_of_setting(error.path)}: "
+        place = "" if _touches(error.path, changes) else f"{recipe.place_of_setting(error.path)}: "
         raise UserError(f"{place}{error}") from None
 
 
@@ -211,13 +225,6 @@ def _beside(document: Document, recipe: str) -> str:
         raise UserError(f"{document.place('recipe')}: recipe: {error}") from None
 
 
-def _merged(layers: Sequence[tuple[Document, Mapping[str, Any], tuple[str, ...]]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for document, settings, place in layers:
-        tree = _override(tree, settings, document, place)
-    return tree
-
-
 def _override(
     tree: dict[str, Any], settings: Mapping[str, Any], document: Document, place: tuple[str, ...]
 ) -> dict[str, Any]:
@@ -234,7 +241,7 @@ def _touches(path: str, changes: Mapping[str, Any]) -> bool:
 
 def _build(
     tree: Mapping[str, Any],
-    recipe: Document,
+    recipe: Recipe,
     document: Document,
     labels: Sequence[tuple[str, Mapping[str, Any]]],
     file: StudyFile,
@@ -296,7 +303,25 @@ def _select(trials: list[Trial], file: StudyFile, only: Sequence[str]) -> list[T
     return [trial for trial in trials if all(trial.labels[axis] in labels for axis, labels in wanted.items())]
 
 
-def absolute_root(trial: Trial) -> ExperimentConfig:
-    """Return the settings with an absolute data root, for workers whose working folder is another."""
-    root = str(Path(trial.settings.data.root).resolve())
-    return trial.settings.model_copy(update={"data": trial.settings.data.model_copy(update={"root": root})})
+def absolute_paths(settings: ExperimentConfig) -> ExperimentConfig:
+    """Return the settings with absolute paths to data and weights, for workers whose working folder is another."""
+    data, encoder, weights = settings.data, settings.encoder, settings.encoder.weights
+    data = data.model_copy(update={"root": str(Path(data.root).resolve())})
+    if weights and is_path(weights):
+        encoder = encoder.model_copy(update={"weights": str(Path(weights).expanduser().resolve())})
+    return settings.model_copy(update={"data": data, "encoder": encoder})
+
+
+def fetch_weights(study: Study) -> None:
+    """Have the pre-trained weights of all trials on this machine, downloading those that have a hub's name.
+
+    Call it before any trial's identity is asked for: an identity has the weights' content in it.
+
+    Raises:
+        UserError: a file is not there, or cannot be downloaded.
+    """
+    for name in sorted({trial.settings.encoder.weights or "" for trial in study.trials} - {""}):
+        try:
+            fetch(name)
+        except UserError as error:
+            raise UserError(f"encoder.weights: {error}") from None

@@ -36,6 +36,7 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 IDENTITY, KEY, KIND, STUDY = "mar.identity", "mar.key", "mar.kind", "mar.study"
+WEIGHTS = "encoder.weights"
 _PARAMS_PER_BATCH = 90
 _METRICS_PER_BATCH = 900
 
@@ -56,6 +57,11 @@ class RunRecord:
     def identity(self) -> str:
         """Which training this is."""
         return self.tags.get(IDENTITY, "")
+
+    @property
+    def weights(self) -> str | None:
+        """The name of the pre-trained weights it started from, if any."""
+        return self.tags.get(WEIGHTS)
 
 
 class Store:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestration.config import LaunchConfig
-from orchestration.study import Trial, absolute_root
+from orchestration.study import Trial, absolute_paths
 
 LOG = "log.txt"
 """File, below the trial's folder, with what its workers had to say."""
@@ -58,7 +58,7 @@ def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int) -> Assignme
     """Return what a worker is told of a trial."""
     return Assignment(
         key=trial.key,
-        settings=absolute_root(trial).model_dump(mode="json"),
+        settings=absolute_paths(trial.settings).model_dump(mode="json"),
         folder=str(launch.trial_folder(trial.key)),
         workers=launch.workers,
         cpus_per_worker=launch.cpus_per_worker,

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mar.config import MaskConfig
-from mar.masking import evaluation_mask, training_mask
+from mar.masking import _run_cells, evaluation_mask, training_mask
 from mar.model import split_places
 from mar.settings import build, merge
 
@@ -73,6 +73,67 @@ def test_cells_of_every_size_of_table_iv_keep_the_token_count(cell: tuple[int, i
     mask = MaskConfig(cell=cell, ratio=ratio)
     drawn = training_mask(mask, (8, 14, 14), 4, generator())
     assert drawn.flatten(1).sum(dim=1).tolist() == [int(ratio * 1568)] * 4
+
+
+def released_state(area: int, num_hidden: int) -> torch.Tensor | None:
+    """State A of a cell as the released code for larger cells has it; none where it crashes."""
+    visible = area - num_hidden
+    rarer = num_hidden if num_hidden <= visible else visible
+    places = list(range(0, area, -(-area // rarer))) if rarer else []
+    if len(places) < rarer:
+        return None
+    chosen = torch.zeros(area, dtype=torch.bool)
+    chosen[places[:rarer]] = True
+    return chosen if num_hidden <= visible else ~chosen
+
+
+@given(
+    cell=st.sampled_from([(14, 14), (7, 7), (7, 2), (2, 7), (1, 4), (4, 2), (2, 14), (7, 1), (4, 4)]),
+    num_hidden=st.integers(0, 196),
+    slice_=st.integers(0, 7),
+    start=st.integers(0, 195),
+)
+@settings(max_examples=300, deadline=None)
+def test_states_of_other_cells_are_the_released_ones_wherever_the_released_code_works(
+    cell: tuple[int, int], num_hidden: int, slice_: int, start: int
+) -> None:
+    area = cell[0] * cell[1]
+    num_hidden, start = num_hidden % area, start % area
+    expected = released_state(area, num_hidden)
+    mask = MaskConfig(cell=cell, ratio=num_hidden / area)
+    grid = (8, 28 // cell[0] * cell[0], 28 // cell[1] * cell[1])
+    if mask.num_hidden(grid) != num_hidden * grid[0] * grid[1] * grid[2] // area:
+        return  # the ratio is not exact in floating point
+    starts = torch.full((1, grid[1] // cell[0], grid[2] // cell[1]), start)
+    drawn = _run_cells(mask, grid, cell, starts)
+    assert drawn.sum() == mask.num_hidden(grid)
+    if expected is not None:
+        state = expected.roll(start + slice_).view(cell)
+        assert torch.equal(drawn[0, slice_], state.repeat(grid[1] // cell[0], grid[2] // cell[1]))
+
+
+def test_half_of_a_2_by_7_cell_is_a_checkerboard_and_of_a_7_by_2_cell_stripes() -> None:
+    wide = evaluation_mask(build({"mask": {"cell": [2, 7]}}))[0]
+    assert wide[0, :2, :7].int().tolist() == [[1, 0, 1, 0, 1, 0, 1], [0, 1, 0, 1, 0, 1, 0]]
+    tall = evaluation_mask(build({"mask": {"cell": [7, 2]}}))[0]
+    assert torch.equal(tall[0], (torch.arange(14) % 2 == 0).expand(14, 14))
+    assert torch.equal(tall, evaluation_mask(build({"mask": {"cell": [14, 14]}}))[0])
+
+
+@pytest.mark.parametrize("ratio", RELEASED_STATES)
+@given(seed=st.integers(0, 10_000), spatial=st.sampled_from(["repeated", "random"]))
+@settings(max_examples=50, deadline=None)
+def test_cells_drawn_in_training_run_through_the_released_states(ratio: float, seed: int, spatial: str) -> None:
+    states = RELEASED_STATES[ratio]
+    mask = MaskConfig.model_validate({"ratio": ratio, "spatial": spatial, "temporal": "fixed"})
+    clip = training_mask(mask, (8, 14, 14), 1, generator(seed))[0]
+    cells = clip.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3).flatten(1, 2)
+    for cell in cells.transpose(0, 1):
+        seen = ["".join(str(int(hidden)) for hidden in tokens) for tokens in cell]
+        start = states.index(seen[0])
+        assert seen == [states[(start + slice_) % 4] for slice_ in range(8)]
+    if spatial == "repeated":
+        assert torch.equal(cells, cells[:, :1].expand_as(cells))
 
 
 def test_half_of_a_large_cell_is_striped_not_a_block() -> None:

@@ -10,6 +10,7 @@ from mar.decoder import reconstruction_target
 from mar.encoder import flat_conv_weight, patchify
 from mar.masking import training_mask
 from mar.model import IMAGENET_MEAN, MAR, split_places
+from mar.settings import build, merge
 
 Settings = Callable[..., ExperimentConfig]
 QUIET = {"encoder.drop_path": 0.0, "classifier.dropout": 0.0}
@@ -30,6 +31,7 @@ def clips_and_mask(settings: ExperimentConfig) -> tuple[torch.Tensor, torch.Tens
         {"reconstruction.weight": 0.0},
         {"mask.ratio": 0.75, "reconstruction.normalize_target": False},
         {"classifier.kind": "linear"},
+        {"classifier.kind": "linear", "classifier.norm": "pooled", "reconstruction.weight": 0.0},
         {"classifier.kind": "mlp", "classifier.depth": 2},
         {"classifier.positions": True},
         {"classifier.positions": True, "classifier.mask_tokens": True},
@@ -96,6 +98,22 @@ def test_the_encoder_is_timms_vit_when_nothing_is_hidden(tiny: Settings) -> None
     for block in model.encoder.blocks:
         tokens = block(tokens)
     torch.testing.assert_close(model.encoder(pixels, visible), model.encoder.norm(tokens))
+
+
+def test_parts_start_as_the_released_model_and_videomae_start_them() -> None:
+    torch.manual_seed(0)
+    model = MAR(build({}))
+    head = model.classifier.blocks[0].mlp.fc1
+    assert head.weight.abs().max().item() == pytest.approx((6 / (512 + 2048)) ** 0.5, rel=0.01)
+    assert model.classifier.project.weight.abs().max().item() == pytest.approx(768**-0.5, rel=0.01)
+    assert model.encoder.blocks[0].attn.proj.weight.abs().max().item() == pytest.approx((6 / 1536) ** 0.5, rel=0.01)
+    assert model.decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not any(
+        value.any() for name, value in model.named_parameters() if name.endswith(".bias") and "embed" not in name
+    )
+    linear = MAR(build(merge({}, {"classifier.kind": "linear", "classifier.norm": "pooled", "mask.ratio": 0.0})))
+    assert linear.classifier.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
+    assert isinstance(linear.encoder.norm, torch.nn.Identity)
 
 
 def test_weights_do_not_depend_on_the_pixel_statistics(tiny: Settings) -> None:

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import tiny_tree
+from safetensors.torch import save_file
 from scipy import stats
 
 from orchestration.figures import draw, figure_info
@@ -36,6 +38,7 @@ class Run:
     identity: str
     metrics: dict[str, float]
     status: str = "FINISHED"
+    weights: str | None = None
     run_id: str = field(default="run")
 
 
@@ -188,3 +191,20 @@ def test_a_thousand_trials_are_planned_without_torch_or_ray(tmp_path: Path, vide
         "assert not {'torch', 'ray', 'mlflow', 'scipy', 'pandas'} & sys.modules.keys(), 'heavy'"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "study.yaml")], check=True)
+
+
+def test_without_the_weights_at_hand_their_name_decides(study: Study, tmp_path: Path) -> None:
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        save_file({"encoder.embed.weight": torch.full((1, 1), value)}, tmp_path / f"{name}.safetensors")
+    names = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    file = str(tmp_path / f"{study.name}.yaml")
+    trained = [read_study(file, [f"encoder.weights={name}"]).trials[0] for name in names]
+    records = [
+        Run(trial.identity, {"test/top1": 1.0}, weights=name, run_id=name)
+        for trial, name in zip(trained, names, strict=True)
+    ]
+    for name in names:
+        Path(name).unlink()
+    for name in names:
+        trials = read_study(file, [f"encoder.weights={name}"]).trials[:1]
+        assert [record.run_id for record in match(trials, records).values()] == [name]

@@ -2,13 +2,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import tiny_tree
+from safetensors.torch import save_file
 
 from mar.errors import UserError
 from mar.settings import flatten
 from orchestration.files import find, packaged
-from orchestration.study import read_recipe, read_study
+from orchestration.plan import plan_text, plan_trials
+from orchestration.study import absolute_paths, fetch_weights, read_recipe, read_study
 
 STUDY = """\
 title: "A study"
@@ -179,3 +182,37 @@ def test_every_shipped_study_is_sound(file: Path) -> None:
 def test_every_shipped_recipe_is_sound_and_explained(file: Path) -> None:
     assert flatten(read_recipe(str(file)).model_dump())
     assert file.read_text().startswith("# ")
+
+
+def test_a_trial_is_told_by_the_content_of_its_weights_not_by_their_place(
+    write: Callable[[str], str], tmp_path: Path
+) -> None:
+    for name, value in (("one", 0.0), ("same", 0.0), ("other", 1.0)):
+        save_file({"encoder.embed.weight": torch.full((1, 1), value)}, tmp_path / f"{name}.safetensors")
+
+    def key(weights: Path | str) -> str:
+        return read_study(write(STUDY), [f"encoder.weights={weights}"]).trials[0].key
+
+    assert key(tmp_path / "one.safetensors") == key(tmp_path / "same.safetensors")
+    assert key(tmp_path / "one.safetensors") != key(tmp_path / "other.safetensors")
+    assert key(tmp_path / "one.safetensors") != read_study(write(STUDY)).trials[0].key
+    assert key("none.safetensors") != key("nobody.safetensors")
+
+
+def test_weights_that_are_not_there_are_said_before_anything_runs(write: Callable[[str], str]) -> None:
+    study = read_study(write(STUDY), ["encoder.weights=none.pth"])
+    lines = plan_trials(study, [])
+    assert "the weights are not here yet: none.pth" in plan_text(lines)
+    with pytest.raises(UserError, match=r"encoder\.weights: none\.pth: no such file or folder of weights"):
+        fetch_weights(study)
+
+
+def test_workers_are_given_the_absolute_path_of_weights(
+    write: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"encoder.embed.weight": torch.zeros(1, 1)}, tmp_path / "weights.safetensors")
+    trial = read_study(write(STUDY), ["encoder.weights=weights.safetensors"]).trials[0]
+    assert absolute_paths(trial.settings).encoder.weights == str(tmp_path / "weights.safetensors")
+    named = read_study(write(STUDY), ["encoder.weights=someone/model"]).trials[0]
+    assert absolute_paths(named.settings).encoder.weights == "someone/model"

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from mar import RESULT
 from mar.checkpoint import Progress, latest, read_sealed
-from mar.config import ExperimentConfig, RecipeConfig
+from mar.config import ExperimentConfig
 from mar.errors import Failure, UserError
+from mar.export import write_model
 from mar.model import MAR
-from mar.optim import learning_rate, parameter_groups
+from mar.pretrained import Weights, model_settings, read_weights
 from mar.settings import build
 from mar.train import Execution, fit
 
@@ -242,30 +243,48 @@ def test_bfloat16_trains_too(tiny: Settings, tmp_path: Path) -> None:
     assert train(tiny({"recipe.precision": "bf16", "recipe.epochs": 1}), tmp_path)[-1][1]["train/loss"] > 0
 
 
-def test_the_learning_rate_warms_up_and_follows_the_cosine() -> None:
-    recipe = RecipeConfig(epochs=40, batch_size=512, base_lr=1e-3)
-    assert learning_rate(recipe, 0.0) == pytest.approx(1e-6)
-    assert learning_rate(recipe, 5.0) == pytest.approx(2e-3)
-    assert learning_rate(recipe, 22.5) == pytest.approx((2e-3 + 1e-6) / 2)
-    assert learning_rate(recipe, 40.0) == pytest.approx(1e-6)
-    unscaled = recipe.model_copy(update={"lr_scaling": "none"})
-    assert learning_rate(unscaled, 5.0) == pytest.approx(1e-3)
+@pytest.fixture
+def pretrained(tiny: Settings, tmp_path: Path) -> Path:
+    """Weights that another training left, as a checkpoint that VideoMAE's code might have written."""
+    torch.manual_seed(7)
+    folder = tmp_path / "weights"
+    weights = Weights("a test", "mar", MAR(tiny()).state_dict(), {}, {})
+    write_model(folder, weights, tiny())
+    return folder
 
 
-def test_layers_decay_as_timm_decays_them(tiny: Settings) -> None:
-    """timm groups the same blocks: its encoder has depth + 2 layers, embedding first, norm and heads last."""
-    settings = tiny({"encoder.depth": 3, "recipe.layer_decay": 0.5})
-    model = MAR(settings)
-    scales = {id(p): group["lr_scale"] for group in parameter_groups(model, settings.recipe) for p in group["params"]}
-    named = {name: scales[id(parameter)] for name, parameter in model.named_parameters()}
-    assert named["encoder.embed.weight"] == 0.5**4
-    assert [named[f"encoder.blocks.{layer}.attn.qkv.weight"] for layer in range(3)] == [0.5**3, 0.5**2, 0.5]
-    assert named["classifier.head.weight"] == named["decoder.blocks.0.attn.qkv.weight"] == 1.0
-    decays = {
-        id(p): group["weight_decay"] for group in parameter_groups(model, settings.recipe) for p in group["params"]
-    }
-    undecayed = [name for name, parameter in model.named_parameters() if not decays[id(parameter)]]
-    assert all(name.endswith(("bias", "mask_token")) or "norm" in name for name in undecayed)
+def test_training_starts_from_pretrained_weights_and_says_so(tiny: Settings, pretrained: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    chosen = tiny({"encoder.weights": str(pretrained), "recipe.epochs": 1, "recipe.base_lr": 1e-9})
+    train(chosen, tmp_path / "run", say=said.append)
+    there, trained = load_file(pretrained / "model.safetensors"), weights(tmp_path / "run")
+    for name in there:
+        is_kept = torch.allclose(trained[name], there[name], atol=1e-5)
+        assert is_kept == name.startswith(("encoder.", "decoder.")) or "norm" in name or "bias" in name, name
+    assert len(said) == 1
+    assert "encoder: 16 tensors" in said[0]
+    assert "at random" in said[0]
+
+
+def test_a_resumed_training_does_not_start_from_its_pretrained_weights_again(
+    tiny: Settings, pretrained: Path, tmp_path: Path
+) -> None:
+    chosen = tiny({"encoder.weights": str(pretrained)})
+    undisturbed = train(chosen, tmp_path / "undisturbed")
+    stop_after(chosen, tmp_path / "stopped", epochs=2)
+    said: list[str] = []
+    moved = pretrained.rename(tmp_path / "moved")
+    elsewhere = tiny({"encoder.weights": str(moved)})
+    assert train(elsewhere, tmp_path / "stopped", say=said.append) == undisturbed
+    assert said == []
+
+
+def test_the_result_of_a_trial_is_a_model_to_start_from(tiny: Settings, tmp_path: Path) -> None:
+    train(tiny(), tmp_path / "first")
+    result = tmp_path / "first" / RESULT
+    assert model_settings(read_weights(str(result))) == tiny()
+    reports = train(tiny({"encoder.weights": str(result), "recipe.epochs": 1}), tmp_path / "second")
+    assert reports
 
 
 def test_progress_survives_json() -> None:

@@ -1,0 +1,218 @@
+"""Weights out: a folder of safetensors, ``config.json`` and a model card; Hugging Face's VideoMAE; ONNX."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mar.checkpoint import Writers, write_sealed, write_text
+from mar.config import ExperimentConfig
+from mar.cost import cost
+from mar.errors import UserError
+from mar.layouts import hugging_face_names
+from mar.masking import evaluation_mask
+from mar.model import MAR, split_places
+from mar.pretrained import Weights, fitting, load
+
+_CARD = """---
+library_name: mar
+pipeline_tag: video-classification
+tags: [masked-action-recognition, video, vit]
+---
+# {title}
+
+A video ViT for Masked Action Recognition ([Qing et al., 2022](https://arxiv.org/abs/2207.11660)), converted from
+`{source}` ({layout}). The licence of that source holds for these weights; mar adds nothing to it.
+
+| | |
+|---|---|
+| parts | {parts} |
+| encoder | {width} wide, {depth} deep, {heads} heads, tubelets of {tubelet} |
+| clip | {frames} frames of {size} × {size} pixels, {tokens} tokens, {visible} of them visible at ρ = {ratio:.0%} |
+| classes | {classes} |
+| cost{as_what} | {gflops:.2f} GFLOPs a view (one multiply-add counts one), {params:.2f} M parameters |
+
+Input: RGB from 0 to 1, axes B, C, T, H, W; the model normalises by ImageNet's mean and deviation itself.
+
+{how}
+"""
+_HOW_OURS = """```
+mar weights show DIR
+mar weights export DIR model.onnx
+mar run STUDY encoder.weights=DIR
+```"""
+_HOW_HUGGING_FACE = """`transformers.{architecture}.from_pretrained("DIR")`; its input is normalised already, axes B, T, C, H, W.
+LayerNorm's ε is 1e-6 where its config can say so; in `decoder.norm` and `fc_norm` it is torch's 1e-5."""
+
+
+def write_model(folder: Path, weights: Weights, settings: ExperimentConfig) -> None:
+    """Write our own format; reading it back gives the same tensors and settings.
+
+    Raises:
+        UserError: the folder is there already, or the weights do not fit the settings.
+        Failure: the disk refuses.
+    """
+    check_fit(weights, settings)
+    config = {"model_type": "mar", "settings": settings.model_dump(mode="json")}
+    _write(folder, weights.tensors, config, _card(folder, weights, settings, weights.tensors, _HOW_OURS))
+
+
+def write_hugging_face(folder: Path, weights: Weights, settings: ExperimentConfig) -> list[str]:
+    """Write a folder for ``transformers``' VideoMAE; returns the names it has no place for (a bridging classifier's).
+
+    Raises:
+        UserError: the folder is there already, the weights do not fit, or tubelets are not square.
+        Failure: the disk refuses.
+    """
+    check_fit(weights, settings)
+    frames, height, width = settings.encoder.tubelet
+    if height != width:
+        raise UserError(f"encoder.tubelet: Hugging Face's VideoMAE has square patches, not {height} × {width}")
+    pooled = settings.classifier.norm == "pooled" and "classifier.head.weight" in weights.tensors
+    kept = {
+        name: tensor
+        for name, tensor in weights.tensors.items()
+        if name.startswith("encoder.") or name.startswith("classifier." if pooled else "decoder.")
+    }
+    kind = "VideoClassification" if pooled else "PreTraining" if "decoder.project.weight" in kept else "Model"
+    architecture = f"VideoMAEFor{kind}" if kind != "Model" else "VideoMAEModel"
+    dimensions, decoder = settings.encoder.dimensions, settings.reconstruction
+    config = {
+        "model_type": "videomae",
+        "architectures": [architecture],
+        "image_size": settings.clip.size,
+        "num_frames": settings.clip.frames,
+        "patch_size": height,
+        "tubelet_size": frames,
+        "hidden_size": dimensions[0],
+        "num_hidden_layers": dimensions[1],
+        "num_attention_heads": dimensions[2],
+        "intermediate_size": 4 * dimensions[0],
+        "decoder_hidden_size": decoder.width,
+        "decoder_num_hidden_layers": decoder.depth,
+        "decoder_num_attention_heads": decoder.heads,
+        "decoder_intermediate_size": 4 * decoder.width,
+        "norm_pix_loss": decoder.normalize_target,
+        "layer_norm_eps": 1e-6,
+        "use_mean_pooling": pooled,
+        "id2label": {str(each): f"LABEL_{each}" for each in range(settings.data.num_classes)} if pooled else {},
+    }
+    card = _card(folder, weights, settings, kept, _HOW_HUGGING_FACE.format(architecture=architecture))
+    _write(folder, hugging_face_names(kept, settings.encoder.tubelet), config, card)
+    return [name for name in weights.tensors if name not in kept]
+
+
+def check_fit(weights: Weights, settings: ExperimentConfig) -> None:
+    """Raise a UserError if a part that the file has does not fit the settings; nothing is computed."""
+    with torch.device("meta"):
+        model = MAR(settings)
+    has = {name.split(".")[0] for name in weights.tensors}
+    fitting(model, weights, settings, [f"{part}." for part in has if getattr(model, part, None) is not None])
+
+
+class Inference(nn.Module):
+    """What is deployed: pixels to class scores, under the mask of evaluation; hidden tubelets are never read."""
+
+    visible: Tensor
+
+    def __init__(self, model: MAR, settings: ExperimentConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("visible", split_places(evaluation_mask(settings))[0])
+
+    def forward(self, pixels: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B classes"]:
+        """Return the class scores."""
+        places = self.visible.expand(pixels.shape[0], -1)
+        tokens = self.model.encoder((pixels - self.model.mean) / self.model.std, places)
+        return self.model.classifier(tokens, places)
+
+
+def write_onnx(file: Path, weights: Weights, settings: ExperimentConfig) -> float:
+    """Write the inference path to ONNX, any number of clips at once; returns the largest difference from PyTorch.
+
+    The difference is that of onnxruntime's class scores on two random clips, after the file was read again.
+
+    Raises:
+        UserError: the file is there already, onnx is not installed, or the weights have no classifier.
+    """
+    if not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        raise UserError("ONNX needs onnx, onnxscript and onnxruntime: pip install 'mar-on-ray[onnx]'")
+    import onnxruntime
+
+    if file.exists():
+        raise UserError(f"{file} is there already: choose another name, or remove it")
+    model = MAR(settings).eval()
+    load(model, weights, settings, ("encoder.", "classifier."))
+    clip = settings.clip
+    pixels = torch.rand(2, 3, clip.frames, clip.size, clip.size, generator=torch.Generator().manual_seed(0))
+    inference = Inference(model, settings).eval()
+    with torch.no_grad():
+        expected = inference(pixels)
+        program: Any = torch.onnx.export(
+            inference,
+            (pixels,),
+            dynamo=True,
+            verbose=False,
+            input_names=["pixels"],
+            output_names=["scores"],
+            dynamic_shapes={"pixels": {0: torch.export.Dim("clips", min=1, max=4096)}},
+        )
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        program.save(unfinished, external_data=False)
+        session: Any = onnxruntime.InferenceSession(str(unfinished), providers=["CPUExecutionProvider"])
+        differences = [
+            (torch.from_numpy(session.run(None, {"pixels": part.numpy()})[0]) - wanted).abs().max().item()
+            for part, wanted in ((pixels, expected), (pixels[:1], expected[:1]))
+        ]
+        unfinished.rename(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return max(differences)
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], card: str) -> None:
+    if folder.exists():
+        raise UserError(f"{folder} is there already: choose another name, or remove it")
+    contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    writers: dict[str, Callable[[Path], None]] = {
+        "model.safetensors": lambda file: save_file(contiguous, file, metadata={"format": "pt"}),
+        "config.json": lambda file: write_text(file, json.dumps(config, indent=1, ensure_ascii=False)),
+        "README.md": lambda file: write_text(file, card),
+    }
+    checked: Writers = writers
+    write_sealed(folder, checked, {})
+
+
+def _card(folder: Path, weights: Weights, settings: ExperimentConfig, kept: Mapping[str, Tensor], how: str) -> str:
+    figures, (width, depth, heads) = cost(settings), settings.encoder.dimensions
+    parts = [part for part in ("encoder", "decoder", "classifier") if any(name.startswith(f"{part}.") for name in kept)]
+    return _CARD.format(
+        title=folder.name,
+        source=Path(weights.source).name,
+        layout=weights.layout,
+        parts=", ".join(parts),
+        width=width,
+        depth=depth,
+        heads=heads,
+        tubelet=" × ".join(str(length) for length in settings.encoder.tubelet),
+        frames=settings.clip.frames,
+        size=settings.clip.size,
+        tokens=figures.tokens,
+        visible=figures.visible_tokens,
+        ratio=settings.test_ratio,
+        classes=settings.data.num_classes if "classifier" in parts else "none: it has no classifier",
+        as_what="" if "classifier" in parts else f", with a {settings.classifier.kind} classifier put on",
+        gflops=figures.gflops,
+        params=figures.params_m,
+        how=how.replace("DIR", folder.name),
+    )

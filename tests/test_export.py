@@ -1,0 +1,138 @@
+"""Weights out: what was written comes back exactly, here, in transformers and in onnxruntime."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from test_pretrained import classifying, clips, pretraining, saved
+from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
+
+from mar.config import ExperimentConfig
+from mar.errors import UserError
+from mar.export import write_hugging_face, write_model, write_onnx
+from mar.masking import evaluation_mask
+from mar.model import MAR
+from mar.pretrained import EVERYTHING, Weights, load, model_settings, read_weights
+from mar.settings import build, merge
+
+SMALL = {
+    "clip": {"frames": 4, "size": 64},
+    "encoder": {"size": "custom", "width": 48, "depth": 2, "heads": 3},
+    "classifier": {"width": 32, "depth": 1, "heads": 2},
+    "reconstruction": {"width": 24, "depth": 1, "heads": 2},
+    "data": {"num_classes": 5},
+}
+
+
+def weights_of(settings: ExperimentConfig) -> Weights:
+    """A model whose weights are random everywhere, key biases and norms too."""
+    torch.manual_seed(0)
+    state = {name: value + 0.1 * torch.randn_like(value) for name, value in MAR(settings).state_dict().items()}
+    return Weights("a test", "mar", state, {}, {})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"reconstruction.weight": 0.0},
+        {"classifier.kind": "linear"},
+        {"classifier.kind": "mlp", "classifier.depth": 2},
+        {"classifier.mask_tokens": True, "classifier.positions": True},
+        {"encoder.tubelet": [2, 8, 8], "mask.ratio": 0.75},
+    ],
+)
+def test_a_written_model_comes_back_exactly(overrides: dict[str, object], tmp_path: Path) -> None:
+    settings = build(merge(SMALL, overrides))
+    weights = weights_of(settings)
+    write_model(tmp_path / "model", weights, settings)
+    back = read_weights(str(tmp_path / "model"))
+    assert back.tensors.keys() == weights.tensors.keys()
+    assert all(torch.equal(back.tensors[name], weights.tensors[name]) for name in back.tensors)
+    assert model_settings(back) == settings
+    assert not load(MAR(settings), back, settings, EVERYTHING).initialised
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"{settings.test_ratio:.0%}" in card
+    assert card.startswith("---\nlibrary_name: mar\n")
+
+
+def test_hugging_faces_checkpoint_goes_round_and_transformers_reads_it(tmp_path: Path) -> None:
+    reference = pretraining()
+    first = read_weights(saved(reference, tmp_path / "theirs"))
+    write_model(tmp_path / "ours", first, model_settings(first))
+    ours = read_weights(str(tmp_path / "ours"))
+    assert write_hugging_face(tmp_path / "back", ours, model_settings(ours)) == []
+    again = VideoMAEForPreTraining.from_pretrained(tmp_path / "back").eval()
+    state, expected = again.state_dict(), reference.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+    _, normalised = clips()
+    hidden = (torch.arange(32) % 2 == 0).expand(2, -1)
+    with torch.no_grad():
+        loss, wanted = (model(normalised, bool_masked_pos=hidden).loss for model in (again, reference))
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_linear_classifier_goes_to_transformers_and_a_bridging_one_is_said_to_stay(tmp_path: Path) -> None:
+    reference = classifying()
+    weights = read_weights(saved(reference, tmp_path / "theirs"))
+    assert write_hugging_face(tmp_path / "back", weights, model_settings(weights)) == []
+    again = VideoMAEForVideoClassification.from_pretrained(tmp_path / "back").eval()
+    _, normalised = clips()
+    with torch.no_grad():
+        scores, wanted = again(normalised).logits, reference(normalised).logits
+    torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-4)
+    bridging = build(SMALL)
+    left = write_hugging_face(tmp_path / "bridging", weights_of(bridging), bridging)
+    assert left
+    assert all(name.startswith("classifier.") for name in left)
+    VideoMAEForPreTraining.from_pretrained(tmp_path / "bridging")
+
+
+@pytest.mark.parametrize("overrides", [{}, {"mask.ratio": 0.0}, {"classifier.kind": "linear", "mask.ratio": 0.75}])
+def test_onnxruntime_gives_the_scores_for_any_number_of_clips(overrides: dict[str, object], tmp_path: Path) -> None:
+    settings = build(merge(SMALL, overrides))
+    weights = weights_of(settings)
+    assert write_onnx(tmp_path / "model.onnx", weights, settings) < 1e-5
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    pixels = torch.rand(3, 3, 4, 64, 64)
+    (scores,) = session.run(None, {"pixels": pixels.numpy()})
+    model = MAR(settings).eval()
+    load(model, weights, settings, EVERYTHING)
+    with torch.no_grad():
+        expected = model.classify(pixels, evaluation_mask(settings).expand(3, -1, -1, -1))
+    np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None:
+    settings = build(SMALL)
+    weights = weights_of(settings)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there.onnx").write_text("precious")
+    with pytest.raises(UserError, match="is there already"):
+        write_model(tmp_path / "there", weights, settings)
+    with pytest.raises(UserError, match="is there already"):
+        write_onnx(tmp_path / "there.onnx", weights, settings)
+    assert (tmp_path / "there.onnx").read_text() == "precious"
+    wider = build(merge(SMALL, {"encoder.width": 96}))
+    for write in (write_model, write_hugging_face):
+        with pytest.raises(UserError, match="other shapes: encoder"):
+            write(tmp_path / "new", weights, wider)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_models_folder_says_what_it_is(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", weights_of(build(SMALL)), build(SMALL))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["model_type"] == "mar"
+    assert config["settings"]["encoder"]["width"] == 48
+    assert sorted(each.name for each in (tmp_path / "model").iterdir()) == [
+        "README.md",
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]

@@ -1,0 +1,414 @@
+"""Weights in: numbers equal those of transformers' VideoMAE and timm's ViT; what does not fit is said."""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
+
+from mar.config import ExperimentConfig
+from mar.decoder import reconstruction_loss, reconstruction_target
+from mar.errors import UserError
+from mar.layers import sin_cos_positions
+from mar.model import MAR, split_places
+from mar.pretrained import load, model_settings, read_weights, start
+from mar.settings import SettingError, build, merge
+from mar.sources import ABSENT, fetch, fingerprint
+
+SIZES: dict[str, Any] = {
+    "image_size": 64,
+    "num_frames": 4,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 192,
+    "decoder_hidden_size": 24,
+    "decoder_num_hidden_layers": 2,
+    "decoder_num_attention_heads": 4,
+    "decoder_intermediate_size": 96,
+    "layer_norm_eps": 1e-6,
+}
+transformers.utils.logging.disable_progress_bar()
+
+
+def randomised(model: nn.Module) -> Any:
+    """Random everywhere, norms and biases too; ε as the official models have it, where transformers fixes another."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    for part in model.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = 1e-6
+    return model.eval()
+
+
+def theirs(kind: Any, **overrides: Any) -> Any:
+    torch.manual_seed(0)
+    return randomised(kind(VideoMAEConfig(**{**SIZES, **overrides})))
+
+
+def pretraining(**overrides: Any) -> Any:
+    return theirs(VideoMAEForPreTraining, use_mean_pooling=False, **overrides)
+
+
+def classifying(**overrides: Any) -> Any:
+    return theirs(VideoMAEForVideoClassification, use_mean_pooling=True, num_labels=5, **overrides)
+
+
+def saved(model: Any, folder: Path) -> str:
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def ours(name: str, overrides: dict[str, Any] | None = None) -> tuple[MAR, ExperimentConfig]:
+    """A model with all that the file has."""
+    weights = read_weights(name)
+    settings = model_settings(weights, overrides)
+    model = MAR(settings).eval()
+    has = {name.split(".")[0] for name in weights.tensors}
+    load(model, weights, settings, [f"{part}." for part in has])
+    return model, settings
+
+
+def clips() -> tuple[Tensor, Tensor]:
+    """Pixels from 0 to 1, axes B, C, T, H, W; and as transformers wants them, normalised, axes B, T, C, H, W."""
+    pixels = torch.rand(2, 3, 4, 64, 64, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return pixels, ((pixels - mean) / std).transpose(1, 2)
+
+
+def random_mask(num_hidden: int = 20) -> Tensor:
+    order = torch.rand(2, 32, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
+    return (order < num_hidden).view(2, 2, 4, 4)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_pretraining_loss_is_that_of_transformers(normalize: bool, tmp_path: Path) -> None:
+    reference = pretraining(norm_pix_loss=normalize)
+    model, settings = ours(saved(reference, tmp_path / "hf"))
+    assert settings.reconstruction.normalize_target == normalize
+    (pixels, normalised), hidden = clips(), random_mask()
+    with torch.no_grad():
+        expected = reference(normalised, bool_masked_pos=hidden.flatten(1))
+        predicted = model.reconstruct(pixels, hidden)
+        target = reconstruction_target(pixels, split_places(hidden)[1], (2, 16, 16), normalize)
+    torch.testing.assert_close(predicted, expected.logits, rtol=1e-4, atol=1e-5)
+    loss = reconstruction_loss(predicted, target).mean()
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_the_class_scores_are_those_of_transformers(tmp_path: Path) -> None:
+    reference = classifying()
+    model, settings = ours(saved(reference, tmp_path / "hf"))
+    assert (settings.classifier.norm, settings.test_ratio, settings.data.num_classes) == ("pooled", 0.0, 5)
+    pixels, normalised = clips()
+    with torch.no_grad():
+        expected = reference(normalised).logits
+        scores = model.classify(pixels, torch.zeros(2, 2, 4, 4, dtype=torch.bool))
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_with_the_epsilon_that_transformers_defaults_to_the_scores_are_still_near(tmp_path: Path) -> None:
+    reference = classifying(layer_norm_eps=1e-12)
+    for part in reference.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = 1e-12
+    reference.fc_norm.eps = 1e-5
+    model, _ = ours(saved(reference, tmp_path / "hf"))
+    pixels, normalised = clips()
+    with torch.no_grad():
+        scores = model.classify(pixels, torch.zeros(2, 2, 4, 4, dtype=torch.bool))
+        torch.testing.assert_close(scores, reference(normalised).logits, rtol=0, atol=5e-4)
+
+
+def test_an_encoder_alone_is_read_too(tmp_path: Path) -> None:
+    reference = theirs(VideoMAEModel, use_mean_pooling=False)
+    model, _ = ours(saved(reference, tmp_path / "hf"))
+    pixels, normalised = clips()
+    hidden = random_mask()
+    with torch.no_grad():
+        expected = reference(normalised, bool_masked_pos=hidden.flatten(1)).last_hidden_state
+        tokens = model.encoder((pixels - model.mean) / model.std, split_places(hidden)[0])
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+
+
+OFFICIAL = [  # transformers' name -> VideoMAE's, from the facts about its conversion
+    ("videomae.encoder.layer.", "encoder.blocks."),
+    ("decoder.decoder_layers.", "decoder.blocks."),
+    ("videomae.embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"),
+    ("videomae.layernorm", "encoder.norm"),
+    ("attention.output.dense", "attn.proj"),
+    ("attention.attention.", "attn."),
+    ("layernorm_before", "norm1"),
+    ("layernorm_after", "norm2"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+]
+
+
+def official(folder: str) -> dict[str, Tensor]:
+    """The same weights as VideoMAE's own code names and groups them."""
+    named: dict[str, Tensor] = {}
+    for key, value in load_file(Path(folder) / "model.safetensors").items():
+        for old, new in OFFICIAL:
+            key = key.replace(old, new)
+        named[key] = value
+    for key in [key for key in named if key.endswith("attn.query.weight")]:
+        stem = key.removesuffix("query.weight")
+        named[f"{stem}qkv.weight"] = torch.cat(
+            [named.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")]
+        )
+    if "classifier.weight" in named:
+        named = {key.removeprefix("encoder.").replace("classifier.", "head."): value for key, value in named.items()}
+    return named
+
+
+def assert_same_tensors(first: str, second: str) -> None:
+    one, other = read_weights(first).tensors, read_weights(second).tensors
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "module", "model_state", "state_dict", None])
+@pytest.mark.parametrize("kind", [pretraining, classifying])
+def test_videomaes_own_files_give_the_same_weights(
+    kind: Callable[[], Any], wrapper: str | None, tmp_path: Path
+) -> None:
+    reference = saved(kind(), tmp_path / "hf")
+    state, file = official(reference), tmp_path / "checkpoint.pth"
+    content = {wrapper: state, "epoch": 799, "args": argparse.Namespace(model="vit", lr=1e-3)} if wrapper else state
+    torch.save(content, file)
+    assert_same_tensors(reference, str(file))
+    words = "pre-trained" if kind is pretraining else "fine-tuned"
+    assert read_weights(str(file)).layout == f"VideoMAE, {words}"
+
+
+def test_half_precision_files_and_wrapped_names_are_read(tmp_path: Path) -> None:
+    reference = saved(pretraining(), tmp_path / "hf")
+    wrapped = {f"module._orig_mod.{key}": value.half() for key, value in official(reference).items()}
+    torch.save({"module": wrapped}, tmp_path / "deepspeed.pt")
+    one, other = read_weights(reference).tensors, read_weights(str(tmp_path / "deepspeed.pt")).tensors
+    assert all(torch.equal(one[name].half().float(), other[name]) for name in one)
+
+
+def test_sharded_folders_and_old_ones_are_read(tmp_path: Path) -> None:
+    reference = saved(pretraining(), tmp_path / "hf")
+    tensors = load_file(Path(reference) / "model.safetensors")
+    shards, old = tmp_path / "shards", tmp_path / "old"
+    for folder in (shards, old):
+        folder.mkdir()
+        (folder / "config.json").write_text((Path(reference) / "config.json").read_text())
+    names = sorted(tensors)
+    where = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(names)}
+    for shard in {*where.values()}:
+        save_file({name: tensors[name] for name in names if where[name] == shard}, shards / shard)
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    torch.save(tensors, old / "pytorch_model.bin")
+    assert_same_tensors(reference, str(shards))
+    assert_same_tensors(reference, str(old))
+    (shards / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"the shard model-00002-of-00002\.safetensors is missing"):
+        read_weights(str(shards))
+
+
+def test_an_image_vit_inflated_gives_the_image_models_tokens_on_a_still_clip(tmp_path: Path) -> None:
+    image = timm.create_model("vit_tiny_patch16_224", img_size=64, class_token=False, global_pool="avg", fc_norm=False)
+    image = randomised(image)
+    with torch.no_grad():
+        image.pos_embed.copy_(sin_cos_positions(16, 192))
+    save_file(image.state_dict(), tmp_path / "image.safetensors")
+    tree = {"encoder.size": "tiny", "clip.size": 64, "clip.frames": 2, "reconstruction.init": "random"}
+    settings = build(merge({}, {**tree, "encoder.weights": str(tmp_path / "image.safetensors")}))
+    model = MAR(settings).eval()
+    report = start(model, settings)
+    assert "image ViT" in report
+    still = torch.rand(2, 3, 1, 64, 64).expand(-1, -1, 2, -1, -1)
+    with torch.no_grad():
+        normalised = (still - model.mean) / model.std
+        tokens = model.encoder(normalised, torch.arange(16).expand(2, -1))
+        expected = image.forward_features(normalised[:, :, 0])
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_image_mae_of_timm_loads_but_for_its_class_token(tmp_path: Path) -> None:
+    image = timm.create_model("vit_base_patch16_224.mae", pretrained=False, num_classes=0, depth=1)
+    torch.save({"model": image.state_dict()}, tmp_path / "mae.pth")
+    weights = read_weights(str(tmp_path / "mae.pth"))
+    assert weights.layout == "image ViT"
+    assert set(weights.unused) == {"cls_token", "pos_embed"}
+    model, _ = ours(str(tmp_path / "mae.pth"), {"encoder.heads": 12})
+    kernel = model.encoder.embed.weight.unflatten(1, (3, 2, 16, 16))
+    torch.testing.assert_close(kernel.sum(dim=2), image.patch_embed.proj.weight)
+
+
+def weights_settings(name: str, overrides: dict[str, Any] | None = None) -> ExperimentConfig:
+    known = model_settings(read_weights(name)).model_dump(mode="json")
+    return build(merge(known, {"encoder.weights": name, **(overrides or {})}))
+
+
+def test_training_starts_from_encoder_and_decoder_and_says_what_it_left(tmp_path: Path) -> None:
+    name = saved(pretraining(), tmp_path / "hf")
+    settings = weights_settings(name)
+    model = MAR(settings)
+    report = start(model, settings)
+    there = read_weights(name).tensors
+    assert torch.equal(model.decoder.mask_token, there["decoder.mask_token"])
+    assert torch.equal(model.encoder.norm.weight, there["encoder.norm.weight"])
+    assert re.search(r"loaded +encoder: 28 tensors, 0\.13 M values; decoder: 30 tensors", report)
+    assert re.search(r"at random +classifier\.… \(29 tensors\)", report)
+    random = weights_settings(name, {"reconstruction.init": "random"})
+    model = MAR(random)
+    assert re.search(r"left over +decoder\.… \(30 tensors\): not asked for", start(model, random))
+    assert not torch.equal(model.decoder.mask_token, there["decoder.mask_token"])
+
+
+def test_a_fine_tuned_model_lacks_the_last_norm_and_the_report_says_so(tmp_path: Path) -> None:
+    name = saved(classifying(), tmp_path / "hf")
+    overrides = {"classifier.kind": "bridging", "classifier.norm": "tokens", "classifier.heads": 4}
+    settings = weights_settings(name, {**overrides, "mask.ratio": 0.5})
+    model = MAR(settings)
+    report = start(model, settings)
+    assert re.search(r"at random +encoder\.norm\.weight, encoder\.norm\.bias, classifier\.…", report)
+    assert re.search(
+        r"left over +classifier\.… \(4 tensors\)|left over +classifier\.norm\.weight, classifier\.norm\.bias", report
+    )
+    reconstructing = weights_settings(name, {**overrides, "mask.ratio": 0.5, "reconstruction.weight": 0.1})
+    with pytest.raises(UserError, match=r"has no decoder: set reconstruction\.init: random"):
+        start(MAR(reconstructing), reconstructing)
+
+
+@pytest.mark.parametrize(("frames", "size"), [(4, 96), (8, 64), (16, 32)])
+def test_other_clip_sizes_and_frame_counts_load_exactly(frames: int, size: int, tmp_path: Path) -> None:
+    name = saved(pretraining(), tmp_path / "hf")
+    settings = weights_settings(name, {"clip.frames": frames, "clip.size": size})
+    model = MAR(settings)
+    start(model, settings)
+    assert torch.equal(model.encoder.positions, sin_cos_positions(frames // 2 * (size // 16) ** 2, 48))
+
+
+def test_a_checkpoint_that_fits_badly_is_an_error_that_names_the_first_keys(tmp_path: Path) -> None:
+    name = saved(pretraining(), tmp_path / "hf")
+    wider = build(merge({}, {"encoder.weights": name, "clip.size": 64, "clip.frames": 4}))
+    with pytest.raises(
+        UserError, match=r"missing: encoder\.blocks\.2\.\S+, .* and \d+ more; other shapes: encoder\.embed"
+    ) as error:
+        start(MAR(wider), wider)
+    assert "48 × 1536 in the file, 768 × 1536 in the model" in str(error.value)
+    assert "encoder.width=48" in str(error.value)
+    file = Path(name) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["videomae.encoder.layer.1.output.dense.weight"]
+    save_file(tensors, file)
+    settings = weights_settings(name)
+    with pytest.raises(UserError, match=r"missing: encoder\.blocks\.1\.mlp\.fc2\.weight\b"):
+        start(MAR(settings), settings)
+
+
+class RunsACommand:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.file}",)
+
+
+def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    file, trace = tmp_path / "evil.pth", tmp_path / "it-ran"
+    torch.save({"model": {"weight": torch.zeros(1)}, "args": RunsACommand(trace)}, file)
+    with pytest.raises(
+        UserError, match=r"evil\.pth: refused, because opening it could run code: it would call \S*\.system"
+    ):
+        read_weights(str(file))
+    assert not trace.exists()
+    torch.load(file, weights_only=False)
+    assert trace.exists(), "the file is not malicious, so this test proves nothing"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda file: file.write_bytes(b""), "not a whole PyTorch checkpoint"),
+        (lambda file: file.write_bytes(b"no checkpoint at all"), "not a whole PyTorch checkpoint"),
+        (
+            lambda file: torch.save({"model": {"a": torch.zeros(1)}}, file),
+            r"not a layout that mar knows .* first keys: a",
+        ),
+        (lambda file: torch.save([1, 2], file), "no tensors in it"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said(make: Callable[[Path], Any], words: str, tmp_path: Path) -> None:
+    file = tmp_path / "some.pth"
+    make(file)
+    with pytest.raises(UserError, match=words):
+        read_weights(str(file))
+
+
+def test_a_truncated_file_is_said(tmp_path: Path) -> None:
+    folder = Path(saved(pretraining(), tmp_path / "hf"))
+    torch.save({"model": official(str(folder))}, tmp_path / "whole.pth")
+    content = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="not a whole PyTorch checkpoint"):
+        read_weights(str(tmp_path / "cut.pth"))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        read_weights(str(folder))
+
+
+def test_names_that_lead_nowhere_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("./nothing.pth", "weights/here/none", "nothing.safetensors"):
+        with pytest.raises(UserError, match="no such file or folder of weights"):
+            read_weights(name)
+    for name in ("nobody/nothing", "vit_base_patch16_224.mae"):
+        with pytest.raises(UserError, match="no such file here, and Hugging Face gave no"):
+            read_weights(name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no weights in it"):
+        read_weights(str(tmp_path / "empty"))
+
+
+def test_a_model_in_hugging_faces_cache_is_found_without_asking_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = cache / "models--someone--videomae-tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    reference = saved(pretraining(), snapshot)
+    assert fetch("someone/videomae-tiny").resolve() == Path(reference).resolve()
+    assert_same_tensors("someone/videomae-tiny", reference)
+    assert fingerprint("someone/videomae-tiny") == fingerprint(reference)
+
+
+def test_the_fingerprint_is_of_the_content_wherever_it_lies(tmp_path: Path) -> None:
+    one, other = saved(pretraining(), tmp_path / "one"), saved(pretraining(), tmp_path / "other")
+    assert fingerprint(one) == fingerprint(other)
+    assert fingerprint(fingerprint(one)) == fingerprint(one)
+    changed = load_file(Path(other) / "model.safetensors")
+    changed["mask_token"] += 1
+    save_file(changed, Path(other) / "model.safetensors")
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(str(tmp_path / "none.pth")) == f"{ABSENT}{tmp_path / 'none.pth'}"
+
+
+def test_settings_that_the_file_contradicts_are_the_users_mistake(tmp_path: Path) -> None:
+    weights = read_weights(saved(pretraining(), tmp_path / "hf"))
+    with pytest.raises(SettingError, match=r"encoder\.heads|encoder"):
+        model_settings(weights, {"encoder.heads": 5})

@@ -17,6 +17,7 @@ from mar.masking import evaluation_mask
 from mar.model import MAR
 from mar.pretrained import EVERYTHING, Weights, load, model_settings, read_weights
 from mar.settings import build, merge
+from orchestration.cli import main
 
 SMALL = {
     "clip": {"frames": 4, "size": 64},
@@ -136,3 +137,34 @@ def test_a_models_folder_says_what_it_is(tmp_path: Path) -> None:
         "manifest.json",
         "model.safetensors",
     ]
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Run the command; returns its exit code, what it printed and what it complained of."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr("sys.argv", ["mar", *words])
+        main()
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
+
+
+def test_the_command_shows_converts_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = saved(classifying(), tmp_path / "theirs")
+    capsys.readouterr()
+    code, out, _ = command(capsys, "weights", "show", theirs)
+    assert code == 0
+    assert "(Hugging Face VideoMAE)" in out
+    assert "encoder.width=48, encoder.depth=2, encoder.heads=3" in out
+    code, out, _ = command(capsys, "weights", "show", theirs, "--json")
+    assert json.loads(out)["settings"]["classifier.norm"] == "pooled"
+    code, out, _ = command(capsys, "weights", "convert", theirs, str(tmp_path / "ours"))
+    assert (code, out.splitlines()[-1]) == (0, f"written    {tmp_path / 'ours'}")
+    code, out, _ = command(capsys, "weights", "export", str(tmp_path / "ours"), str(tmp_path / "model.onnx"))
+    assert code == 0
+    assert "onnxruntime and PyTorch differ by at most" in out
+    code, _, complaint = command(capsys, "weights", "convert", theirs, str(tmp_path / "ours"))
+    assert (code, "is there already" in complaint) == (2, True)
+    code, _, complaint = command(capsys, "weights", "convert", theirs, str(tmp_path / "new"), "encoder.heads=5")
+    assert (code, "encoder" in complaint) == (2, True)
+    code, _, complaint = command(capsys, "cost", "quickstart", "--memory")
+    assert (code, "no CUDA device" in complaint) == (2, True)

@@ -49,20 +49,24 @@ class Node(BaseModel):
 class DataConfig(Node):
     """Which videos, and what they are labelled."""
 
-    format: Literal["list", "ssv2"] = "list"
-    """``list``: a line is a path and a class number. ``ssv2``: Something-Something's json files."""
+    format: Literal["list", "folders", "ssv2", "kinetics", "ucf101", "hmdb51"] = "list"
+    """How it is annotated: a path and a class number a line, a folder a class, or as a benchmark is distributed."""
     root: str = "data"
     """Folder of the data set. Not part of a trial's identity: the content's fingerprint is."""
     videos: str = "."
     """Folder of the videos; relative to ``root``."""
-    train: str = "train.txt"
-    """Annotation file of the training split; relative to ``root``, or absolute."""
-    val: str = "val.txt"
-    """Annotation file of the evaluation split; relative to ``root``, or absolute."""
-    labels: str = "labels.json"
-    """Class names of an ``ssv2`` set; relative to ``root``, or absolute."""
+    train: str | None = None
+    """Annotation file of the training split; relative to ``root``, or absolute; none: by its official name."""
+    val: str | None = None
+    """Annotation file of the evaluation split; relative to ``root``, or absolute; none: by its official name."""
+    labels: str | None = None
+    """File of the class names, where the format has one; relative to ``root``, or absolute; none: by its official name."""
+    split: Annotated[int, Field(ge=1, le=3)] = 1
+    """Which of the three splits of UCF101 and HMDB51."""
     num_classes: PositiveInt = 174
     """Number of classes C."""
+    missing: Literal["error", "skip"] = "error"
+    """A video that is not there is as a broken one, or is left out of its split (Kinetics: some always are)."""
     broken: Literal["error", "skip"] = "error"
     """A training video that cannot be decoded stops the trial, or is left out and counted."""
 

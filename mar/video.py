@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from mar.config import ClipConfig
 Frames = npt.NDArray[np.uint8]
 """uint8 frames, ``[T, H, W, 3]``, RGB."""
 
+_KEPT_BYTES = 256 * 2**20
+"""Up to so many bytes a file that is decoded from the front is held; above it is decoded again for what is wanted."""
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "64")  # the default, 10240, hangs for minutes on a truncated file
 
 
@@ -43,19 +46,17 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._decoded: Frames | None = None
         self._decord: Any = None if _is_avi(path) else _open_decord(path)
-        if self._decord is None:
-            self._decoded = _decode_all(path)
+        self._decoded: _Decoded | None = _decode(path) if self._decord is None else None
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._decord = None  # decord frees its decoder and its thread with the object
+        self._decord = self._decoded = None  # decord frees its decoder and its thread with the object
 
     def __len__(self) -> int:
-        return len(self._decord) if self._decoded is None else len(self._decoded)
+        return len(self._decord) if self._decoded is None else self._decoded.length
 
     def frames(self, indices: Sequence[int]) -> Frames:
         """Return the frames with these numbers, ``[len(indices), H, W, 3]``."""
@@ -63,9 +64,13 @@ class Reader:
             try:
                 return self._decord.get_batch(list(indices)).asnumpy()
             except Exception:  # decord raises its own DECORDError and, on odd files, bare RuntimeErrors
-                self._decoded = _decode_all(self.path)
-        last = len(self._decoded) - 1
-        return self._decoded[[min(index, last) for index in indices]]
+                self._decoded = _decode(self.path)
+        last = self._decoded.length - 1
+        wanted = [min(index, last) for index in indices]
+        if self._decoded.frames is not None:
+            return self._decoded.frames[wanted]
+        kept = dict(_chosen(self.path, set(wanted)))
+        return np.stack([kept[index] for index in wanted])
 
 
 def _is_avi(path: Path) -> bool:
@@ -96,20 +101,58 @@ def decode_with(decoder: str, path: Path) -> Frames:
 def _open_decord(path: Path) -> Any:
     try:
         decord = importlib.import_module("decord")
+        decord.logging.set_level(decord.logging.QUIET)
         reader = decord.VideoReader(str(path), num_threads=1)
         return reader if len(reader) else None
     except Exception:  # no wheel on this platform, or decord's own error: PyAV is asked next
         return None
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """What a pass over a whole file found."""
+
+    length: int
+    frames: Frames | None
+    """All frames; none where they would take more than ``_KEPT_BYTES``: then another pass takes the chosen ones."""
+
+
+def _decode(path: Path) -> _Decoded:
+    """Decode a file from the front, holding its frames only while they are few."""
+    kept: list[Frames] = []
+    length = held_bytes = 0
+    for frame in _walk(path):
+        length += 1
+        held_bytes += frame.width * frame.height * 3
+        if held_bytes <= _KEPT_BYTES:
+            kept.append(_pixels(frame))
+    return _Decoded(length, np.stack(kept) if len(kept) == length else None)
+
+
+def _chosen(path: Path, indices: set[int]) -> Iterator[tuple[int, Frames]]:
+    for index, frame in enumerate(_walk(path)):
+        if index in indices:
+            yield index, _pixels(frame)
+
+
 def _decode_all(path: Path) -> Frames:
-    """Decode from the front with PyAV, in the decoder's order; a bad packet is passed over."""
+    return np.stack([_pixels(frame) for frame in _walk(path)])
+
+
+def _walk(path: Path) -> Iterator[Any]:
+    """Yield PyAV's frames in the decoder's order; a bad packet is passed over, and frames of another size are.
+
+    Raises:
+        BrokenVideo: there is no frame.
+    """
     if not path.is_file():
         raise BrokenVideo(path, "no such file")
     import av
+    import av.logging
     from av.error import FFmpegError, InvalidDataError
 
-    frames: list[Frames] = []
+    av.logging.set_level(None)  # what is wrong with a file is said once, by BrokenVideo
+    size: tuple[int, int] | None = None
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
             stream = max(container.streams.video, key=lambda video: video.width * video.height, default=None)
@@ -117,20 +160,29 @@ def _decode_all(path: Path) -> Frames:
                 raise BrokenVideo(path, "no video stream in it")
             for packet in container.demux(stream):
                 try:
-                    frames.extend(_pixels(frame) for frame in packet.decode())
+                    decoded = packet.decode()
                 except InvalidDataError:
                     continue
+                for frame in decoded:
+                    size = size or (frame.width, frame.height)
+                    if (frame.width, frame.height) == size:
+                        yield frame
     except (OSError, FFmpegError, ValueError) as error:
-        if not frames:
-            raise BrokenVideo(path, f"not a video that can be decoded ({error})") from None
-    if not frames:
+        if size is None:
+            raise BrokenVideo(path, f"not a video that can be decoded ({_reason(error)})") from None
+    if size is None:
         raise BrokenVideo(path, "no frame could be decoded")
-    shape = frames[0].shape
-    return np.stack([frame for frame in frames if frame.shape == shape])
+
+
+def _reason(error: Exception) -> str:
+    """Return FFmpeg's words without the file's name, which is said already."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _pixels(frame: Any) -> Frames:
-    return frame.to_ndarray(format="rgb24")
+    """Return the frame as RGB, turned as its display matrix says; decord does that by itself."""
+    quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
+    return np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
 
 
 def training_frames(clip: ClipConfig, num_frames: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from mar.errors import Failure, UserError
+from orchestration.cli_data import data_app
 from orchestration.cli_weights import weights_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-data_app = typer.Typer(no_args_is_help=True, help="Make and inspect data sets.")
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 
@@ -306,44 +306,6 @@ def doctor(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None,
             print(f"{'ok  ' if finding.works else 'FAIL'}  {finding.name:<15} {finding.words}")
     if not all(finding.works for finding in findings):
         sys.exit(1)
-
-
-@data_app.command("make")
-def data_make(
-    kind: Annotated[Literal["motion-verbs"], typer.Argument(help="Which set.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR")],
-    difficulty: Annotated[
-        Literal["easy", "medium", "hard"], typer.Option(help="Where the other options start from.")
-    ] = "easy",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    size: Annotated[int | None, typer.Option(help="Height and width, pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames in a video.")] = None,
-    classes: Annotated[int | None, typer.Option(help="2 to 12, even.")] = None,
-    train: Annotated[int | None, typer.Option(help="Training videos.")] = None,
-    validation: Annotated[int | None, typer.Option(help="Validation videos.")] = None,
-    clutter: Annotated[int | None, typer.Option(help="Objects that do not move.")] = None,
-    shake: Annotated[float | None, typer.Option(help="Camera shake, share of the height.")] = None,
-) -> None:
-    """Make a set of H.264 videos in which only motion tells the class."""
-    from dataclasses import replace
-
-    from rich.progress import Progress, TextColumn, TimeRemainingColumn
-
-    from mar.motion_verbs import DIFFICULTIES, make
-
-    given: dict[str, Any] = {"size": size, "frames": frames, "classes": classes, "train": train}
-    given |= {"validation": validation, "clutter": clutter, "shake": shake}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    options = replace(DIFFICULTIES[difficulty], seed=seed, **chosen)
-    with Progress(
-        *Progress.get_default_columns()[:2], TextColumn("{task.completed} videos"), TimeRemainingColumn()
-    ) as bar:
-        task = bar.add_task(kind)
-        made = make(folder, options, lambda done, total: bar.update(task, completed=done, total=total))
-    words = f"made in {folder}" if made else f"is in {folder} already"
-    print(
-        f"{kind}: {options.train} training and {options.validation} validation videos of {options.classes} classes {words}"
-    )
 
 
 def _records(store: Path, tracking_uri: str | None) -> list[Any]:

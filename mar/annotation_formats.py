@@ -1,0 +1,299 @@
+"""Annotation files as they are distributed: lists, Something-Something v2, Kinetics-400, UCF101, HMDB51, folders.
+
+Each reader returns rows: a video's path below the video folder, its class number, and where that was said. Official
+files name videos without saying where, or under which ending, they lie: those are looked up in the folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mar.config import DataConfig
+from mar.errors import UserError
+
+Split = Literal["train", "val"]
+VIDEO_ENDINGS = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".ts", ".3gp", ".wmv")
+_OFFICIAL: dict[str, dict[str, tuple[str, ...]]] = {
+    "list": {"train": ("train.txt", "train.csv"), "val": ("val.txt", "val.csv", "test.csv")},
+    "folders": {"train": ("train",), "val": ("val", "validation", "test")},
+    "ssv2": {
+        "train": ("labels/train.json", "something-something-v2-train.json", "train.json"),
+        "val": ("labels/validation.json", "something-something-v2-validation.json", "validation.json"),
+        "labels": ("labels/labels.json", "something-something-v2-labels.json", "labels.json"),
+    },
+    "kinetics": {
+        "train": ("train.csv", "annotations/train.csv", "kinetics400/train.csv"),
+        "val": ("val.csv", "validate.csv", "annotations/val.csv", "kinetics400/validate.csv"),
+    },
+    "ucf101": {
+        "train": ("trainlist{split:02d}.txt", "ucfTrainTestlist/trainlist{split:02d}.txt"),
+        "val": ("testlist{split:02d}.txt", "ucfTrainTestlist/testlist{split:02d}.txt"),
+        "labels": ("classInd.txt", "ucfTrainTestlist/classInd.txt"),
+    },
+    "hmdb51": {
+        "train": ("testTrainMulti_7030_splits", "splits", "."),
+        "val": ("testTrainMulti_7030_splits", "splits", "."),
+    },
+}
+"""Format -> what -> the names under which the official release has it, first found first taken."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of an annotation file."""
+
+    name: str
+    """Path below the video folder."""
+    label: int
+    place: str
+    """File and line."""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """One split as annotated."""
+
+    rows: list[Row]
+    classes: list[str] | None = None
+    """Class names by number; none where the format has only numbers."""
+
+
+@dataclass
+class _Folder:
+    """The videos below a folder, found by name whatever the sub-folder, the ending and the case of letters."""
+
+    root: Path
+    by_stem: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.root.is_dir():
+            raise UserError(f"data.videos: no folder {self.root}")
+        for folder, below, files in os.walk(self.root):
+            below.sort()
+            inside = os.path.relpath(folder, self.root)
+            for name in sorted(files):
+                stem, ending = os.path.splitext(name)  # noqa: PTH122  (a hundred thousand Paths would take seconds)
+                if ending.lower() in VIDEO_ENDINGS:
+                    path = name if inside == "." else f"{inside}/{name}"
+                    self.by_stem.setdefault(stem.lower(), []).append(path)
+
+    def find(self, *stems: str, near: str = "", default: str) -> str:
+        """Return the path of the first stem that is there, one whose path contains ``near`` before others."""
+        for stem in stems:
+            found = self.by_stem.get(stem.lower(), [])
+            if found:
+                return next((path for path in found if near.lower() in path.lower()), found[0])
+        return default
+
+
+def read_annotations(data: DataConfig, split: Split) -> Annotations:
+    """Return what the annotation files say of a split.
+
+    Raises:
+        UserError: a missing file, or a line that cannot be understood; the message names file and line.
+    """
+    return _READERS[data.format](data, split)
+
+
+def annotation_file(data: DataConfig, what: Literal["train", "val", "labels"]) -> Path:
+    """Return the file that ``data`` names, or the first of the official names that is there.
+
+    Raises:
+        UserError: there is none.
+    """
+    root, given = Path(data.root), getattr(data, what)
+    names = [given] if given else [name.format(split=data.split) for name in _OFFICIAL[data.format].get(what, ())]
+    found = next((root / name for name in names if (root / name).exists()), None)
+    if found is None:
+        raise UserError(f"data.{what}: no annotation file {' or '.join(str(root / name) for name in names)}")
+    return found
+
+
+def _read_list(data: DataConfig, split: Split) -> Annotations:
+    """One video a line: a path and a class number, parted by a comma or white space; the path may hold spaces."""
+    file = annotation_file(data, split)
+    rows: list[Row] = []
+    for number, line in enumerate(_text(file).splitlines(), start=1):
+        text, place = line.strip(), f"{file}:{number}"
+        if not text:
+            continue
+        parts = next(csv.reader([text])) if "," in text else text.rsplit(maxsplit=1)
+        name, label = (parts[0].strip(), parts[-1].strip()) if len(parts) == 2 else ("", "")
+        if not name or not label.isdecimal():
+            raise UserError(f"{place}: expected a path and a class number, as in 'clips/a.mp4 3', not {text!r}")
+        rows.append(Row(name, int(label), place))
+    return Annotations(rows)
+
+
+def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
+    """Something-Something v2: a list of {"id", "template", …}; the class is the template without brackets.
+
+    The lists that the MAR release describes have a number, ``label_idx``, in each item; then no labels file is needed.
+    """
+    file, folder = annotation_file(data, split), _Folder(Path(data.root) / data.videos)
+    items = _read_json(file, list)
+    has_numbers = bool(items) and all(isinstance(item, dict) and "label_idx" in item for item in items)
+    labels: dict[str, int] = {} if has_numbers else _labels(annotation_file(data, "labels"))
+    rows: list[Row] = []
+    for number, item in enumerate(items, start=1):
+        place = f"{file}: item {number}"
+        if not isinstance(item, dict) or not {"id", "label_idx" if has_numbers else "template"} <= item.keys():
+            raise UserError(f"{place}: expected an object with 'id' and 'template', not {json.dumps(item)[:80]}")
+        entry: dict[str, Any] = item
+        template = str(entry.get("template", "")).replace("[", "").replace("]", "")
+        if not has_numbers and template not in labels:
+            raise UserError(f"{place}: the class {template!r} is not in {annotation_file(data, 'labels')}")
+        label = int(entry["label_idx"]) if has_numbers else labels[template]
+        stem = str(entry["id"])
+        rows.append(Row(folder.find(stem, default=f"{stem}.webm"), label, place))
+    return Annotations(rows, sorted(labels, key=labels.__getitem__) or None)
+
+
+def _read_kinetics(data: DataConfig, split: Split) -> Annotations:
+    """Kinetics-400: columns by their header (``is_cc`` or not); classes numbered in the order of their names.
+
+    Clips are ``{id}_{start:06d}_{end:06d}`` or ``{id}``, flat or in folders of splits or classes.
+    """
+    tables = {each: _kinetics_table(data, each) for each in ("train", "val")}
+    classes = sorted({line["label"] for table in tables.values() for _, line in table})
+    if data.labels:
+        classes = [
+            line.strip().strip('"') for line in _text(annotation_file(data, "labels")).splitlines() if line.strip()
+        ]
+    numbers, folder = {name: number for number, name in enumerate(classes)}, _Folder(Path(data.root) / data.videos)
+    rows: list[Row] = []
+    for place, line in tables[split]:
+        if line["label"] not in numbers:
+            raise UserError(f"{place}: the class {line['label']!r} is not in {data.labels}")
+        stem = f"{line['youtube_id']}_{int(line['time_start']):06d}_{int(line['time_end']):06d}"
+        name = folder.find(stem, line["youtube_id"], near=f"{split}", default=f"{stem}.mp4")
+        rows.append(Row(name, numbers[line["label"]], place))
+    return Annotations(rows, classes)
+
+
+def _kinetics_table(data: DataConfig, split: str) -> list[tuple[str, dict[str, str]]]:
+    file = annotation_file(data, "train" if split == "train" else "val")
+    needed = ("label", "youtube_id", "time_start", "time_end")
+    reader = csv.DictReader(io.StringIO(_text(file)))
+    if not set(needed) <= {*(reader.fieldnames or ())}:
+        raise UserError(f"{file}:1: expected the columns {', '.join(needed)}, not {', '.join(reader.fieldnames or ())}")
+    lines: list[tuple[str, dict[str, str]]] = []
+    for line in reader:
+        place = f"{file}:{reader.line_num}"
+        if not all(line[name] for name in needed) or not (line["time_start"] + line["time_end"]).isdecimal():
+            raise UserError(f"{place}: expected a class, an id and two whole seconds")
+        said = line.get("split") or split
+        if said == split or said[:3] == split[:3]:  # some copies hold all splits, and say "validate"
+            lines.append((place, line))
+    return lines
+
+
+def _read_ucf101(data: DataConfig, split: Split) -> Annotations:
+    """UCF101: classInd.txt from 1; ``Class/v_Class_g01_c01.avi 1`` for training, no number for testing.
+
+    The class is the folder's. Videos are found in any ending and case (``v_HandStandPushups`` lies in
+    ``HandstandPushups``).
+    """
+    numbers: dict[str, int] = {}
+    index = annotation_file(data, "labels")
+    for number, line in enumerate(_text(index).splitlines(), start=1):
+        if line.strip():
+            parts = line.split()
+            if len(parts) != 2 or not parts[0].isdecimal():
+                raise UserError(f"{index}:{number}: expected '1 ApplyEyeMakeup', not {line!r}")
+            numbers[parts[1].lower()] = int(parts[0]) - 1
+    names = sorted(numbers, key=numbers.__getitem__)
+    file, folder = annotation_file(data, split), _Folder(Path(data.root) / data.videos)
+    rows: list[Row] = []
+    for number, line in enumerate(_text(file).splitlines(), start=1):
+        if not line.strip():
+            continue
+        path, place = Path(line.split()[0]), f"{file}:{number}"
+        label = numbers.get(path.parent.name.lower())
+        if label is None:
+            raise UserError(f"{place}: the class {path.parent.name!r} is not in {index}")
+        if len(line.split()) > 1 and line.split()[1] != str(label + 1):
+            raise UserError(
+                f"{place}: says class {line.split()[1]}, but {index} says {label + 1} of {path.parent.name}"
+            )
+        rows.append(Row(folder.find(path.stem, near=path.parent.name, default=path.as_posix()), label, place))
+    return Annotations(rows, names)
+
+
+def _read_hmdb51(data: DataConfig, split: Split) -> Annotations:
+    """HMDB51: ``<class>_test_split<n>.txt``, a file a class; 1 is training, 2 is testing, 0 is neither."""
+    place, wanted = annotation_file(data, split), "1" if split == "train" else "2"
+    files = sorted(place.glob(f"*_test_split{data.split}.txt"))
+    if not files:
+        raise UserError(f"data.{split}: no files <class>_test_split{data.split}.txt in {place}")
+    classes = [re.sub(r"_test_split\d$", "", file.stem) for file in files]
+    folder, rows = _Folder(Path(data.root) / data.videos), list[Row]()
+    for label, (name, file) in enumerate(zip(classes, files, strict=True)):
+        for number, line in enumerate(_text(file).splitlines(), start=1):
+            video, _, flag = line.strip().rpartition(" ")
+            if line.strip() and flag not in ("0", "1", "2"):
+                raise UserError(f"{file}:{number}: expected a video and 0, 1 or 2, not {line!r}")
+            if flag == wanted:
+                stem = Path(video.strip()).stem
+                default = f"{name}/{video.strip()}"
+                rows.append(Row(folder.find(stem, near=f"{name}/", default=default), label, f"{file}:{number}"))
+    return Annotations(rows, classes)
+
+
+def _read_folders(data: DataConfig, split: Split) -> Annotations:
+    """A folder for each split, in it one for each class, in it videos; classes numbered in the order of their names."""
+    place, videos = annotation_file(data, split), Path(data.root) / data.videos
+    classes = sorted(
+        {each.name for part in ("train", "val") for each in annotation_file(data, part).iterdir() if each.is_dir()}
+    )
+    rows = [
+        Row(Path(path).relative_to(videos).as_posix(), label, f"{place / name}")
+        for label, name in enumerate(classes)
+        for path in sorted((place / name).rglob("*"))
+        if path.suffix.lower() in VIDEO_ENDINGS
+    ]
+    return Annotations(rows, classes)
+
+
+_READERS: dict[str, Callable[[DataConfig, Split], Annotations]] = {
+    "list": _read_list,
+    "ssv2": _read_ssv2,
+    "kinetics": _read_kinetics,
+    "ucf101": _read_ucf101,
+    "hmdb51": _read_hmdb51,
+    "folders": _read_folders,
+}
+
+
+def _labels(file: Path) -> dict[str, int]:
+    try:
+        return {str(name): int(label) for name, label in _read_json(file, dict).items()}
+    except (TypeError, ValueError):
+        raise UserError(f"{file}: every class name must have a number") from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+
+
+def _read_json(file: Path, kind: type[Any]) -> Any:
+    try:
+        content = json.loads(_text(file))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{file}: expected a JSON {'list' if kind is list else 'object'}")
+    return content

@@ -1,0 +1,192 @@
+"""``mar data check``: read a data set as training would, and say what is wrong with it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from mar.annotation_formats import Row, Split
+from mar.annotations import Video, class_names, fingerprint, videos_of
+from mar.config import ClipConfig, DataConfig
+from mar.dataset import draw
+from mar.video import BrokenVideo, Reader, training_frames
+
+KINDS = ("ok", "missing", "unreadable", "short", "refused", "duplicate")
+"""What a video can be. ``short``: fewer frames than a clip takes, so that some repeat; it trains, and is no fault."""
+_SPLITS: tuple[Split, ...] = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One video that is not simply in order."""
+
+    split: Split
+    video: str
+    kind: str
+    words: str
+
+
+class _Listed(NamedTuple):
+    split: Split
+    video: Video
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a check found."""
+
+    counts: dict[Split, dict[str, int]]
+    """Split -> kind -> videos."""
+    findings: list[Finding]
+    per_class: dict[Split, dict[str, int]]
+    """Split -> class -> videos that can be read."""
+    fingerprint: str | None
+    """What stands for the data in a trial's identity; none where the annotations cannot be used as they are."""
+    faults: tuple[str, ...]
+    """The kinds that the settings do not put up with (``data.missing``, ``data.broken``)."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether training would meet no fault."""
+        return not any(
+            count for counts in self.counts.values() for kind, count in counts.items() if kind in self.faults
+        )
+
+
+def check_data(data: DataConfig, clip: ClipConfig, processes: int, progress: Callable[[int, int], None]) -> DataReport:
+    """Open every video of both splits and decode one clip of it; ``progress`` is told (done, of how many).
+
+    Raises:
+        UserError: the annotation files cannot be read.
+    """
+    findings: list[Finding] = []
+    videos: dict[Split, list[Video]] = {}
+    for split in _SPLITS:
+
+        def refuse(row: Row, reason: str, split: Split = split) -> None:
+            findings.append(Finding(split, row.name, "refused", f"{row.place}: {reason}"))
+
+        videos[split] = list(videos_of(data, split, refuse))
+    everything = [_Listed(split, video) for split in _SPLITS for video in videos[split]]
+    findings += _listed_twice(everything)
+    good: set[tuple[str, str]] = set()
+    looked: Iterator[tuple[str, str]] = _mapped(partial(_look, clip), [video for _, video in everything], processes)
+    for done, ((split, video), (kind, words)) in enumerate(zip(everything, looked, strict=True), start=1):
+        progress(done, len(everything))
+        if kind != "ok":
+            findings.append(Finding(split, video.name, kind, words))
+        if kind in ("ok", "short"):
+            good.add((split, video.name))
+    findings += _same_content([each for each in everything if (each.split, each.video.name) in good])
+    return _report(data, videos, findings, good)
+
+
+def _report(
+    data: DataConfig, videos: dict[Split, list[Video]], findings: list[Finding], good: set[tuple[str, str]]
+) -> DataReport:
+    names = class_names(data)
+    counts: dict[Split, dict[str, int]] = {}
+    per_class: dict[Split, dict[str, int]] = {}
+    for split, members in videos.items():
+        found = Counter(finding.kind for finding in findings if finding.split == split)
+        faulty = {finding.video for finding in findings if finding.split == split}
+        counts[split] = {"ok": sum(video.name not in faulty for video in members), **{k: found[k] for k in KINDS[1:]}}
+        labels = Counter(video.label for video in members if (split, video.name) in good)
+        per_class[split] = {names[label]: labels[label] for label in range(data.num_classes)}
+    is_readable = not any(finding.kind == "refused" for finding in findings)
+    has_videos = all(videos.values()) and (data.missing == "error" or all(sum(c.values()) for c in per_class.values()))
+    faults = ("refused", "duplicate", *(["missing"] * (data.missing == "error")))
+    faults += ("unreadable",) * (data.broken == "error")
+    return DataReport(counts, findings, per_class, fingerprint(data) if is_readable and has_videos else None, faults)
+
+
+def report_text(report: DataReport, num_named: int = 10) -> str:
+    """Return the counts as a table, the first findings, what is known of the classes, and the fingerprint."""
+    lines = [f"{'':<7}" + "".join(f"{kind:>12}" for kind in KINDS)]
+    lines += [
+        f"{split:<7}" + "".join(f"{counts[kind]:>12}" for kind in KINDS) for split, counts in report.counts.items()
+    ]
+    named = [f"{each.kind:<11}{each.split}  {each.video}: {each.words}" for each in report.findings[:num_named]]
+    more = len(report.findings) - len(named)
+    lines += ["", *named, *([f"… and {more} more (-o FILE.csv has them all)"] if more > 0 else [])] if named else []
+    lines.append("")
+    for split, classes in report.per_class.items():
+        sizes, empty = sorted(classes.values()), [name for name, count in classes.items() if not count]
+        spread = f"{sizes[0]} to {sizes[-1]} videos each, {sizes[len(sizes) // 2]} in the middle one"
+        nothing = f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else ""
+        lines.append(f"{split:<7}{len(sizes)} classes, {spread}{nothing}")
+    words = report.fingerprint or "none: the annotations cannot be used as they are"
+    return "\n".join([*lines, f"fingerprint {words}"])
+
+
+def write_findings(report: DataReport, file: Path) -> None:
+    """Write every finding as a row of a csv file."""
+    with file.open("w", newline="", encoding="utf-8") as output:
+        writer = csv.writer(output)
+        writer.writerow(["split", "video", "kind", "words"])
+        writer.writerows([each.split, each.video, each.kind, each.words] for each in report.findings)
+
+
+def _look(clip: ClipConfig, video: Video) -> tuple[str, str]:
+    """Return the kind of one video, and words about it."""
+    if not video.path.is_file():
+        return "missing", "no such file"
+    try:
+        with Reader(video.path) as reader:
+            length = len(reader)
+            reader.frames(training_frames(clip, length, draw(0)).tolist())
+    except BrokenVideo as broken:
+        return "unreadable", broken.reason
+    wanted = clip.frames if clip.sampling == "segments" else (clip.frames - 1) * clip.stride + 1
+    return ("short", f"{length} frames, a clip takes {wanted}") if length < wanted else ("ok", "")
+
+
+def _mapped(look: Callable[[Video], tuple[str, str]], videos: list[Video], processes: int) -> Iterator[tuple[str, str]]:
+    """Return what ``look`` says of each, in order; other processes look, whose decoders' own messages are dropped."""
+    with multiprocessing.get_context("forkserver").Pool(processes, initializer=_hush) as pool:
+        yield from pool.imap(look, videos)
+
+
+def _hush() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+
+
+def _listed_twice(videos: list[_Listed]) -> list[Finding]:
+    first: dict[str, Split] = {}
+    twice: list[Finding] = []
+    for split, video in videos:
+        if video.name in first:
+            twice.append(Finding(split, video.name, "duplicate", f"listed in {first[video.name]} already"))
+        first.setdefault(video.name, split)
+    return twice
+
+
+def _same_content(videos: list[_Listed]) -> list[Finding]:
+    """Find files of other names and the same bytes; only files of one size are read."""
+    unique: dict[str, _Listed] = {}
+    for each in videos:
+        unique.setdefault(each.video.name, each)
+    by_size: dict[int, list[_Listed]] = {}
+    for each in unique.values():
+        by_size.setdefault(each.video.path.stat().st_size, []).append(each)
+    first: dict[str, tuple[Split, str]] = {}
+    same: list[Finding] = []
+    alike = [group for group in by_size.values() if len(group) > 1]
+    for split, video in chain.from_iterable(alike):
+        with video.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest in first:
+            other = first[digest]
+            same.append(Finding(split, video.name, "duplicate", f"the same bytes as {other[1]} ({other[0]})"))
+        first.setdefault(digest, (split, video.name))
+    return same

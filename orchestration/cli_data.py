@@ -1,0 +1,88 @@
+"""``mar data``: make, check and pack data sets. Parsing and printing, nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+data_app = typer.Typer(no_args_is_help=True, help="Make, check and pack data sets.")
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships with mar.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[path=value …]", help="Settings, as data.root=DIR.")]
+Processes = Annotated[int, typer.Option(min=1, help="Processes that decode; default: one for each core.")]
+_CORES = len(os.sched_getaffinity(0))
+
+
+@data_app.command("make")
+def data_make(
+    kind: Annotated[Literal["motion-verbs"], typer.Argument(help="Which set.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    difficulty: Annotated[
+        Literal["easy", "medium", "hard"], typer.Option(help="Where the other options start from.")
+    ] = "easy",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    size: Annotated[int | None, typer.Option(help="Height and width, pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames in a video.")] = None,
+    classes: Annotated[int | None, typer.Option(help="2 to 12, even.")] = None,
+    train: Annotated[int | None, typer.Option(help="Training videos.")] = None,
+    validation: Annotated[int | None, typer.Option(help="Validation videos.")] = None,
+    clutter: Annotated[int | None, typer.Option(help="Objects that do not move.")] = None,
+    shake: Annotated[float | None, typer.Option(help="Camera shake, share of the height.")] = None,
+) -> None:
+    """Make a set of H.264 videos in which only motion tells the class."""
+    from mar.motion_verbs import DIFFICULTIES, make
+
+    given: dict[str, Any] = {"size": size, "frames": frames, "classes": classes, "train": train}
+    given |= {"validation": validation, "clutter": clutter, "shake": shake}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = replace(DIFFICULTIES[difficulty], seed=seed, **chosen)
+    with _bar("videos") as advance:
+        made = make(folder, options, advance)
+    words = f"made in {folder}" if made else f"is in {folder} already"
+    print(
+        f"{kind}: {options.train} training and {options.validation} validation videos of {options.classes} classes {words}"
+    )
+
+
+@data_app.command("check")
+def data_check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    processes: Processes = _CORES,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="csv file for all findings.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Read a data set as training would; exit code 1 if training would meet a fault."""
+    from mar.data_check import check_data, report_text, write_findings
+    from orchestration.study import read_recipe
+
+    settings = read_recipe(recipe, overrides or [])
+    with _bar("videos") as advance:
+        report = check_data(settings.data, settings.clip, processes, advance)
+    if output:
+        write_findings(report, output)
+    print(json.dumps(asdict(report), indent=1, ensure_ascii=False) if as_json else report_text(report))
+    if not report.is_sound:
+        sys.exit(1)
+
+
+@contextmanager
+def _bar(unit: str) -> Generator[Callable[[int, int], None]]:
+    """Show a bar on the error stream, so that what is printed stays for programs; yields what moves it."""
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], TextColumn(f"{{task.completed}} {unit}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

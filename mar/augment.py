@@ -1,4 +1,4 @@
-"""Augmentation of a batch on its device: pixels from uint8, flip, mixup and cutmix (Table I).
+"""Augmentation of a batch on its device: pixels from uint8, random erasing, flip, mixup and cutmix (Table I).
 
 Departure from the released code: mixup and cutmix mix a clip with its neighbour in the (shuffled) batch,
 clip 2k with clip 2k + 1, and not with its mirror image in the batch. The pairs are as random, and they never
@@ -7,16 +7,79 @@ straddle two workers, so that the result does not depend on how many there are.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from mar.config import AugmentConfig
+from mar.config import AugmentConfig, ExperimentConfig, RandAugmentPolicy
+from mar.dataset import draw
+from mar.masking import training_mask
+from mar.model import IMAGENET_MEAN, IMAGENET_STD
+from mar.randaugment import Operations, draw_operations, rand_augment
 
+_ERASED_AREA, _ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
+"""timm's: of the picture's area, and height to width."""
 _SWITCH_TO_CUTMIX = 0.5
 """Share of batches that take cutmix when both are on."""
+
+
+@dataclass(frozen=True)
+class Erased:
+    """A box of a clip that is to be erased."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    noise: int
+    """Seed of what comes in its place."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a step draws for each of its clips."""
+
+    hidden: Bool[Tensor, "B t h w"]
+    mirrored: Bool[Tensor, " B"]
+    operations: Operations
+    erased: list[Erased | None]
+
+    def of(self, part: slice) -> Drawn:
+        """Return what is drawn for some of the clips."""
+        return Drawn(self.hidden[part], self.mirrored[part], self.operations[part], self.erased[part])
+
+
+def draw_step(settings: ExperimentConfig, step: int) -> Drawn:
+    """Draw for the whole batch of a step, on the CPU; it follows from seed and step alone."""
+    size, augment = settings.recipe.batch_size, settings.augment
+    generator = torch.Generator().manual_seed(int(draw(settings.seed, 2, step).integers(2**62)))
+    hidden = training_mask(settings.mask, settings.grid, size, generator)
+    mirrored = (torch.rand(size, generator=generator) < 0.5) & augment.flip
+    operations: Operations = [[] for _ in range(size)]
+    if augment.randaugment:
+        policy = RandAugmentPolicy.parse(augment.randaugment)
+        operations = draw_operations(policy, size, draw(settings.seed, 5, step))
+    erased = draw_erased(augment, size, settings.clip.size, draw(settings.seed, 6, step))
+    return Drawn(hidden, mirrored, operations, erased)
+
+
+def augmented(
+    clips: UInt8[Tensor, "B T H W C"], labels: Int[Tensor, " B"], drawn: Drawn, settings: ExperimentConfig
+) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B classes"]]:
+    """Return pixels and class probabilities: RandAugment, erasing, mirroring, label smoothing; ``mix`` comes after."""
+    config, pixels = settings.augment, to_pixels(clips)
+    if config.randaugment:
+        pixels = rand_augment(pixels, drawn.operations)
+    if config.erasing:
+        pixels = erase(pixels, drawn.erased)
+    if config.flip:
+        mirrored = drawn.mirrored.to(pixels.device, non_blocking=True)
+        pixels, labels = flip(pixels, mirrored), swapped(labels, mirrored, config.flip_swaps)
+    return pixels, soft_labels(labels, settings.data.num_classes, config.smoothing)
 
 
 def to_pixels(clips: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B C T H W"]:
@@ -32,6 +95,48 @@ def soft_labels(labels: Int[Tensor, " B"], num_classes: int, smoothing: float) -
 def flip(pixels: Float[Tensor, "B C T H W"], mirrored: Tensor) -> Float[Tensor, "B C T H W"]:
     """Mirror the clips for which ``mirrored`` (B booleans) is true."""
     return torch.where(mirrored.view(-1, 1, 1, 1, 1), pixels.flip(-1), pixels)
+
+
+def swapped(
+    labels: Int[Tensor, " B"], mirrored: Bool[Tensor, " B"], pairs: tuple[tuple[int, int], ...]
+) -> Int[Tensor, " B"]:
+    """Return the labels of clips after mirroring: the classes of a pair trade places."""
+    for one, other in pairs:
+        traded = torch.where(labels == one, other, torch.where(labels == other, one, labels))
+        labels = torch.where(mirrored, traded, labels)
+    return labels
+
+
+def draw_erased(config: AugmentConfig, num_clips: int, size: int, rng: np.random.Generator) -> list[Erased | None]:
+    """Draw each clip's box, or none: area and aspect ratio (in its logarithm) uniform, its place too."""
+    low, high = np.log(_ERASED_ASPECT[0]), np.log(_ERASED_ASPECT[1])
+    boxes: list[Erased | None] = []
+    for is_erased in rng.random(num_clips) < config.erasing:
+        box = None
+        for _ in range(config.erasing_attempts if is_erased else 0):
+            area, aspect = size**2 * rng.uniform(*_ERASED_AREA), np.exp(rng.uniform(low, high))
+            height, width = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+            if 0 < height < size and 0 < width < size:
+                top, left = int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1))
+                box = Erased(top, left, height, width, int(rng.integers(2**62)))
+                break
+        boxes.append(box)
+    return boxes
+
+
+def erase(pixels: Float[Tensor, "B C T H W"], boxes: list[Erased | None]) -> Float[Tensor, "B C T H W"]:
+    """Put noise into each clip's box: the same box in all frames, fresh noise in each, normal after normalisation."""
+    erased = pixels.clone()
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(3, 1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    for clip, box in enumerate(boxes):
+        if box is not None:
+            generator = torch.Generator(pixels.device).manual_seed(box.noise)
+            shape = (pixels.shape[1], pixels.shape[2], box.height, box.width)
+            noise = torch.randn(shape, generator=generator, device=pixels.device)
+            erased[clip, :, :, box.top : box.top + box.height, box.left : box.left + box.width] = mean + std * noise
+    return erased
 
 
 def mix(

@@ -7,6 +7,8 @@ Where and how a trial runs (workers, devices, storage) is not here but in
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Literal, Self
 
@@ -18,6 +20,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -210,6 +213,34 @@ class ReconstructionConfig(Node):
         return self
 
 
+MAX_MAGNITUDE = 10.0
+"""Of RandAugment, on timm's scale."""
+_RANDAUGMENT = re.compile(r"rand-m(\d+(?:\.\d+)?)(?:-n(\d+))?(?:-mstd(\d+(?:\.\d+)?))?-inc1")
+
+
+@dataclass(frozen=True)
+class RandAugmentPolicy:
+    """What timm's notation says: ``rand-m9-n2-mstd0.5-inc1``."""
+
+    magnitude: float
+    operations: int
+    """A clip; 2 unless said."""
+    deviation: float
+    """Standard deviation of the magnitude; 0 unless said."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the policy that ``text`` stands for.
+
+        Raises:
+            ValueError: not in the notation.
+        """
+        match = _RANDAUGMENT.fullmatch(text)
+        if not match or float(match.group(1)) > MAX_MAGNITUDE:
+            raise ValueError("expected timm's notation, as rand-m9-mstd0.5-inc1 or rand-m7-n4-mstd0.5-inc1")
+        return cls(float(match.group(1)), int(match.group(2) or 2), float(match.group(3) or 0))
+
+
 class AugmentConfig(Node):
     """Training-time augmentation (Table I)."""
 
@@ -217,14 +248,29 @@ class AugmentConfig(Node):
     """Area of the random-resized crop, share of the frame, from and to."""
     crop_aspect: Scale = (0.75, 1.3333333333333333)
     """Aspect ratio of the random-resized crop, from and to."""
+    randaugment: str | None = None
+    """RandAugment's policy in timm's notation, as ``rand-m9-mstd0.5-inc1``; none: no RandAugment (Tables I, X)."""
+    erasing: Fraction = 0.0
+    """Share of clips in which a box, the same in all frames, is erased with noise (Table X)."""
+    erasing_attempts: PositiveInt = 10
+    """Boxes tried until one fits; the release tries 100 on Kinetics."""
     flip: bool = False
-    """Mirror half of the clips; wrong where a class means left or right."""
+    """Mirror half of the clips; where a class means left or right, ``flip_swaps`` must say so."""
+    flip_swaps: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()
+    """Pairs of classes that trade places in a mirrored clip (Something-Something: left and right)."""
     mixup: NonNegativeFloat = 0.8
     """Beta parameter of mixup; 0 switches it off (Table X)."""
     cutmix: NonNegativeFloat = 1.0
     """Beta parameter of cutmix, one box for all frames; 0 switches it off (Table X)."""
     smoothing: Fraction = 0.1
     """Label smoothing."""
+
+    @field_validator("randaugment")
+    @classmethod
+    def _is_a_policy(cls, text: str | None) -> str | None:
+        if text is not None:
+            RandAugmentPolicy.parse(text)
+        return text
 
 
 class RecipeConfig(Node):
@@ -309,6 +355,9 @@ class ExperimentConfig(Node):
             _, h, w = self.grid
             if h % self.mask.cell[0] or w % self.mask.cell[1]:
                 raise ValueError(f"mask.cell: {list(self.mask.cell)} does not divide the {h} x {w} token grid")
+        swapped = [label for pair in self.augment.flip_swaps for label in pair]
+        if max(swapped, default=0) >= self.data.num_classes or len({*swapped}) < len(swapped):
+            raise ValueError(f"augment.flip_swaps: each of the {self.data.num_classes} classes may stand there once")
         if self.classifier.norm == "pooled" and self.reconstructs:
             raise ValueError(
                 "classifier.norm: 'pooled' leaves the decoder tokens without a norm; set it to tokens, or "

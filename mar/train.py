@@ -24,13 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mar import RESULT, checkpoint, parallel, pretrained
 from mar.annotations import Video, read_split
-from mar.augment import flip, mix, soft_labels, to_pixels
+from mar.augment import augmented, draw_step, mix
 from mar.checkpoint import Progress
 from mar.config import ExperimentConfig
 from mar.dataset import Batch, TrainingClips, TrainingOrder, draw, loader
 from mar.errors import Failure, UserError
 from mar.evaluate import Evaluator, Predictions, write_predictions
-from mar.masking import training_mask
 from mar.model import MAR, Losses
 from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
 
@@ -176,20 +175,20 @@ def train_step(training: Training, batch: Batch) -> Tensor:
     over workers and passes.
     """
     settings, device, share = training.settings, training.execution.device, training.share
-    augment, size, step = settings.augment, settings.recipe.batch_size, training.progress.step
-    hidden, mirrored = _drawn(training)
+    step, part = training.progress.step, share.of(settings.recipe.batch_size)
+    drawn = draw_step(settings, step).of(slice(part.start, part.stop))
+    torch.manual_seed(int(draw(settings.seed, 4, step, share.rank).integers(2**62)))  # dropout, stochastic depth
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     training.optimizer.zero_grad(set_to_none=True)
     passes = _passes(len(batch.labels), training.execution.max_clips_per_pass)
     for part in passes:
-        pixels = to_pixels(batch.clips[part].to(device, non_blocking=True))
-        labels = soft_labels(batch.labels[part].to(device), settings.data.num_classes, augment.smoothing)
-        if augment.flip:
-            pixels = flip(pixels, mirrored[part].to(device))
-        pixels, labels = mix(pixels, labels, augment, draw(settings.seed, 3, step))
+        clips, labels = batch.clips[part].to(device, non_blocking=True), batch.labels[part].to(device)
+        chosen = drawn.of(part)
+        pixels, targets = augmented(clips, labels, chosen, settings)
+        pixels, targets = mix(pixels, targets, settings.augment, draw(settings.seed, 3, step))
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"):
-            losses: Losses = training.wrapped(pixels, hidden[part], labels)
-        scale = share.world / size  # DistributedDataParallel averages over the workers
+            losses: Losses = training.wrapped(pixels, chosen.hidden, targets)
+        scale = share.world / settings.recipe.batch_size  # DistributedDataParallel averages over the workers
         with _no_sync(training.wrapped) if part is not passes[-1] else nullcontext():
             (losses.total.sum() * scale).backward()
         columns = (losses.total, losses.classification, losses.reconstruction, torch.ones_like(losses.total))
@@ -197,20 +196,6 @@ def train_step(training: Training, batch: Batch) -> Tensor:
     gradient_norm(training.model, settings.recipe.clip_grad)
     training.optimizer.step()
     return sums
-
-
-def _drawn(training: Training) -> tuple[Tensor, Tensor]:
-    """Draw what a step needs for the whole batch, return this worker's part: hidden tokens, mirrored clips.
-
-    Also seeds dropout and stochastic depth.
-    """
-    settings, share, step = training.settings, training.share, training.progress.step
-    part, size = share.of(settings.recipe.batch_size), settings.recipe.batch_size
-    generator = torch.Generator().manual_seed(int(draw(settings.seed, 2, step).integers(2**62)))
-    hidden = training_mask(settings.mask, settings.grid, size, generator)
-    mirrored = torch.rand(size, generator=generator) < 0.5
-    torch.manual_seed(int(draw(settings.seed, 4, step, share.rank).integers(2**62)))
-    return hidden[part.start : part.stop], mirrored[part.start : part.stop]
 
 
 def _passes(num_clips: int, limit: int | None) -> list[slice]:

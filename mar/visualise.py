@@ -1,4 +1,4 @@
-"""Pictures of masks, as in Figs. 3 and 4."""
+"""Pictures of masks, as in Figs. 3 and 4, and of the clips that training sees."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from mar.annotations import class_names, read_split
+from mar.augment import augmented, draw_step, mix
 from mar.config import ExperimentConfig
-from mar.errors import UserError
+from mar.dataset import Share, TrainingClips, TrainingOrder, collate, draw
+from mar.errors import Failure, UserError
 from mar.masking import evaluation_mask, training_mask
 
 
@@ -22,14 +26,44 @@ def example_masks(settings: ExperimentConfig, num_clips: int) -> dict[str, Bool[
     return {"evaluation": evaluation_mask(settings)[0], **named}
 
 
+def draw_clips(settings: ExperimentConfig, num_clips: int, num_frames: int, file: Path) -> None:
+    """Draw clips of the first step as training sees them, augmented (mixing included), some frames of each.
+
+    Raises:
+        UserError: the data is not there, or matplotlib does not write that format.
+        Failure: a video is broken.
+    """
+    videos = read_split(settings.data, "train")
+    order = TrainingOrder(settings, len(videos), Share())
+    dataset = TrainingClips(settings, videos)
+    keys = next(iter(order))[:num_clips]
+    batch = collate([dataset[key] for key in keys])
+    if batch.broken:
+        raise Failure(str(batch.broken[0]))
+    pixels, targets = augmented(batch.clips, batch.labels, draw_step(settings, 0).of(slice(num_clips)), settings)
+    pixels, targets = mix(pixels, targets, settings.augment, draw(settings.seed, 3, 0))
+    names, shown = class_names(settings.data), torch.linspace(0, pixels.shape[2] - 1, num_frames).long()
+    figure = Figure(figsize=(4 * num_frames * 0.9, 1.05 * (-(-len(pixels) // 4))), layout="constrained")
+    columns = 4 * num_frames
+    panels: Any = figure.subplots(-(-len(pixels) // 4), columns, squeeze=False)
+    for panel in panels.flat:
+        panel.axis("off")
+    for number, (clip, target) in enumerate(zip(pixels, targets, strict=True)):
+        line = panels[number // 4][number % 4 * num_frames :]
+        for panel, frame in zip(line, shown.tolist(), strict=False):
+            panel.imshow(clip[:, frame].clamp(0, 1).permute(1, 2, 0).numpy())
+        best = target.topk(min(2, len(target)))
+        words = [f"{names[label][:18]} {share:.0%}" for label, share in zip(best.indices, best.values, strict=True)]
+        line[0].set_title("\n".join(words), fontsize=5, loc="left", pad=2)
+    save(figure, file)
+
+
 def draw_masks(masks: dict[str, Bool[Tensor, "t h w"]], title: str, file: Path) -> None:
     """Draw each mask as a row of slices, hidden tokens dark.
 
     Raises:
         UserError: matplotlib does not write that format.
     """
-    from matplotlib.figure import Figure
-
     num_slices = next(iter(masks.values())).shape[0]
     figure = Figure(figsize=(1.1 * num_slices + 1.2, 1.25 * len(masks) + 0.6), layout="constrained")
     panels: Any = figure.subplots(len(masks), num_slices, squeeze=False)
@@ -42,6 +76,15 @@ def draw_masks(masks: dict[str, Bool[Tensor, "t h w"]], title: str, file: Path) 
                 panel.set_title(f"t = {step}", fontsize=8)
         line[0].set_ylabel(name, fontsize=7)
     figure.suptitle(title, fontsize=10)
+    save(figure, file)
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a figure in the format of the file's ending.
+
+    Raises:
+        UserError: matplotlib does not write that format.
+    """
     if file.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
         raise UserError(f"-o {file}: cannot draw a {file.suffix or 'nameless'} file; use .png, .pdf or .svg")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,22 @@ def data_check(
         sys.exit(1)
 
 
+@data_app.command("show")
+def data_show(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("clips.png"),
+    clips: Annotated[int, typer.Option(min=1, help="How many.")] = 16,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of each.")] = 3,
+) -> None:
+    """Draw clips as training sees them: cropped, augmented, mixed, with their labels."""
+    from mar.visualise import draw_clips
+    from orchestration.study import read_recipe
+
+    draw_clips(read_recipe(recipe, overrides or []), clips, frames, output)
+    print(output)
+
+
 @contextmanager
 def _bar(unit: str) -> Generator[Callable[[int, int], None]]:
     """Show a bar on the error stream, so that what is printed stays for programs; yields what moves it."""

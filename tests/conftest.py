@@ -9,7 +9,19 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", MLFLOW_DISABLE_TELEMETRY="true", 
 
 from jaxtyping import install_import_hook
 
-_SHAPED = ["augment", "classifier", "dataset", "decoder", "encoder", "evaluate", "layers", "masking", "model", "optim"]
+_SHAPED = [
+    "augment",
+    "classifier",
+    "dataset",
+    "decoder",
+    "encoder",
+    "evaluate",
+    "layers",
+    "masking",
+    "model",
+    "optim",
+    "randaugment",
+]
 install_import_hook([f"mar.{module}" for module in _SHAPED], "beartype.beartype")
 
 import pytest

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,15 @@ import torch
 from conftest import TINY_VERBS
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
+from timm.data.random_erasing import RandomErasing
 
 from mar.annotations import fingerprint, read_split
-from mar.augment import flip, mix, soft_labels
+from mar.augment import draw_erased, erase, flip, mix, soft_labels, swapped
 from mar.config import AugmentConfig, ClipConfig, DataConfig, ExperimentConfig
 from mar.dataset import EvaluationClips, Share, TrainingClips, TrainingOrder, random_box, test_boxes
 from mar.errors import UserError
+from mar.model import IMAGENET_MEAN, IMAGENET_STD
 from mar.motion_verbs import PHOTOS, VERBS, MotionVerbs, make, write_video
 from mar.video import BrokenVideo, Reader, decode_with, evaluation_frames, training_frames
 
@@ -293,3 +297,50 @@ def test_mixing_switched_off_changes_nothing_and_flipping_mirrors_whole_clips() 
     flipped = flip(pixels, torch.tensor([True, False]))
     assert torch.equal(flipped[0], pixels[0].flip(-1))
     assert torch.equal(flipped[1], pixels[1])
+
+
+def test_erased_boxes_are_the_same_in_all_frames_and_hold_normal_noise() -> None:
+    config = AugmentConfig(erasing=1.0)
+    boxes = draw_erased(config, 8, 64, np.random.default_rng(0))
+    pixels = torch.full((8, 3, 4, 64, 64), 0.5)
+    changed = erase(pixels, boxes) != pixels
+    for clip, box in enumerate(boxes):
+        assert box is not None
+        inside = torch.zeros(64, 64, dtype=torch.bool)
+        inside[box.top : box.top + box.height, box.left : box.left + box.width] = True
+        assert torch.equal(changed[clip], inside.expand(3, 4, -1, -1))
+    noise = torch.cat([erase(pixels, boxes)[clip][changed[clip]].view(3, -1) for clip in range(8)], dim=1)
+    mean, std = torch.tensor(IMAGENET_MEAN)[:, None], torch.tensor(IMAGENET_STD)[:, None]
+    normal = (noise - mean) / std
+    assert normal.mean().abs() < 0.02
+    assert normal.std() == pytest.approx(1, abs=0.02)
+    frames = erase(pixels, boxes)[0]
+    assert not torch.equal(frames[:, 0], frames[:, 1])
+
+
+def test_erased_boxes_are_drawn_as_timm_draws_them() -> None:
+    ours = [box for box in draw_erased(AugmentConfig(erasing=0.25), 12000, 224, np.random.default_rng(0)) if box]
+    assert len(ours) == pytest.approx(3000, rel=0.05)
+    random.seed(0)
+    areas, ratios = [], []
+    reference = RandomErasing(probability=1.0, mode="const", max_area=1 / 3, device="cpu")
+    for _ in range(800):
+        rows, columns = (reference(torch.ones(1, 224, 224))[0] == 0).nonzero().T
+        height, width = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+        areas.append(height * width)
+        ratios.append(height / width)
+    assert stats.ks_2samp([box.height * box.width for box in ours], areas).pvalue > 1e-3
+    assert stats.ks_2samp([box.height / box.width for box in ours], ratios).pvalue > 1e-3
+
+
+def test_a_mirrored_clip_trades_left_for_right() -> None:
+    labels, mirrored = torch.tensor([86, 87, 3, 86]), torch.tensor([True, True, True, False])
+    assert swapped(labels, mirrored, ((86, 87), (93, 94))).tolist() == [87, 86, 3, 86]
+
+
+def test_swaps_of_a_class_that_is_not_there_or_stands_twice_are_refused(tiny: Settings) -> None:
+    for pairs in ([[0, 2]], [[0, 1], [1, 0]]):
+        with pytest.raises(UserError, match=r"augment\.flip_swaps: each of the 2 classes may stand there once"):
+            tiny({"augment.flip_swaps": pairs})
+    with pytest.raises(UserError, match=r"augment\.randaugment: expected timm's notation"):
+        tiny({"augment.randaugment": "rand"})

@@ -49,6 +49,14 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert torch.equal(tensor, weights(other)[name]), name
 
 
+AUGMENTED = {
+    "augment.randaugment": "rand-m9-mstd0.5-inc1",
+    "augment.erasing": 0.5,
+    "augment.flip": True,
+    "augment.flip_swaps": [[0, 1]],
+}
+
+
 class Stopped(Exception):
     pass
 
@@ -96,7 +104,7 @@ fit(build(json.loads(sys.argv[1])), Path(sys.argv[2]), lambda *_: None,
 
 
 def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_with_the_next_step(tiny: Settings, tmp_path: Path) -> None:
-    settings = tiny()
+    settings = tiny(AUGMENTED)
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, settings.model_dump_json(), str(tmp_path / "killed")], check=False
     )
@@ -110,7 +118,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_with_the_next_step(tiny:
 
 
 def test_accumulated_gradients_give_the_same_training(tiny: Settings, tmp_path: Path) -> None:
-    settings = tiny({"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "augment.cutmix": 0.0})
+    settings = tiny({"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "augment.cutmix": 0.0, **AUGMENTED})
     train(settings, tmp_path / "whole")
     train(settings, tmp_path / "parts", max_clips_per_pass=2)
     for name, tensor in weights(tmp_path / "whole").items():
@@ -126,7 +134,7 @@ def _work(rank: int, world: int, settings: str, folder: str, port: int) -> None:
 
 
 def test_two_workers_train_what_one_does(tiny: Settings, tmp_path: Path) -> None:
-    settings = tiny({"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "recipe.epochs": 2})
+    settings = tiny({"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "recipe.epochs": 2, **AUGMENTED})
     alone = train(settings, tmp_path / "one")
     arguments = (2, settings.model_dump_json(), str(tmp_path / "two"), 29511)
     multiprocessing.spawn(_work, args=arguments, nprocs=2)  # pyright: ignore[reportPrivateImportUsage]

@@ -2,6 +2,11 @@
 
 __version__ = "0.1.0"
 
+RESULTS = 2
+"""Part of a trial's identity: raised whenever the same settings come to give other results. Runs without one are of 1.
+
+2: the bridging classifier's projection and the linear head start as in the release and in VideoMAE.
+"""
 RESULT = "result"
 """Folder, below a trial's, of the finished model, its settings, metrics and predictions."""
 MANIFEST = "manifest.json"

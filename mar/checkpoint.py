@@ -56,8 +56,11 @@ class Checkpoint:
     progress: Progress
 
 
-def write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any]) -> None:
-    """Write a folder of files with a manifest, all or nothing.
+_ADVICE = "Earlier checkpoints are kept: make room or choose another --store, and run the same command again"
+
+
+def write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any], advice: str = _ADVICE) -> None:
+    """Write a folder of files with a manifest, all or nothing; ``advice`` is for a user whose disk refuses.
 
     Raises:
         Failure: the disk is full or refuses; nothing half-written is left behind.
@@ -80,10 +83,7 @@ def write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any]) -> None
         shutil.rmtree(unfinished, ignore_errors=True)
         free_bytes = shutil.disk_usage(_existing(path)).free
         reason = "the disk is full" if free_bytes < _FULL_BYTES else str(error)
-        raise Failure(
-            f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). Earlier checkpoints are kept: "
-            "make room or choose another --store, and run the same command again"
-        ) from None
+        raise Failure(f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). {advice}") from None
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

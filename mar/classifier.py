@@ -47,8 +47,9 @@ class BridgingClassifier(nn.Module):
         """Table VII: optionally all N tokens instead of the K visible ones, optionally with positions."""
         places = visible
         if self.mask_token is not None:
-            places = torch.arange(self.num_tokens, device=tokens.device).expand(len(tokens), -1)
-            everywhere = self.mask_token.to(tokens.dtype).expand(len(tokens), self.num_tokens, -1)
+            num_clips = tokens.shape[0]  # len() would fix it when the model is exported
+            places = torch.arange(self.num_tokens, device=tokens.device).expand(num_clips, -1)
+            everywhere = self.mask_token.to(tokens.dtype).expand(num_clips, self.num_tokens, -1)
             tokens = everywhere.scatter(1, visible[..., None].expand_as(tokens), tokens)
         return tokens + self.positions[places] if self.add_positions else tokens
 

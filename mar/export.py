@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ from torch import Tensor, nn
 from mar.checkpoint import Writers, write_sealed, write_text
 from mar.config import ExperimentConfig
 from mar.cost import cost
-from mar.errors import UserError
+from mar.errors import Failure, UserError
 from mar.layouts import hugging_face_names
 from mar.masking import evaluation_mask
-from mar.model import MAR, split_places
+from mar.model import IMAGENET_MEAN, IMAGENET_STD, MAR, split_places
 from mar.pretrained import Weights, fitting, load
+from mar.settings import placeless
 
+_ONNX_TOLERANCE = 1e-3
+"""Of the largest score, or of 1."""
 _CARD = """---
-library_name: mar
+library_name: {library}
 pipeline_tag: video-classification
 tags: [masked-action-recognition, video, vit]
 ---
@@ -40,11 +44,11 @@ A video ViT for Masked Action Recognition ([Qing et al., 2022](https://arxiv.org
 | classes | {classes} |
 | cost{as_what} | {gflops:.2f} GFLOPs a view (one multiply-add counts one), {params:.2f} M parameters |
 
-Input: RGB from 0 to 1, axes B, C, T, H, W; the model normalises by ImageNet's mean and deviation itself.
-
 {how}
 """
-_HOW_OURS = """```
+_HOW_OURS = """Input: RGB from 0 to 1, axes B, C, T, H, W; the model normalises by ImageNet's mean and deviation itself.
+
+```
 mar weights show DIR
 mar weights export DIR model.onnx
 mar run STUDY encoder.weights=DIR
@@ -61,8 +65,9 @@ def write_model(folder: Path, weights: Weights, settings: ExperimentConfig) -> N
         Failure: the disk refuses.
     """
     check_fit(weights, settings)
-    config = {"model_type": "mar", "settings": settings.model_dump(mode="json")}
-    _write(folder, weights.tensors, config, _card(folder, weights, settings, weights.tensors, _HOW_OURS))
+    config = {"model_type": "mar", "settings": placeless(settings)}
+    card = _card(folder, weights, settings, weights.tensors, "mar", _HOW_OURS)
+    _write(folder, weights.tensors, {"config.json": config}, card)
 
 
 def write_hugging_face(folder: Path, weights: Weights, settings: ExperimentConfig) -> list[str]:
@@ -105,9 +110,27 @@ def write_hugging_face(folder: Path, weights: Weights, settings: ExperimentConfi
         "use_mean_pooling": pooled,
         "id2label": {str(each): f"LABEL_{each}" for each in range(settings.data.num_classes)} if pooled else {},
     }
-    card = _card(folder, weights, settings, kept, _HOW_HUGGING_FACE.format(architecture=architecture))
-    _write(folder, hugging_face_names(kept, settings.encoder.tubelet), config, card)
+    how = _HOW_HUGGING_FACE.format(architecture=architecture)
+    card = _card(folder, weights, settings, kept, "transformers", how)
+    files = {"config.json": config, "preprocessor_config.json": _processor(settings.clip.size)}
+    named = hugging_face_names(kept, settings.encoder.tubelet)
+    _write(folder, named, files, card)
     return [name for name in weights.tensors if name not in kept]
+
+
+def _processor(size: int) -> dict[str, Any]:
+    return {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
 
 
 def check_fit(weights: Weights, settings: ExperimentConfig) -> None:
@@ -115,7 +138,7 @@ def check_fit(weights: Weights, settings: ExperimentConfig) -> None:
     with torch.device("meta"):
         model = MAR(settings)
     has = {name.split(".")[0] for name in weights.tensors}
-    fitting(model, weights, settings, [f"{part}." for part in has if getattr(model, part, None) is not None])
+    fitting(model, weights, settings, [f"{part}." for part in has])
 
 
 class Inference(nn.Module):
@@ -166,37 +189,48 @@ def write_onnx(file: Path, weights: Weights, settings: ExperimentConfig) -> floa
             dynamic_shapes={"pixels": {0: torch.export.Dim("clips", min=1, max=4096)}},
         )
     unfinished = file.with_name(f".{file.name}.unfinished")
-    file.parent.mkdir(parents=True, exist_ok=True)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         program.save(unfinished, external_data=False)
         session: Any = onnxruntime.InferenceSession(str(unfinished), providers=["CPUExecutionProvider"])
         differences = [
             (torch.from_numpy(session.run(None, {"pixels": part.numpy()})[0]) - wanted).abs().max().item()
             for part, wanted in ((pixels, expected), (pixels[:1], expected[:1]))
         ]
+        limit = _ONNX_TOLERANCE * max(1.0, expected.abs().max().item())
+        if not max(differences) <= limit:  # NaN is not
+            raise Failure(f"onnxruntime and PyTorch differ by {max(differences):.1e}; {file} was not written")
         unfinished.rename(file)
+    except OSError as error:
+        raise Failure(f"could not write {file}: {error.strerror or error}") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return max(differences)
 
 
-def _write(folder: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], card: str) -> None:
+def _write(folder: Path, tensors: Mapping[str, Tensor], configs: Mapping[str, dict[str, Any]], card: str) -> None:
     if folder.exists():
         raise UserError(f"{folder} is there already: choose another name, or remove it")
     contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     writers: dict[str, Callable[[Path], None]] = {
         "model.safetensors": lambda file: save_file(contiguous, file, metadata={"format": "pt"}),
-        "config.json": lambda file: write_text(file, json.dumps(config, indent=1, ensure_ascii=False)),
         "README.md": lambda file: write_text(file, card),
     }
+    for name, config in configs.items():
+        text = json.dumps(config, indent=1, ensure_ascii=False)
+        writers[name] = lambda file, text=text: write_text(file, text)
     checked: Writers = writers
-    write_sealed(folder, checked, {})
+    write_sealed(folder, checked, {}, advice="Choose another place")
 
 
-def _card(folder: Path, weights: Weights, settings: ExperimentConfig, kept: Mapping[str, Tensor], how: str) -> str:
+def _card(
+    folder: Path, weights: Weights, settings: ExperimentConfig, kept: Mapping[str, Tensor], library: str, how: str
+) -> str:
     figures, (width, depth, heads) = cost(settings), settings.encoder.dimensions
     parts = [part for part in ("encoder", "decoder", "classifier") if any(name.startswith(f"{part}.") for name in kept)]
     return _CARD.format(
+        library=library,
         title=folder.name,
         source=Path(weights.source).name,
         layout=weights.layout,

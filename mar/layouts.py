@@ -18,6 +18,8 @@ from torch import Tensor
 from mar.encoder import flat_conv_weight
 
 Tensors = Mapping[str, Tensor]
+NOT_KNOWN = "not known"
+"""Why a key was left out that no rule speaks of."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
         if ours:
             renamed[ours] = value.float()
         else:
-            reason = next((why for pattern, why in layout.unused if re.fullmatch(pattern, key)), "not known")
+            reason = next((why for pattern, why in layout.unused if re.fullmatch(pattern, key)), NOT_KNOWN)
             unused[key] = reason
     tubelet = None
     embedding = renamed.get("encoder.embed.weight")
@@ -176,7 +178,7 @@ def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
         frames, height, width = embedding.shape[2:]
         tubelet = (frames, height, width)
         renamed["encoder.embed.weight"] = flat_conv_weight(embedding)
-    return Translated(layout, _joined(renamed), unused, tubelet)
+    return Translated(layout, _joined(renamed, may_lack_biases=layout is not OURS), unused, tubelet)
 
 
 def inflated(weight: Float[Tensor, "D C h w"], frames: int) -> Float[Tensor, "D C t h w"]:
@@ -242,9 +244,14 @@ def _first(rules: tuple[tuple[str, str], ...], key: str) -> str | None:
     return next((match.expand(ours) for match, ours in matches if match), None)
 
 
-def _joined(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put query, key and value into one matrix and one bias; a key without a bias has zeros."""
+def _joined(renamed: dict[str, Tensor], may_lack_biases: bool) -> dict[str, Tensor]:
+    """Put query, key and value into one matrix and one bias; a key without a bias has zeros.
+
+    Where no block of a part has an attention bias, the model has none (``qkv_bias: false``), and all are zero.
+    Where some have and one lacks it, a tensor is missing, and stays so.
+    """
     joined = {name: value for name, value in renamed.items() if not re.search(r"\.attn\.[qkv](\.|_)", name)}
+    biased = {name.split(".")[0] for name in renamed if re.search(r"\.attn\.(qkv\.bias|[qv]_bias|[qv]\.bias)", name)}
     for stem in sorted({name.split(".attn.")[0] for name in renamed if ".attn." in name}):
         attention = f"{stem}.attn."
         weights = [renamed[key] for part in "qkv" if (key := f"{attention}{part}.weight") in renamed]
@@ -255,7 +262,7 @@ def _joined(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
         )
         if query is not None and value is not None:
             joined[f"{attention}qkv.bias"] = torch.cat([query, torch.zeros_like(query) if key is None else key, value])
-        elif f"{attention}qkv.bias" not in joined and f"{attention}qkv.weight" in joined:  # qv_bias: false
+        elif may_lack_biases and stem.split(".")[0] not in biased and f"{attention}qkv.weight" in joined:
             weight = joined[f"{attention}qkv.weight"]
             joined[f"{attention}qkv.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
     return joined

@@ -5,8 +5,8 @@ tokens, so that the visible ones of a batch form a dense tensor.
 
 Departures from the released code, and choices where the paper is silent:
 
-- A cell whose share of hidden tokens is not whole (7 × 7 at 50 %) alternates between the two
-  neighbouring counts, so that the clip's total is kept; the released code fails there.
+- A cell whose share of hidden tokens is not whole (7 × 7 at 50 %, 7 × 2 at 25 %) alternates between the two
+  neighbouring counts, so that the clip's total is kept; the released code rounds each cell's share up, or crashes.
 - Random and block running masks move by one column a slice; the paper does not say how far.
 - A standard block mask is one rectangle, the same in every slice.
 - A uniform mask is a running cell as large as the token grid (section III-B).

@@ -9,8 +9,9 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,17 +25,20 @@ from torch import Tensor
 
 from mar.config import ENCODER_SIZES, ExperimentConfig
 from mar.errors import UserError
-from mar.layouts import OURS, Translated, translate
+from mar.layouts import NOT_KNOWN, OURS, Layout, Translated, translate
 from mar.model import MAR
-from mar.settings import SettingError, build, flatten, merge
+from mar.settings import SETTING_PATHS, SettingError, build, flatten, merge
 from mar.sources import fetch, weight_files
 
 EVERYTHING = ("encoder.", "decoder.", "classifier.")
 """The parts of a model, for :func:`load`."""
 _WRAPPERS = ("model_state", "model", "module", "state_dict", "model_state_dict")
 """Under one of these names a checkpoint holds its tensors: MAR, VideoMAE, deepspeed, Lightning."""
-_PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before every name."""
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DistributedDataParallel, torch.compile and Lightning put before every name."""
+_BLOCK = re.compile(r"(^|\.)(blocks|layer|layers|decoder_layers)\.\d+\.")
+_STATED = ("encoder.tubelet", "encoder.heads", "classifier.heads", "reconstruction.heads")
+"""What shapes do not tell, and what must agree where the file states it."""
 _KNOWN_CLASSIFIER_HEADS = {512: 4}
 _KNOWN_DECODER_HEADS = {192: 3, 384: 6, 512: 8}
 _BRANCH_OF = {
@@ -46,6 +50,8 @@ _BRANCH_OF = {
 """Branch of the settings -> the model's part that it describes."""
 _SIZES = ("size", "width", "depth", "heads", "tubelet", "kind", "norm", "num_classes", "frames")
 _MAX_NAMED = 3
+_NEWER_PICKLE = (0x8C, 0x8D, 0x8E, 0x8F, 0x90, 0x91, 0x92, 0x93, 0x94, 0x95, 0x96, 0x97, 0x98)
+"""Pickle's operations of protocol 4 and later, which ``weights_only`` does not know."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Weights:
     """Key in the file -> why the model has no use for it."""
     settings: dict[str, Any]
     """Dotted settings as the file tells them; ``…heads`` are missing where it does not."""
+    stated: frozenset[str] = frozenset()
+    """Of those, what a config beside the weights says, or the embedding's shape: not what known models have."""
 
 
 @dataclass(frozen=True)
@@ -93,22 +101,25 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path):
         tensors |= _without_prefix(_open(file))
-    folder = path if path.is_dir() else path.parent
     translated = translate(tensors, inflate_frames)
     if translated is None:
         raise UserError(
             f"{name}: not a layout that mar knows (VideoMAE, MAR, Hugging Face VideoMAE, image ViT, mar's own); "
             f"its first keys: {_listed(list(tensors))}"
         )
-    layout = translated.layout.name
+    layout, kept, unused = translated.layout.name, translated.tensors, dict(translated.unused)
+    config = _config_beside(path, translated.layout)
     if layout == "ViT":
         layout = "image ViT" if "cls_token" in tensors or _is_flat(tensors) else "VideoMAE, fine-tuned"
-    kept, unused = translated.tensors, dict(translated.unused)
-    if "cls_token" in tensors:
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{name}: its activation is {config['hidden_act']}; mar's blocks have GELU, and no other")
+    reads_first = "classifier.head.weight" in kept and "encoder.norm.weight" in kept and translated.layout is not OURS
+    if reads_first and "classifier.project.weight" not in kept:
         heads = [key for key in kept if key.startswith("classifier.")]
-        unused |= dict.fromkeys(heads, "an image classifier")
+        unused |= dict.fromkeys(heads, "its classifier reads the first token, and ours the average")
         kept = {key: value for key, value in kept.items() if key not in heads}
-    return Weights(name, layout, kept, unused, _settings_of(translated, kept, folder))
+    settings, stated = _settings_of(translated, kept, config)
+    return Weights(name, layout, kept, unused, settings, stated)
 
 
 def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
@@ -135,56 +146,100 @@ def start(model: MAR, settings: ExperimentConfig) -> str:
     Raises:
         UserError: the checkpoint does not fit; the first keys are named.
     """
+    weights, parts = _to_start_from(model, settings)
+    return load(model, weights, settings, parts, lends_norm=True).text(weights)
+
+
+def check_start(settings: ExperimentConfig) -> None:
+    """Raise a UserError if :func:`start` would; nothing is computed."""
+    with torch.device("meta"):
+        model = MAR(settings)
+    weights, parts = _to_start_from(model, settings)
+    fitting(model, weights, settings, parts, lends_norm=True)
+
+
+def _to_start_from(model: MAR, settings: ExperimentConfig) -> tuple[Weights, tuple[str, ...]]:
     assert settings.encoder.weights
     weights = read_weights(settings.encoder.weights, settings.encoder.tubelet[0])
     has_decoder = model.decoder is not None and settings.reconstruction.init == "pretrained"
     if has_decoder and not any(name.startswith("decoder.") for name in weights.tensors):
         raise UserError(f"encoder.weights: {weights.source} has no decoder: set reconstruction.init: random")
-    parts = ("encoder.", "decoder.") if has_decoder else ("encoder.",)
-    return load(model, weights, settings, parts).text(weights)
+    return weights, ("encoder.", "decoder.") if has_decoder else ("encoder.",)
 
 
-def load(model: MAR, weights: Weights, settings: ExperimentConfig, parts: Sequence[str]) -> Loaded:
+def load(
+    model: MAR, weights: Weights, settings: ExperimentConfig, parts: Sequence[str], lends_norm: bool = False
+) -> Loaded:
     """Load the parts of a model whose names begin so.
 
     Raises:
         UserError: see :func:`fitting`.
     """
-    names, ours = fitting(model, weights, settings, parts), model.state_dict()
+    names, ours = fitting(model, weights, settings, parts, lends_norm), model.state_dict()
     model.load_state_dict({name: weights.tensors[name] for name in names}, strict=False)
     left_over = {name: "not asked for" if name in ours else "not of this model" for name in weights.tensors}
     left_over = {name: why for name, why in left_over.items() if name not in names}
     return Loaded(names, tuple(name for name in ours if name not in names), weights.unused | left_over)
 
 
-def fitting(model: MAR, weights: Weights, settings: ExperimentConfig, parts: Sequence[str]) -> tuple[str, ...]:
-    """Return the tensors of those parts; every one must be in the file and fit.
+def fitting(
+    model: MAR, weights: Weights, settings: ExperimentConfig, parts: Sequence[str], lends_norm: bool = False
+) -> tuple[str, ...]:
+    """Return the tensors of those parts; model and file must have the same ones, in the same shapes.
 
-    One may be missing: the encoder's last norm, which fine-tuned VideoMAE models do not have.
+    With ``lends_norm``, one may be the file's or the model's alone: the encoder's last norm, which fine-tuned VideoMAE
+    models do not have, and which a model with ``classifier.norm: pooled`` has elsewhere.
 
     Raises:
-        UserError: tensors are missing or of other shapes; the first are named, and the settings that would fit.
+        UserError: tensors are missing, too many or of other shapes, or the file states other heads or tubelets; the
+            first are named, and the settings that would fit.
     """
     ours = model.state_dict()
-    wanted = [name for name in ours if name.startswith(tuple(parts))]
-    there = [name for name in wanted if name in weights.tensors]
-    missing = [name for name in wanted if name not in weights.tensors and not name.startswith("encoder.norm.")]
-    misfits = [name for name in there if weights.tensors[name].shape != ours[name].shape]
-    if missing or misfits:
-        words = [f"missing: {_listed(missing)}"] if missing else []
-        if misfits:
-            shapes = weights.tensors[misfits[0]].shape, ours[misfits[0]].shape
+    of_parts = [name for name in {**ours, **weights.tensors} if name.startswith(tuple(parts))]
+    both = [name for name in of_parts if not (lends_norm and name.startswith("encoder.norm."))]
+    faults = {
+        "missing": [name for name in both if name not in weights.tensors],
+        "too many": [name for name in both if name not in ours]
+        + [key for key, why in weights.unused.items() if why == NOT_KNOWN and _BLOCK.search(key)],
+        "other shapes": [
+            name
+            for name in of_parts
+            if name in ours and name in weights.tensors and weights.tensors[name].shape != ours[name].shape
+        ],
+        "other settings": [
+            path for path in _STATED if path in weights.stated and _contradicts(path, weights, settings)
+        ],
+    }
+    if any(faults.values()):
+        words = [f"{kind}: {_listed(names)}" for kind, names in faults.items() if names]
+        if faults["other shapes"]:
+            name = faults["other shapes"][0]
+            shapes = weights.tensors[name].shape, ours[name].shape
             theirs, own = (" × ".join(str(length) for length in shape) for shape in shapes)
-            words.append(f"other shapes: {_listed(misfits)} (the first is {theirs} in the file, {own} in the model)")
+            words.append(f"{name} is {theirs} in the file, {own} in the model")
         advice = _advice(weights, settings)
         raise UserError(f"{weights.source} ({weights.layout}) does not fit. {'; '.join(words)}{advice}")
-    return tuple(there)
+    return tuple(name for name in of_parts if name in ours and name in weights.tensors)
+
+
+def _contradicts(path: str, weights: Weights, settings: ExperimentConfig) -> bool:
+    """Whether the file states another value than the settings have, for a part that both have."""
+    part = {"encoder": "encoder.", "classifier": "classifier.blocks.", "reconstruction": "decoder."}[path.split(".")[0]]
+    if not any(name.startswith(part) for name in weights.tensors):
+        return False
+    here: dict[str, Any] = {
+        "encoder.tubelet": list(settings.encoder.tubelet),
+        "encoder.heads": settings.encoder.dimensions[2],
+        "classifier.heads": settings.classifier.heads,
+        "reconstruction.heads": settings.reconstruction.heads,
+    }
+    return weights.settings[path] not in (None, here[path])
 
 
 def _advice(weights: Weights, settings: ExperimentConfig) -> str:
     here = flatten(settings.model_dump(mode="json"))
-    sizes = {path: value for path, value in weights.settings.items() if path.split(".")[1] in _SIZES}
-    other = {path: value for path, value in sizes.items() if here[path] != value and path.startswith(tuple(_BRANCH_OF))}
+    sizes = {path: value for path, value in weights.settings.items() if path.split(".")[-1] in _SIZES}
+    other = {path: value for path, value in sizes.items() if path.startswith(tuple(_BRANCH_OF)) and here[path] != value}
     return f". The file has {', '.join(f'{key}={value}' for key, value in other.items())}" if other else ""
 
 
@@ -195,20 +250,39 @@ def _open(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: not a whole safetensors file: {error}") from None
+    start = _first_bytes(file)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{file}: a git-LFS pointer, not the weights themselves: fetch them with git lfs pull")
+    if start[:1] == b"<" or start[8:9] == b"{":
+        what = "a web page" if start[:1] == b"<" else "a safetensors file: name it so (.safetensors)"
+        raise UserError(f"{file}: not a PyTorch checkpoint but {what}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE keeps its arguments; plain data
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's arguments
+            warnings.simplefilter("ignore")  # on pickles of other protocols, which it then refuses
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        named = re.search(r"GLOBAL (\S+)|(?i:unsupported class|unrecognized|can only) .*", str(error))
-        if not named:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{file}: not a whole PyTorch checkpoint: {reason}") from None
-        reason = f"it would call {named.group(1)}" if named.group(1) else named.group()
-        raise UserError(
-            f"{file}: refused, because opening it could run code: {reason}. If you trust where it comes from, open it "
-            "apart from here and save its tensors alone, as safetensors"
-        ) from None
+    except Exception as error:  # what a damaged file makes of the reader is anybody's guess
+        raise UserError(f"{file}: {_why_not(error)}") from None
     return _tensors(content, file)
+
+
+def _first_bytes(file: Path) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(64)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+
+
+def _why_not(error: Exception) -> str:
+    """Return why a PyTorch file was not opened; torch's own words advise to open it unsafely."""
+    advice = "If you trust where it comes from, open it apart from here and save its tensors alone, as safetensors"
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and named:
+        return f"refused, because opening it could run code: it would call {named.group(1)}. {advice}"
+    operand = re.search(r"Unsupported operand (\d+)", str(error))
+    if operand and int(operand.group(1)) in _NEWER_PICKLE:
+        return f"refused, because it is pickled in a way that cannot be checked (protocol 4 or later). {advice}"
+    return f"not a whole PyTorch checkpoint ({type(error).__name__})"
 
 
 def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
@@ -216,16 +290,18 @@ def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
         wrapped = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
         found = {str(key): value for key, value in wrapped.items() if isinstance(value, Tensor)}
+        if any(value.is_meta or value.layout is not torch.strided or value.is_quantized for value in found.values()):
+            raise UserError(f"{file}: some of its tensors are sparse, quantised or empty; mar reads dense ones")
         if found:
             return found
     raise UserError(f"{file}: no tensors in it, by name or under {', '.join(_WRAPPERS)}")
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
+    named = {key: value for key, value in tensors.items() if key != "n_averaged"}  # an average's count
+    while prefix := next((each for each in _PREFIXES if all(key.startswith(each) for key in named)), None):
+        named = {key.removeprefix(prefix): value for key, value in named.items()}
+    return named
 
 
 def _is_flat(tensors: Mapping[str, Tensor]) -> bool:
@@ -240,25 +316,32 @@ def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
     return len({name.split(".")[2] for name in tensors if name.startswith(f"{prefix}.blocks.")})
 
 
-def _settings_of(translated: Translated, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
-    """Return dotted settings: those saved beside the weights, and the sizes of the tensors."""
-    config = _config_beside(folder)
+def _settings_of(
+    translated: Translated, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """Return dotted settings, those saved beside the weights and the sizes of the tensors; and which are stated."""
     if translated.layout is OURS and config:
-        return flatten(config)
+        known = flatten(config)
+        if known.get("encoder.size") != "custom":
+            known["encoder.heads"] = None
+        return {path: value for path, value in known.items() if value is not None}, frozenset(known)
+    if "encoder.embed.weight" not in tensors:
+        return {}, frozenset()
     width, depth = len(tensors["encoder.embed.weight"]), _depth(tensors, "encoder")
     sizes = {(each[0], each[1]): (name, each[2]) for name, each in ENCODER_SIZES.items()}
     heads: int | None = config.get("num_attention_heads")
     known: dict[str, Any] = {"encoder.size": "custom", "encoder.width": width, "encoder.depth": depth}
-    known |= {"encoder.heads": heads} if heads else {}
     if (width, depth) in sizes and heads in (None, sizes[width, depth][1]):
         known = {"encoder.size": sizes[width, depth][0]}
-    if translated.tubelet:
-        known["encoder.tubelet"] = list(translated.tubelet)
-    if "image_size" in config and "num_frames" in config:
-        known |= {"clip.size": config["image_size"], "clip.frames": config["num_frames"]}
-    known |= _classifier_settings(tensors) | _decoder_settings(tensors, config.get("decoder_num_attention_heads"))
-    known |= {"reconstruction.normalize_target": config["norm_pix_loss"]} if "norm_pix_loss" in config else {}
-    return known
+    told = {"encoder.heads": heads if known["encoder.size"] == "custom" else None}
+    told |= {"encoder.tubelet": list(translated.tubelet) if translated.tubelet else None}
+    told |= {"clip.size": config.get("image_size"), "clip.frames": config.get("num_frames")}
+    told |= {"reconstruction.normalize_target": config.get("norm_pix_loss")}
+    known |= _classifier_settings(tensors) | _decoder_settings(tensors)
+    if "decoder.project.weight" in tensors:
+        told["reconstruction.heads"] = config.get("decoder_num_attention_heads")
+    stated = {path: value for path, value in told.items() if value is not None}
+    return known | stated, frozenset(stated)
 
 
 def _classifier_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -277,24 +360,42 @@ def _classifier_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return known | {"classifier.kind": "linear", "classifier.norm": "pooled" if pooled else "tokens"} | sees_all
 
 
-def _decoder_settings(tensors: Mapping[str, Tensor], heads: int | None) -> dict[str, Any]:
+def _decoder_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     if "decoder.project.weight" not in tensors:
         return {}
     width = len(tensors["decoder.project.weight"])
     known = {"reconstruction.width": width, "reconstruction.depth": _depth(tensors, "decoder")}
-    heads = heads or _KNOWN_DECODER_HEADS.get(width)
-    return known | ({"reconstruction.heads": heads} if heads else {})
+    return known | ({"reconstruction.heads": heads} if (heads := _KNOWN_DECODER_HEADS.get(width)) else {})
 
 
-def _config_beside(folder: Path) -> dict[str, Any]:
-    """Return Hugging Face's config, or our settings, where there are any beside the weights."""
-    config, settings = folder / "config.json", folder / "settings.yaml"
-    if config.is_file():
-        content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-        return content.get("settings", content)
-    if settings.is_file():
-        return yaml.safe_load(settings.read_text(encoding="utf-8"))
-    return {}
+def _config_beside(path: Path, layout: Layout) -> dict[str, Any]:
+    """Return Hugging Face's config, or our settings, where they are beside weights of that layout.
+
+    Raises:
+        UserError: they are there and cannot be read.
+    """
+    folder = path if path.is_dir() else path.parent
+    if layout is OURS:
+        settings = folder / "settings.yaml"
+        if settings.is_file() and not (folder / "config.json").is_file():
+            return _mapping(settings, yaml.safe_load)
+        config = _mapping(folder / "config.json", json.loads)
+        return config.get("settings", {}) if config.get("model_type") == "mar" else {}
+    config = _mapping(folder / "config.json", json.loads) if layout.name == "Hugging Face VideoMAE" else {}
+    return config if config.get("model_type") == "videomae" else {}
+
+
+def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Return what a JSON or YAML file maps; nothing where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("settings", {}), dict):
+        raise UserError(f"{file}: not a model's settings; remove it, or fetch the weights again")
+    return content
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -330,7 +431,8 @@ def contents(weights: Weights) -> str:
         by_reason.setdefault(why, []).append(key)
     branches = [branch for branch, part in _BRANCH_OF.items() if any(name.startswith(part) for name in weights.tensors)]
     sizes = {path: value for path, value in weights.settings.items() if path.startswith((*branches, "clip."))}
-    told = ", ".join(f"{path}={value}" for path, value in sizes.items() if path.split(".")[1] in _SIZES and value)
+    in_order = sorted(sizes.items(), key=lambda each: SETTING_PATHS.index(each[0]))
+    told = ", ".join(f"{path}={value}" for path, value in in_order if path.split(".")[-1] in _SIZES and value)
     lines = [
         f"weights    {weights.source} ({weights.layout})",
         f"has        {_counted(list(weights.tensors), weights.tensors)}",

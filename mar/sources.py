@@ -25,8 +25,6 @@ def fetch(name: str) -> Path:
     Raises:
         UserError: there is no such file, or no such model can be had.
     """
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     found = locate(name)
     if found:
         return found
@@ -34,7 +32,7 @@ def fetch(name: str) -> Path:
     try:
         folder = _snapshot(repository, _SAFE)
         return folder if any(folder.glob("*.safetensors")) else _snapshot(repository, _OLD)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the hub's own errors, its HTTP client's, and a misspelt endpoint's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name}: no such file here, and Hugging Face gave no {repository}: {reason}") from None
 
@@ -58,7 +56,10 @@ def locate(name: str) -> Path | None:
         return None
     except HFValidationError:
         raise UserError(f"{name!r} is neither a file, nor a name as organisation/model") from None
-    return folder if _weight_files(folder) else None
+    try:
+        return folder if _weight_files(folder) else None
+    except UserError:  # a download that was cut short: it goes on
+        return None
 
 
 def is_path(name: str) -> bool:
@@ -83,7 +84,12 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        shards = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        try:
+            shards = sorted(
+                {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: not an index of shards") from None
         missing = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
         if missing:
             raise UserError(f"{folder}: the shard {missing[0]} is missing ({len(missing)} of {len(shards)})")

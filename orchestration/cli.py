@@ -218,6 +218,10 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """Print GFLOPs in the paper's convention, parameters, tokens, and peak training memory."""
+    if paper and (recipe or memory):
+        raise UserError("cost: --paper goes without a recipe and without --memory")
+    if output and not paper:
+        raise UserError("cost: -o is for the page that --paper makes; a recipe's cost is printed")
     if paper:
         from orchestration.paper import cost_frame, write_page
 

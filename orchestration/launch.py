@@ -186,6 +186,23 @@ def check_data(trials: Sequence[Trial]) -> None:
             raise UserError(f"recipe.batch_size: {batch_size} is more than the {sizes[name]} training videos")
 
 
+def check_weights(trials: Sequence[Trial]) -> None:
+    """See that each model fits the weights it is to start from, each pair once.
+
+    Raises:
+        UserError: one does not.
+    """
+    pairs = {trial.settings.model_dump_json(): trial for trial in trials if trial.settings.encoder.weights}
+    checked: set[str] = set()
+    for trial in pairs.values():
+        model = trial.settings.model_dump_json(include={"clip", "encoder", "classifier", "reconstruction", "mask"})
+        if model not in checked:
+            from mar.pretrained import check_start  # torch, which only a study with weights needs here
+
+            check_start(trial.settings)
+            checked.add(model)
+
+
 def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
     """Train the trials on the backend that the launch names; failures are in ``launched.failures``.
 

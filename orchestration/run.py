@@ -6,7 +6,7 @@ from rich.console import Console
 
 from mar.errors import Failure
 from orchestration.config import LaunchConfig
-from orchestration.launch import Launch, check_data, missing_trials, only_one, train_missing
+from orchestration.launch import Launch, check_data, check_weights, missing_trials, only_one, train_missing
 from orchestration.progress import Board
 from orchestration.report import findings, write_report
 from orchestration.study import Study, fetch_weights
@@ -27,6 +27,7 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
         store = Store(launch)
         missing = missing_trials(study, store)
         check_data(missing)
+        check_weights(missing)
         have = len({trial.key for trial in study.trials}) - len(missing)
         counts = f"{len(study.trials)} trials, {have} finished before, {len(missing)} to train"
         console.print(f"{study.file.title}: {counts}", markup=False)

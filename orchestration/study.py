@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
+from mar import RESULTS
 from mar.annotations import fingerprint
 from mar.config import ExperimentConfig
 from mar.errors import UserError
@@ -120,7 +121,7 @@ class Study:
 
 def identity(settings: ExperimentConfig, data_fingerprint: str) -> str:
     """Return one line that is equal for equal trainings: settings with the data's content instead of its place."""
-    tree: dict[str, Any] = {**placeless(settings), "fingerprint": data_fingerprint}
+    tree: dict[str, Any] = {**placeless(settings), "fingerprint": data_fingerprint, "results": RESULTS}
     if settings.encoder.weights:
         tree["encoder"] = {**tree["encoder"], "weights": weights_fingerprint(settings.encoder.weights)}
     return json.dumps(tree, sort_keys=True, ensure_ascii=False)
@@ -133,10 +134,11 @@ def completed(identity_line: str, data_fingerprint: str | None = None, weights: 
     is the name of the pre-trained ``weights``: where they are not at hand, their name must do.
     """
     tree: dict[str, Any] = json.loads(identity_line)
-    own = tree.pop("fingerprint")
+    own, results = tree.pop("fingerprint"), tree.pop("results", 1)
     if weights:
         tree["encoder"]["weights"] = f"{WEIGHTS_ABSENT}{weights}"
-    return identity(build(tree), data_fingerprint or own)
+    line = json.loads(identity(build(tree), data_fingerprint or own))
+    return json.dumps({**line, "results": results}, sort_keys=True, ensure_ascii=False)
 
 
 def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Study:

@@ -11,12 +11,12 @@ from test_pretrained import classifying, clips, pretraining, saved
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 from mar.config import ExperimentConfig
-from mar.errors import UserError
+from mar.errors import Failure, UserError
 from mar.export import write_hugging_face, write_model, write_onnx
 from mar.masking import evaluation_mask
-from mar.model import MAR
+from mar.model import IMAGENET_MEAN, MAR
 from mar.pretrained import EVERYTHING, Weights, load, model_settings, read_weights
-from mar.settings import build, merge
+from mar.settings import build, merge, placeless
 from orchestration.cli import main
 
 SMALL = {
@@ -53,7 +53,7 @@ def test_a_written_model_comes_back_exactly(overrides: dict[str, object], tmp_pa
     back = read_weights(str(tmp_path / "model"))
     assert back.tensors.keys() == weights.tensors.keys()
     assert all(torch.equal(back.tensors[name], weights.tensors[name]) for name in back.tensors)
-    assert model_settings(back) == settings
+    assert placeless(model_settings(back)) == placeless(settings)
     assert not load(MAR(settings), back, settings, EVERYTHING).initialised
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"{settings.test_ratio:.0%}" in card
@@ -67,6 +67,9 @@ def test_hugging_faces_checkpoint_goes_round_and_transformers_reads_it(tmp_path:
     ours = read_weights(str(tmp_path / "ours"))
     assert write_hugging_face(tmp_path / "back", ours, model_settings(ours)) == []
     again = VideoMAEForPreTraining.from_pretrained(tmp_path / "back").eval()
+    processor = json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == list(IMAGENET_MEAN)
+    assert "library_name: transformers\n" in (tmp_path / "back" / "README.md").read_text()
     state, expected = again.state_dict(), reference.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in state)
@@ -93,7 +96,16 @@ def test_a_linear_classifier_goes_to_transformers_and_a_bridging_one_is_said_to_
     VideoMAEForPreTraining.from_pretrained(tmp_path / "bridging")
 
 
-@pytest.mark.parametrize("overrides", [{}, {"mask.ratio": 0.0}, {"classifier.kind": "linear", "mask.ratio": 0.75}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"mask.ratio": 0.0},
+        {"classifier.kind": "linear", "mask.ratio": 0.75},
+        {"classifier.kind": "linear", "classifier.norm": "pooled", "mask.ratio": 0.0},
+        {"classifier.mask_tokens": True, "classifier.positions": True},
+    ],
+)
 def test_onnxruntime_gives_the_scores_for_any_number_of_clips(overrides: dict[str, object], tmp_path: Path) -> None:
     settings = build(merge(SMALL, overrides))
     weights = weights_of(settings)
@@ -137,6 +149,7 @@ def test_a_models_folder_says_what_it_is(tmp_path: Path) -> None:
         "manifest.json",
         "model.safetensors",
     ]
+    assert "root" not in config["settings"]["data"]
 
 
 def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -168,3 +181,38 @@ def test_the_command_shows_converts_and_exports(tmp_path: Path, capsys: pytest.C
     assert (code, "encoder" in complaint) == (2, True)
     code, _, complaint = command(capsys, "cost", "quickstart", "--memory")
     assert (code, "no CUDA device" in complaint) == (2, True)
+
+
+def test_a_model_that_differs_in_onnx_is_not_written(tmp_path: Path) -> None:
+    settings = build(SMALL)
+    weights = weights_of(settings)
+    weights.tensors["classifier.head.bias"][0] = float("nan")
+    with pytest.raises(Failure, match=r"onnxruntime and PyTorch differ by nan; .*model\.onnx was not written"):
+        write_onnx(tmp_path / "model.onnx", weights, settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"encoder.depth": 1}, r"too many: encoder\.blocks\.1\."),
+        ({"encoder.depth": 3}, r"missing: encoder\.blocks\.2\..* The file has encoder\.depth=2"),
+        ({"encoder.heads": 4}, r"other settings: encoder\.heads"),
+        ({"reconstruction.weight": 0.0}, r"too many: decoder\."),
+    ],
+)
+def test_settings_that_do_not_fit_a_folder_of_ours_are_said(
+    overrides: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    settings = build(SMALL)
+    write_model(tmp_path / "model", weights_of(settings), settings)
+    weights = read_weights(str(tmp_path / "model"))
+    with pytest.raises(UserError, match=words):
+        write_model(tmp_path / "new", weights, model_settings(weights, overrides))
+
+
+def test_a_fine_tuned_model_does_not_lose_its_norm_on_the_way_out(tmp_path: Path) -> None:
+    weights = read_weights(saved(classifying(), tmp_path / "theirs"))
+    settings = model_settings(weights, {"classifier.norm": "tokens"})
+    with pytest.raises(UserError, match=r"missing: encoder\.norm\.weight, .*too many: classifier\.norm"):
+        write_onnx(tmp_path / "model.onnx", weights, settings)

@@ -94,7 +94,7 @@ def released_state(area: int, num_hidden: int) -> torch.Tensor | None:
     start=st.integers(0, 195),
 )
 @settings(max_examples=300, deadline=None)
-def test_states_of_other_cells_are_the_released_ones_wherever_the_released_code_works(
+def test_states_of_other_cells_are_the_released_ones_where_a_cells_share_is_whole(
     cell: tuple[int, int], num_hidden: int, slice_: int, start: int
 ) -> None:
     area = cell[0] * cell[1]

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import timm
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
@@ -21,9 +24,9 @@ from mar.decoder import reconstruction_loss, reconstruction_target
 from mar.errors import UserError
 from mar.layers import sin_cos_positions
 from mar.model import MAR, split_places
-from mar.pretrained import load, model_settings, read_weights, start
-from mar.settings import SettingError, build, merge
-from mar.sources import ABSENT, fetch, fingerprint
+from mar.pretrained import check_start, load, model_settings, read_weights, start
+from mar.settings import build, merge
+from mar.sources import ABSENT, fetch, fingerprint, locate
 
 SIZES: dict[str, Any] = {
     "image_size": 64,
@@ -408,7 +411,116 @@ def test_the_fingerprint_is_of_the_content_wherever_it_lies(tmp_path: Path) -> N
     assert fingerprint(str(tmp_path / "none.pth")) == f"{ABSENT}{tmp_path / 'none.pth'}"
 
 
-def test_settings_that_the_file_contradicts_are_the_users_mistake(tmp_path: Path) -> None:
-    weights = read_weights(saved(pretraining(), tmp_path / "hf"))
-    with pytest.raises(SettingError, match=r"encoder\.heads|encoder"):
-        model_settings(weights, {"encoder.heads": 5})
+@pytest.mark.parametrize(
+    "overrides", [{"encoder.heads": 4}, {"reconstruction.heads": 3}, {"encoder.tubelet": [8, 8, 8], "clip.frames": 8}]
+)
+def test_heads_and_tubelets_that_the_file_contradicts_are_refused(overrides: dict[str, Any], tmp_path: Path) -> None:
+    settings = weights_settings(saved(pretraining(), tmp_path / "hf"), overrides)
+    with pytest.raises(UserError, match=f"other settings: {next(iter(overrides))}"):
+        start(MAR(settings), settings)
+    with pytest.raises(UserError, match="other settings"):
+        check_start(settings)
+
+
+def test_a_missing_attention_bias_is_missing_unless_the_model_has_none(tmp_path: Path) -> None:
+    state = official(saved(pretraining(), tmp_path / "hf"))
+    del state["encoder.blocks.0.attn.v_bias"]
+    torch.save({"model": state}, tmp_path / "lacks.pth")
+    with pytest.raises(UserError, match=r"missing: encoder\.blocks\.0\.attn\.qkv\.bias\b"):
+        ours(str(tmp_path / "lacks.pth"), {"encoder.heads": 3, "reconstruction.heads": 4, "clip.size": 64})
+    without = {key: value for key, value in state.items() if not key.endswith(("q_bias", "v_bias"))}
+    torch.save({"model": without}, tmp_path / "none.pth")
+    model, _ = ours(str(tmp_path / "none.pth"), {"encoder.heads": 3, "reconstruction.heads": 4, "clip.size": 64})
+    assert not model.encoder.blocks[0].attn.qkv.bias.any()
+
+
+@pytest.mark.parametrize("options", [{"init_values": 1e-5}, {"qk_norm": True}])
+def test_another_kind_of_block_is_refused_not_half_loaded(options: dict[str, Any], tmp_path: Path) -> None:
+    image = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, **options)
+    save_file(image.state_dict(), tmp_path / "other.safetensors")
+    overrides = {"encoder.size": "custom", "encoder.width": 192, "encoder.depth": 2, "encoder.heads": 3}
+    name = str(tmp_path / "other.safetensors")
+    settings = build(merge({}, {**overrides, "reconstruction.init": "random", "encoder.weights": name}))
+    with pytest.raises(UserError, match=r"too many: blocks\.0\.\S+"):
+        start(MAR(settings), settings)
+
+
+def test_a_checkpoint_deeper_than_the_model_is_not_cut(tmp_path: Path) -> None:
+    settings = weights_settings(saved(pretraining(), tmp_path / "hf"), {"encoder.depth": 1})
+    with pytest.raises(UserError, match=r"too many: encoder\.blocks\.1\."):
+        start(MAR(settings), settings)
+
+
+def test_a_config_that_computes_something_else_is_refused_or_its_classifier_left(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its activation is relu"):
+        read_weights(saved(classifying(hidden_act="relu"), tmp_path / "relu"))
+    first = theirs(VideoMAEForVideoClassification, use_mean_pooling=False, num_labels=5)
+    weights = read_weights(saved(first, tmp_path / "first"))
+    assert weights.unused["classifier.head.weight"] == "its classifier reads the first token, and ours the average"
+    assert not any(name.startswith("classifier.") for name in weights.tensors)
+
+
+def test_a_strangers_config_beside_a_file_is_not_believed(tmp_path: Path) -> None:
+    torch.save({"model": official(saved(pretraining(), tmp_path / "hf"))}, tmp_path / "some.pth")
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 12, "model_type": "bert"}')
+    assert "encoder.heads" not in read_weights(str(tmp_path / "some.pth")).settings
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "null", "", "{", '{"settings": "x"}'])
+def test_a_damaged_config_is_said(text: str, tmp_path: Path) -> None:
+    folder = Path(saved(pretraining(), tmp_path / "hf"))
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: not a model's settings"):
+        read_weights(str(folder))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_malicious_pickle_of_any_protocol_is_refused(protocol: int, tmp_path: Path) -> None:
+    file, trace = tmp_path / "evil.pth", tmp_path / "it-ran"
+    torch.save({"args": RunsACommand(trace)}, file, pickle_protocol=protocol)
+    with pytest.raises(UserError, match=r"evil\.pth: refused, because") as error:
+        read_weights(str(file))
+    assert "weights_only" not in str(error.value)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1", "git-LFS pointer"),
+        (b"<!DOCTYPE html>", "not a PyTorch checkpoint but a web page"),
+        (b"\x80\x04.", "not a whole PyTorch checkpoint|refused"),
+    ],
+)
+def test_files_that_are_often_taken_for_weights_are_named(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "some.pth").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read_weights(str(tmp_path / "some.pth"))
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_damaged_file_never_ends_in_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    file = tmp_path_factory.mktemp("damaged") / "some.pth"
+    torch.save({"model": {"encoder.patch_embed.proj.weight": torch.zeros(4, 3, 2, 2, 2)}}, file)
+    content = bytearray(file.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=6)):
+        content[place] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(content)
+    with suppress(UserError):
+        read_weights(str(file))
+
+
+def test_a_download_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = cache / "models--org--sharded" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (cache / "models--org--sharded" / "refs").mkdir()
+    (cache / "models--org--sharded" / "refs" / "main").write_text("0" * 40)
+    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert locate("org/sharded") is None
+    assert fingerprint("org/sharded") == f"{ABSENT}org/sharded"

@@ -274,8 +274,10 @@ class AugmentConfig(Node):
 
 
 class RecipeConfig(Node):
-    """Optimiser and schedule (Table I)."""
+    """What is minimised, optimiser and schedule (Table I)."""
 
+    objective: Literal["classification", "reconstruction"] = "classification"
+    """Eq. 5; or the reconstruction loss alone, with no classifier: VideoMAE's pre-training (Tables IX b, XIII)."""
     epochs: PositiveInt = 40
     """Passes over the training split."""
     batch_size: PositiveInt = 512
@@ -358,6 +360,8 @@ class ExperimentConfig(Node):
         swapped = [label for pair in self.augment.flip_swaps for label in pair]
         if max(swapped, default=0) >= self.data.num_classes or len({*swapped}) < len(swapped):
             raise ValueError(f"augment.flip_swaps: each of the {self.data.num_classes} classes may stand there once")
+        if self.pretrains and not self.reconstructs:
+            raise ValueError("recipe.objective: 'reconstruction' needs mask.ratio and reconstruction.weight above 0")
         if self.classifier.norm == "pooled" and self.reconstructs:
             raise ValueError(
                 "classifier.norm: 'pooled' leaves the decoder tokens without a norm; set it to tokens, or "
@@ -384,6 +388,11 @@ class ExperimentConfig(Node):
     def test_mask(self) -> MaskConfig:
         """The mask's settings in testing."""
         return self.mask.model_copy(update={"ratio": self.test_ratio})
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether it is a self-supervised pre-training: no classifier, no labels."""
+        return self.recipe.objective == "reconstruction"
 
     @property
     def reconstructs(self) -> bool:

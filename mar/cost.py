@@ -60,6 +60,8 @@ def _encoder_flops(settings: ExperimentConfig, visible: int) -> int:
 
 
 def _classifier_flops(settings: ExperimentConfig, visible: int) -> int:
+    if settings.pretrains:
+        return 0
     config, width, classes = settings.classifier, settings.encoder.dimensions[0], settings.data.num_classes
     if config.kind == "linear":
         return 5 * width * (config.norm == "pooled") + width * classes
@@ -97,6 +99,8 @@ def _encoder_params(settings: ExperimentConfig) -> int:
 
 
 def _classifier_params(settings: ExperimentConfig) -> int:
+    if settings.pretrains:
+        return 0
     config, width, classes = settings.classifier, settings.encoder.dimensions[0], settings.data.num_classes
     if config.kind == "linear":
         return 2 * width * (config.norm == "pooled") + (width + 1) * classes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,20 @@ class Predictions:
         return {f"{stage}/top1": self.accuracy(1), f"{stage}/top5": self.accuracy(5), **counts}
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well a pre-trained model redraws what is hidden."""
+
+    losses: Float[Tensor, " n"]
+    """L_r of each video that could be decoded."""
+    broken: tuple[str, ...]
+
+    def metrics(self, stage: str) -> dict[str, float]:
+        """Return the mean loss and counts, named ``stage/…``."""
+        counts = {f"{stage}/num_videos": float(len(self.losses)), f"{stage}/num_broken": float(len(self.broken))}
+        return {f"{stage}/reconstruction_loss": self.losses.double().mean().item(), **counts}
+
+
 class Evaluator:
     """Evaluates a model on one split, as often as asked."""
 
@@ -73,22 +88,48 @@ class Evaluator:
         Raises:
             Failure: not one video could be decoded.
         """
+        (videos, labels, probabilities), failed = self._gathered(model, self._probabilities)
+        order = videos.argsort()
+        return Predictions(videos[order], labels[order], probabilities[order], failed)
+
+    @torch.no_grad()
+    def reconstruction(self, model: MAR) -> Reconstruction:
+        """Return the reconstruction losses under the mask of evaluation, on every worker.
+
+        Raises:
+            Failure: not one video could be decoded.
+        """
+        (videos, _, losses), failed = self._gathered(model, self._reconstruction)
+        return Reconstruction(losses[videos.argsort()], failed)
+
+    def _gathered(
+        self, model: MAR, measure: Callable[[MAR, Batch], Tensor]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[str, ...]]:
+        """Return videos, labels and what was measured of each, from all workers; and the broken videos."""
         model.eval()
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
         broken: list[str] = []
         for batch in self.loader:
             broken.extend(str(video) for video in batch.broken)
             if len(batch.labels):
-                seen.append((batch.videos, batch.labels, self._probabilities(model, batch)))
+                seen.append((batch.videos, batch.labels, measure(model, batch)))
         model.train()
         parts = parallel.gathered((seen, broken))
         rows = [row for part, _ in parts for row in part]
         failed = tuple(sorted(reason for _, part in parts for reason in part))
         if not rows:
             raise Failure(f"not one video of the evaluation split could be decoded; the first: {failed[0]}")
-        videos, labels, probabilities = (torch.cat(column) for column in zip(*rows, strict=True))
-        order = videos.argsort()
-        return Predictions(videos[order], labels[order], probabilities[order], failed)
+        videos, labels, measured = (torch.cat(column) for column in zip(*rows, strict=True))
+        return (videos, labels, measured), failed
+
+    def _reconstruction(self, model: MAR, batch: Batch) -> Float[Tensor, " B"]:
+        num_videos, views = batch.clips.shape[:2]
+        pixels = to_pixels(batch.clips.flatten(0, 1).to(self.device, non_blocking=True))
+        hidden = evaluation_mask(self.settings).expand(len(pixels), -1, -1, -1)
+        labels = torch.zeros(len(pixels), self.settings.data.num_classes, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"):
+            losses = model(pixels, hidden, labels).reconstruction
+        return losses.view(num_videos, views).mean(dim=1).cpu()
 
     def _probabilities(self, model: MAR, batch: Batch) -> Float[Tensor, "B classes"]:
         num_videos, views = batch.clips.shape[:2]

@@ -155,6 +155,7 @@ class Inference(nn.Module):
         """Return the class scores."""
         places = self.visible.expand(pixels.shape[0], -1)
         tokens = self.model.encoder((pixels - self.model.mean) / self.model.std, places)
+        assert self.model.classifier is not None
         return self.model.classifier(tokens, places)
 
 

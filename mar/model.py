@@ -50,7 +50,8 @@ class MAR(nn.Module):
         num_tokens, width = t * h * w, settings.encoder.dimensions[0]
         self.reconstruction = settings.reconstruction
         self.encoder = Encoder(settings.encoder, num_tokens, last_norm=settings.classifier.norm == "tokens")
-        self.classifier = build_classifier(settings.classifier, width, num_tokens, settings.data.num_classes)
+        classifier = build_classifier(settings.classifier, width, num_tokens, settings.data.num_classes)
+        self.classifier = None if settings.pretrains else classifier
         patch_values = self.encoder.embed.in_features
         has_decoder = settings.reconstructs
         self.decoder = Decoder(settings.reconstruction, width, num_tokens, patch_values) if has_decoder else None
@@ -63,23 +64,26 @@ class MAR(nn.Module):
         hidden: Bool[Tensor, "B t h w"],
         labels: Float[Tensor, "B classes"],
     ) -> Losses:
-        """Return L = λ L_r + L_c for each clip (Eq. 5); ``labels`` are class probabilities."""
+        """Return L = λ L_r + L_c for each clip (Eq. 5), or L_r alone; ``labels`` are class probabilities."""
         visible_places, hidden_places = self._places(hidden)
         tokens = self.encoder((pixels - self.mean) / self.std, visible_places)
-        scores = self.classifier(tokens, visible_places)
-        classification = F.cross_entropy(scores.float(), labels, reduction="none")
-        if self.decoder is None:
-            return Losses(classification, classification, torch.zeros_like(classification))
-        predicted = self.decoder(tokens, visible_places, hidden_places)
-        config = self.reconstruction
-        target = reconstruction_target(pixels, hidden_places, self.encoder.tubelet, config.normalize_target)
-        reconstruction = reconstruction_loss(predicted, target)
-        return Losses(config.weight * reconstruction + classification, classification, reconstruction)
+        nothing = torch.zeros(len(pixels), device=pixels.device)
+        classification = reconstruction = nothing
+        if self.classifier is not None:
+            scores = self.classifier(tokens, visible_places)
+            classification = F.cross_entropy(scores.float(), labels, reduction="none")
+        if self.decoder is not None:
+            predicted = self.decoder(tokens, visible_places, hidden_places)
+            reconstruction = reconstruction_loss(predicted, self._target(pixels, hidden_places))
+        if self.classifier is None:
+            return Losses(reconstruction, nothing, reconstruction)
+        return Losses(self.reconstruction.weight * reconstruction + classification, classification, reconstruction)
 
     def classify(
         self, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"]
     ) -> Float[Tensor, "B classes"]:
         """Return the class scores; the reconstruction branch is not run (Fig. 2)."""
+        assert self.classifier is not None
         visible_places, _ = self._places(hidden)
         return self.classifier(self.encoder((pixels - self.mean) / self.std, visible_places), visible_places)
 
@@ -91,6 +95,9 @@ class MAR(nn.Module):
         visible_places, hidden_places = self._places(hidden)
         tokens = self.encoder((pixels - self.mean) / self.std, visible_places)
         return self.decoder(tokens, visible_places, hidden_places)
+
+    def _target(self, pixels: Float[Tensor, "B C T H W"], hidden: Int[Tensor, "B M"]) -> Float[Tensor, "B M P"]:
+        return reconstruction_target(pixels, hidden, self.encoder.tubelet, self.reconstruction.normalize_target)
 
     def _places(self, hidden: Bool[Tensor, "B t h w"]) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
         visible, hidden_places = split_places(hidden)

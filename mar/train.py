@@ -29,7 +29,7 @@ from mar.checkpoint import Progress
 from mar.config import ExperimentConfig
 from mar.dataset import Batch, TrainingClips, TrainingOrder, draw, loader
 from mar.errors import Failure, UserError
-from mar.evaluate import Evaluator, Predictions, write_predictions
+from mar.evaluate import Evaluator, Predictions, Reconstruction, write_predictions
 from mar.model import MAR, Losses
 from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
 
@@ -83,7 +83,8 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     """Train from the newest checkpoint in ``folder`` (or from the start), test, and return the final metrics.
 
     Reports every epoch, those before the resumption included, so that a listener that lost some gets all.
-    Leaves ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``predictions.csv``, ``metrics.json``.
+    Leaves ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``metrics.json`` and, where there are classes,
+    ``predictions.csv``.
 
     Raises:
         UserError: the settings do not fit the data.
@@ -111,7 +112,7 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
         metrics = _train_epoch(training, batches)
         if (training.epoch + 1) % settings.evaluation.every_epochs == 0:
             clock = _Clock(progress)
-            metrics |= validate(model).metrics("val")
+            metrics |= (validate.reconstruction if settings.pretrains else validate)(model).metrics("val")
             clock.stop()
         metrics["time/elapsed_s"] = progress.elapsed_s
         progress.history.append(metrics)
@@ -161,7 +162,9 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
     progress.sums = Progress().sums
     if not math.isfinite(total):
         raise Failure(f"the loss is {total} in epoch {training.epoch + 1}: try a smaller recipe.base_lr")
-    metrics = {"train/loss": total / clips, "train/classification_loss": classification / clips, "train/lr": rate}
+    metrics = {"train/loss": total / clips, "train/lr": rate}
+    if not settings.pretrains:
+        metrics["train/classification_loss"] = classification / clips
     if settings.reconstructs:
         metrics["train/reconstruction_loss"] = reconstruction / clips
     trained = (progress.step - first_step) * settings.recipe.batch_size
@@ -229,12 +232,12 @@ def _finish(training: Training, val: list[Video], report: Report) -> dict[str, f
     settings, execution = training.settings, training.execution
     views, device, processes = settings.evaluation, execution.device, execution.loader_processes
     test = Evaluator(settings, val, device, clips=views.clips, crops=views.crops, loader_processes=processes)
-    predictions = test(training.model)
+    predictions = (test.reconstruction if settings.pretrains else test)(training.model)
     if predictions.broken:
         first = f"the first: {predictions.broken[0]}"
         execution.say(f"{len(predictions.broken)} of {len(val)} test videos could not be decoded, {first}")
     metrics = training.progress.history[-1] | predictions.metrics("test")
-    if settings.evaluation.shuffled_frames:
+    if settings.evaluation.shuffled_frames and not settings.pretrains:
         shuffle = Evaluator(settings, val, device, clips=views.clips, crops=views.crops, shuffled=True)
         metrics["test/top1_shuffled_frames"] = shuffle(training.model).accuracy(1)
     if training.share.rank == 0:
@@ -243,18 +246,19 @@ def _finish(training: Training, val: list[Video], report: Report) -> dict[str, f
     return metrics
 
 
-def _write_result(training: Training, val: list[Video], predictions: Predictions, metrics: dict[str, float]) -> None:
+def _write_result(
+    training: Training, val: list[Video], predictions: Predictions | Reconstruction, metrics: dict[str, float]
+) -> None:
     settings = training.settings.model_dump(mode="json")
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     broken = "".join(f"{reason}\n" for reason in predictions.broken)
-    checkpoint.write_sealed(
-        training.folder / RESULT,
-        {
-            "model.safetensors": lambda file: save_file(training.model.state_dict(), file),
-            "settings.yaml": lambda file: checkpoint.write_text(file, text),
-            "metrics.json": lambda file: checkpoint.write_text(file, json.dumps(metrics, indent=1)),
-            "predictions.csv": lambda file: write_predictions(predictions, val, file),
-            "broken_videos.txt": lambda file: checkpoint.write_text(file, broken),
-        },
-        {"settings": settings, "metrics": metrics},
-    )
+    writers: dict[str, Callable[[Path], None]] = {
+        "model.safetensors": lambda file: save_file(training.model.state_dict(), file),
+        "settings.yaml": lambda file: checkpoint.write_text(file, text),
+        "metrics.json": lambda file: checkpoint.write_text(file, json.dumps(metrics, indent=1)),
+        "broken_videos.txt": lambda file: checkpoint.write_text(file, broken),
+    }
+    if isinstance(predictions, Predictions):
+        writers["predictions.csv"] = lambda file: write_predictions(predictions, val, file)
+    sealed: checkpoint.Writers = writers
+    checkpoint.write_sealed(training.folder / RESULT, sealed, {"settings": settings, "metrics": metrics})

@@ -21,7 +21,11 @@ app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 
 StudyName = Annotated[
-    str, typer.Argument(metavar="STUDY", help="A study file, or the name of one that ships with mar.")
+    str,
+    typer.Argument(
+        metavar="STUDY",
+        help="A study file, or the name of one that ships with mar; or a recipe, as a study of one trial.",
+    ),
 ]
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships with mar.")

@@ -61,14 +61,16 @@ class Board:
         if state.epoch == 0:
             state.start_s = max(0.0, time.monotonic() - state.began - metrics.get("time/elapsed_s", 0.0))
         state.epoch, state.metrics = epoch, {**state.metrics, **metrics}
-        if "test/top1" not in metrics:
+        if "test/num_videos" not in metrics:
             self._line(f"  {trial.name}: {self._figures(state)}   [{self.summary()}]")
 
     def finished(self, trial: Trial, metrics: dict[str, float]) -> None:
         """It is done."""
         state = self.states[trial.key]
         state.status, state.metrics = "done", metrics
-        self._line(f"✓ {trial.name}: top-1 {metrics['test/top1']:.2f} %   [{self.summary()}]")
+        accuracy = f"top-1 {metrics['test/top1']:.2f} %" if "test/top1" in metrics else ""
+        words = accuracy or f"L_r {_figure(metrics, 'test/reconstruction_loss', '.4f')}"
+        self._line(f"✓ {trial.name}: {words}   [{self.summary()}]")
 
     def failed(self, trial: Trial, reason: str) -> None:
         """It was given up."""

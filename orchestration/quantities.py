@@ -24,6 +24,7 @@ QUANTITIES = {
     "params": Quantity("Param (M)", "cost.params_m"),
     "loss": Quantity("Loss", "train/loss", digits=4, higher_is_better=False),
     "reconstruction_loss": Quantity("L_r", "train/reconstruction_loss", digits=4, higher_is_better=False),
+    "test_reconstruction_loss": Quantity("L_r, test", "test/reconstruction_loss", digits=4, higher_is_better=False),
     "clips_per_s": Quantity("Clips/s", "throughput/clips_per_s", digits=1, higher_is_better=True),
     "time_s": Quantity("Training time (s)", "time/elapsed_s", digits=0, higher_is_better=False),
 }

@@ -37,7 +37,7 @@ def findings(study: Study, records: Sequence[Record]) -> list[str]:
 def _findings(study: Study, all_rows: Sequence[Row]) -> list[str]:
     there = [row for row in all_rows if row.cells["top1"].mean is not None]
     if not there:
-        return ["No trial is finished yet."]
+        return [] if any(row.finished for row in all_rows) else ["No trial is finished yet."]
     best = max(there, key=lambda row: row.cells["top1"].mean or 0.0)
     top1, settings = best.cells["top1"].mean or 0.0, study.trials[0].settings
     chance = 100 / settings.data.num_classes

@@ -119,6 +119,23 @@ class Study:
     trials: Sequence[Trial]
 
 
+def _of_one(path: Path, overrides: Sequence[str]) -> Study:
+    """Return a study of one trial: a recipe as it is. Its name is the recipe's and its folder's."""
+    settings = read_recipe(str(path), overrides)
+    column = "test_reconstruction_loss" if settings.pretrains else "top1"
+    columns = (column, *(() if settings.pretrains else ("top5",)), "gflops", "time_s")
+    title = f"{path.parent.name}/{path.stem}" if path.parent.name != "recipes" else path.stem
+    file = StudyFile(
+        title=title,
+        recipe=str(path),
+        axes={"recipe": {title: {}}},
+        table=TableLayout(columns=columns),
+        figure=FigureLayout(y=(column,)),
+    )
+    trial = Trial({"recipe": title}, settings, _fingerprint(settings, {}))
+    return Study(title.replace("/", "_"), file, [trial])
+
+
 def identity(settings: ExperimentConfig, data_fingerprint: str) -> str:
     """Return one line that is equal for equal trainings: settings with the data's content instead of its place."""
     tree: dict[str, Any] = {**placeless(settings), "fingerprint": data_fingerprint, "results": RESULTS}
@@ -145,12 +162,15 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     """Read a study file and list its trials in the order of the file: last axis fastest, then seeds.
 
     ``overrides`` are ``path=value`` from the command line, the last word on every setting; ``recipe=FILE``
-    puts another recipe under the study. ``only`` keeps the trials with the given ``axis=label``.
+    puts another recipe under the study. ``only`` keeps the trials with the given ``axis=label``. A recipe's file is
+    read as a study of one trial.
 
     Raises:
         UserError: a bad file, setting, label or override; the message says where.
     """
     document = Document(find(name, "study"))
+    if "axes" not in document.content and "title" not in document.content:
+        return _of_one(document.path, overrides)
     file = _checked(document)
     changes = parse_overrides(overrides)
     another = changes.pop("recipe") if isinstance(changes.get("recipe"), str) else None

@@ -54,6 +54,7 @@ def test_a_counter_that_is_not_ours_counts_the_same(overrides: dict[str, Any]) -
         {"classifier.kind": "linear", "classifier.norm": "pooled", "reconstruction.weight": 0.0},
         {"classifier.kind": "mlp", "classifier.depth": 3},
         {"classifier.mask_tokens": True},
+        {"recipe.objective": "reconstruction"},
     ],
 )
 def test_parameters_are_counted_as_the_model_has_them(

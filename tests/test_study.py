@@ -216,3 +216,13 @@ def test_workers_are_given_the_absolute_path_of_weights(
     assert absolute_paths(trial.settings).encoder.weights == str(tmp_path / "weights.safetensors")
     named = read_study(write(STUDY), ["encoder.weights=someone/model"]).trials[0]
     assert absolute_paths(named.settings).encoder.weights == "someone/model"
+
+
+def test_a_recipe_is_a_study_of_one_trial(write: Callable[[str], str], tmp_path: Path) -> None:
+    write(STUDY)
+    study = read_study(str(tmp_path / "recipe.yaml"), ["mask.ratio=0.25", "seed=3"])
+    (trial,) = study.trials
+    assert (trial.settings.mask.ratio, trial.settings.seed) == (0.25, 3)
+    assert study.name.endswith("_recipe")
+    assert study.file.table.columns == ("top1", "top5", "gflops", "time_s")
+    assert read_study("recipes/pretrain/quickstart").file.table.columns[0] == "test_reconstruction_loss"

@@ -295,6 +295,38 @@ def test_the_result_of_a_trial_is_a_model_to_start_from(tiny: Settings, tmp_path
     assert reports
 
 
+PRETRAINING = {
+    "recipe.objective": "reconstruction",
+    "mask.strategy": "tube",
+    "mask.motion": "standard",
+    "mask.ratio": 0.75,
+}
+
+
+def test_pretraining_reconstructs_alone_and_its_result_is_fine_tuned(tiny: Settings, tmp_path: Path) -> None:
+    reports = train(tiny({**PRETRAINING, "recipe.epochs": 6, "recipe.base_lr": 0.05}), tmp_path / "first")
+    losses = [metrics["train/reconstruction_loss"] for _, metrics in reports[:-1]]
+    assert losses[-1] < losses[0]
+    final = reports[-1][1]
+    assert final["test/reconstruction_loss"] > 0
+    assert not any("top1" in name or "classification" in name for name in final)
+    result = tmp_path / "first" / RESULT
+    assert not any(name.startswith("classifier.") for name in load_file(result / "model.safetensors"))
+    assert not (result / "predictions.csv").exists()
+    said: list[str] = []
+    train(tiny({"encoder.weights": str(result), "recipe.epochs": 1}), tmp_path / "second", say=said.append)
+    assert "at random  classifier.…" in said[0]
+    assert "decoder: 18 tensors" in said[0]
+
+
+def test_pretraining_does_not_look_at_labels(tiny: Settings, tmp_path: Path) -> None:
+    settings = tiny({**PRETRAINING, "recipe.epochs": 1})
+    swapped = tiny({**PRETRAINING, "recipe.epochs": 1, "augment.smoothing": 0.9})
+    assert train(settings, tmp_path / "one") == train(swapped, tmp_path / "other")
+    with pytest.raises(UserError, match=r"recipe\.objective: 'reconstruction' needs mask\.ratio"):
+        tiny({"recipe.objective": "reconstruction", "mask.ratio": 0.0})
+
+
 def test_progress_survives_json() -> None:
     progress = Progress(step=3, sums=[1.0] * 5, history=[{"train/loss": 0.5}])
     assert Progress(**json.loads(json.dumps(vars(progress)))) == progress

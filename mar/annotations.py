@@ -11,6 +11,8 @@ from mar.annotation_formats import Row, Split, read_annotations
 from mar.config import DataConfig
 from mar.errors import UserError
 
+CACHE_SETTINGS = "cache.json"
+"""In a frame cache's folder: how it keeps frames."""
 _FINGERPRINTED_FILES = 1000
 """Video sizes that go into a fingerprint, spread evenly over the split: enough to notice another encoding."""
 
@@ -61,6 +63,14 @@ def videos_of(data: DataConfig, split: Split, refuse: Callable[[Row, str], None]
             yield Video(row.name, path, row.label)
 
 
+def cache_name(folder: str) -> str:
+    """Return how a frame cache keeps its frames: its settings as they stand in its folder."""
+    try:
+        return (Path(folder) / CACHE_SETTINGS).read_text(encoding="utf-8")
+    except OSError:
+        raise UserError(f"data.cache: no frame cache in {folder}; make one: mar data pack RECIPE {folder}") from None
+
+
 class _Below:
     """Whether a path stays below a folder, links followed; parents are resolved once."""
 
@@ -103,4 +113,6 @@ def fingerprint(data: DataConfig) -> str:
         for video in videos[:: max(1, len(videos) // _FINGERPRINTED_FILES)]:
             size = video.path.stat().st_size if video.path.is_file() else -1
             digest.update(f"{video.name}\t{size}\n".encode())
+    if data.cache:  # its frames are smaller, and compressed: other pixels
+        digest.update(cache_name(data.cache).encode())
     return digest.hexdigest()[:16]

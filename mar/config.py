@@ -66,6 +66,8 @@ class DataConfig(Node):
     """File of the class names, where the format has one; relative to ``root``, or absolute; none: by its official name."""
     split: Annotated[int, Field(ge=1, le=3)] = 1
     """Which of the three splits of UCF101 and HMDB51."""
+    cache: str | None = None
+    """Folder of a frame cache (``mar data pack``), read instead of the videos; none: the videos are decoded."""
     num_classes: PositiveInt = 174
     """Number of classes C."""
     missing: Literal["error", "skip"] = "error"

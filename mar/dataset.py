@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mar.annotations import Video
 from mar.config import ExperimentConfig
-from mar.video import BrokenVideo, Frames, Reader, evaluation_frames, training_frames
+from mar.frame_cache import open_video
+from mar.video import BrokenVideo, Frames, evaluation_frames, training_frames
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width, pixels."""
@@ -55,7 +56,7 @@ class TrainingClips(Dataset[Sample]):
         video, settings = self.videos[index], self.settings
         rng = draw(settings.seed, 1, epoch, index)
         try:
-            with Reader(video.path) as reader:
+            with open_video(settings.data, video) as reader:
                 frames = reader.frames(training_frames(settings.clip, len(reader), rng).tolist())
         except BrokenVideo as broken:
             return broken
@@ -74,7 +75,7 @@ class EvaluationClips(Dataset[Sample]):
         video, settings = self.videos[index], self.settings
         order = draw(0, 2, index).permutation(settings.clip.frames) if self.shuffled else slice(None)
         try:
-            with Reader(video.path) as reader:
+            with open_video(settings.data, video) as reader:
                 wanted = evaluation_frames(settings.clip, len(reader), self.clips)
                 numbers = [number for indices in wanted for number in indices[order].tolist()]
                 clips = np.split(reader.frames(numbers), len(wanted))  # one call: a long file is gone through once

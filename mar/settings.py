@@ -85,7 +85,7 @@ def _rule(message: str) -> str:
     return message.removeprefix("Value error, ").replace("Input should be", "must be")
 
 
-DATA_PLACES = ("root", "videos", "train", "val", "labels")
+DATA_PLACES = ("root", "videos", "train", "val", "labels", "cache")
 """Settings of ``data`` that say where it lies: they bear on no result."""
 
 

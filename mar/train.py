@@ -30,6 +30,7 @@ from mar.config import ExperimentConfig
 from mar.dataset import Batch, TrainingClips, TrainingOrder, draw, loader
 from mar.errors import Failure, UserError
 from mar.evaluate import Evaluator, Predictions, Reconstruction, write_predictions
+from mar.frame_cache import opened
 from mar.model import MAR, Losses
 from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
 
@@ -91,6 +92,8 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
         Failure: the loss is not finite, a video is broken (``data.broken: error``), or the disk refuses.
     """
     train, val = read_split(settings.data, "train"), read_split(settings.data, "val")
+    if settings.data.cache:
+        opened(settings.data.cache).check([*train, *val])
     order = _training_order(settings, train)
     torch.manual_seed(settings.seed)
     model = MAR(settings).to(execution.device)

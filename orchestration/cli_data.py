@@ -92,6 +92,42 @@ def data_show(
     print(output)
 
 
+@data_app.command("pack")
+def data_pack(
+    recipe: RecipeName,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the cache: then data.cache=DIR.")],
+    overrides: Overrides = None,
+    kind: Annotated[Literal["jpeg", "raw"], typer.Option("--format", help="JPEG is small, raw is quick.")] = "jpeg",
+    short_side: Annotated[int, typer.Option(min=16, help="Pixels; smaller videos keep their size.")] = 256,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG.")] = 90,
+    processes: Processes = _CORES,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every shard with its checksum.")] = False,
+) -> None:
+    """Write each video's frames once, small, for all trials to read; goes on where it was stopped."""
+    from mar.errors import Failure
+    from mar.frame_cache import FrameCache, Packing, pack
+    from mar.frame_cache import verify as damaged_shards
+    from orchestration.study import read_recipe
+
+    data = read_recipe(recipe, overrides or []).data
+    with _bar("videos") as advance:
+        before = pack(data, folder, Packing(kind, short_side, quality), processes, advance)
+    entries = [entry for _, entry in FrameCache(folder).places.values()]
+    size_gib = sum(file.stat().st_size for file in folder.glob("*.bin")) / 2**30
+    broken = [entry.name for entry in entries if entry.broken]
+    print(
+        f"{folder}: {len(entries)} videos ({before} were there), {sum(len(e.ends) for e in entries)} frames, {size_gib:.2f} GiB"
+    )
+    if broken:
+        print(f"{len(broken)} gave no frames, the first: {broken[0]}")
+    if verify:
+        with _bar("shards") as advance:
+            damaged = damaged_shards(folder, advance)
+        if damaged:
+            raise Failure(f"{folder}: damaged: {', '.join(damaged)}; remove them and their .json, and pack again")
+        print("every shard is what was written")
+
+
 @contextmanager
 def _bar(unit: str) -> Generator[Callable[[int, int], None]]:
     """Show a bar on the error stream, so that what is printed stays for programs; yields what moves it."""

@@ -328,7 +328,8 @@ def _select(trials: list[Trial], file: StudyFile, only: Sequence[str]) -> list[T
 def absolute_paths(settings: ExperimentConfig) -> ExperimentConfig:
     """Return the settings with absolute paths to data and weights, for workers whose working folder is another."""
     data, encoder, weights = settings.data, settings.encoder, settings.encoder.weights
-    data = data.model_copy(update={"root": str(Path(data.root).resolve())})
+    cache = str(Path(data.cache).resolve()) if data.cache else None
+    data = data.model_copy(update={"root": str(Path(data.root).resolve()), "cache": cache})
     if weights and is_path(weights):
         encoder = encoder.model_copy(update={"weights": str(Path(weights).expanduser().resolve())})
     return settings.model_copy(update={"data": data, "encoder": encoder})

@@ -7,6 +7,7 @@ straddle two workers, so that the result does not depend on how many there are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,9 +49,11 @@ class Drawn:
     operations: Operations
     erased: list[Erased | None]
 
-    def of(self, part: slice) -> Drawn:
+    def of(self, places: Sequence[int]) -> Drawn:
         """Return what is drawn for some of the clips."""
-        return Drawn(self.hidden[part], self.mirrored[part], self.operations[part], self.erased[part])
+        chosen = torch.tensor(places)
+        operations = [self.operations[place] for place in places]
+        return Drawn(self.hidden[chosen], self.mirrored[chosen], operations, [self.erased[place] for place in places])
 
 
 def draw_step(settings: ExperimentConfig, step: int) -> Drawn:

@@ -87,6 +87,8 @@ class ClipConfig(Node):
     """``segments``: one frame from each of T equal segments (SSv2). ``dense``: T frames, ``stride`` apart."""
     stride: PositiveInt = 4
     """Frames from one sampled frame to the next, when ``dense`` (Kinetics: 4)."""
+    fps: PositiveFloat | None = None
+    """Frames a second that ``stride`` is meant for, when ``dense``: another rate is converted (release: 30); none: not."""
 
 
 class EncoderConfig(Node):
@@ -250,6 +252,10 @@ class AugmentConfig(Node):
     """Area of the random-resized crop, share of the frame, from and to."""
     crop_aspect: Scale = (0.75, 1.3333333333333333)
     """Aspect ratio of the random-resized crop, from and to."""
+    repeats: PositiveInt = 1
+    """Clips of each video in a batch, repeated sampling (Table I: 2 on Kinetics)."""
+    repeat: Literal["clips", "frames"] = "clips"
+    """Repeats are clips of other frames (release), or the same frames augmented anew (VideoMAE)."""
     randaugment: str | None = None
     """RandAugment's policy in timm's notation, as ``rand-m9-mstd0.5-inc1``; none: no RandAugment (Tables I, X)."""
     erasing: Fraction = 0.0
@@ -324,6 +330,8 @@ class EvaluationConfig(Node):
 
     clips: PositiveInt = 2
     """Clips from each video in the final test; probabilities are averaged."""
+    segment_frames: Literal["even", "ends"] = "even"
+    """With ``segments``: a video's clips are spread evenly within each, or from its first to its last frame (release)."""
     crops: Literal[1, 3] = 3
     """Crops of each clip in the final test: the centre, or three along the long side."""
     mask: EvaluationMaskConfig = EvaluationMaskConfig()
@@ -359,6 +367,11 @@ class ExperimentConfig(Node):
             _, h, w = self.grid
             if h % self.mask.cell[0] or w % self.mask.cell[1]:
                 raise ValueError(f"mask.cell: {list(self.mask.cell)} does not divide the {h} x {w} token grid")
+        if self.augment.repeats > 1 and self.recipe.batch_size % (2 * self.augment.repeats):
+            raise ValueError(
+                f"recipe.batch_size: {self.recipe.batch_size} is not an even number of videos, each "
+                f"{self.augment.repeats} times (augment.repeats)"
+            )
         swapped = [label for pair in self.augment.flip_swaps for label in pair]
         if max(swapped, default=0) >= self.data.num_classes or len({*swapped}) < len(swapped):
             raise ValueError(f"augment.flip_swaps: each of the {self.data.num_classes} classes may stand there once")
@@ -379,6 +392,11 @@ class ExperimentConfig(Node):
         """The token grid (t, h, w)."""
         frames, height, width = self.encoder.tubelet
         return self.clip.frames // frames, self.clip.size // height, self.clip.size // width
+
+    @property
+    def videos_per_batch(self) -> int:
+        """Videos in a batch; each gives ``augment.repeats`` clips."""
+        return self.recipe.batch_size // self.augment.repeats
 
     @property
     def test_ratio(self) -> float:

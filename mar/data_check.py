@@ -143,7 +143,7 @@ def _look(clip: ClipConfig, video: Video) -> tuple[str, str]:
     try:
         with Reader(video.path) as reader:
             length = len(reader)
-            reader.frames(training_frames(clip, length, draw(0)).tolist())
+            reader.frames(training_frames(clip, length, reader.fps, draw(0)).tolist())
     except BrokenVideo as broken:
         return "unreadable", broken.reason
     wanted = clip.frames if clip.sampling == "segments" else (clip.frames - 1) * clip.stride + 1

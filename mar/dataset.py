@@ -46,7 +46,7 @@ Sample = tuple[Tensor, int, int] | BrokenVideo
 
 
 class TrainingClips(Dataset[Sample]):
-    """One random clip of a video; indexed by (video, epoch)."""
+    """A video's random clips, ``augment.repeats`` × T × H × W × C; indexed by (video, epoch)."""
 
     def __init__(self, settings: ExperimentConfig, videos: list[Video]) -> None:
         self.settings, self.videos = settings, videos
@@ -54,14 +54,18 @@ class TrainingClips(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, epoch = key
         video, settings = self.videos[index], self.settings
-        rng = draw(settings.seed, 1, epoch, index)
+        rng, repeats = draw(settings.seed, 1, epoch, index), settings.augment.repeats
+        times = repeats if settings.augment.repeat == "clips" else 1
         try:
             with open_video(settings.data, video) as reader:
-                frames = reader.frames(training_frames(settings.clip, len(reader), rng).tolist())
+                numbers = [training_frames(settings.clip, len(reader), reader.fps, rng).tolist() for _ in range(times)]
+                frames = np.split(reader.frames([number for clip in numbers for number in clip]), times)
         except BrokenVideo as broken:
             return broken
-        box = random_box(frames.shape[1], frames.shape[2], settings, rng)
-        return crop_and_resize(frames, box, settings.clip.size), video.label, index
+        height, width = frames[0].shape[1:3]
+        boxes = [random_box(height, width, settings, rng) for _ in range(repeats)]
+        clips = [crop_and_resize(frames[each % times], box, settings.clip.size) for each, box in enumerate(boxes)]
+        return torch.stack(clips), video.label, index
 
 
 class EvaluationClips(Dataset[Sample]):
@@ -76,7 +80,8 @@ class EvaluationClips(Dataset[Sample]):
         order = draw(0, 2, index).permutation(settings.clip.frames) if self.shuffled else slice(None)
         try:
             with open_video(settings.data, video) as reader:
-                wanted = evaluation_frames(settings.clip, len(reader), self.clips)
+                how = settings.evaluation.segment_frames
+                wanted = evaluation_frames(settings.clip, len(reader), reader.fps, self.clips, how)
                 numbers = [number for indices in wanted for number in indices[order].tolist()]
                 clips = np.split(reader.frames(numbers), len(wanted))  # one call: a long file is gone through once
         except BrokenVideo as broken:
@@ -120,6 +125,16 @@ def crop_and_resize(frames: Frames, box: Box, size: int) -> UInt8[Tensor, "T siz
     return resized.permute(0, 2, 3, 1).contiguous()
 
 
+def one_after_another(batch: Batch) -> Batch:
+    """Return a training batch's clips as one row: the first of all videos, then the second.
+
+    Neighbours, which mixup and cutmix mix, are so clips of different videos.
+    """
+    repeats = batch.clips.shape[1]
+    clips = batch.clips.transpose(0, 1).flatten(0, 1)
+    return Batch(clips, batch.labels.repeat(repeats), batch.videos.repeat(repeats), batch.broken)
+
+
 @dataclass(frozen=True)
 class Share:
     """Which part of a batch or split is this worker's: the ``rank``-th of ``world`` contiguous parts."""
@@ -133,6 +148,12 @@ class Share:
         return range(edge[self.rank], edge[self.rank + 1])
 
 
+def places(settings: ExperimentConfig, share: Share) -> list[int]:
+    """Return where a worker's clips stand in the whole batch, in the order of :func:`one_after_another`."""
+    num_videos = settings.videos_per_batch
+    return [each * num_videos + video for each in range(settings.augment.repeats) for video in share.of(num_videos)]
+
+
 class TrainingOrder:
     """The (video, epoch) keys of this worker for each step from ``first_step`` on; iterate once.
 
@@ -141,10 +162,10 @@ class TrainingOrder:
 
     def __init__(self, settings: ExperimentConfig, num_videos: int, share: Share, first_step: int = 0) -> None:
         self.settings, self.num_videos, self.share, self.first_step = settings, num_videos, share, first_step
-        self.steps_per_epoch = num_videos // settings.recipe.batch_size
+        self.steps_per_epoch = num_videos // settings.videos_per_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        part, size = self.share.of(self.settings.recipe.batch_size), self.settings.recipe.batch_size
+        part, size = self.share.of(self.settings.videos_per_batch), self.settings.videos_per_batch
         first_epoch, skipped = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.settings.recipe.epochs):
             order = draw(self.settings.seed, 0, epoch).permutation(self.num_videos)

@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,6 @@ from mar.errors import Failure, UserError
 from mar.video import BrokenVideo, Frames, Reader
 
 _VIDEOS_PER_SHARD = 64
-_FRAMES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Entry:
     name: str
     source_bytes: int
     """Size of the video when it was packed."""
+    fps: float | None = None
     height: int = 0
     width: int = 0
     ends: list[int] = field(default_factory=list[int])
@@ -165,6 +165,11 @@ class CachedVideo:
     def __len__(self) -> int:
         return len(self.entry.ends)
 
+    @property
+    def fps(self) -> float | None:
+        """The video's frames a second."""
+        return self.entry.fps
+
     def frames(self, indices: Sequence[int]) -> Frames:
         """Return the frames with these numbers, ``[len(indices), H, W, 3]``."""
         last = len(self) - 1
@@ -231,12 +236,13 @@ def _pack_shard(folder: Path, packing: Packing, part: tuple[int, list[Video]]) -
             for video in videos:
                 entry = Entry(video.name, video.path.stat().st_size if video.path.is_file() else -1, start=file.tell())
                 try:
-                    for frame in _small_frames(video.path, packing.short_side):
-                        blob = _encoded(frame, packing)
-                        digest.update(blob)
-                        file.write(blob)
-                        entry.ends.append(file.tell())
-                        entry = Entry(**{**vars(entry), "height": frame.shape[0], "width": frame.shape[1]})
+                    with Reader(video.path) as reader:
+                        for frame in (_small(each, packing.short_side) for each in reader):
+                            blob = _encoded(frame, packing)
+                            digest.update(blob)
+                            file.write(blob)
+                            entry.ends.append(file.tell())
+                            entry = replace(entry, height=frame.shape[0], width=frame.shape[1], fps=reader.fps)
                 except BrokenVideo as broken:
                     entry = Entry(video.name, entry.source_bytes, broken=broken.reason)
                 entries.append(entry)
@@ -251,18 +257,15 @@ def _pack_shard(folder: Path, packing: Packing, part: tuple[int, list[Video]]) -
     return len(videos)
 
 
-def _small_frames(path: Path, short_side: int) -> Iterator[Frames]:
-    """Yield a video's frames, the short side at most ``short_side`` (bilinear, antialiased)."""
-    with Reader(path) as reader:
-        for first in range(0, len(reader), _FRAMES_AT_ONCE):
-            frames = reader.frames(range(first, min(first + _FRAMES_AT_ONCE, len(reader))))
-            height, width = frames.shape[1:3]
-            scale = short_side / min(height, width)
-            if scale < 1:
-                size = (max(1, round(height * scale)), max(1, round(width * scale)))
-                pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
-                frames = F.interpolate(pixels, size=size, mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
-            yield from frames
+def _small(frame: Frames, short_side: int) -> Frames:
+    """Return a frame whose short side is at most ``short_side`` (bilinear, antialiased)."""
+    height, width = frame.shape[:2]
+    scale = short_side / min(height, width)
+    if scale >= 1:
+        return frame
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
+    return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def _encoded(frame: Frames, packing: Packing) -> bytes:

@@ -27,7 +27,7 @@ from mar.annotations import Video, read_split
 from mar.augment import augmented, draw_step, mix
 from mar.checkpoint import Progress
 from mar.config import ExperimentConfig
-from mar.dataset import Batch, TrainingClips, TrainingOrder, draw, loader
+from mar.dataset import Batch, TrainingClips, TrainingOrder, draw, loader, one_after_another, places
 from mar.errors import Failure, UserError
 from mar.evaluate import Evaluator, Predictions, Reconstruction, write_predictions
 from mar.frame_cache import opened
@@ -134,11 +134,11 @@ class _Clock:
 
 
 def _training_order(settings: ExperimentConfig, train: list[Video]) -> TrainingOrder:
-    size, share = settings.recipe.batch_size, parallel.share()
+    size, share = settings.videos_per_batch, parallel.share()
     if size > len(train):
         raise UserError(f"recipe.batch_size: {size} is more than the {len(train)} training videos; make it smaller")
     if size < 2 * share.world:
-        raise UserError(f"recipe.batch_size: {size} gives {share.world} workers less than two clips each")
+        raise UserError(f"recipe.batch_size: {size} gives {share.world} workers less than two videos each")
     return TrainingOrder(settings, len(train), share)
 
 
@@ -181,15 +181,15 @@ def train_step(training: Training, batch: Batch) -> Tensor:
     over workers and passes.
     """
     settings, device, share = training.settings, training.execution.device, training.share
-    step, part = training.progress.step, share.of(settings.recipe.batch_size)
-    drawn = draw_step(settings, step).of(slice(part.start, part.stop))
+    step, batch = training.progress.step, one_after_another(batch)
+    drawn = draw_step(settings, step).of(places(settings, share))
     torch.manual_seed(int(draw(settings.seed, 4, step, share.rank).integers(2**62)))  # dropout, stochastic depth
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     training.optimizer.zero_grad(set_to_none=True)
     passes = _passes(len(batch.labels), training.execution.max_clips_per_pass)
     for part in passes:
         clips, labels = batch.clips[part].to(device, non_blocking=True), batch.labels[part].to(device)
-        chosen = drawn.of(part)
+        chosen = drawn.of(range(len(drawn.erased))[part])
         pixels, targets = augmented(clips, labels, chosen, settings)
         pixels, targets = mix(pixels, targets, settings.augment, draw(settings.seed, 3, step))
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"):

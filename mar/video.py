@@ -19,6 +19,9 @@ Frames = npt.NDArray[np.uint8]
 
 _KEPT_BYTES = 256 * 2**20
 """Up to so many bytes a file that is decoded from the front is held; above it is decoded again for what is wanted."""
+_FRAMES_AT_ONCE = 64
+_IMPLAUSIBLE_FPS = 1000.0
+"""flv and mkv may state this or more; then nothing is known."""
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "64")  # the default, 10240, hangs for minutes on a truncated file
 
 
@@ -57,6 +60,23 @@ class Reader:
 
     def __len__(self) -> int:
         return len(self._decord) if self._decoded is None else self._decoded.length
+
+    def __iter__(self) -> Iterator[Frames]:
+        """Yield all frames in order, going through the file once."""
+        index = 0
+        while index < len(self):
+            if self._decoded is not None and self._decoded.frames is None:
+                yield from (_pixels(frame) for place, frame in enumerate(_walk(self.path)) if place >= index)
+                return
+            part = self.frames(range(index, min(index + _FRAMES_AT_ONCE, len(self))))
+            yield from part
+            index += len(part)
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second on average, as the file says; none: it does not."""
+        rate = self._decord.get_avg_fps() if self._decoded is None else self._decoded.fps
+        return float(rate) if rate and 0 < rate < _IMPLAUSIBLE_FPS else None
 
     def frames(self, indices: Sequence[int]) -> Frames:
         """Return the frames with these numbers, ``[len(indices), H, W, 3]``."""
@@ -113,6 +133,7 @@ class _Decoded:
     """What a pass over a whole file found."""
 
     length: int
+    fps: float | None
     frames: Frames | None
     """All frames; none where they would take more than ``_KEPT_BYTES``: then another pass takes the chosen ones."""
 
@@ -120,13 +141,14 @@ class _Decoded:
 def _decode(path: Path) -> _Decoded:
     """Decode a file from the front, holding its frames only while they are few."""
     kept: list[Frames] = []
+    told: dict[str, float] = {}
     length = held_bytes = 0
-    for frame in _walk(path):
+    for frame in _walk(path, told):
         length += 1
         held_bytes += frame.width * frame.height * 3
         if held_bytes <= _KEPT_BYTES:
             kept.append(_pixels(frame))
-    return _Decoded(length, np.stack(kept) if len(kept) == length else None)
+    return _Decoded(length, told.get("fps"), np.stack(kept) if len(kept) == length else None)
 
 
 def _chosen(path: Path, indices: set[int]) -> Iterator[tuple[int, Frames]]:
@@ -139,8 +161,10 @@ def _decode_all(path: Path) -> Frames:
     return np.stack([_pixels(frame) for frame in _walk(path)])
 
 
-def _walk(path: Path) -> Iterator[Any]:
+def _walk(path: Path, told: dict[str, float] | None = None) -> Iterator[Any]:
     """Yield PyAV's frames in the decoder's order; a bad packet is passed over, and frames of another size are.
+
+    ``told`` is filled with what the file says of its frame rate.
 
     Raises:
         BrokenVideo: there is no frame.
@@ -158,6 +182,8 @@ def _walk(path: Path) -> Iterator[Any]:
             stream = max(container.streams.video, key=lambda video: video.width * video.height, default=None)
             if stream is None:
                 raise BrokenVideo(path, "no video stream in it")
+            if told is not None and stream.average_rate:
+                told["fps"] = float(stream.average_rate)
             for packet in container.demux(stream):
                 try:
                     decoded = packet.decode()
@@ -185,9 +211,14 @@ def _pixels(frame: Any) -> Frames:
     return np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
 
 
-def training_frames(clip: ClipConfig, num_frames: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+def training_frames(
+    clip: ClipConfig, num_frames: int, fps: float | None, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
     """Return T frame numbers, drawn: one from each of T segments, or T from a random start, ``stride`` apart."""
     if clip.sampling == "dense":
+        if clip.fps and fps:
+            span = _converted_span(clip, fps)
+            return _converted(clip, num_frames, span, rng.uniform(0, max(num_frames - span, 0.0)))
         span = (clip.frames - 1) * clip.stride + 1
         start = int(rng.integers(max(num_frames - span, 0) + 1))
         return np.minimum(start + clip.stride * np.arange(clip.frames), num_frames - 1)
@@ -196,13 +227,37 @@ def training_frames(clip: ClipConfig, num_frames: int, rng: np.random.Generator)
     return np.minimum(drawn.astype(np.int64), num_frames - 1)
 
 
-def evaluation_frames(clip: ClipConfig, num_frames: int, num_clips: int) -> list[npt.NDArray[np.int64]]:
+def evaluation_frames(
+    clip: ClipConfig, num_frames: int, fps: float | None, num_clips: int, segment_frames: str = "even"
+) -> list[npt.NDArray[np.int64]]:
     """Return the frame numbers of each test clip: spread evenly over the video, or over each segment."""
     if clip.sampling == "dense":
+        if clip.fps and fps:
+            span = _converted_span(clip, fps)
+            room = max(num_frames - span, 0.0)
+            firsts = np.floor(room / (num_clips - 1)) * np.arange(num_clips) if num_clips > 1 else [room / 2]
+            return [_converted(clip, num_frames, span, float(first)) for first in firsts]
         span = (clip.frames - 1) * clip.stride + 1
         room = max(num_frames - span, 0)
         starts = np.linspace(0, room, num_clips).astype(np.int64) if num_clips > 1 else np.array([room // 2])
         return [np.minimum(start + clip.stride * np.arange(clip.frames), num_frames - 1) for start in starts]
     edges = np.linspace(0, num_frames, clip.frames + 1)
     parts = (np.arange(num_clips) + 0.5) / num_clips
-    return [np.minimum((edges[:-1] + part * np.diff(edges)).astype(np.int64), num_frames - 1) for part in parts]
+    if segment_frames == "ends" and num_clips > 1:
+        parts = np.linspace(0, 1, num_clips)
+        return [_within((edges[:-1] + part * np.diff(edges)).round(), num_frames) for part in parts]
+    return [_within(edges[:-1] + part * np.diff(edges), num_frames) for part in parts]
+
+
+def _converted_span(clip: ClipConfig, fps: float) -> float:
+    """Return how many of the video's frames a clip spans, at its own frame rate."""
+    assert clip.fps
+    return clip.frames * clip.stride * fps / clip.fps
+
+
+def _converted(clip: ClipConfig, num_frames: int, span: float, start: float) -> npt.NDArray[np.int64]:
+    return _within(np.linspace(start, start + span - 1, clip.frames), num_frames)
+
+
+def _within(places: npt.NDArray[np.float64], num_frames: int) -> npt.NDArray[np.int64]:
+    return np.clip(places.astype(np.int64), 0, num_frames - 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mar.annotations import class_names, read_split
 from mar.augment import augmented, draw_step, mix
 from mar.config import ExperimentConfig
-from mar.dataset import Share, TrainingClips, TrainingOrder, collate, draw
+from mar.dataset import Share, TrainingClips, TrainingOrder, collate, draw, one_after_another
 from mar.errors import Failure, UserError
 from mar.masking import evaluation_mask, training_mask
 
@@ -36,11 +36,12 @@ def draw_clips(settings: ExperimentConfig, num_clips: int, num_frames: int, file
     videos = read_split(settings.data, "train")
     order = TrainingOrder(settings, len(videos), Share())
     dataset = TrainingClips(settings, videos)
-    keys = next(iter(order))[:num_clips]
-    batch = collate([dataset[key] for key in keys])
+    batch = collate([dataset[key] for key in next(iter(order))])
     if batch.broken:
         raise Failure(str(batch.broken[0]))
-    pixels, targets = augmented(batch.clips, batch.labels, draw_step(settings, 0).of(slice(num_clips)), settings)
+    row, shown_clips = one_after_another(batch), slice(min(num_clips, settings.recipe.batch_size))
+    drawn = draw_step(settings, 0).of(range(settings.recipe.batch_size)[shown_clips])
+    pixels, targets = augmented(row.clips[shown_clips], row.labels[shown_clips], drawn, settings)
     pixels, targets = mix(pixels, targets, settings.augment, draw(settings.seed, 3, 0))
     names, shown = class_names(settings.data), torch.linspace(0, pixels.shape[2] - 1, num_frames).long()
     figure = Figure(figsize=(4 * num_frames * 0.9, 1.05 * (-(-len(pixels) // 4))), layout="constrained")

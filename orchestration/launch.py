@@ -177,7 +177,7 @@ def check_data(trials: Sequence[Trial]) -> None:
     """
     sizes: dict[str, int] = {}
     for trial in trials:
-        data, batch_size = trial.settings.data, trial.settings.recipe.batch_size
+        data, batch_size = trial.settings.data, trial.settings.videos_per_batch
         name = data.model_dump_json()
         if name not in sizes:
             read_split(data, "val")

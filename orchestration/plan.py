@@ -41,7 +41,8 @@ def plan_trials(study: Study, records: Sequence[Record]) -> list[PlannedTrial]:
         figures, recipe = cost(trial.settings), trial.settings.recipe
         clips = None
         if num_training_videos is not None:
-            clips = num_training_videos // recipe.batch_size * recipe.batch_size * recipe.epochs
+            steps = num_training_videos // trial.settings.videos_per_batch
+            clips = steps * recipe.batch_size * recipe.epochs
         hours = clips * figures.train_gflops / rate / 3600 if clips is not None and rate else None
         state = "have" if trial.key in found else "same" if trial.key in seen else "new"
         seen.add(trial.key)

@@ -17,10 +17,19 @@ from timm.data.random_erasing import RandomErasing
 from mar.annotations import fingerprint, read_split
 from mar.augment import draw_erased, erase, flip, mix, soft_labels, swapped
 from mar.config import AugmentConfig, ClipConfig, DataConfig, ExperimentConfig
-from mar.dataset import EvaluationClips, Share, TrainingClips, TrainingOrder, random_box, test_boxes
+from mar.dataset import (
+    EvaluationClips,
+    Share,
+    TrainingClips,
+    TrainingOrder,
+    collate,
+    one_after_another,
+    random_box,
+    test_boxes,
+)
 from mar.errors import UserError
 from mar.model import IMAGENET_MEAN, IMAGENET_STD
-from mar.motion_verbs import PHOTOS, VERBS, MotionVerbs, make, write_video
+from mar.motion_verbs import FRAMES_PER_S, PHOTOS, VERBS, MotionVerbs, make, write_video
 from mar.video import BrokenVideo, Reader, decode_with, evaluation_frames, training_frames
 
 Settings = Callable[..., ExperimentConfig]
@@ -180,7 +189,7 @@ def test_a_video_of_one_frame_fills_a_clip(tmp_path: Path) -> None:
     for sampling in ("segments", "dense"):
         clip = ClipConfig.model_validate({"frames": 8, "sampling": sampling})
         with Reader(tmp_path / "one.mp4") as reader:
-            assert reader.frames(evaluation_frames(clip, len(reader), 2)[1].tolist()).shape == (8, 16, 16, 3)
+            assert reader.frames(evaluation_frames(clip, len(reader), None, 2)[1].tolist()).shape == (8, 16, 16, 3)
 
 
 @given(
@@ -194,8 +203,8 @@ def test_sampled_frames_exist_and_are_in_order(
     num_frames: int, sampling: str, stride: int, num_clips: int, seed: int
 ) -> None:
     clip = ClipConfig.model_validate({"sampling": sampling, "stride": stride})
-    drawn = [training_frames(clip, num_frames, np.random.default_rng(seed))]
-    for indices in drawn + evaluation_frames(clip, num_frames, num_clips):
+    drawn = [training_frames(clip, num_frames, None, np.random.default_rng(seed))]
+    for indices in drawn + evaluation_frames(clip, num_frames, None, num_clips):
         assert len(indices) == 16
         assert 0 <= indices.min() <= indices.max() < num_frames
         assert (np.diff(indices) >= 0).all()
@@ -344,3 +353,63 @@ def test_swaps_of_a_class_that_is_not_there_or_stands_twice_are_refused(tiny: Se
             tiny({"augment.flip_swaps": pairs})
     with pytest.raises(UserError, match=r"augment\.randaugment: expected timm's notation"):
         tiny({"augment.randaugment": "rand"})
+
+
+def test_repeats_are_other_frames_or_the_same_frames_cropped_anew(tiny: Settings, videos: Path) -> None:
+    whole = {
+        "augment.crop_scale": [1.0, 1.0],
+        "augment.crop_aspect": [1.0, 1.0],
+        "clip.frames": 4,
+        "augment.repeats": 2,
+    }
+    whole["clip.sampling"], whole["clip.stride"] = "dense", 1
+    for repeat, are_equal in (("frames", True), ("clips", False)):
+        settings = tiny({**whole, "augment.repeat": repeat})
+        split = read_split(settings.data, "train")
+        pairs = [TrainingClips(settings, split)[(index, 0)][0] for index in range(len(split))]
+        assert all(pair.shape == (2, 4, 16, 16, 3) for pair in pairs)
+        assert all(torch.equal(pair[0], pair[1]) for pair in pairs) == are_equal
+    settings = tiny({"augment.repeats": 2})
+    assert TrainingOrder(settings, 16, Share()).steps_per_epoch == 4
+    batch = one_after_another(collate([TrainingClips(settings, split)[(index, 0)] for index in (0, 1, 2, 3)]))
+    assert batch.videos.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    with pytest.raises(UserError, match=r"recipe\.batch_size: 6 is not an even number of videos"):
+        tiny({"augment.repeats": 2, "recipe.batch_size": 6})
+
+
+@given(
+    num_frames=st.integers(1, 400),
+    fps=st.sampled_from([12.0, 25.0, 29.97, 30.0, 60.0]),
+    num_clips=st.integers(1, 7),
+    seed=st.integers(0, 99),
+)
+def test_frames_are_converted_to_one_rate_as_the_release_does(
+    num_frames: int, fps: float, num_clips: int, seed: int
+) -> None:
+    clip = ClipConfig(frames=16, sampling="dense", stride=4, fps=30.0)
+    span = 16 * 4 * fps / 30
+    room = max(num_frames - span, 0)
+
+    def released(start: float) -> list[int]:
+        return np.clip(np.linspace(start, start + span - 1, 16), 0, num_frames - 1).astype(int).tolist()
+
+    tested = evaluation_frames(clip, num_frames, fps, num_clips)
+    starts = [each * np.floor(room / (num_clips - 1)) for each in range(num_clips)] if num_clips > 1 else [room / 2]
+    assert [clip_.tolist() for clip_ in tested] == [released(start) for start in starts]
+    drawn = training_frames(clip, num_frames, fps, np.random.default_rng(seed))
+    assert drawn.tolist() == released(np.random.default_rng(seed).uniform(0, room))
+
+
+@given(num_frames=st.integers(1, 300))
+def test_the_releases_two_test_clips_of_segments_are_their_ends(num_frames: int) -> None:
+    first, last = evaluation_frames(ClipConfig(), num_frames, None, 2, "ends")
+    edges = np.linspace(0, num_frames, 17).round().clip(0, num_frames - 1).astype(int).tolist()
+    assert (first.tolist(), last.tolist()) == (edges[:-1], edges[1:])
+
+
+def test_a_file_says_its_frame_rate(tmp_path: Path) -> None:
+    frames = np.zeros((6, 32, 32, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", frames)
+    with Reader(tmp_path / "a.mp4") as reader:
+        assert reader.fps == FRAMES_PER_S
+        assert len(list(reader)) == 6

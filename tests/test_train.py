@@ -145,6 +145,21 @@ def test_two_workers_train_what_one_does(tiny: Settings, tmp_path: Path) -> None
     assert metrics["test/num_videos"] == 8
 
 
+@pytest.mark.parametrize("repeat", ["clips", "frames"])
+def test_two_workers_train_what_one_does_with_repeated_sampling_too(
+    repeat: str, tiny: Settings, tmp_path: Path
+) -> None:
+    quiet = {"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "recipe.epochs": 1}
+    settings = tiny({**quiet, **AUGMENTED, "augment.repeats": 2, "augment.repeat": repeat})
+    reports = train(settings, tmp_path / "one")
+    arguments = (2, settings.model_dump_json(), str(tmp_path / "two"), 29512)
+    multiprocessing.spawn(_work, args=arguments, nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    metrics = json.loads((tmp_path / "two" / RESULT / "metrics.json").read_text())
+    assert metrics["train/loss"] == pytest.approx(reports[-1][1]["train/loss"], rel=1e-4)
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, atol=2e-5, rtol=1e-3)
+
+
 def test_other_processes_decode_the_same_clips(tiny: Settings, tmp_path: Path) -> None:
     settings = tiny({"recipe.epochs": 1})
     assert train(settings, tmp_path / "here") == train(settings, tmp_path / "there", loader_processes=1)

@@ -33,7 +33,7 @@ from mar.randaugment import draw_operations, rand_augment
 from mar.video import Reader, decode_with
 
 FRAMES, STRIDE, SIZE, ROUNDS = 16, 4, 224, 5
-POLICY = "rand-m9-mstd0.5-inc1"
+POLICY = "rand-m8-mstd0.5-inc1"  # at 9, timm now and then asks Pillow to keep no bit, which is an error
 
 
 def main() -> None:

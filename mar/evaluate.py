@@ -39,6 +39,12 @@ class Predictions:
         best = self.probabilities.topk(min(k, self.probabilities.shape[1]), dim=1).indices
         return 100 * (best == self.labels[:, None]).any(dim=1).double().mean().item()
 
+    def confusion(self) -> Int[Tensor, "classes classes"]:
+        """Return how many videos of each class (rows) were taken for each class (columns)."""
+        num_classes = self.probabilities.shape[1]
+        taken_for = self.probabilities.argmax(dim=1)
+        return torch.bincount(self.labels * num_classes + taken_for, minlength=num_classes**2).view(num_classes, -1)
+
     def metrics(self, stage: str) -> dict[str, float]:
         """Return accuracies and counts, named ``stage/…``."""
         counts = {f"{stage}/num_videos": float(len(self.labels)), f"{stage}/num_broken": float(len(self.broken))}

@@ -138,6 +138,21 @@ def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None)
     return build(merge({}, known))
 
 
+def read_model(name: str, shared: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[ExperimentConfig, MAR]:
+    """Return a whole classifier, ready to test, and its settings: the file's, then ``shared``, then ``overrides``.
+
+    Raises:
+        UserError: the file has no classifier, or does not fit; or its number of heads must be given.
+    """
+    weights = read_weights(name)
+    if "classifier.head.weight" not in weights.tensors:
+        raise UserError(f"{name} ({weights.layout}) has no classifier: it was pre-trained only; fine-tune it first")
+    settings = model_settings(weights, {**flatten(shared), **flatten(overrides)})
+    model = MAR(settings).eval()
+    load(model, weights, settings, ("encoder.", "classifier."))
+    return settings, model
+
+
 def start(model: MAR, settings: ExperimentConfig) -> str:
     """Load ``encoder.weights`` as training starts: the encoder, and the decoder if it is to be pre-trained.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mar import RESULT, checkpoint, parallel, pretrained
-from mar.annotations import Video, read_split
+from mar.annotations import Video, class_names, read_split
 from mar.augment import augmented, draw_step, mix
 from mar.checkpoint import Progress
 from mar.config import ExperimentConfig
@@ -33,6 +33,7 @@ from mar.evaluate import Evaluator, Predictions, Reconstruction, write_predictio
 from mar.frame_cache import opened
 from mar.model import MAR, Losses
 from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
+from mar.visualise import draw_confusion, draw_curves
 
 Report = Callable[[int, dict[str, float], Path | None], None]
 """(finished epochs, metrics, checkpoint folder or none) -> nothing. Called equally often on every worker."""
@@ -84,8 +85,8 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     """Train from the newest checkpoint in ``folder`` (or from the start), test, and return the final metrics.
 
     Reports every epoch, those before the resumption included, so that a listener that lost some gets all.
-    Leaves ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``metrics.json`` and, where there are classes,
-    ``predictions.csv``.
+    Leaves ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``metrics.json``, ``curves.png`` and, where there are
+    classes, ``predictions.csv`` and ``confusion.png``.
 
     Raises:
         UserError: the settings do not fit the data.
@@ -261,7 +262,10 @@ def _write_result(
         "metrics.json": lambda file: checkpoint.write_text(file, json.dumps(metrics, indent=1)),
         "broken_videos.txt": lambda file: checkpoint.write_text(file, broken),
     }
+    writers["curves.png"] = lambda file: draw_curves(training.progress.history, file)
     if isinstance(predictions, Predictions):
+        names = class_names(training.settings.data)
         writers["predictions.csv"] = lambda file: write_predictions(predictions, val, file)
+        writers["confusion.png"] = lambda file: draw_confusion(predictions.confusion(), names, file)
     sealed: checkpoint.Writers = writers
     checkpoint.write_sealed(training.folder / RESULT, sealed, {"settings": settings, "metrics": metrics})

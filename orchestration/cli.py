@@ -14,7 +14,7 @@ import typer
 
 from mar.errors import Failure, UserError
 from orchestration.cli_data import data_app
-from orchestration.cli_weights import weights_app
+from orchestration.cli_weights import evaluate, predict, weights_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
@@ -176,6 +176,10 @@ def report(
     folder = output or LaunchConfig(store=store).report_folder(read.name)
     write_report(read, _records(store, tracking_uri), folder)
     print(folder)
+
+
+app.command()(evaluate)
+app.command()(predict)
 
 
 @app.command()

@@ -1,12 +1,14 @@
-"""``mar weights``: look at pre-trained weights, convert and export them. Parsing and printing, nothing else."""
+"""``mar weights``, ``mar evaluate``, ``mar predict``: what one does with a model. Parsing and printing, nothing else."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from mar.errors import Failure
 
 weights_app = typer.Typer(no_args_is_help=True, help="Look at pre-trained weights, convert and export them.")
 
@@ -69,3 +71,85 @@ def weights_export(
     difference = write_onnx(file, weights, model_settings(weights, parse_overrides(overrides or [])))
     print(f"{file}: input pixels (clips, 3, T, H, W) from 0 to 1, output scores (clips, classes)")
     print(f"onnxruntime and PyTorch differ by at most {difference:.1e} on two random clips")
+
+
+_TEST_SETTINGS = ("data", "clip", "mask", "evaluation")
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Weights of any layout: a trial's result folder, a file …")
+    ],
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose data, clip, mask and evaluation settings to take.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="csv file for the predictions.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Test a model on a data set's evaluation split, with all views; nothing is trained."""
+    from mar.annotations import read_split
+    from mar.evaluate import write_predictions
+    from mar.parallel import default_device
+    from mar.pretrained import read_model
+    from orchestration.study import parse_overrides, recipe_tree
+
+    changes = parse_overrides(overrides or [])
+    shared = {name: tree for name, tree in recipe_tree(recipe).items() if name in _TEST_SETTINGS} if recipe else {}
+    settings, trained = read_model(model, shared, changes)
+    videos = read_split(settings.data, "val")
+    predictions = _tested(trained, settings, videos, default_device())
+    metrics = predictions.metrics("test")
+    if output:
+        write_predictions(predictions, videos, output)
+    words = (
+        f"top-1 {metrics['test/top1']:.2f} %, top-5 {metrics['test/top5']:.2f} % of {len(predictions.labels)} videos"
+    )
+    broken = f"; {len(predictions.broken)} more could not be decoded" if predictions.broken else ""
+    views = f"{settings.evaluation.clips} clips × {settings.evaluation.crops} crops, {settings.test_ratio:.0%} hidden"
+    print(json.dumps(metrics, indent=1) if as_json else f"{words} ({views}){broken}")
+
+
+def predict(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Weights of any layout: a trial's result folder, a file …")
+    ],
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO…")],
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Settings; repeatable.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Class names, one a line, in the order of their numbers.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Name the five most probable classes of videos."""
+    from mar.annotations import Video
+    from mar.parallel import default_device
+    from mar.pretrained import read_model
+    from orchestration.study import parse_overrides
+
+    settings, trained = read_model(model, {}, parse_overrides(setting or []))
+    names = labels.read_text(encoding="utf-8").splitlines() if labels else []
+    listed = [Video(str(path), path, 0) for path in videos]
+    predictions = _tested(trained, settings, listed, default_device())
+    best = predictions.probabilities.topk(min(5, predictions.probabilities.shape[1]), dim=1)
+    told = {
+        listed[video].name: {
+            names[label] if label < len(names) else str(label): round(share, 4)
+            for label, share in zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
+        }
+        for row, video in enumerate(predictions.videos.tolist())
+    }
+    if as_json:
+        print(json.dumps({"predictions": told, "broken": list(predictions.broken)}, indent=1, ensure_ascii=False))
+    else:
+        for video, shares in told.items():
+            print(f"{video}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    if predictions.broken:
+        raise Failure(f"{len(predictions.broken)} could not be decoded; the first: {predictions.broken[0]}")
+
+
+def _tested(model: Any, settings: Any, videos: list[Any], device: Any) -> Any:
+    from mar.evaluate import Evaluator
+
+    views = settings.evaluation
+    return Evaluator(settings, videos, device, clips=views.clips, crops=views.crops)(model.to(device))

@@ -207,6 +207,11 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
         raise UserError(f"{place}{error}") from None
 
 
+def recipe_tree(name: str) -> dict[str, Any]:
+    """Return what a recipe's files say, nested, without the defaults."""
+    return Recipe(find(name, "recipe")).content
+
+
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Return dotted paths and YAML values of ``path=value`` words."""
     changes: dict[str, Any] = {}

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,17 +13,21 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from PIL import Image
 from safetensors.torch import load_file
+from sklearn.metrics import confusion_matrix
 
 from mar import RESULT
 from mar.checkpoint import Progress, latest, read_sealed
 from mar.config import ExperimentConfig
 from mar.errors import Failure, UserError
+from mar.evaluate import Predictions
 from mar.export import write_model
 from mar.model import MAR
 from mar.pretrained import Weights, model_settings, read_weights
 from mar.settings import build
 from mar.train import Execution, fit
+from orchestration.cli import main
 
 Settings = Callable[..., ExperimentConfig]
 CPU = torch.device("cpu")
@@ -175,6 +180,16 @@ def test_the_result_is_complete_and_says_what_it_is(tiny: Settings, tmp_path: Pa
     correct = [row.split(",")[1] == row.split(",")[3] for row in rows[1:]]
     assert final["test/top1"] == pytest.approx(100 * sum(correct) / 8)
     assert 0 <= final["test/top1_shuffled_frames"] <= 100
+    for picture in ("confusion.png", "curves.png"):
+        with Image.open(tmp_path / RESULT / picture) as opened:
+            assert min(opened.size) > 200
+
+
+def test_a_confusion_matrix_is_scikit_learns() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels, probabilities = torch.randint(5, (60,), generator=generator), torch.rand(60, 5, generator=generator)
+    counts = Predictions(torch.arange(60), labels, probabilities, ()).confusion()
+    assert counts.tolist() == confusion_matrix(labels, probabilities.argmax(dim=1), labels=range(5)).tolist()
 
 
 def test_a_damaged_checkpoint_is_passed_over_aloud(tiny: Settings, tmp_path: Path) -> None:
@@ -300,6 +315,41 @@ def test_a_resumed_training_does_not_start_from_its_pretrained_weights_again(
     elsewhere = tiny({"encoder.weights": str(moved)})
     assert train(elsewhere, tmp_path / "stopped", say=said.append) == undisturbed
     assert said == []
+
+
+def test_a_trials_result_is_tested_and_used_from_the_command_line(
+    tiny: Settings, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final = train(tiny({"recipe.epochs": 1}), tmp_path / "run")[-1][1]
+    result = str(tmp_path / "run" / RESULT)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr("sys.argv", ["mar", *words])
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    code, out, _ = run("evaluate", result, "--json", "-o", str(tmp_path / "predictions.csv"))
+    assert (code, json.loads(out)["test/top1"]) == (0, pytest.approx(final["test/top1"]))
+    same = (tmp_path / "run" / RESULT / "predictions.csv").read_text()
+    assert (tmp_path / "predictions.csv").read_text() == same
+    _, out, _ = run("evaluate", result, "evaluation.mask.ratio=0.75", "evaluation.crops=3")
+    assert "of 8 videos (1 clips × 3 crops, 75% hidden)" in out
+    clip = sorted((videos / "videos").iterdir())[0]
+    (tmp_path / "names.txt").write_text("right\nleft\n")
+    code, out, _ = run("predict", result, str(clip), "--labels", str(tmp_path / "names.txt"))
+    assert (code, re.fullmatch(rf"{clip}: (right|left) \d+\.\d%, (right|left) \d+\.\d%\n", out) is not None) == (
+        0,
+        True,
+    )
+    (tmp_path / "no.mp4").write_text("no video")
+    code, out, complaint = run("predict", result, str(clip), str(tmp_path / "no.mp4"))
+    assert (code, "1 could not be decoded" in complaint, str(clip) in out) == (1, True, True)
+    pretrained_only = tiny({**PRETRAINING, "recipe.epochs": 1})
+    train(pretrained_only, tmp_path / "pre")
+    code, _, complaint = run("evaluate", str(tmp_path / "pre" / RESULT))
+    assert (code, "has no classifier" in complaint) == (2, True)
 
 
 def test_the_result_of_a_trial_is_a_model_to_start_from(tiny: Settings, tmp_path: Path) -> None:

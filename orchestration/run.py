@@ -44,8 +44,8 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
             write_report(study, records, folder)
             launched.keep(folder, records)
     print(f"\n{to_markdown(table_info(study, records))}")
-    print("\n".join(findings(study, records)))
-    print(f"\nfigure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")
+    print("\n".join([*findings(study, records), ""]))
+    print(f"figure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")
     served = launch.tracking_uri or f"mar ui{'' if str(launch.store) == 'mar_store' else f' --store {launch.store}'}"
     print(f"MLflow   {served}   (experiment {study.name!r})")
     if launched.failures:

@@ -20,7 +20,7 @@ from mar.settings import build, merge
         {"encoder.size": "base"},
         {"mask.ratio": 0.0},
         {"classifier.kind": "linear", "mask.ratio": 0.75},
-        {"classifier.kind": "linear", "classifier.norm": "pooled", "mask.ratio": 0.0},
+        {"classifier.kind": "linear", "classifier.norm": "pooled"},
         {"classifier.kind": "mlp", "classifier.depth": 3},
         {"classifier.mask_tokens": True, "classifier.positions": True},
         {"clip.size": 112, "mask.cell": [7, 7], "classifier.width": 384, "classifier.depth": 3},

@@ -93,7 +93,7 @@ def released_state(area: int, num_hidden: int) -> torch.Tensor | None:
     slice_=st.integers(0, 7),
     start=st.integers(0, 195),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_states_of_other_cells_are_the_released_ones_where_a_cells_share_is_whole(
     cell: tuple[int, int], num_hidden: int, slice_: int, start: int
 ) -> None:
@@ -122,7 +122,7 @@ def test_half_of_a_2_by_7_cell_is_a_checkerboard_and_of_a_7_by_2_cell_stripes() 
 
 @pytest.mark.parametrize("ratio", RELEASED_STATES)
 @given(seed=st.integers(0, 10_000), spatial=st.sampled_from(["repeated", "random"]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_cells_drawn_in_training_run_through_the_released_states(ratio: float, seed: int, spatial: str) -> None:
     states = RELEASED_STATES[ratio]
     mask = MaskConfig.model_validate({"ratio": ratio, "spatial": spatial, "temporal": "fixed"})

@@ -26,9 +26,10 @@ from timm.data.auto_augment import rand_augment_transform
 
 from mar.annotations import Video
 from mar.augment import to_pixels
-from mar.config import DataConfig, RandAugmentPolicy
+from mar.config import DataConfig
 from mar.dataset import crop_and_resize
 from mar.frame_cache import Packing, open_video, pack
+from mar.policy import RandAugmentPolicy
 from mar.randaugment import draw_operations, rand_augment
 from mar.video import Reader, decode_with
 

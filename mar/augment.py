@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from mar.config import AugmentConfig, ExperimentConfig, RandAugmentPolicy
+from mar.config import AugmentConfig, ExperimentConfig
 from mar.dataset import draw
 from mar.masking import training_mask
 from mar.model import IMAGENET_MEAN, IMAGENET_STD
+from mar.policy import RandAugmentPolicy
 from mar.randaugment import Operations, draw_operations, rand_augment
 
 _ERASED_AREA, _ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)

@@ -5,13 +5,9 @@ Files are opened so that nothing in them can run: safetensors, or ``torch.load(w
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
 import re
-import warnings
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,23 +15,18 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mar.config import ENCODER_SIZES, ExperimentConfig
 from mar.errors import UserError
 from mar.layouts import NOT_KNOWN, OURS, Layout, Translated, translate
 from mar.model import MAR
+from mar.safe_files import read_mapping, read_tensors
 from mar.settings import SETTING_PATHS, SettingError, build, flatten, merge
 from mar.sources import fetch, weight_files
 
 EVERYTHING = ("encoder.", "decoder.", "classifier.")
 """The parts of a model, for :func:`load`."""
-_WRAPPERS = ("model_state", "model", "module", "state_dict", "model_state_dict")
-"""Under one of these names a checkpoint holds its tensors: MAR, VideoMAE, deepspeed, Lightning."""
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DistributedDataParallel, torch.compile and Lightning put before every name."""
 _BLOCK = re.compile(r"(^|\.)(blocks|layer|layers|decoder_layers)\.\d+\.")
 _STATED = ("encoder.tubelet", "encoder.heads", "classifier.heads", "reconstruction.heads")
 """What shapes do not tell, and what must agree where the file states it."""
@@ -50,8 +41,6 @@ _BRANCH_OF = {
 """Branch of the settings -> the model's part that it describes."""
 _SIZES = ("size", "width", "depth", "heads", "tubelet", "kind", "norm", "num_classes", "frames")
 _MAX_NAMED = 3
-_NEWER_PICKLE = (0x8C, 0x8D, 0x8E, 0x8F, 0x90, 0x91, 0x92, 0x93, 0x94, 0x95, 0x96, 0x97, 0x98)
-"""Pickle's operations of protocol 4 and later, which ``weights_only`` does not know."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +89,7 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
     path = fetch(name)
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path):
-        tensors |= _without_prefix(_open(file))
+        tensors |= read_tensors(file)
     translated = translate(tensors, inflate_frames)
     if translated is None:
         raise UserError(
@@ -258,67 +247,6 @@ def _advice(weights: Weights, settings: ExperimentConfig) -> str:
     return f". The file has {', '.join(f'{key}={value}' for key, value in other.items())}" if other else ""
 
 
-def _open(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of one file."""
-    if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a whole safetensors file: {error}") from None
-    start = _first_bytes(file)
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{file}: a git-LFS pointer, not the weights themselves: fetch them with git lfs pull")
-    if start[:1] == b"<" or start[8:9] == b"{":
-        what = "a web page" if start[:1] == b"<" else "a safetensors file: name it so (.safetensors)"
-        raise UserError(f"{file}: not a PyTorch checkpoint but {what}")
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's arguments
-            warnings.simplefilter("ignore")  # on pickles of other protocols, which it then refuses
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # what a damaged file makes of the reader is anybody's guess
-        raise UserError(f"{file}: {_why_not(error)}") from None
-    return _tensors(content, file)
-
-
-def _first_bytes(file: Path) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(64)
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}") from None
-
-
-def _why_not(error: Exception) -> str:
-    """Return why a PyTorch file was not opened; torch's own words advise to open it unsafely."""
-    advice = "If you trust where it comes from, open it apart from here and save its tensors alone, as safetensors"
-    named = re.search(r"GLOBAL (\S+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and named:
-        return f"refused, because opening it could run code: it would call {named.group(1)}. {advice}"
-    operand = re.search(r"Unsupported operand (\d+)", str(error))
-    if operand and int(operand.group(1)) in _NEWER_PICKLE:
-        return f"refused, because it is pickled in a way that cannot be checked (protocol 4 or later). {advice}"
-    return f"not a whole PyTorch checkpoint ({type(error).__name__})"
-
-
-def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, out of their wrapping."""
-    if isinstance(content, Mapping):
-        wrapped = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
-        found = {str(key): value for key, value in wrapped.items() if isinstance(value, Tensor)}
-        if any(value.is_meta or value.layout is not torch.strided or value.is_quantized for value in found.values()):
-            raise UserError(f"{file}: some of its tensors are sparse, quantised or empty; mar reads dense ones")
-        if found:
-            return found
-    raise UserError(f"{file}: no tensors in it, by name or under {', '.join(_WRAPPERS)}")
-
-
-def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    named = {key: value for key, value in tensors.items() if key != "n_averaged"}  # an average's count
-    while prefix := next((each for each in _PREFIXES if all(key.startswith(each) for key in named)), None):
-        named = {key.removeprefix(prefix): value for key, value in named.items()}
-    return named
-
-
 def _is_flat(tensors: Mapping[str, Tensor]) -> bool:
     return tensors["patch_embed.proj.weight"].ndim == 4
 
@@ -393,24 +321,11 @@ def _config_beside(path: Path, layout: Layout) -> dict[str, Any]:
     if layout is OURS:
         settings = folder / "settings.yaml"
         if settings.is_file() and not (folder / "config.json").is_file():
-            return _mapping(settings, yaml.safe_load)
-        config = _mapping(folder / "config.json", json.loads)
+            return read_mapping(settings, yaml.safe_load)
+        config = read_mapping(folder / "config.json", json.loads)
         return config.get("settings", {}) if config.get("model_type") == "mar" else {}
-    config = _mapping(folder / "config.json", json.loads) if layout.name == "Hugging Face VideoMAE" else {}
+    config = read_mapping(folder / "config.json", json.loads) if layout.name == "Hugging Face VideoMAE" else {}
     return config if config.get("model_type") == "videomae" else {}
-
-
-def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """Return what a JSON or YAML file maps; nothing where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = parse(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):
-        content = None
-    if not isinstance(content, dict) or not isinstance(content.get("settings", {}), dict):
-        raise UserError(f"{file}: not a model's settings; remove it, or fetch the weights again")
-    return content
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mar.config import MAX_MAGNITUDE, RandAugmentPolicy
+from mar.policy import MAX_MAGNITUDE, RandAugmentPolicy
 
 Operations = list[list[tuple[str, float]]]
 """For each clip its operations in order: a name and an argument."""

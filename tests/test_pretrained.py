@@ -357,6 +357,12 @@ def test_what_is_no_checkpoint_is_said(make: Callable[[Path], Any], words: str, 
         read_weights(str(file))
 
 
+def test_a_file_without_tensors_is_said(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(UserError, match="not a layout that mar knows"):
+        read_weights(str(tmp_path / "empty.safetensors"))
+
+
 def test_a_truncated_file_is_said(tmp_path: Path) -> None:
     folder = Path(saved(pretraining(), tmp_path / "hf"))
     torch.save({"model": official(str(folder))}, tmp_path / "whole.pth")

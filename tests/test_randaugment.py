@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import stats
 from skimage import data as photos
 
-from mar.config import RandAugmentPolicy
+from mar.policy import RandAugmentPolicy
 from mar.randaugment import ARGUMENTS, OPERATIONS, draw_operations, rand_augment
 
 FILL = (124, 116, 104)

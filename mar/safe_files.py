@@ -1,0 +1,105 @@
+"""Others' files, opened so that nothing in them can run: safetensors, PyTorch's with ``weights_only``, JSON, YAML."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mar.errors import UserError
+
+_WRAPPERS = ("model_state", "model", "module", "state_dict", "model_state_dict")
+"""Under one of these names a checkpoint holds its tensors: MAR, VideoMAE, deepspeed, Lightning."""
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DistributedDataParallel, torch.compile and Lightning put before every name."""
+_NEWER_PICKLE = (0x8C, 0x8D, 0x8E, 0x8F, 0x90, 0x91, 0x92, 0x93, 0x94, 0x95, 0x96, 0x97, 0x98)
+"""Pickle's operations of protocol 4 and later, which ``weights_only`` does not know."""
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of one file, out of their wrapping and without prefixes.
+
+    Raises:
+        UserError: it is unsafe, damaged, or no checkpoint.
+    """
+    if file.suffix == ".safetensors":
+        try:
+            return _without_prefix(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a whole safetensors file: {error}") from None
+    start = _first_bytes(file)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{file}: a git-LFS pointer, not the weights themselves: fetch them with git lfs pull")
+    if start[:1] == b"<" or start[8:9] == b"{":
+        what = "a web page" if start[:1] == b"<" else "a safetensors file: name it so (.safetensors)"
+        raise UserError(f"{file}: not a PyTorch checkpoint but {what}")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's arguments
+            warnings.simplefilter("ignore")  # on pickles of other protocols, which it then refuses
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # what a damaged file makes of the reader is anybody's guess
+        raise UserError(f"{file}: {_why_not(error)}") from None
+    return _without_prefix(_tensors(content, file))
+
+
+def _first_bytes(file: Path) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(64)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+
+
+def _why_not(error: Exception) -> str:
+    """Return why a PyTorch file was not opened; torch's own words advise to open it unsafely."""
+    advice = "If you trust where it comes from, open it apart from here and save its tensors alone, as safetensors"
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and named:
+        return f"refused, because opening it could run code: it would call {named.group(1)}. {advice}"
+    operand = re.search(r"Unsupported operand (\d+)", str(error))
+    if operand and int(operand.group(1)) in _NEWER_PICKLE:
+        return f"refused, because it is pickled in a way that cannot be checked (protocol 4 or later). {advice}"
+    return f"not a whole PyTorch checkpoint ({type(error).__name__})"
+
+
+def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, out of their wrapping."""
+    if isinstance(content, Mapping):
+        wrapped = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
+        found = {str(key): value for key, value in wrapped.items() if isinstance(value, Tensor)}
+        if any(value.is_meta or value.layout is not torch.strided or value.is_quantized for value in found.values()):
+            raise UserError(f"{file}: some of its tensors are sparse, quantised or empty; mar reads dense ones")
+        if found:
+            return found
+    raise UserError(f"{file}: no tensors in it, by name or under {', '.join(_WRAPPERS)}")
+
+
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    named = {key: value for key, value in tensors.items() if key != "n_averaged"}  # an average's count
+    while named and (prefix := next((each for each in _PREFIXES if all(key.startswith(each) for key in named)), None)):
+        named = {key.removeprefix(prefix): value for key, value in named.items()}
+    return named
+
+
+def read_mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Return what a JSON or YAML file maps; nothing where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("settings", {}), dict):
+        raise UserError(f"{file}: not a model's settings; remove it, or fetch the weights again")
+    return content

@@ -70,11 +70,14 @@ def pack(data: DataConfig, folder: Path, packing: Packing, processes: int, progr
         Failure: the disk refuses.
     """
     videos = {video.name: video for split in ("train", "val") for video in read_split(data, split)}
-    folder.mkdir(parents=True, exist_ok=True)
     settings = folder / CACHE_SETTINGS
     if settings.is_file() and _packing(folder) != packing:
         raise UserError(f"{folder} holds a cache of {_packing(folder).name}: choose another folder, or remove it")
-    _write(settings, json.dumps(asdict(packing)).encode())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(settings, json.dumps(asdict(packing)).encode())
+    except OSError as error:
+        raise Failure(f"could not write {folder}: {error.strerror or error}; choose another folder") from None
     shards = _shards(folder)
     fresh = {name for shard in shards.values() for name, entry in shard.items() if _is_fresh(entry, videos.get(name))}
     todo = [video for name, video in sorted(videos.items()) if name not in fresh]
@@ -105,10 +108,14 @@ def verify(folder: Path, progress: Callable[[int, int], None]) -> list[str]:
     files = sorted(folder.glob("*.json"))
     files = [file for file in files if file.name != CACHE_SETTINGS]
     for done, file in enumerate(files, start=1):
-        told, content = json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".bin")
-        with content.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != told["sha256"]:
-                damaged.append(content.name)
+        content = file.with_suffix(".bin")
+        try:
+            with content.open("rb") as stream:
+                is_whole = hashlib.file_digest(stream, "sha256").hexdigest() == _told(file)["sha256"]
+        except (OSError, UserError):
+            is_whole = False
+        if not is_whole:
+            damaged.append(content.name)
         progress(done, len(files))
     return damaged
 
@@ -130,7 +137,7 @@ class FrameCache:
         stale = [
             video.name
             for video in videos
-            if video.name not in absent and not _is_fresh(self.places[video.name][1], video)
+            if video.name in self.places and not _is_fresh(self.places[video.name][1], video)
         ]
         for words, names in (("are not in it", absent), ("have changed since", stale)):
             if names:
@@ -221,9 +228,17 @@ def _shards(folder: Path) -> dict[int, dict[str, Entry]]:
     shards: dict[int, dict[str, Entry]] = {}
     for file in sorted(folder.glob("*.json")):
         if file.name != CACHE_SETTINGS and file.with_suffix(".bin").is_file():
-            told = json.loads(file.read_text(encoding="utf-8"))
-            shards[int(file.stem)] = {entry["name"]: Entry(**entry) for entry in told["entries"]}
+            shards[int(file.stem)] = {entry["name"]: Entry(**entry) for entry in _told(file)["entries"]}
     return shards
+
+
+def _told(file: Path) -> dict[str, Any]:
+    """Return what a shard's file says."""
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return {"sha256": told["sha256"], "entries": told["entries"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: damaged; remove it, and run mar data pack again") from None
 
 
 def _pack_shard(folder: Path, packing: Packing, part: tuple[int, list[Video]]) -> int:

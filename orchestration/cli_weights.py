@@ -118,7 +118,10 @@ def predict(
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Settings; repeatable.")
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Class names, one a line, in the order of their numbers.")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Class names, one a line, in the order of their numbers."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Name the five most probable classes of videos."""

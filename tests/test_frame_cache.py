@@ -106,6 +106,13 @@ def test_a_damaged_shard_is_found(copy: DataConfig, tmp_path: Path) -> None:
     content[100] ^= 1
     file.write_bytes(content)
     assert verify(tmp_path / "cache", lambda *_: None) == ["00000.bin"]
+    file.unlink()
+    assert verify(tmp_path / "cache", lambda *_: None) == ["00000.bin"]
+    file.write_bytes(content)
+    (tmp_path / "cache" / "00000.json").write_text("{")
+    assert verify(tmp_path / "cache", lambda *_: None) == ["00000.bin"]
+    with pytest.raises(UserError, match=r"00000\.json: damaged; remove it, and run mar data pack again"):
+        FrameCache(tmp_path / "cache")
 
 
 def test_how_frames_are_kept_is_part_of_the_datas_fingerprint_where_is_not(copy: DataConfig, tmp_path: Path) -> None:

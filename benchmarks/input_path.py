@@ -3,7 +3,8 @@
     python benchmarks/input_path.py VIDEO… -o benchmarks/input_path_DATE.md
 
 Each step is timed alone, on clips of 16 frames (stride 4) of the given videos; the peers' path is decord, then PIL
-RandAugment frame by frame (timm), then resizing. Medians of several rounds; every reader opens the file anew.
+RandAugment frame by frame (timm), then resizing. Every round times every step, so that a slow minute is nobody's own;
+medians of the rounds. Every reader opens the file anew.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import datetime
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,14 +26,16 @@ from timm.data.auto_augment import rand_augment_transform
 
 from mar.annotations import Video
 from mar.augment import to_pixels
+from mar.cache_index import Packing
 from mar.config import DataConfig
 from mar.dataset import crop_and_resize
-from mar.frame_cache import Packing, open_video, pack
+from mar.decoders import TorchCodec, decode_with, fault_of
+from mar.frame_cache import open_video, pack
 from mar.policy import RandAugmentPolicy
 from mar.randaugment import draw_operations, rand_augment
-from mar.video import Reader, decode_with
+from mar.video import Reader
 
-FRAMES, STRIDE, SIZE, ROUNDS = 16, 4, 224, 5
+FRAMES, STRIDE, SIZE, ROUNDS = 16, 4, 224, 9
 POLICY = "rand-m8-mstd0.5-inc1"  # at 9, timm now and then asks Pillow to keep no bit, which is an error
 
 
@@ -103,6 +105,8 @@ def table(videos: list[Path], scratch: Path) -> list[str]:
     steps: dict[str, Callable[[int], object]] = {
         "decode: decord alone": lambda index: bare_decord(videos[index], numbers),
         "decode: mar's reader": lambda index: frames_of(videos[index], numbers),
+        "decode: torchcodec alone": lambda index: TorchCodec(videos[index]).frames(numbers),
+        "decode: mar's reader, torchcodec": lambda index: frames_of(videos[index], numbers, "torchcodec"),
         "decode: PyAV, the whole file": lambda index: decode_with("pyav", videos[index]),
         "read: JPEG cache": lambda index: read(listed[index], caches["jpeg"]),
         "read: raw cache": lambda index: read(listed[index], caches["raw"]),
@@ -118,27 +122,34 @@ def table(videos: list[Path], scratch: Path) -> list[str]:
         "mar's loader: JPEG cache, crop": lambda index: ours(listed[index], caches["jpeg"]),
         "mar's loader: raw cache, crop": lambda index: ours(listed[index], caches["raw"]),
     }
-    return [line(name, step, len(videos)) for name, step in steps.items()]
+    if fault_of("torchcodec"):
+        steps = {name: step for name, step in steps.items() if "torchcodec" not in name}
+    rounds = [{name: timed(step, len(videos)) for name, step in steps.items()} for _ in range(ROUNDS + 1)][1:]
+    lines = [line(name, [each[name] for each in rounds]) for name in steps]
+    for bare, ours_ in (("decord alone", "mar's reader"), ("torchcodec alone", "mar's reader, torchcodec")):
+        if f"decode: {bare}" in steps:
+            ratio = statistics.median(each[f"decode: {ours_}"] / each[f"decode: {bare}"] for each in rounds)
+            lines += ["", f"{ours_} takes {ratio:.3f} times what {bare} takes (median of the rounds)."]
+    return lines
 
 
-def line(name: str, step: Callable[[int], object], num_videos: int) -> str:
-    """Time a step on every video, several rounds; returns its row."""
+def timed(step: Callable[[int], object], num_videos: int) -> float:
+    """Return a step's milliseconds a video."""
+    started = time.perf_counter()
     for index in range(num_videos):
         step(index)
-    rounds: list[float] = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        for index in range(num_videos):
-            step(index)
-        rounds.append((time.perf_counter() - started) / num_videos * 1e3)
+    return (time.perf_counter() - started) / num_videos * 1e3
+
+
+def line(name: str, rounds: list[float]) -> str:
+    """Return a step's row."""
     median = statistics.median(rounds)
-    print(name, f"{median:.2f} ms", file=sys.stderr)
     return f"| {name} | {median:.2f} | {min(rounds):.2f} to {max(rounds):.2f} | {1000 / median:.0f} |"
 
 
-def frames_of(video: Path, numbers: list[int]) -> np.ndarray:
+def frames_of(video: Path, numbers: list[int], decoder: str = "auto") -> np.ndarray:
     """Return frames by mar's reader."""
-    with Reader(video) as reader:
+    with Reader(video, decoder) as reader:
         return reader.frames(numbers)
 
 

@@ -11,11 +11,12 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mar import cache_index
 from mar.config import DataConfig
 from mar.errors import UserError
 
@@ -66,32 +67,61 @@ class Annotations:
     """Class names by number; none where the format has only numbers."""
 
 
-@dataclass
 class _Folder:
-    """The videos below a folder, found by name whatever the sub-folder, the ending and the case of letters."""
+    """The videos below the video folder (links followed) or in the frame cache, found by name.
 
-    root: Path
-    by_stem: dict[str, list[str]] = field(default_factory=dict)
+    Whatever the sub-folder, the ending and the case of letters; the very case before another.
+    """
 
-    def __post_init__(self) -> None:
-        if not self.root.is_dir():
+    def __init__(self, data: DataConfig) -> None:
+        self.root = Path(data.root) / data.videos
+        cached = set(cache_index.opened(data.cache).places) if data.cache else set[str]()
+        if not self.root.is_dir() and not cached:
             raise UserError(f"data.videos: no folder {self.root}")
-        for folder, below, files in os.walk(self.root):
-            below.sort()
-            inside = os.path.relpath(folder, self.root)
-            for name in sorted(files):
-                stem, ending = os.path.splitext(name)  # noqa: PTH122  (a hundred thousand Paths would take seconds)
-                if ending.lower() in VIDEO_ENDINGS:
-                    path = name if inside == "." else f"{inside}/{name}"
-                    self.by_stem.setdefault(stem.lower(), []).append(path)
+        self.by_stem: dict[str, list[str]] = {}
+        for path in sorted(cached | set(_videos_below(self.root))):
+            self.by_stem.setdefault(_stem(path).lower(), []).append(path)
 
     def find(self, *stems: str, near: str = "", default: str) -> str:
-        """Return the path of the first stem that is there, one whose path contains ``near`` before others."""
+        """Return the path of the first stem that is there, one that lies in a folder ``near`` before others.
+
+        Raises:
+            UserError: several are left.
+        """
         for stem in stems:
             found = self.by_stem.get(stem.lower(), [])
+            found = [path for path in found if _stem(path) == stem] or found
+            found = [path for path in found if near.lower() in _folders(path)] or found
+            found = [path for path in found if any(each.startswith(near.lower()) for each in _folders(path))] or found
+            if len(found) > 1:
+                raise UserError(
+                    f"data.videos: {stem} is {' and '.join(found[:3])}, below {self.root}: which one is it?"
+                )
             if found:
-                return next((path for path in found if near.lower() in path.lower()), found[0])
+                return found[0]
         return default
+
+
+def _videos_below(root: Path) -> Iterator[str]:
+    seen: set[str] = set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back to a folder above
+            below.clear()
+            continue
+        seen.add(real)
+        inside = os.path.relpath(folder, root)
+        for name in files:
+            if os.path.splitext(name)[1].lower() in VIDEO_ENDINGS:  # noqa: PTH122  (a hundred thousand Paths take seconds)
+                yield name if inside == "." else f"{inside}/{name}"
+
+
+def _folders(path: str) -> list[str]:
+    return path.lower().split("/")[:-1]
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]  # noqa: PTH119, PTH122
 
 
 def read_annotations(data: DataConfig, split: Split) -> Annotations:
@@ -125,7 +155,9 @@ def _read_list(data: DataConfig, split: Split) -> Annotations:
         text, place = line.strip(), f"{file}:{number}"
         if not text:
             continue
-        parts = next(csv.reader([text])) if "," in text else text.rsplit(maxsplit=1)
+        parts = text.rsplit(maxsplit=1)
+        if "," in text and not (len(parts) == 2 and parts[1].isdecimal() and not parts[0].endswith(",")):
+            parts = next(csv.reader([text]))
         name, label = (parts[0].strip(), parts[-1].strip()) if len(parts) == 2 else ("", "")
         if not name or not label.isdecimal():
             raise UserError(f"{place}: expected a path and a class number, as in 'clips/a.mp4 3', not {text!r}")
@@ -138,7 +170,7 @@ def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
 
     The lists that the MAR release describes have a number, ``label_idx``, in each item; then no labels file is needed.
     """
-    file, folder = annotation_file(data, split), _Folder(Path(data.root) / data.videos)
+    file, folder = annotation_file(data, split), _Folder(data)
     items = _read_json(file, list)
     has_numbers = bool(items) and all(isinstance(item, dict) and "label_idx" in item for item in items)
     labels: dict[str, int] = {} if has_numbers else _labels(annotation_file(data, "labels"))
@@ -151,6 +183,8 @@ def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
         template = str(entry.get("template", "")).replace("[", "").replace("]", "")
         if not has_numbers and template not in labels:
             raise UserError(f"{place}: the class {template!r} is not in {annotation_file(data, 'labels')}")
+        if has_numbers and not str(entry["label_idx"]).isdecimal():
+            raise UserError(f"{place}: 'label_idx' must be a class number, not {json.dumps(entry['label_idx'])}")
         label = int(entry["label_idx"]) if has_numbers else labels[template]
         stem = str(entry["id"])
         rows.append(Row(folder.find(stem, default=f"{stem}.webm"), label, place))
@@ -168,7 +202,7 @@ def _read_kinetics(data: DataConfig, split: Split) -> Annotations:
         classes = [
             line.strip().strip('"') for line in _text(annotation_file(data, "labels")).splitlines() if line.strip()
         ]
-    numbers, folder = {name: number for number, name in enumerate(classes)}, _Folder(Path(data.root) / data.videos)
+    numbers, folder = {name: number for number, name in enumerate(classes)}, _Folder(data)
     rows: list[Row] = []
     for place, line in tables[split]:
         if line["label"] not in numbers:
@@ -211,7 +245,7 @@ def _read_ucf101(data: DataConfig, split: Split) -> Annotations:
                 raise UserError(f"{index}:{number}: expected '1 ApplyEyeMakeup', not {line!r}")
             numbers[parts[1].lower()] = int(parts[0]) - 1
     names = sorted(numbers, key=numbers.__getitem__)
-    file, folder = annotation_file(data, split), _Folder(Path(data.root) / data.videos)
+    file, folder = annotation_file(data, split), _Folder(data)
     rows: list[Row] = []
     for number, line in enumerate(_text(file).splitlines(), start=1):
         if not line.strip():
@@ -235,7 +269,7 @@ def _read_hmdb51(data: DataConfig, split: Split) -> Annotations:
     if not files:
         raise UserError(f"data.{split}: no files <class>_test_split{data.split}.txt in {place}")
     classes = [re.sub(r"_test_split\d$", "", file.stem) for file in files]
-    folder, rows = _Folder(Path(data.root) / data.videos), list[Row]()
+    folder, rows = _Folder(data), list[Row]()
     for label, (name, file) in enumerate(zip(classes, files, strict=True)):
         for number, line in enumerate(_text(file).splitlines(), start=1):
             video, _, flag = line.strip().rpartition(" ")
@@ -244,18 +278,20 @@ def _read_hmdb51(data: DataConfig, split: Split) -> Annotations:
             if flag == wanted:
                 stem = Path(video.strip()).stem
                 default = f"{name}/{video.strip()}"
-                rows.append(Row(folder.find(stem, near=f"{name}/", default=default), label, f"{file}:{number}"))
+                rows.append(Row(folder.find(stem, near=name, default=default), label, f"{file}:{number}"))
     return Annotations(rows, classes)
 
 
 def _read_folders(data: DataConfig, split: Split) -> Annotations:
     """A folder for each split, in it one for each class, in it videos; classes numbered in the order of their names."""
-    place, videos = annotation_file(data, split), Path(data.root) / data.videos
-    classes = sorted(
-        {each.name for part in ("train", "val") for each in annotation_file(data, part).iterdir() if each.is_dir()}
-    )
+    folders: dict[str, Path] = {part: annotation_file(data, part) for part in ("train", "val")}
+    place, videos = folders[split].resolve(), (Path(data.root) / data.videos).resolve()
+    for part, folder in folders.items():
+        if not folder.is_dir() or not folder.resolve().is_relative_to(videos):
+            raise UserError(f"data.{part}: {folder} must be a folder of class folders, below data.videos, {videos}")
+    classes = sorted({each.name for folder in folders.values() for each in folder.iterdir() if each.is_dir()})
     rows = [
-        Row(Path(path).relative_to(videos).as_posix(), label, f"{place / name}")
+        Row(path.relative_to(videos).as_posix(), label, f"{place / name}")
         for label, name in enumerate(classes)
         for path in sorted((place / name).rglob("*"))
         if path.suffix.lower() in VIDEO_ENDINGS

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mar import cache_index
 from mar.annotation_formats import Row, Split, read_annotations
 from mar.config import DataConfig
 from mar.errors import UserError
 
-CACHE_SETTINGS = "cache.json"
-"""In a frame cache's folder: how it keeps frames."""
 _FINGERPRINTED_FILES = 1000
 """Video sizes that go into a fingerprint, spread evenly over the split: enough to notice another encoding."""
 
@@ -30,7 +30,7 @@ class Video:
 def read_split(data: DataConfig, split: Split) -> list[Video]:
     """Return the labelled videos of a split, in the order of the annotation file.
 
-    With ``data.missing: skip``, those that are not there are left out.
+    With ``data.missing: skip``, those that are not there are left out; what the frame cache has is there.
 
     Raises:
         UserError: a missing file, a line that cannot be understood, an unknown class, or a path that
@@ -41,7 +41,7 @@ def read_split(data: DataConfig, split: Split) -> list[Video]:
         raise UserError(f"{row.place}: {reason}")
 
     videos = list(videos_of(data, split, refuse))
-    there = [video for video in videos if data.missing == "error" or video.path.is_file()]
+    there = [video for video in videos if data.missing == "error" or _size(data, video) >= 0]
     if not there:
         state = f"none of its {len(videos)} videos is there" if videos else "no videos in it"
         raise UserError(f"data.{split}: {state}; it must name at least one below {Path(data.root) / data.videos}")
@@ -63,12 +63,12 @@ def videos_of(data: DataConfig, split: Split, refuse: Callable[[Row, str], None]
             yield Video(row.name, path, row.label)
 
 
-def cache_name(folder: str) -> str:
-    """Return how a frame cache keeps its frames: its settings as they stand in its folder."""
-    try:
-        return (Path(folder) / CACHE_SETTINGS).read_text(encoding="utf-8")
-    except OSError:
-        raise UserError(f"data.cache: no frame cache in {folder}; make one: mar data pack RECIPE {folder}") from None
+def _size(data: DataConfig, video: Video) -> int:
+    """Return a video's bytes, or what they were when it was packed; -1: it is not there."""
+    with suppress(OSError):
+        return video.path.stat().st_size
+    known = cache_index.opened(data.cache).places.get(video.name) if data.cache else None
+    return known[1].source_bytes if known else -1
 
 
 class _Below:
@@ -104,15 +104,15 @@ def class_names(data: DataConfig) -> list[str]:
 def fingerprint(data: DataConfig) -> str:
     """Return a hash of both splits' names and labels and of their videos' sizes; equal content, equal hash.
 
-    It stands for ``data.root`` and the annotation files' paths in a trial's identity.
+    It stands for ``data.root`` and the annotation files' paths in a trial's identity. Of large splits it looks at a
+    thousand sizes, spread evenly: another encoding of all is noticed, that of one video may not be.
     """
     digest = hashlib.sha256()
     for split in ("train", "val"):
         videos = read_split(data, split)
         digest.update("".join(f"{split}\t{video.name}\t{video.label}\n" for video in videos).encode())
         for video in videos[:: max(1, len(videos) // _FINGERPRINTED_FILES)]:
-            size = video.path.stat().st_size if video.path.is_file() else -1
-            digest.update(f"{video.name}\t{size}\n".encode())
+            digest.update(f"{video.name}\t{_size(data, video)}\n".encode())
     if data.cache:  # its frames are smaller, and compressed: other pixels
-        digest.update(cache_name(data.cache).encode())
+        digest.update(cache_index.packing_of(Path(data.cache)).name.encode())
     return digest.hexdigest()[:16]

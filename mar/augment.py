@@ -148,8 +148,12 @@ def mix(
     labels: Float[Tensor, "B classes"],
     config: AugmentConfig,
     rng: np.random.Generator,
+    good: Bool[Tensor, " B"] | None = None,
 ) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B classes"]]:
-    """Mix neighbours by mixup or cutmix; one share, and one box for all frames, for the whole batch."""
+    """Mix neighbours by mixup or cutmix; one share, and one box for all frames, for the whole batch.
+
+    A clip whose neighbour is not ``good`` stays as it is.
+    """
     use_cutmix = bool(config.cutmix and (not config.mixup or rng.random() < _SWITCH_TO_CUTMIX))
     alpha = config.cutmix if use_cutmix else config.mixup
     if not alpha:
@@ -157,6 +161,8 @@ def mix(
     kept = float(rng.beta(alpha, alpha))
     partner = torch.arange(len(pixels), device=pixels.device) ^ 1
     partner[partner == len(pixels)] = len(pixels) - 1  # an odd clip at the end has no neighbour
+    if good is not None:
+        partner = torch.where(good[partner], partner, torch.arange(len(pixels), device=pixels.device))
     if use_cutmix:
         height, width = pixels.shape[-2:]
         (top, bottom), (left, right) = _cut(height, kept, rng), _cut(width, kept, rng)

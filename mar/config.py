@@ -11,6 +11,7 @@ from math import prod
 from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,7 +30,15 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 MaskRatio = Annotated[float, Field(ge=0.0, lt=1.0)]
 """ρ, the share of tokens hidden; below 1, because something must stay visible."""
 Tubelet = tuple[PositiveInt, PositiveInt, PositiveInt]
-Scale = tuple[PositiveFloat, PositiveFloat]
+
+
+def _rising(span: tuple[float, float]) -> tuple[float, float]:
+    if span[0] > span[1]:
+        raise ValueError("must go from the smaller to the larger")
+    return span
+
+
+Scale = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)]
 Grid = tuple[int, int, int]
 """Tokens in time, height and width: (t, h, w)."""
 
@@ -68,6 +77,8 @@ class DataConfig(Node):
     """Which of the three splits of UCF101 and HMDB51."""
     cache: str | None = None
     """Folder of a frame cache (``mar data pack``), read instead of the videos; none: the videos are decoded."""
+    decoder: Literal["auto", "decord", "torchcodec", "pyav"] = "auto"
+    """Who decodes; ``auto``: decord, or where it does not work torchcodec. PyAV has the files they get wrong."""
     num_classes: PositiveInt = 174
     """Number of classes C."""
     missing: Literal["error", "skip"] = "error"
@@ -220,7 +231,7 @@ class ReconstructionConfig(Node):
 class AugmentConfig(Node):
     """Training-time augmentation (Table I)."""
 
-    crop_scale: Scale = (0.08, 1.0)
+    crop_scale: Annotated[tuple[PositiveFloat, Fraction], AfterValidator(_rising)] = (0.08, 1.0)
     """Area of the random-resized crop, share of the frame, from and to."""
     crop_aspect: Scale = (0.75, 1.3333333333333333)
     """Aspect ratio of the random-resized crop, from and to."""

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import multiprocessing
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from mar import processes as others
 from mar.annotation_formats import Row, Split
 from mar.annotations import Video, class_names, fingerprint, videos_of
+from mar.cache_index import packing_of
 from mar.config import ClipConfig, DataConfig
 from mar.dataset import draw
-from mar.video import BrokenVideo, Reader, training_frames
+from mar.decoders import BrokenVideo
+from mar.decoders import check as check_decoder
+from mar.video import Reader, frames_wanted, training_frames
 
 KINDS = ("ok", "missing", "unreadable", "short", "refused", "duplicate")
 """What a video can be. ``short``: fewer frames than a clip takes, so that some repeat; it trains, and is no fault."""
@@ -66,8 +68,11 @@ def check_data(data: DataConfig, clip: ClipConfig, processes: int, progress: Cal
     """Open every video of both splits and decode one clip of it; ``progress`` is told (done, of how many).
 
     Raises:
-        UserError: the annotation files cannot be read.
+        UserError: the annotation files cannot be read, or the decoder does not work here.
     """
+    check_decoder(data.decoder)
+    if data.cache:
+        packing_of(Path(data.cache))
     findings: list[Finding] = []
     videos: dict[Split, list[Video]] = {}
     for split in _SPLITS:
@@ -79,7 +84,7 @@ def check_data(data: DataConfig, clip: ClipConfig, processes: int, progress: Cal
     everything = [_Listed(split, video) for split in _SPLITS for video in videos[split]]
     findings += _listed_twice(everything)
     good: set[tuple[str, str]] = set()
-    looked: Iterator[tuple[str, str]] = _mapped(partial(_look, clip), [video for _, video in everything], processes)
+    looked = others.each(partial(_look, clip, data.decoder), [video for _, video in everything], processes, _crashed)
     for done, ((split, video), (kind, words)) in enumerate(zip(everything, looked, strict=True), start=1):
         progress(done, len(everything))
         if kind != "ok":
@@ -136,29 +141,22 @@ def write_findings(report: DataReport, file: Path) -> None:
         writer.writerows([each.split, each.video, each.kind, each.words] for each in report.findings)
 
 
-def _look(clip: ClipConfig, video: Video) -> tuple[str, str]:
+def _look(clip: ClipConfig, decoder: str, video: Video) -> tuple[str, str]:
     """Return the kind of one video, and words about it."""
     if not video.path.is_file():
         return "missing", "no such file"
     try:
-        with Reader(video.path) as reader:
+        with Reader(video.path, decoder) as reader:
             length = len(reader)
             reader.frames(training_frames(clip, length, reader.fps, draw(0)).tolist())
+            wanted = frames_wanted(clip, reader.fps)
     except BrokenVideo as broken:
         return "unreadable", broken.reason
-    wanted = clip.frames if clip.sampling == "segments" else (clip.frames - 1) * clip.stride + 1
     return ("short", f"{length} frames, a clip takes {wanted}") if length < wanted else ("ok", "")
 
 
-def _mapped(look: Callable[[Video], tuple[str, str]], videos: list[Video], processes: int) -> Iterator[tuple[str, str]]:
-    """Return what ``look`` says of each, in order; other processes look, whose decoders' own messages are dropped."""
-    with multiprocessing.get_context("forkserver").Pool(processes, initializer=_hush) as pool:
-        yield from pool.imap(look, videos)
-
-
-def _hush() -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+def _crashed(video: Video) -> tuple[str, str]:
+    return "unreadable", "its decoder ended the process: remove it"
 
 
 def _listed_twice(videos: list[_Listed]) -> list[Finding]:

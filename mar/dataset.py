@@ -7,21 +7,27 @@ depend on how many workers and loader processes there are, and a resumed epoch g
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mar.annotations import Video
 from mar.config import ExperimentConfig
+from mar.decoders import BrokenVideo, Frames
+from mar.errors import UserError
 from mar.frame_cache import open_video
-from mar.video import BrokenVideo, Frames, evaluation_frames, training_frames
+from mar.video import evaluation_frames, training_frames
 
+VIDEOS_PER_PIECE = 8
+"""Of a batch: what a loader process decodes at a time."""
 Box = tuple[int, int, int, int]
 """Top, left, height and width, pixels."""
 
@@ -33,16 +39,24 @@ def draw(seed: int, *stream: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips of uint8 pixels, their labels, and the videos that gave none."""
+    """Clips of uint8 pixels and their labels. A broken video has black ones, in its place, and is not ``good``."""
 
     clips: UInt8[Tensor, "B *views T H W C"]
     labels: Int[Tensor, " B"]
     videos: Int[Tensor, " B"]
     """Each clip's place in the split."""
+    good: Bool[Tensor, " B"]
+    """Whether the video could be decoded."""
     broken: tuple[BrokenVideo, ...] = ()
 
 
-Sample = tuple[Tensor, int, int] | BrokenVideo
+class Sample(NamedTuple):
+    """What a video gives: a stack of clips, its label, its place in the split; and why the clips are black."""
+
+    clips: UInt8[Tensor, "views T H W C"]
+    label: int
+    video: int
+    broken: BrokenVideo | None = None
 
 
 class TrainingClips(Dataset[Sample]):
@@ -54,18 +68,18 @@ class TrainingClips(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, epoch = key
         video, settings = self.videos[index], self.settings
-        rng, repeats = draw(settings.seed, 1, epoch, index), settings.augment.repeats
+        rng, repeats, size = draw(settings.seed, 1, epoch, index), settings.augment.repeats, settings.clip.size
         times = repeats if settings.augment.repeat == "clips" else 1
         try:
             with open_video(settings.data, video) as reader:
                 numbers = [training_frames(settings.clip, len(reader), reader.fps, rng).tolist() for _ in range(times)]
                 frames = np.split(reader.frames([number for clip in numbers for number in clip]), times)
         except BrokenVideo as broken:
-            return broken
+            return Sample(_black(repeats, settings), video.label, index, broken)
         height, width = frames[0].shape[1:3]
         boxes = [random_box(height, width, settings, rng) for _ in range(repeats)]
-        clips = [crop_and_resize(frames[each % times], box, settings.clip.size) for each, box in enumerate(boxes)]
-        return torch.stack(clips), video.label, index
+        clips = [crop_and_resize(frames[each % times], box, size) for each, box in enumerate(boxes)]
+        return Sample(torch.stack(clips), video.label, index)
 
 
 class EvaluationClips(Dataset[Sample]):
@@ -85,11 +99,16 @@ class EvaluationClips(Dataset[Sample]):
                 numbers = [number for indices in wanted for number in indices[order].tolist()]
                 clips = np.split(reader.frames(numbers), len(wanted))  # one call: a long file is gone through once
         except BrokenVideo as broken:
-            return broken
+            return Sample(_black(self.clips * self.crops, settings), video.label, index, broken)
         size = settings.clip.size
         boxes = test_boxes(clips[0].shape[1], clips[0].shape[2], self.crops)
         views = [crop_and_resize(frames, box, size) for frames in clips for box in boxes]
-        return torch.stack(views), video.label, index
+        return Sample(torch.stack(views), video.label, index)
+
+
+def _black(views: int, settings: ExperimentConfig) -> UInt8[Tensor, "views T H W C"]:
+    size = settings.clip.size
+    return torch.zeros(views, settings.clip.frames, size, size, 3, dtype=torch.uint8)
 
 
 def random_box(height: int, width: int, settings: ExperimentConfig, rng: np.random.Generator) -> Box:
@@ -132,7 +151,8 @@ def one_after_another(batch: Batch) -> Batch:
     """
     repeats = batch.clips.shape[1]
     clips = batch.clips.transpose(0, 1).flatten(0, 1)
-    return Batch(clips, batch.labels.repeat(repeats), batch.videos.repeat(repeats), batch.broken)
+    columns = (batch.labels.repeat(repeats), batch.videos.repeat(repeats), batch.good.repeat(repeats))
+    return Batch(clips, *columns, batch.broken)
 
 
 @dataclass(frozen=True)
@@ -158,11 +178,20 @@ class TrainingOrder:
     """The (video, epoch) keys of this worker for each step from ``first_step`` on; iterate once.
 
     Each epoch is a new permutation of the split; its last, incomplete batch is dropped.
+
+    Raises:
+        UserError: the batch is larger than the split, or too small for so many workers.
     """
 
     def __init__(self, settings: ExperimentConfig, num_videos: int, share: Share, first_step: int = 0) -> None:
+        size = settings.videos_per_batch
+        if size > num_videos:
+            raise UserError(f"recipe.batch_size: {size} is more than the {num_videos} training videos; make it smaller")
+        if size < 2 * share.world:
+            raise UserError(f"recipe.batch_size: {size} gives {share.world} workers less than two videos each")
         self.settings, self.num_videos, self.share, self.first_step = settings, num_videos, share, first_step
         self.steps_per_epoch = num_videos // settings.videos_per_batch
+        self.pieces_per_step = -(-len(share.of(size)) // VIDEOS_PER_PIECE)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         part, size = self.share.of(self.settings.videos_per_batch), self.settings.videos_per_batch
@@ -175,14 +204,11 @@ class TrainingOrder:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack what could be decoded, and list what could not."""
-    good = [sample for sample in samples if not isinstance(sample, BrokenVideo)]
-    broken = tuple(sample for sample in samples if isinstance(sample, BrokenVideo))
-    if not good:
-        empty = torch.empty(0, dtype=torch.int64)
-        return Batch(torch.empty(0, 0, 0, 0, 3, dtype=torch.uint8), empty, empty, broken)
-    clips, labels, videos = zip(*good, strict=True)
-    return Batch(torch.stack(clips), torch.tensor(labels), torch.tensor(videos), broken)
+    """Stack the clips, and list the videos that could not be decoded."""
+    clips, labels, videos, broken = zip(*samples, strict=True)
+    good = torch.tensor([each is None for each in broken])
+    reasons = tuple(each for each in broken if each is not None)
+    return Batch(torch.stack(clips), torch.tensor(labels), torch.tensor(videos), good, reasons)
 
 
 def loader(dataset: Dataset[Sample], batches: Iterable[Any], processes: int, device: torch.device) -> Iterable[Batch]:
@@ -197,3 +223,40 @@ def loader(dataset: Dataset[Sample], batches: Iterable[Any], processes: int, dev
         persistent_workers=processes > 0,
     )
     return loading
+
+
+def training_batches(
+    settings: ExperimentConfig, videos: list[Video], order: TrainingOrder, processes: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield this worker's share of each step, on the device.
+
+    A share is loaded in pieces, so that all processes work on the first one and none holds more than a few megabytes
+    ahead. On an accelerator the pieces are copied beside the step that is under way.
+    """
+    pieces = loader(TrainingClips(settings, videos), _Pieces(order), processes, device)
+    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+    loaded = iter(pieces)
+    while step := list(islice(loaded, order.pieces_per_step)):
+        with torch.cuda.stream(beside) if beside else nullcontext():
+            clips = torch.cat([piece.clips.to(device, non_blocking=True) for piece in step])
+            labels, places, good = (
+                torch.cat([column.to(device, non_blocking=True) for column in columns])
+                for columns in zip(*((piece.labels, piece.videos, piece.good) for piece in step), strict=True)
+            )
+        if beside:
+            torch.cuda.current_stream(device).wait_stream(beside)
+            for column in (clips, labels, places, good):
+                column.record_stream(torch.cuda.current_stream(device))
+        yield Batch(clips, labels, places, good, tuple(reason for piece in step for reason in piece.broken))
+
+
+class _Pieces:
+    """An order's steps, each cut into pieces of a few videos."""
+
+    def __init__(self, order: TrainingOrder) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for keys in self.order:
+            for first in range(0, len(keys), VIDEOS_PER_PIECE):
+                yield keys[first : first + VIDEOS_PER_PIECE]

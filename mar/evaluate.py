@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from mar import parallel
 from mar.annotations import Video
 from mar.augment import to_pixels
 from mar.config import ExperimentConfig
-from mar.dataset import Batch, EvaluationClips, loader
+from mar.dataset import EvaluationClips, loader
 from mar.errors import Failure
+from mar.frame_cache import check
 from mar.masking import evaluation_mask
 from mar.model import MAR
 
@@ -66,7 +67,11 @@ class Reconstruction:
 
 
 class Evaluator:
-    """Evaluates a model on one split, as often as asked."""
+    """Evaluates a model on one split, as often as asked.
+
+    Raises:
+        UserError: the frame cache lacks a video or is stale, or the decoder that the settings name does not work.
+    """
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class Evaluator:
         shuffled: bool = False,
         loader_processes: int = 0,
     ) -> None:
+        check(settings.data, videos)
         share = parallel.share()
         mine = list(range(share.rank, len(videos), share.world))
         size = max(1, _CLIPS_PER_BATCH // (clips * crops))
@@ -109,7 +115,7 @@ class Evaluator:
         return Reconstruction(losses[videos.argsort()], failed)
 
     def _gathered(
-        self, model: MAR, measure: Callable[[MAR, Batch], Tensor]
+        self, model: MAR, measure: Callable[[MAR, Tensor], Tensor]
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[str, ...]]:
         """Return videos, labels and what was measured of each, from all workers; and the broken videos."""
         model.eval()
@@ -117,8 +123,9 @@ class Evaluator:
         broken: list[str] = []
         for batch in self.loader:
             broken.extend(str(video) for video in batch.broken)
-            if len(batch.labels):
-                seen.append((batch.videos, batch.labels, measure(model, batch)))
+            if batch.good.any():
+                chosen = batch.good
+                seen.append((batch.videos[chosen], batch.labels[chosen], measure(model, batch.clips[chosen])))
         model.train()
         parts = parallel.gathered((seen, broken))
         rows = [row for part, _ in parts for row in part]
@@ -128,18 +135,18 @@ class Evaluator:
         videos, labels, measured = (torch.cat(column) for column in zip(*rows, strict=True))
         return (videos, labels, measured), failed
 
-    def _reconstruction(self, model: MAR, batch: Batch) -> Float[Tensor, " B"]:
-        num_videos, views = batch.clips.shape[:2]
-        pixels = to_pixels(batch.clips.flatten(0, 1).to(self.device, non_blocking=True))
+    def _reconstruction(self, model: MAR, clips: UInt8[Tensor, "B views T H W C"]) -> Float[Tensor, " B"]:
+        num_videos, views = clips.shape[:2]
+        pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
         hidden = evaluation_mask(self.settings).expand(len(pixels), -1, -1, -1)
         labels = torch.zeros(len(pixels), self.settings.data.num_classes, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"):
             losses = model(pixels, hidden, labels).reconstruction
         return losses.view(num_videos, views).mean(dim=1).cpu()
 
-    def _probabilities(self, model: MAR, batch: Batch) -> Float[Tensor, "B classes"]:
-        num_videos, views = batch.clips.shape[:2]
-        pixels = to_pixels(batch.clips.flatten(0, 1).to(self.device, non_blocking=True))
+    def _probabilities(self, model: MAR, clips: UInt8[Tensor, "B views T H W C"]) -> Float[Tensor, "B classes"]:
+        num_videos, views = clips.shape[:2]
+        pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
         hidden = evaluation_mask(self.settings).expand(len(pixels), -1, -1, -1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"):
             scores = model.classify(pixels, hidden)

@@ -1,117 +1,96 @@
 """The frame cache: each video's frames written once, small, so that fifty trials do not decode it fifty times.
 
-A cache is a folder of shards. A shard is ``00000.bin``, frame after frame as JPEG or raw RGB, and ``00000.json``, which
-says where each video's frames are and the shard's SHA-256, and is written last: a shard that has one is whole. A cache
-that was cut short goes on where it stopped; a video that has changed since makes it stale, which is said.
+A cache that was cut short goes on where it stopped; a video that has changed since makes it stale, which is said.
+Its layout is in ``mar.cache_index``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 
-from mar.annotations import CACHE_SETTINGS, Video, read_split
+from mar import processes as others
+from mar.annotations import Video, read_split
+from mar.cache_index import BYTES_PER_END, SETTINGS, Entry, Index, Packing, opened, packing_of, plain, shard_files, told
 from mar.config import DataConfig
+from mar.decoders import BrokenVideo, Frames
+from mar.decoders import check as check_decoder
 from mar.errors import Failure, UserError
-from mar.video import BrokenVideo, Frames, Reader
+from mar.video import Reader
 
 _VIDEOS_PER_SHARD = 64
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How frames are kept."""
-
-    format: Literal["jpeg", "raw"] = "jpeg"
-    short_side: int = 256
-    """Pixels; smaller videos keep their size."""
-    quality: int = 90
-    """Of JPEG, 1 to 100."""
-
-    @property
-    def name(self) -> str:
-        """What stands for it in a fingerprint."""
-        return f"{self.format} {self.short_side}" + (f" q{self.quality}" if self.format == "jpeg" else "")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One video in a shard."""
-
-    name: str
-    source_bytes: int
-    """Size of the video when it was packed."""
-    fps: float | None = None
-    height: int = 0
-    width: int = 0
-    ends: list[int] = field(default_factory=list[int])
-    """Where each frame ends in the shard; one begins where the one before ends, the first at ``start``."""
-    start: int = 0
-    broken: str = ""
-    """Why it has no frames."""
 
 
 def pack(data: DataConfig, folder: Path, packing: Packing, processes: int, progress: Callable[[int, int], None]) -> int:
     """Write the videos of both splits into ``folder``; returns how many were there already.
 
+    A video that gave no frames is tried again.
+
     Raises:
-        UserError: the annotations cannot be read, or the folder holds a cache of another kind.
+        UserError: the annotations cannot be read, the folder holds a cache of another kind, or is being packed.
         Failure: the disk refuses.
     """
+    check_decoder(data.decoder)
+    data = data.model_copy(update={"cache": None})
     videos = {video.name: video for split in ("train", "val") for video in read_split(data, split)}
-    settings = folder / CACHE_SETTINGS
-    if settings.is_file() and _packing(folder) != packing:
-        raise UserError(f"{folder} holds a cache of {_packing(folder).name}: choose another folder, or remove it")
+    settings = folder / SETTINGS
+    if settings.is_file() and packing_of(folder) != packing:
+        raise UserError(f"{folder} holds a cache of {packing_of(folder).name}: choose another folder, or remove it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(settings, json.dumps(asdict(packing)).encode())
+        with FileLock(folder / ".lock", timeout=0):
+            _write(settings, json.dumps(asdict(packing)).encode())
+            try:
+                return _pack(data, videos, Index(folder), processes, progress)
+            finally:
+                opened.cache_clear()
+    except Timeout:
+        raise UserError(f"{folder} is being packed by another process: wait for it, or choose another folder") from None
     except OSError as error:
         raise Failure(f"could not write {folder}: {error.strerror or error}; choose another folder") from None
-    shards = _shards(folder)
-    fresh = {name for shard in shards.values() for name, entry in shard.items() if _is_fresh(entry, videos.get(name))}
+
+
+def _pack(
+    data: DataConfig, videos: dict[str, Video], index: Index, processes: int, progress: Callable[[int, int], None]
+) -> int:
+    fresh = {name for name, video in videos.items() if index.is_fresh(video) and not index.places[name][1].broken}
     todo = [video for name, video in sorted(videos.items()) if name not in fresh]
     parts = [todo[first : first + _VIDEOS_PER_SHARD] for first in range(0, len(todo), _VIDEOS_PER_SHARD)]
-    first = max(shards, default=-1) + 1
     done = len(fresh)
     progress(done, len(videos))
-    for count in _each(partial(_pack_shard, folder, packing), list(enumerate(parts, start=first)), processes):
+    write = partial(_pack_shard, index.folder, index.packing, data.decoder)
+    numbered = list(enumerate(parts, start=index.last_shard + 1))
+    for count in map(write, numbered) if processes == 1 else others.each(write, numbered, processes, _crashed):
         done += count
         progress(done, len(videos))
     return len(fresh)
 
 
-def _each(
-    write: Callable[[tuple[int, list[Video]]], int], parts: list[tuple[int, list[Video]]], processes: int
-) -> Iterator[int]:
-    """Write the parts, here or in other processes; yields each one's number of videos when it is there."""
-    if processes == 1:
-        yield from map(write, parts)
-        return
-    with multiprocessing.get_context("forkserver").Pool(processes, initializer=_hush) as pool:
-        yield from pool.imap_unordered(write, parts)
+def _crashed(part: tuple[int, list[Video]]) -> int:
+    first, last = part[1][0].name, part[1][-1].name
+    raise Failure(f"a decoder ended its process over a video from {first} to {last}: mar data check finds which one")
 
 
 def verify(folder: Path, progress: Callable[[int, int], None]) -> list[str]:
     """Return the shards whose content is not what was written."""
     damaged: list[str] = []
-    files = sorted(folder.glob("*.json"))
-    files = [file for file in files if file.name != CACHE_SETTINGS]
+    files = shard_files(folder)
     for done, file in enumerate(files, start=1):
         content = file.with_suffix(".bin")
         try:
             with content.open("rb") as stream:
-                is_whole = hashlib.file_digest(stream, "sha256").hexdigest() == _told(file)["sha256"]
+                is_whole = hashlib.file_digest(stream, "sha256").hexdigest() == told(file)["sha256"]
         except (OSError, UserError):
             is_whole = False
         if not is_whole:
@@ -120,48 +99,22 @@ def verify(folder: Path, progress: Callable[[int, int], None]) -> list[str]:
     return damaged
 
 
-class FrameCache:
-    """An opened cache; frames are read where they lie, and pages are shared by all processes of a machine."""
-
-    def __init__(self, folder: Path) -> None:
-        if not (folder / CACHE_SETTINGS).is_file():
-            raise UserError(f"data.cache: no frame cache in {folder}; make one: mar data pack RECIPE {folder}")
-        self.folder, self.packing = folder, _packing(folder)
-        self.places = {
-            name: (shard, entry) for shard, entries in _shards(folder).items() for name, entry in entries.items()
-        }
-
-    def check(self, videos: Sequence[Video]) -> None:
-        """Raise a UserError unless all videos are in it as they are now (or are only in it)."""
-        absent = [video.name for video in videos if video.name not in self.places]
-        stale = [
-            video.name
-            for video in videos
-            if video.name in self.places and not _is_fresh(self.places[video.name][1], video)
-        ]
-        for words, names in (("are not in it", absent), ("have changed since", stale)):
-            if names:
-                raise UserError(
-                    f"data.cache: {len(names)} videos {words}, the first: {names[0]}; run mar data pack again, into {self.folder}"
-                )
-
-    def open(self, video: Video) -> CachedVideo:
-        """Return a video's frames.
-
-        Raises:
-            BrokenVideo: it gave none when it was packed.
-        """
-        shard, entry = self.places[video.name]
-        if entry.broken:
-            raise BrokenVideo(video.path, entry.broken)
-        return CachedVideo(_mapped(self.folder / f"{shard:05}.bin"), entry, self.packing)
-
-
 class CachedVideo:
-    """What ``video.Reader`` is for a file."""
+    """What ``video.Reader`` is for a file. Frames are read where they lie; a machine's processes share the pages.
 
-    def __init__(self, content: np.memmap[Any, Any], entry: Entry, packing: Packing) -> None:
-        self.content, self.entry, self.packing = content, entry, packing
+    Raises:
+        BrokenVideo: it gave no frames when it was packed.
+    """
+
+    def __init__(self, index: Index, video: Video) -> None:
+        shard, self.entry = index.places[video.name]
+        self.path = video.path
+        if self.entry.broken:
+            raise BrokenVideo(video.path, self.entry.broken)
+        self.packing, self.file = index.packing, index.folder / f"{shard:05}.bin"
+        self.content = _mapped(self.file)
+        end = self.entry.ends_at + BYTES_PER_END * self.entry.num_frames
+        self.ends = np.frombuffer(self.content[self.entry.ends_at : end], dtype="<i8")
 
     def __enter__(self) -> CachedVideo:
         return self
@@ -170,7 +123,7 @@ class CachedVideo:
         pass
 
     def __len__(self) -> int:
-        return len(self.entry.ends)
+        return self.entry.num_frames
 
     @property
     def fps(self) -> float | None:
@@ -178,13 +131,20 @@ class CachedVideo:
         return self.entry.fps
 
     def frames(self, indices: Sequence[int]) -> Frames:
-        """Return the frames with these numbers, ``[len(indices), H, W, 3]``."""
+        """Return the frames with these numbers, ``[len(indices), H, W, 3]``.
+
+        Raises:
+            BrokenVideo: the shard is damaged.
+        """
         last = len(self) - 1
-        return np.stack([self._frame(min(index, last)) for index in indices])
+        try:
+            return np.stack([self._frame(min(index, last)) for index in indices])
+        except (RuntimeError, ValueError) as error:
+            raise BrokenVideo(self.path, f"{self.file} is damaged ({error}): mar data pack --verify") from None
 
     def _frame(self, index: int) -> Frames:
-        start = self.entry.ends[index - 1] if index else self.entry.start
-        part = self.content[start : self.entry.ends[index]]
+        start = int(self.ends[index - 1]) if index else self.entry.start
+        part = self.content[start : int(self.ends[index])]
         if self.packing.format == "raw":
             return part.reshape(self.entry.height, self.entry.width, 3)
         from torchvision.io import decode_jpeg
@@ -193,15 +153,17 @@ class CachedVideo:
         return decoded.permute(1, 2, 0).numpy()
 
 
-@lru_cache(maxsize=8)
-def opened(folder: str) -> FrameCache:
-    """Return the cache of a folder, read once in a process."""
-    return FrameCache(Path(folder))
+def check(data: DataConfig, videos: Sequence[Video]) -> None:
+    """Raise a UserError unless ``open_video`` can give what is in these videos now."""
+    if data.cache:
+        opened(data.cache).check(videos)
+    else:
+        check_decoder(data.decoder)
 
 
 def open_video(data: DataConfig, video: Video) -> Reader | CachedVideo:
     """Return a video's reader: from the cache where there is one, else from its file."""
-    return opened(data.cache).open(video) if data.cache else Reader(video.path)
+    return CachedVideo(opened(data.cache), video) if data.cache else Reader(video.path, data.decoder)
 
 
 @lru_cache(maxsize=256)
@@ -209,67 +171,48 @@ def _mapped(file: Path) -> np.memmap[Any, Any]:
     return np.memmap(file, dtype=np.uint8, mode="r")
 
 
-def _is_fresh(entry: Entry, video: Video | None) -> bool:
-    """Whether an entry is of the video as it is now; of one that is not here, there is nothing newer."""
-    return video is not None and (not video.path.is_file() or video.path.stat().st_size == entry.source_bytes)
-
-
-def _packing(folder: Path) -> Packing:
-    try:
-        return Packing(**json.loads((folder / CACHE_SETTINGS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise UserError(
-            f"{folder / CACHE_SETTINGS}: not a frame cache's settings; remove the folder and pack again"
-        ) from None
-
-
-def _shards(folder: Path) -> dict[int, dict[str, Entry]]:
-    """Return each whole shard's entries by name; a later shard's stand for an earlier one's of the same name."""
-    shards: dict[int, dict[str, Entry]] = {}
-    for file in sorted(folder.glob("*.json")):
-        if file.name != CACHE_SETTINGS and file.with_suffix(".bin").is_file():
-            shards[int(file.stem)] = {entry["name"]: Entry(**entry) for entry in _told(file)["entries"]}
-    return shards
-
-
-def _told(file: Path) -> dict[str, Any]:
-    """Return what a shard's file says."""
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        return {"sha256": told["sha256"], "entries": told["entries"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file}: damaged; remove it, and run mar data pack again") from None
-
-
-def _pack_shard(folder: Path, packing: Packing, part: tuple[int, list[Video]]) -> int:
-    """Write one shard: the frames, then the file that says it is whole; returns its number of videos."""
+def _pack_shard(folder: Path, packing: Packing, decoder: str, part: tuple[int, list[Video]]) -> int:
+    """Write one shard: the frames, where they end, then the file that says it is whole; returns its videos."""
     number, videos = part
     entries: list[Entry] = []
-    unfinished, digest = folder / f".{number:05}.bin", hashlib.sha256()
+    ends: list[int] = []
+    unfinished = folder / f".{number:05}.bin"
     try:
-        with unfinished.open("wb") as file:
+        with unfinished.open("w+b") as file:
             for video in videos:
-                entry = Entry(video.name, video.path.stat().st_size if video.path.is_file() else -1, start=file.tell())
-                try:
-                    with Reader(video.path) as reader:
-                        for frame in (_small(each, packing.short_side) for each in reader):
-                            blob = _encoded(frame, packing)
-                            digest.update(blob)
-                            file.write(blob)
-                            entry.ends.append(file.tell())
-                            entry = replace(entry, height=frame.shape[0], width=frame.shape[1], fps=reader.fps)
-                except BrokenVideo as broken:
-                    entry = Entry(video.name, entry.source_bytes, broken=broken.reason)
-                entries.append(entry)
+                entry, ends_of_it = _packed(file, video, packing, decoder)
+                entries.append(replace(entry, ends_at=len(ends) * BYTES_PER_END))
+                ends += ends_of_it
+            offset = file.tell()
+            file.write(np.array(ends, dtype="<i8").tobytes())
+            size = file.tell()
             file.flush()
             os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         unfinished.rename(folder / f"{number:05}.bin")
-        told = {"sha256": digest.hexdigest(), "entries": [asdict(entry) for entry in entries]}
-        _write(folder / f"{number:05}.json", json.dumps(told).encode())
+        placed = [plain(replace(entry, ends_at=offset + entry.ends_at)) for entry in entries]
+        said = {"sha256": digest, "bytes": size, "entries": placed}
+        _write(folder / f"{number:05}.json", json.dumps(said).encode())
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise Failure(f"could not write {folder}: {error.strerror or error}; what is packed is kept") from None
     return len(videos)
+
+
+def _packed(file: Any, video: Video, packing: Packing, decoder: str) -> tuple[Entry, list[int]]:
+    """Write one video's frames; returns its entry, and where each frame ends."""
+    entry = Entry(video.name, video.path.stat().st_size if video.path.is_file() else -1, start=file.tell())
+    ends: list[int] = []
+    try:
+        with Reader(video.path, decoder) as reader:
+            for frame in (_small(each, packing.short_side) for each in reader):
+                file.write(_encoded(frame, packing))
+                ends.append(file.tell())
+                entry = replace(entry, height=frame.shape[0], width=frame.shape[1], fps=reader.fps)
+    except BrokenVideo as broken:
+        return Entry(video.name, entry.source_bytes, broken=broken.reason), []
+    return replace(entry, num_frames=len(ends)), ends
 
 
 def _small(frame: Frames, short_side: int) -> Frames:
@@ -297,8 +240,3 @@ def _write(file: Path, content: bytes) -> None:
     unfinished = file.with_name(f".{file.name}")
     unfinished.write_bytes(content)
     unfinished.rename(file)
-
-
-def _hush() -> None:
-    torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -14,7 +14,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mar.decoders import Frames, write_video
 from mar.errors import Failure, UserError
-from mar.video import Frames
 
 VERBS = (
     "Moving [something] to the right",
@@ -148,7 +147,8 @@ def _write(folder: Path, options: MotionVerbs, say: Callable[[int, int], None]) 
         for index in range(count):
             identifier, label = str(1_000_000 * (part + 1) + index), index % options.classes
             scene = _Scene(options, split, label, np.random.default_rng([options.seed, part, index]))
-            write_video(folder / "videos" / f"{identifier}.mp4", np.stack(list(scene.frames())))
+            file = folder / "videos" / f"{identifier}.mp4"
+            write_video(file, np.stack(list(scene.frames())), FRAMES_PER_S, **_X264)
             sentence = VERBS[label].replace("[something]", "a digit")
             items.append({"id": identifier, "label": sentence, "template": VERBS[label], "placeholders": ["a digit"]})
             done += 1
@@ -160,18 +160,6 @@ def _write(folder: Path, options: MotionVerbs, say: Callable[[int, int], None]) 
 
 def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
-def write_video(file: Path, frames: Frames) -> None:
-    """Write frames as an H.264 mp4."""
-    import av
-
-    with av.open(str(file), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=Fraction(FRAMES_PER_S), options=_X264)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
 
 
 class _Scene:

@@ -22,15 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mar import RESULT, checkpoint, parallel, pretrained
+from mar import RESULT, checkpoint, frame_cache, parallel, pretrained
 from mar.annotations import Video, class_names, read_split
 from mar.augment import augmented, draw_step, mix
 from mar.checkpoint import Progress
 from mar.config import ExperimentConfig
-from mar.dataset import Batch, TrainingClips, TrainingOrder, draw, loader, one_after_another, places
-from mar.errors import Failure, UserError
+from mar.dataset import Batch, TrainingOrder, draw, one_after_another, places, training_batches
+from mar.errors import Failure
 from mar.evaluate import Evaluator, Predictions, Reconstruction, write_predictions
-from mar.frame_cache import opened
 from mar.model import MAR, Losses
 from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
 from mar.visualise import draw_confusion, draw_curves
@@ -93,9 +92,8 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
         Failure: the loss is not finite, a video is broken (``data.broken: error``), or the disk refuses.
     """
     train, val = read_split(settings.data, "train"), read_split(settings.data, "val")
-    if settings.data.cache:
-        opened(settings.data.cache).check([*train, *val])
-    order = _training_order(settings, train)
+    frame_cache.check(settings.data, train)
+    order = TrainingOrder(settings, len(train), parallel.share())
     torch.manual_seed(settings.seed)
     model = MAR(settings).to(execution.device)
     optimizer = build_optimizer(model, settings.recipe)
@@ -110,7 +108,7 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     for epoch, metrics in enumerate(progress.history, start=1):
         report(epoch, metrics, None)
     processes = execution.loader_processes
-    batches = iter(loader(TrainingClips(settings, train), order, processes, execution.device))
+    batches = training_batches(settings, train, order, processes, execution.device)
     validate = Evaluator(settings, val, execution.device, loader_processes=processes)
     while training.epoch < settings.recipe.epochs:
         metrics = _train_epoch(training, batches)
@@ -134,15 +132,6 @@ class _Clock:
         self.progress.elapsed_s += time.perf_counter() - self.started
 
 
-def _training_order(settings: ExperimentConfig, train: list[Video]) -> TrainingOrder:
-    size, share = settings.videos_per_batch, parallel.share()
-    if size > len(train):
-        raise UserError(f"recipe.batch_size: {size} is more than the {len(train)} training videos; make it smaller")
-    if size < 2 * share.world:
-        raise UserError(f"recipe.batch_size: {size} gives {share.world} workers less than two videos each")
-    return TrainingOrder(settings, len(train), share)
-
-
 def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, float]:
     """Finish the epoch that the progress stands in; returns its metrics and starts new sums."""
     settings, progress, device = training.settings, training.progress, training.execution.device
@@ -164,6 +153,8 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
     total, classification, reconstruction, clips, broken = parallel.summed(sums).tolist()
     clock.stop()
     progress.sums = Progress().sums
+    if not clips:
+        raise Failure(f"not one video of epoch {training.epoch + 1} could be decoded: run mar data check")
     if not math.isfinite(total):
         raise Failure(f"the loss is {total} in epoch {training.epoch + 1}: try a smaller recipe.base_lr")
     metrics = {"train/loss": total / clips, "train/lr": rate}
@@ -179,7 +170,7 @@ def train_step(training: Training, batch: Batch) -> Tensor:
     """Take one optimiser step on this worker's share of the batch; returns sums of the losses and the clips.
 
     Each clip's loss is divided by the global batch, so that the step is the same however it is shared out
-    over workers and passes.
+    over workers and passes. A broken video's clip is in its place, and counts nothing.
     """
     settings, device, share = training.settings, training.execution.device, training.share
     step, batch = training.progress.step, one_after_another(batch)
@@ -189,17 +180,16 @@ def train_step(training: Training, batch: Batch) -> Tensor:
     training.optimizer.zero_grad(set_to_none=True)
     passes = _passes(len(batch.labels), training.execution.max_clips_per_pass)
     for part in passes:
-        clips, labels = batch.clips[part].to(device, non_blocking=True), batch.labels[part].to(device)
-        chosen = drawn.of(range(len(drawn.erased))[part])
-        pixels, targets = augmented(clips, labels, chosen, settings)
-        pixels, targets = mix(pixels, targets, settings.augment, draw(settings.seed, 3, step))
+        chosen, good = drawn.of(range(len(drawn.erased))[part]), batch.good[part]
+        pixels, targets = augmented(batch.clips[part], batch.labels[part], chosen, settings)
+        pixels, targets = mix(pixels, targets, settings.augment, draw(settings.seed, 3, step), good)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"):
             losses: Losses = training.wrapped(pixels, chosen.hidden, targets)
         scale = share.world / settings.recipe.batch_size  # DistributedDataParallel averages over the workers
         with _no_sync(training.wrapped) if part is not passes[-1] else nullcontext():
-            (losses.total.sum() * scale).backward()
+            ((losses.total * good).sum() * scale).backward()
         columns = (losses.total, losses.classification, losses.reconstruction, torch.ones_like(losses.total))
-        sums += torch.stack([column.detach().sum(dtype=torch.float64) for column in columns])
+        sums += torch.stack([(column.detach() * good).sum(dtype=torch.float64) for column in columns])
     gradient_norm(training.model, settings.recipe.clip_grad)
     training.optimizer.step()
     return sums
@@ -219,8 +209,6 @@ def _count_broken(training: Training, batch: Batch) -> int:
     """Return the number of broken videos in the batch, if the settings allow any."""
     if batch.broken and training.settings.data.broken == "error":
         raise Failure(f"{batch.broken[0]}. Repair or remove it, or set data.broken: skip to leave such videos out")
-    if not len(batch.labels):
-        raise Failure(f"not one video of a batch could be decoded; the first: {batch.broken[0]}")
     return len(batch.broken)
 
 
@@ -242,7 +230,9 @@ def _finish(training: Training, val: list[Video], report: Report) -> dict[str, f
         execution.say(f"{len(predictions.broken)} of {len(val)} test videos could not be decoded, {first}")
     metrics = training.progress.history[-1] | predictions.metrics("test")
     if settings.evaluation.shuffled_frames and not settings.pretrains:
-        shuffle = Evaluator(settings, val, device, clips=views.clips, crops=views.crops, shuffled=True)
+        shuffle = Evaluator(
+            settings, val, device, clips=views.clips, crops=views.crops, shuffled=True, loader_processes=processes
+        )
         metrics["test/top1_shuffled_frames"] = shuffle(training.model).accuracy(1)
     if training.share.rank == 0:
         _write_result(training, val, predictions, metrics)

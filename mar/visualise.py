@@ -15,6 +15,7 @@ from mar.augment import augmented, draw_step, mix
 from mar.config import ExperimentConfig
 from mar.dataset import Share, TrainingClips, TrainingOrder, collate, draw, one_after_another
 from mar.errors import Failure, UserError
+from mar.frame_cache import check
 from mar.masking import evaluation_mask, training_mask
 
 
@@ -35,14 +36,15 @@ def draw_clips(settings: ExperimentConfig, num_clips: int, num_frames: int, file
     """
     videos = read_split(settings.data, "train")
     order = TrainingOrder(settings, len(videos), Share())
+    check(settings.data, videos)
     dataset = TrainingClips(settings, videos)
-    batch = collate([dataset[key] for key in next(iter(order))])
-    if batch.broken:
+    batch = collate([dataset[key] for key in next(iter(order))[:num_clips]])
+    if batch.broken and settings.data.broken == "error":
         raise Failure(str(batch.broken[0]))
     row, shown_clips = one_after_another(batch), slice(min(num_clips, settings.recipe.batch_size))
     drawn = draw_step(settings, 0).of(range(settings.recipe.batch_size)[shown_clips])
     pixels, targets = augmented(row.clips[shown_clips], row.labels[shown_clips], drawn, settings)
-    pixels, targets = mix(pixels, targets, settings.augment, draw(settings.seed, 3, 0))
+    pixels, targets = mix(pixels, targets, settings.augment, draw(settings.seed, 3, 0), row.good[shown_clips])
     names, shown = class_names(settings.data), torch.linspace(0, pixels.shape[2] - 1, num_frames).long()
     figure = Figure(figsize=(4 * num_frames * 0.9, 1.05 * (-(-len(pixels) // 4))), layout="constrained")
     columns = 4 * num_frames

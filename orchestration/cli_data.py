@@ -104,19 +104,20 @@ def data_pack(
     verify: Annotated[bool, typer.Option("--verify", help="Compare every shard with its checksum.")] = False,
 ) -> None:
     """Write each video's frames once, small, for all trials to read; goes on where it was stopped."""
+    from mar.cache_index import Index, Packing
     from mar.errors import Failure
-    from mar.frame_cache import FrameCache, Packing, pack
+    from mar.frame_cache import pack
     from mar.frame_cache import verify as damaged_shards
     from orchestration.study import read_recipe
 
     data = read_recipe(recipe, overrides or []).data
     with _bar("videos") as advance:
         before = pack(data, folder, Packing(kind, short_side, quality), processes, advance)
-    entries = [entry for _, entry in FrameCache(folder).places.values()]
+    entries = [entry for _, entry in Index(folder).places.values()]
     size_gib = sum(file.stat().st_size for file in folder.glob("*.bin")) / 2**30
     broken = [entry.name for entry in entries if entry.broken]
     print(
-        f"{folder}: {len(entries)} videos ({before} were there), {sum(len(e.ends) for e in entries)} frames, {size_gib:.2f} GiB"
+        f"{folder}: {len(entries)} videos ({before} were there), {sum(entry.num_frames for entry in entries)} frames, {size_gib:.2f} GiB"
     )
     if broken:
         print(f"{len(broken)} gave no frames, the first: {broken[0]}")

@@ -130,7 +130,7 @@ def predict(
     from mar.pretrained import read_model
     from orchestration.study import parse_overrides
 
-    settings, trained = read_model(model, {}, parse_overrides(setting or []))
+    settings, trained = read_model(model, {"data.cache": None}, parse_overrides(setting or []))
     names = labels.read_text(encoding="utf-8").splitlines() if labels else []
     listed = [Video(str(path), path, 0) for path in videos]
     predictions = _tested(trained, settings, listed, default_device())

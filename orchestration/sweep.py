@@ -11,7 +11,8 @@ import gc
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,10 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
     if launch.backend == "inline" and launch.workers > 1:
         raise UserError("--backend inline trains with one worker; leave it out to use --workers")
     os.environ.update(quiet_environment(launch))
-    import ray
     from ray import tune
 
-    started_here = not ray.is_initialized()
-    if started_here:
-        _start(launch)
     ray_folder = launch.store.resolve() / "ray"
-    try:
+    with started(launch):
         gpus = _gpus_per_worker(launch)
         concurrent = _concurrent(launch, gpus)
         assignments = [assign(trial, launch, gpus) for trial in trials]
@@ -60,7 +57,7 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
         here = {"CPU": float(launch.cpus_per_worker), "GPU": float(gpus)}
         resources = here if inline else {"node:__internal_head__": 0.001}
         trainable: Any = tune.with_resources(run_inline if inline else run_with_workers, resources)
-        tune.Tuner(
+        tuner = tune.Tuner(
             trainable,
             param_space={"assignment": tune.grid_search([assignment.plain() for assignment in assignments])},
             tune_config=tune.TuneConfig(
@@ -76,12 +73,26 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=launch.retries),
             ),
-        ).fit()
-    except tune.TuneError as error:
-        raise Failure(f"Ray Tune stopped: {reason_of(ray_folder, error)}") from None
+        )
+        try:
+            tuner.fit()
+        except tune.TuneError as error:
+            raise Failure(f"Ray Tune stopped: {reason_of(ray_folder, error)}") from None
+
+
+@contextmanager
+def started(launch: LaunchConfig) -> Generator[None]:
+    """Have Ray: the one that this process is in already, or else one that is started here and left afterwards."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _start(launch)
+    try:
+        yield
     finally:
-        if started_here:
-            stop()
+        stop()
 
 
 def _start(launch: LaunchConfig) -> None:
@@ -116,14 +127,11 @@ def cluster_words() -> str:
     """Start a private Ray, run a task on it, stop it; returns what it has."""
     import ray
 
-    _start(LaunchConfig())
-    try:
+    with started(LaunchConfig()):
         task: Any = ray.remote(num_cpus=0.1)(lambda: "ran")
         answer: Any = ray.get(task.remote(), timeout=60)
         total = ray.cluster_resources()
         return f"{ray.__version__}: a task {answer}; {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
-    finally:
-        stop()
 
 
 def _gpus_per_worker(launch: LaunchConfig) -> int:

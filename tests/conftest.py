@@ -71,3 +71,8 @@ def tiny(videos: Path) -> Callable[..., ExperimentConfig]:
         return build(merge(tiny_tree(videos), overrides or {}))
 
     return settings
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the file that waits most, for Ray's processes: the other core has the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_run.py")

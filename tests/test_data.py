@@ -27,10 +27,11 @@ from mar.dataset import (
     random_box,
     test_boxes,
 )
+from mar.decoders import BrokenVideo, decode_with, write_video
 from mar.errors import UserError
 from mar.model import IMAGENET_MEAN, IMAGENET_STD
-from mar.motion_verbs import FRAMES_PER_S, PHOTOS, VERBS, MotionVerbs, make, write_video
-from mar.video import BrokenVideo, Reader, decode_with, evaluation_frames, training_frames
+from mar.motion_verbs import FRAMES_PER_S, PHOTOS, VERBS, MotionVerbs, make
+from mar.video import Reader, evaluation_frames, training_frames
 
 Settings = Callable[..., ExperimentConfig]
 

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from test_train import assert_same_weights, train
 
 from mar.annotations import fingerprint, read_split
+from mar.cache_index import Index, Packing
 from mar.config import DataConfig, ExperimentConfig
 from mar.dataset import EvaluationClips, TrainingClips
+from mar.decoders import BrokenVideo
 from mar.errors import UserError
-from mar.frame_cache import FrameCache, Packing, open_video, pack, verify
-from mar.video import BrokenVideo, Reader
+from mar.frame_cache import open_video, pack, verify
+from mar.video import Reader
 from orchestration.cli import main
 
 Settings = Callable[..., ExperimentConfig]
@@ -70,15 +73,82 @@ def test_a_changed_or_new_video_makes_the_cache_stale_and_packing_again_mends_it
 ) -> None:
     cached = packed(copy, tmp_path / "cache")
     videos = read_split(copy, "train")
-    FrameCache(tmp_path / "cache").check(videos)
+    Index(tmp_path / "cache").check(videos)
     shutil.copy(videos[1].path, videos[0].path)
     with pytest.raises(UserError, match=r"1 videos have changed since, the first: .*; run mar data pack again"):
-        FrameCache(tmp_path / "cache").check(videos)
+        Index(tmp_path / "cache").check(videos)
     assert pack(copy, tmp_path / "cache", Packing("raw"), 1, lambda *_: None) == 23
-    FrameCache(tmp_path / "cache").check(videos)
+    Index(tmp_path / "cache").check(videos)
     with open_video(cached, videos[0]) as one, Reader(videos[1].path) as other:
-        assert np.array_equal(FrameCache(tmp_path / "cache").open(videos[0]).frames([0]), other.frames([0]))
+        assert np.array_equal(one.frames([0]), other.frames([0]))
         assert len(one) == len(other)
+
+
+def test_a_video_that_changes_and_changes_back_is_packed_each_time(copy: DataConfig, tmp_path: Path) -> None:
+    packed(copy, tmp_path / "cache")
+    videos = read_split(copy, "train")
+    first = videos[0].path.read_bytes()
+    for content in (videos[1].path.read_bytes(), first):
+        videos[0].path.write_bytes(content)
+        assert pack(copy, tmp_path / "cache", Packing("raw"), 1, lambda *_: None) == 23
+        Index(tmp_path / "cache").check(videos)
+
+
+def test_a_cache_stands_for_videos_that_are_gone(copy: DataConfig, tmp_path: Path) -> None:
+    cached = packed(copy.model_copy(update={"missing": "skip"}), tmp_path / "cache")
+    cached = cached.model_copy(update={"missing": "skip"})
+    videos, identity = read_split(cached, "train"), fingerprint(cached)
+    shutil.rmtree(Path(copy.root) / copy.videos)
+    assert read_split(cached, "train") == videos
+    assert fingerprint(cached) == identity
+    with open_video(cached, videos[0]) as video:
+        assert video.frames([0, 7]).shape == (2, 32, 32, 3)
+
+
+def test_a_cut_off_shard_is_said_before_anything_is_trained(copy: DataConfig, tmp_path: Path) -> None:
+    packed(copy, tmp_path / "cache")
+    file = tmp_path / "cache" / "00000.bin"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"00000\.json: damaged; remove it and its \.bin"):
+        Index(tmp_path / "cache")
+
+
+def test_frames_that_cannot_be_decoded_are_a_broken_video(copy: DataConfig, tmp_path: Path) -> None:
+    cached = packed(copy, tmp_path / "cache", Packing("jpeg"))
+    file = tmp_path / "cache" / "00000.bin"
+    file.write_bytes(bytes(2000) + file.read_bytes()[2000:])
+    first = min([*read_split(copy, "train"), *read_split(copy, "val")], key=lambda video: video.name)
+    with open_video(cached, first) as video, pytest.raises(BrokenVideo, match=r"00000\.bin is damaged"):
+        video.frames([0])
+
+
+def test_a_folder_that_is_being_packed_is_not_packed_by_another(copy: DataConfig, tmp_path: Path) -> None:
+    packed(copy, tmp_path / "cache")
+    with FileLock(tmp_path / "cache" / ".lock"), pytest.raises(UserError, match="is being packed by another process"):
+        packed(copy, tmp_path / "cache")
+
+
+def test_prediction_takes_the_users_file_and_not_one_of_its_name_in_the_cache(
+    copy: DataConfig,
+    tiny: Settings,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cached = packed(copy, tmp_path / "cache", Packing("raw", 16))
+    train(tiny({"recipe.epochs": 1}).model_copy(update={"data": cached}), tmp_path / "trial")
+    videos = read_split(copy, "train")
+    shutil.copy(videos[1].path, tmp_path / "other.mp4")
+    shutil.copy(videos[1].path, tmp_path / videos[0].name)  # its content is another's than that of the cached one
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    for name in ("other.mp4", videos[0].name):
+        monkeypatch.setattr("sys.argv", ["mar", "predict", str(tmp_path / "trial" / "result"), name])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        said.append(capsys.readouterr().out.partition(": ")[2])
+    assert said[0] == said[1]
 
 
 def test_packing_goes_on_where_it_was_stopped(copy: DataConfig, tmp_path: Path) -> None:
@@ -111,8 +181,8 @@ def test_a_damaged_shard_is_found(copy: DataConfig, tmp_path: Path) -> None:
     file.write_bytes(content)
     (tmp_path / "cache" / "00000.json").write_text("{")
     assert verify(tmp_path / "cache", lambda *_: None) == ["00000.bin"]
-    with pytest.raises(UserError, match=r"00000\.json: damaged; remove it, and run mar data pack again"):
-        FrameCache(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"00000\.json: damaged; remove it and its .bin, and run mar data pack again"):
+        Index(tmp_path / "cache")
 
 
 def test_how_frames_are_kept_is_part_of_the_datas_fingerprint_where_is_not(copy: DataConfig, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,9 +18,11 @@ import pytest
 import yaml
 from conftest import tiny_tree
 
+from orchestration import sweep, worker
 from orchestration.cli import main
 from orchestration.config import LaunchConfig
 from orchestration.tracking import RunRecord, Store
+from orchestration.trial import quiet_environment
 
 STUDY = """\
 title: "Tiny"
@@ -42,12 +45,27 @@ def place(tmp_path: Path, videos: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray for all tests that need one; what they run finds it, as a second study in one process would."""
+    launch = LaunchConfig()
+    os.environ.update(quiet_environment(launch))
+    with sweep.started(launch):
+        yield
+
+
+def of_ray() -> dict[int, psutil.Process]:
+    processes = psutil.process_iter(["name"])
+    return {process.pid: process for process in processes if "ray" in (process.info["name"] or "").lower()}
+
+
 @pytest.fixture
 def no_orphans() -> Iterator[None]:
     """A killed driver leaves two of Ray's agents behind."""
+    before = of_ray()
     yield
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if "ray" in (process.info["name"] or "").lower():
+    for pid, process in of_ray().items():
+        if pid not in before:
             process.kill()
 
 
@@ -76,6 +94,7 @@ def learnt(record: RunRecord) -> dict[str, float]:
     return {name: value for name, value in record.metrics.items() if not name.startswith(("time/", "throughput/"))}
 
 
+@pytest.mark.usefixtures("cluster")
 def test_the_same_settings_give_the_same_numbers_on_every_backend(place: Path) -> None:
     backends = {"plain": ["--local"], "inline": ["--backend", "inline"], "workers": ["--backend", "train"]}
     numbers: dict[str, list[dict[str, float]]] = {}
@@ -154,9 +173,9 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.usefixtures("no_orphans")
+@pytest.mark.usefixtures("cluster", "no_orphans")
 def test_a_killed_study_resumes_without_repeating_a_trial(place: Path) -> None:
-    words = ["run", "tiny.yaml", "recipe.epochs=30", "--max-concurrent", "1"]
+    words = ["run", "tiny.yaml", "recipe.epochs=15", "--max-concurrent", "1"]
     store = place / "mar_store"
     with (place / "first.log").open("w") as log:
         first = subprocess.Popen([*MAR, *words], cwd=place, stdout=log, stderr=log)
@@ -187,10 +206,10 @@ def test_a_killed_study_resumes_without_repeating_a_trial(place: Path) -> None:
     resumed = next(record for record in after.values() if record.run_id != finished.run_id)
     reader = Store(LaunchConfig(store=store))
     history = reader.client.get_metric_history(resumed.run_id, "train/loss")
-    assert sorted(point.step for point in history) == list(range(1, 31)), "every epoch is there, once"
+    assert sorted(point.step for point in history) == list(range(1, 16)), "every epoch is there, once"
     assert len(reader.client.get_metric_history(resumed.run_id, "cost/gflops")) == 1
     assert len(reader.client.get_metric_history(resumed.run_id, "test/top1")) == 1
-    undisturbed = mar(place, "run", "tiny.yaml", "recipe.epochs=30", "--store", "undisturbed", "--local")
+    undisturbed = mar(place, "run", "tiny.yaml", "recipe.epochs=15", "--store", "undisturbed", "--local")
     assert "| 75 %" in undisturbed
     again = {record.tags["mar.key"]: record for record in trial_runs(place, "undisturbed")}
     assert learnt(again[resumed.tags["mar.key"]]) == learnt(resumed)
@@ -219,7 +238,8 @@ def test_leaving_ray_does_not_end_the_process_over_another_threads_garbage() -> 
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr[-2000:]
 
 
-def test_a_second_run_of_a_study_that_is_alive_is_refused(place: Path) -> None:
+def test_a_second_run_of_a_study_that_is_alive_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_PREDECESSOR_S", 1.0)
     with (place / "first.log").open("w") as log:
         words = ["run", "tiny.yaml", "recipe.epochs=500", "--local"]
         first = subprocess.Popen([*MAR, *words], cwd=place, stdout=log, stderr=log)
@@ -234,6 +254,7 @@ def test_a_second_run_of_a_study_that_is_alive_is_refused(place: Path) -> None:
         first.wait()
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_trial_that_fails_is_named_and_the_others_go_on(place: Path) -> None:
     study = STUDY.replace("{mask.ratio: 0.5}", "{mask.ratio: 0.5, recipe.base_lr: 1.0e+30, recipe.warmup_epochs: 0}")
     (place / "tiny.yaml").write_text(study)
@@ -244,6 +265,7 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(place: Path) -> None:
     assert sorted(record.status for record in trial_runs(place)) == ["FAILED", "FINISHED"]
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_damaged_checkpoint_is_passed_over_aloud_in_a_ray_worker(place: Path) -> None:
     words = ["run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline"]
     mar(place, *words)
@@ -276,6 +298,7 @@ MISTAKES: list[tuple[list[str], int, str]] = [
 ]
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
     ("words", "code", "message"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
@@ -303,6 +326,7 @@ def test_a_video_that_is_no_video_stops_its_trial_and_is_named(place: Path) -> N
     assert "list.txt:1: expected a path and a class number" in mar(place, "run", "tiny.yaml", "--local", code=2)
 
 
+@pytest.mark.usefixtures("cluster")
 def test_the_small_verbs_print_what_they_promise(place: Path) -> None:
     shown = yaml.safe_load(mar(place, "show", "recipe.yaml", "mask.ratio=0.75"))
     assert shown["mask"]["ratio"] == 0.75

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix
 
 from mar import RESULT
+from mar.augment import mix
 from mar.checkpoint import Progress, latest, read_sealed
-from mar.config import ExperimentConfig
+from mar.config import AugmentConfig, ExperimentConfig
 from mar.errors import Failure, UserError
 from mar.evaluate import Predictions
 from mar.export import write_model
@@ -264,6 +266,36 @@ def test_broken_videos_can_be_left_out_and_are_counted(tiny: Settings, half_brok
     final = train(tiny({"data.root": str(half_broken), "data.broken": "skip"}), tmp_path / "trial")[-1][1]
     assert (final["train/num_broken"], final["test/num_broken"], final["test/num_videos"]) == (1, 1, 7)
     assert "2000005.mp4" in (tmp_path / "trial" / RESULT / "broken_videos.txt").read_text()
+
+
+@pytest.fixture
+def mostly_broken(videos: Path, tmp_path: Path) -> Path:
+    """Of sixteen training videos every second is no video: many a worker's share of a batch has none that is."""
+    shutil.copytree(videos, tmp_path / "data")
+    for identifier in range(1000000, 1000016, 2):
+        (tmp_path / "data" / "videos" / f"{identifier}.mp4").write_text("gone")
+    return tmp_path / "data"
+
+
+def test_a_batch_without_one_good_video_counts_nothing_and_training_goes_on(
+    tiny: Settings, mostly_broken: Path, tmp_path: Path
+) -> None:
+    settings = tiny(
+        {"data.root": str(mostly_broken), "data.broken": "skip", "recipe.batch_size": 2, "recipe.epochs": 6}
+    )
+    final = train(settings, tmp_path / "trial")[-1][1]
+    assert final["train/num_broken"] == 8
+    assert np.isfinite(final["train/loss"])
+
+
+def test_a_broken_videos_neighbour_is_not_mixed_with_it_and_keeps_its_place(tiny: Settings) -> None:
+    pixels, labels = torch.rand(4, 3, 8, 16, 16), torch.eye(4)
+    for seed in range(4):
+        mixed, targets = mix(
+            pixels, labels, AugmentConfig(), np.random.default_rng(seed), torch.tensor([True, False, True, True])
+        )
+        assert torch.equal(targets[0], labels[0]) and torch.allclose(mixed[0], pixels[0])
+        assert not torch.equal(targets[2], labels[2])
 
 
 def test_a_batch_larger_than_the_split_is_refused(tiny: Settings, tmp_path: Path) -> None:

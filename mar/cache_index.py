@@ -1,0 +1,158 @@
+"""What a frame cache holds: which videos, where their frames are, whether they are as they were. Imports no torch.
+
+A cache is a folder of shards. A shard is ``00000.bin``, frame after frame as JPEG or raw RGB and then where each ends,
+and ``00000.json``, which says where each video's frames are and the shard's SHA-256, and is written last: a shard that
+has one is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from mar.errors import UserError
+
+SETTINGS = "cache.json"
+"""In a cache's folder: how it keeps frames."""
+BYTES_PER_END = 8
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How frames are kept."""
+
+    format: Literal["jpeg", "raw"] = "jpeg"
+    short_side: int = 256
+    """Pixels; smaller videos keep their size."""
+    quality: int = 90
+    """Of JPEG, 1 to 100."""
+
+    @property
+    def name(self) -> str:
+        """What stands for it in a fingerprint."""
+        return f"{self.format} {self.short_side}" + (f" q{self.quality}" if self.format == "jpeg" else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One video in a shard."""
+
+    name: str
+    source_bytes: int
+    """Size of the video when it was packed; -1: it was not there."""
+    fps: float | None = None
+    height: int = 0
+    width: int = 0
+    start: int = 0
+    """Where its first frame begins."""
+    ends_at: int = 0
+    """Where the ends of its frames are, each an int64."""
+    num_frames: int = 0
+    broken: str = ""
+    """Why it has no frames."""
+
+
+class Named(Protocol):
+    """A video: its name, and where it would be."""
+
+    @property
+    def name(self) -> str:
+        """Its path below the video folder."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        ...
+
+
+class Index:
+    """Every video of a cache: its shard's number and its entry. Of two entries the later shard's stands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.packing = folder, packing_of(folder)
+        self.places: dict[str, tuple[int, Entry]] = {}
+        self.last_shard = -1
+        for file in shard_files(folder):
+            number = int(file.stem)
+            self.last_shard = number
+            self.places |= {entry.name: (number, entry) for entry in _entries(file)}
+
+    def is_fresh(self, video: Named) -> bool:
+        """Whether a video is in it and has not changed its size since; of one that is gone there is nothing newer."""
+        if video.name not in self.places:
+            return False
+        size = _size(video.path)
+        return size < 0 or size == self.places[video.name][1].source_bytes
+
+    def check(self, videos: Sequence[Named]) -> None:
+        """Raise a UserError unless all videos are in it, as they are now."""
+        absent = [video.name for video in videos if video.name not in self.places]
+        stale = [video.name for video in videos if video.name in self.places and not self.is_fresh(video)]
+        for words, names in (("are not in it", absent), ("have changed since", stale)):
+            if names:
+                raise UserError(
+                    f"data.cache: {len(names)} videos {words}, the first: {names[0]}; run mar data pack again, into {self.folder}"
+                )
+
+
+@lru_cache(maxsize=8)
+def opened(folder: str) -> Index:
+    """Return the index of a folder, read once in a process."""
+    return Index(Path(folder))
+
+
+def packing_of(folder: Path) -> Packing:
+    """Return how a cache keeps frames; raises a UserError if the folder holds none."""
+    try:
+        return Packing(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"data.cache: no frame cache in {folder}; make one: mar data pack RECIPE {folder}") from None
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"{folder / SETTINGS}: not a frame cache's settings; remove the folder and pack again"
+        ) from None
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Return the ``.json`` of every whole shard, in order."""
+    return [file for file in sorted(folder.glob("*.json")) if file.name != SETTINGS and not file.name.startswith(".")]
+
+
+def told(file: Path) -> dict[str, Any]:
+    """Return what a shard's file says: ``sha256``, ``bytes`` and ``entries``."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {name: content[name] for name in ("sha256", "bytes", "entries")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise _damaged(file) from None
+
+
+def _entries(file: Path) -> list[Entry]:
+    said = told(file)
+    if _size(file.with_suffix(".bin")) != said["bytes"]:
+        raise _damaged(file)
+    try:
+        return [Entry(**entry) for entry in said["entries"]]
+    except TypeError:
+        raise _damaged(file) from None
+
+
+def _damaged(file: Path) -> UserError:
+    return UserError(f"{file}: damaged; remove it and its .bin, and run mar data pack again")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def plain(entry: Entry) -> dict[str, Any]:
+    """Return an entry as a shard's file has it."""
+    return asdict(entry)

@@ -1,0 +1,62 @@
+"""Work on many files in other processes: in order, and alive when one of them dies over a file."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def each(
+    work: Callable[[Item], Result], items: Iterable[Item], processes: int, crashed: Callable[[Item], Result]
+) -> Iterator[Result]:
+    """Yield what ``work`` returns for each item, in order; what decoders print in those processes is dropped.
+
+    A decoder may end its process. Then the items that were being worked on are tried again one by one, each alone, and
+    what ``crashed`` returns stands for the one that does it again.
+    """
+    waiting, pending = iter(items), deque[tuple[Item, Future[Result]]]()
+    pool = _pool(processes)
+    try:
+        while True:
+            while len(pending) < 2 * processes and (item := next(waiting, None)) is not None:
+                pending.append((item, pool.submit(work, item)))
+            if not pending:
+                return
+            item, future = pending.popleft()
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                suspects = [item, *(other for other, _ in pending)]
+                pending.clear()
+                for suspect in suspects:
+                    yield _alone(work, suspect, crashed)
+                pool = _pool(processes)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _alone(work: Callable[[Item], Result], item: Item, crashed: Callable[[Item], Result]) -> Result:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(work, item).result()
+        except BrokenProcessPool:
+            return crashed(item)
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, get_context("forkserver"), initializer=_hush)
+
+
+def _hush() -> None:
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -11,7 +11,6 @@ from math import prod
 from typing import Annotated, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,23 +23,7 @@ from pydantic import (
 )
 
 from mar.policy import RandAugmentPolicy
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-"""A share of a whole, 0 to 1 inclusive."""
-MaskRatio = Annotated[float, Field(ge=0.0, lt=1.0)]
-"""ρ, the share of tokens hidden; below 1, because something must stay visible."""
-Tubelet = tuple[PositiveInt, PositiveInt, PositiveInt]
-
-
-def _rising(span: tuple[float, float]) -> tuple[float, float]:
-    if span[0] > span[1]:
-        raise ValueError("must go from the smaller to the larger")
-    return span
-
-
-Scale = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)]
-Grid = tuple[int, int, int]
-"""Tokens in time, height and width: (t, h, w)."""
+from mar.setting_types import Area, Fraction, Grid, MaskRatio, Scale, Tubelet
 
 ENCODER_SIZES = {
     "tiny": (192, 12, 3),
@@ -231,7 +214,7 @@ class ReconstructionConfig(Node):
 class AugmentConfig(Node):
     """Training-time augmentation (Table I)."""
 
-    crop_scale: Annotated[tuple[PositiveFloat, Fraction], AfterValidator(_rising)] = (0.08, 1.0)
+    crop_scale: Area = (0.08, 1.0)
     """Area of the random-resized crop, share of the frame, from and to."""
     crop_aspect: Scale = (0.75, 1.3333333333333333)
     """Aspect ratio of the random-resized crop, from and to."""
@@ -391,6 +374,11 @@ class ExperimentConfig(Node):
     def test_mask(self) -> MaskConfig:
         """The mask's settings in testing."""
         return self.mask.model_copy(update={"ratio": self.test_ratio})
+
+    @property
+    def redraws_in_testing(self) -> bool:
+        """Whether there is a decoder, and something for it to redraw under the mask of testing."""
+        return self.reconstructs and self.test_ratio > 0
 
     @property
     def pretrains(self) -> bool:

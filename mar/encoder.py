@@ -17,6 +17,14 @@ def patchify(video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int]) -
     return parts.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(1, 3).flatten(2)
 
 
+def unpatchify(
+    patches: Float[Tensor, "B N P"], grid: tuple[int, int, int], tubelet: tuple[int, int, int]
+) -> Float[Tensor, "B C T H W"]:
+    """Put tubelets together again: the inverse of ``patchify``."""
+    parts = patches.unflatten(1, grid).unflatten(-1, (-1, *tubelet))
+    return parts.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(2, 3).flatten(3, 4).flatten(4, 5)
+
+
 class Encoder(nn.Module):
     """Visible tubelets in, visible tokens F_v out.
 

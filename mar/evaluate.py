@@ -63,7 +63,12 @@ class Reconstruction:
     def metrics(self, stage: str) -> dict[str, float]:
         """Return the mean loss and counts, named ``stage/…``."""
         counts = {f"{stage}/num_videos": float(len(self.losses)), f"{stage}/num_broken": float(len(self.broken))}
-        return {f"{stage}/reconstruction_loss": self.losses.double().mean().item(), **counts}
+        return {f"{stage}/reconstruction_loss": self.loss, **counts}
+
+    @property
+    def loss(self) -> float:
+        """The mean of L_r over videos."""
+        return self.losses.double().mean().item()
 
 
 class Evaluator:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,10 +30,14 @@ from mar.config import ExperimentConfig
 from mar.dataset import Batch, TrainingOrder, draw, one_after_another, places, training_batches
 from mar.errors import Failure
 from mar.evaluate import Evaluator, Predictions, Reconstruction, write_predictions
+from mar.memory import peak_training_memory_gib
 from mar.model import MAR, Losses
 from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
+from mar.reconstructions import draw_reconstructions
 from mar.visualise import draw_confusion, draw_curves
 
+_SHOWN = 3
+"""Videos whose reconstructions are drawn."""
 Report = Callable[[int, dict[str, float], Path | None], None]
 """(finished epochs, metrics, checkpoint folder or none) -> nothing. Called equally often on every worker."""
 
@@ -51,6 +55,20 @@ class Execution:
     """Also save in the middle of an epoch."""
     say: Callable[[str], None] = print
     """Where messages for a person go."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that is over."""
+
+    settings: ExperimentConfig
+    folder: Path
+    execution: Execution
+    model: MAR
+    history: list[dict[str, float]]
+    """Metrics of each epoch."""
+    by: Path | None = None
+    """The result folder it was read from; none: it was trained here."""
 
 
 @dataclass
@@ -78,6 +96,11 @@ class Training:
     def epoch(self) -> int:
         """Finished epochs."""
         return len(self.progress.history)
+
+    @property
+    def trained(self) -> Trained:
+        """What is left when it is over."""
+        return Trained(self.settings, self.folder, self.execution, self.model, self.progress.history)
 
 
 def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Execution) -> dict[str, float]:
@@ -119,7 +142,27 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
         metrics["time/elapsed_s"] = progress.elapsed_s
         progress.history.append(metrics)
         report(training.epoch, metrics, _save(training))
-    return _finish(training, val, report)
+    return _finish(training.trained, val, report)
+
+
+def test_again(
+    settings: ExperimentConfig, result: Path, folder: Path, report: Report, execution: Execution
+) -> dict[str, float]:
+    """Test a finished training under other settings of ``evaluation`` (Tables III b, III c); returns the final metrics.
+
+    ``result`` is the training's result folder. What it measured in training is reported as it was. Leaves
+    ``folder/result`` as ``fit`` does, without the model: ``trained_by.txt`` says where that is.
+
+    Raises:
+        UserError: the settings do not fit the data.
+        Failure: ``result`` is not whole, or the disk refuses.
+    """
+    val = read_split(settings.data, "val")
+    facts = checkpoint.read_sealed(result)
+    model = MAR(settings).to(execution.device)
+    model.load_state_dict(load_file(result / "model.safetensors"))
+    history = {name: value for name, value in facts["metrics"].items() if not name.startswith(("val/", "test/"))}
+    return _finish(Trained(settings, folder, execution, model, [history], result), val, report)
 
 
 class _Clock:
@@ -219,43 +262,54 @@ def _save(training: Training) -> Path:
     return path
 
 
-def _finish(training: Training, val: list[Video], report: Report) -> dict[str, float]:
+def _finish(trained: Trained, val: list[Video], report: Report) -> dict[str, float]:
     """Test with all views, write the result folder, report the last time."""
-    settings, execution = training.settings, training.execution
+    settings, execution, model = trained.settings, trained.execution, trained.model
     views, device, processes = settings.evaluation, execution.device, execution.loader_processes
     test = Evaluator(settings, val, device, clips=views.clips, crops=views.crops, loader_processes=processes)
-    predictions = (test.reconstruction if settings.pretrains else test)(training.model)
+    predictions = (test.reconstruction if settings.pretrains else test)(model)
     if predictions.broken:
         first = f"the first: {predictions.broken[0]}"
         execution.say(f"{len(predictions.broken)} of {len(val)} test videos could not be decoded, {first}")
-    metrics = training.progress.history[-1] | predictions.metrics("test")
+    metrics = trained.history[-1] | predictions.metrics("test")
+    one_view = Evaluator(settings, val, device, loader_processes=processes)
+    if settings.redraws_in_testing and not settings.pretrains:
+        metrics["test/reconstruction_loss"] = one_view.reconstruction(model).loss
     if settings.evaluation.shuffled_frames and not settings.pretrains:
         shuffle = Evaluator(
             settings, val, device, clips=views.clips, crops=views.crops, shuffled=True, loader_processes=processes
         )
-        metrics["test/top1_shuffled_frames"] = shuffle(training.model).accuracy(1)
-    if training.share.rank == 0:
-        _write_result(training, val, predictions, metrics)
-    report(training.epoch, metrics, training.folder / RESULT)
+        metrics["test/top1_shuffled_frames"] = shuffle(model).accuracy(1)
+    if device.type == "cuda" and not trained.by:
+        metrics["memory/batch_of_1_gib"] = peak_training_memory_gib(settings, 1)
+    if parallel.share().rank == 0:
+        _write_result(trained, val, predictions, metrics)
+    report(settings.recipe.epochs, metrics, trained.folder / RESULT)
     return metrics
 
 
 def _write_result(
-    training: Training, val: list[Video], predictions: Predictions | Reconstruction, metrics: dict[str, float]
+    trained: Trained, val: list[Video], predictions: Predictions | Reconstruction, metrics: dict[str, float]
 ) -> None:
-    settings = training.settings.model_dump(mode="json")
+    settings = trained.settings.model_dump(mode="json")
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     broken = "".join(f"{reason}\n" for reason in predictions.broken)
     writers: dict[str, Callable[[Path], None]] = {
-        "model.safetensors": lambda file: save_file(training.model.state_dict(), file),
         "settings.yaml": lambda file: checkpoint.write_text(file, text),
         "metrics.json": lambda file: checkpoint.write_text(file, json.dumps(metrics, indent=1)),
         "broken_videos.txt": lambda file: checkpoint.write_text(file, broken),
     }
-    writers["curves.png"] = lambda file: draw_curves(training.progress.history, file)
+    if trained.by:
+        writers["trained_by.txt"] = lambda file: checkpoint.write_text(file, f"{trained.by}\n")
+    else:
+        writers["model.safetensors"] = lambda file: save_file(trained.model.state_dict(), file)
+        writers["curves.png"] = lambda file: draw_curves(trained.history, file)
     if isinstance(predictions, Predictions):
-        names = class_names(training.settings.data)
+        names = class_names(trained.settings.data)
         writers["predictions.csv"] = lambda file: write_predictions(predictions, val, file)
         writers["confusion.png"] = lambda file: draw_confusion(predictions.confusion(), names, file)
+    if trained.settings.redraws_in_testing:
+        shown = [video for video in val if not any(str(video.path) in reason for reason in predictions.broken)][:_SHOWN]
+        writers["reconstructions.png"] = lambda file: draw_reconstructions(trained.settings, trained.model, shown, file)
     sealed: checkpoint.Writers = writers
-    checkpoint.write_sealed(training.folder / RESULT, sealed, {"settings": settings, "metrics": metrics})
+    checkpoint.write_sealed(trained.folder / RESULT, sealed, {"settings": settings, "metrics": metrics})

@@ -22,9 +22,9 @@ from mar.errors import Failure, UserError
 from mar.settings import DATA_PLACES, placeless
 from orchestration import provenance
 from orchestration.config import LaunchConfig
-from orchestration.results import Record, match
+from orchestration.results import Record, match, match_training
 from orchestration.study import Study, Trial
-from orchestration.tracking import IDENTITY, KEY, KIND, STUDY, WEIGHTS, Store, Writer
+from orchestration.tracking import IDENTITY, KEY, KIND, STUDY, TRAINED_BY, WEIGHTS, RunRecord, Store, Writer
 from orchestration.trial import LOG
 
 _PARENT = "study"
@@ -66,6 +66,7 @@ class Launch:
         self.begun: set[str] = set()
         self.done: set[str] = set()
         self.failures: dict[str, str] = {}
+        self.trained_by: dict[str, str] = {}
         self._relayed: dict[str, int] = {}
 
     def started(self, key: str) -> None:
@@ -85,6 +86,10 @@ class Launch:
         self.writer.metrics(key, epoch, metrics)
         self._relay(key)
         self.view.epoch(self.trials[key], epoch, metrics)
+
+    def tested(self, key: str, trained_by: str) -> None:
+        """Say whose model a trial is that is tested, not trained."""
+        self.trained_by[key] = trained_by
 
     def finished(self, key: str) -> None:
         """Log the final metrics and the result folder, then mark the run as finished."""
@@ -155,6 +160,7 @@ class Launch:
             "cost.gflops": f"{figures.gflops:.4f}",
             "cost.params_m": f"{figures.params_m:.4f}",
             "folder": str(self.store.launch.trial_folder(trial.key)),
+            **({TRAINED_BY: self.trained_by[trial.key]} if trial.key in self.trained_by else {}),
             **({WEIGHTS: trial.settings.encoder.weights} if trial.settings.encoder.weights else {}),
             **{f"data.{name}": str(getattr(data, name)) for name in DATA_PLACES},
         }
@@ -204,20 +210,60 @@ def check_weights(trials: Sequence[Trial]) -> None:
 
 
 def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
-    """Train the trials on the backend that the launch names; failures are in ``launched.failures``.
+    """Train the trials, then test those whose training is another's; failures are in ``launched.failures``.
 
     Raises:
         UserError: one trial asks for more than the cluster has.
     """
+    store = launched.store
+    teachers, known = shared_trainings(trials, store.trials())
+    untrained = [
+        trial for trial in trials if teachers.get(trial.key, trial.key) == trial.key and trial.key not in known
+    ]
+    if untrained:
+        _run(launched, untrained, {})
+    trained: dict[str, Path] = {key: store.result_of(record) for key, record in known.items()}
+    for key, teacher in teachers.items():
+        if teacher in launched.done:
+            trained[key] = store.launch.trial_folder(teacher) / RESULT
+        elif teacher in launched.failures:
+            launched.failed(key, f"its training failed: {launched.trials[teacher].name}")
+    tests = [trial for trial in trials if trial.key in trained]
+    for trial in tests:
+        launched.tested(trial.key, teachers.get(trial.key) or known[trial.key].key)
+    if tests:
+        _run(launched, tests, trained)
+
+
+def shared_trainings(
+    trials: Sequence[Trial], records: Sequence[RunRecord]
+) -> tuple[dict[str, str], dict[str, RunRecord]]:
+    """Return whose training each trial is that need not be trained: another of the trials, or a finished run.
+
+    Of trials that differ in ``evaluation`` alone the one nearest to the defaults is trained.
+    """
+    known = match_training(trials, records)
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.key not in known:
+            groups.setdefault(trial.training, []).append(trial)
+    teachers: dict[str, str] = {}
+    for group in groups.values():
+        first = min(group, key=lambda trial: len(trial.settings.evaluation.mask.model_dump(exclude_defaults=True)))
+        teachers |= {trial.key: first.key for trial in group if trial is not first}
+    return teachers, known
+
+
+def _run(launched: Launch, trials: Sequence[Trial], trained: dict[str, Path]) -> None:
     launch = launched.store.launch
     if launch.backend == "local":
         from orchestration import local  # torch, which the other backends load elsewhere
 
-        local.run(trials, launch, launched)
+        local.run(trials, launch, launched, trained)
     else:
         from orchestration import sweep
 
-        sweep.run(trials, launch, launched)
+        sweep.run(trials, launch, launched, trained)
 
 
 @contextmanager

@@ -11,12 +11,12 @@ import torch
 from mar.errors import UserError
 from orchestration.config import LaunchConfig
 from orchestration.study import Trial
-from orchestration.trial import LOG, Listener, assign
+from orchestration.trial import LOG, Listener, Trained, assign
 from orchestration.worker import train
 
 
-def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> None:
-    """Train the trials in order; one that fails does not stop the next.
+def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, trained: Trained) -> None:
+    """Train (or test) the trials in order; one that fails does not stop the next.
 
     Raises:
         UserError: more than one worker asked for.
@@ -31,7 +31,7 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
             listener.epoch(key, epoch, metrics)
 
         try:
-            reason = train(assign(trial, launch, gpus).plain(), report)
+            reason = train(assign(trial, launch, gpus, trained.get(trial.key)).plain(), report)
         except Exception as error:  # a fault of ours or of the settings: the next trial may do better
             (launch.trial_folder(trial.key) / LOG).write_text(traceback.format_exc(), encoding="utf-8")
             reason = f"{type(error).__name__}: {error}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from mar.cost import Cost, cost
 from orchestration.quantities import QUANTITIES
-from orchestration.study import ABSENT, Study, Trial, completed
+from orchestration.study import ABSENT, Study, Trial, completed, training_of
 
 CONFIDENCE = 0.95
 
@@ -37,9 +37,17 @@ class Record(Protocol):
         ...
 
     @property
+    def has_model(self) -> bool:
+        """Whether its result has a model: it was trained, not tested again."""
+        ...
+
+    @property
     def weights(self) -> str | None:
         """The name of the pre-trained weights it started from, if any."""
         ...
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -88,23 +96,36 @@ class Row:
         return " / ".join(self.labels)
 
 
-def match(trials: Sequence[Trial], records: Sequence[Record]) -> dict[str, Record]:
+def match(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
     """Return, by trial key, the newest finished run with the trial's settings, of whatever study.
 
     A run logged before a setting existed matches if the trial leaves that setting at its default. Where the data
     is not at hand, its fingerprint is unknown, and the settings alone decide: a table needs no videos. So it is with
     pre-trained weights, and their name.
     """
+    return _match(trials, records, lambda line: line)
+
+
+def match_training(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
+    """Return, by trial key, a finished run of the same training, tested in whatever way."""
+    return _match(trials, [record for record in records if record.has_model], training_of)
+
+
+def _match(trials: Sequence[Trial], records: Sequence[AnyRecord], part: Callable[[str], str]) -> dict[str, AnyRecord]:
+    """Match trials and records by a part of their identities."""
     finished = [record for record in records if record.status == "FINISHED" and record.identity]
-    exact = {record.identity: record for record in reversed(finished)}
-    found = {trial.key: exact[trial.identity] for trial in trials if trial.identity in exact}
-    missing = {trial.identity: trial for trial in trials if trial.key not in found}
-    is_anywhere = any(trial.fingerprint == ABSENT for trial in missing.values())
+    exact = {part(record.identity): record for record in reversed(finished)}
+    found = {trial.key: exact[part(trial.identity)] for trial in trials if part(trial.identity) in exact}
+    missing: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.key not in found:
+            missing.setdefault(part(trial.identity), []).append(trial)
+    is_anywhere = any(trial.fingerprint == ABSENT for each in missing.values() for trial in each)
     for record in finished if missing else []:
         for data in (None, ABSENT) if is_anywhere else (None,):
             for weights in {None, record.weights}:
-                trial = missing.get(_completed(record.identity, data, weights))
-                if trial is not None:
+                line = _completed(record.identity, data, weights)
+                for trial in missing.get(part(line), []) if line else []:
                     found.setdefault(trial.key, record)
     return found
 

@@ -97,6 +97,11 @@ class Trial:
         """Equal identities, equal results: all settings, the data's fingerprint in the place of its paths."""
         return identity(self.settings, self.fingerprint)
 
+    @cached_property
+    def training(self) -> str:
+        """Equal trainings, equal models: trials that differ in ``evaluation`` alone are one training."""
+        return training_of(self.identity)
+
     @property
     def lacks_weights(self) -> bool:
         """Whether it starts from pre-trained weights that are not on this machine."""
@@ -139,8 +144,17 @@ def _of_one(path: Path, overrides: Sequence[str]) -> Study:
 def identity(settings: ExperimentConfig, data_fingerprint: str) -> str:
     """Return one line that is equal for equal trainings: settings with the data's content instead of its place."""
     tree: dict[str, Any] = {**placeless(settings), "fingerprint": data_fingerprint, "results": RESULTS}
+    if settings.evaluation.mask.ratio == settings.mask.ratio:  # the same as to leave it out
+        tree["evaluation"] = {**tree["evaluation"], "mask": {**tree["evaluation"]["mask"], "ratio": None}}
     if settings.encoder.weights:
         tree["encoder"] = {**tree["encoder"], "weights": weights_fingerprint(settings.encoder.weights)}
+    return json.dumps(tree, sort_keys=True, ensure_ascii=False)
+
+
+def training_of(identity_line: str) -> str:
+    """Return the part of an identity that a training depends on: all but how it is tested."""
+    tree: dict[str, Any] = json.loads(identity_line)
+    tree.pop("evaluation")
     return json.dumps(tree, sort_keys=True, ensure_ascii=False)
 
 

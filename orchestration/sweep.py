@@ -23,6 +23,7 @@ from orchestration.study import Trial
 from orchestration.trial import (
     FAILURE,
     Listener,
+    Trained,
     assign,
     quiet_environment,
     reason_of,
@@ -34,8 +35,8 @@ _OBJECT_STORE_BYTES = 200 * 2**20
 """Nothing but reports and settings passes through it."""
 
 
-def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> None:
-    """Train the trials; returns when each is finished or given up.
+def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, trained: Trained) -> None:
+    """Train (or test) the trials; returns when each is finished or given up.
 
     Raises:
         UserError: one trial asks for more than the cluster has.
@@ -49,7 +50,7 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener) -> No
     with started(launch):
         gpus = _gpus_per_worker(launch)
         concurrent = _concurrent(launch, gpus)
-        assignments = [assign(trial, launch, gpus) for trial in trials]
+        assignments = [assign(trial, launch, gpus, trained.get(trial.key)) for trial in trials]
         for assignment in assignments:  # what an earlier launch left of its own; checkpoints stay
             shutil.rmtree(ray_folder / assignment.key, ignore_errors=True)
             (Path(assignment.folder) / FAILURE).unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from mar import MANIFEST, RESULT
 from mar.errors import Failure
 from mar.settings import flatten
 from orchestration.config import LaunchConfig
@@ -37,6 +38,8 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 
 IDENTITY, KEY, KIND, STUDY = "mar.identity", "mar.key", "mar.kind", "mar.study"
 WEIGHTS = "encoder.weights"
+TRAINED_BY = "mar.trained_by"
+"""Of a trial that was tested, not trained: the key of the trial whose model it is."""
 _PARAMS_PER_BATCH = 90
 _METRICS_PER_BATCH = 900
 
@@ -57,6 +60,16 @@ class RunRecord:
     def identity(self) -> str:
         """Which training this is."""
         return self.tags.get(IDENTITY, "")
+
+    @property
+    def key(self) -> str:
+        """The trial's key: its folder's name."""
+        return self.tags.get(KEY, "")
+
+    @property
+    def has_model(self) -> bool:
+        """Whether its result has a model: it was trained, not tested again."""
+        return TRAINED_BY not in self.tags
 
     @property
     def weights(self) -> str | None:
@@ -93,6 +106,19 @@ class Store:
             RunRecord(run.info.run_id, names[run.info.experiment_id], run.info.status, run.data.metrics, run.data.tags)
             for run in runs
         ]
+
+    def result_of(self, record: RunRecord) -> Path:
+        """Return the result folder of a finished trial: where it was trained, or else fetched from the store.
+
+        Raises:
+            Failure: it is in neither place.
+        """
+        here = self.launch.trial_folder(record.key) / RESULT
+        if not (here / MANIFEST).is_file():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            with _explained(self.launch):
+                self.client.download_artifacts(record.run_id, RESULT, str(here.parent))
+        return here
 
     def experiment(self, study: str) -> str:
         """Return the id of the study's experiment; makes it if there is none."""

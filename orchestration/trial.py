@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,10 +33,16 @@ class Assignment:
     retries: int
     poll_s: float
     storage: str
+    trained: str | None = None
+    """The result folder of a training that is to be tested again; none: train."""
 
     def plain(self) -> dict[str, Any]:
         """Return it as a dictionary."""
         return asdict(self)
+
+
+Trained = Mapping[str, Path]
+"""Trials that are to be tested, not trained: key -> the result folder of their training."""
 
 
 class Listener(Protocol):
@@ -54,7 +61,7 @@ class Listener(Protocol):
         """A trial was given up."""
 
 
-def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int) -> Assignment:
+def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int, trained: Path | None = None) -> Assignment:
     """Return what a worker is told of a trial."""
     return Assignment(
         key=trial.key,
@@ -69,6 +76,7 @@ def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int) -> Assignme
         retries=launch.retries,
         poll_s=launch.poll_s,
         storage=str(launch.store.resolve() / "ray"),
+        trained=str(trained) if trained else None,
     )
 
 

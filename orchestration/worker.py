@@ -14,7 +14,7 @@ from mar.checkpoint import write_text
 from mar.errors import Failure, UserError
 from mar.parallel import default_device, share
 from mar.settings import build
-from mar.train import Execution, Report, fit
+from mar.train import Execution, Report, fit, test_again
 from orchestration.trial import FAILURE, LOG, Assignment
 
 _PREDECESSOR_S = 20.0
@@ -44,7 +44,10 @@ def train(assignment: dict[str, Any], report: Report) -> str | None:
     )
     try:
         with _alone_in(folder) if leads else nullcontext():
-            fit(build(told.settings), folder, report, execution)
+            if told.trained:
+                test_again(build(told.settings), Path(told.trained), folder, report, execution)
+            else:
+                fit(build(told.settings), folder, report, execution)
     except (UserError, Failure) as error:
         with suppress(OSError):  # on a full disk even the words do not fit
             write_text(folder / FAILURE, str(error))

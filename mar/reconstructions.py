@@ -1,0 +1,78 @@
+"""What the reconstruction branch redraws: the original video, the masked one, the rebuilt one (Fig. 6)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mar.annotations import Video
+from mar.augment import to_pixels
+from mar.config import ExperimentConfig
+from mar.dataset import EvaluationClips, collate
+from mar.encoder import patchify, unpatchify
+from mar.errors import Failure, UserError
+from mar.frame_cache import check
+from mar.masking import evaluation_mask
+from mar.model import MAR, split_places
+from mar.visualise import save
+
+_GREY = 0.5
+
+
+@torch.no_grad()
+def rebuilt(
+    settings: ExperimentConfig, model: MAR, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"]
+) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B C T H W"]]:
+    """Return the masked videos (hidden patches grey) and the rebuilt ones (hidden patches as the model draws them).
+
+    A model that draws normalised patches says nothing of their mean and deviation: the original's are taken.
+    """
+    tubelet, channels = settings.encoder.tubelet, pixels.shape[1]
+    patches, places = patchify(pixels, tubelet), split_places(hidden)[1].to(pixels.device)
+    index = places[..., None].expand(-1, -1, patches.shape[-1])
+    original = patches.gather(1, index)
+    drawn = model.reconstruct(pixels, hidden).float().unflatten(-1, (-1, channels)).transpose(-1, -2)
+    if settings.reconstruction.normalize_target:
+        values = original.unflatten(-1, (channels, -1))
+        drawn = drawn * (values.std(dim=-1, keepdim=True) + 1e-6) + values.mean(dim=-1, keepdim=True)
+    lines = (patches.scatter(1, index, part) for part in (torch.full_like(original, _GREY), drawn.flatten(-2)))
+    masked, redrawn = (unpatchify(line, settings.grid, tubelet) for line in lines)
+    return masked, redrawn.clamp(0, 1)
+
+
+def draw_reconstructions(
+    settings: ExperimentConfig, model: MAR, videos: list[Video], file: Path, num_frames: int = 8
+) -> None:
+    """Draw three lines for each video: original, masked, rebuilt.
+
+    Raises:
+        UserError: the model has no reconstruction branch, nothing is hidden, or matplotlib does not write that format.
+        Failure: a video is broken.
+    """
+    if not settings.redraws_in_testing:
+        raise UserError("no reconstruction: this model has no reconstruction branch, or nothing is hidden in testing")
+    check(settings.data, videos)
+    clips = EvaluationClips(settings, videos, 1, 1, shuffled=False)
+    batch = collate([clips[number] for number in range(len(videos))])
+    if batch.broken:
+        raise Failure(str(batch.broken[0]))
+    pixels = to_pixels(batch.clips[:, 0].to(model.mean.device))
+    was_training = model.training
+    model.eval()
+    lines = (pixels, *rebuilt(settings, model, pixels, evaluation_mask(settings).expand(len(pixels), -1, -1, -1)))
+    model.train(was_training)
+    shown = torch.linspace(0, pixels.shape[2] - 1, num_frames).long().tolist()
+    figure = Figure(figsize=(1.1 * num_frames, 3.4 * len(videos)), layout="constrained")
+    panels: Any = figure.subplots(3 * len(videos), num_frames, squeeze=False)
+    for row, panel_line in enumerate(panels):
+        video, part = divmod(row, 3)
+        for panel, frame in zip(panel_line, shown, strict=True):
+            panel.imshow(lines[part][video, :, frame].permute(1, 2, 0).cpu().numpy())
+            panel.set(xticks=[], yticks=[])
+        panel_line[0].set_ylabel(("original", "masked", "rebuilt")[part], fontsize=8)
+    save(figure, file)

@@ -8,35 +8,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from mar.errors import Failure, UserError
 from orchestration.cli_data import data_app
+from orchestration.cli_options import DEFAULT_STORE, AsJson, Output, Overrides, RecipeName, StoreFolder, TrackingUri
+from orchestration.cli_studies import figure, plan, report, run, table
 from orchestration.cli_weights import evaluate, predict, weights_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
-
-StudyName = Annotated[
-    str,
-    typer.Argument(
-        metavar="STUDY",
-        help="A study file, or the name of one that ships with mar; or a recipe, as a study of one trial.",
-    ),
-]
-RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships with mar.")
-]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[path=value …]", help="Settings, as mask.ratio=0.75.")]
-Only = Annotated[list[str] | None, typer.Option("--only", metavar="AXIS=LABEL", help="Only these trials; repeatable.")]
-StoreFolder = Annotated[Path, typer.Option("--store", envvar="MAR_STORE", help="Folder of checkpoints and tracking.")]
-TrackingUri = Annotated[str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")]
-DEFAULT_STORE = Path("mar_store")
 
 
 def main() -> NoReturn:
@@ -63,123 +47,8 @@ def _end(words: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-@app.command()
-def run(
-    study: StudyName,
-    overrides: Overrides = None,
-    only: Only = None,
-    store: StoreFolder = DEFAULT_STORE,
-    tracking_uri: TrackingUri = None,
-    backend: Annotated[
-        Literal["train", "inline"], typer.Option(help="Ray Train workers, or inside Tune's trial.")
-    ] = "train",
-    is_local: Annotated[bool, typer.Option("--local", help="One trial after the other, here, without Ray.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Data-parallel workers of a trial.")] = 1,
-    cpus_per_worker: Annotated[int, typer.Option(min=1)] = 1,
-    gpus_per_worker: Annotated[int | None, typer.Option(min=0, help="Default: one where there are any.")] = None,
-    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Default: as many trials as fit.")] = None,
-    loader_processes: Annotated[int, typer.Option(min=0, help="Decoding processes of a worker.")] = 0,
-    max_clips_per_pass: Annotated[int | None, typer.Option(min=2, help="Accumulate gradients above this.")] = None,
-    checkpoint_every_steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint inside epochs too.")] = None,
-    retries: Annotated[int, typer.Option(min=0, help="Times a failed trial goes on.")] = 1,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a private one here.")] = None,
-) -> None:
-    """Train what is missing of a study (a killed run goes on by itself), then print its table."""
-    from orchestration.config import LaunchConfig
-    from orchestration.run import run_study
-    from orchestration.study import read_study
-
-    launch = LaunchConfig(
-        store=store,
-        tracking_uri=tracking_uri,
-        backend="local" if is_local else backend,
-        address=address,
-        workers=workers,
-        cpus_per_worker=cpus_per_worker,
-        gpus_per_worker=gpus_per_worker,
-        max_concurrent_trials=max_concurrent,
-        loader_processes=loader_processes,
-        max_clips_per_pass=max_clips_per_pass,
-        checkpoint_every_steps=checkpoint_every_steps,
-        retries=retries,
-    )
-    run_study(read_study(study, overrides or [], only or []), launch)
-
-
-@app.command()
-def plan(
-    study: StudyName,
-    overrides: Overrides = None,
-    only: Only = None,
-    store: StoreFolder = DEFAULT_STORE,
-    tracking_uri: TrackingUri = None,
-    as_json: AsJson = False,
-) -> None:
-    """List a study's trials: which are there, which are new, what they cost. Trains nothing."""
-    from orchestration.plan import plan_json, plan_text, plan_trials
-    from orchestration.study import read_study
-
-    lines = plan_trials(read_study(study, overrides or [], only or []), _records(store, tracking_uri))
-    print(plan_json(lines) if as_json else plan_text(lines))
-
-
-@app.command()
-def table(
-    study: StudyName,
-    overrides: Overrides = None,
-    only: Only = None,
-    store: StoreFolder = DEFAULT_STORE,
-    tracking_uri: TrackingUri = None,
-    form: Annotated[Literal["md", "tex", "html", "csv", "json"], typer.Option("--format")] = "md",
-) -> None:
-    """Print a study's table from what MLflow remembers."""
-    from orchestration.study import read_study
-    from orchestration.tables import FORMATS, table_info
-
-    info = table_info(read_study(study, overrides or [], only or []), _records(store, tracking_uri))
-    print(FORMATS[form](info), end="")
-
-
-@app.command()
-def figure(
-    study: StudyName,
-    overrides: Overrides = None,
-    only: Only = None,
-    store: StoreFolder = DEFAULT_STORE,
-    tracking_uri: TrackingUri = None,
-    output: Output = None,
-) -> None:
-    """Draw a study's figure from what MLflow remembers (png, pdf or svg)."""
-    from orchestration.figures import draw, figure_info
-    from orchestration.study import read_study
-
-    read = read_study(study, overrides or [], only or [])
-    file = output or Path(f"{read.name}.png")
-    draw(figure_info(read, _records(store, tracking_uri)), file)
-    print(file)
-
-
-@app.command()
-def report(
-    study: StudyName,
-    overrides: Overrides = None,
-    store: StoreFolder = DEFAULT_STORE,
-    tracking_uri: TrackingUri = None,
-    output: Output = None,
-) -> None:
-    """Write a study's table in every format, its figure and a page about them."""
-    from orchestration.config import LaunchConfig
-    from orchestration.report import write_report
-    from orchestration.study import read_study
-
-    read = read_study(study, overrides or [])
-    folder = output or LaunchConfig(store=store).report_folder(read.name)
-    write_report(read, _records(store, tracking_uri), folder)
-    print(folder)
-
-
-app.command()(evaluate)
-app.command()(predict)
+for verb in (run, plan, table, figure, report, evaluate, predict):
+    app.command()(verb)
 
 
 @app.command()
@@ -318,13 +187,3 @@ def doctor(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None,
             print(f"{'ok  ' if finding.works else 'FAIL'}  {finding.name:<15} {finding.words}")
     if not all(finding.works for finding in findings):
         sys.exit(1)
-
-
-def _records(store: Path, tracking_uri: str | None) -> list[Any]:
-    """Return what MLflow remembers; nothing while there is no embedded store yet."""
-    if tracking_uri is None and not (store / "mlflow.db").is_file():
-        return []
-    from orchestration.config import LaunchConfig
-    from orchestration.tracking import Store
-
-    return list(Store(LaunchConfig(store=store, tracking_uri=tracking_uri)).trials())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pandas as pd
 
 from mar.errors import UserError
 from orchestration.quantities import QUANTITIES
-from orchestration.results import Record, rows
+from orchestration.results import AnyRecord, Record, Row, axis_parts, match, rows
 from orchestration.study import Study
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -29,6 +29,8 @@ class Series:
     y: Sequence[float]
     error: Sequence[float]
     """Half widths of 95 % intervals; 0 with one seed."""
+    is_papers: bool = False
+    """Whether these are what the paper printed."""
 
 
 @dataclass(frozen=True)
@@ -60,30 +62,98 @@ class FigureInfo:
 
 def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
     """Return the study's figure as it stands in MLflow."""
-    layout, all_rows = study.file.figure, rows(study, records)
+    layout, all_rows = study.file.figure, [row for row in rows(study, records) if not row.is_quoted]
+    part = axis_parts(study).index(layout.group) if layout.group else None
+    groups = list(dict.fromkeys(row.labels[part] for row in all_rows)) if part is not None else [None]
     series: list[Series] = []
     for name in layout.y:
-        there = [(place, row) for place, row in enumerate(all_rows) if row.cells[name].mean is not None]
-        series.append(
-            Series(
-                QUANTITIES[name].title,
-                [row.label for _, row in there],
-                [(row.cells[layout.x].mean or 0.0) if layout.x else float(place) for place, row in there],
-                [row.cells[name].mean or 0.0 for _, row in there],
-                [row.cells[name].half_width or 0.0 for _, row in there],
-            )
-        )
+        for group in groups:
+            places = [(place, row) for place, row in enumerate(all_rows) if part is None or row.labels[part] == group]
+            title = QUANTITIES[name].title if group is None else group
+            series.append(_series(title, places, name, layout.x))
+            series += [_papers(f"{title}, paper", places, name, layout.x)] if layout.x else []
+    series = [each for each in series if each.y or not each.is_papers]
     return FigureInfo(
         title=study.file.title,
         kind=layout.kind,
         x_title=QUANTITIES[layout.x].title if layout.x else ", ".join(study.file.axes),
-        y_title=series[0].name if len(series) == 1 else "Top-1 (%)" if "top1" in layout.y else "",
+        y_title=QUANTITIES[layout.y[0]].title if len(layout.y) == 1 else "Top-1 (%)" if "top1" in layout.y else "",
         series=series,
         chance=100 / study.trials[0].settings.data.num_classes if layout.chance else None,
         rows=[row.label for row in all_rows],
         missing=[row.label for row in all_rows if not row.finished],
         partial=[row.label for row in all_rows if 0 < row.finished < row.seeds],
     )
+
+
+def _series(title: str, places: Sequence[tuple[int, Row]], name: str, x: str | None) -> Series:
+    there = [(place, row) for place, row in places if row.cells[name].mean is not None]
+    there = [(place, row) for place, row in there if x is None or row.cells[x].mean is not None]
+    return Series(
+        title,
+        [row.label for _, row in there],
+        [(row.cells[x].mean or 0.0) if x else float(place) for place, row in there],
+        [row.cells[name].mean or 0.0 for _, row in there],
+        [row.cells[name].half_width or 0.0 for _, row in there],
+    )
+
+
+def _papers(title: str, places: Sequence[tuple[int, Row]], name: str, x: str) -> Series:
+    """Return the paper's points; what it costs is computed, so ours stands where the paper prints none."""
+    points: list[tuple[str, float, float]] = []
+    for _, row in places:
+        is_cost = QUANTITIES[x].source.startswith("cost.")
+        across = row.cells[x].paper if row.cells[x].paper is not None else row.cells[x].mean if is_cost else None
+        up = row.cells[name].paper
+        if across is not None and up is not None:
+            points.append((row.label, across, up))
+    columns = [[point[column] for point in points] for column in range(3)]
+    labels, xs, ys = columns
+    return Series(
+        title,
+        [str(label) for label in labels],
+        [float(v) for v in xs],
+        [float(v) for v in ys],
+        [0.0] * len(points),
+        is_papers=True,
+    )
+
+
+def draw_figure(study: Study, records: Sequence[AnyRecord], file: Path, result_of: Callable[[AnyRecord], Path]) -> None:
+    """Draw a study's figure, of whatever kind; ``result_of`` finds a run's result folder.
+
+    Raises:
+        UserError: matplotlib does not write that format, or a model's reconstructions are not there yet.
+    """
+    kind = study.file.figure.kind
+    if kind == "masks":
+        from mar.visualise import draw_masks, example_masks
+
+        drawn = {trial.row: example_masks(trial.settings, 1)["training, clip 1"] for trial in study.trials}
+        draw_masks(drawn, study.file.title, file)
+    elif kind == "reconstructions":
+        found = match(study.trials, records)
+        pictures = [result_of(run) / "reconstructions.png" for run in found.values()]
+        picture = next((each for each in pictures if each.is_file()), None)
+        if picture is None:
+            raise UserError(f"{study.name}: no reconstruction yet: mar run {study.name}")
+        _copy_picture(picture, file)
+    else:
+        draw(figure_info(study, records), file)
+
+
+def _copy_picture(picture: Path, file: Path) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    from mar.visualise import save
+
+    pixels: Any = imread(picture)
+    figure = Figure(figsize=(pixels.shape[1] / 160, pixels.shape[0] / 160))
+    axes: Any = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(pixels)
+    axes.axis("off")
+    save(figure, file)
 
 
 def draw(info: FigureInfo, file: Path) -> None:
@@ -96,8 +166,9 @@ def draw(info: FigureInfo, file: Path) -> None:
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes: Any = figure.subplots()
+    names = list(dict.fromkeys(series.name.removesuffix(", paper") for series in info.series))
     for place, series in enumerate(info.series):
-        colour = _COLOURS[place % len(_COLOURS)]
+        colour = _COLOURS[names.index(series.name.removesuffix(", paper")) % len(_COLOURS)]
         if info.kind == "bars":
             _bars(axes, info, series, place, colour)
         else:
@@ -119,6 +190,9 @@ def draw(info: FigureInfo, file: Path) -> None:
 
 
 def _points(axes: Any, series: Series, colour: str) -> None:
+    if series.is_papers:
+        axes.plot(series.x, series.y, "o", color=colour, markerfacecolor="none", label=series.name)
+        return
     axes.errorbar(series.x, series.y, yerr=series.error, fmt="o", color=colour, label=series.name, capsize=3)
     for label, x, y in zip(series.labels, series.x, series.y, strict=True):
         axes.annotate(label, (x, y), textcoords="offset points", xytext=_ABOVE, ha="center", fontsize=8)

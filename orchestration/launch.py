@@ -171,6 +171,8 @@ class Launch:
 
 def missing_trials(study: Study, store: Store) -> list[Trial]:
     """Return the trials that no finished run of any study has, each training once, in order."""
+    if not study.trains:
+        return []
     found = match(study.trials, store.trials())
     return list({trial.key: trial for trial in study.trials if trial.key not in found}.values())
 

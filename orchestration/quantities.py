@@ -11,9 +11,12 @@ class Quantity:
 
     title: str
     source: str
-    """A metric's name, or ``cost.`` and a field of ``mar.cost.Cost``."""
+    """A metric's name; or ``cost.`` and a field of ``mar.cost.Cost``, or ``views``."""
     digits: int = 2
     higher_is_better: bool | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+    """Printed is scale × source + offset."""
 
 
 QUANTITIES = {
@@ -26,5 +29,9 @@ QUANTITIES = {
     "reconstruction_loss": Quantity("L_r", "train/reconstruction_loss", digits=4, higher_is_better=False),
     "test_reconstruction_loss": Quantity("L_r, test", "test/reconstruction_loss", digits=4, higher_is_better=False),
     "clips_per_s": Quantity("Clips/s", "throughput/clips_per_s", digits=1, higher_is_better=True),
+    "error": Quantity("Error (%)", "test/top1", higher_is_better=False, scale=-1.0, offset=100.0),
+    "views": Quantity("Crops × clips", "views", digits=0),
+    "memory_gib": Quantity("GPU Mem. (GiB)", "memory/batch_of_1_gib", higher_is_better=False),
+    "time_h": Quantity("Training time (h)", "time/elapsed_s", higher_is_better=False, scale=1 / 3600),
     "time_s": Quantity("Training time (s)", "time/elapsed_s", digits=0, higher_is_better=False),
 }

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from mar.errors import UserError
 from mar.settings import flatten
-from orchestration.figures import draw, figure_info
-from orchestration.results import Record, Row, rows
+from orchestration.figures import draw_figure, figure_info
+from orchestration.results import AnyRecord, Record, Row, rows
 from orchestration.study import Study
 from orchestration.tables import FORMATS, TableInfo, table_info
 
 
-def write_report(study: Study, records: Sequence[Record], folder: Path) -> None:
+def write_report(
+    study: Study, records: Sequence[AnyRecord], folder: Path, result_of: Callable[[AnyRecord], Path]
+) -> None:
     """Write ``table.*``, ``figure.png``, ``figure.pdf``, ``figure.csv``, ``report.md`` and ``report.html``.
 
     Whatever else is in the folder stays.
@@ -23,7 +27,8 @@ def write_report(study: Study, records: Sequence[Record], folder: Path) -> None:
     for ending, render in FORMATS.items():
         (folder / f"table.{ending}").write_text(render(table), encoding="utf-8")
     for ending in ("png", "pdf"):
-        draw(figure, folder / f"figure.{ending}")
+        with suppress(UserError):  # no reconstruction yet
+            draw_figure(study, records, folder / f"figure.{ending}", result_of)
     figure.frame().to_csv(folder / "figure.csv", index=False)
     (folder / "report.md").write_text(_markdown(study, table), encoding="utf-8")
     (folder / "report.html").write_text(_html(study, table), encoding="utf-8")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 from mar.cost import Cost, cost
 from orchestration.quantities import QUANTITIES
 from orchestration.study import ABSENT, Study, Trial, completed, training_of
+from orchestration.study_file import BETWEEN_LABELS, label_parts
 
 CONFIDENCE = 0.95
 
@@ -54,8 +55,8 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 class Cell:
     """One quantity of one row."""
 
-    status: Literal["complete", "partial", "missing"]
-    """Of its seeds, all, some or none are there."""
+    status: Literal["complete", "partial", "missing", "quoted"]
+    """Of its seeds, all, some or none are there; ``quoted``: there is only what the paper says of another method."""
     values: tuple[float, ...] = ()
     """By seed."""
     paper: float | None = None
@@ -89,11 +90,15 @@ class Row:
     finished: int
     notes: tuple[str, ...] = ()
     """What a reader must know of its numbers."""
+    about: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Column of words -> what stands there."""
+    is_quoted: bool = False
+    """Whether it is another method's, quoted by the paper and never run here."""
 
     @property
     def label(self) -> str:
         """The labels of all axes, joined."""
-        return " / ".join(self.labels)
+        return BETWEEN_LABELS.join(part for part in self.labels if part)
 
 
 def match(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
@@ -145,16 +150,41 @@ def rows(study: Study, records: Sequence[Record]) -> list[Row]:
     grouped: dict[tuple[str, ...], list[Trial]] = {}
     for trial in study.trials:
         grouped.setdefault(tuple(trial.labels.values()), []).append(trial)
-    return [
+    about = study.file.about
+    ours = [
         Row(
-            labels,
+            tuple(part for each in zip(study.file.axes, labels, strict=True) for part in label_parts(*each)),
             {name: _cell(study, name, trials, found) for name in wanted},
             len(trials),
             sum(trial.key in found for trial in trials),
             _notes(trials, found),
+            about.get(trials[0].row, {}),
         )
         for labels, trials in grouped.items()
     ]
+    quoted = [
+        Row(
+            _padded(label.split(BETWEEN_LABELS), len(axis_parts(study))),
+            {name: Cell("quoted", (), values.get(name)) for name in wanted},
+            0,
+            0,
+            (),
+            about.get(label, {}),
+            is_quoted=True,
+        )
+        for label, values in study.file.quoted.items()
+    ]
+    order = {label: place for place, label in enumerate(study.file.table.order)}
+    return sorted([*quoted, *ours], key=lambda row: order.get(row.label, len(order)))
+
+
+def _padded(parts: list[str], length: int) -> tuple[str, ...]:
+    return (*parts, *[""] * (length - len(parts)))[:length]
+
+
+def axis_parts(study: Study) -> list[str]:
+    """Return the names of the label columns: an axis may have several."""
+    return [part for axis in study.file.axes for part in label_parts(axis, axis)]
 
 
 def _notes(trials: Sequence[Trial], found: Mapping[str, Record]) -> tuple[str, ...]:
@@ -170,11 +200,15 @@ def _notes(trials: Sequence[Trial], found: Mapping[str, Record]) -> tuple[str, .
 
 def _cell(study: Study, name: str, trials: Sequence[Trial], found: Mapping[str, Record]) -> Cell:
     paper = study.file.paper.get(name, {}).get(trials[0].row)
-    source = QUANTITIES[name].source
+    quantity = QUANTITIES[name]
+    source = quantity.source
+    if source == "views":
+        views = trials[0].settings.evaluation
+        return Cell("complete", (float(views.crops * views.clips),), paper)
     if source.startswith("cost."):
         return Cell("complete", (cost_figure(cost(trials[0].settings), source),), paper)
     runs = [found[trial.key] for trial in trials if trial.key in found]
-    values = tuple(run.metrics[source] for run in runs if source in run.metrics)
+    values = tuple(quantity.scale * run.metrics[source] + quantity.offset for run in runs if source in run.metrics)
     if len(values) == len(trials):
         return Cell("complete", values, paper)
     return Cell("partial" if values else "missing", values, paper)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 from rich.console import Console
 
 from mar.errors import Failure
@@ -41,7 +45,7 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
                 launched.settle()
             folder = launch.report_folder(study.name)
             records = store.trials()
-            write_report(study, records, folder)
+            write_report(study, records, folder, store.result_of)
             launched.keep(folder, records)
     print(f"\n{to_markdown(table_info(study, records))}")
     print("\n".join([*findings(study, records), ""]))
@@ -55,3 +59,37 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
         )
     if launched.unfinished:
         raise Failure(f"stopped with {len(launched.unfinished)} trials unfinished; run the same command to go on")
+
+
+def run_studies(studies: Sequence[Study], launch: LaunchConfig) -> None:
+    """Run studies one after the other in one Ray; what one of them trained, the next ones find.
+
+    Raises:
+        Failure: a study has trials that failed; the others were run.
+    """
+    before, began = {record.run_id for record in Store(launch).trials()}, time.monotonic()
+    wrong: list[str] = []
+    with _one_backend(launch):
+        for study in studies:
+            try:
+                run_study(study, launch)
+            except Failure as error:
+                wrong.append(f"{study.name}: {error}")
+                print(f"mar: {wrong[-1]}")
+    new = [record for record in Store(launch).trials() if record.run_id not in before and record.status == "FINISHED"]
+    trained, rows = sum(record.has_model for record in new), sum(len(study.trials) for study in studies if study.trains)
+    minutes = (time.monotonic() - began) / 60
+    print(
+        f"{len(studies)} studies, {rows} rows: {trained} trained and {len(new) - trained} tested in {minutes:.1f} min, "
+        f"{rows - len(new)} were there or shared"
+    )
+    if wrong:
+        raise Failure(f"{len(wrong)} of {len(studies)} studies are not whole: {'; '.join(wrong)}")
+
+
+def _one_backend(launch: LaunchConfig) -> AbstractContextManager[None]:
+    if launch.backend == "local":
+        return nullcontext()
+    from orchestration import sweep
+
+    return sweep.started(launch)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import ValidationError
 
 from mar import RESULTS
 from mar.annotations import fingerprint
@@ -22,54 +23,12 @@ from mar.settings import SettingError, build, merge, placeless
 from mar.sources import ABSENT as WEIGHTS_ABSENT
 from mar.sources import fetch, is_path
 from mar.sources import fingerprint as weights_fingerprint
-from orchestration.files import Document, Recipe, find
+from orchestration.files import Document, Recipe, find, packaged
 from orchestration.quantities import QUANTITIES
+from orchestration.study_file import BETWEEN_LABELS, FigureLayout, StudyFile, TableLayout, label_parts
 
 ABSENT = "absent"
 """The fingerprint while the data is not there."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class TableLayout(_Part):
-    """Which table a study prints."""
-
-    columns: tuple[str, ...] = ("top1", "top5", "gflops")
-    """By their short names (``quantities.QUANTITIES``)."""
-
-
-class FigureLayout(_Part):
-    """Which figure a study draws."""
-
-    kind: Literal["points", "bars"] = "bars"
-    """``points``: one quantity against another. ``bars``: quantities side by side for each row."""
-    x: str | None = None
-    """Quantity on the horizontal axis, for ``points``."""
-    y: tuple[str, ...] = ("top1",)
-    """Quantities on the vertical axis."""
-    chance: bool = False
-    """Draw the line of guessing, 100 / classes, percent."""
-
-
-class StudyFile(_Part):
-    """What a study file may say."""
-
-    title: str
-    """Printed above the table."""
-    recipe: str
-    """File of the settings that all trials share."""
-    seeds: tuple[NonNegativeInt, ...] = (0,)
-    """Each setting is trained once with each."""
-    fixed: dict[str, Any] = {}
-    """Settings that differ from the recipe in all trials."""
-    axes: dict[str, dict[str, dict[str, Any]]]
-    """Axis -> printed label -> the settings that move together."""
-    paper: dict[str, dict[str, float]] = {}
-    """Quantity -> label (labels of several axes joined by " / ") -> what the paper printed."""
-    table: TableLayout = TableLayout()
-    figure: FigureLayout = FigureLayout()
 
 
 @dataclass(frozen=True)
@@ -85,7 +44,7 @@ class Trial:
     @property
     def row(self) -> str:
         """The labels of all axes, joined."""
-        return " / ".join(self.labels.values())
+        return BETWEEN_LABELS.join(self.labels.values())
 
     @property
     def name(self) -> str:
@@ -122,6 +81,11 @@ class Study:
     """The file's name without its ending: the experiment's name in MLflow."""
     file: StudyFile
     trials: Sequence[Trial]
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train: pictures of masks need no model."""
+        return self.file.figure.kind != "masks"
 
 
 def _of_one(path: Path, overrides: Sequence[str]) -> Study:
@@ -176,7 +140,8 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     """Read a study file and list its trials in the order of the file: last axis fastest, then seeds.
 
     ``overrides`` are ``path=value`` from the command line, the last word on every setting; ``recipe=FILE``
-    puts another recipe under the study. ``only`` keeps the trials with the given ``axis=label``. A recipe's file is
+    puts another recipe under the study (a folder's name, as ``recipe=released``: that folder's of the same names), and
+    ``axes.AXIS.LABEL.path=value`` changes one label's own settings. ``only`` keeps the trials with the given ``axis=label``. A recipe's file is
     read as a study of one trial.
 
     Raises:
@@ -185,29 +150,40 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     document = Document(find(name, "study"))
     if "axes" not in document.content and "title" not in document.content:
         return _of_one(document.path, overrides)
-    file = _checked(document)
     changes = parse_overrides(overrides)
+    file = _with_changed_axes(_checked(document), changes)
     another = changes.pop("recipe") if isinstance(changes.get("recipe"), str) else None
-    recipe_name = another or _beside(document, file.recipe)
-    recipe = Recipe(find(recipe_name, "recipe"))
+    family = another if another and (packaged("search_spaces") / "recipes" / another).is_dir() else None
+    another = None if family else another
+    recipes: dict[str, Recipe] = {}
     seeds = (changes.pop("seed"),) if "seed" in changes else file.seeds
     fingerprints: dict[str, str] = {}
     trials: list[Trial] = []
     for labels in itertools.product(*(axis.items() for axis in file.axes.values())):
+        own = [(label, {path: value for path, value in tree.items() if path != "recipe"}) for label, tree in labels]
+        name = another or next((tree["recipe"] for _, tree in labels if "recipe" in tree), file.recipe)
+        name = _in_family(name, family) if family else name
+        recipe = recipes.get(name) or Recipe(find(name if another else _beside(document, name), "recipe"))
+        recipes[name] = recipe
         tree = _override(recipe.content, file.fixed, document, ("fixed",))
-        for axis, (label, settings) in zip(file.axes, labels, strict=True):
+        for axis, (label, settings) in zip(file.axes, own, strict=True):
             tree = _override(tree, settings, document, ("axes", axis, label))
         for seed in seeds:
-            settings = _build(merge(tree, {**changes, "seed": seed}), recipe, document, labels, file, changes)
-            named = [label for label, _ in labels]
-            trials.append(
-                Trial(dict(zip(file.axes, named, strict=True)), settings, _fingerprint(settings, fingerprints))
-            )
+            settings = _build(merge(tree, {**changes, "seed": seed}), recipe, document, own, file, changes)
+            named = dict(zip(file.axes, (label for label, _ in own), strict=True))
+            trials.append(Trial(named, settings, _fingerprint(settings, fingerprints)))
     study = Study(document.path.stem, file, trials)
     if not trials:
         raise UserError(f"{document.path}: no trial in it; every axis needs a label, and seeds a seed")
     _check_quantities(study, document)
     return Study(study.name, file, _select(trials, file, only))
+
+
+def paper_studies() -> list[str]:
+    """Return the files of the paper's tables and figures that ship with mar, in the paper's order."""
+    files = [file for kind in ("table", "figure") for file in packaged("search_spaces").glob(f"{kind}*.yaml")]
+    order = {str(file): re.findall(r"^([a-z]+)(\d+)([a-z]?)", file.stem)[0] for file in files}
+    return sorted(order, key=lambda file: (order[file][0] == "figure", int(order[file][1]), order[file][2]))
 
 
 def read_recipe(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -253,6 +229,24 @@ def _checked(document: Document) -> StudyFile:
     if any("seed" in tree for tree in settings):
         raise UserError(f"{document.path}: the seed is set by 'seeds: [0, 1, …]', not as a setting")
     return file
+
+
+def _in_family(recipe: str, family: str) -> str:
+    """Return the recipe of the same name in another folder (``recipe=released`` for ``recipes/paper``), or itself."""
+    near = packaged("search_spaces") / "recipes" / family / Path(recipe).name
+    return str(near) if near.is_file() else recipe
+
+
+def _with_changed_axes(file: StudyFile, changes: dict[str, Any]) -> StudyFile:
+    """Take ``axes.AXIS.LABEL.path`` out of the command line's changes: they are one label's own settings."""
+    axes = {axis: dict(labels) for axis, labels in file.axes.items()}
+    for path in [path for path in changes if path.startswith("axes.")]:
+        places = [(axis, label) for axis in axes for label in axes[axis] if path.startswith(f"axes.{axis}.{label}.")]
+        if not places:
+            raise UserError(f"{path}: the study has no such axis and label ({', '.join(axes)})")
+        axis, label = max(places, key=lambda place: len(place[1]))
+        axes[axis][label] = {**axes[axis][label], path.removeprefix(f"axes.{axis}.{label}."): changes.pop(path)}
+    return file.model_copy(update={"axes": axes})
 
 
 def _beside(document: Document, recipe: str) -> str:
@@ -310,24 +304,45 @@ def _fingerprint(settings: ExperimentConfig, known: dict[str, str]) -> str:
 
 
 def _check_quantities(study: Study, document: Document) -> None:
-    """Every quantity must be known, and every label of the paper's numbers must be a trial's."""
-    table, figure, paper = study.file.table, study.file.figure, study.file.paper
+    """Every quantity must be known, and every label that stands for a row must be one's."""
+    file, rows = study.file, sorted({trial.row for trial in study.trials})
+    table, figure = file.table, file.figure
     named = [("table", name) for name in table.columns] + [("figure", name) for name in figure.y]
     named += [("figure", figure.x)] if figure.x else []
-    for part, name in [*named, *(("paper", name) for name in paper)]:
+    named += [("paper", name) for name in file.paper]
+    named += [("quoted", name) for row in file.quoted.values() for name in row]
+    for part, name in named:
         if name not in QUANTITIES:
-            raise UserError(
-                f"{document.place(part)}: {part}: no quantity {name!r} (there are: {', '.join(QUANTITIES)})"
-            )
+            known = ", ".join(QUANTITIES)
+            raise UserError(f"{document.place(part)}: {part}: no quantity {name!r} (there are: {known})")
     if figure.kind == "points" and figure.x is None:
         raise UserError(f"{document.place('figure')}: figure: kind 'points' needs x")
-    rows = sorted({trial.row for trial in study.trials})
-    for quantity, values in paper.items():
-        for label in values:
-            if label not in rows:
-                where = document.place("paper", quantity, label)
-                known = ", ".join(rows)
-                raise UserError(f"{where}: paper.{quantity}: no trial is labelled {label!r} (there are: {known})")
+    places = [(("paper", name, row), row, rows) for name, values in file.paper.items() for row in values]
+    all_rows = [*rows, *file.quoted]
+    places += [(("about", row), row, all_rows) for row in file.about]
+    places += [(("table", "order"), row, all_rows) for row in table.order]
+    places += [(("table", "reference"), row, rows) for row in [table.reference] if row is not None]
+    places += [(("claims", words), row, rows) for words, pairs in file.claims.items() for row in _sides(words, pairs)]
+    for place, row, known in places:
+        if row not in known:
+            words = f"{'.'.join(place[:2])}: no trial is labelled {row!r} (there are: {', '.join(known)})"
+            raise UserError(f"{document.place(*place)}: {words}")
+    axes = {"table.across": table.across, **{f"table.delta.{axis}": axis for axis in table.delta}}
+    for place, axis in axes.items():
+        if axis is not None and axis not in file.axes:
+            raise UserError(f"{document.place('table')}: {place}: no axis {axis!r} (there are: {', '.join(file.axes)})")
+    for axis, labels in file.axes.items():
+        for label in labels:
+            if len(label_parts(axis, label)) != len(label_parts(axis, axis)):
+                raise UserError(f"{document.place('axes', axis, label)}: {label!r} must have the parts of {axis!r}")
+
+
+def _sides(words: str, pairs: Sequence[str]) -> list[str]:
+    """Return the rows that a claim compares."""
+    sides = [pair.split(" > ") for pair in pairs]
+    if any(len(pair) != 2 for pair in sides):
+        raise UserError(f"claims: {words}: expected 'better row > worse row'")
+    return [row for pair in sides for row in pair]
 
 
 def _select(trials: list[Trial], file: StudyFile, only: Sequence[str]) -> list[Trial]:

@@ -43,7 +43,6 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, train
     """
     if launch.backend == "inline" and launch.workers > 1:
         raise UserError("--backend inline trains with one worker; leave it out to use --workers")
-    os.environ.update(quiet_environment(launch))
     from ray import tune
 
     ray_folder = launch.store.resolve() / "ray"
@@ -84,6 +83,7 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, train
 @contextmanager
 def started(launch: LaunchConfig) -> Generator[None]:
     """Have Ray: the one that this process is in already, or else one that is started here and left afterwards."""
+    os.environ.update(quiet_environment(launch))
     import ray
 
     if ray.is_initialized():

@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 
 from orchestration.quantities import QUANTITIES
-from orchestration.results import Cell, Record, Row, rows
+from orchestration.results import Cell, Record, Row, axis_parts, rows
 from orchestration.study import Study
 
 MISSING = "–"
+_QUOTED = "†"
 
 
 @dataclass(frozen=True)
@@ -23,23 +24,34 @@ class TableInfo:
 
     title: str
     axes: Sequence[str]
+    """Names of the label columns."""
     columns: Sequence[str]
     """Quantities, by short name."""
     rows: Sequence[Row]
+    across: int | None = None
+    """The place, among the axes, of the one whose labels stand side by side."""
+    delta: tuple[int, str] | None = None
+    """An axis' place and the label of it that each row's gain in top-1 is over."""
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know: how many trials are missing, which videos were not counted."""
+        """What a reader must know: how many trials are missing, which videos were not counted, what is quoted."""
         finished, wanted = sum(row.finished for row in self.rows), sum(row.seeds for row in self.rows)
         missing = (
             [] if finished == wanted else [f"{finished} of {wanted} trials are finished; {MISSING}: not there yet."]
         )
-        return missing + [note for row in self.rows for note in row.notes]
+        quoted = (
+            [f"{_QUOTED}: as the paper quotes it; not run here."] if any(row.is_quoted for row in self.rows) else []
+        )
+        return missing + quoted + [note for row in self.rows for note in row.notes]
 
 
 def table_info(study: Study, records: Sequence[Record]) -> TableInfo:
     """Return the study's table as it stands in MLflow."""
-    return TableInfo(study.file.title, list(study.file.axes), study.file.table.columns, rows(study, records))
+    layout, axes = study.file.table, axis_parts(study)
+    across = axes.index(layout.across) if layout.across else None
+    delta = next(((axes.index(axis), label) for axis, label in layout.delta.items()), None)
+    return TableInfo(study.file.title, axes, layout.columns, rows(study, records), across, delta)
 
 
 def to_markdown(info: TableInfo) -> str:
@@ -50,9 +62,10 @@ def to_markdown(info: TableInfo) -> str:
 
 
 def to_latex(info: TableInfo) -> str:
-    r"""Return a LaTeX ``table`` with booktabs rules; needs ``\\usepackage{booktabs}``."""
+    r"""Return a LaTeX ``table`` with booktabs rules; needs ``\\usepackage{booktabs,amssymb}``."""
     frame = _frame(info, best="\\textbf{{{}}}".format, plain=latex_escaped)
-    columns = "l" * len(info.axes) + "r" * (frame.shape[1] - len(info.axes))
+    words = len(info.axes) - (info.across is not None) + len({name for row in info.rows for name in row.about})
+    columns = "l" * words + "r" * (frame.shape[1] - words)
     body: str = frame.to_latex(index=False, escape=False, column_format=columns)
     caption = latex_escaped(" ".join([info.title, *info.notes]))
     return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\\end{{table}}\n"
@@ -98,6 +111,11 @@ def latex_escaped(text: str) -> str:
         "ρ": "$\\rho$",
         "Δ": "$\\Delta$",
         "–": "--",
+        "−": "$-$",
+        "†": "$\\dagger$",
+        "²": "$^2$",
+        "✓": "\\checkmark{}",
+        "✗": "$\\times$",
     }
     return text.translate(str.maketrans(specials))
 
@@ -113,33 +131,84 @@ def cell_text(cell: Cell, digits: int, seeds: int) -> str:
 
 
 def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], str]) -> pd.DataFrame:
-    columns: dict[str, list[str]] = {
-        plain(axis): [plain(row.labels[place]) for row in info.rows] for place, axis in enumerate(info.axes)
-    }
+    """Return the table as text: labels, words, and of each quantity ours, the paper's and the difference."""
+    lines, heads = _lines(info)
+    firsts = [next(row for row in line if row is not None) for line in lines]
+    columns: dict[str, list[str]] = {}
+    for place, axis in enumerate(info.axes):
+        if place != info.across:
+            marks = [row.labels[place] + f" {_QUOTED}" * (row.is_quoted and place == 0) for row in firsts]
+            columns[plain(axis)] = [plain(mark) for mark in marks]
+    for name in dict.fromkeys(name for row in info.rows for name in row.about):
+        columns[plain(name)] = [plain(row.about.get(name, "")) for row in firsts]
     for name in info.columns:
-        quantity = QUANTITIES[name]
-        leader = _leader(info, name)
-        texts: list[str] = []
-        for row in info.rows:
-            text = plain(cell_text(row.cells[name], quantity.digits, row.seeds))
-            texts.append(best(text) if row is leader else text)
-        columns[plain(quantity.title)] = texts
-        printed = [row.cells[name].paper for row in info.rows]
-        if any(value is not None for value in printed):
-            columns[plain(f"{quantity.title}, paper")] = [
-                plain(MISSING) if value is None else f"{value:g}" for value in printed
-            ]
+        quantity, leader = QUANTITIES[name], _leader(info, name)
+        for place, head in enumerate(heads):
+            rows_of = [line[place] for line in lines]
+            title = quantity.title if not head else head if len(info.columns) == 1 else f"{quantity.title}, {head}"
+            columns[plain(title)] = [_text(row, name, leader, best, plain) for row in rows_of]
+            columns |= {
+                plain(f"{title}{key}"): [plain(text) for text in texts] for key, texts in _beside(rows_of, name)
+            }
+        if name == "top1" and info.delta:
+            columns[plain("Δ")] = [plain(_gain(info, row, lambda cell: cell.mean)) for row in firsts]
+            columns[plain("Δ, paper")] = [plain(_gain(info, row, lambda cell: cell.paper)) for row in firsts]
     return pd.DataFrame(columns)
+
+
+def _lines(info: TableInfo) -> tuple[list[list[Row | None]], list[str]]:
+    """Return the rows of each printed line, and the label above each of its columns (none: one column)."""
+    across = info.across
+    if across is None:
+        return [[row] for row in info.rows], [""]
+    heads = list(dict.fromkeys(row.labels[across] for row in info.rows))
+    lines: dict[tuple[str, ...], list[Row | None]] = {}
+    for row in info.rows:
+        rest = (*row.labels[:across], *row.labels[across + 1 :])
+        lines.setdefault(rest, [None] * len(heads))[heads.index(row.labels[across])] = row
+    return list(lines.values()), heads
+
+
+def _text(
+    row: Row | None, name: str, leader: Row | None, best: Callable[[str], str], plain: Callable[[str], str]
+) -> str:
+    if row is None or row.is_quoted:
+        return ""
+    text = plain(cell_text(row.cells[name], QUANTITIES[name].digits, row.seeds))
+    return best(text) if row is leader else text
+
+
+def _beside(rows_of: Sequence[Row | None], name: str) -> list[tuple[str, list[str]]]:
+    """Return the paper's numbers and, where accuracy is compared, ours less the paper's."""
+    cells = [row.cells[name] if row else None for row in rows_of]
+    if not any(cell and cell.paper is not None for cell in cells):
+        return []
+    printed = [MISSING if cell is None or cell.paper is None else f"{cell.paper:g}" for cell in cells]
+    there = [(cell.mean, cell.paper) if cell else (None, None) for cell in cells]
+    gaps = [MISSING if ours is None or paper is None else f"{ours - paper:+.2f}" for ours, paper in there]
+    is_accuracy = name in ("top1", "top5") and any(gap != MISSING for gap in gaps)
+    return [(", paper", printed), *([(", ours − paper", gaps)] if is_accuracy else [])]
+
+
+def _gain(info: TableInfo, row: Row, value: Callable[[Cell], float | None]) -> str:
+    """Return what a row has in top-1 above the row that differs from it in one label."""
+    assert info.delta
+    place, label = info.delta
+    reference = (*row.labels[:place], label, *row.labels[place + 1 :])
+    base = next((other for other in info.rows if tuple(other.labels) == reference), None)
+    ours, theirs = value(row.cells["top1"]), value(base.cells["top1"]) if base else None
+    return MISSING if base is row or ours is None or theirs is None else f"{ours - theirs:+.2f}"
 
 
 def _leader(info: TableInfo, name: str) -> Row | None:
     """Return the row with the best value, if all are there, better means something and it stands alone."""
     direction = QUANTITIES[name].higher_is_better
-    means = [row.cells[name].mean for row in info.rows]
+    ours = [row for row in info.rows if not row.is_quoted]
+    means = [row.cells[name].mean for row in ours]
     if direction is None or len(means) < 2 or None in means:
         return None
     best = (max if direction else min)(mean for mean in means if mean is not None)
-    return info.rows[means.index(best)] if means.count(best) == 1 else None
+    return ours[means.index(best)] if means.count(best) == 1 else None
 
 
 def _plain_rows(info: TableInfo) -> list[dict[str, Any]]:

@@ -40,6 +40,11 @@ class Run:
     status: str = "FINISHED"
     weights: str | None = None
     run_id: str = field(default="run")
+    has_model: bool = True
+
+
+def no_result(run: Run) -> Path:
+    raise AssertionError("no picture of this study comes from a result")
 
 
 @pytest.fixture
@@ -141,7 +146,7 @@ def test_a_table_needs_no_videos(study: Study, tmp_path: Path) -> None:
 
 def test_a_report_leaves_what_else_is_in_the_folder(study: Study, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("chapter 1")
-    write_report(study, [], tmp_path)
+    write_report(study, [], tmp_path, no_result)
     assert (tmp_path / "thesis.tex").read_text() == "chapter 1"
 
 
@@ -152,7 +157,7 @@ def test_a_finished_study_without_top1_in_its_table_still_reports_it(study: Stud
 
 
 def test_the_report_is_complete(study: Study, tmp_path: Path) -> None:
-    write_report(study, runs(study, 70.0, 71.0, 69.0, 69.5), tmp_path / "report")
+    write_report(study, runs(study, 70.0, 71.0, 69.0, 69.5), tmp_path / "report", no_result)
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert {f"table.{form}" for form in FORMATS} | {"figure.png", "figure.pdf", "report.html", "report.md"} <= names
     assert findings(study, runs(study, 70.0, 71.0))[0].startswith("Best: 50 %, 70.50 % top-1")

@@ -1,0 +1,142 @@
+"""The verbs about studies: run, plan, table, figure, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from orchestration.cli_options import (
+    DEFAULT_STORE,
+    AsJson,
+    IsAll,
+    Only,
+    Output,
+    Overrides,
+    StoreFolder,
+    StudyName,
+    TrackingUri,
+    records_of,
+    result_finder,
+    studies_of,
+)
+
+
+def run(
+    study: StudyName = None,
+    overrides: Overrides = None,
+    only: Only = None,
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    backend: Annotated[
+        Literal["train", "inline"], typer.Option(help="Ray Train workers, or inside Tune's trial.")
+    ] = "train",
+    is_local: Annotated[bool, typer.Option("--local", help="One trial after the other, here, without Ray.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Data-parallel workers of a trial.")] = 1,
+    cpus_per_worker: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_worker: Annotated[int | None, typer.Option(min=0, help="Default: one where there are any.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Default: as many trials as fit.")] = None,
+    loader_processes: Annotated[int, typer.Option(min=0, help="Decoding processes of a worker.")] = 0,
+    max_clips_per_pass: Annotated[int | None, typer.Option(min=2, help="Accumulate gradients above this.")] = None,
+    checkpoint_every_steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint inside epochs too.")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="Times a failed trial goes on.")] = 1,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a private one here.")] = None,
+    is_all: IsAll = False,
+) -> None:
+    """Train what is missing of a study (a killed run goes on by itself), then print its table."""
+    from orchestration.config import LaunchConfig
+    from orchestration.run import run_studies, run_study
+
+    launch = LaunchConfig(
+        store=store,
+        tracking_uri=tracking_uri,
+        backend="local" if is_local else backend,
+        address=address,
+        workers=workers,
+        cpus_per_worker=cpus_per_worker,
+        gpus_per_worker=gpus_per_worker,
+        max_concurrent_trials=max_concurrent,
+        loader_processes=loader_processes,
+        max_clips_per_pass=max_clips_per_pass,
+        checkpoint_every_steps=checkpoint_every_steps,
+        retries=retries,
+    )
+    studies = studies_of(study, overrides, only, is_all)
+    if is_all:
+        run_studies(studies, launch)
+    else:
+        run_study(studies[0], launch)
+
+
+def plan(
+    study: StudyName = None,
+    overrides: Overrides = None,
+    only: Only = None,
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    device: Annotated[str | None, typer.Option(help="Profile for device-hours: v100, h200, NAME=GFLOPS_PER_S.")] = None,
+    price_per_h: Annotated[float | None, typer.Option(min=0, help="Of such a device, in your money.")] = None,
+    is_all: IsAll = False,
+    as_json: AsJson = False,
+) -> None:
+    """List a study's trials: which are there, which are new, what they cost. Trains nothing."""
+    from dataclasses import replace
+
+    from orchestration.plan import Planned, plan_json, plan_text, plan_trials
+    from orchestration.plan import device as profile_of
+
+    profile = replace(profile_of(device), price_per_h=price_per_h) if device else None
+    records, planned = records_of(store, tracking_uri), Planned()
+    studies = studies_of(study, overrides, only, is_all)
+    lines = [line for each in studies for line in plan_trials(each, records, profile, planned)]
+    print(plan_json(lines) if as_json else plan_text(lines, profile))
+
+
+def table(
+    study: StudyName = None,
+    overrides: Overrides = None,
+    only: Only = None,
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    form: Annotated[Literal["md", "tex", "html", "csv", "json"], typer.Option("--format")] = "md",
+) -> None:
+    """Print a study's table from what MLflow remembers."""
+    from orchestration.tables import FORMATS, table_info
+
+    (read,) = studies_of(study, overrides, only, is_all=False)
+    print(FORMATS[form](table_info(read, records_of(store, tracking_uri))), end="")
+
+
+def figure(
+    study: StudyName = None,
+    overrides: Overrides = None,
+    only: Only = None,
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    output: Output = None,
+) -> None:
+    """Draw a study's figure from what MLflow remembers (png, pdf or svg)."""
+    from orchestration.figures import draw_figure
+
+    (read,) = studies_of(study, overrides, only, is_all=False)
+    file = output or Path(f"{read.name}.png")
+    draw_figure(read, records_of(store, tracking_uri), file, result_finder(store, tracking_uri))
+    print(file)
+
+
+def report(
+    study: StudyName = None,
+    overrides: Overrides = None,
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    output: Output = None,
+) -> None:
+    """Write a study's table in every format, its figure and a page about them."""
+    from orchestration.config import LaunchConfig
+    from orchestration.report import write_report
+
+    (read,) = studies_of(study, overrides, None, is_all=False)
+    folder = output or LaunchConfig(store=store).report_folder(read.name)
+    write_report(read, records_of(store, tracking_uri), folder, result_finder(store, tracking_uri))
+    print(folder)

@@ -61,13 +61,13 @@ def studies_of(name: str | None, overrides: list[str] | None, only: list[str] | 
     return [read_study(name, overrides or [], only or [])]
 
 
-def result_finder(store: Path, tracking_uri: str | None) -> Callable[[Any], Path]:
-    """Return what finds a run's result folder, fetching it from MLflow where it is not here."""
+def file_finder(store: Path, tracking_uri: str | None) -> Callable[[Any, str], Path]:
+    """Return what finds a file of a run's result, fetching it from MLflow where it is not here."""
 
-    def find(record: Any) -> Path:
+    def find(record: Any, name: str) -> Path:
         from orchestration.config import LaunchConfig
         from orchestration.tracking import Store
 
-        return Store(LaunchConfig(store=store, tracking_uri=tracking_uri)).result_of(record)
+        return Store(LaunchConfig(store=store, tracking_uri=tracking_uri)).file_of(record, name)
 
     return find

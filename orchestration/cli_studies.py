@@ -17,8 +17,8 @@ from orchestration.cli_options import (
     StoreFolder,
     StudyName,
     TrackingUri,
+    file_finder,
     records_of,
-    result_finder,
     studies_of,
 )
 
@@ -105,7 +105,7 @@ def table(
     from orchestration.tables import FORMATS, table_info
 
     (read,) = studies_of(study, overrides, only, is_all=False)
-    print(FORMATS[form](table_info(read, records_of(store, tracking_uri))), end="")
+    print(FORMATS[form](table_info(read, records_of(store, tracking_uri), file_finder(store, tracking_uri))), end="")
 
 
 def figure(
@@ -121,7 +121,7 @@ def figure(
 
     (read,) = studies_of(study, overrides, only, is_all=False)
     file = output or Path(f"{read.name}.png")
-    draw_figure(read, records_of(store, tracking_uri), file, result_finder(store, tracking_uri))
+    draw_figure(read, records_of(store, tracking_uri), file, file_finder(store, tracking_uri))
     print(file)
 
 
@@ -138,5 +138,5 @@ def report(
 
     (read,) = studies_of(study, overrides, None, is_all=False)
     folder = output or LaunchConfig(store=store).report_folder(read.name)
-    write_report(read, records_of(store, tracking_uri), folder, result_finder(store, tracking_uri))
+    write_report(read, records_of(store, tracking_uri), folder, file_finder(store, tracking_uri))
     print(folder)

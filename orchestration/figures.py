@@ -119,8 +119,10 @@ def _papers(title: str, places: Sequence[tuple[int, Row]], name: str, x: str) ->
     )
 
 
-def draw_figure(study: Study, records: Sequence[AnyRecord], file: Path, result_of: Callable[[AnyRecord], Path]) -> None:
-    """Draw a study's figure, of whatever kind; ``result_of`` finds a run's result folder.
+def draw_figure(
+    study: Study, records: Sequence[AnyRecord], file: Path, file_of: Callable[[AnyRecord, str], Path]
+) -> None:
+    """Draw a study's figure, of whatever kind; ``file_of`` finds a file of a run's result.
 
     Raises:
         UserError: matplotlib does not write that format, or a model's reconstructions are not there yet.
@@ -132,12 +134,10 @@ def draw_figure(study: Study, records: Sequence[AnyRecord], file: Path, result_o
         drawn = {trial.row: example_masks(trial.settings, 1)["training, clip 1"] for trial in study.trials}
         draw_masks(drawn, study.file.title, file)
     elif kind == "reconstructions":
-        found = match(study.trials, records)
-        pictures = [result_of(run) / "reconstructions.png" for run in found.values()]
-        picture = next((each for each in pictures if each.is_file()), None)
-        if picture is None:
+        runs = list(match(study.trials, records).values())
+        if not runs:
             raise UserError(f"{study.name}: no reconstruction yet: mar run {study.name}")
-        _copy_picture(picture, file)
+        _copy_picture(file_of(runs[0], "reconstructions.png"), file)
     else:
         draw(figure_info(study, records), file)
 

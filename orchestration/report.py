@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,27 +11,40 @@ from mar.errors import UserError
 from mar.settings import flatten
 from orchestration.figures import draw_figure, figure_info
 from orchestration.results import AnyRecord, Record, Row, rows
+from orchestration.statistics import Claim, FileOf, claims
 from orchestration.study import Study
 from orchestration.tables import FORMATS, TableInfo, table_info
 
 
-def write_report(
-    study: Study, records: Sequence[AnyRecord], folder: Path, result_of: Callable[[AnyRecord], Path]
-) -> None:
+def write_report(study: Study, records: Sequence[AnyRecord], folder: Path, file_of: FileOf[AnyRecord]) -> None:
     """Write ``table.*``, ``figure.png``, ``figure.pdf``, ``figure.csv``, ``report.md`` and ``report.html``.
 
     Whatever else is in the folder stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    table, figure = table_info(study, records), figure_info(study, records)
+    table, figure = table_info(study, records, file_of), figure_info(study, records)
     for ending, render in FORMATS.items():
         (folder / f"table.{ending}").write_text(render(table), encoding="utf-8")
     for ending in ("png", "pdf"):
         with suppress(UserError):  # no reconstruction yet
-            draw_figure(study, records, folder / f"figure.{ending}", result_of)
+            draw_figure(study, records, folder / f"figure.{ending}", file_of)
     figure.frame().to_csv(folder / "figure.csv", index=False)
-    (folder / "report.md").write_text(_markdown(study, table), encoding="utf-8")
-    (folder / "report.html").write_text(_html(study, table), encoding="utf-8")
+    judged = claim_lines(claims(study, records, file_of))
+    (folder / "report.md").write_text(_markdown(study, table, judged), encoding="utf-8")
+    (folder / "report.html").write_text(_html(study, table, judged), encoding="utf-8")
+
+
+def claim_lines(judged: Sequence[Claim]) -> list[str]:
+    """Return a line for each of the paper's claims: what our runs say of it, and by how much."""
+    lines: list[str] = []
+    for claim in judged:
+        gaps = [
+            f"{pair}: {gap.difference:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}], p = {gap.p:.2g}"
+            for pair, gap in claim.pairs.items()
+            if gap is not None
+        ]
+        lines.append(f"{claim.verdict}: {claim.words}" + (f" ({'; '.join(gaps)})" if gaps else ""))
+    return lines
 
 
 def findings(study: Study, records: Sequence[Record]) -> list[str]:
@@ -62,27 +75,30 @@ def _shared_settings(study: Study) -> list[tuple[str, str]]:
     return [(path, str(value)) for path, value in first.items() if all(tree[path] == value for tree in trees)]
 
 
-def _markdown(study: Study, table: TableInfo) -> str:
+def _markdown(study: Study, table: TableInfo, judged: Sequence[str]) -> str:
     shared = "\n".join(f"| `{path}` | {value} |" for path, value in _shared_settings(study))
     found = "\n".join(_findings(study, table.rows))
+    claimed = "## The paper's claims\n\n" + "".join(f"- {line}\n" for line in judged) + "\n" if judged else ""
     return (
-        f"# {study.file.title}\n\n{found}\n\n{FORMATS['md'](table)}\n![{study.file.title}](figure.png)\n\n"
+        f"# {study.file.title}\n\n{found}\n\n{FORMATS['md'](table)}\n![{study.file.title}](figure.png)\n\n{claimed}"
         f"## Settings that all trials share\n\n| setting | value |\n|---|---|\n{shared}\n"
     )
 
 
-def _html(study: Study, table: TableInfo) -> str:
+def _html(study: Study, table: TableInfo, judged: Sequence[str]) -> str:
     title = html.escape(study.file.title)
     rows_text = "".join(
         f"<tr><td><code>{html.escape(path)}</code></td><td>{html.escape(value)}</td></tr>\n"
         for path, value in _shared_settings(study)
     )
+    lines = "".join(f"<li>{html.escape(line)}</li>\n" for line in judged)
+    claimed = f"<h2>The paper's claims</h2>\n<ul>{lines}</ul>\n" if judged else ""
     found = "".join(f"<p>{html.escape(words)}</p>\n" for words in _findings(study, table.rows))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         "<style>body{font-family:sans-serif;max-width:50em;margin:2em auto;padding:0 1em}"
         "table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
         "caption{caption-side:top;text-align:left;font-weight:bold;padding:.5em 0}img{max-width:100%}</style></head>\n"
-        f'<body><h1>{title}</h1>\n{found}{FORMATS["html"](table)}<p><img src="figure.png" alt="{title}"></p>\n'
+        f'<body><h1>{title}</h1>\n{found}{FORMATS["html"](table)}<p><img src="figure.png" alt="{title}"></p>\n{claimed}'
         f"<h2>Settings that all trials share</h2>\n<table>{rows_text}</table></body></html>\n"
     )

@@ -12,7 +12,8 @@ from mar.errors import Failure
 from orchestration.config import LaunchConfig
 from orchestration.launch import Launch, check_data, check_weights, missing_trials, only_one, train_missing
 from orchestration.progress import Board
-from orchestration.report import findings, write_report
+from orchestration.report import claim_lines, findings, write_report
+from orchestration.statistics import claims
 from orchestration.study import Study, fetch_weights
 from orchestration.tables import table_info, to_markdown
 from orchestration.tracking import Store
@@ -45,10 +46,10 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
                 launched.settle()
             folder = launch.report_folder(study.name)
             records = store.trials()
-            write_report(study, records, folder, store.result_of)
+            write_report(study, records, folder, store.file_of)
             launched.keep(folder, records)
-    print(f"\n{to_markdown(table_info(study, records))}")
-    print("\n".join([*findings(study, records), ""]))
+    print(f"\n{to_markdown(table_info(study, records, store.file_of))}")
+    print("\n".join([*findings(study, records), *claim_lines(claims(study, records, store.file_of)), ""]))
     print(f"figure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")
     served = launch.tracking_uri or f"mar ui{'' if str(launch.store) == 'mar_store' else f' --store {launch.store}'}"
     print(f"MLflow   {served}   (experiment {study.name!r})")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
 from orchestration.quantities import QUANTITIES
-from orchestration.results import Cell, Record, Row, axis_parts, rows
+from orchestration.results import AnyRecord, Cell, Row, axis_parts, rows
+from orchestration.statistics import Comparison, FileOf, against_reference
 from orchestration.study import Study
 
 MISSING = "–"
 _QUOTED = "†"
+_ALIKE = "≈"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class TableInfo:
     """The place, among the axes, of the one whose labels stand side by side."""
     delta: tuple[int, str] | None = None
     """An axis' place and the label of it that each row's gain in top-1 is over."""
+    reference: str | None = None
+    """The row that the others are compared with, video by video."""
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict[str, Comparison])
+    """Row -> its top-1 less the reference's."""
 
     @property
     def notes(self) -> list[str]:
@@ -43,15 +49,26 @@ class TableInfo:
         quoted = (
             [f"{_QUOTED}: as the paper quotes it; not run here."] if any(row.is_quoted for row in self.rows) else []
         )
-        return missing + quoted + [note for row in self.rows for note in row.notes]
+        told = (
+            [
+                f"To {self.reference}: difference in top-1 over the same videos, 95 % interval; "
+                f"{_ALIKE}: these videos cannot tell the two apart (paired test, Holm's correction for "
+                f"{len(self.comparisons)} rows, 5 %)."
+            ]
+            if self.comparisons
+            else []
+        )
+        return missing + quoted + told + [note for row in self.rows for note in row.notes]
 
 
-def table_info(study: Study, records: Sequence[Record]) -> TableInfo:
-    """Return the study's table as it stands in MLflow."""
+def table_info(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord] | None = None) -> TableInfo:
+    """Return the study's table as it stands in MLflow; with ``file_of``, rows are compared with the reference row."""
     layout, axes = study.file.table, axis_parts(study)
     across = axes.index(layout.across) if layout.across else None
     delta = next(((axes.index(axis), label) for axis, label in layout.delta.items()), None)
-    return TableInfo(study.file.title, axes, layout.columns, rows(study, records), across, delta)
+    found = rows(study, records)
+    compared = against_reference(study, records, file_of) if file_of and layout.reference else {}
+    return TableInfo(study.file.title, axes, layout.columns, found, across, delta, layout.reference, compared)
 
 
 def to_markdown(info: TableInfo) -> str:
@@ -112,6 +129,7 @@ def latex_escaped(text: str) -> str:
         "Δ": "$\\Delta$",
         "–": "--",
         "−": "$-$",
+        "≈": "$\\approx$",
         "†": "$\\dagger$",
         "²": "$^2$",
         "✓": "\\checkmark{}",
@@ -150,10 +168,18 @@ def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], s
             columns |= {
                 plain(f"{title}{key}"): [plain(text) for text in texts] for key, texts in _beside(rows_of, name)
             }
+        if name == "top1" and info.comparisons:
+            told = [info.comparisons.get(row.label) for row in firsts]
+            columns[plain(f"to {info.reference}")] = [plain(_gap(each)) if each else "" for each in told]
         if name == "top1" and info.delta:
             columns[plain("Δ")] = [plain(_gain(info, row, lambda cell: cell.mean)) for row in firsts]
             columns[plain("Δ, paper")] = [plain(_gain(info, row, lambda cell: cell.paper)) for row in firsts]
     return pd.DataFrame(columns)
+
+
+def _gap(comparison: Comparison) -> str:
+    alike = "" if comparison.is_told else f" {_ALIKE}"
+    return f"{comparison.difference:+.2f} [{comparison.low:+.2f}, {comparison.high:+.2f}]{alike}"
 
 
 def _lines(info: TableInfo) -> tuple[list[list[Row | None]], list[str]]:

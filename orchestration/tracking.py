@@ -120,6 +120,22 @@ class Store:
                 self.client.download_artifacts(record.run_id, RESULT, str(here.parent))
         return here
 
+    def file_of(self, record: RunRecord, name: str) -> Path:
+        """Return one file of a finished trial's result, fetched from the store where it is not here.
+
+        Raises:
+            Failure: it is in neither place.
+        """
+        here = self.launch.trial_folder(record.key) / RESULT / name
+        fetched = self.launch.store.resolve() / "fetched" / record.run_id
+        if here.is_file():
+            return here
+        if not (fetched / RESULT / name).is_file():
+            fetched.mkdir(parents=True, exist_ok=True)
+            with _explained(self.launch):
+                self.client.download_artifacts(record.run_id, f"{RESULT}/{name}", str(fetched))
+        return fetched / RESULT / name
+
     def experiment(self, study: str) -> str:
         """Return the id of the study's experiment; makes it if there is none."""
         with _explained(self.launch):

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ from orchestration.figures import draw, figure_info
 from orchestration.plan import plan_json, plan_text, plan_trials
 from orchestration.report import findings, write_report
 from orchestration.results import Cell, match, rows
+from orchestration.statistics import Comparison, claims, compare, corrected, mcnemar
 from orchestration.study import Study, read_study
 from orchestration.tables import FORMATS, cell_text, latex_escaped, table_info, to_latex, to_markdown
 
@@ -31,6 +33,11 @@ paper:
 table: {columns: [top1, gflops]}
 figure: {kind: points, x: gflops, y: [top1], chance: true}
 """
+CLAIMS = """\
+claims:
+  Less hidden is better: [50 % > 75 %]
+  More hidden is better: [75 % > 50 %]
+table: {columns: [top1], reference: 50 %}"""
 
 
 @dataclass
@@ -43,7 +50,7 @@ class Run:
     has_model: bool = True
 
 
-def no_result(run: Run) -> Path:
+def no_result(run: Run, name: str) -> Path:
     raise AssertionError("no picture of this study comes from a result")
 
 
@@ -213,3 +220,78 @@ def test_without_the_weights_at_hand_their_name_decides(study: Study, tmp_path: 
     for name in names:
         trials = read_study(file, [f"encoder.weights={name}"]).trials[:1]
         assert [record.run_id for record in match(trials, records).values()] == [name]
+
+
+# Statistics
+
+
+def test_mcnemar_is_the_exact_test_of_the_discordant_videos() -> None:
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(10, 2) == pytest.approx(2 * stats.binom.cdf(2, 12, 0.5))
+
+
+def answers(*right: float) -> dict[str, bool]:
+    return {f"{number}.mp4": bool(value) for number, value in enumerate(right)}
+
+
+def test_two_rows_are_compared_over_the_same_videos() -> None:
+    draws = np.random.default_rng(0)
+    other = draws.random(2000) < 0.6
+    one = other ^ (draws.random(2000) < 0.1)
+    gap = compare([answers(*one)], [answers(*other)])
+    assert gap
+    assert gap.difference == pytest.approx(100 * (one.mean() - other.mean()))
+    reference = stats.bootstrap((one.astype(float) - other,), np.mean, n_resamples=4000, method="percentile", rng=1)
+    low, high = reference.confidence_interval
+    assert (gap.low, gap.high) == (pytest.approx(100 * low, abs=0.15), pytest.approx(100 * high, abs=0.15))
+    discordant = int((one & ~other).sum()), int((other & ~one).sum())
+    assert gap.p == pytest.approx(stats.binomtest(discordant[0], sum(discordant)).pvalue)
+    assert compare([answers(1)], [{"another.mp4": True}]) is None
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    base, better = answers(*[1] * 50 + [0] * 50), answers(*[1] * 70 + [0] * 30)
+    steady, unsteady = compare([better, better], [base, base]), compare([better, base, better], [base, better, base])
+    assert steady and unsteady
+    assert unsteady.high - unsteady.low > steady.high - steady.low
+    assert steady.is_told and not unsteady.is_told
+
+
+def test_many_rows_need_stronger_evidence() -> None:
+    def gap(p: float) -> Comparison:
+        return Comparison(1.0, 0.0, 2.0, p, 100)
+
+    found = corrected({"a": gap(0.01), "b": gap(0.02), "c": gap(0.04), "d": None})
+    assert [each.p if each else None for each in found.values()] == [
+        pytest.approx(0.03),
+        pytest.approx(0.04),
+        pytest.approx(0.04),
+        None,
+    ]
+
+
+def test_a_claim_is_supported_contradicted_or_left_open(study: Study, tmp_path: Path) -> None:
+    text = STUDY.replace("seeds: [0, 1]", "seeds: [0]").replace("table: {columns: [top1, gflops]}", CLAIMS)
+    (tmp_path / "study.yaml").write_text(text)
+    study = read_study(str(tmp_path / "study.yaml"))
+    right = {"50 %": 90, "75 %": 50}
+    records = [
+        Run(trial.identity, {"test/top1": float(right[trial.row])}, run_id=trial.row.removesuffix(" %"))
+        for trial in study.trials
+    ]
+
+    def file_of(run: Run, name: str) -> Path:
+        assert name == "predictions.csv"
+        lines = [f"{video}.mp4,0,{int(video >= right[f'{run.run_id} %'])}" for video in range(100)]
+        file = tmp_path / f"{run.run_id}.csv"
+        file.write_text("\n".join(["video,label,class_1", *lines]))
+        return file
+
+    judged = {claim.words: claim.verdict for claim in claims(study, records, file_of)}
+    assert judged == {"Less hidden is better": "supported", "More hidden is better": "contradicted"}
+    assert claims(study, records[:1], file_of)[0].verdict == "not there yet"
+    text = to_markdown(table_info(study, records, file_of))
+    assert "-40.00 [" in text and "to 50 %" in text
+    right["75 %"] = 89
+    assert [claim.verdict for claim in claims(study, records, file_of)] == ["open", "open"]
+    assert "≈" in to_markdown(table_info(study, records, file_of))

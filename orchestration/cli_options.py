@@ -61,6 +61,13 @@ def studies_of(name: str | None, overrides: list[str] | None, only: list[str] | 
     return [read_study(name, overrides or [], only or [])]
 
 
+def is_search_file(name: str) -> bool:
+    """Whether a file is a search, and not a study or a recipe."""
+    from orchestration.files import Document, find
+
+    return "space" in Document(find(name, "study")).content
+
+
 def file_finder(store: Path, tracking_uri: str | None) -> Callable[[Any, str], Path]:
     """Return what finds a file of a run's result, fetching it from MLflow where it is not here."""
 

@@ -18,6 +18,7 @@ from orchestration.cli_options import (
     StudyName,
     TrackingUri,
     file_finder,
+    is_search_file,
     records_of,
     studies_of,
 )
@@ -62,6 +63,12 @@ def run(
         checkpoint_every_steps=checkpoint_every_steps,
         retries=retries,
     )
+    if study and not is_all and is_search_file(study):
+        from orchestration.run_search import run_search
+        from orchestration.search_file import read_search
+
+        run_search(read_search(study, overrides or []), launch)
+        return
     studies = studies_of(study, overrides, only, is_all)
     if is_all:
         run_studies(studies, launch)

@@ -46,6 +46,9 @@ class View(Protocol):
     def failed(self, trial: Trial, reason: str) -> None:
         """It was given up."""
 
+    def ended(self, trial: Trial, words: str) -> None:
+        """It was ended early, on purpose."""
+
     def says(self, trial: Trial, words: str) -> None:
         """It has a message for a person."""
 
@@ -65,6 +68,7 @@ class Launch:
         self.writer.open(_PARENT, lambda: self.parent)
         self.begun: set[str] = set()
         self.done: set[str] = set()
+        self.stopped: set[str] = set()
         self.failures: dict[str, str] = {}
         self.trained_by: dict[str, str] = {}
         self._relayed: dict[str, int] = {}
@@ -80,6 +84,17 @@ class Launch:
         log = self.store.launch.trial_folder(key) / LOG
         self._relayed[key] = log.stat().st_size if log.is_file() else 0
         self.view.started(self.trials[key])
+
+    def announce(self, trial: Trial) -> None:
+        """Expect a trial that the study did not list: a search proposes them one by one."""
+        self.trials[trial.key] = trial
+
+    def ended(self, key: str, words: str) -> None:
+        """Mark a trial that was ended early, on purpose."""
+        self.stopped.add(key)
+        self.writer.tag(key, "ended", words)
+        self.writer.end(key, "KILLED")
+        self.view.ended(self.trials[key], words)
 
     def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
         """Log an epoch."""
@@ -114,7 +129,7 @@ class Launch:
     @property
     def unfinished(self) -> list[str]:
         """Trials that were started and neither finished nor failed: somebody stopped the launch."""
-        return [key for key in self.begun if key not in self.done and key not in self.failures]
+        return [key for key in self.begun if key not in self.done | self.stopped | self.failures.keys()]
 
     def settle(self) -> None:
         """Write down what the trials came to; after this, MLflow can be read."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from mar.errors import UserError
 from orchestration.config import LaunchConfig
 from orchestration.study import Trial
-from orchestration.trial import LOG, Listener, Trained, assign
+from orchestration.trial import LOG, Assignment, Listener, Source, Trained, assign
 from orchestration.worker import train
 
 
@@ -21,21 +21,59 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, train
     Raises:
         UserError: more than one worker asked for.
     """
+    gpus = _gpus(launch)
+    for trial in trials:
+        _one(trial, assign(trial, launch, gpus, trained.get(trial.key)), launch, listener, _never)
+
+
+def run_search(source: Source, launch: LaunchConfig, listener: Listener, announce: Callable[[Trial], None]) -> None:
+    """Train what ``source`` proposes, one after the other; ``announce`` hears of each before it starts.
+
+    Raises:
+        UserError: more than one worker asked for.
+    """
+    gpus = _gpus(launch)
+    while (trial := source.next()) is not None:
+        announce(trial)
+        _one(trial, assign(trial, launch, gpus), launch, listener, source.should_end)
+
+
+def _gpus(launch: LaunchConfig) -> int:
     if launch.workers > 1:
         raise UserError("--local trains with one worker; leave out --local to use --workers")
-    gpus = int(torch.cuda.is_available()) if launch.gpus_per_worker is None else launch.gpus_per_worker
-    for trial in trials:
-        listener.started(trial.key)
+    return int(torch.cuda.is_available()) if launch.gpus_per_worker is None else launch.gpus_per_worker
 
-        def report(epoch: int, metrics: dict[str, float], _: Path | None, key: str = trial.key) -> None:
-            listener.epoch(key, epoch, metrics)
 
-        try:
-            reason = train(assign(trial, launch, gpus, trained.get(trial.key)).plain(), report)
-        except Exception as error:  # a fault of ours or of the settings: the next trial may do better
-            (launch.trial_folder(trial.key) / LOG).write_text(traceback.format_exc(), encoding="utf-8")
-            reason = f"{type(error).__name__}: {error}"
-        if reason is None:
-            listener.finished(trial.key)
-        else:
-            listener.failed(trial.key, reason)
+def _never(key: str, epoch: int, metrics: dict[str, float]) -> bool:
+    return False
+
+
+class _EndedError(Exception):
+    """A trial is to go no further."""
+
+
+def _one(
+    trial: Trial,
+    assignment: Assignment,
+    launch: LaunchConfig,
+    listener: Listener,
+    should_end: Callable[[str, int, dict[str, float]], bool],
+) -> None:
+    listener.started(trial.key)
+
+    def report(epoch: int, metrics: dict[str, float], _: Path | None) -> None:
+        listener.epoch(trial.key, epoch, metrics)
+        if should_end(trial.key, epoch, metrics):
+            raise _EndedError
+
+    try:
+        reason = train(assignment.plain(), report)
+    except _EndedError:
+        reason = "ended early"
+    except Exception as error:  # a fault of ours or of the settings: the next trial may do better
+        (launch.trial_folder(trial.key) / LOG).write_text(traceback.format_exc(), encoding="utf-8")
+        reason = f"{type(error).__name__}: {error}"
+    if reason is None:
+        listener.finished(trial.key)
+    else:
+        listener.failed(trial.key, reason)

@@ -78,6 +78,15 @@ class Board:
         state.status = "failed"
         self.console.print(Text(f"✗ {trial.name}: {reason}", style="red"), soft_wrap=True)
 
+    def announce(self, trial: Trial) -> None:
+        """A trial that was not listed is to come."""
+        self.states[trial.key] = _State(trial)
+
+    def ended(self, trial: Trial, words: str) -> None:
+        """It was ended early, on purpose."""
+        self.states[trial.key].status = "done"
+        self._line(f"◼ {trial.name}: {words}   [{self.summary()}]")
+
     def says(self, trial: Trial, words: str) -> None:
         """It has a message for a person."""
         self.console.print(Text(f"! {trial.name}: {words}", style="yellow"), soft_wrap=True)

@@ -11,7 +11,7 @@ import gc
 import logging
 import os
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from orchestration.config import LaunchConfig
 from orchestration.study import Trial
 from orchestration.trial import (
     FAILURE,
+    Assignment,
     Listener,
+    Source,
     Trained,
     assign,
     quiet_environment,
@@ -45,39 +47,142 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, train
         raise UserError("--backend inline trains with one worker; leave it out to use --workers")
     from ray import tune
 
-    ray_folder = launch.store.resolve() / "ray"
     with started(launch):
         gpus = _gpus_per_worker(launch)
-        concurrent = _concurrent(launch, gpus)
         assignments = [assign(trial, launch, gpus, trained.get(trial.key)) for trial in trials]
-        for assignment in assignments:  # what an earlier launch left of its own; checkpoints stay
-            shutil.rmtree(ray_folder / assignment.key, ignore_errors=True)
-            (Path(assignment.folder) / FAILURE).unlink(missing_ok=True)
-        inline = launch.backend == "inline"
-        here = {"CPU": float(launch.cpus_per_worker), "GPU": float(gpus)}
-        resources = here if inline else {"node:__internal_head__": 0.001}
-        trainable: Any = tune.with_resources(run_inline if inline else run_with_workers, resources)
-        tuner = tune.Tuner(
-            trainable,
-            param_space={"assignment": tune.grid_search([assignment.plain() for assignment in assignments])},
-            tune_config=tune.TuneConfig(
-                max_concurrent_trials=concurrent,
-                reuse_actors=inline,
-                trial_name_creator=_trial_name,
-                trial_dirname_creator=_trial_name,
+        for assignment in assignments:
+            _clean(assignment, launch)
+        grid = tune.grid_search([assignment.plain() for assignment in assignments])
+        config = tune.TuneConfig(max_concurrent_trials=_concurrent(launch, gpus), **_naming(launch))
+        _fit(
+            tune.Tuner(
+                _trainable(launch, gpus),
+                param_space={"assignment": grid},
+                tune_config=config,
+                run_config=_run_config(launch, listener),
             ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=str(ray_folder),
-                callbacks=[_listening(listener)],
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=launch.retries),
-            ),
+            launch,
         )
-        try:
-            tuner.fit()
-        except tune.TuneError as error:
-            raise Failure(f"Ray Tune stopped: {reason_of(ray_folder, error)}") from None
+
+
+def run_search(source: Source, launch: LaunchConfig, listener: Listener, announce: Callable[[Trial], None]) -> None:
+    """Train what ``source`` proposes, as many trials at a time as fit; ``announce`` hears of each before it starts.
+
+    Raises:
+        UserError: one trial asks for more than the cluster has.
+    """
+    from ray import tune
+
+    with started(launch):
+        gpus = _gpus_per_worker(launch)
+
+        def assigned() -> dict[str, Any] | None:
+            trial = source.next()
+            if trial is None:
+                return None
+            announce(trial)
+            assignment = assign(trial, launch, gpus)
+            _clean(assignment, launch)
+            return {"assignment": assignment.plain()}
+
+        config = tune.TuneConfig(
+            search_alg=_proposing(assigned),
+            scheduler=_ending(source),
+            num_samples=-1,
+            max_concurrent_trials=_concurrent(launch, gpus),
+            **_naming(launch),
+        )
+        _fit(tune.Tuner(_trainable(launch, gpus), tune_config=config, run_config=_run_config(launch, listener)), launch)
+
+
+def _proposing(assigned: Callable[[], dict[str, Any] | None]) -> Any:
+    """Return Tune's searcher that takes what is proposed; Optuna's storage remembers, so Tune need not."""
+    from ray.tune.search import Searcher
+
+    class Proposing(Searcher):
+        def __init__(self, assigned: Callable[[], dict[str, Any] | None]) -> None:
+            super().__init__(metric="epoch", mode="max")
+            self.assigned = assigned
+
+        def __getstate__(self) -> dict[str, Any]:
+            """Tune pickles it into a snapshot that nobody reads: leave storage and threads out."""
+            return {}
+
+        def suggest(self, trial_id: str) -> Any:
+            return self.assigned() or Searcher.FINISHED
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            """The listener hears of it."""
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing to save."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing to restore."""
+
+    return Proposing(assigned)
+
+
+def _ending(source: Source) -> Any:
+    """Return Tune's scheduler that ends a trial when ``source`` says so."""
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+    class Ending(FIFOScheduler):
+        def __init__(self, source: Source) -> None:
+            super().__init__()
+            self.source = source
+
+        def __getstate__(self) -> dict[str, Any]:
+            """See ``Proposing``."""
+            return {}
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            metrics = {name: value for name, value in result.items() if "/" in name and isinstance(value, float)}
+            if "epoch" in result and self.source.should_end(_trial_name(trial), int(result["epoch"]), metrics):
+                return TrialScheduler.STOP
+            return TrialScheduler.CONTINUE
+
+    return Ending(source)
+
+
+def _clean(assignment: Assignment, launch: LaunchConfig) -> None:
+    """Remove what an earlier launch left of its own; checkpoints stay."""
+    shutil.rmtree(launch.store.resolve() / "ray" / assignment.key, ignore_errors=True)
+    (Path(assignment.folder) / FAILURE).unlink(missing_ok=True)
+
+
+def _trainable(launch: LaunchConfig, gpus: int) -> Any:
+    from ray import tune
+
+    if launch.backend == "inline":
+        return tune.with_resources(run_inline, {"CPU": float(launch.cpus_per_worker), "GPU": float(gpus)})
+    return tune.with_resources(run_with_workers, {"node:__internal_head__": 0.001})
+
+
+def _naming(launch: LaunchConfig) -> dict[str, Any]:
+    names = {"trial_name_creator": _trial_name, "trial_dirname_creator": _trial_name}
+    return {"reuse_actors": launch.backend == "inline", **names}
+
+
+def _run_config(launch: LaunchConfig, listener: Listener) -> Any:
+    from ray import tune
+
+    return tune.RunConfig(
+        name="tune",
+        storage_path=str(launch.store.resolve() / "ray"),
+        callbacks=[_listening(listener)],
+        verbose=0,
+        failure_config=tune.FailureConfig(max_failures=launch.retries),
+    )
+
+
+def _fit(tuner: Any, launch: LaunchConfig) -> None:
+    from ray import tune
+
+    try:
+        tuner.fit()
+    except tune.TuneError as error:
+        raise Failure(f"Ray Tune stopped: {reason_of(launch.store.resolve() / 'ray', error)}") from None
 
 
 @contextmanager

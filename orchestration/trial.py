@@ -45,6 +45,18 @@ Trained = Mapping[str, Path]
 """Trials that are to be tested, not trained: key -> the result folder of their training."""
 
 
+class Source(Protocol):
+    """What proposes trials one by one; ``search.Proposer`` does."""
+
+    def next(self) -> Trial | None:
+        """Return the next trial to train; none: there are enough."""
+        ...
+
+    def should_end(self, key: str, epoch: int, metrics: dict[str, float]) -> bool:
+        """Whether a trial is to be ended at this epoch."""
+        ...
+
+
 class Listener(Protocol):
     """What a launch wants to hear from the backend that trains its trials."""
 

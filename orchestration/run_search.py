@@ -1,0 +1,103 @@
+"""``mar run`` of a search: propose, train, tell; then what was found."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+
+from mar import RESULT
+from mar.errors import Failure, UserError
+from orchestration.config import LaunchConfig
+from orchestration.launch import Launch, check_data, check_weights, only_one
+from orchestration.progress import Board
+from orchestration.search import Proposer, open_search
+from orchestration.search_file import Search
+from orchestration.search_report import found_text, write_search_report
+from orchestration.study import Study, Trial
+from orchestration.study_file import StudyFile
+from orchestration.tracking import Store
+
+
+def run_search(search: Search, launch: LaunchConfig) -> None:
+    """Run a search until it has its number of trials; one that was killed goes on.
+
+    Raises:
+        UserError: the data is not there, another run of the search is alive, a trial does not fit the cluster.
+        Failure: trials failed, or nothing keeps the constraints; what was found is printed.
+    """
+    if search.file.stopper != "none" and launch.backend == "train":
+        raise UserError(
+            "stopper: an early end needs --backend inline or --local: a TorchTrainer's workers would stay behind"
+        )
+    console = Console(soft_wrap=True)
+    study = Study(search.name, StudyFile(title=search.file.title, recipe=search.file.recipe, axes={"trial": {}}), [])
+    with only_one(study, launch):
+        store = Store(launch)
+        sample = Trial({"trial": "–"}, search.settings({}), "")
+        check_data([sample])
+        check_weights([sample])
+        proposer = open_search(search, launch.store.resolve() / "searches" / f"{search.name}.db", store.trials())
+        counts = f"{search.file.trials} trials wanted, {proposer.num_done} there"
+        console.print(f"{search.file.title}: {counts}", markup=False)
+        board = Board([], proposer.num_done, console)
+        with Launch(study, store, board) as launched:
+            try:
+                with board:
+                    _train(_Searching(launched, proposer, board), launch)
+            finally:
+                launched.settle()
+            folder = launch.report_folder(search.name)
+            write_search_report(proposer, folder)
+            launched.keep(folder, [])
+    print(f"\n{found_text(proposer)}")
+    print(f"report   {folder / 'report.md'} (best.yaml, front.csv, trials.csv, pictures)")
+    print(f"Optuna   optuna-dashboard sqlite:///{launch.store / 'searches' / search.name}.db")
+    if launched.failures:
+        raise Failure(f"{len(launched.failures)} trials failed, the first: {next(iter(launched.failures.values()))}")
+
+
+def _train(searching: _Searching, launch: LaunchConfig) -> None:
+    if launch.backend == "local":
+        from orchestration import local
+
+        local.run_search(searching.proposer, launch, searching, searching.announce)
+    else:
+        from orchestration import sweep
+
+        sweep.run_search(searching.proposer, launch, searching, searching.announce)
+
+
+class _Searching:
+    """Hears from the backend: tells MLflow as any launch does, and Optuna."""
+
+    def __init__(self, launched: Launch, proposer: Proposer, board: Board) -> None:
+        self.launched, self.proposer, self.board = launched, proposer, board
+
+    def announce(self, trial: Trial) -> None:
+        """Expect a trial."""
+        self.launched.announce(trial)
+        self.board.announce(trial)
+
+    def started(self, key: str) -> None:
+        """A trial runs."""
+        self.launched.started(key)
+
+    def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
+        """A trial finished an epoch."""
+        self.launched.epoch(key, epoch, metrics)
+
+    def finished(self, key: str) -> None:
+        """A trial is done."""
+        self.launched.finished(key)
+        file = self.launched.store.launch.trial_folder(key) / RESULT / "metrics.json"
+        metrics: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+        self.proposer.finished(key, metrics, self.launched.trials[key].settings)
+
+    def failed(self, key: str, reason: str) -> None:
+        """A trial was given up, or ended early."""
+        if key in self.proposer.ended:
+            self.launched.ended(key, "ended early: others were better at this epoch")
+            return
+        self.launched.failed(key, reason)
+        self.proposer.failed(key)

@@ -1,0 +1,262 @@
+"""A search becomes an Optuna study that proposes trials.
+
+Knows nothing of Ray: whoever trains asks ``Proposer.next`` for a trial and tells it what came of it. The study is kept in
+an SQLite file (``optuna-dashboard`` opens it), so that a search that was killed goes on: what it had proposed and not
+finished is proposed again first, and a proposal that some finished run equals is answered without training.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from mar.annotations import fingerprint
+from mar.config import ExperimentConfig
+from mar.cost import cost
+from mar.errors import Failure
+from mar.settings import SettingError, flatten, merge
+from orchestration.quantities import QUANTITIES
+from orchestration.results import Record, cost_figure, match
+from orchestration.search_file import Search, as_text, from_text
+from orchestration.study import Trial
+
+_REJECTED_IN_A_ROW = 10
+_MOST_REJECTED = 1000
+"""Points that are drawn blindly before the search is given up."""
+_INFEASIBLE, _KEY, _RUN, _AGAIN = "infeasible", "key", "run", "again"
+
+
+@dataclass
+class Proposer:
+    """Asks Optuna for trials and tells it what came of them."""
+
+    search: Search
+    study: optuna.Study
+    records: Sequence[Record]
+    """Finished runs of all studies: what equals one is not trained."""
+    asked: dict[str, optuna.Trial] = field(default_factory=dict[str, optuna.Trial])
+    """By key, of trials under way."""
+    known: int = 0
+    """Proposals that a finished run answered."""
+    reached: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    """By key, of trials that this launch finished."""
+    ended: set[str] = field(default_factory=set[str])
+    """Keys of trials that were ended early."""
+
+    def __post_init__(self) -> None:
+        data = self.search.settings({}).data
+        self.fingerprint = fingerprint(data)
+        for lost in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # a killed launch proposed it
+            self.study.enqueue_trial(lost.params, user_attrs={_AGAIN: lost.number})
+            self.study.tell(lost.number, state=TrialState.FAIL)
+
+    @property
+    def num_done(self) -> int:
+        """Trials that count: finished or ended early; those of other studies do not."""
+        states = (TrialState.COMPLETE, TrialState.PRUNED)
+        counted = self.study.get_trials(deepcopy=False, states=states)
+        return sum(not {_RUN, _INFEASIBLE} & each.user_attrs.keys() for each in counted)
+
+    def next(self) -> Trial | None:
+        """Return the next trial to train; none: there are enough, finished or under way.
+
+        Raises:
+            Failure: nothing that Optuna proposes keeps the constraints.
+        """
+        rejected = 0
+        while self.num_done + len(self.asked) < self.search.file.trials:
+            asked = self.study.ask()
+            trial = self._trial(asked)
+            if trial is None or trial.key in self.asked:
+                self.study.tell(asked, state=TrialState.FAIL if trial else TrialState.PRUNED)
+                rejected += 1
+                if rejected % _REJECTED_IN_A_ROW == 0:
+                    self.study.enqueue_trial(self._feasible())
+                continue
+            values = self._reached(trial)
+            if values is not None:
+                self.known += 1
+                self.study.tell(asked, values)
+                continue
+            self.asked[trial.key] = asked
+            return trial
+        return None
+
+    def _trial(self, asked: optuna.Trial) -> Trial | None:
+        """Return the proposal as a trial; none: it breaks a rule of the settings, or a constraint."""
+        try:
+            params = suggested(asked, self.search)
+            settings = self.search.settings(params)
+        except SettingError as error:
+            asked.set_user_attr(_INFEASIBLE, str(error))
+            asked.set_constraint("rules", 1.0)
+            return None
+        excess = self.search.excess(settings)
+        for words, value in zip(self.search.file.constraints, excess, strict=True):
+            asked.set_constraint(words, value)
+        if any(each > 0 for each in excess):
+            asked.set_user_attr(_INFEASIBLE, ", ".join(self.search.file.constraints))
+            return None
+        trial = Trial({"trial": f"trial {asked.number}"}, settings, self.fingerprint)
+        asked.set_user_attr(_KEY, trial.key)
+        return trial
+
+    def _feasible(self) -> dict[str, Any]:
+        """Draw a point that keeps the rules and constraints: where Optuna's proposals in a row do not.
+
+        Raises:
+            Failure: none is found.
+        """
+        blind = optuna.create_study(
+            sampler=optuna.samplers.RandomSampler(seed=len(self.study.get_trials(deepcopy=False)))
+        )
+        for _ in range(_MOST_REJECTED):
+            asked = blind.ask()
+            with suppress(SettingError):
+                params = suggested(asked, self.search)
+                if not any(each > 0 for each in self.search.excess(self.search.settings(params))):
+                    return params
+        raise Failure(
+            f"of {_MOST_REJECTED} points of the space none keeps {', '.join(self.search.file.constraints) or 'the rules'}"
+        )
+
+    def _reached(self, trial: Trial) -> list[float] | None:
+        """Return what a proposal's equal reached, in this launch or before; none: nobody trained it."""
+        found = match([trial], self.records)
+        if trial.key in self.reached or not found:
+            return self.reached.get(trial.key)
+        return self.values(trial.settings, found[trial.key].metrics)
+
+    def finished(self, key: str, metrics: Mapping[str, float], settings: ExperimentConfig) -> None:
+        """Tell Optuna what a trial reached."""
+        self.reached[key] = self.values(settings, metrics)
+        self.study.tell(self.asked.pop(key), self.reached[key])
+
+    def failed(self, key: str) -> None:
+        """Tell Optuna that there is nothing to learn from a trial."""
+        self.study.tell(self.asked.pop(key), state=TrialState.FAIL)
+
+    def should_end(self, key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
+        """Whether a trial is to be ended at this epoch; Optuna is told of its validation accuracy either way."""
+        is_tested = any(name.startswith("test/") for name in metrics)
+        if self.search.file.stopper == "none" or is_tested or "val/top1" not in metrics or key not in self.asked:
+            return False
+        trial, value = self.asked[key], metrics["val/top1"]
+        trial.report(value if next(iter(self.search.file.goals.values())) == "max" else -value, epoch)
+        if not trial.should_prune():
+            return False
+        self.ended.add(key)
+        self.study.tell(self.asked.pop(key), state=TrialState.PRUNED)
+        return True
+
+    def values(self, settings: ExperimentConfig, metrics: Mapping[str, float]) -> list[float]:
+        """Return what a trial reached, goal by goal; raises a KeyError if its metrics lack one."""
+        figures, values = cost(settings), list[float]()
+        for name in self.search.file.goals:
+            quantity = QUANTITIES[name]
+            is_cost = quantity.source.startswith("cost.")
+            value = cost_figure(figures, quantity.source) if is_cost else metrics[quantity.source]
+            values.append(quantity.scale * value + quantity.offset)
+        return values
+
+
+def suggested(asked: optuna.Trial, search: Search) -> dict[str, Any]:
+    """Draw each setting of the space that applies, in the file's order."""
+    params: dict[str, Any] = {}
+    for path, dimension in search.file.space.items():
+        so_far = flatten(merge(search.tree, {name: from_text(value) for name, value in params.items()}))
+        if all(so_far.get(other) in values for other, values in dimension.when.items()):
+            params[path] = dimension.suggested(asked, path)
+    return params
+
+
+def open_search(search: Search, file: Path, records: Sequence[Record]) -> Proposer:
+    """Open a search's Optuna study below the store; makes it, with its start points and what is known, if there is none."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # names of goals, some samplers
+    file.parent.mkdir(parents=True, exist_ok=True)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
+    is_new = search.name not in optuna.get_all_study_names(storage)
+    study = optuna.create_study(
+        study_name=search.name,
+        storage=storage,
+        directions=["maximize" if end == "max" else "minimize" for end in search.file.goals.values()],
+        load_if_exists=True,
+    )
+    seed = search.file.seed + len(
+        study.get_trials(deepcopy=False)
+    )  # a search that goes on must not draw the same again
+    study.sampler = _SAMPLERS[search.file.sampler](seed)
+    study.pruner = _STOPPERS[search.file.stopper]()
+    proposer = Proposer(search, study, records)
+    if is_new:
+        study.set_metric_names([QUANTITIES[name].title for name in search.file.goals])
+        for point in search.file.start:
+            study.enqueue_trial({path: _value(search, path, value) for path, value in point.items()})
+        if search.file.prior:
+            _offer_known(proposer, records)
+    return proposer
+
+
+_SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
+    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
+    "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
+    "qmc": lambda seed: optuna.samplers.QMCSampler(seed=seed),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+}
+_STOPPERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+    "none": optuna.pruners.NopPruner,
+    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
+    "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+}
+
+
+def _offer_known(proposer: Proposer, records: Sequence[Record]) -> None:
+    """Add the finished trials of other studies that lie in the space."""
+    search = proposer.search
+    base = flatten(json.loads(Trial({}, search.settings({}), proposer.fingerprint).identity))
+    for record in records:
+        if record.status != "FINISHED" or not record.identity:
+            continue
+        tree = flatten(json.loads(record.identity))
+        moved = {path for path in {*base, *tree} if base.get(path) != tree.get(path)}
+        if not moved <= set(search.file.space):
+            continue
+        params = {path: _value(search, path, tree[path]) for path in search.file.space}
+        active = _active(search, params)
+        distributions = {path: search.file.space[path].distribution() for path in active}
+        if all(search.file.space[path].holds(value) for path, value in active.items()):
+            settings = search.settings(active)
+            try:
+                values = proposer.values(settings, record.metrics)
+            except KeyError:  # it was tested in another way
+                continue
+            proposer.study.add_trial(
+                optuna.trial.create_trial(
+                    params=active, distributions=distributions, values=values, user_attrs={_RUN: record.run_id}
+                )
+            )
+
+
+def _active(search: Search, params: Mapping[str, Any]) -> dict[str, Any]:
+    tree = {path: from_text(value) for path, value in params.items()}
+    whole = flatten(merge(search.tree, tree))
+    return {
+        path: value
+        for path, value in params.items()
+        if all(whole.get(other) in values for other, values in search.file.space[path].when.items())
+    }
+
+
+def _value(search: Search, path: str, value: Any) -> Any:
+    return as_text(value) if search.file.space[path].choices is not None else value

@@ -1,0 +1,139 @@
+"""What a search found: the best settings as a recipe, the Pareto front, importances, and Optuna's pictures."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from orchestration.quantities import QUANTITIES
+from orchestration.search import Proposer
+
+_FEWEST_FOR_IMPORTANCE = 4
+
+
+def best_trials(proposer: Proposer) -> list[FrozenTrial]:
+    """Return the Pareto front, by its first goal; with one goal, the best trial."""
+    if not _complete(proposer):
+        return []
+    front = proposer.study.best_trials if len(proposer.search.file.goals) > 1 else [proposer.study.best_trial]
+    return sorted(front, key=lambda trial: trial.values[0])
+
+
+def found_text(proposer: Proposer) -> str:
+    """Return what was found, as Markdown."""
+    frame, search = front_frame(proposer), proposer.search
+    trials = proposer.study.get_trials(deepcopy=False)
+    counts = {state: sum(each.state == state for each in trials) for state in TrialState}
+    others = sum("run" in each.user_attrs for each in trials)
+    rejected = sum("infeasible" in each.user_attrs for each in trials)
+    counts[TrialState.PRUNED] -= rejected
+    words = f"{counts[TrialState.COMPLETE] - others} trials finished, {counts[TrialState.PRUNED]} ended early, "
+    words += f"{counts[TrialState.FAIL]} failed or were asked twice; {rejected} proposals broke a rule or a constraint and were not trained; "
+    words += f"{others} finished trials of other studies were known before."
+    kind = "Pareto front" if len(search.file.goals) > 1 else "Best"
+    lines = [f"**{search.file.title}**", "", words, "", f"{kind}:", "", frame.to_markdown(index=False)]
+    importances = importance_frame(proposer)
+    if not importances.empty:
+        lines += ["", "Importance of each setting (fANOVA):", "", importances.to_markdown(index=False, floatfmt=".2f")]
+    return "\n".join(lines) + "\n"
+
+
+def front_frame(proposer: Proposer) -> pd.DataFrame:
+    """Return the best trials: their goals, then their settings."""
+    rows: list[dict[str, Any]] = []
+    for trial in best_trials(proposer):
+        goals = zip(proposer.search.file.goals, trial.values, strict=True)
+        values = {QUANTITIES[name].title: round(value, QUANTITIES[name].digits) for name, value in goals}
+        rows.append({"trial": trial.number, **values, **trial.params})
+    return pd.DataFrame(rows)
+
+
+def importance_frame(proposer: Proposer) -> pd.DataFrame:
+    """Return how much of the variation of each goal each setting explains; empty while there are too few trials."""
+    columns: dict[str, dict[str, float]] = {}
+    complete = _complete(proposer)
+    for place, name in enumerate(proposer.search.file.goals):
+        values = {trial.values[place] for trial in complete}
+        if len(complete) < _FEWEST_FOR_IMPORTANCE or len(values) < 2:
+            continue
+        try:
+            found = optuna.importance.get_param_importances(
+                proposer.study, evaluator=_fanova(), target=_value_of(place)
+            )
+        except (ValueError, RuntimeError):  # no setting is in all trials, or none varies
+            continue
+        columns[QUANTITIES[name].title] = found
+    frame = pd.DataFrame(columns)
+    return frame.reset_index(names="setting") if not frame.empty else frame
+
+
+def write_search_report(proposer: Proposer, folder: Path) -> None:
+    """Write ``report.md``, ``best.yaml`` (a recipe, ready to run), ``front.csv``, ``trials.csv`` and pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(found_text(proposer), encoding="utf-8")
+    front_frame(proposer).to_csv(folder / "front.csv", index=False)
+    frame: pd.DataFrame = proposer.study.trials_dataframe(attrs=("number", "state", "values", "params", "user_attrs"))
+    frame.to_csv(folder / "trials.csv", index=False)
+    best = best_trials(proposer)
+    if best:
+        chosen = best[-1] if next(iter(proposer.search.file.goals.values())) == "max" else best[0]
+        goals = dict(zip(proposer.search.file.goals, chosen.values or [], strict=True))
+        tree = proposer.search.settings(chosen.params).model_dump(mode="json")
+        head = (
+            f"# {proposer.search.file.title}: trial {chosen.number}, {json.dumps(goals)}. Run it: mar run best.yaml\n"
+        )
+        text = head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=None)
+        (folder / "best.yaml").write_text(text, encoding="utf-8")
+        _draw(proposer, folder)
+
+
+def _draw(proposer: Proposer, folder: Path) -> None:
+    """Write Optuna's own pictures; one that needs more trials than there are is left out."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import optuna.visualization.matplotlib as pictures
+    from matplotlib import pyplot
+
+    several = len(proposer.search.file.goals) > 1
+    goals = list(proposer.search.file.goals)
+    first: dict[str, Any] = {"target": _value_of(0), "target_name": QUANTITIES[goals[0]].title} if several else {}
+    kinds: dict[str, Callable[[], Any]] = {
+        "history": lambda: pictures.plot_optimization_history(proposer.study, **first),
+        "slice": lambda: pictures.plot_slice(proposer.study, **first),
+        "parallel_coordinates": lambda: pictures.plot_parallel_coordinate(proposer.study, **first),
+        "importances": lambda: pictures.plot_param_importances(proposer.study, evaluator=_fanova(), **first),
+    }
+    if 1 < len(goals) < 4:
+        names = [QUANTITIES[name].title for name in goals]
+        kinds["pareto_front"] = lambda: pictures.plot_pareto_front(proposer.study, target_names=names)
+    for name, draw in kinds.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                draw()
+                pyplot.gcf().savefig(folder / f"{name}.png", dpi=140, bbox_inches="tight")
+            except (ValueError, RuntimeError, ZeroDivisionError):  # no two finished trials differ yet
+                (folder / f"{name}.png").unlink(missing_ok=True)
+            finally:
+                pyplot.close("all")
+
+
+def _fanova() -> optuna.importance.FanovaImportanceEvaluator:
+    return optuna.importance.FanovaImportanceEvaluator(seed=0)
+
+
+def _value_of(place: int) -> Callable[[FrozenTrial], float]:
+    return lambda trial: trial.values[place]
+
+
+def _complete(proposer: Proposer) -> list[FrozenTrial]:
+    return proposer.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

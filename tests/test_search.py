@@ -1,0 +1,210 @@
+"""Searches: what is proposed, what is never trained, what is remembered."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from conftest import tiny_tree
+from optuna.trial import TrialState
+
+from mar.errors import UserError
+from orchestration.search import Proposer, open_search
+from orchestration.search_file import read_search
+from orchestration.search_report import best_trials, found_text, write_search_report
+from orchestration.study import Trial, read_recipe
+
+SEARCH: dict[str, Any] = {
+    "title": "Tiny search",
+    "recipe": "recipe.yaml",
+    "space": {
+        "mask.ratio": {"low": 0.0, "high": 0.75, "step": 0.25},
+        "mask.cell": {"choices": [[2, 2], [4, 4]]},
+        "classifier.kind": {"choices": ["linear", "bridging"]},
+        "classifier.width": {"choices": [8, 16, 32], "when": {"classifier.kind": ["bridging"]}},
+        "reconstruction.weight": {"low": 0.01, "high": 1.0, "log": True},
+    },
+    "goals": {"top1": "max", "gflops": "min"},
+    "constraints": ["gflops <= 0.0004"],
+    "trials": 8,
+    "start": [
+        {
+            "mask.ratio": 0.5,
+            "mask.cell": [2, 2],
+            "classifier.kind": "bridging",
+            "classifier.width": 16,
+            "reconstruction.weight": 0.1,
+        }
+    ],
+}
+
+
+@dataclass
+class Run:
+    identity: str
+    metrics: dict[str, float]
+    run_id: str
+    status: str = "FINISHED"
+    weights: str | None = None
+    has_model: bool = True
+
+
+Open = Callable[..., Proposer]
+
+
+@pytest.fixture
+def open_(tmp_path: Path, videos: Path) -> Open:
+    """Open the search as ``mar run`` does, with changes to its file."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+
+    def opened(records: list[Run] | None = None, **changes: Any) -> Proposer:
+        (tmp_path / "search.yaml").write_text(yaml.safe_dump({**SEARCH, **changes}, sort_keys=False))
+        return open_search(read_search(str(tmp_path / "search.yaml")), tmp_path / "search.db", records or [])
+
+    return opened
+
+
+def accuracy(trial: Trial) -> dict[str, float]:
+    """A stand-in for training: more hidden is worse, a wide bridging classifier is better."""
+    settings = trial.settings
+    bonus = settings.classifier.width / 10 if settings.classifier.kind == "bridging" else 0.0
+    return {"test/top1": 80 - 20 * settings.mask.ratio + bonus}
+
+
+def answer(proposer: Proposer, most: int = 1000) -> list[Trial]:
+    """Train, as it were, what is proposed."""
+    trained: list[Trial] = []
+    while len(trained) < most and (trial := proposer.next()) is not None:
+        proposer.finished(trial.key, accuracy(trial), trial.settings)
+        trained.append(trial)
+    return trained
+
+
+def test_the_papers_point_comes_first_and_what_breaks_a_constraint_is_never_trained(open_: Open) -> None:
+    proposer = open_(trials=10)
+    trained = answer(proposer)
+    first = trained[0].settings
+    assert (first.mask.ratio, first.mask.cell, first.classifier.width, first.reconstruction.weight) == (
+        0.5,
+        (2, 2),
+        16,
+        0.1,
+    )
+    from mar.cost import cost
+
+    assert all(cost(trial.settings).gflops <= 0.0004 for trial in trained)
+    rejected = [each for each in proposer.study.trials if "infeasible" in each.user_attrs]
+    assert rejected and all(each.state == TrialState.PRUNED for each in rejected)
+    assert proposer.num_done == 10
+
+
+def test_a_condition_is_kept_and_no_trial_is_trained_twice(open_: Open) -> None:
+    proposer = open_(trials=16)
+    trained = answer(proposer)
+    assert len({trial.key for trial in trained}) == len(trained)
+    for each in proposer.study.trials:
+        if "classifier.kind" in each.params:
+            assert ("classifier.width" in each.params) == (each.params["classifier.kind"] == "bridging")
+
+
+def test_a_search_that_was_stopped_goes_on_with_what_it_had_proposed(open_: Open) -> None:
+    proposer = open_()
+    before = answer(proposer, most=3)
+    lost = proposer.next()
+    assert lost
+    again = open_()
+    assert again.num_done == 3
+    rest = answer(again)
+    assert rest[0].key == lost.key
+    keys = [trial.key for trial in [*before, *rest]]
+    assert len(set(keys)) == len(keys)
+    assert again.num_done == 8
+    assert open_().next() is None
+
+
+def test_two_goals_make_a_front_and_the_best_is_a_recipe_ready_to_run(open_: Open, tmp_path: Path) -> None:
+    proposer = open_(trials=12)
+    answer(proposer)
+    front = [trial.values for trial in best_trials(proposer)]
+    assert len(front) > 1
+    assert front == sorted(front)
+    assert [gflops for _, gflops in front] == sorted(gflops for _, gflops in front), (
+        "more accuracy costs more, on a front"
+    )
+    write_search_report(proposer, tmp_path / "report")
+    best = read_recipe(str(tmp_path / "report" / "best.yaml"))
+    assert accuracy(Trial({}, best, ""))["test/top1"] == front[-1][0]
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    pictures = {"pareto_front.png", "history.png", "slice.png", "parallel_coordinates.png", "importances.png"}
+    assert pictures | {"best.yaml", "front.csv", "trials.csv", "report.md"} <= names
+    assert "Importance of each setting" in found_text(proposer)
+
+
+def test_finished_trials_of_other_studies_are_known_and_not_trained_again(open_: Open) -> None:
+    first = open_()
+    known = [first.search.settings({"mask.ratio": ratio, "reconstruction.weight": 0.2}) for ratio in (0.25, 0.75)]
+    other = first.search.settings({"mask.ratio": 0.5, "recipe.epochs": 2})
+    trials = [Trial({}, settings, first.fingerprint) for settings in (*known, other)]
+    records = [Run(trial.identity, accuracy(trial), f"run{place}") for place, trial in enumerate(trials)]
+    optuna.delete_study(study_name=first.study.study_name, storage=first.study._storage)
+    proposer = open_(records)
+    offered = [each for each in proposer.study.trials if "run" in each.user_attrs]
+    assert [each.user_attrs["run"] for each in offered] == ["run0", "run1"], (
+        "run2 has another setting that is not searched"
+    )
+    assert proposer.num_done == 0
+    params = {"mask.ratio": 0.75, "mask.cell": "[2, 2]", "classifier.kind": "bridging", "classifier.width": 16}
+    proposer.study.enqueue_trial({**params, "reconstruction.weight": 0.2})
+    keys = {trial.key for trial in answer(proposer)}
+    assert trials[1].key not in keys
+    assert proposer.known >= 1
+
+
+def test_a_trial_that_is_worse_than_others_were_is_ended_early(open_: Open) -> None:
+    proposer = open_(goals={"top1": "max"}, stopper="median", trials=12, constraints=[])
+    for _ in range(6):
+        trial = proposer.next()
+        assert trial
+        assert not any(proposer.should_end(trial.key, epoch, {"val/top1": 50.0 + epoch}) for epoch in (1, 2, 3))
+        proposer.finished(trial.key, {"test/top1": 53.0}, trial.settings)
+    bad = proposer.next()
+    assert bad
+    ended = [proposer.should_end(bad.key, epoch, {"val/top1": 10.0}) for epoch in (1, 2, 3)]
+    assert any(ended)
+    assert bad.key in proposer.ended
+    assert proposer.study.trials[-1].state == TrialState.PRUNED
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"goals": {"top2": "max"}}, "no quantity 'top2'"),
+        ({"constraints": ["top1 >= 50"]}, "'top1 >= 50': expected a cost and a bound, as 'gflops <= 90'"),
+        ({"space": {"mask.ration": {"low": 0, "high": 1}}, "start": []}, "mask.ration: no such setting"),
+        ({"space": {"mask.ratio": {"low": 0.1}}, "start": []}, "mask.ratio: expected low and high, or choices"),
+        ({"start": [{"clip.frames": 8}]}, "start 1: clip.frames is not in the space"),
+        ({"stopper": "asha"}, "an early end needs one goal, there are 2"),
+        ({"sampler": "magic"}, "sampler: Input should be"),
+    ],
+)
+def test_a_mistake_in_a_search_file_is_named(open_: Open, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        open_(**changes)
+    assert words in str(caught.value)
+    assert "search.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("sampler", ["random", "nsga2", "nsga3", "gp", "qmc"])
+def test_every_sampler_finds_its_number_of_trials(open_: Open, sampler: str) -> None:
+    proposer = open_(sampler=sampler, trials=4, constraints=[])
+    answer(proposer)
+    assert proposer.num_done == 4
+
+
+def test_a_mask_cell_is_kept_as_text_and_is_a_pair_again(open_: Open) -> None:
+    settings = open_().search.settings({"mask.cell": json.dumps([4, 4])})
+    assert settings.mask.cell == (4, 4)

@@ -138,12 +138,22 @@ def report(
     store: StoreFolder = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
     output: Output = None,
+    is_all: IsAll = False,
 ) -> None:
-    """Write a study's table in every format, its figure and a page about them."""
+    """Write a study's table in every format, its figure and a page; with --all one page over all studies."""
     from orchestration.config import LaunchConfig
     from orchestration.report import write_report
 
-    (read,) = studies_of(study, overrides, None, is_all=False)
-    folder = output or LaunchConfig(store=store).report_folder(read.name)
-    write_report(read, records_of(store, tracking_uri), folder, file_finder(store, tracking_uri))
+    launch = LaunchConfig(store=store, tracking_uri=tracking_uri)
+    studies = studies_of(study, overrides, None, is_all)
+    if is_all:
+        from orchestration.site import write_site
+        from orchestration.tracking import Store
+
+        file = output or launch.report_folder("index.html")
+        write_site(studies, Store(launch), [*([study] if study else []), *(overrides or [])], file)
+        print(file)
+        return
+    folder = output or launch.report_folder(studies[0].name)
+    write_report(studies[0], records_of(store, tracking_uri), folder, file_finder(store, tracking_uri))
     print(folder)

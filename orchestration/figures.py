@@ -13,10 +13,13 @@ from mar.errors import UserError
 from orchestration.quantities import QUANTITIES
 from orchestration.results import AnyRecord, Record, Row, axis_parts, match, rows
 from orchestration.study import Study
+from orchestration.study_file import BETWEEN_LABELS
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 """Of Okabe and Ito: told apart by colour-blind readers too."""
 _ABOVE = (0, 7)
+_FEW = 6
+"""Points whose labels stand level; more are written slanting and small."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
         for group in groups:
             places = [(place, row) for place, row in enumerate(all_rows) if part is None or row.labels[part] == group]
             title = QUANTITIES[name].title if group is None else group
-            series.append(_series(title, places, name, layout.x))
+            series.append(_series(title, places, name, layout.x, part))
             series += [_papers(f"{title}, paper", places, name, layout.x)] if layout.x else []
     series = [each for each in series if each.y or not each.is_papers]
     return FigureInfo(
@@ -86,12 +89,13 @@ def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
     )
 
 
-def _series(title: str, places: Sequence[tuple[int, Row]], name: str, x: str | None) -> Series:
+def _series(title: str, places: Sequence[tuple[int, Row]], name: str, x: str | None, part: int | None) -> Series:
+    """Return a quantity of some rows; ``part`` of their labels is in the title already."""
     there = [(place, row) for place, row in places if row.cells[name].mean is not None]
     there = [(place, row) for place, row in there if x is None or row.cells[x].mean is not None]
     return Series(
         title,
-        [row.label for _, row in there],
+        [BETWEEN_LABELS.join(each for place, each in enumerate(row.labels) if place != part) for _, row in there],
         [(row.cells[x].mean or 0.0) if x else float(place) for place, row in there],
         [row.cells[name].mean or 0.0 for _, row in there],
         [row.cells[name].half_width or 0.0 for _, row in there],
@@ -99,12 +103,10 @@ def _series(title: str, places: Sequence[tuple[int, Row]], name: str, x: str | N
 
 
 def _papers(title: str, places: Sequence[tuple[int, Row]], name: str, x: str) -> Series:
-    """Return the paper's points; what it costs is computed, so ours stands where the paper prints none."""
+    """Return the points of which the paper prints both."""
     points: list[tuple[str, float, float]] = []
     for _, row in places:
-        is_cost = QUANTITIES[x].source.startswith("cost.")
-        across = row.cells[x].paper if row.cells[x].paper is not None else row.cells[x].mean if is_cost else None
-        up = row.cells[name].paper
+        across, up = row.cells[x].paper, row.cells[name].paper
         if across is not None and up is not None:
             points.append((row.label, across, up))
     columns = [[point[column] for point in points] for column in range(3)]
@@ -194,8 +196,10 @@ def _points(axes: Any, series: Series, colour: str) -> None:
         axes.plot(series.x, series.y, "o", color=colour, markerfacecolor="none", label=series.name)
         return
     axes.errorbar(series.x, series.y, yerr=series.error, fmt="o", color=colour, label=series.name, capsize=3)
+    many = len(series.labels) > _FEW
+    style: dict[str, Any] = {"ha": "left", "rotation": 35, "fontsize": 6} if many else {"ha": "center", "fontsize": 8}
     for label, x, y in zip(series.labels, series.x, series.y, strict=True):
-        axes.annotate(label, (x, y), textcoords="offset points", xytext=_ABOVE, ha="center", fontsize=8)
+        axes.annotate(label, (x, y), textcoords="offset points", xytext=_ABOVE, **style)
 
 
 def _bars(axes: Any, info: FigureInfo, series: Series, place: int, colour: str) -> None:

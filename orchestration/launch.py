@@ -17,6 +17,7 @@ import filelock
 
 from mar import RESULT
 from mar.annotations import read_split
+from mar.config import EvaluationMaskConfig
 from mar.cost import cost
 from mar.errors import Failure, UserError
 from mar.settings import DATA_PLACES, placeless
@@ -266,9 +267,15 @@ def shared_trainings(
             groups.setdefault(trial.training, []).append(trial)
     teachers: dict[str, str] = {}
     for group in groups.values():
-        first = min(group, key=lambda trial: len(trial.settings.evaluation.mask.model_dump(exclude_defaults=True)))
+        first = min(group, key=_unusual)
         teachers |= {trial.key: first.key for trial in group if trial is not first}
     return teachers, known
+
+
+def _unusual(trial: Trial) -> int:
+    """Return how many settings of the mask of testing are not the defaults, as the identity has them."""
+    mask = json.loads(trial.identity)["evaluation"]["mask"]
+    return sum(mask[name] != default for name, default in EvaluationMaskConfig().model_dump().items())
 
 
 def _run(launched: Launch, trials: Sequence[Trial], trained: dict[str, Path]) -> None:

@@ -18,6 +18,8 @@ from orchestration.study import Study
 MISSING = "–"
 _QUOTED = "†"
 _ALIKE = "≈"
+_WIDE = 8
+"""Columns; a LaTeX table of more is set to the width of the page."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ def to_markdown(info: TableInfo) -> str:
 
 
 def to_latex(info: TableInfo) -> str:
-    r"""Return a LaTeX ``table`` with booktabs rules; needs ``\\usepackage{booktabs,amssymb}``."""
+    r"""Return a LaTeX ``table`` with booktabs rules; needs ``\\usepackage{booktabs,amssymb,graphicx}``."""
     frame = _frame(info, best="\\textbf{{{}}}".format, plain=latex_escaped)
-    words = len(info.axes) - (info.across is not None) + len({name for row in info.rows for name in row.about})
+    words = len(info.axes) - (info.across is not None) + len(_words(info))
     columns = "l" * words + "r" * (frame.shape[1] - words)
     body: str = frame.to_latex(index=False, escape=False, column_format=columns)
-    caption = latex_escaped(" ".join([info.title, *info.notes]))
+    if frame.shape[1] > _WIDE:
+        body = f"\\resizebox{{\\linewidth}}{{!}}{{%\n{body}}}\n"
+    caption = latex_escaped(". ".join([info.title, *info.notes]))
     return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\\end{{table}}\n"
 
 
@@ -152,29 +156,35 @@ def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], s
     """Return the table as text: labels, words, and of each quantity ours, the paper's and the difference."""
     lines, heads = _lines(info)
     firsts = [next(row for row in line if row is not None) for line in lines]
-    columns: dict[str, list[str]] = {}
+    columns: list[tuple[str, list[str]]] = []
     for place, axis in enumerate(info.axes):
         if place != info.across:
-            marks = [row.labels[place] + f" {_QUOTED}" * (row.is_quoted and place == 0) for row in firsts]
-            columns[plain(axis)] = [plain(mark) for mark in marks]
-    for name in dict.fromkeys(name for row in info.rows for name in row.about):
-        columns[plain(name)] = [plain(row.about.get(name, "")) for row in firsts]
+            columns.append(
+                (axis, [row.labels[place] + f" {_QUOTED}" * (row.is_quoted and not place) for row in firsts])
+            )
+    columns += [(name, [row.about.get(name, "") for row in firsts]) for name in _words(info)]
+    columns = [(title, [plain(text) for text in texts]) for title, texts in columns]
     for name in info.columns:
         quantity, leader = QUANTITIES[name], _leader(info, name)
         for place, head in enumerate(heads):
             rows_of = [line[place] for line in lines]
             title = quantity.title if not head else head if len(info.columns) == 1 else f"{quantity.title}, {head}"
-            columns[plain(title)] = [_text(row, name, leader, best, plain) for row in rows_of]
-            columns |= {
-                plain(f"{title}{key}"): [plain(text) for text in texts] for key, texts in _beside(rows_of, name)
-            }
+            columns.append((title, [_text(row, name, leader, best, plain) for row in rows_of]))
+            columns += [(key, [plain(text) for text in texts]) for key, texts in _beside(rows_of, name)]
         if name == "top1" and info.comparisons:
             told = [info.comparisons.get(row.label) for row in firsts]
-            columns[plain(f"to {info.reference}")] = [plain(_gap(each)) if each else "" for each in told]
+            columns.append((f"to {info.reference}", [plain(_gap(each)) if each else "" for each in told]))
         if name == "top1" and info.delta:
-            columns[plain("Δ")] = [plain(_gain(info, row, lambda cell: cell.mean)) for row in firsts]
-            columns[plain("Δ, paper")] = [plain(_gain(info, row, lambda cell: cell.paper)) for row in firsts]
-    return pd.DataFrame(columns)
+            columns.append(("Δ", [plain(_gain(info, row, lambda cell: cell.mean)) for row in firsts]))
+            columns.append(("Δ, paper", [plain(_gain(info, row, lambda cell: cell.paper)) for row in firsts]))
+    frame = pd.DataFrame({place: texts for place, (_, texts) in enumerate(columns)})
+    frame.columns = [plain(title) for title, _ in columns]
+    return frame
+
+
+def _words(info: TableInfo) -> list[str]:
+    """Return the columns of words about the rows."""
+    return list(dict.fromkeys(name for row in info.rows for name in row.about))
 
 
 def _gap(comparison: Comparison) -> str:
@@ -205,15 +215,17 @@ def _text(
 
 
 def _beside(rows_of: Sequence[Row | None], name: str) -> list[tuple[str, list[str]]]:
-    """Return the paper's numbers and, where accuracy is compared, ours less the paper's."""
+    """Return the paper's numbers and, of accuracies, ours less the paper's."""
     cells = [row.cells[name] if row else None for row in rows_of]
     if not any(cell and cell.paper is not None for cell in cells):
         return []
-    printed = [MISSING if cell is None or cell.paper is None else f"{cell.paper:g}" for cell in cells]
+    papers = [None if cell is None else cell.paper for cell in cells]
+    digits = max(len(f"{value:g}".partition(".")[2]) for value in papers if value is not None)
+    printed = [MISSING if value is None else f"{value:.{digits}f}" for value in papers]
     there = [(cell.mean, cell.paper) if cell else (None, None) for cell in cells]
     gaps = [MISSING if ours is None or paper is None else f"{ours - paper:+.2f}" for ours, paper in there]
     is_accuracy = name in ("top1", "top5") and any(gap != MISSING for gap in gaps)
-    return [(", paper", printed), *([(", ours − paper", gaps)] if is_accuracy else [])]
+    return [("paper", printed), *([("− paper", gaps)] if is_accuracy else [])]
 
 
 def _gain(info: TableInfo, row: Row, value: Callable[[Cell], float | None]) -> str:

@@ -52,6 +52,7 @@ class RunRecord:
 
     run_id: str
     experiment: str
+    experiment_id: str
     status: str
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
@@ -103,7 +104,14 @@ class Store:
                 if not token:
                     break
         return [
-            RunRecord(run.info.run_id, names[run.info.experiment_id], run.info.status, run.data.metrics, run.data.tags)
+            RunRecord(
+                run.info.run_id,
+                names[run.info.experiment_id],
+                run.info.experiment_id,
+                run.info.status,
+                run.data.metrics,
+                run.data.tags,
+            )
             for run in runs
         ]
 

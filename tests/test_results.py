@@ -97,7 +97,7 @@ def test_a_run_from_before_a_setting_existed_still_counts(study: Study) -> None:
 def test_the_paper_stands_beside_ours_and_is_never_mixed_with_it(study: Study) -> None:
     text = to_markdown(table_info(study, runs(study, 70.0, 71.0, 69.0, 69.5)))
     header, _, first, second = text.splitlines()[2:6]
-    assert [words.strip() for words in header.split("|")[1:4]] == ["ρ", "Top-1 (%)", "Top-1 (%), paper"]
+    assert [words.strip() for words in header.split("|")[1:4]] == ["ρ", "Top-1 (%)", "paper"]
     assert first.split("|")[3].strip() == "–"
     assert second.split("|")[3].strip() == "69.46"
     assert "**70.50" in first

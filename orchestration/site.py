@@ -1,0 +1,202 @@
+"""``mar report --all``: one self-contained page over all studies. It needs no server and no other file."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import jinja2
+
+from mar.errors import UserError
+from orchestration.figures import draw_figure
+from orchestration.report import findings
+from orchestration.results import match
+from orchestration.statistics import Claim, claims
+from orchestration.study import Study, Trial
+from orchestration.study_file import StudyFile
+from orchestration.tables import table_info, to_html
+from orchestration.tracking import RunRecord, Store
+
+_SHOWN_TAGS = ("mlflow.source.git.commit", "version.torch", "version.ray", "host")
+_LAST_LINES = 12
+
+
+@dataclass(frozen=True)
+class TrialState:
+    """One trial, as the page shows it."""
+
+    name: str
+    key: str
+    state: str
+    """finished, tested (another trial's model), failed, running, killed or not there yet."""
+    run_id: str
+    link: str
+    reason: str
+    log: str
+    hours: float | None
+    made_by: str
+    """Commit and versions."""
+    settings: str
+    """Its own, beside those that all trials of the study share."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One study, as the page shows it."""
+
+    name: str
+    title: str
+    table: str
+    picture: str
+    """A data URI; empty where there is no figure yet."""
+    words: list[str]
+    claims: list[Claim]
+    trials: list[TrialState]
+    command: str
+    fingerprints: str
+
+    @property
+    def counts(self) -> str:
+        """How many trials are in which state."""
+        return ", ".join(f"{count} {state}" for state, count in Counter(each.state for each in self.trials).items())
+
+
+def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str], file: Path) -> None:
+    """Write the page.
+
+    Raises:
+        Failure: the tracking store cannot be read.
+    """
+    records = store.trials()
+    sections = [_section(study, records, store, overrides) for study in studies]
+    verdicts = Counter(claim.verdict for section in sections for claim in section.claims)
+    states = Counter({trial.key: trial.state for section in sections for trial in section.trials}.values())
+    spent = {trial.run_id: trial.hours for section in sections for trial in section.trials if trial.state == "finished"}
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(_PAGE).render(
+        sections=sections,
+        verdicts=verdicts,
+        states=states,
+        hours=sum(each or 0.0 for each in spent.values()),
+        tracking=store.launch.tracking,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page, encoding="utf-8")
+
+
+def _section(study: Study, records: Sequence[RunRecord], store: Store, overrides: Sequence[str]) -> Section:
+    found = match(study.trials, records)
+    newest = {record.key: record for record in reversed(records)}
+    trials = [_state(study, trial, found.get(trial.key) or newest.get(trial.key), store) for trial in study.trials]
+    words = findings(study, records) if "top1" in study.file.table.columns else []
+    return Section(
+        study.name,
+        study.file.title,
+        to_html(table_info(study, records, store.file_of)),
+        _picture(study, records, store),
+        words,
+        claims(study, records, store.file_of),
+        trials if study.trains else [],
+        f"mar run {study.name} {' '.join(shlex.quote(word) for word in overrides)}".strip(),
+        ", ".join(sorted({trial.fingerprint for trial in study.trials})),
+    )
+
+
+def _state(study: Study, trial: Trial, run: RunRecord | None, store: Store) -> TrialState:
+    own = "; ".join(
+        f"{path}: {value}" for axis, label in trial.labels.items() for path, value in _of_label(study.file, axis, label)
+    )
+    if run is None:
+        return TrialState(trial.name, trial.key, "not there yet", "", "", "", "", None, "", own)
+    state = {"FINISHED": "finished" if run.has_model else "tested"}.get(run.status, run.status.lower())
+    seconds = run.metrics.get("time/elapsed_s")
+    server = store.launch.tracking if store.launch.tracking.startswith("http") else ""
+    link = f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}" if server else ""
+    made = ", ".join(f"{name.split('.')[-1]} {run.tags[name][:12]}" for name in _SHOWN_TAGS if name in run.tags)
+    log = store.launch.trial_folder(run.key) / "log.txt"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    is_bad = state in ("failed", "killed")
+    return TrialState(
+        trial.name,
+        trial.key,
+        state,
+        run.run_id,
+        link,
+        run.tags.get("failure", run.tags.get("ended", "")) if is_bad else "",
+        "\n".join(lines[-_LAST_LINES:]) if is_bad else "",
+        None if seconds is None else seconds / 3600,
+        made,
+        own,
+    )
+
+
+def _of_label(file: StudyFile, axis: str, label: str) -> list[tuple[str, object]]:
+    return list(file.axes.get(axis, {}).get(label, {}).items())
+
+
+def _picture(study: Study, records: Sequence[RunRecord], store: Store) -> str:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "figure.png"
+        try:
+            draw_figure(study, records, file, store.file_of)
+        except UserError:  # no reconstruction yet
+            return ""
+        return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+_PAGE = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Masked Action Recognition: report</title>
+<style>
+:root { --line: #d8dde3; --soft: #57606a; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; color: #1f2328; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; width: max-content; max-width: none; }
+caption { display: none; } th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
+th { text-align: right; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+.words th, .words td { text-align: left; white-space: normal; } .words td:nth-child(3) { max-width: 26rem; }
+img { max-width: 100%; height: auto; } code, pre { font-size: .85em; background: #f4f6f8; padding: .1em .3em; }
+pre { white-space: pre-wrap; padding: .6rem; } .soft { color: var(--soft); font-size: .88rem; }
+.supported { color: #116329; } .contradicted { color: #a40e26; } .open { color: #7a4e00; }
+nav { columns: 16rem; font-size: .92rem; } nav a { display: block; } summary { cursor: pointer; }
+@media print { nav { display: none; } details { display: block; } h2 { break-before: page; } .wide { overflow: visible; }
+  table { font-size: .62rem; width: auto; } body { max-width: none; } }
+</style></head><body>
+<h1>Masked Action Recognition: all studies</h1>
+<p>{{ sections | length }} studies. Trials, each counted once:
+{% for state, count in states.items() %}{{ count }} {{ state }}{{ ", " if not loop.last }}{% endfor %}.
+{{ "%.2f" | format(hours) }} hours of training spent.</p>
+<p>Of the paper's {{ verdicts.values() | sum }} claims our runs support {{ verdicts["supported"] }}, contradict
+{{ verdicts["contradicted"] }} and leave open {{ verdicts["open"] }}; of {{ verdicts["not there yet"] }} the runs are not there yet.
+<span class="soft">Supported or contradicted: every comparison it rests on is told apart by the test videos, paired, at 5 % after
+Holm's correction.</span></p>
+<nav>{% for section in sections %}<a href="#{{ section.name }}">{{ section.title }}</a>{% endfor %}</nav>
+{% for section in sections %}
+<h2 id="{{ section.name }}">{{ section.title }}</h2>
+{% for words in section.words %}<p>{{ words }}</p>{% endfor %}
+<div class="wide">{{ section.table | safe }}</div>
+{% if section.picture %}<p><img src="{{ section.picture }}" alt="{{ section.title }}"></p>{% endif %}
+{% if section.claims %}<ul>{% for claim in section.claims %}
+<li><b class="{{ claim.verdict }}">{{ claim.verdict }}</b>: {{ claim.words }}
+{% for pair, gap in claim.pairs.items() if gap %}<br><span class="soft">{{ pair }}:
+{{ "%+.2f [%+.2f, %+.2f], p = %.2g" | format(gap.difference, gap.low, gap.high, gap.p) }}</span>{% endfor %}</li>
+{% endfor %}</ul>{% endif %}
+<p><code>{{ section.command }}</code> <span class="soft">data {{ section.fingerprints }}</span></p>
+{% if section.trials %}<details><summary>{{ section.trials | length }} trials: {{ section.counts }}</summary>
+<div class="wide words"><table><tr><th>trial</th><th>state</th><th>its settings</th><th>hours</th><th>run</th><th>made by</th></tr>
+{% for trial in section.trials %}<tr><td>{{ trial.name }}</td><td>{{ trial.state }}</td><td><code>{{ trial.settings }}</code></td>
+<td>{{ "%.3f" | format(trial.hours) if trial.hours is not none else "–" }}</td>
+<td>{% if trial.link %}<a href="{{ trial.link }}">{{ trial.run_id[:8] }}</a>{% else %}<code>{{ trial.run_id[:8] }}</code>{% endif %}</td>
+<td class="soft">{{ trial.made_by }}</td></tr>{% endfor %}</table></div></details>
+{% for trial in section.trials if trial.reason or trial.log %}<p><b>{{ trial.name }}</b> {{ trial.state }}: {{ trial.reason }}</p>
+{% if trial.log %}<pre>{{ trial.log }}</pre>{% endif %}{% endfor %}{% endif %}
+{% endfor %}
+<p class="soft">Runs are in MLflow at {{ tracking }} (<code>mar ui</code> opens it).</p>
+</body></html>
+"""

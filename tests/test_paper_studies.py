@@ -1,0 +1,181 @@
+"""The paper's tables and figures as studies: what they list, share, print; trials that are tested and not trained."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_tree
+
+from mar.augment import to_pixels
+from mar.config import ExperimentConfig
+from mar.encoder import patchify, unpatchify
+from mar.errors import UserError
+from mar.masking import evaluation_mask
+from mar.model import MAR
+from mar.reconstructions import rebuilt
+from orchestration.config import LaunchConfig
+from orchestration.plan import Planned, device, plan_text, plan_trials
+from orchestration.run import run_studies
+from orchestration.site import write_site
+from orchestration.study import paper_studies, read_study
+from orchestration.tables import table_info, to_latex, to_markdown
+from orchestration.tracking import TRAINED_BY, Store
+
+Settings = Callable[..., ExperimentConfig]
+ALL = [Path(file).stem for file in paper_studies()]
+
+
+def test_every_table_and_figure_of_the_paper_is_there() -> None:
+    numbers = ["2", "3a", "3b", "3c", "4", "5", "6", "7", "8", "9a", "9b", "10", "11", "12", "13"]
+    tables = [name.split("_")[0] for name in ALL if name.startswith("table")]
+    assert tables == [f"table{number}" for number in numbers]
+    assert [name.split("_")[0] for name in ALL if name.startswith("figure")] == [
+        f"figure{n}" for n in (1, 3, 4, 5, 6, 7)
+    ]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("recipe", [[], ["recipe=released"], ["recipe=recipes/toy.yaml", "encoder.weights=null"]])
+def test_a_study_of_the_paper_reads_on_each_family_of_recipes_and_prints(name: str, recipe: list[str]) -> None:
+    study = read_study(name, recipe)
+    assert study.trials
+    info = table_info(study, [])
+    assert study.file.title in to_markdown(info)
+    assert "\\toprule" in to_latex(info)
+    for column, printed in study.file.paper.items():
+        assert column in (*study.file.table.columns, study.file.figure.x, *study.file.figure.y)
+        assert set(printed) <= {trial.row for trial in study.trials}
+
+
+def test_the_papers_numbers_are_those_of_its_costs() -> None:
+    """What the two files say of GFLOPs is ours within the paper's rounding."""
+    study = read_study("table6_bridging_design")
+    for row in table_info(study, []).rows:
+        cell = row.cells["gflops"]
+        assert cell.mean == pytest.approx(cell.paper, abs=0.015)
+
+
+def test_equal_settings_are_one_training_across_all_studies() -> None:
+    planned = Planned()
+    lines = [line for name in ALL for line in plan_trials(read_study(name), [], device("v100"), planned)]
+    states = [line.state for line in lines]
+    assert {state: states.count(state) for state in ("new", "test", "same")} == {"new": 71, "test": 15, "same": 42}
+    same = {line.trial.name: line.of for line in lines if line.study == "table9a_loss_weight" and line.state == "same"}
+    assert same == {"0.1 (seed 0)": "table2_mask_sampling: 50 % / cell / running (seed 0)"}
+    assert all(
+        line.state == "test" for line in lines if line.study == "table3b_starting_states" and line.trial.row != "ABCD"
+    )
+    text = plan_text(lines, device("v100"))
+    assert "128 trials: 0 finished, 71 to train, 15 to test only, 42 the same as another" in text
+    default = next(line for line in lines if line.trial.row == "50 % / cell / running")
+    assert default.device_hours == pytest.approx(5.9 * 32, rel=0.01), "the profile is made of the paper's own hours"
+    with pytest.raises(UserError, match="no such profile"):
+        device("tpu")
+
+
+@pytest.fixture
+def place(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({**tiny_tree(videos), "seed": 0, "mask": {"ratio": 0.75}}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+CROSSED = """\
+title: "Crossed"
+recipe: recipe.yaml
+axes:
+  Testing:
+    test 25 %: {evaluation.mask.ratio: 0.25}
+    test 50 %: {evaluation.mask.ratio: 0.5}
+  Training:
+    50 %: {}
+    75 %: {recipe: other.yaml}
+quoted:
+  Another method / 50 %: {top1: 12.3}
+about:
+  Another method / 50 %: {Backbone: ResNet}
+claims:
+  Less hidden in testing is better: [test 25 % / 50 % > test 50 % / 50 %]
+paper:
+  top1: {test 50 % / 50 %: 70.9, test 25 % / 50 %: 71.25}
+table: {columns: [top1], across: Training}
+"""
+
+
+def test_one_training_is_tested_in_each_way_and_the_default_one_is_trained(place: Path) -> None:
+    (place / "crossed.yaml").write_text(CROSSED)
+    launch = LaunchConfig(store=place / "store", backend="local")
+    study = read_study("crossed.yaml")
+    run_studies([study], launch)
+    store = Store(launch)
+    records = store.trials()
+    assert [record.status for record in records] == ["FINISHED"] * 4
+    tested = [record for record in records if not record.has_model]
+    assert len(tested) == 2
+    trained = {record.key: record for record in records if record.has_model}
+    for record in tested:
+        teacher = trained[record.tags[TRAINED_BY]]
+        assert record.metrics["train/loss"] == teacher.metrics["train/loss"]
+        assert not (launch.trial_folder(record.key) / "result" / "model.safetensors").exists()
+    assert json.loads(teacher.tags["labels"])["Testing"] == "test 50 %", "50 % is nearest to the defaults"
+
+    again = {record.run_id: record.metrics for record in records}
+    run_studies([study], launch)
+    assert {record.run_id: record.metrics for record in store.trials()} == again, "nothing is trained or tested twice"
+
+    text = to_markdown(table_info(study, records, store.file_of))
+    assert "| Testing" in text and "| Backbone" in text
+    assert "| Another method † | ResNet" in text
+    assert "70.90" in text, "the paper's numbers have as many digits as it prints"
+    write_site([study], store, [], place / "site.html")
+    page = (place / "site.html").read_text()
+    assert "Less hidden in testing is better" in page and "data:image/png;base64," in page
+    assert "2 finished, 2 tested" in page
+
+
+def test_a_labels_own_settings_can_be_changed_from_the_command_line(place: Path) -> None:
+    (place / "crossed.yaml").write_text(CROSSED)
+    changed = read_study("crossed.yaml", ["axes.Training.75 %.mask.cell=[4, 4]"])
+    assert [trial.settings.mask.cell for trial in changed.trials] == [(2, 2), (4, 4)] * 2
+    with pytest.raises(UserError, match="the study has no such axis and label"):
+        read_study("crossed.yaml", ["axes.Training.80 %.mask.cell=[4, 4]"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("across: Training", "across: Train", "table.across: no axis 'Train'"),
+        ("{Backbone", "{a: b}\n  Nobody: {Backbone", "about.Nobody: no trial is labelled 'Nobody'"),
+        ("test 25 % / 50 % > test 50 % / 50 %", "test 25 % / 50 %", "expected 'better row > worse row'"),
+        ("{top1: 12.3}", "{accuracy: 12.3}", "no quantity 'accuracy'"),
+    ],
+)
+def test_a_mistake_in_a_study_is_named(place: Path, old: str, new: str, words: str) -> None:
+    assert old in CROSSED
+    (place / "crossed.yaml").write_text(CROSSED.replace(old, new))
+    with pytest.raises(UserError) as caught:
+        read_study("crossed.yaml")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_perfect_model_rebuilds_the_original(
+    tiny: Settings, normalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny({"reconstruction.normalize_target": normalize})
+    pixels = to_pixels(torch.randint(0, 256, (2, 8, 16, 16, 3), dtype=torch.uint8))
+    model = MAR(settings)
+    hidden = evaluation_mask(settings).expand(2, -1, -1, -1)
+
+    def perfect(pixels: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return model._target(pixels, model._places(hidden)[1])
+
+    monkeypatch.setattr(model, "reconstruct", perfect)
+    masked, whole = rebuilt(settings, model, pixels, hidden)
+    torch.testing.assert_close(whole, pixels, atol=1e-4, rtol=0)
+    assert ((masked == 0.5).all(dim=1).float().mean() - settings.mask.ratio).abs() < 0.02
+    torch.testing.assert_close(unpatchify(patchify(pixels, (2, 4, 4)), (4, 4, 4), (2, 4, 4)), pixels)

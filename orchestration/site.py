@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,7 @@ from orchestration.tracking import RunRecord, Store
 
 _SHOWN_TAGS = ("mlflow.source.git.commit", "version.torch", "version.ray", "host")
 _LAST_LINES = 12
+_STATES = ("finished", "tested", "running", "failed", "killed", "not there yet")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Section:
     @property
     def counts(self) -> str:
         """How many trials are in which state."""
-        return ", ".join(f"{count} {state}" for state, count in Counter(each.state for each in self.trials).items())
+        return _counted({each.key: each.state for each in self.trials})
 
 
 def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str], file: Path) -> None:
@@ -75,7 +76,7 @@ def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str],
     records = store.trials()
     sections = [_section(study, records, store, overrides) for study in studies]
     verdicts = Counter(claim.verdict for section in sections for claim in section.claims)
-    states = Counter({trial.key: trial.state for section in sections for trial in section.trials}.values())
+    states = _counted({trial.key: trial.state for section in sections for trial in section.trials})
     spent = {trial.run_id: trial.hours for section in sections for trial in section.trials if trial.state == "finished"}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_PAGE).render(
@@ -87,6 +88,12 @@ def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str],
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page, encoding="utf-8")
+
+
+def _counted(states: Mapping[str, str]) -> str:
+    """Return how many trials are in which state, in words."""
+    counts = Counter(states.values())
+    return ", ".join(f"{counts[state]} {state}" for state in _STATES if counts[state])
 
 
 def _section(study: Study, records: Sequence[RunRecord], store: Store, overrides: Sequence[str]) -> Section:
@@ -170,7 +177,7 @@ nav { columns: 16rem; font-size: .92rem; } nav a { display: block; } summary { c
 </style></head><body>
 <h1>Masked Action Recognition: all studies</h1>
 <p>{{ sections | length }} studies. Trials, each counted once:
-{% for state, count in states.items() %}{{ count }} {{ state }}{{ ", " if not loop.last }}{% endfor %}.
+{{ states }}.
 {{ "%.2f" | format(hours) }} hours of training spent.</p>
 <p>Of the paper's {{ verdicts.values() | sum }} claims our runs support {{ verdicts["supported"] }}, contradict
 {{ verdicts["contradicted"] }} and leave open {{ verdicts["open"] }}; of {{ verdicts["not there yet"] }} the runs are not there yet.

@@ -16,7 +16,7 @@ from mar.errors import Failure, UserError
 from orchestration.cli_data import data_app
 from orchestration.cli_options import DEFAULT_STORE, AsJson, Output, Overrides, RecipeName, StoreFolder, TrackingUri
 from orchestration.cli_studies import figure, plan, report, run, table
-from orchestration.cli_weights import evaluate, predict, weights_app
+from orchestration.cli_weights import evaluate, predict, reconstruct, weights_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
@@ -47,7 +47,7 @@ def _end(words: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-for verb in (run, plan, table, figure, report, evaluate, predict):
+for verb in (run, plan, table, figure, report, evaluate, predict, reconstruct):
     app.command()(verb)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from mar.errors import UserError
 from orchestration.cli_options import (
     DEFAULT_STORE,
     AsJson,
@@ -22,6 +23,8 @@ from orchestration.cli_options import (
     records_of,
     studies_of,
 )
+
+_DEVICE = "Profile for device-hours: v100, h200, NAME=GFLOPS_PER_S."
 
 
 def run(
@@ -43,11 +46,16 @@ def run(
     checkpoint_every_steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint inside epochs too.")] = None,
     retries: Annotated[int, typer.Option(min=0, help="Times a failed trial goes on.")] = 1,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a private one here.")] = None,
+    budget_h: Annotated[
+        float | None, typer.Option(min=0, help="Device-hours: train what fits; needs --device.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help=_DEVICE)] = None,
     is_all: IsAll = False,
 ) -> None:
     """Train what is missing of a study (a killed run goes on by itself), then print its table."""
     from orchestration.config import LaunchConfig
-    from orchestration.run import run_studies, run_study
+    from orchestration.plan import device as profile_of
+    from orchestration.run import Budget, run_studies, run_study
 
     launch = LaunchConfig(
         store=store,
@@ -70,10 +78,13 @@ def run(
         run_search(read_search(study, overrides or []), launch)
         return
     studies = studies_of(study, overrides, only, is_all)
+    if budget_h is not None and device is None:
+        raise UserError("--budget-h: by which device's speed? Give --device too (v100, h200, NAME=GFLOPS_PER_S)")
+    budget = Budget(budget_h, profile_of(device)) if budget_h is not None and device else None
     if is_all:
-        run_studies(studies, launch)
+        run_studies(studies, launch, budget)
     else:
-        run_study(studies[0], launch)
+        run_study(studies[0], launch, budget)
 
 
 def plan(
@@ -82,7 +93,7 @@ def plan(
     only: Only = None,
     store: StoreFolder = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
-    device: Annotated[str | None, typer.Option(help="Profile for device-hours: v100, h200, NAME=GFLOPS_PER_S.")] = None,
+    device: Annotated[str | None, typer.Option(help=_DEVICE)] = None,
     price_per_h: Annotated[float | None, typer.Option(min=0, help="Of such a device, in your money.")] = None,
     is_all: IsAll = False,
     as_json: AsJson = False,

@@ -151,6 +151,26 @@ def predict(
         raise Failure(f"{len(predictions.broken)} could not be decoded; the first: {predictions.broken[0]}")
 
 
+def reconstruct(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A trial's result folder, or weights with a decoder.")],
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO…")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("reconstructions.png"),
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Settings; repeatable.")
+    ] = None,
+) -> None:
+    """Draw videos, what the mask of testing leaves of them, and what the model rebuilds (Fig. 6)."""
+    from mar.annotations import Video
+    from mar.parallel import default_device
+    from mar.pretrained import read_model
+    from mar.reconstructions import draw_reconstructions
+    from orchestration.study import parse_overrides
+
+    settings, trained = read_model(model, {"data.cache": None}, parse_overrides(setting or []))
+    draw_reconstructions(settings, trained.to(default_device()), [Video(str(path), path, 0) for path in videos], output)
+    print(output)
+
+
 def _tested(model: Any, settings: Any, videos: list[Any], device: Any) -> Any:
     from mar.evaluate import Evaluator
 

@@ -28,6 +28,8 @@ from orchestration.study import Study, Trial
 from orchestration.tracking import IDENTITY, KEY, KIND, STUDY, TRAINED_BY, WEIGHTS, RunRecord, Store, Writer
 from orchestration.trial import LOG
 
+_MOST_NOTE = 4900
+"""Characters; MLflow refuses a tag of 5,000 or more on some stores."""
 _PARENT = "study"
 """The writer's key of the study's own run."""
 
@@ -62,6 +64,7 @@ class Launch:
         self.trials = {trial.key: trial for trial in study.trials}
         self.shared = {STUDY: study.name, **provenance.tags()}
         self.experiment = store.experiment(study.name)
+        store.close_stale(self.experiment)  # nobody else runs this study: its lock is held
         title = study.file.title
         tags = {**self.shared, "title": title, "mlflow.note.content": title}
         self.parent = store.run(self.experiment, study.name, {KIND: "study"}, tags)
@@ -114,6 +117,9 @@ class Launch:
         final = {name: value for name, value in metrics.items() if name.startswith("test/")}
         self.writer.metrics(key, trial.settings.recipe.epochs, final, again=True)
         self.writer.artifacts(key, folder / RESULT, RESULT)
+        if key not in self.trained_by:
+            told = {name: f"{value:.4f}" for name, value in final.items()}
+            self.writer.register(key, self.study.name, {"trial": trial.name, **told})
         self.writer.end(key, "FINISHED")
         self.done.add(key)
         self._relay(key)
@@ -138,11 +144,15 @@ class Launch:
             self.writer.end(key, "KILLED")
         self.writer.flush()
 
-    def keep(self, reports: Path, records: Sequence[Record]) -> None:
-        """Log the report's files with the study's run, and which runs its table is made of, of whatever study."""
+    def keep(self, reports: Path, records: Sequence[Record], note: str) -> None:
+        """Log the report's files with the study's run, and which runs its table is made of, of whatever study.
+
+        ``note`` is what MLflow shows as the run's description: the table.
+        """
         found = match(self.study.trials, records)
         runs = {trial.name: found[trial.key].run_id for trial in self.study.trials if trial.key in found}
         self.writer.tag(_PARENT, "runs", json.dumps(runs, ensure_ascii=False))
+        self.writer.tag(_PARENT, "mlflow.note.content", note[:_MOST_NOTE])
         self.writer.artifacts(_PARENT, reports, "report")
 
     def __enter__(self) -> Launch:

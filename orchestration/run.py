@@ -5,22 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 from rich.console import Console
 
-from mar.errors import Failure
+from mar.errors import Failure, UserError
 from orchestration.config import LaunchConfig
 from orchestration.launch import Launch, check_data, check_weights, missing_trials, only_one, train_missing
+from orchestration.plan import Device, plan_trials
 from orchestration.progress import Board
 from orchestration.report import claim_lines, findings, write_report
+from orchestration.results import match_training
 from orchestration.statistics import claims
-from orchestration.study import Study, fetch_weights
+from orchestration.study import Study, Trial, fetch_weights
 from orchestration.tables import table_info, to_markdown
-from orchestration.tracking import Store
+from orchestration.tracking import RunRecord, Store
 
 
-def run_study(study: Study, launch: LaunchConfig) -> None:
-    """Run a study to its table.
+def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) -> None:
+    """Run a study to its table; with a ``budget``, of what is missing only what fits, in the study's order.
 
     Raises:
         UserError: the data is not there, another run of the study is alive, a trial does not fit the cluster.
@@ -30,11 +33,15 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
     fetch_weights(study)
     with only_one(study, launch):
         store = Store(launch)
-        missing = missing_trials(study, store)
+        missing, left_out = missing_trials(study, store), 0
+        if budget:
+            affordable = budget.take(study, missing, store.trials())
+            missing, left_out = affordable, len(missing) - len(affordable)
         check_data(missing)
         check_weights(missing)
-        have = len({trial.key for trial in study.trials}) - len(missing)
+        have = len({trial.key for trial in study.trials}) - len(missing) - left_out
         counts = f"{len(study.trials)} trials, {have} finished before, {len(missing)} to train"
+        counts += f", {left_out} left out: over the budget" if left_out else ""
         console.print(f"{study.file.title}: {counts}", markup=False)
         board = Board(missing, have, console)
         with Launch(study, store, board) as launched:
@@ -47,7 +54,7 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
             folder = launch.report_folder(study.name)
             records = store.trials()
             write_report(study, records, folder, store.file_of)
-            launched.keep(folder, records)
+            launched.keep(folder, records, to_markdown(table_info(study, records, store.file_of)))
     print(f"\n{to_markdown(table_info(study, records, store.file_of))}")
     print("\n".join([*findings(study, records), *claim_lines(claims(study, records, store.file_of)), ""]))
     print(f"figure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")
@@ -62,7 +69,31 @@ def run_study(study: Study, launch: LaunchConfig) -> None:
         raise Failure(f"stopped with {len(launched.unfinished)} trials unfinished; run the same command to go on")
 
 
-def run_studies(studies: Sequence[Study], launch: LaunchConfig) -> None:
+@dataclass
+class Budget:
+    """Device-hours that may be spent, by a device's profile; what is spent is taken off."""
+
+    hours: float
+    device: Device
+
+    def take(self, study: Study, missing: Sequence[Trial], records: Sequence[RunRecord]) -> list[Trial]:
+        """Return the missing trials that fit, in order; a test of another's model costs next to nothing."""
+        planned = {line.trial.key: line for line in plan_trials(study, records, self.device)}
+        chosen: list[Trial] = []
+        paid = match_training(missing, records).keys()
+        for trial in missing:
+            line = planned[trial.key]
+            if line.device_hours is None:
+                raise UserError("--budget-h: the size of the training split is not known: is the data there?")
+            is_paid = trial.key in paid or any(trial.training == other.training for other in chosen)
+            hours = 0.0 if is_paid else line.device_hours
+            if hours <= self.hours:
+                self.hours -= hours
+                chosen.append(trial)
+        return chosen
+
+
+def run_studies(studies: Sequence[Study], launch: LaunchConfig, budget: Budget | None = None) -> None:
     """Run studies one after the other in one Ray; what one of them trained, the next ones find.
 
     Raises:
@@ -73,7 +104,7 @@ def run_studies(studies: Sequence[Study], launch: LaunchConfig) -> None:
     with _one_backend(launch):
         for study in studies:
             try:
-                run_study(study, launch)
+                run_study(study, launch, budget)
             except Failure as error:
                 wrong.append(f"{study.name}: {error}")
                 print(f"mar: {wrong[-1]}")

@@ -49,7 +49,7 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
                 launched.settle()
             folder = launch.report_folder(search.name)
             write_search_report(proposer, folder)
-            launched.keep(folder, [])
+            launched.keep(folder, [], found_text(proposer))
     print(f"\n{found_text(proposer)}")
     print(f"report   {folder / 'report.md'} (best.yaml, front.csv, trials.csv, pictures)")
     print(f"Optuna   optuna-dashboard sqlite:///{launch.store / 'searches' / search.name}.db")

@@ -155,6 +155,22 @@ class Store:
             kind = {"mlflow.experimentKind": "custom_model_development"}  # its pages show runs first, not LLM traces
             return self.client.create_experiment(study, artifact_location=self.launch.artifacts, tags=kind)
 
+    def close_stale(self, experiment_id: str) -> int:
+        """Mark as killed what a driver that is no more left running in an experiment; returns how many runs."""
+        with _explained(self.launch):
+            stale = self.client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
+            for run in stale:
+                self.client.set_terminated(run.info.run_id, "KILLED")
+        return len(stale)
+
+    def register(self, run_id: str, name: str, tags: Mapping[str, str]) -> None:
+        """Make a run's result a version of the study's registered model, once: weights in safetensors, no pickle."""
+        with contextlib.suppress(MlflowException):  # it is registered already
+            self.client.create_registered_model(name)
+        if not self.client.search_model_versions(f"run_id = '{run_id}'"):
+            source = f"{self.client.get_run(run_id).info.artifact_uri}/{RESULT}"
+            self.client.create_model_version(name, source, run_id, tags=dict(tags))
+
     def run(self, experiment_id: str, name: str, find: Mapping[str, str], tags: Mapping[str, str]) -> str:
         """Return the id of the run that has the tags ``find``, running again; makes it if there is none."""
         with _explained(self.launch):
@@ -215,6 +231,10 @@ class Writer:
     def artifacts(self, key: str, folder: Path, below: str) -> None:
         """Upload a folder's files."""
         self._orders.put(lambda: self.client.log_artifacts(self._runs[key], str(folder), artifact_path=below))
+
+    def register(self, key: str, name: str, tags: Mapping[str, str]) -> None:
+        """Make the run's result a version of a registered model."""
+        self._orders.put(lambda: self.store.register(self._runs[key], name, tags))
 
     def tag(self, key: str, name: str, value: str) -> None:
         """Set a tag."""

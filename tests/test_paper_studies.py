@@ -18,7 +18,7 @@ from mar.model import MAR
 from mar.reconstructions import rebuilt
 from orchestration.config import LaunchConfig
 from orchestration.plan import Planned, device, plan_text, plan_trials
-from orchestration.run import run_studies
+from orchestration.run import Budget, run_studies
 from orchestration.site import write_site
 from orchestration.study import paper_studies, read_study
 from orchestration.tables import table_info, to_latex, to_markdown
@@ -135,6 +135,18 @@ def test_one_training_is_tested_in_each_way_and_the_default_one_is_trained(place
     page = (place / "site.html").read_text()
     assert "Less hidden in testing is better" in page and "data:image/png;base64," in page
     assert "2 finished, 2 tested" in page
+
+
+def test_a_budget_takes_what_fits_in_the_studys_order(place: Path) -> None:
+    (place / "crossed.yaml").write_text(CROSSED)
+    study = read_study("crossed.yaml")
+    slow = device("slow=1e-3")
+    hours = [line.device_hours or 0.0 for line in plan_trials(study, [], slow) if line.state == "new"]
+    assert len(hours) == 2
+    budget = Budget(hours[0] * 1.01, slow)
+    chosen = budget.take(study, study.trials, [])
+    assert [trial.row for trial in chosen] == ["test 25 % / 50 %", "test 50 % / 50 %"], "testing a model again is free"
+    assert budget.hours == pytest.approx(hours[0] * 0.01)
 
 
 def test_a_labels_own_settings_can_be_changed_from_the_command_line(place: Path) -> None:

@@ -33,6 +33,15 @@ axes:
     75 %: {mask.ratio: 0.75}
 paper: {top1: {50 %: 70.97}}
 """
+SEARCH = """\
+title: "Tiny search"
+recipe: recipe.yaml
+space: {mask.ratio: {low: 0.25, high: 0.75, step: 0.25}, mask.cell: {choices: [[2, 2], [4, 4]]}}
+goals: {top1: max}
+trials: 3
+stopper: median
+start: [{mask.ratio: 0.5, mask.cell: [2, 2]}]
+"""
 pytestmark = pytest.mark.filterwarnings("default")  # of Ray's and MLflow's own code
 MAR = [sys.executable, "-c", "from orchestration.cli import main; main()"]
 
@@ -42,6 +51,7 @@ def place(tmp_path: Path, videos: Path) -> Path:
     """A folder with a study of two tiny trials."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
     (tmp_path / "tiny.yaml").write_text(STUDY)
+    (tmp_path / "search.yaml").write_text(SEARCH)
     return tmp_path
 
 
@@ -131,6 +141,14 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -
         f"result/{name}" for name in ("model.safetensors", "manifest.json", "predictions.csv", "settings.yaml")
     }
     assert {item.path for item in store.client.list_artifacts(parent.info.run_id, "report")} >= {"report/figure.png"}
+    assert "| 50 %" in parent.data.tags["mlflow.note.content"], "the table is the description"
+    versions = store.client.search_model_versions("name = 'tiny'")
+    assert {version.run_id for version in versions} == {run.run_id for run in trial_runs(place)}
+    assert float(versions[0].tags["test/num_videos"]) == 8
+    store.client.create_run(experiment.experiment_id, run_name="of a driver that is no more")
+    mar(place, "run", "tiny.yaml", "--local")
+    assert "RUNNING" not in {run.info.status for run in store.client.search_runs([experiment.experiment_id])}
+    assert len(store.client.search_model_versions("name = 'tiny'")) == 2, "a model is registered once"
 
 
 def test_a_trial_finished_in_another_study_is_not_trained_again(place: Path) -> None:
@@ -277,8 +295,23 @@ def test_a_damaged_checkpoint_is_passed_over_aloud_in_a_ray_worker(place: Path) 
     assert "checkpoint not used" in mar(place, *words)
 
 
+@pytest.mark.usefixtures("cluster")
+def test_a_search_runs_through_tune_and_goes_on(place: Path) -> None:
+    output = mar(place, "run", "search.yaml", "--backend", "inline")
+    assert "3 trials finished, 0 ended early" in output
+    runs = trial_runs(place)
+    assert {run.status for run in runs} == {"FINISHED"}
+    assert 2 <= len(runs) <= 3, "what is proposed twice is trained once"
+    assert (place / "mar_store" / "reports" / "search" / "best.yaml").is_file()
+    again = mar(place, "run", "search.yaml", "--local")
+    assert "3 trials wanted, 3 there" in again
+    more = mar(place, "run", "search.yaml", "trials=4", "--local")
+    assert "4 trials wanted, 3 there" in more
+    assert {run.run_id for run in runs} <= {run.run_id for run in trial_runs(place)}
+
+
 MISTAKES: list[tuple[list[str], int, str]] = [
-    (["run", "absent"], 2, "no study 'absent': neither a file nor one that ships with mar (quickstart)"),
+    (["run", "absent"], 2, "no study 'absent': neither a file nor one that ships with mar ("),
     (["run", "tiny.yaml", "mask.ration=0.5"], 2, "mask.ration: no such setting; did you mean mask.ratio?"),
     (["run", "tiny.yaml", "data.root=nowhere"], 2, "data.root: the folder nowhere does not exist"),
     (["run", "tiny.yaml", "--only", "ρ=60 %"], 2, "the axis ρ has no label '60 %'"),
@@ -290,6 +323,10 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["run", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:9"], 1, "the tracking store http://127.0.0.1:9 cannot"),
     (["run", "tiny.yaml", "--backend", "inline", "--workers", "2"], 2, "--backend inline trains with one worker"),
     (["figure", "tiny.yaml", "-o", "/proc/f.png"], 1, "/proc/f.png"),
+    (["run", "tiny.yaml", "--budget-h", "1"], 2, "--budget-h: by which device's speed?"),
+    (["plan"], 2, "which study? (a file, a name that ships with mar, or --all)"),
+    (["plan", "tiny.yaml", "--all"], 2, "tiny.yaml: a study or --all, not both"),
+    (["run", "search.yaml"], 2, "stopper: an early end needs --backend inline or --local"),
     (["show", "absent"], 2, "no recipe 'absent'"),
     (["cost", "recipe.yaml", "mask.ratio=2"], 2, "mask.ratio: must be less than 1, not 2"),
     (["mask", "recipe.yaml", "-o", "mask.doc"], 2, "cannot draw a .doc file"),

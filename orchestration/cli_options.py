@@ -58,6 +58,8 @@ def studies_of(name: str | None, overrides: list[str] | None, only: list[str] | 
         return [read_study(each, words, only or []) for each in paper_studies()]
     if name is None:
         raise UserError("which study? (a file, a name that ships with mar, or --all)")
+    if is_search_file(name):
+        raise UserError(f"{name} is a search, not a study: mar run runs it, and writes its report")
     return [read_study(name, overrides or [], only or [])]
 
 

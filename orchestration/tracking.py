@@ -40,6 +40,8 @@ IDENTITY, KEY, KIND, STUDY = "mar.identity", "mar.key", "mar.kind", "mar.study"
 WEIGHTS = "encoder.weights"
 TRAINED_BY = "mar.trained_by"
 """Of a trial that was tested, not trained: the key of the trial whose model it is."""
+_NO_REGISTRY = ("INVALID_PARAMETER_VALUE", "FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "PERMISSION_DENIED")
+"""What a store answers that keeps no models, or not such: a run is whole without."""
 _PARAMS_PER_BATCH = 90
 _METRICS_PER_BATCH = 900
 
@@ -156,20 +158,26 @@ class Store:
             return self.client.create_experiment(study, artifact_location=self.launch.artifacts, tags=kind)
 
     def close_stale(self, experiment_id: str) -> int:
-        """Mark as killed what a driver that is no more left running in an experiment; returns how many runs."""
+        """Mark as killed the trials of this store that a driver that is no more left running; returns how many."""
+        ours = str(self.launch.store.resolve())
         with _explained(self.launch):
-            stale = self.client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
-            for run in stale:
-                self.client.set_terminated(run.info.run_id, "KILLED")
+            running = self.client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
+            stale = [run.info.run_id for run in running if run.data.tags.get("folder", "").startswith(ours)]
+            for run_id in stale:
+                self.client.set_terminated(run_id, "KILLED")
         return len(stale)
 
     def register(self, run_id: str, name: str, tags: Mapping[str, str]) -> None:
         """Make a run's result a version of the study's registered model, once: weights in safetensors, no pickle."""
-        with contextlib.suppress(MlflowException):  # it is registered already
-            self.client.create_registered_model(name)
-        if not self.client.search_model_versions(f"run_id = '{run_id}'"):
-            source = f"{self.client.get_run(run_id).info.artifact_uri}/{RESULT}"
-            self.client.create_model_version(name, source, run_id, tags=dict(tags))
+        try:
+            if not self.client.search_registered_models(f"name = '{name}'", max_results=1):
+                self.client.create_registered_model(name)
+            if not self.client.search_model_versions(f"run_id = '{run_id}'"):
+                source = f"{self.client.get_run(run_id).info.artifact_uri}/{RESULT}"
+                self.client.create_model_version(name, source, run_id, tags=dict(tags))
+        except MlflowException as error:
+            if error.error_code not in _NO_REGISTRY:  # the store may be away: try again
+                raise
 
     def run(self, experiment_id: str, name: str, find: Mapping[str, str], tags: Mapping[str, str]) -> str:
         """Return the id of the run that has the tags ``find``, running again; makes it if there is none."""

@@ -198,6 +198,12 @@ def test_a_mistake_in_a_search_file_is_named(open_: Open, changes: dict[str, Any
     assert "search.yaml" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["search_quickstart", "search_accuracy_and_cost"])
+def test_a_shipped_search_is_sound_and_begins_within_its_constraints(name: str) -> None:
+    search = read_search(name)
+    assert all(excess <= 0 for point in search.file.start for excess in search.excess(search.settings(point)))
+
+
 @pytest.mark.parametrize("sampler", ["random", "nsga2", "nsga3", "gp", "qmc"])
 def test_every_sampler_finds_its_number_of_trials(open_: Open, sampler: str) -> None:
     proposer = open_(sampler=sampler, trials=4, constraints=[])

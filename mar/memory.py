@@ -25,6 +25,7 @@ def peak_training_memory_gib(settings: ExperimentConfig, num_clips: int) -> floa
         raise UserError("--memory: there is no CUDA device here, and peak memory is measured, not guessed")
     device, generator = torch.device("cuda"), torch.Generator().manual_seed(0)
     torch.cuda.empty_cache()
+    held_bytes = torch.cuda.memory_allocated(device)  # by others in this process: a training that is over
     torch.cuda.reset_peak_memory_stats(device)
     model = MAR(settings).to(device)
     optimizer = build_optimizer(model, settings.recipe)
@@ -43,4 +44,4 @@ def peak_training_memory_gib(settings: ExperimentConfig, num_clips: int) -> floa
         raise UserError(
             f"--memory: {num_clips} clips a step do not fit this device: take a smaller --batch-size"
         ) from None
-    return torch.cuda.max_memory_allocated(device) / 2**30
+    return (torch.cuda.max_memory_allocated(device) - held_bytes) / 2**30

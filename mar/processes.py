@@ -29,7 +29,7 @@ def each(
     try:
         while True:
             while len(pending) < 2 * processes and (item := next(waiting, None)) is not None:
-                pending.append((item, pool.submit(work, item)))
+                pending.append((item, _submitted(pool, work, item)))
             if not pending:
                 return
             item, future = pending.popleft()
@@ -43,6 +43,16 @@ def each(
                 pool = _pool(processes)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, work: Callable[[Item], Result], item: Item) -> Future[Result]:
+    """Submit an item; to a pool that has died meanwhile too, as one that failed with it."""
+    try:
+        return pool.submit(work, item)
+    except BrokenProcessPool as error:
+        lost = Future[Result]()
+        lost.set_exception(error)
+        return lost
 
 
 def _alone(work: Callable[[Item], Result], item: Item, crashed: Callable[[Item], Result]) -> Result:

@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from mar.augment import augmented, draw_step, mix
 from mar.checkpoint import Progress
 from mar.config import ExperimentConfig
 from mar.dataset import Batch, TrainingOrder, draw, one_after_another, places, training_batches
-from mar.errors import Failure
+from mar.errors import Failure, UserError
 from mar.evaluate import Evaluator, Predictions, Reconstruction, write_predictions
 from mar.memory import peak_training_memory_gib
 from mar.model import MAR, Losses
@@ -281,7 +281,8 @@ def _finish(trained: Trained, val: list[Video], report: Report) -> dict[str, flo
         )
         metrics["test/top1_shuffled_frames"] = shuffle(model).accuracy(1)
     if device.type == "cuda" and not trained.by:
-        metrics["memory/batch_of_1_gib"] = peak_training_memory_gib(settings, 1)
+        with suppress(UserError):  # no room beside the model: a trial does not fail over this figure
+            metrics["memory/batch_of_1_gib"] = peak_training_memory_gib(settings, 1)
     if parallel.share().rank == 0:
         _write_result(trained, val, predictions, metrics)
     report(settings.recipe.epochs, metrics, trained.folder / RESULT)

@@ -75,6 +75,10 @@ def run(
         from orchestration.run_search import run_search
         from orchestration.search_file import read_search
 
+        if only or budget_h is not None:
+            raise UserError(
+                f"{study} is a search: --only and --budget-h are for studies; 'trials=N' says how many it trains"
+            )
         run_search(read_search(study, overrides or []), launch)
         return
     studies = studies_of(study, overrides, only, is_all)

@@ -14,7 +14,7 @@ from orchestration.progress import Board
 from orchestration.search import Proposer, open_search
 from orchestration.search_file import Search
 from orchestration.search_report import found_text, write_search_report
-from orchestration.study import Study, Trial
+from orchestration.study import Study, Trial, fetch_weights
 from orchestration.study_file import StudyFile
 from orchestration.tracking import Store
 
@@ -35,6 +35,7 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
     with only_one(study, launch):
         store = Store(launch)
         sample = Trial({"trial": "–"}, search.settings({}), "")
+        fetch_weights(Study(search.name, study.file, [sample]))
         check_data([sample])
         check_weights([sample])
         proposer = open_search(search, launch.store.resolve() / "searches" / f"{search.name}.db", store.trials())

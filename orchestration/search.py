@@ -133,7 +133,10 @@ class Proposer:
         found = match([trial], self.records)
         if trial.key in self.reached or not found:
             return self.reached.get(trial.key)
-        return self.values(trial.settings, found[trial.key].metrics)
+        try:
+            return self.values(trial.settings, found[trial.key].metrics)
+        except KeyError:  # a version before this metric wrote it
+            return None
 
     def finished(self, key: str, metrics: Mapping[str, float], settings: ExperimentConfig) -> None:
         """Tell Optuna what a trial reached."""

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -143,4 +145,19 @@ def die_over_three(number: int) -> int:
 
 
 def test_a_decoder_that_kills_its_process_costs_its_file_alone() -> None:
-    assert list(processes.each(die_over_three, range(8), 2, lambda number: -number)) == [0, 10, 20, -3, 40, 50, 60, 70]
+    expected = [number * 10 if number != 3 else -3 for number in range(24)]
+    assert list(processes.each(die_over_three, range(24), 2, lambda number: -number)) == expected
+
+
+def test_a_pool_that_has_died_meanwhile_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two results it may die while nobody waits for it: the next item cannot be submitted then."""
+    submit, calls = ProcessPoolExecutor.submit, [0]
+
+    def dying(pool: ProcessPoolExecutor, *words: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:
+            raise BrokenProcessPool("a child process terminated abruptly")
+        return submit(pool, *words)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", dying)
+    assert list(processes.each(abs, range(10), 2, lambda number: -1)) == list(range(10))

@@ -328,6 +328,7 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["figure", "tiny.yaml", "-o", "/proc/f.png"], 1, "/proc/f.png"),
     (["run", "tiny.yaml", "--budget-h", "1"], 2, "--budget-h: by which device's speed?"),
     (["plan"], 2, "which study? (a file, a name that ships with mar, or --all)"),
+    (["run", "search.yaml", "--only", "ρ=50 %"], 2, "search.yaml is a search: --only and --budget-h are for studies"),
     (["plan", "search.yaml"], 2, "search.yaml is a search, not a study"),
     (["plan", "tiny.yaml", "--all"], 2, "tiny.yaml: a study or --all, not both"),
     (["run", "search.yaml"], 2, "stopper: an early end needs --backend inline or --local"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mar.annotations import Video
 from mar.augment import to_pixels
+from mar.charts import save
 from mar.config import ExperimentConfig
 from mar.dataset import EvaluationClips, collate
 from mar.encoder import patchify, unpatchify
@@ -19,7 +20,6 @@ from mar.errors import Failure, UserError
 from mar.frame_cache import check
 from mar.masking import evaluation_mask
 from mar.model import MAR, split_places
-from mar.visualise import save
 
 _GREY = 0.5
 

@@ -7,6 +7,7 @@ training that was stopped and went on equals one that was not: bit for bit on th
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shutil
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mar import RESULT, checkpoint, frame_cache, parallel, pretrained
 from mar.annotations import Video, class_names, read_split
 from mar.augment import augmented, draw_step, mix
+from mar.charts import draw_confusion, draw_curves
 from mar.checkpoint import Progress
 from mar.config import ExperimentConfig
 from mar.dataset import Batch, TrainingOrder, draw, one_after_another, places, training_batches
@@ -34,7 +36,6 @@ from mar.memory import peak_training_memory_gib
 from mar.model import MAR, Losses
 from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
 from mar.reconstructions import draw_reconstructions
-from mar.visualise import draw_confusion, draw_curves
 
 _SHOWN = 3
 """Videos whose reconstructions are drawn."""
@@ -107,8 +108,8 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     """Train from the newest checkpoint in ``folder`` (or from the start), test, and return the final metrics.
 
     Reports every epoch, those before the resumption included, so that a listener that lost some gets all.
-    Leaves ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``metrics.json``, ``curves.png`` and, where there are
-    classes, ``predictions.csv`` and ``confusion.png``.
+    Leaves ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``metrics.json``, ``history.csv``, ``curves.png`` and, where there
+    are classes, ``predictions.csv`` and ``confusion.png``.
 
     Raises:
         UserError: the settings do not fit the data.
@@ -304,13 +305,23 @@ def _write_result(
         writers["trained_by.txt"] = lambda file: checkpoint.write_text(file, f"{trained.by}\n")
     else:
         writers["model.safetensors"] = lambda file: save_file(trained.model.state_dict(), file)
+        writers["history.csv"] = lambda file: _write_history(trained.history, file)
         writers["curves.png"] = lambda file: draw_curves(trained.history, file)
     if isinstance(predictions, Predictions):
         names = class_names(trained.settings.data)
         writers["predictions.csv"] = lambda file: write_predictions(predictions, val, file)
-        writers["confusion.png"] = lambda file: draw_confusion(predictions.confusion(), names, file)
+        writers["confusion.png"] = lambda file: draw_confusion(predictions.confusion().numpy(), names, file)
     if trained.settings.redraws_in_testing:
         shown = [video for video in val if not any(str(video.path) in reason for reason in predictions.broken)][:_SHOWN]
         writers["reconstructions.png"] = lambda file: draw_reconstructions(trained.settings, trained.model, shown, file)
     sealed: checkpoint.Writers = writers
     checkpoint.write_sealed(trained.folder / RESULT, sealed, {"settings": settings, "metrics": metrics})
+
+
+def _write_history(history: list[dict[str, float]], file: Path) -> None:
+    """Write one row an epoch."""
+    names = list(dict.fromkeys(name for epoch in history for name in epoch))
+    with file.open("w", newline="", encoding="utf-8") as output:
+        writer = csv.DictWriter(output, ["epoch", *names])
+        writer.writeheader()
+        writer.writerows({"epoch": number, **epoch} for number, epoch in enumerate(history, start=1))

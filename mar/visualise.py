@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from mar.annotations import class_names, read_split
 from mar.augment import augmented, draw_step, mix
+from mar.charts import save
 from mar.config import ExperimentConfig
 from mar.dataset import Share, TrainingClips, TrainingOrder, collate, draw, one_after_another
-from mar.errors import Failure, UserError
+from mar.errors import Failure
 from mar.frame_cache import check
 from mar.masking import evaluation_mask, training_mask
 
@@ -61,48 +62,6 @@ def draw_clips(settings: ExperimentConfig, num_clips: int, num_frames: int, file
     save(figure, file)
 
 
-_NAMED_CLASSES = 40
-"""Up to so many classes have their names and counts in a confusion matrix."""
-
-
-def draw_confusion(counts: Int[Tensor, "classes classes"], names: list[str], file: Path) -> None:
-    """Draw which classes (rows) are taken for which (columns), shares of each row."""
-    shares = (counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
-    is_named = len(names) <= _NAMED_CLASSES
-    side = min(3 + 0.45 * len(names), 12)
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    panel: Any = figure.subplots()
-    image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the class's videos", shrink=0.8)
-    panel.set(xlabel="taken for", ylabel="class")
-    if is_named:
-        panel.set_xticks(range(len(names)), [name[:28] for name in names], rotation=90, fontsize=7)
-        panel.set_yticks(range(len(names)), [name[:28] for name in names], fontsize=7)
-        for row, line in enumerate(counts.tolist()):
-            for column, count in enumerate(line):
-                if count:
-                    color = "white" if shares[row, column] > 0.5 else "black"
-                    panel.text(column, row, str(count), ha="center", va="center", fontsize=7, color=color)
-    save(figure, file)
-
-
-def draw_curves(history: list[dict[str, float]], file: Path) -> None:
-    """Draw the losses and, where there are any, the accuracies of each epoch."""
-    groups = [["train/loss", "train/reconstruction_loss", "val/reconstruction_loss"], ["val/top1", "val/top5"]]
-    shown = [[name for name in group if any(name in epoch for epoch in history)] for group in groups]
-    shown = [group for group in shown if group]
-    figure = Figure(figsize=(4.6 * len(shown), 3.2), layout="constrained")
-    panels: Any = figure.subplots(1, len(shown), squeeze=False)
-    for panel, names in zip(panels[0], shown, strict=True):
-        for name in names:
-            points = [(number, epoch[name]) for number, epoch in enumerate(history, start=1) if name in epoch]
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        panel.set(xlabel="epoch", ylabel="%" if names[0].startswith("val/top") else "loss")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-    save(figure, file)
-
-
 def draw_masks(masks: dict[str, Bool[Tensor, "t h w"]], title: str, file: Path) -> None:
     """Draw each mask as a row of slices, hidden tokens dark.
 
@@ -122,15 +81,3 @@ def draw_masks(masks: dict[str, Bool[Tensor, "t h w"]], title: str, file: Path) 
         line[0].set_ylabel(name, fontsize=7)
     figure.suptitle(title, fontsize=10)
     save(figure, file)
-
-
-def save(figure: Figure, file: Path) -> None:
-    """Write a figure in the format of the file's ending.
-
-    Raises:
-        UserError: matplotlib does not write that format.
-    """
-    if file.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
-        raise UserError(f"-o {file}: cannot draw a {file.suffix or 'nameless'} file; use .png, .pdf or .svg")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=160)

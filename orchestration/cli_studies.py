@@ -100,11 +100,15 @@ def plan(
     device: Annotated[str | None, typer.Option(help=_DEVICE)] = None,
     price_per_h: Annotated[float | None, typer.Option(min=0, help="Of such a device, in your money.")] = None,
     is_all: IsAll = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what keeps each new trial from being an old run.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List a study's trials: which are there, which are new, what they cost. Trains nothing."""
     from dataclasses import replace
 
+    from orchestration.differences import Neighbours
     from orchestration.plan import Planned, plan_json, plan_text, plan_trials
     from orchestration.plan import device as profile_of
 
@@ -112,7 +116,8 @@ def plan(
     records, planned = records_of(store, tracking_uri), Planned()
     studies = studies_of(study, overrides, only, is_all)
     lines = [line for each in studies for line in plan_trials(each, records, profile, planned)]
-    print(plan_json(lines) if as_json else plan_text(lines, profile))
+    neighbours = Neighbours(records) if explain else None
+    print(plan_json(lines, neighbours) if as_json else plan_text(lines, profile, neighbours))
 
 
 def table(
@@ -138,12 +143,12 @@ def figure(
     tracking_uri: TrackingUri = None,
     output: Output = None,
 ) -> None:
-    """Draw a study's figure from what MLflow remembers (png, pdf or svg)."""
-    from orchestration.figures import draw_figure
+    """Draw a study's figure from what MLflow remembers (png, pdf, svg, or html that answers the mouse)."""
+    from orchestration.interactive import write_figure
 
     (read,) = studies_of(study, overrides, only, is_all=False)
     file = output or Path(f"{read.name}.png")
-    draw_figure(read, records_of(store, tracking_uri), file, file_finder(store, tracking_uri))
+    write_figure(read, records_of(store, tracking_uri), file, file_finder(store, tracking_uri))
     print(file)
 
 

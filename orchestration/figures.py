@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
+from mar.charts import save
 from mar.errors import UserError
 from orchestration.quantities import QUANTITIES
 from orchestration.results import AnyRecord, Record, Row, axis_parts, match, rows
 from orchestration.study import Study
 from orchestration.study_file import BETWEEN_LABELS
 
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 """Of Okabe and Ito: told apart by colour-blind readers too."""
 _ABOVE = (0, 7)
+_NOTE_WIDTH = 110
+_LEVEL_CHARACTERS = 70
+"""Of all labels below the bars together; longer ones are written slanting."""
 _FEW = 6
 """Points whose labels stand level; more are written slanting and small."""
 
@@ -34,6 +40,8 @@ class Series:
     """Half widths of 95 % intervals; 0 with one seed."""
     is_papers: bool = False
     """Whether these are what the paper printed."""
+    is_line: bool = False
+    """Whether its points are joined: the epochs of a training, the Pareto front."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class FigureInfo:
 
     title: str
     kind: str
+    """points, bars or curves."""
     x_title: str
     y_title: str
     series: Sequence[Series]
@@ -76,6 +85,9 @@ def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
             series.append(_series(title, places, name, layout.x, part))
             series += [_papers(f"{title}, paper", places, name, layout.x)] if layout.x else []
     series = [each for each in series if each.y or not each.is_papers]
+    if layout.front and layout.x:
+        directions = [QUANTITIES[name].higher_is_better for name in (layout.x, layout.y[0])]
+        series.append(_front(series, is_low_x_better=not directions[0], is_high_y_better=bool(directions[1])))
     return FigureInfo(
         title=study.file.title,
         kind=layout.kind,
@@ -102,6 +114,18 @@ def _series(title: str, places: Sequence[tuple[int, Row]], name: str, x: str | N
     )
 
 
+def _front(series: Sequence[Series], is_low_x_better: bool, is_high_y_better: bool) -> Series:
+    """Return which of our points no other beats in both quantities, along the horizontal axis."""
+    points = [point for each in series if not each.is_papers for point in zip(each.labels, each.x, each.y, strict=True)]
+    x_sign, y_sign = (1 if is_low_x_better else -1), (-1 if is_high_y_better else 1)
+    front: list[tuple[str, float, float]] = []
+    for point in sorted(points, key=lambda point: (x_sign * point[1], y_sign * point[2])):
+        if not front or y_sign * point[2] < y_sign * front[-1][2]:
+            front.append(point)
+    labels, x, y = [each[0] for each in front], [each[1] for each in front], [each[2] for each in front]
+    return Series("Pareto front", labels, x, y, [0.0] * len(front), is_line=True)
+
+
 def _papers(title: str, places: Sequence[tuple[int, Row]], name: str, x: str) -> Series:
     """Return the points of which the paper prints both."""
     points: list[tuple[str, float, float]] = []
@@ -126,6 +150,8 @@ def draw_figure(
 ) -> None:
     """Draw a study's figure, of whatever kind; ``file_of`` finds a file of a run's result.
 
+    The ending of ``file`` says the format: png, pdf or svg.
+
     Raises:
         UserError: matplotlib does not write that format, or a model's reconstructions are not there yet.
     """
@@ -145,10 +171,7 @@ def draw_figure(
 
 
 def _copy_picture(picture: Path, file: Path) -> None:
-    from matplotlib.figure import Figure
     from matplotlib.image import imread
-
-    from mar.visualise import save
 
     pixels: Any = imread(picture)
     figure = Figure(figsize=(pixels.shape[1] / 160, pixels.shape[0] / 160))
@@ -164,13 +187,14 @@ def draw(info: FigureInfo, file: Path) -> None:
     Raises:
         UserError: matplotlib does not write that format.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes: Any = figure.subplots()
     names = list(dict.fromkeys(series.name.removesuffix(", paper") for series in info.series))
     for place, series in enumerate(info.series):
-        colour = _COLOURS[names.index(series.name.removesuffix(", paper")) % len(_COLOURS)]
+        if series.is_line:
+            _line(axes, series, place, alone=info.kind == "curves")
+            continue
+        colour = COLOURS[names.index(series.name.removesuffix(", paper")) % len(COLOURS)]
         if info.kind == "bars":
             _bars(axes, info, series, place, colour)
         else:
@@ -179,16 +203,24 @@ def draw(info: FigureInfo, file: Path) -> None:
         axes.axhline(info.chance, color="0.4", linestyle=":", label=f"guessing ({info.chance:g} %)")
     axes.set(title=info.title, xlabel=info.x_title, ylabel=info.y_title)
     if len(info.series) > 1 or info.chance is not None:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize=7 if len(info.series) > _FEW else None)
     lacking = {"not there yet": info.missing, "seeds not there yet": info.partial}
     words = "; ".join(f"{what}: {', '.join(labels)}" for what, labels in lacking.items() if labels)
-    axes.text(0.01, 0.01, words, transform=axes.transAxes, fontsize=8)
+    notes = textwrap.fill(words, _NOTE_WIDTH)
+    axes.text(0.01, 0.01, notes, transform=axes.transAxes, fontsize=7, in_layout=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12, y=0.12)
-    if file.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
-        raise UserError(f"-o {file}: cannot draw a {file.suffix or 'nameless'} file; use .png, .pdf or .svg")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=160)
+    save(figure, file)
+
+
+def _line(axes: Any, series: Series, place: int, alone: bool) -> None:
+    if alone:
+        style = "-" if place < len(COLOURS) else "--" if place < 2 * len(COLOURS) else ":"
+        axes.plot(
+            series.x, series.y, style, marker=".", color=COLOURS[place % len(COLOURS)], label=series.name, linewidth=1.4
+        )
+    else:
+        axes.plot(series.x, series.y, "-", color="0.6", label=series.name, linewidth=1, zorder=1)
 
 
 def _points(axes: Any, series: Series, colour: str) -> None:
@@ -209,4 +241,6 @@ def _bars(axes: Any, info: FigureInfo, series: Series, place: int, colour: str) 
         [x + shift for x in series.x], series.y, width, yerr=series.error, color=colour, label=series.name, capsize=3
     )
     if place == 0:
-        axes.set_xticks(range(len(info.rows)), info.rows)
+        slanting: dict[str, Any] = {"rotation": 30, "ha": "right", "fontsize": 7}
+        is_long = sum(len(row) for row in info.rows) > _LEVEL_CHARACTERS
+        axes.set_xticks(range(len(info.rows)), info.rows, **(slanting if is_long else {}))

@@ -13,6 +13,7 @@ import yaml
 from mar.annotations import read_split
 from mar.cost import cost
 from mar.errors import UserError
+from orchestration.differences import Neighbours
 from orchestration.files import packaged
 from orchestration.results import AnyRecord, Record, match, match_training
 from orchestration.study import ABSENT, Study, Trial
@@ -125,8 +126,8 @@ def _known() -> dict[str, Any]:
     return yaml.safe_load((packaged("search_spaces") / "paper" / "planning.yaml").read_text(encoding="utf-8"))
 
 
-def plan_text(lines: Sequence[PlannedTrial], device: Device | None = None) -> str:
-    """Return the plan as a table, by study, with a line of totals."""
+def plan_text(lines: Sequence[PlannedTrial], device: Device | None = None, neighbours: Neighbours | None = None) -> str:
+    """Return the plan as a table, by study, with a line of totals; with ``neighbours``, why what is new is new."""
     width = max([len(line.trial.name) for line in lines], default=0) + 2
     header = f"{'':<5}{'trial':<{width}}{'GFLOPs':>9}{'Param (M)':>11}{'clips':>12}{'device-hours':>14}"
     text = [header]
@@ -141,7 +142,19 @@ def plan_text(lines: Sequence[PlannedTrial], device: Device | None = None) -> st
                 f"{_or_dash(line.num_clips if runs else None, ','):>12}"
                 f"{_or_dash(line.device_hours if runs else None, '.2f'):>14}{of}"
             )
+            text += _explained(line, neighbours) if neighbours and runs else []
     return "\n".join([*text, *_totals(lines, device)])
+
+
+def _explained(line: PlannedTrial, neighbours: Neighbours) -> list[str]:
+    near = neighbours.nearest(line.trial)
+    if near is None:
+        return ["       nothing is trained yet"]
+    run_id, found = near
+    return [
+        f"       unlike run {run_id}:",
+        *(f"         {each.setting}: {each.first} → {each.second}" for each in found),
+    ]
 
 
 def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
@@ -169,8 +182,17 @@ def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
     return notes + [f"the weights are not here yet: {name}" for name in sorted(map(str, weights))]
 
 
-def plan_json(lines: Sequence[PlannedTrial]) -> str:
+def plan_json(lines: Sequence[PlannedTrial], neighbours: Neighbours | None = None) -> str:
     """Return the plan for a program."""
+
+    def unlike(line: PlannedTrial) -> dict[str, object]:
+        near = neighbours.nearest(line.trial) if neighbours and line.state == "new" else None
+        if near is None:
+            return {}
+        return {
+            "unlike": {"run_id": near[0], "settings": {each.setting: [each.first, each.second] for each in near[1]}}
+        }
+
     return json.dumps(
         [
             {
@@ -187,6 +209,7 @@ def plan_json(lines: Sequence[PlannedTrial]) -> str:
                 "device_hours": line.device_hours,
                 "storage_gib": line.storage_gib,
                 "run_id": line.run_id,
+                **unlike(line),
             }
             for line in lines
         ],

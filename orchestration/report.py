@@ -7,19 +7,22 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from mar.charts import draw_confusion
 from mar.errors import UserError
 from mar.settings import flatten
-from orchestration.figures import draw_figure, figure_info
+from orchestration.figures import draw, draw_figure, figure_info
+from orchestration.interactive import chart, confusion_chart, plotly_script, study_chart
 from orchestration.results import AnyRecord, Record, Row, rows
 from orchestration.statistics import Claim, FileOf, claims
 from orchestration.study import Study
 from orchestration.tables import FORMATS, TableInfo, table_info
+from orchestration.training_figures import confusion, curves_info
 
 
 def write_report(study: Study, records: Sequence[AnyRecord], folder: Path, file_of: FileOf[AnyRecord]) -> None:
-    """Write ``table.*``, ``figure.png``, ``figure.pdf``, ``figure.csv``, ``report.md`` and ``report.html``.
+    """Write ``table.*``, ``figure.*``, ``curves.*``, ``confusion.*``, ``report.md`` and ``report.html``.
 
-    Whatever else is in the folder stays.
+    What is not there yet, reconstructions or curves, is left out; whatever else is in the folder stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table, figure = table_info(study, records, file_of), figure_info(study, records)
@@ -29,9 +32,24 @@ def write_report(study: Study, records: Sequence[AnyRecord], folder: Path, file_
         with suppress(UserError):  # no reconstruction yet
             draw_figure(study, records, folder / f"figure.{ending}", file_of)
     figure.frame().to_csv(folder / "figure.csv", index=False)
+    curves, mistaken = curves_info(study, records, file_of), confusion(study, records, file_of)
+    for ending in ("png", "pdf"):
+        if curves:
+            draw(curves, folder / f"curves.{ending}")
+            curves.frame().to_csv(folder / "curves.csv", index=False)
+        if mistaken:
+            draw_confusion(mistaken.counts, list(mistaken.names), folder / f"confusion.{ending}")
+            mistaken.frame().to_csv(folder / "confusion.csv")
     judged = claim_lines(claims(study, records, file_of))
     (folder / "report.md").write_text(_markdown(study, table, judged), encoding="utf-8")
-    (folder / "report.html").write_text(_html(study, table, judged), encoding="utf-8")
+    charts = [study_chart(study, records) or '<img src="figure.png" alt="">']
+    charts += [f"<h2>Learning curves</h2>\n{chart(curves)}"] if curves else []
+    charts += (
+        [f"<h2>{html.escape(mistaken.title)}: what it takes for what</h2>\n{confusion_chart(mistaken)}"]
+        if mistaken
+        else []
+    )
+    (folder / "report.html").write_text(_html(study, table, judged, charts), encoding="utf-8")
 
 
 def claim_lines(judged: Sequence[Claim]) -> list[str]:
@@ -85,7 +103,7 @@ def _markdown(study: Study, table: TableInfo, judged: Sequence[str]) -> str:
     )
 
 
-def _html(study: Study, table: TableInfo, judged: Sequence[str]) -> str:
+def _html(study: Study, table: TableInfo, judged: Sequence[str], charts: Sequence[str]) -> str:
     title = html.escape(study.file.title)
     rows_text = "".join(
         f"<tr><td><code>{html.escape(path)}</code></td><td>{html.escape(value)}</td></tr>\n"
@@ -95,10 +113,10 @@ def _html(study: Study, table: TableInfo, judged: Sequence[str]) -> str:
     claimed = f"<h2>The paper's claims</h2>\n<ul>{lines}</ul>\n" if judged else ""
     found = "".join(f"<p>{html.escape(words)}</p>\n" for words in _findings(study, table.rows))
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>{plotly_script()}\n'
         "<style>body{font-family:sans-serif;max-width:50em;margin:2em auto;padding:0 1em}"
         "table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
         "caption{caption-side:top;text-align:left;font-weight:bold;padding:.5em 0}img{max-width:100%}</style></head>\n"
-        f'<body><h1>{title}</h1>\n{found}{FORMATS["html"](table)}<p><img src="figure.png" alt="{title}"></p>\n{claimed}'
+        f"<body><h1>{title}</h1>\n{found}{FORMATS['html'](table)}{''.join(charts)}\n{claimed}"
         f"<h2>Settings that all trials share</h2>\n<table>{rows_text}</table></body></html>\n"
     )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import jinja2
 
 from mar.errors import UserError
-from orchestration.figures import draw_figure
+from orchestration.differences import Neighbours
+from orchestration.interactive import chart, confusion_chart, picture, plotly_script, study_chart
 from orchestration.report import findings
 from orchestration.results import match
 from orchestration.statistics import Claim, claims
@@ -21,6 +20,7 @@ from orchestration.study import Study, Trial
 from orchestration.study_file import StudyFile
 from orchestration.tables import table_info, to_html
 from orchestration.tracking import RunRecord, Store
+from orchestration.training_figures import confusion, curves_info
 
 _SHOWN_TAGS = ("mlflow.source.git.commit", "version.torch", "version.ray", "host")
 _LAST_LINES = 12
@@ -44,6 +44,8 @@ class TrialState:
     """Commit and versions."""
     settings: str
     """Its own, beside those that all trials of the study share."""
+    unlike: str
+    """What keeps it from being a run that is there, while it is not there itself."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,11 @@ class Section:
     title: str
     table: str
     picture: str
-    """A data URI; empty where there is no figure yet."""
+    """A data URI, for print; empty where there is no figure yet."""
+    chart: str
+    """The same, answering the mouse; empty where the figure is a picture."""
+    curves: str
+    confusion: str
     words: list[str]
     claims: list[Claim]
     trials: list[TrialState]
@@ -81,6 +87,7 @@ def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str],
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_PAGE).render(
         sections=sections,
+        script=plotly_script(),
         verdicts=verdicts,
         states=states,
         hours=sum(each or 0.0 for each in spent.values()),
@@ -97,15 +104,20 @@ def _counted(states: Mapping[str, str]) -> str:
 
 
 def _section(study: Study, records: Sequence[RunRecord], store: Store, overrides: Sequence[str]) -> Section:
-    found = match(study.trials, records)
+    found, neighbours = match(study.trials, records), Neighbours(records)
     newest = {record.key: record for record in reversed(records)}
-    trials = [_state(study, trial, found.get(trial.key) or newest.get(trial.key), store) for trial in study.trials]
+    trials = [
+        _state(study, trial, found.get(trial.key) or newest.get(trial.key), store, neighbours) for trial in study.trials
+    ]
     words = findings(study, records) if "top1" in study.file.table.columns else []
     return Section(
         study.name,
         study.file.title,
         to_html(table_info(study, records, store.file_of)),
         _picture(study, records, store),
+        study_chart(study, records),
+        chart(curves) if (curves := curves_info(study, records, store.file_of)) else "",
+        confusion_chart(mistaken) if (mistaken := confusion(study, records, store.file_of)) else "",
         words,
         claims(study, records, store.file_of),
         trials if study.trains else [],
@@ -114,12 +126,15 @@ def _section(study: Study, records: Sequence[RunRecord], store: Store, overrides
     )
 
 
-def _state(study: Study, trial: Trial, run: RunRecord | None, store: Store) -> TrialState:
+def _state(study: Study, trial: Trial, run: RunRecord | None, store: Store, neighbours: Neighbours) -> TrialState:
     own = "; ".join(
         f"{path}: {value}" for axis, label in trial.labels.items() for path, value in _of_label(study.file, axis, label)
     )
     if run is None:
-        return TrialState(trial.name, trial.key, "not there yet", "", "", "", "", None, "", own)
+        near = neighbours.nearest(trial)
+        words = [f"{each.setting}: {each.first} → {each.second}" for each in near[1]] if near else []
+        unlike = f"unlike run {near[0][:8]}: {'; '.join(words)}" if near else ""
+        return TrialState(trial.name, trial.key, "not there yet", "", "", "", "", None, "", own, unlike)
     state = {"FINISHED": "finished" if run.has_model else "tested"}.get(run.status, run.status.lower())
     seconds = run.metrics.get("time/elapsed_s")
     server = store.launch.tracking if store.launch.tracking.startswith("http") else ""
@@ -139,6 +154,7 @@ def _state(study: Study, trial: Trial, run: RunRecord | None, store: Store) -> T
         None if seconds is None else seconds / 3600,
         made,
         own,
+        "",
     )
 
 
@@ -147,19 +163,17 @@ def _of_label(file: StudyFile, axis: str, label: str) -> list[tuple[str, object]
 
 
 def _picture(study: Study, records: Sequence[RunRecord], store: Store) -> str:
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "figure.png"
-        try:
-            draw_figure(study, records, file, store.file_of)
-        except UserError:  # no reconstruction yet
-            return ""
-        return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    try:
+        return picture(study, records, store.file_of)
+    except UserError:  # no reconstruction yet
+        return ""
 
 
 _PAGE = """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Masked Action Recognition: report</title>
+{{ script | safe }}
 <style>
 :root { --line: #d8dde3; --soft: #57606a; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; color: #1f2328; }
@@ -172,7 +186,8 @@ img { max-width: 100%; height: auto; } code, pre { font-size: .85em; background:
 pre { white-space: pre-wrap; padding: .6rem; } .soft { color: var(--soft); font-size: .88rem; }
 .supported { color: #116329; } .contradicted { color: #a40e26; } .open { color: #7a4e00; }
 nav { columns: 16rem; font-size: .92rem; } nav a { display: block; } summary { cursor: pointer; }
-@media print { nav { display: none; } details { display: block; } h2 { break-before: page; } .wide { overflow: visible; }
+.printed { display: none; }
+@media print { .live { display: none; } .printed { display: block; } nav { display: none; } details { display: block; } h2 { break-before: page; } .wide { overflow: visible; }
   table { font-size: .62rem; width: auto; } body { max-width: none; } }
 </style></head><body>
 <h1>Masked Action Recognition: all studies</h1>
@@ -188,7 +203,10 @@ Holm's correction.</span></p>
 <h2 id="{{ section.name }}">{{ section.title }}</h2>
 {% for words in section.words %}<p>{{ words }}</p>{% endfor %}
 <div class="wide">{{ section.table | safe }}</div>
-{% if section.picture %}<p><img src="{{ section.picture }}" alt="{{ section.title }}"></p>{% endif %}
+{% if section.chart %}<div class="live">{{ section.chart | safe }}</div>{% endif %}
+{% if section.picture %}<p{% if section.chart %} class="printed"{% endif %}><img src="{{ section.picture }}" alt="{{ section.title }}"></p>{% endif %}
+{% if section.curves %}<details class="live"><summary>Learning curves</summary>{{ section.curves | safe }}</details>{% endif %}
+{% if section.confusion %}<details class="live"><summary>What the best model takes for what</summary>{{ section.confusion | safe }}</details>{% endif %}
 {% if section.claims %}<ul>{% for claim in section.claims %}
 <li><b class="{{ claim.verdict }}">{{ claim.verdict }}</b>: {{ claim.words }}
 {% for pair, gap in claim.pairs.items() if gap %}<br><span class="soft">{{ pair }}:
@@ -200,10 +218,12 @@ Holm's correction.</span></p>
 {% for trial in section.trials %}<tr><td>{{ trial.name }}</td><td>{{ trial.state }}</td><td><code>{{ trial.settings }}</code></td>
 <td>{{ "%.3f" | format(trial.hours) if trial.hours is not none else "–" }}</td>
 <td>{% if trial.link %}<a href="{{ trial.link }}">{{ trial.run_id[:8] }}</a>{% else %}<code>{{ trial.run_id[:8] }}</code>{% endif %}</td>
-<td class="soft">{{ trial.made_by }}</td></tr>{% endfor %}</table></div></details>
+<td class="soft">{{ trial.made_by }}{{ trial.unlike }}</td></tr>{% endfor %}</table></div></details>
 {% for trial in section.trials if trial.reason or trial.log %}<p><b>{{ trial.name }}</b> {{ trial.state }}: {{ trial.reason }}</p>
 {% if trial.log %}<pre>{{ trial.log }}</pre>{% endif %}{% endfor %}{% endif %}
 {% endfor %}
 <p class="soft">Runs are in MLflow at {{ tracking }} (<code>mar ui</code> opens it).</p>
+<script>document.querySelectorAll("details").forEach(each =>
+  each.addEventListener("toggle", () => window.dispatchEvent(new Event("resize"))));</script>
 </body></html>
 """

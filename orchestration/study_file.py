@@ -46,6 +46,8 @@ class FigureLayout(_Part):
     """Quantities on the vertical axis."""
     group: str | None = None
     """An axis (or part of one) whose labels are series of their own, for ``points``."""
+    front: bool = False
+    """Join the points that no other beats in both quantities (Pareto front), for ``points``."""
     chance: bool = False
     """Draw the line of guessing, 100 / classes, percent."""
 

@@ -12,6 +12,7 @@ from conftest import tiny_tree
 from safetensors.torch import save_file
 from scipy import stats
 
+from mar.errors import Failure
 from orchestration.figures import draw, figure_info
 from orchestration.plan import plan_json, plan_text, plan_trials
 from orchestration.report import findings, write_report
@@ -51,7 +52,7 @@ class Run:
 
 
 def no_result(run: Run, name: str) -> Path:
-    raise AssertionError("no picture of this study comes from a result")
+    raise Failure(f"{name} of {run.run_id}: there is no result folder")
 
 
 @pytest.fixture

@@ -1,0 +1,65 @@
+"""Charts of a training, drawn without torch: learning curves and confusion matrices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from matplotlib.figure import Figure
+
+from mar.errors import UserError
+
+_NAMED_CLASSES = 40
+"""Up to so many classes have their names and counts in a confusion matrix."""
+
+
+def draw_confusion(counts: Int[np.ndarray, "classes classes"], names: list[str], file: Path) -> None:
+    """Draw which classes (rows) are taken for which (columns), shares of each row."""
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    is_named = len(names) <= _NAMED_CLASSES
+    side = min(3 + 0.45 * len(names), 12)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    panel: Any = figure.subplots()
+    image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="share of the class's videos", shrink=0.8)
+    panel.set(xlabel="taken for", ylabel="class")
+    if is_named:
+        panel.set_xticks(range(len(names)), [name[:28] for name in names], rotation=90, fontsize=7)
+        panel.set_yticks(range(len(names)), [name[:28] for name in names], fontsize=7)
+        for row, line in enumerate(counts.tolist()):
+            for column, count in enumerate(line):
+                if count:
+                    color = "white" if shares[row, column] > 0.5 else "black"
+                    panel.text(column, row, str(count), ha="center", va="center", fontsize=7, color=color)
+    save(figure, file)
+
+
+def draw_curves(history: list[dict[str, float]], file: Path) -> None:
+    """Draw the losses and, where there are any, the accuracies of each epoch."""
+    groups = [["train/loss", "train/reconstruction_loss", "val/reconstruction_loss"], ["val/top1", "val/top5"]]
+    shown = [[name for name in group if any(name in epoch for epoch in history)] for group in groups]
+    shown = [group for group in shown if group]
+    figure = Figure(figsize=(4.6 * len(shown), 3.2), layout="constrained")
+    panels: Any = figure.subplots(1, len(shown), squeeze=False)
+    for panel, names in zip(panels[0], shown, strict=True):
+        for name in names:
+            points = [(number, epoch[name]) for number, epoch in enumerate(history, start=1) if name in epoch]
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        panel.set(xlabel="epoch", ylabel="%" if names[0].startswith("val/top") else "loss")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    save(figure, file)
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a figure in the format of the file's ending.
+
+    Raises:
+        UserError: matplotlib does not write that format.
+    """
+    if file.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"-o {file}: cannot draw a {file.suffix or 'nameless'} file; use .png, .pdf or .svg")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=160)

@@ -1,0 +1,133 @@
+"""Figures that answer the mouse, by plotly: in a page of their own, or as a part of one that has plotly's script."""
+
+from __future__ import annotations
+
+import html
+from base64 import b64encode
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from orchestration.figures import COLOURS, FigureInfo, Series, draw_figure, figure_info
+from orchestration.results import AnyRecord
+from orchestration.statistics import FileOf
+from orchestration.study import Study
+from orchestration.training_figures import Confusion
+
+_LOOK: dict[str, Any] = {
+    "template": "simple_white",
+    "margin": {"l": 60, "r": 20, "t": 20, "b": 60},
+    "height": 430,
+    "legend": {"orientation": "h", "y": -0.22},
+    "font": {"size": 12},
+}
+
+
+def write_figure(study: Study, records: Sequence[AnyRecord], file: Path, file_of: FileOf[AnyRecord]) -> None:
+    """Write a study's figure: png, pdf, svg, or html, a page that answers the mouse and needs nothing else.
+
+    Raises:
+        UserError: there is no such format, or a model's reconstructions are not there yet.
+    """
+    if file.suffix.lower() != ".html":
+        draw_figure(study, records, file, file_of)
+        return
+    part = study_chart(study, records)
+    script = plotly_script() if part else ""
+    part = part or f'<img style="max-width:100%" src="{picture(study, records, file_of)}" alt="">'
+    title = html.escape(study.file.title)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>{script}'
+    body = f'<body style="font-family:sans-serif"><h1 style="font-size:1.2em">{title}</h1>{part}</body>'
+    file.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n', encoding="utf-8")
+
+
+def study_chart(study: Study, records: Sequence[AnyRecord]) -> str:
+    """Return a study's figure as a part of a page; empty for one that is a picture: masks, reconstructions."""
+    is_picture = study.file.figure.kind in ("masks", "reconstructions")
+    return "" if is_picture else chart(figure_info(study, records))
+
+
+def plotly_script() -> str:
+    """Return plotly's own script (4.8 MB), which a page needs once."""
+    return f"<script>{get_plotlyjs()}</script>"
+
+
+def chart(info: FigureInfo) -> str:
+    """Return a figure as a part of a page."""
+    figure: Any = go.Figure()
+    names = list(dict.fromkeys(series.name.removesuffix(", paper") for series in info.series))
+    for series in info.series:
+        colour = COLOURS[names.index(series.name.removesuffix(", paper")) % len(COLOURS)]
+        figure.add_trace(_trace(info, series, colour))
+    if info.chance is not None:
+        figure.add_hline(info.chance, line_dash="dot", line_color="#666", annotation_text=f"guessing {info.chance:g} %")
+    figure.update_layout(xaxis_title=info.x_title, yaxis_title=info.y_title, **_LOOK)
+    return _part(figure)
+
+
+def confusion_chart(confusion: Confusion) -> str:
+    """Return a confusion matrix as a part of a page: shares of each class, counts under the mouse."""
+    counts = confusion.counts
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    names = [html.escape(name) for name in confusion.names]
+    heat = go.Heatmap(
+        x=names,
+        y=names,
+        z=shares.tolist(),
+        customdata=counts.tolist(),
+        colorscale="Blues",
+        zmin=0,
+        zmax=1,
+        hovertemplate="%{y} taken for %{x}: %{customdata} videos (%{z:.0%})<extra></extra>",
+    )
+    figure: Any = go.Figure(heat)
+    figure.update_layout(xaxis_title="taken for", yaxis_title="class", **_LOOK)
+    figure.update_yaxes(autorange="reversed")
+    return _part(figure)
+
+
+def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
+    bars = {"type": "data", "array": list(series.error), "visible": any(series.error)}
+    x, y, name = list(series.x), list(series.y), html.escape(series.name)
+    labels = [html.escape(label) for label in series.labels]
+    hover = "%{text}<br>%{y}<extra>%{fullData.name}</extra>"
+    if info.kind == "bars":
+        return go.Bar(
+            x=labels,
+            y=y,
+            error_y=bars,
+            text=labels,
+            textposition="none",
+            name=name,
+            marker_color=colour,
+            hovertemplate=hover,
+        )
+    if series.is_line:
+        line = {"color": colour if info.kind == "curves" else "#999"}
+        return go.Scatter(x=x, y=y, text=labels, mode="lines+markers", line=line, name=name, hovertemplate=hover)
+    marker = {"color": colour, "size": 9, "symbol": "circle-open" if series.is_papers else "circle"}
+    hover = "%{text}<br>%{x}, %{y}<extra>%{fullData.name}</extra>"
+    return go.Scatter(
+        x=x, y=y, error_y=bars, text=labels, mode="markers", marker=marker, name=name, hovertemplate=hover
+    )
+
+
+def _part(figure: Any) -> str:
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False})
+
+
+def picture(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]) -> str:
+    """Return a study's figure as a data URI.
+
+    Raises:
+        UserError: a model's reconstructions are not there yet.
+    """
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "figure.png"
+        draw_figure(study, records, file, file_of)
+        return f"data:image/png;base64,{b64encode(file.read_bytes()).decode()}"

@@ -1,0 +1,113 @@
+"""Figures of a study beside its table: learning curves, confusions, Pareto front, pages that answer the mouse."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import tiny_tree
+from sklearn.metrics import confusion_matrix
+from test_results import STUDY, Run, runs
+
+from mar.errors import Failure, UserError
+from orchestration.differences import Neighbours
+from orchestration.figures import figure_info
+from orchestration.interactive import write_figure
+from orchestration.report import write_report
+from orchestration.study import Study, read_study
+from orchestration.training_figures import confusion, curves_info
+
+
+@pytest.fixture
+def study(tmp_path: Path, videos: Path) -> Study:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    (tmp_path / "study.yaml").write_text(STUDY.replace("chance: true", "chance: true, front: true"))
+    return read_study(str(tmp_path / "study.yaml"))
+
+
+@pytest.fixture
+def results(tmp_path: Path, study: Study) -> Path:
+    """A folder with each trial's history and predictions; the model is right of the first ``right`` videos."""
+    draws = np.random.default_rng(0)
+    for place, trial in enumerate(study.trials):
+        folder = tmp_path / f"run{place}"
+        folder.mkdir()
+        lines = [f"{epoch},{2.0 / epoch},{10.0 * epoch + place if epoch % 2 else ''}" for epoch in (1, 2, 3)]
+        (folder / "history.csv").write_text("\n".join(["epoch,train/loss,val/top1", *lines]))
+        labels = draws.integers(trial.settings.data.num_classes, size=(20, 2))
+        lines = [f"{number}.mp4,{label},{taken}" for number, (label, taken) in enumerate(labels)]
+        (folder / "predictions.csv").write_text("\n".join(["video,label,class_1", *lines]))
+    return tmp_path
+
+
+def finished(study: Study, *top1: float) -> list[Run]:
+    found = runs(study, *top1)
+    for place, run in enumerate(found):
+        run.run_id = f"run{place}"
+    return found
+
+
+def test_learning_curves_are_the_mean_over_seeds_of_what_was_validated(study: Study, results: Path) -> None:
+    info = curves_info(study, finished(study, 70.0, 71.0, 69.0, 69.5), lambda run, name: results / run.run_id / name)
+    assert info and info.y_title == "Top-1 (%), one view"
+    assert [(each.name, each.x, each.y) for each in info.series] == [
+        ("50 %", [1, 3], [10.5, 30.5]),
+        ("75 %", [1, 3], [12.5, 32.5]),
+    ]
+
+
+def test_a_result_without_a_history_has_no_curve_and_breaks_no_report(study: Study, tmp_path: Path) -> None:
+    def nowhere(run: Run, name: str) -> Path:
+        raise Failure("it is in neither place")
+
+    records = finished(study, 70.0, 71.0, 69.0, 69.5)
+    assert curves_info(study, records, nowhere) is None
+    assert confusion(study, records, nowhere) is None
+    write_report(study, records, tmp_path / "report", nowhere)
+    assert not (tmp_path / "report" / "curves.png").exists()
+
+
+def test_the_confusion_is_the_best_rows_and_counts_as_scikit_learn_does(study: Study, results: Path) -> None:
+    found = confusion(study, finished(study, 60.0, 61.0, 69.0, 69.5), lambda run, name: results / run.run_id / name)
+    assert found and found.title.endswith("75 % (seed 0)")
+    lines = list(csv.DictReader((results / "run2" / "predictions.csv").open()))
+    labels, taken = [int(line["label"]) for line in lines], [int(line["class_1"]) for line in lines]
+    assert (found.counts == confusion_matrix(labels, taken, labels=range(len(found.names)))).all()
+
+
+def test_the_pareto_front_has_only_rows_that_no_other_beats(study: Study) -> None:
+    worse_and_dearer = figure_info(study, runs(study, 60.0, 60.0, 69.0, 69.0)).series[-1]
+    dearer_but_better = figure_info(study, runs(study, 70.0, 70.0, 69.0, 69.0)).series[-1]
+    assert (worse_and_dearer.name, worse_and_dearer.labels) == ("Pareto front", ["75 %"])
+    assert dearer_but_better.labels == ["75 %", "50 %"]
+
+
+def test_an_html_figure_needs_nothing_else_and_shows_labels_as_text(study: Study, tmp_path: Path) -> None:
+    renamed = study.file.model_copy(update={"title": "<script>alert(1)</script>"})
+    write_figure(
+        Study(study.name, renamed, study.trials), runs(study, 70.0, 71.0), tmp_path / "figure.html", pytest.fail
+    )
+    page = (tmp_path / "figure.html").read_text()
+    assert "Plotly.newPlot" in page and "<script>alert" not in page
+    assert '<script src="' not in page and "<link" not in page
+    with pytest.raises(UserError, match=r"cannot draw a \.docx file"):
+        write_figure(study, [], tmp_path / "figure.docx", pytest.fail)
+
+
+def test_a_report_has_every_figure_as_vector_picture_and_numbers(study: Study, results: Path, tmp_path: Path) -> None:
+    records = finished(study, 70.0, 71.0, 69.0, 69.5)
+    write_report(study, records, tmp_path / "report", lambda run, name: results / run.run_id / name)
+    for name in ("figure", "curves", "confusion"):
+        assert (tmp_path / "report" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert len((tmp_path / "report" / f"{name}.csv").read_text().splitlines()) > 2
+    assert (tmp_path / "report" / "report.html").read_text().count("Plotly.newPlot(") >= 3
+
+
+def test_what_keeps_a_trial_from_being_an_old_run_is_named(study: Study) -> None:
+    wanted = study.trials[2]
+    found = Neighbours(finished(study, 70.0, 71.0)).nearest(wanted)
+    assert found and found[0] == "run0"
+    assert [(each.setting, each.first, each.second) for each in found[1]] == [("mask.ratio", "0.5", "0.75")]
+    assert Neighbours([]).nearest(wanted) is None

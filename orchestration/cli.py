@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -17,6 +17,9 @@ from orchestration.cli_data import data_app
 from orchestration.cli_options import DEFAULT_STORE, AsJson, Output, Overrides, RecipeName, StoreFolder, TrackingUri
 from orchestration.cli_studies import figure, plan, report, run, table
 from orchestration.cli_weights import evaluate, predict, reconstruct, weights_app
+
+if TYPE_CHECKING:
+    from orchestration.tracking import Store
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
@@ -40,6 +43,10 @@ def main() -> NoReturn:
     except OSError as error:
         _end(str(error), 1)
     sys.exit(0)
+
+
+def _links(address: str, store: Store) -> list[str]:
+    return [f"  {study:<34} {address}{page}" for study, page in store.pages().items()]
 
 
 def _end(words: str, code: int) -> NoReturn:
@@ -161,15 +168,17 @@ def ui(
     import subprocess
 
     from orchestration.config import LaunchConfig
-    from orchestration.tracking import serve
+    from orchestration.tracking import Store, serve
 
     launch = LaunchConfig(store=store, tracking_uri=tracking_uri)
     if tracking_uri is None and not (store / "mlflow.db").is_file():
         raise UserError(f"--store {store}: no tracking store there yet; `mar run quickstart` makes one")
     if tracking_uri and tracking_uri.startswith("http"):
-        print(f"the store is a server already: open {tracking_uri}")
+        links = _links(tracking_uri, Store(launch))
+        print(f"the store is a server already: open {tracking_uri}", *links, sep="\n")
         return
-    print(f"MLflow at http://127.0.0.1:{port} (stop with Ctrl-C)", flush=True)
+    address = f"http://127.0.0.1:{port}"
+    print(f"MLflow at {address} (stop with Ctrl-C)", *_links(address, Store(launch)), sep="\n", flush=True)
     sys.exit(subprocess.call([sys.executable, "-m", *serve(launch, port)]))  # noqa: S603
 
 

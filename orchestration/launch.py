@@ -20,9 +20,10 @@ from mar.annotations import read_split
 from mar.config import EvaluationMaskConfig
 from mar.cost import cost
 from mar.errors import Failure, UserError
-from mar.settings import DATA_PLACES, placeless
+from mar.settings import DATA_PLACES, flatten, placeless
 from orchestration import provenance
 from orchestration.config import LaunchConfig
+from orchestration.quantities import QUANTITIES
 from orchestration.results import Record, match, match_training
 from orchestration.study import Study, Trial
 from orchestration.tracking import IDENTITY, KEY, KIND, STUDY, TRAINED_BY, WEIGHTS, RunRecord, Store, Writer
@@ -59,7 +60,7 @@ class View(Protocol):
 class Launch:
     """Hears from the backend; tells MLflow and the view. It is the only writer of its study's runs."""
 
-    def __init__(self, study: Study, store: Store, view: View) -> None:
+    def __init__(self, study: Study, store: Store, view: View, parameters: Sequence[str] = ()) -> None:
         self.study, self.store, self.view = study, store, view
         self.trials = {trial.key: trial for trial in study.trials}
         self.shared = {STUDY: study.name, **provenance.tags()}
@@ -67,6 +68,8 @@ class Launch:
         store.close_stale(self.experiment)  # nobody else runs this study: its lock is held
         title = study.file.title
         tags = {**self.shared, "title": title, "mlflow.note.content": title}
+        metrics, differing = _columns(study)
+        store.show_columns(self.experiment, metrics, [*parameters, *differing])
         self.parent = store.run(self.experiment, study.name, {KIND: "study"}, tags)
         self.writer = Writer(store)
         self.writer.open(_PARENT, lambda: self.parent)
@@ -152,7 +155,9 @@ class Launch:
         found = match(self.study.trials, records)
         runs = {trial.name: found[trial.key].run_id for trial in self.study.trials if trial.key in found}
         self.writer.tag(_PARENT, "runs", json.dumps(runs, ensure_ascii=False))
-        self.writer.tag(_PARENT, "mlflow.note.content", note[:_MOST_NOTE])
+        place = f"#/experiments/{self.experiment}/runs/{self.parent}/artifacts/report"
+        link = f"[Figures, claims, LaTeX: the report]({place})\n\n"
+        self.writer.tag(_PARENT, "mlflow.note.content", (link + note)[:_MOST_NOTE])
         self.writer.artifacts(_PARENT, reports, "report")
 
     def __enter__(self) -> Launch:
@@ -193,6 +198,15 @@ class Launch:
         run_id = self.store.run(self.experiment, trial.name, {KIND: "trial", KEY: trial.key}, tags)
         self.store.parameters(run_id, placeless(trial.settings))
         return run_id
+
+
+def _columns(study: Study) -> tuple[list[str], list[str]]:
+    """Return the metrics of the study's table and the settings in which its trials differ: what a person looks for."""
+    sources = [QUANTITIES[name].source for name in study.file.table.columns]
+    metrics = list(dict.fromkeys(name.replace("cost.", "cost/") for name in sources if name != "views"))
+    trees = [flatten(placeless(trial.settings)) for trial in study.trials]
+    names = list(dict.fromkeys(name for tree in trees for name in tree))
+    return metrics, [name for name in names if len({str(tree.get(name)) for tree in trees}) > 1]
 
 
 def missing_trials(study: Study, store: Store) -> list[Trial]:

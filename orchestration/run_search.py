@@ -42,7 +42,7 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
         counts = f"{search.file.trials} trials wanted, {proposer.num_done} there"
         console.print(f"{search.file.title}: {counts}", markup=False)
         board = Board([], proposer.num_done, console)
-        with Launch(study, store, board) as launched:
+        with Launch(study, store, board, list(search.file.space)) as launched:
             try:
                 with board:
                     _train(_Searching(launched, proposer, board), launch)

@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,18 @@ TRAINED_BY = "mar.trained_by"
 """Of a trial that was tested, not trained: the key of the trial whose model it is."""
 _NO_REGISTRY = ("INVALID_PARAMETER_VALUE", "FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "PERMISSION_DENIED")
 """What a store answers that keeps no models, or not such: a run is whole without."""
+VIEW = "mar"
+"""The name of the view that a study's page opens with: columns and order."""
+_WHOLE_VIEW: dict[str, Any] = {
+    "searchFilter": "",
+    "startTime": "ALL",
+    "lifecycleFilter": "Active",
+    "modelVersionFilter": "All Runs",
+    "datasetsFilter": [],
+    "runsExpanded": {},
+    "runsPinned": [],
+    "runsHidden": [],
+}
 _PARAMS_PER_BATCH = 90
 _METRICS_PER_BATCH = 900
 
@@ -156,6 +168,24 @@ class Store:
                 return found.experiment_id
             kind = {"mlflow.experimentKind": "custom_model_development"}  # its pages show runs first, not LLM traces
             return self.client.create_experiment(study, artifact_location=self.launch.artifacts, tags=kind)
+
+    def show_columns(self, experiment_id: str, metrics: Sequence[str], params: Sequence[str]) -> None:
+        """Make the view of an experiment's page (``VIEW``) with these columns, the first metric's best runs on top."""
+        columns = ["attributes.`Created`", "attributes.`Duration`"]
+        columns += [f"metrics.`{name}`" for name in metrics] + [f"params.`{name}`" for name in params]
+        order = {"orderByKey": f"metrics.`{metrics[0]}`", "orderByAsc": False} if metrics else {}
+        shown = {**_WHOLE_VIEW, **order, "selectedColumns": columns}
+        with _explained(self.launch):
+            self.client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(shown))
+
+    def pages(self) -> dict[str, str]:
+        """Return each study's page below the server's address: its runs, in the view that ``show_columns`` made."""
+        with _explained(self.launch):
+            studies = [item for item in self._pages(self.client.search_experiments) if item.experiment_id != "0"]
+        return {
+            item.name: f"/#/experiments/{item.experiment_id}/runs?viewStateShareKey={VIEW}"
+            for item in sorted(studies, key=lambda item: item.name)
+        }
 
     def close_stale(self, experiment_id: str) -> int:
         """Mark as killed the trials of this store that a driver that is no more left running; returns how many."""

@@ -60,7 +60,7 @@ def confusion(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRec
         return None
     trial = next(trial for trial in study.trials if trial.row == best.label and trial.key in found)
     try:
-        lines = list(csv.DictReader(file_of(found[trial.key], "predictions.csv").open(encoding="utf-8")))
+        lines = _read(file_of(found[trial.key], "predictions.csv"))
     except (Failure, OSError):
         return None
     names = _class_names(trial)
@@ -81,8 +81,7 @@ def _class_names(trial: Trial) -> list[str]:
 def _history(run: AnyRecord, file_of: FileOf[AnyRecord]) -> dict[str, dict[int, float]]:
     """Return each metric's value by epoch; nothing of a result that has no ``history.csv``."""
     try:
-        file: Path = file_of(run, "history.csv")
-        lines = list(csv.DictReader(file.open(encoding="utf-8")))
+        lines = _read(file_of(run, "history.csv"))
     except (Failure, OSError):
         return {}
     curves: dict[str, dict[int, float]] = {}
@@ -91,6 +90,10 @@ def _history(run: AnyRecord, file_of: FileOf[AnyRecord]) -> dict[str, dict[int, 
             if value and name != "epoch":
                 curves.setdefault(name, {})[int(line["epoch"])] = float(value)
     return curves
+
+
+def _read(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
 
 
 def _curve(name: str, seeds: Sequence[dict[int, float]]) -> Series:

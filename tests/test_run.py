@@ -142,6 +142,11 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -
     }
     assert {item.path for item in store.client.list_artifacts(parent.info.run_id, "report")} >= {"report/figure.png"}
     assert "| 50 %" in parent.data.tags["mlflow.note.content"], "the table is the description"
+    assert f"#/experiments/{experiment.experiment_id}/runs/" in parent.data.tags["mlflow.note.content"]
+    view = json.loads(store.client.get_experiment(experiment.experiment_id).tags["mlflow.sharedViewState.mar"])
+    assert {"metrics.`test/top1`", "params.`mask.ratio`"} <= set(view["selectedColumns"])
+    assert "params.`clip.frames`" not in view["selectedColumns"], "only what the trials differ in"
+    assert store.pages()["tiny"].endswith(f"/{experiment.experiment_id}/runs?viewStateShareKey=mar")
     versions = store.client.search_model_versions("name = 'tiny'")
     assert {version.run_id for version in versions} == {run.run_id for run in trial_runs(place)}
     assert float(versions[0].tags["test/num_videos"]) == 8

@@ -39,10 +39,15 @@ def write_figure(study: Study, records: Sequence[AnyRecord], file: Path, file_of
     part = study_chart(study, records)
     script = plotly_script() if part else ""
     part = part or f'<img style="max-width:100%" src="{picture(study, records, file_of)}" alt="">'
-    title = html.escape(study.file.title)
+    write_html(file, study.file.title, part, script)
+
+
+def write_html(file: Path, title: str, parts: str, script: str | None = None) -> None:
+    """Write a page of charts that needs nothing else; ``script`` is plotly's unless given."""
+    told, script = html.escape(title), plotly_script() if script is None else script
     file.parent.mkdir(parents=True, exist_ok=True)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>{script}'
-    body = f'<body style="font-family:sans-serif"><h1 style="font-size:1.2em">{title}</h1>{part}</body>'
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{told}</title>{script}'
+    body = f'<body style="font-family:sans-serif"><h1 style="font-size:1.2em">{told}</h1>{parts}</body>'
     file.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n', encoding="utf-8")
 
 
@@ -67,7 +72,7 @@ def chart(info: FigureInfo) -> str:
     if info.chance is not None:
         figure.add_hline(info.chance, line_dash="dot", line_color="#666", annotation_text=f"guessing {info.chance:g} %")
     figure.update_layout(xaxis_title=info.x_title, yaxis_title=info.y_title, **_LOOK)
-    return _part(figure)
+    return part_of_page(figure)
 
 
 def confusion_chart(confusion: Confusion) -> str:
@@ -88,7 +93,7 @@ def confusion_chart(confusion: Confusion) -> str:
     figure: Any = go.Figure(heat)
     figure.update_layout(xaxis_title="taken for", yaxis_title="class", **_LOOK)
     figure.update_yaxes(autorange="reversed")
-    return _part(figure)
+    return part_of_page(figure)
 
 
 def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
@@ -117,7 +122,8 @@ def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
     )
 
 
-def _part(figure: Any) -> str:
+def part_of_page(figure: Any) -> str:
+    """Return one of plotly's figures as a part of a page that has its script."""
     return figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pandas as pd
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
+from orchestration.interactive import part_of_page, write_html
 from orchestration.quantities import QUANTITIES
 from orchestration.search import Proposer
 
@@ -76,7 +78,7 @@ def importance_frame(proposer: Proposer) -> pd.DataFrame:
 
 
 def write_search_report(proposer: Proposer, folder: Path) -> None:
-    """Write ``report.md``, ``best.yaml`` (a recipe, ready to run), ``front.csv``, ``trials.csv`` and pictures."""
+    """Write ``report.md`` and ``.html``, ``best.yaml`` (a recipe, ready to run), ``front.csv``, ``trials.csv``, pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(found_text(proposer), encoding="utf-8")
     front_frame(proposer).to_csv(folder / "front.csv", index=False)
@@ -96,35 +98,49 @@ def write_search_report(proposer: Proposer, folder: Path) -> None:
 
 
 def _draw(proposer: Proposer, folder: Path) -> None:
-    """Write Optuna's own pictures; one that needs more trials than there are is left out."""
+    """Write Optuna's own pictures, and a page of them that answers the mouse."""
     import matplotlib as mpl
 
     mpl.use("Agg")
+    import optuna.visualization as interactive
     import optuna.visualization.matplotlib as pictures
     from matplotlib import pyplot
 
-    several = len(proposer.search.file.goals) > 1
-    goals = list(proposer.search.file.goals)
-    first: dict[str, Any] = {"target": _value_of(0), "target_name": QUANTITIES[goals[0]].title} if several else {}
-    kinds: dict[str, Callable[[], Any]] = {
-        "history": lambda: pictures.plot_optimization_history(proposer.study, **first),
-        "slice": lambda: pictures.plot_slice(proposer.study, **first),
-        "parallel_coordinates": lambda: pictures.plot_parallel_coordinate(proposer.study, **first),
-        "importances": lambda: pictures.plot_param_importances(proposer.study, evaluator=_fanova(), **first),
+    drawn, parts = _pictures(proposer, pictures), _pictures(proposer, interactive)
+    for name in drawn:
+        _quietly(lambda name=name: drawn[name]())
+        if pyplot.get_fignums():
+            pyplot.gcf().savefig(folder / f"{name}.png", dpi=140, bbox_inches="tight")
+        pyplot.close("all")
+    charts = [part_of_page(figure) for draw in parts.values() if (figure := _quietly(draw)) is not None]
+    text = f"<pre>{html.escape(found_text(proposer))}</pre>"
+    write_html(folder / "report.html", proposer.search.file.title, text + "".join(charts))
+
+
+def _pictures(proposer: Proposer, library: Any) -> dict[str, Callable[[], Any]]:
+    """Return what draws each picture, by its name, with either of Optuna's libraries of them."""
+    goals = [QUANTITIES[name].title for name in proposer.search.file.goals]
+    first: dict[str, Any] = {"target": _value_of(0), "target_name": goals[0]} if len(goals) > 1 else {}
+    study = proposer.study
+    drawn: dict[str, Callable[[], Any]] = {
+        "history": lambda: library.plot_optimization_history(study, **first),
+        "slice": lambda: library.plot_slice(study, **first),
+        "parallel_coordinates": lambda: library.plot_parallel_coordinate(study, **first),
+        "importances": lambda: library.plot_param_importances(study, evaluator=_fanova(), **first),
     }
     if 1 < len(goals) < 4:
-        names = [QUANTITIES[name].title for name in goals]
-        kinds["pareto_front"] = lambda: pictures.plot_pareto_front(proposer.study, target_names=names)
-    for name, draw in kinds.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                draw()
-                pyplot.gcf().savefig(folder / f"{name}.png", dpi=140, bbox_inches="tight")
-            except (ValueError, RuntimeError, ZeroDivisionError):  # no two finished trials differ yet
-                (folder / f"{name}.png").unlink(missing_ok=True)
-            finally:
-                pyplot.close("all")
+        drawn["pareto_front"] = lambda: library.plot_pareto_front(study, target_names=goals)
+    return drawn
+
+
+def _quietly(draw: Callable[[], Any]) -> Any:
+    """Return what is drawn; none while no two finished trials differ yet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return draw()
+        except (ValueError, RuntimeError, ZeroDivisionError):
+            return None
 
 
 def _fanova() -> optuna.importance.FanovaImportanceEvaluator:

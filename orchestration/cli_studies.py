@@ -55,8 +55,10 @@ def run(
     """Train what is missing of a study (a killed run goes on by itself), then print its table."""
     from orchestration.config import LaunchConfig
     from orchestration.plan import device as profile_of
+    from orchestration.provenance import check_pinned
     from orchestration.run import Budget, run_studies, run_study
 
+    check_pinned()
     launch = LaunchConfig(
         store=store,
         tracking_uri=tracking_uri,

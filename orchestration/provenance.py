@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from mar.errors import UserError
+
+CODE = "MAR_CODE"
+"""Environment variable of a submitted job: the commit of the code that was packed, as these tags, in JSON."""
+PINNED = "MAR_PINNED"
+"""Environment variable of a job: the versions that its results depend on, as JSON."""
 PACKAGES = ("mar-on-ray", "torch", "timm", "ray", "mlflow", "decord", "av", "numpy")
 
 
@@ -31,6 +39,8 @@ def package_versions() -> dict[str, str | None]:
 def _git() -> dict[str, str]:
     """Return the checkout's commit and whether it has uncommitted changes; nothing outside a checkout."""
     program, root = shutil.which("git"), Path(__file__).parent.parent
+    if CODE in os.environ:
+        return json.loads(os.environ[CODE])
     if not program or not (root / ".git").exists():
         return {}
 
@@ -39,3 +49,21 @@ def _git() -> dict[str, str]:
         return answer.stdout.strip()
 
     return {"mlflow.source.git.commit": ask("rev-parse", "HEAD"), "git.dirty": str(bool(ask("status", "--porcelain")))}
+
+
+def check_pinned() -> None:
+    """See that the cluster has the versions that the one who submitted has.
+
+    Raises:
+        UserError: it has others.
+    """
+    pinned: dict[str, str | None] = json.loads(os.environ.get(PINNED, "{}"))
+    here = package_versions()
+    others = [
+        f"{name} {here.get(name)} (yours: {version})" for name, version in pinned.items() if here.get(name) != version
+    ]
+    if others:
+        raise UserError(
+            f"the cluster has other versions than you: {', '.join(others)}. Install the same there (constraints.txt), "
+            "or submit with --any-versions"
+        )

@@ -73,6 +73,14 @@ def tiny(videos: Path) -> Callable[..., ExperimentConfig]:
     return settings
 
 
+_WITH_RAY = ("test_run.py", "test_ray_cluster.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the file that waits most, for Ray's processes: the other core has the rest meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_run.py")
+    """Keep a file's tests together, and those of the files that start Ray in one process: it finds others on its node.
+
+    They wait most, for Ray's processes, so they begin: the other core has the rest meanwhile.
+    """
+    items.sort(key=lambda item: item.path.name not in _WITH_RAY)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.name in _WITH_RAY else item.path.name))

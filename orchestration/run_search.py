@@ -53,7 +53,9 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
             launched.keep(folder, [], found_text(proposer))
     print(f"\n{found_text(proposer)}")
     print(f"report   {folder / 'report.md'} (best.yaml, front.csv, trials.csv, pictures)")
-    print(f"Optuna   optuna-dashboard sqlite:///{launch.store / 'searches' / search.name}.db")
+    print(
+        f"Optuna   optuna-dashboard sqlite:///{launch.store / 'searches' / search.name}.db   (study {proposer.study.study_name})"
+    )
     if launched.failures:
         raise Failure(f"{len(launched.failures)} trials failed, the first: {next(iter(launched.failures.values()))}")
 
@@ -93,7 +95,10 @@ class _Searching:
         self.launched.finished(key)
         file = self.launched.store.launch.trial_folder(key) / RESULT / "metrics.json"
         metrics: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
-        self.proposer.finished(key, metrics, self.launched.trials[key].settings)
+        try:
+            self.proposer.finished(key, metrics, self.launched.trials[key].settings)
+        except Failure as error:
+            self.launched.failures[key] = str(error)
 
     def failed(self, key: str, reason: str) -> None:
         """A trial was given up, or ended early."""

@@ -3,6 +3,7 @@
 Knows nothing of Ray: whoever trains asks ``Proposer.next`` for a trial and tells it what came of it. The study is kept in
 an SQLite file (``optuna-dashboard`` opens it), so that a search that was killed goes on: what it had proposed and not
 finished is proposed again first, and a proposal that some finished run equals is answered without training.
+Other settings, data, goals or constraints are another search, with an Optuna study of its own in the same file.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ from mar.annotations import fingerprint
 from mar.config import ExperimentConfig
 from mar.cost import cost
 from mar.errors import Failure
-from mar.settings import SettingError, flatten, merge
+from mar.settings import SettingError, flatten
 from orchestration.quantities import QUANTITIES
 from orchestration.results import Record, cost_figure, match
-from orchestration.search_file import Search, as_text, from_text
-from orchestration.study import Trial
+from orchestration.search_file import Search, as_text
+from orchestration.study import Trial, completed, identity
 
 _REJECTED_IN_A_ROW = 10
 _MOST_REJECTED = 1000
 """Points that are drawn blindly before the search is given up."""
-_INFEASIBLE, _KEY, _RUN, _AGAIN = "infeasible", "key", "run", "again"
+_MOST_FAILURES = 3
+"""Trials that fail one after the other before the search stops: the next would too."""
+_INFEASIBLE, _KEY, _RUN, _AGAIN, _COPY = "infeasible", "key", "run", "again", "copy"
+UNCOUNTED = {_INFEASIBLE, _RUN, _COPY}
+"""What marks a trial of the Optuna study that this search did not train: broken rules, others' runs, equals of others."""
 
 
 @dataclass
@@ -44,8 +49,9 @@ class Proposer:
     """Finished runs of all studies: what equals one is not trained."""
     asked: dict[str, optuna.Trial] = field(default_factory=dict[str, optuna.Trial])
     """By key, of trials under way."""
-    known: int = 0
-    """Proposals that a finished run answered."""
+    failures: set[str] = field(default_factory=set[str])
+    """Keys of trials that failed in this launch: they are not tried again in it."""
+    failures_in_a_row: int = 0
     reached: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     """By key, of trials that this launch finished."""
     ended: set[str] = field(default_factory=set[str])
@@ -63,31 +69,39 @@ class Proposer:
         """Trials that count: finished or ended early; those of other studies do not."""
         states = (TrialState.COMPLETE, TrialState.PRUNED)
         counted = self.study.get_trials(deepcopy=False, states=states)
-        return sum(not {_RUN, _INFEASIBLE} & each.user_attrs.keys() for each in counted)
+        return sum(not UNCOUNTED & each.user_attrs.keys() for each in counted)
+
+    @property
+    def known(self) -> int:
+        """Proposals that a finished run, of this search or of another study, answered."""
+        return sum(_COPY in each.user_attrs for each in self.study.get_trials(deepcopy=False))
 
     def next(self) -> Trial | None:
-        """Return the next trial to train; none: there are enough, finished or under way.
+        """Return the next trial to train; none: there are enough, finished or under way, or nothing is left to try.
 
         Raises:
-            Failure: nothing that Optuna proposes keeps the constraints.
+            Failure: no point of the space keeps the constraints.
         """
         rejected = 0
-        while self.num_done + len(self.asked) < self.search.file.trials:
+        while self.num_done + len(self.asked) < self.search.file.trials and self.failures_in_a_row < _MOST_FAILURES:
             asked = self.study.ask()
             trial = self._trial(asked)
-            if trial is None or trial.key in self.asked:
+            values = self._reached(trial) if trial else None
+            if trial and values is None and trial.key not in self.asked.keys() | self.failures | self.ended:
+                self.asked[trial.key] = asked
+                return trial
+            if values is None:
                 self.study.tell(asked, state=TrialState.FAIL if trial else TrialState.PRUNED)
-                rejected += 1
-                if rejected % _REJECTED_IN_A_ROW == 0:
-                    self.study.enqueue_trial(self._feasible())
-                continue
-            values = self._reached(trial)
-            if values is not None:
-                self.known += 1
+            else:  # a trial that a killed launch had trained, and not told of, counts
+                if _AGAIN not in asked.user_attrs:
+                    asked.set_user_attr(_COPY, True)
                 self.study.tell(asked, values)
-                continue
-            self.asked[trial.key] = asked
-            return trial
+            rejected += 1
+            if rejected % _REJECTED_IN_A_ROW == 0:
+                untried = self._untried()
+                if untried is None:
+                    return None
+                self.study.enqueue_trial(untried)
         return None
 
     def _trial(self, asked: optuna.Trial) -> Trial | None:
@@ -105,16 +119,20 @@ class Proposer:
         if any(each > 0 for each in excess):
             asked.set_user_attr(_INFEASIBLE, ", ".join(self.search.file.constraints))
             return None
-        trial = Trial({"trial": f"trial {asked.number}"}, settings, self.fingerprint)
+        number = asked.user_attrs.get(_AGAIN, asked.number)
+        trial = Trial({"trial": f"trial {number}"}, settings, self.fingerprint)
         asked.set_user_attr(_KEY, trial.key)
         return trial
 
-    def _feasible(self) -> dict[str, Any]:
-        """Draw a point that keeps the rules and constraints: where Optuna's proposals in a row do not.
+    def _untried(self) -> dict[str, Any] | None:
+        """Draw a point that keeps the rules and constraints and is new, where Optuna's proposals in a row do not.
+
+        Returns none when all that are drawn were tried, as happens in a space of few points.
 
         Raises:
-            Failure: none is found.
+            Failure: none keeps them.
         """
+        is_any_feasible = False
         blind = optuna.create_study(
             sampler=optuna.samplers.RandomSampler(seed=len(self.study.get_trials(deepcopy=False)))
         )
@@ -122,8 +140,16 @@ class Proposer:
             asked = blind.ask()
             with suppress(SettingError):
                 params = suggested(asked, self.search)
-                if not any(each > 0 for each in self.search.excess(self.search.settings(params))):
+                settings = self.search.settings(params)
+                if any(each > 0 for each in self.search.excess(settings)):
+                    continue
+                is_any_feasible = True
+                trial = Trial({}, settings, self.fingerprint)
+                is_new = trial.key not in self.asked.keys() | self.failures | self.ended
+                if is_new and self._reached(trial) is None:
                     return params
+        if is_any_feasible:
+            return None
         raise Failure(
             f"of {_MOST_REJECTED} points of the space none keeps {', '.join(self.search.file.constraints) or 'the rules'}"
         )
@@ -139,12 +165,23 @@ class Proposer:
             return None
 
     def finished(self, key: str, metrics: Mapping[str, float], settings: ExperimentConfig) -> None:
-        """Tell Optuna what a trial reached."""
-        self.reached[key] = self.values(settings, metrics)
+        """Tell Optuna what a trial reached.
+
+        Raises:
+            Failure: the metrics lack a goal.
+        """
+        try:
+            self.reached[key] = self.values(settings, metrics)
+        except KeyError as error:
+            self.failed(key)
+            raise Failure(f"a goal was not measured: there is no {error.args[0]} (memory needs a GPU)") from None
+        self.failures_in_a_row = 0
         self.study.tell(self.asked.pop(key), self.reached[key])
 
     def failed(self, key: str) -> None:
         """Tell Optuna that there is nothing to learn from a trial."""
+        self.failures.add(key)
+        self.failures_in_a_row += 1
         self.study.tell(self.asked.pop(key), state=TrialState.FAIL)
 
     def should_end(self, key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
@@ -175,8 +212,7 @@ def suggested(asked: optuna.Trial, search: Search) -> dict[str, Any]:
     """Draw each setting of the space that applies, in the file's order."""
     params: dict[str, Any] = {}
     for path, dimension in search.file.space.items():
-        so_far = flatten(merge(search.tree, {name: from_text(value) for name, value in params.items()}))
-        if all(so_far.get(other) in values for other, values in dimension.when.items()):
+        if search.applies(dimension, params):
             params[path] = dimension.suggested(asked, path)
     return params
 
@@ -187,9 +223,11 @@ def open_search(search: Search, file: Path, records: Sequence[Record]) -> Propos
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # names of goals, some samplers
     file.parent.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
-    is_new = search.name not in optuna.get_all_study_names(storage)
+    data_fingerprint = fingerprint(search.settings({}).data)
+    name = search.study_name(identity(search.settings({}), data_fingerprint))
+    is_new = name not in optuna.get_all_study_names(storage)
     study = optuna.create_study(
-        study_name=search.name,
+        study_name=name,
         storage=storage,
         directions=["maximize" if end == "max" else "minimize" for end in search.file.goals.values()],
         load_if_exists=True,
@@ -231,7 +269,10 @@ def _offer_known(proposer: Proposer, records: Sequence[Record]) -> None:
     for record in records:
         if record.status != "FINISHED" or not record.identity:
             continue
-        tree = flatten(json.loads(record.identity))
+        try:
+            tree = flatten(json.loads(completed(record.identity)))
+        except (ValueError, KeyError):  # written by a version whose settings this one does not understand
+            continue
         moved = {path for path in {*base, *tree} if base.get(path) != tree.get(path)}
         if not moved <= set(search.file.space):
             continue
@@ -239,10 +280,12 @@ def _offer_known(proposer: Proposer, records: Sequence[Record]) -> None:
         active = _active(search, params)
         distributions = {path: search.file.space[path].distribution() for path in active}
         if all(search.file.space[path].holds(value) for path, value in active.items()):
-            settings = search.settings(active)
             try:
+                settings = search.settings(active)
                 values = proposer.values(settings, record.metrics)
-            except KeyError:  # it was tested in another way
+            except (KeyError, SettingError):  # it was tested in another way
+                continue
+            if any(each > 0 for each in search.excess(settings)):
                 continue
             proposer.study.add_trial(
                 optuna.trial.create_trial(
@@ -252,13 +295,7 @@ def _offer_known(proposer: Proposer, records: Sequence[Record]) -> None:
 
 
 def _active(search: Search, params: Mapping[str, Any]) -> dict[str, Any]:
-    tree = {path: from_text(value) for path, value in params.items()}
-    whole = flatten(merge(search.tree, tree))
-    return {
-        path: value
-        for path, value in params.items()
-        if all(whole.get(other) in values for other, values in search.file.space[path].when.items())
-    }
+    return {path: value for path, value in params.items() if search.applies(search.file.space[path], params)}
 
 
 def _value(search: Search, path: str, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from mar.config import ExperimentConfig
 from mar.cost import cost
 from mar.errors import UserError
-from mar.settings import SETTING_PATHS, SettingError, build, merge
-from orchestration.files import Document, Recipe, find
+from mar.settings import SETTING_PATHS, SettingError, build, flatten, merge
+from orchestration.files import Document, Recipe, find, packaged
 from orchestration.quantities import QUANTITIES
 from orchestration.results import cost_figure
-from orchestration.study import parse_overrides
+from orchestration.study import in_family, parse_overrides
 
 _ROUNDING = 1e-9
 CONSTRAINT = re.compile(r"(\w+) (<=|>=) (\d+(?:\.\d+)?)")
@@ -88,7 +89,7 @@ class SearchFile(_Part):
     constraints: tuple[str, ...] = ()
     """As ``gflops <= 90``: costs that are known before training; what breaks one is never trained."""
     trials: PositiveInt = 20
-    """How many are trained (or found trained)."""
+    """How many this search trains; what it finds trained comes on top."""
     sampler: Literal["tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "tpe"
     seed: NonNegativeInt = 0
     """Of the sampler."""
@@ -108,6 +109,22 @@ class Search:
     file: SearchFile
     tree: Mapping[str, Any]
     """The settings that all trials share."""
+    whole: Mapping[str, Any]
+    """The same with all defaults, dotted."""
+
+    def study_name(self, base: str) -> str:
+        """Return the name of its Optuna study: another for other settings, data, goals or constraints.
+
+        ``base`` is the identity of the settings that all trials share.
+        """
+        told = self.file.model_dump(mode="json", include={"space", "goals", "constraints"})
+        digest = hashlib.sha256(json.dumps([base, told], sort_keys=True).encode()).hexdigest()
+        return f"{self.name}-{digest[:6]}"
+
+    def applies(self, dimension: Dimension, params: Mapping[str, Any]) -> bool:
+        """Whether a setting is searched where others have the values ``params``."""
+        so_far = {**self.whole, **{path: from_text(value) for path, value in params.items()}}
+        return all(so_far.get(other) in values for other, values in dimension.when.items())
 
     def settings(self, params: Mapping[str, Any]) -> ExperimentConfig:
         """Return the settings of a point; raises a SettingError if they break a rule."""
@@ -138,27 +155,53 @@ def read_search(name: str, overrides: Sequence[str] = ()) -> Search:
         place = [str(part) for part in first["loc"]]
         raise UserError(f"{document.place(*place)}: {'.'.join(place)}: {first['msg']}") from None
     changes = parse_overrides(overrides)
-    file = file.model_copy(update={name: changes.pop(name) for name in ("trials", "sampler") if name in changes})
-    recipe = changes.pop("recipe", None)
+    own = {name: changes.pop(name) for name in ("trials", "sampler") if name in changes}
+    try:
+        file = SearchFile.model_validate({**document.content, **own})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{first['loc'][0]}={own[str(first['loc'][0])]}: {first['msg']}") from None
+    recipe = str(changes.pop("recipe", ""))
     near = document.path.parent / file.recipe
-    base = Recipe(find(recipe or (str(near) if near.is_file() else file.recipe), "recipe"))
+    name = str(near) if near.is_file() else file.recipe
+    is_family = bool(recipe) and (packaged("search_spaces") / "recipes" / recipe).is_dir()
+    base = Recipe(find(in_family(name, recipe) if is_family else recipe or name, "recipe"))
     try:
         tree = merge(merge(base.content, file.fixed), changes)
-        build(tree)
+        whole = flatten(build(tree).model_dump(mode="json"))
     except SettingError as error:
-        raise UserError(f"{document.place('fixed')}: {error}") from None
+        place = "" if error.path in changes else f"{document.place('fixed')}: "
+        raise UserError(f"{place}{error}") from None
+    file = file.model_copy(update={"space": _typed(file.space, whole)})
     _check(file, document)
-    return Search(document.path.stem, file, tree)
+    return Search(document.path.stem, file, tree, whole)
+
+
+def _typed(space: Mapping[str, Dimension], whole: Mapping[str, Any]) -> dict[str, Dimension]:
+    """Return the space with fractions where the setting has them: ``low: 0, high: 1`` of λ is a range, not two points."""
+    typed: dict[str, Dimension] = {}
+    for path, dimension in space.items():
+        ends = {name: float(value) for name in ("low", "high") if (value := getattr(dimension, name)) is not None}
+        typed[path] = dimension.model_copy(update=ends) if isinstance(whole.get(path), float) else dimension
+    return typed
 
 
 def _check(file: SearchFile, document: Document) -> None:
+    if not file.space or not file.goals:
+        raise UserError(f"{document.path}: a search needs a space and goals")
+    above: set[str] = set()
     for path, dimension in file.space.items():
-        if path not in SETTING_PATHS:
-            raise UserError(f"{document.place('space', path)}: {path}: no such setting")
+        if path not in SETTING_PATHS or path == "seed":
+            raise UserError(f"{document.place('space', path)}: {path}: no such setting to search")
         try:
             dimension.distribution()
         except ValueError as error:
             raise UserError(f"{document.place('space', path)}: {path}: {error}") from None
+        for other in dimension.when:
+            if other not in SETTING_PATHS or (other in file.space and other not in above):
+                reason = "stands below it" if other in file.space else "no such setting"
+                raise UserError(f"{document.place('space', path, 'when')}: {path}: when: {other}: {reason}")
+        above.add(path)
     for name in file.goals:
         if name not in QUANTITIES:
             raise UserError(f"{document.place('goals')}: no quantity {name!r} (there are: {', '.join(QUANTITIES)})")
@@ -175,6 +218,9 @@ def _check(file: SearchFile, document: Document) -> None:
             raise UserError(
                 f"{document.place('start')}: start {number + 1}: {', '.join(sorted(unknown))} is not in the space"
             )
+        for path, value in point.items():
+            if not file.space[path].holds(as_text(value)):
+                raise UserError(f"{document.place('start')}: start {number + 1}: {path} cannot be {value!r}")
     if file.stopper != "none" and len(file.goals) > 1:
         raise UserError(
             f"{document.place('stopper')}: stopper: an early end needs one goal, there are {len(file.goals)}"

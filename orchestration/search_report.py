@@ -26,6 +26,7 @@ def best_trials(proposer: Proposer) -> list[FrozenTrial]:
     if not _complete(proposer):
         return []
     front = proposer.study.best_trials if len(proposer.search.file.goals) > 1 else [proposer.study.best_trial]
+    front = [trial for trial in front if "copy" not in trial.user_attrs] or front
     return sorted(front, key=lambda trial: trial.values[0])
 
 
@@ -35,10 +36,13 @@ def found_text(proposer: Proposer) -> str:
     trials = proposer.study.get_trials(deepcopy=False)
     counts = {state: sum(each.state == state for each in trials) for state in TrialState}
     others = sum("run" in each.user_attrs for each in trials)
+    copies = proposer.known
     rejected = sum("infeasible" in each.user_attrs for each in trials)
     counts[TrialState.PRUNED] -= rejected
-    words = f"{counts[TrialState.COMPLETE] - others} trials finished, {counts[TrialState.PRUNED]} ended early, "
-    words += f"{counts[TrialState.FAIL]} failed or were asked twice; {rejected} proposals broke a rule or a constraint and were not trained; "
+    words = (
+        f"{counts[TrialState.COMPLETE] - others - copies} trials finished, {counts[TrialState.PRUNED]} ended early, "
+    )
+    words += f"{counts[TrialState.FAIL]} failed or were asked twice, {copies} were found trained; {rejected} proposals broke a rule or a constraint and were not trained; "
     words += f"{others} finished trials of other studies were known before."
     kind = "Pareto front" if len(search.file.goals) > 1 else "Best"
     lines = [f"**{search.file.title}**", "", words, "", f"{kind}:", "", frame.to_markdown(index=False)]

@@ -162,7 +162,7 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     for labels in itertools.product(*(axis.items() for axis in file.axes.values())):
         own = [(label, {path: value for path, value in tree.items() if path != "recipe"}) for label, tree in labels]
         name = another or next((tree["recipe"] for _, tree in labels if "recipe" in tree), file.recipe)
-        name = _in_family(name, family) if family else name
+        name = in_family(name, family) if family else name
         recipe = recipes.get(name) or Recipe(find(name if another else _beside(document, name), "recipe"))
         recipes[name] = recipe
         tree = _override(recipe.content, file.fixed, document, ("fixed",))
@@ -231,7 +231,7 @@ def _checked(document: Document) -> StudyFile:
     return file
 
 
-def _in_family(recipe: str, family: str) -> str:
+def in_family(recipe: str, family: str) -> str:
     """Return the recipe of the same name in another folder (``recipe=released`` for ``recipes/paper``), or itself."""
     near = packaged("search_spaces") / "recipes" / family / Path(recipe).name
     return str(near) if near.is_file() else recipe

@@ -12,7 +12,7 @@ import yaml
 from conftest import tiny_tree
 from optuna.trial import TrialState
 
-from mar.errors import UserError
+from mar.errors import Failure, UserError
 from orchestration.search import Proposer, open_search
 from orchestration.search_file import read_search
 from orchestration.search_report import best_trials, found_text, write_search_report
@@ -145,13 +145,13 @@ def test_two_goals_make_a_front_and_the_best_is_a_recipe_ready_to_run(open_: Ope
 
 
 def test_finished_trials_of_other_studies_are_known_and_not_trained_again(open_: Open) -> None:
-    first = open_()
+    first = open_(constraints=[])
     known = [first.search.settings({"mask.ratio": ratio, "reconstruction.weight": 0.2}) for ratio in (0.25, 0.75)]
     other = first.search.settings({"mask.ratio": 0.5, "recipe.epochs": 2})
     trials = [Trial({}, settings, first.fingerprint) for settings in (*known, other)]
     records = [Run(trial.identity, accuracy(trial), f"run{place}") for place, trial in enumerate(trials)]
     optuna.delete_study(study_name=first.study.study_name, storage=first.study._storage)
-    proposer = open_(records)
+    proposer = open_(records, constraints=[])
     offered = [each for each in proposer.study.trials if "run" in each.user_attrs]
     assert [each.user_attrs["run"] for each in offered] == ["run0", "run1"], (
         "run2 has another setting that is not searched"
@@ -162,6 +162,89 @@ def test_finished_trials_of_other_studies_are_known_and_not_trained_again(open_:
     keys = {trial.key for trial in answer(proposer)}
     assert trials[1].key not in keys
     assert proposer.known >= 1
+
+
+def test_what_is_known_of_other_studies_must_keep_the_constraints_too(open_: Open) -> None:
+    first = open_()
+    cheap, dear = (first.search.settings({"mask.ratio": ratio, "reconstruction.weight": 0.2}) for ratio in (0.75, 0.0))
+    trials = [Trial({}, settings, first.fingerprint) for settings in (cheap, dear)]
+    records = [Run(trial.identity, accuracy(trial), f"run{place}") for place, trial in enumerate(trials)]
+    optuna.delete_study(study_name=first.study.study_name, storage=first.study._storage)
+    offered = [each.user_attrs["run"] for each in open_(records).study.trials if "run" in each.user_attrs]
+    assert offered == ["run0"]
+
+
+def test_another_goal_or_setting_is_another_search(open_: Open, tmp_path: Path) -> None:
+    answer(open_(trials=3))
+    assert open_(trials=3).next() is None
+    assert open_(trials=5).num_done == 3, "more trials are more of the same search"
+    assert open_(trials=3, constraints=["gflops <= 0.0005"]).num_done == 0
+    assert open_(trials=3, fixed={"recipe.base_lr": 0.1}).num_done == 0
+
+
+def test_a_space_of_few_points_is_tried_out_and_then_the_search_ends(open_: Open) -> None:
+    few = {"mask.ratio": {"choices": [0.25, 0.5, 0.75]}, "classifier.kind": {"choices": ["linear", "bridging"]}}
+    proposer = open_(space=few, start=[], constraints=[], trials=20)
+    trained = answer(proposer)
+    assert len({trial.key for trial in trained}) == len(trained) == 6
+    assert proposer.num_done == 6, "what was found trained is not counted as trained"
+    assert len({tuple(trial.values) for trial in best_trials(proposer)}) == len(best_trials(proposer))
+    assert f"6 trials finished, 0 ended early, 0 failed or were asked twice, {proposer.known} were found" in found_text(
+        proposer
+    )
+
+
+def test_a_search_with_all_points_under_way_waits_for_none(open_: Open) -> None:
+    two = {"mask.ratio": {"choices": [0.5, 0.75]}}
+    proposer = open_(space=two, start=[], constraints=[], trials=5)
+    assert proposer.next() and proposer.next()
+    assert proposer.next() is None
+
+
+def test_a_search_whose_trials_all_fail_ends(open_: Open) -> None:
+    proposer, failed = open_(constraints=[], trials=100), list[str]()
+    while (trial := proposer.next()) is not None:
+        failed.append(trial.key)
+        proposer.failed(trial.key)
+    assert len(set(failed)) == len(failed) == 3
+
+
+def test_a_condition_may_look_at_what_the_recipe_leaves_at_its_default(open_: Open) -> None:
+    space = {"mask.cell": {"choices": [[2, 2], [4, 4]], "when": {"classifier.mask_tokens": [False]}}}
+    trial = open_(space=space, start=[], constraints=[]).next()
+    assert trial
+    assert "mask.cell" in open_(space=space, start=[], constraints=[]).study.trials[0].params
+
+
+def test_whole_ends_of_a_fraction_are_a_range(open_: Open) -> None:
+    proposer = open_(space={"reconstruction.weight": {"low": 0, "high": 1}}, start=[], constraints=[], trials=4)
+    drawn = [trial.settings.reconstruction.weight for trial in answer(proposer)]
+    assert len(drawn) == 4 and any(0 < weight < 1 for weight in drawn)
+
+
+def test_a_goal_that_was_not_measured_is_named(open_: Open) -> None:
+    proposer = open_(goals={"memory_gib": "min"}, constraints=[])
+    trial = proposer.next()
+    assert trial
+    with pytest.raises(Failure, match="no memory/batch_of_1_gib"):
+        proposer.finished(trial.key, accuracy(trial), trial.settings)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("sampler=foo", "sampler=foo: Input should be"),
+        ("trials=abc", "trials=abc: Input should be a valid integer"),
+        ("trials=0", "trials=0: Input should be greater than 0"),
+        ("recipe=5", "no recipe '5'"),
+        ("mask.ration=0.5", "mask.ration: no such setting"),
+    ],
+)
+def test_a_mistake_on_the_command_line_of_a_search_is_named(open_: Open, tmp_path: Path, word: str, told: str) -> None:
+    open_()
+    with pytest.raises(UserError) as caught:
+        read_search(str(tmp_path / "search.yaml"), [word])
+    assert told in str(caught.value)
 
 
 def test_a_trial_that_is_worse_than_others_were_is_ended_early(open_: Open) -> None:
@@ -189,6 +272,15 @@ def test_a_trial_that_is_worse_than_others_were_is_ended_early(open_: Open) -> N
         ({"start": [{"clip.frames": 8}]}, "start 1: clip.frames is not in the space"),
         ({"stopper": "asha"}, "an early end needs one goal, there are 2"),
         ({"sampler": "magic"}, "sampler: Input should be"),
+        ({"space": {}, "start": []}, "a search needs a space and goals"),
+        ({"goals": {}}, "a search needs a space and goals"),
+        ({"space": {"seed": {"low": 0, "high": 3}}, "start": []}, "seed: no such setting to search"),
+        ({"start": [{"mask.ratio": 0.9}]}, "start 1: mask.ratio cannot be 0.9"),
+        ({"start": [{"mask.cell": [3, 3]}]}, "start 1: mask.cell cannot be [3, 3]"),
+        (
+            {"space": {"mask.cell": {"choices": [[2, 2]], "when": {"mask.ration": [0.5]}}}, "start": []},
+            "mask.cell: when: mask.ration: no such setting",
+        ),
     ],
 )
 def test_a_mistake_in_a_search_file_is_named(open_: Open, changes: dict[str, Any], words: str) -> None:

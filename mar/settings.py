@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,7 +26,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def merge(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``tree`` with dotted (or nested) settings replaced; ``tree`` itself is left alone."""
-    merged: dict[str, Any] = copy.deepcopy(dict(tree))
+    merged = _branches_copied(tree)
     for path, value in flatten(overrides).items():
         *branches, leaf = path.split(".")
         node = merged
@@ -38,6 +37,11 @@ def merge(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
             node = child
         node[leaf] = value
     return merged
+
+
+def _branches_copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy whose branches may be changed; leaves are shared, nobody changes those."""
+    return {name: _branches_copied(value) if isinstance(value, Mapping) else value for name, value in tree.items()}  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _paths(model: type[Node], prefix: str = "") -> Iterator[str]:

@@ -46,8 +46,8 @@ def run(
     checkpoint_every_steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint inside epochs too.")] = None,
     retries: Annotated[int, typer.Option(min=0, help="Times a failed trial goes on.")] = 1,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a private one here.")] = None,
-    budget_h: Annotated[
-        float | None, typer.Option(min=0, help="Device-hours: train what fits; needs --device.")
+    budget: Annotated[
+        str | None, typer.Option(metavar="HOURS", help="Device-hours, as 200h: train what fits, in order.")
     ] = None,
     device: Annotated[str | None, typer.Option(help=_DEVICE)] = None,
     is_all: IsAll = False,
@@ -77,20 +77,29 @@ def run(
         from orchestration.run_search import run_search
         from orchestration.search_file import read_search
 
-        if only or budget_h is not None:
+        if only or budget is not None:
             raise UserError(
-                f"{study} is a search: --only and --budget-h are for studies; 'trials=N' says how many it trains"
+                f"{study} is a search: --only and --budget are for studies; 'trials=N' says how many it trains"
             )
         run_search(read_search(study, overrides or []), launch)
         return
     studies = studies_of(study, overrides, only, is_all)
-    if budget_h is not None and device is None:
-        raise UserError("--budget-h: by which device's speed? Give --device too (v100, h200, NAME=GFLOPS_PER_S)")
-    budget = Budget(budget_h, profile_of(device)) if budget_h is not None and device else None
+    limit = Budget(_hours(budget), profile_of(device) if device else None) if budget is not None else None
     if is_all:
-        run_studies(studies, launch, budget)
+        run_studies(studies, launch, limit)
     else:
-        run_study(studies[0], launch, budget)
+        run_study(studies[0], launch, limit)
+
+
+def _hours(words: str) -> float:
+    """Return the hours that ``200h`` or ``200`` say."""
+    try:
+        hours = float(words.removesuffix("h"))
+    except ValueError:
+        hours = -1.0
+    if not 0 <= hours < float("inf"):
+        raise UserError(f"--budget {words}: expected device-hours, as 200h")
+    return hours
 
 
 def plan(
@@ -114,7 +123,10 @@ def plan(
     from orchestration.plan import Planned, plan_json, plan_text, plan_trials
     from orchestration.plan import device as profile_of
 
-    profile = replace(profile_of(device), price_per_h=price_per_h) if device else None
+    if price_per_h is not None and device is None:
+        raise UserError("--price-per-h: of which device? Give --device too (v100, h200, NAME=GFLOPS_PER_S)")
+    profile = profile_of(device) if device else None
+    profile = replace(profile, price_per_h=price_per_h) if profile and price_per_h is not None else profile
     records, planned = records_of(store, tracking_uri), Planned()
     studies = studies_of(study, overrides, only, is_all)
     lines = [line for each in studies for line in plan_trials(each, records, profile, planned)]

@@ -112,7 +112,10 @@ def device(name: str) -> Device:
     given, _, speed = name.partition("=")
     if speed:
         try:
-            return Device(given, float(speed), "given on the command line")
+            gflops_per_s = float(speed)
+            if not 0 < gflops_per_s < float("inf"):
+                raise ValueError
+            return Device(given, gflops_per_s, "given on the command line")
         except ValueError:
             raise UserError(f"--device {name}: expected NAME=GFLOPS_PER_S, as mine=50000") from None
     profiles = _known()["devices"]

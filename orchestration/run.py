@@ -15,7 +15,7 @@ from orchestration.launch import Launch, check_data, check_weights, missing_tria
 from orchestration.plan import Device, plan_trials
 from orchestration.progress import Board
 from orchestration.report import claim_lines, findings, write_report
-from orchestration.results import match_training
+from orchestration.results import match, match_training
 from orchestration.statistics import claims
 from orchestration.study import Study, Trial, fetch_weights
 from orchestration.tables import table_info, to_markdown
@@ -74,7 +74,8 @@ class Budget:
     """Device-hours that may be spent, by a device's profile; what is spent is taken off."""
 
     hours: float
-    device: Device
+    device: Device | None
+    """None: by the throughput of finished trials."""
 
     def take(self, study: Study, missing: Sequence[Trial], records: Sequence[RunRecord]) -> list[Trial]:
         """Return the missing trials that fit, in order; a test of another's model costs next to nothing."""
@@ -84,7 +85,10 @@ class Budget:
         for trial in missing:
             line = planned[trial.key]
             if line.device_hours is None:
-                raise UserError("--budget-h: the size of the training split is not known: is the data there?")
+                raise UserError(
+                    "--budget: nothing tells the hours: is the data there, and is a trial of the study finished here? "
+                    "Or give --device (v100, h200, NAME=GFLOPS_PER_S)"
+                )
             is_paid = trial.key in paid or any(trial.training == other.training for other in chosen)
             hours = 0.0 if is_paid else line.device_hours
             if hours <= self.hours:
@@ -98,25 +102,31 @@ def run_studies(studies: Sequence[Study], launch: LaunchConfig, budget: Budget |
 
     Raises:
         Failure: a study has trials that failed; the others were run.
+        UserError: a study could not begin; the others were run.
     """
     before, began = {record.run_id for record in Store(launch).trials()}, time.monotonic()
     wrong: list[str] = []
+    is_users_alone = True
     with _one_backend(launch):
         for study in studies:
             try:
                 run_study(study, launch, budget)
-            except Failure as error:
+            except (Failure, UserError) as error:
+                is_users_alone = is_users_alone and isinstance(error, UserError)
                 wrong.append(f"{study.name}: {error}")
                 print(f"mar: {wrong[-1]}")
     new = [record for record in Store(launch).trials() if record.run_id not in before and record.status == "FINISHED"]
-    trained, rows = sum(record.has_model for record in new), sum(len(study.trials) for study in studies if study.trains)
+    trained, trials = sum(record.has_model for record in new), [trial for study in studies for trial in study.trials]
+    there = len(match(trials, Store(launch).trials()))
+    absent = len({trial.key for trial in trials}) - there if trials else 0
     minutes = (time.monotonic() - began) / 60
     print(
-        f"{len(studies)} studies, {rows} rows: {trained} trained and {len(new) - trained} tested in {minutes:.1f} min, "
-        f"{rows - len(new)} were there or shared"
+        f"{len(studies)} studies, {len(trials)} rows: {trained} trained and {len(new) - trained} tested in "
+        f"{minutes:.1f} min; {absent} trials are not there, all other rows were there or are shared"
     )
     if wrong:
-        raise Failure(f"{len(wrong)} of {len(studies)} studies are not whole: {'; '.join(wrong)}")
+        kind = UserError if is_users_alone else Failure
+        raise kind(f"{len(wrong)} of {len(studies)} studies are not whole: {'; '.join(wrong)}")
 
 
 def _one_backend(launch: LaunchConfig) -> AbstractContextManager[None]:

@@ -15,7 +15,7 @@ from orchestration.differences import Neighbours
 from orchestration.interactive import chart, confusion_chart, picture, plotly_script, study_chart
 from orchestration.report import findings
 from orchestration.results import match
-from orchestration.statistics import Claim, claims
+from orchestration.statistics import ONE_TRAINING, Claim, claims
 from orchestration.study import Study, Trial
 from orchestration.study_file import StudyFile
 from orchestration.tables import table_info, to_html
@@ -87,6 +87,7 @@ def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str],
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_PAGE).render(
         sections=sections,
+        one_training=ONE_TRAINING if all(len(study.file.seeds) == 1 for study in studies) else "",
         script=plotly_script(),
         verdicts=verdicts,
         states=states,
@@ -196,8 +197,8 @@ nav { columns: 16rem; font-size: .92rem; } nav a { display: block; } summary { c
 {{ "%.2f" | format(hours) }} hours of training spent.</p>
 <p>Of the paper's {{ verdicts.values() | sum }} claims our runs support {{ verdicts["supported"] }}, contradict
 {{ verdicts["contradicted"] }} and leave open {{ verdicts["open"] }}; of {{ verdicts["not there yet"] }} the runs are not there yet.
-<span class="soft">Supported or contradicted: every comparison it rests on is told apart by the test videos, paired, at 5 % after
-Holm's correction.</span></p>
+<span class="soft">Supported: the test videos tell every comparison it rests on apart, in the paper's direction; contradicted:
+at least one, in the other direction (paired, at 5 % after Holm's correction). {{ one_training }}</span></p>
 <nav>{% for section in sections %}<a href="#{{ section.name }}">{{ section.title }}</a>{% endfor %}</nav>
 {% for section in sections %}
 <h2 id="{{ section.name }}">{{ section.title }}</h2>

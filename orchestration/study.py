@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 from mar import RESULTS
 from mar.annotations import fingerprint
-from mar.config import ExperimentConfig
+from mar.config import ClassifierConfig, ExperimentConfig, MaskConfig, ReconstructionConfig
 from mar.errors import UserError
-from mar.settings import SettingError, build, merge, placeless
+from mar.settings import SETTING_PATHS, SettingError, build, merge, placeless
 from mar.sources import ABSENT as WEIGHTS_ABSENT
 from mar.sources import fetch, is_path
 from mar.sources import fingerprint as weights_fingerprint
@@ -65,7 +65,7 @@ class Trial:
     def lacks_weights(self) -> bool:
         """Whether it starts from pre-trained weights that are not on this machine."""
         name = self.settings.encoder.weights
-        return name is not None and weights_fingerprint(name).startswith(WEIGHTS_ABSENT)
+        return name is not None and _weights_fingerprint(name).startswith(WEIGHTS_ABSENT)
 
     @cached_property
     def key(self) -> str:
@@ -105,20 +105,53 @@ def _of_one(path: Path, overrides: Sequence[str]) -> Study:
     return Study(title.replace("/", "_"), file, [trial])
 
 
+@lru_cache
+def _weights_fingerprint(name: str) -> str:
+    """Look at a checkpoint once for a study: a thousand trials may start from it."""
+    return weights_fingerprint(name)
+
+
 def identity(settings: ExperimentConfig, data_fingerprint: str) -> str:
     """Return one line that is equal for equal trainings: settings with the data's content instead of its place."""
+    settings = canonical(settings)
     tree: dict[str, Any] = {**placeless(settings), "fingerprint": data_fingerprint, "results": RESULTS}
     if settings.evaluation.mask.ratio == settings.mask.ratio:  # the same as to leave it out
         tree["evaluation"] = {**tree["evaluation"], "mask": {**tree["evaluation"]["mask"], "ratio": None}}
     if settings.encoder.weights:
-        tree["encoder"] = {**tree["encoder"], "weights": weights_fingerprint(settings.encoder.weights)}
+        tree["encoder"] = {**tree["encoder"], "weights": _weights_fingerprint(settings.encoder.weights)}
     return json.dumps(tree, sort_keys=True, ensure_ascii=False)
+
+
+def canonical(settings: ExperimentConfig) -> ExperimentConfig:
+    """Return the settings with those that do nothing at their defaults: they must not make two trainings of one.
+
+    A linear classifier has no width; where nothing is hidden there are no cells and nothing is rebuilt; a running
+    uniform mask is a running cell as large as the token grid.
+    """
+    changes: dict[str, Any] = {}
+    kept = settings.classifier
+    if kept.kind == "linear":
+        linear = {"kind": "linear", "dropout": kept.dropout, "norm": kept.norm}
+        changes["classifier"] = ClassifierConfig.model_validate(linear)
+    if not settings.reconstructs:
+        changes["reconstruction"] = ReconstructionConfig(weight=0.0)
+    mask, plain = settings.mask, MaskConfig()
+    if not mask.ratio and not settings.test_ratio:
+        changes["mask"] = MaskConfig(ratio=0.0)
+    elif (mask.strategy, mask.motion, mask.spatial, mask.temporal) == ("uniform", *_RUNNING):
+        changes["mask"] = plain.model_copy(update={"ratio": mask.ratio, "cell": settings.grid[1:]})
+    return settings.model_copy(update=changes)
+
+
+_RUNNING = (MaskConfig().motion, MaskConfig().spatial, MaskConfig().temporal)
 
 
 def training_of(identity_line: str) -> str:
     """Return the part of an identity that a training depends on: all but how it is tested."""
     tree: dict[str, Any] = json.loads(identity_line)
     tree.pop("evaluation")
+    if not tree["mask"]["ratio"]:  # then the mask is of testing alone
+        tree["mask"] = {"ratio": 0.0}
     return json.dumps(tree, sort_keys=True, ensure_ascii=False)
 
 
@@ -141,17 +174,19 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
 
     ``overrides`` are ``path=value`` from the command line, the last word on every setting; ``recipe=FILE``
     puts another recipe under the study (a folder's name, as ``recipe=released``: that folder's of the same names), and
-    ``axes.AXIS.LABEL.path=value`` changes one label's own settings. ``only`` keeps the trials with the given ``axis=label``. A recipe's file is
+    ``axes.AXIS.LABEL.path=value`` changes one label's own settings, ``rows.ROW.path=value`` those of one row. ``only`` keeps the trials with the given ``axis=label``. A recipe's file is
     read as a study of one trial.
 
     Raises:
         UserError: a bad file, setting, label or override; the message says where.
     """
+    _weights_fingerprint.cache_clear()
     document = Document(find(name, "study"))
     if "axes" not in document.content and "title" not in document.content:
         return _of_one(document.path, overrides)
     changes = parse_overrides(overrides)
     file = _with_changed_axes(_checked(document), changes)
+    of_rows = _of_rows(file, changes)
     another = changes.pop("recipe") if isinstance(changes.get("recipe"), str) else None
     family = another if another and (packaged("search_spaces") / "recipes" / another).is_dir() else None
     another = None if family else another
@@ -168,6 +203,8 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
         tree = _override(recipe.content, file.fixed, document, ("fixed",))
         for axis, (label, settings) in zip(file.axes, own, strict=True):
             tree = _override(tree, settings, document, ("axes", axis, label))
+        row = BETWEEN_LABELS.join(label for label, _ in own)
+        tree = _override(tree, of_rows.get(row, {}), document, ("axes",))
         for seed in seeds:
             settings = _build(merge(tree, {**changes, "seed": seed}), recipe, document, own, file, changes)
             named = dict(zip(file.axes, (label for label, _ in own), strict=True))
@@ -207,6 +244,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for word in overrides:
         path, equals, text = word.partition("=")
+        if word.startswith(("axes.", "rows.")):  # a label may have an equals sign
+            ends = [place for place in range(len(word)) if word[place] == "=" and _SETTING.search(word[:place])]
+            path, text = (word[: ends[0]], word[ends[0] + 1 :]) if ends else (path, text)
         if not equals or not path:
             raise UserError(f"{word!r}: expected path=value, as in mask.ratio=0.75")
         try:
@@ -214,6 +254,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"{path}: the value {text!r} is not valid YAML") from None
     return changes
+
+
+_SETTING = re.compile(rf"\.(?:{'|'.join(re.escape(path) for path in SETTING_PATHS)}|recipe)$")
 
 
 def _checked(document: Document) -> StudyFile:
@@ -247,6 +290,18 @@ def _with_changed_axes(file: StudyFile, changes: dict[str, Any]) -> StudyFile:
         axis, label = max(places, key=lambda place: len(place[1]))
         axes[axis][label] = {**axes[axis][label], path.removeprefix(f"axes.{axis}.{label}."): changes.pop(path)}
     return file.model_copy(update={"axes": axes})
+
+
+def _of_rows(file: StudyFile, changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Take ``rows.ROW.path`` out of the command line's changes: they are settings of one row alone."""
+    rows = [BETWEEN_LABELS.join(labels) for labels in itertools.product(*file.axes.values())]
+    found: dict[str, dict[str, Any]] = {}
+    for path in [path for path in changes if path.startswith("rows.")]:
+        row = max((row for row in rows if path.startswith(f"rows.{row}.")), key=len, default=None)
+        if row is None:
+            raise UserError(f"{path}: the study has no such row (it has: {', '.join(rows)})")
+        found.setdefault(row, {})[path.removeprefix(f"rows.{row}.")] = changes.pop(path)
+    return found
 
 
 def _beside(document: Document, recipe: str) -> str:
@@ -327,10 +382,18 @@ def _check_quantities(study: Study, document: Document) -> None:
         if row not in known:
             words = f"{'.'.join(place[:2])}: no trial is labelled {row!r} (there are: {', '.join(known)})"
             raise UserError(f"{document.place(*place)}: {words}")
-    axes = {"table.across": table.across, **{f"table.delta.{axis}": axis for axis in table.delta}}
+    parts = [part for axis in file.axes for part in label_parts(axis, axis)]
+    axes = {"table.across": table.across, "figure.group": figure.group}
+    axes |= {f"table.delta.{axis}": axis for axis in table.delta}
     for place, axis in axes.items():
-        if axis is not None and axis not in file.axes:
-            raise UserError(f"{document.place('table')}: {place}: no axis {axis!r} (there are: {', '.join(file.axes)})")
+        if axis is not None and axis not in parts:
+            part = place.split(".")[0]
+            raise UserError(f"{document.place(part)}: {place}: no axis {axis!r} (there are: {', '.join(parts)})")
+    for axis, label in table.delta.items():
+        known = {each.split(BETWEEN_LABELS)[parts.index(axis)] for each in rows}
+        if label not in known:
+            words = f"table.delta.{axis}: no label {label!r} (there are: {', '.join(sorted(known))})"
+            raise UserError(f"{document.place('table')}: {words}")
     for axis, labels in file.axes.items():
         for label in labels:
             if len(label_parts(axis, label)) != len(label_parts(axis, axis)):
@@ -377,6 +440,7 @@ def fetch_weights(study: Study) -> None:
     Raises:
         UserError: a file is not there, or cannot be downloaded.
     """
+    _weights_fingerprint.cache_clear()
     for name in sorted({trial.settings.encoder.weights or "" for trial in study.trials} - {""}):
         try:
             fetch(name)

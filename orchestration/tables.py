@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +13,13 @@ import pandas as pd
 
 from orchestration.quantities import QUANTITIES
 from orchestration.results import AnyRecord, Cell, Row, axis_parts, rows
-from orchestration.statistics import Comparison, FileOf, against_reference
+from orchestration.statistics import ONE_TRAINING, Comparison, FileOf, against_reference
 from orchestration.study import Study
 
 MISSING = "–"
 _QUOTED = "†"
 _ALIKE = "≈"
+_CAPITALS = ("Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega")
 _WIDE = 8
 """Columns; a LaTeX table of more is set to the width of the page."""
 
@@ -56,6 +58,7 @@ class TableInfo:
                 f"To {self.reference}: difference in top-1 over the same videos, 95 % interval; "
                 f"{_ALIKE}: these videos cannot tell the two apart (paired test, Holm's correction for "
                 f"{len(self.comparisons)} rows, 5 %)."
+                + (f" {ONE_TRAINING}" if max(row.seeds for row in self.rows) == 1 else "")
             ]
             if self.comparisons
             else []
@@ -83,12 +86,13 @@ def to_markdown(info: TableInfo) -> str:
 def to_latex(info: TableInfo) -> str:
     r"""Return a LaTeX ``table`` with booktabs rules; needs ``\\usepackage{booktabs,amssymb,graphicx}``."""
     frame = _frame(info, best="\\textbf{{{}}}".format, plain=latex_escaped)
+    frame.iloc[:, 0] = ["{}" + text if text[:1] in ("[", "*") else text for text in frame.iloc[:, 0]]
     words = len(info.axes) - (info.across is not None) + len(_words(info))
     columns = "l" * words + "r" * (frame.shape[1] - words)
     body: str = frame.to_latex(index=False, escape=False, column_format=columns)
     if frame.shape[1] > _WIDE:
         body = f"\\resizebox{{\\linewidth}}{{!}}{{%\n{body}}}\n"
-    caption = latex_escaped(". ".join([info.title, *info.notes]))
+    caption = latex_escaped(". ".join(words.rstrip(".") for words in [info.title, *info.notes]) + ".")
     return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\\end{{table}}\n"
 
 
@@ -128,9 +132,8 @@ def latex_escaped(text: str) -> str:
         "^": "\\textasciicircum{}",
         "×": "$\\times$",
         "±": "$\\pm$",
-        "λ": "$\\lambda$",
-        "ρ": "$\\rho$",
-        "Δ": "$\\Delta$",
+        **{letter: f"${name}$" for letter, name in _GREEK.items()},
+        **{"<": "$<$", ">": "$>$", "|": "$|$", "→": "$\\to$", "≥": "$\\geq$", "≤": "$\\leq$", "·": "$\\cdot$"},
         "–": "--",
         "−": "$-$",
         "≈": "$\\approx$",
@@ -142,13 +145,21 @@ def latex_escaped(text: str) -> str:
     return text.translate(str.maketrans(specials))
 
 
+_GREEK = {
+    chr(code): f"\\{unicodedata.name(chr(code)).split()[-1].lower().replace('lamda', 'lambda')}"
+    for code in range(ord("α"), ord("ω") + 1)
+    if chr(code) not in "ςο"
+} | {letter: f"\\{name}" for letter, name in zip("ΓΔΘΛΞΠΣΦΨΩ", _CAPITALS, strict=True)}
+
+
 def cell_text(cell: Cell, digits: int, seeds: int) -> str:
-    """Return "70.97", "70.97 ± 0.12" (95 % interval of the mean), "70.97 (1 of 3)" or "–"."""
+    """Return "70.97", "70.97 ± 0.12 (n = 3)" (95 % interval of the mean), "70.97 (1 of 3)" or "–"."""
     if cell.mean is None:
         return MISSING
     text = f"{cell.mean:.{digits}f}"
     if cell.half_width is not None:
         text += f" ± {cell.half_width:.{digits}f}"
+        text += f" (n = {seeds})" if cell.status == "complete" else ""
     return text if cell.status == "complete" else f"{text} ({len(cell.values)} of {seeds})"
 
 
@@ -166,7 +177,7 @@ def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], s
     columns = [(title, [plain(text) for text in texts]) for title, texts in columns]
     for name in info.columns:
         quantity, leader = QUANTITIES[name], _leader(info, name)
-        for place, head in enumerate(heads):
+        for place, head in enumerate([""] if _is_same_across(lines, name) else heads):
             rows_of = [line[place] for line in lines]
             title = quantity.title if not head else head if len(info.columns) == 1 else f"{quantity.title}, {head}"
             columns.append((title, [_text(row, name, leader, best, plain) for row in rows_of]))
@@ -180,6 +191,12 @@ def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], s
     frame = pd.DataFrame({place: texts for place, (_, texts) in enumerate(columns)})
     frame.columns = [plain(title) for title, _ in columns]
     return frame
+
+
+def _is_same_across(lines: Sequence[Sequence[Row | None]], name: str) -> bool:
+    """Whether a quantity is the same in all columns of each printed line, and so is one column."""
+    cells = [[row.cells[name] if row else None for row in line] for line in lines]
+    return len(cells[0]) > 1 and all(cell == line[0] and cell for line in cells for cell in line)
 
 
 def _words(info: TableInfo) -> list[str]:

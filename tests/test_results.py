@@ -118,6 +118,22 @@ def test_latex_is_escaped_and_uses_booktabs(study: Study) -> None:
     assert latex_escaped("a_b × ρ \\ 5 %") == "a\\_b $\\times$ $\\rho$ \\textbackslash{} 5 \\%"
 
 
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [("α → ω", "$\\alpha$ $\\to$ $\\omega$"), ("λ < Λ", "$\\lambda$ $<$ $\\Lambda$"), ("a|b", "a$|$b")],
+)
+def test_latex_has_every_letter_and_sign(text: str, printed: str) -> None:
+    assert latex_escaped(text) == printed
+
+
+def test_a_first_cell_in_brackets_is_no_length_to_latex(tmp_path: Path, videos: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    text = 'title: "Cells."\nrecipe: recipe.yaml\naxes:\n  cell:\n    "[2, 2]": {mask.cell: [2, 2]}\n    "[4, 4]": {mask.cell: [4, 4]}\n'
+    (tmp_path / "cells.yaml").write_text(text)
+    printed = to_latex(table_info(read_study(str(tmp_path / "cells.yaml")), []))
+    assert "\n{}[2, 2] &" in printed and ".." not in printed
+
+
 def test_csv_is_unrounded_and_json_says_the_same(study: Study) -> None:
     info = table_info(study, runs(study, 70.123456, 71.0))
     table = list(csv.DictReader(io.StringIO(FORMATS["csv"](info))))

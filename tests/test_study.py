@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,11 +8,12 @@ import yaml
 from conftest import tiny_tree
 from safetensors.torch import save_file
 
+from mar.config import ExperimentConfig
 from mar.errors import UserError
 from mar.settings import flatten
 from orchestration.files import find, packaged
 from orchestration.plan import plan_text, plan_trials
-from orchestration.study import absolute_paths, fetch_weights, read_recipe, read_study
+from orchestration.study import absolute_paths, fetch_weights, identity, read_recipe, read_study, training_of
 
 STUDY = """\
 title: "A study"
@@ -226,3 +228,42 @@ def test_a_recipe_is_a_study_of_one_trial(write: Callable[[str], str], tmp_path:
     assert study.name.endswith("_recipe")
     assert study.file.table.columns == ("top1", "top5", "gflops", "time_s")
     assert read_study("recipes/pretrain/quickstart").file.table.columns[0] == "test_reconstruction_loss"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"classifier.kind": "linear", "classifier.width": 32}, {"classifier.kind": "linear", "classifier.depth": 2}),
+        ({"mask.ratio": 0.0, "mask.cell": [4, 4]}, {"mask.ratio": 0.0, "reconstruction.weight": 0.5}),
+        ({"reconstruction.weight": 0.0, "reconstruction.depth": 2}, {"reconstruction.weight": 0.0}),
+        ({"mask.strategy": "uniform"}, {"mask.cell": [4, 4]}),
+    ],
+)
+def test_settings_that_do_nothing_make_no_second_training(
+    tiny: Callable[..., ExperimentConfig], one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    assert identity(tiny(one), "data") == identity(tiny(other), "data")
+
+
+def test_settings_that_do_something_do_make_one(tiny: Callable[..., ExperimentConfig]) -> None:
+    told = [
+        {},
+        {"mask.strategy": "uniform", "mask.motion": "standard"},
+        {"mask.strategy": "uniform"},
+        {"mask.ratio": 0.0},
+    ]
+    told += [{"mask.ratio": 0.0, "classifier.width": 32}, {"mask.ratio": 0.0, "evaluation.mask.ratio": 0.5}]
+    told += [{"mask.ratio": 0.0, "evaluation.mask.ratio": 0.5, "mask.cell": [4, 4]}]
+    lines = [identity(tiny(each), "data") for each in told]
+    assert len(set(lines)) == len(told)
+    assert training_of(lines[-1]) == training_of(lines[-2]) == training_of(lines[3]), "tested otherwise, trained alike"
+
+
+def test_a_row_or_a_label_with_an_equals_sign_takes_its_own_settings() -> None:
+    words = ["rows.MAR, ρ = 50 % / HMDB51.encoder.weights=/w=1.pth", "axes.Method.VideoMAE.recipe.epochs=3"]
+    trials = {trial.row: trial.settings for trial in read_study("table13_ucf101_hmdb51", words).trials}
+    assert trials["MAR, ρ = 50 % / HMDB51"].encoder.weights == "/w=1.pth"
+    assert trials["MAR, ρ = 50 % / UCF101"].encoder.weights is None
+    assert [trials[f"VideoMAE / {name}"].recipe.epochs for name in ("UCF101", "HMDB51")] == [3, 3]
+    with pytest.raises(UserError, match="the study has no such row"):
+        read_study("table13_ucf101_hmdb51", ["rows.MAR.encoder.weights=x"])

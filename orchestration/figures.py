@@ -84,10 +84,15 @@ def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
             title = QUANTITIES[name].title if group is None else group
             series.append(_series(title, places, name, layout.x, part))
             series += [_papers(f"{title}, paper", places, name, layout.x)] if layout.x else []
+    if layout.x:
+        quoted = [(0, row) for row in rows(study, records) if row.is_quoted]
+        series += [_papers("quoted by the paper", quoted, name, layout.x) for name in layout.y]
     series = [each for each in series if each.y or not each.is_papers]
     if layout.front and layout.x:
         directions = [QUANTITIES[name].higher_is_better for name in (layout.x, layout.y[0])]
-        series.append(_front(series, is_low_x_better=not directions[0], is_high_y_better=bool(directions[1])))
+        for each in [each for each in series if not each.is_papers]:
+            name = "Pareto front" if groups == [None] else f"Pareto front, {each.name}"
+            series.append(_front(name, each, is_low_x_better=not directions[0], is_high_y_better=bool(directions[1])))
     return FigureInfo(
         title=study.file.title,
         kind=layout.kind,
@@ -114,16 +119,16 @@ def _series(title: str, places: Sequence[tuple[int, Row]], name: str, x: str | N
     )
 
 
-def _front(series: Sequence[Series], is_low_x_better: bool, is_high_y_better: bool) -> Series:
-    """Return which of our points no other beats in both quantities, along the horizontal axis."""
-    points = [point for each in series if not each.is_papers for point in zip(each.labels, each.x, each.y, strict=True)]
+def _front(name: str, series: Series, is_low_x_better: bool, is_high_y_better: bool) -> Series:
+    """Return which of a series' points no other beats in both quantities, along the horizontal axis."""
+    points = list(zip(series.labels, series.x, series.y, strict=True))
     x_sign, y_sign = (1 if is_low_x_better else -1), (-1 if is_high_y_better else 1)
     front: list[tuple[str, float, float]] = []
     for point in sorted(points, key=lambda point: (x_sign * point[1], y_sign * point[2])):
         if not front or y_sign * point[2] < y_sign * front[-1][2]:
             front.append(point)
     labels, x, y = [each[0] for each in front], [each[1] for each in front], [each[2] for each in front]
-    return Series("Pareto front", labels, x, y, [0.0] * len(front), is_line=True)
+    return Series(name, labels, x, y, [0.0] * len(front), is_line=True)
 
 
 def _papers(title: str, places: Sequence[tuple[int, Row]], name: str, x: str) -> Series:
@@ -226,10 +231,11 @@ def _line(axes: Any, series: Series, place: int, alone: bool) -> None:
 def _points(axes: Any, series: Series, colour: str) -> None:
     if series.is_papers:
         axes.plot(series.x, series.y, "o", color=colour, markerfacecolor="none", label=series.name)
-        return
-    axes.errorbar(series.x, series.y, yerr=series.error, fmt="o", color=colour, label=series.name, capsize=3)
+    else:
+        axes.errorbar(series.x, series.y, yerr=series.error, fmt="o", color=colour, label=series.name, capsize=3)
     many = len(series.labels) > _FEW
     style: dict[str, Any] = {"ha": "left", "rotation": 35, "fontsize": 6} if many else {"ha": "center", "fontsize": 8}
+    style |= {"color": "0.45", "fontsize": 6} if series.is_papers else {}
     for label, x, y in zip(series.labels, series.x, series.y, strict=True):
         axes.annotate(label, (x, y), textcoords="offset points", xytext=_ABOVE, **style)
 

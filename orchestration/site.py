@@ -13,6 +13,7 @@ import jinja2
 from mar.errors import UserError
 from orchestration.differences import Neighbours
 from orchestration.interactive import chart, confusion_chart, picture, plotly_script, study_chart
+from orchestration.plan import Planned, plan_trials
 from orchestration.report import findings
 from orchestration.results import match
 from orchestration.statistics import ONE_TRAINING, Claim, claims
@@ -24,6 +25,8 @@ from orchestration.training_figures import confusion, curves_info
 
 _SHOWN_TAGS = ("mlflow.source.git.commit", "version.torch", "version.ray", "host")
 _LAST_LINES = 12
+_OWN_SERVER = "http://127.0.0.1:5000"
+"""Where ``mar ui`` shows an embedded store."""
 _STATES = ("finished", "tested", "running", "failed", "killed", "not there yet")
 
 
@@ -92,10 +95,23 @@ def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str],
         verdicts=verdicts,
         states=states,
         hours=sum(each or 0.0 for each in spent.values()),
+        to_come=_to_come(studies, records),
+        failures=Counter(trial.reason for section in sections for trial in section.trials if trial.reason),
         tracking=store.launch.tracking,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page, encoding="utf-8")
+
+
+def _to_come(studies: Sequence[Study], records: Sequence[RunRecord]) -> str:
+    """Return what is still to be trained, and the device-hours at the throughput of each study's finished trials."""
+    earlier = Planned()
+    new = [line for study in studies for line in plan_trials(study, records, None, earlier) if line.state == "new"]
+    hours = [line.device_hours for line in new if line.device_hours is not None]
+    if not new:
+        return "nothing is left to train"
+    known = f", {len(hours)} of them about {sum(hours):.2f} hours at the throughput so far" if hours else ""
+    return f"{len(new)} trainings to come{known}"
 
 
 def _counted(states: Mapping[str, str]) -> str:
@@ -138,8 +154,8 @@ def _state(study: Study, trial: Trial, run: RunRecord | None, store: Store, neig
         return TrialState(trial.name, trial.key, "not there yet", "", "", "", "", None, "", own, unlike)
     state = {"FINISHED": "finished" if run.has_model else "tested"}.get(run.status, run.status.lower())
     seconds = run.metrics.get("time/elapsed_s")
-    server = store.launch.tracking if store.launch.tracking.startswith("http") else ""
-    link = f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}" if server else ""
+    server = store.launch.tracking if store.launch.tracking.startswith("http") else _OWN_SERVER
+    link = f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
     made = ", ".join(f"{name.split('.')[-1]} {run.tags[name][:12]}" for name in _SHOWN_TAGS if name in run.tags)
     log = store.launch.trial_folder(run.key) / "log.txt"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
@@ -194,7 +210,8 @@ nav { columns: 16rem; font-size: .92rem; } nav a { display: block; } summary { c
 <h1>Masked Action Recognition: all studies</h1>
 <p>{{ sections | length }} studies. Trials, each counted once:
 {{ states }}.
-{{ "%.2f" | format(hours) }} hours of training spent.</p>
+{{ "%.2f" | format(hours) }} hours of training spent; {{ to_come }}.</p>
+{% if failures %}<p>Failures, by reason:</p><ul>{% for reason, count in failures.most_common() %}<li>{{ count }} × {{ reason }}</li>{% endfor %}</ul>{% endif %}
 <p>Of the paper's {{ verdicts.values() | sum }} claims our runs support {{ verdicts["supported"] }}, contradict
 {{ verdicts["contradicted"] }} and leave open {{ verdicts["open"] }}; of {{ verdicts["not there yet"] }} the runs are not there yet.
 <span class="soft">Supported: the test videos tell every comparison it rests on apart, in the paper's direction; contradicted:
@@ -223,7 +240,7 @@ at least one, in the other direction (paired, at 5 % after Holm's correction). {
 {% for trial in section.trials if trial.reason or trial.log %}<p><b>{{ trial.name }}</b> {{ trial.state }}: {{ trial.reason }}</p>
 {% if trial.log %}<pre>{{ trial.log }}</pre>{% endif %}{% endfor %}{% endif %}
 {% endfor %}
-<p class="soft">Runs are in MLflow at {{ tracking }} (<code>mar ui</code> opens it).</p>
+<p class="soft">Runs are in MLflow at {{ tracking }} (<code>mar ui</code> opens it, and then the links to runs lead there).</p>
 <script>document.querySelectorAll("details").forEach(each =>
   each.addEventListener("toggle", () => window.dispatchEvent(new Event("resize"))));</script>
 </body></html>

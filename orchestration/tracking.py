@@ -21,6 +21,7 @@ from typing import Any, Literal
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 import mlflow
@@ -146,12 +147,14 @@ class Store:
         """Return one file of a finished trial's result, fetched from the store where it is not here.
 
         Raises:
-            Failure: it is in neither place.
+            Failure: it is in neither place, or the result has no such file.
         """
         here = self.launch.trial_folder(record.key) / RESULT / name
         fetched = self.launch.store.resolve() / "fetched" / record.run_id
         if here.is_file():
             return here
+        if (here.parent / MANIFEST).is_file():
+            raise Failure(f"{here.parent}: this result has no {name}")
         if not (fetched / RESULT / name).is_file():
             fetched.mkdir(parents=True, exist_ok=True)
             with _explained(self.launch):

@@ -83,7 +83,9 @@ def write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any], advice:
         shutil.rmtree(unfinished, ignore_errors=True)
         free_bytes = shutil.disk_usage(_existing(path)).free
         reason = "the disk is full" if free_bytes < _FULL_BYTES else str(error)
-        raise Failure(f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). {advice}") from None
+        raise Failure(
+            f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). {advice}", "disk"
+        ) from None
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

@@ -1,4 +1,12 @@
-"""What a user is told: two kinds of error, neither of which prints a traceback."""
+"""What a user is told: two kinds of error, neither of which prints a traceback; and a training that was asked to stop."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+FailureKind = Literal["user", "data", "disk", "memory", "numbers", "hang", "node", "code", "stopped"]
+"""What went wrong: the settings, the videos, the disk, out of memory, a loss that is not finite, no progress, a machine or
+process that was lost, the code; or nothing: somebody stopped it."""
 
 
 class UserError(ValueError):
@@ -7,3 +15,11 @@ class UserError(ValueError):
 
 class Failure(RuntimeError):
     """The input was right but the work could not be done (disk, network, broken data). Exit code 1."""
+
+    def __init__(self, words: str, kind: FailureKind = "code") -> None:
+        super().__init__(words)
+        self.kind: FailureKind = kind
+
+
+class Stopped(Exception):
+    """A training was asked to stop, and has saved."""

@@ -88,13 +88,14 @@ class Evaluator:
         crops: int = 1,
         shuffled: bool = False,
         loader_processes: int = 0,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         check(settings.data, videos)
         share = parallel.share()
         mine = list(range(share.rank, len(videos), share.world))
         size = max(1, _CLIPS_PER_BATCH // (clips * crops))
         batches = [mine[first : first + size] for first in range(0, len(mine), size)]
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.alive = settings, device, alive
         dataset = EvaluationClips(settings, videos, clips, crops, shuffled)
         self.loader = loader(dataset, batches, loader_processes, device)
 
@@ -127,6 +128,7 @@ class Evaluator:
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
         broken: list[str] = []
         for batch in self.loader:
+            self.alive()
             broken.extend(str(video) for video in batch.broken)
             if batch.good.any():
                 chosen = batch.good
@@ -136,7 +138,7 @@ class Evaluator:
         rows = [row for part, _ in parts for row in part]
         failed = tuple(sorted(reason for _, part in parts for reason in part))
         if not rows:
-            raise Failure(f"not one video of the evaluation split could be decoded; the first: {failed[0]}")
+            raise Failure(f"not one video of the evaluation split could be decoded; the first: {failed[0]}", "data")
         videos, labels, measured = (torch.cat(column) for column in zip(*rows, strict=True))
         return (videos, labels, measured), failed
 

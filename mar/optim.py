@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mar.config import RecipeConfig
 from mar.model import MAR
@@ -81,7 +81,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_scale"]
 
 
-def gradient_norm(model: nn.Module, limit: float | None) -> None:
-    """Shorten the gradient to ``limit``, when there is one."""
+def gradient_norm(model: nn.Module, limit: float | None) -> Tensor:
+    """Return the gradient's norm; where there is a ``limit``, shorten the gradient to it."""
     if limit is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), limit)
+        return nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+
+
+def step_unless(optimizer: torch.optim.Optimizer, spoiled: Tensor) -> None:
+    """Take the step; where ``spoiled``, change nothing. Decided on the device: nobody waits for the answer."""
+    optimizer.grad_scale, optimizer.found_inf = None, spoiled.float()  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()

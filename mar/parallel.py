@@ -29,6 +29,15 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def greatest(value: int, device: torch.device) -> int:
+    """Return the greatest of all workers' values."""
+    if share().world == 1:
+        return value
+    values = torch.tensor(value, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
+
+
 def gathered(item: Any) -> list[Any]:
     """Return every worker's ``item``, in the order of ranks."""
     workers = share()

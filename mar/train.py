@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -30,17 +30,21 @@ from mar.charts import draw_confusion, draw_curves
 from mar.checkpoint import Progress
 from mar.config import ExperimentConfig
 from mar.dataset import Batch, TrainingOrder, draw, one_after_another, places, training_batches
-from mar.errors import Failure, UserError
+from mar.errors import Failure, Stopped, UserError
 from mar.evaluate import Evaluator, Predictions, Reconstruction, write_predictions
 from mar.memory import peak_training_memory_gib
 from mar.model import MAR, Losses
-from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
+from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate, step_unless
 from mar.reconstructions import draw_reconstructions
 
 _SHOWN = 3
 """Videos whose reconstructions are drawn."""
 Report = Callable[[int, dict[str, float], Path | None], None]
 """(finished epochs, metrics, checkpoint folder or none) -> nothing. Called equally often on every worker."""
+
+
+Wish = Literal["go on", "save", "stop"]
+"""Go on; save at once, the machine may go; save and stop."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ class Execution:
     """Also save in the middle of an epoch."""
     say: Callable[[str], None] = print
     """Where messages for a person go."""
+    step: Callable[[int, int], Wish] = lambda done, of: "go on"
+    """Told of each step, of how many; answers whether to go on. All workers must have the same answer."""
+    alive: Callable[[], None] = lambda: None
+    """Told of each batch that is tested."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,8 @@ class Training:
 
     def __post_init__(self) -> None:
         self.share = parallel.share()
+        self.spoiled = torch.zeros((), dtype=torch.bool, device=self.execution.device)
+        """Whether a gradient was not finite: from then on no step changes anything."""
         self.wrapped: nn.Module = self.model
         if self.share.world > 1:
             ids = [self.execution.device.index] if self.execution.device.type == "cuda" else None
@@ -114,6 +124,7 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     Raises:
         UserError: the settings do not fit the data.
         Failure: the loss is not finite, a video is broken (``data.broken: error``), or the disk refuses.
+        Stopped: ``execution.step`` said so; what was done is saved.
     """
     train, val = read_split(settings.data, "train"), read_split(settings.data, "val")
     frame_cache.check(settings.data, train)
@@ -133,7 +144,7 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
         report(epoch, metrics, None)
     processes = execution.loader_processes
     batches = training_batches(settings, train, order, processes, execution.device)
-    validate = Evaluator(settings, val, execution.device, loader_processes=processes)
+    validate = Evaluator(settings, val, execution.device, loader_processes=processes, alive=execution.alive)
     while training.epoch < settings.recipe.epochs:
         metrics = _train_epoch(training, batches)
         if (training.epoch + 1) % settings.evaluation.every_epochs == 0:
@@ -189,18 +200,23 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
         set_learning_rate(training.optimizer, rate)
         sums[:4] += train_step(training, batch)
         progress.step += 1
-        if every and progress.step % every == 0 and progress.step < end:
+        if device.type == "cpu" or progress.step == end:  # elsewhere to look is to wait
+            _check_numbers(training, rate)
+        wish = training.execution.step(progress.step, training.steps_per_epoch * settings.recipe.epochs)
+        is_due = bool(every) and progress.step % every == 0
+        if (is_due or wish != "go on") and progress.step < end:
+            _check_numbers(training, rate)
             progress.sums = parallel.summed(sums).tolist()
             clock.stop()
             _save(training)
+            if wish == "stop":
+                raise Stopped(f"stopped at step {progress.step}, saved")
             clock = _Clock(progress)
     total, classification, reconstruction, clips, broken = parallel.summed(sums).tolist()
     clock.stop()
     progress.sums = Progress().sums
     if not clips:
-        raise Failure(f"not one video of epoch {training.epoch + 1} could be decoded: run mar data check")
-    if not math.isfinite(total):
-        raise Failure(f"the loss is {total} in epoch {training.epoch + 1}: try a smaller recipe.base_lr")
+        raise Failure(f"not one video of epoch {training.epoch + 1} could be decoded: run mar data check", "data")
     metrics = {"train/loss": total / clips, "train/lr": rate}
     if not settings.pretrains:
         metrics["train/classification_loss"] = classification / clips
@@ -234,9 +250,26 @@ def train_step(training: Training, batch: Batch) -> Tensor:
             ((losses.total * good).sum() * scale).backward()
         columns = (losses.total, losses.classification, losses.reconstruction, torch.ones_like(losses.total))
         sums += torch.stack([(column.detach() * good).sum(dtype=torch.float64) for column in columns])
-    gradient_norm(training.model, settings.recipe.clip_grad)
-    training.optimizer.step()
+    norm = gradient_norm(training.model, settings.recipe.clip_grad)
+    training.spoiled |= ~norm.isfinite()
+    step_unless(training.optimizer, training.spoiled)
     return sums
+
+
+def _check_numbers(training: Training, rate: float) -> None:
+    """See that every gradient was finite.
+
+    Raises:
+        Failure: one was not; the weights are those before it, and the last checkpoint is good.
+    """
+    if training.spoiled.item():
+        recipe, step = training.settings.recipe, training.progress.step
+        raise Failure(
+            f"the gradient is not finite at or before step {step} (epoch {training.epoch + 1}); no step was taken with "
+            f"it. To blame, likely: recipe.base_lr={recipe.base_lr:g} (rate {rate:.2g}), "
+            f"recipe.clip_grad={recipe.clip_grad}, recipe.precision={recipe.precision}",
+            "numbers",
+        )
 
 
 def _passes(num_clips: int, limit: int | None) -> list[slice]:
@@ -252,7 +285,9 @@ def _no_sync(model: nn.Module) -> AbstractContextManager[None]:
 def _count_broken(training: Training, batch: Batch) -> int:
     """Return the number of broken videos in the batch, if the settings allow any."""
     if batch.broken and training.settings.data.broken == "error":
-        raise Failure(f"{batch.broken[0]}. Repair or remove it, or set data.broken: skip to leave such videos out")
+        raise Failure(
+            f"{batch.broken[0]}. Repair or remove it, or set data.broken: skip to leave such videos out", "data"
+        )
     return len(batch.broken)
 
 
@@ -267,13 +302,15 @@ def _finish(trained: Trained, val: list[Video], report: Report) -> dict[str, flo
     """Test with all views, write the result folder, report the last time."""
     settings, execution, model = trained.settings, trained.execution, trained.model
     views, device, processes = settings.evaluation, execution.device, execution.loader_processes
-    test = Evaluator(settings, val, device, clips=views.clips, crops=views.crops, loader_processes=processes)
+    test = Evaluator(
+        settings, val, device, clips=views.clips, crops=views.crops, loader_processes=processes, alive=execution.alive
+    )
     predictions = (test.reconstruction if settings.pretrains else test)(model)
     if predictions.broken:
         first = f"the first: {predictions.broken[0]}"
         execution.say(f"{len(predictions.broken)} of {len(val)} test videos could not be decoded, {first}")
     metrics = trained.history[-1] | predictions.metrics("test")
-    one_view = Evaluator(settings, val, device, loader_processes=processes)
+    one_view = Evaluator(settings, val, device, loader_processes=processes, alive=execution.alive)
     if settings.redraws_in_testing and not settings.pretrains:
         metrics["test/reconstruction_loss"] = one_view.reconstruction(model).loss
     if settings.evaluation.shuffled_frames and not settings.pretrains:

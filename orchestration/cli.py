@@ -14,7 +14,7 @@ import typer
 
 from mar.errors import Failure, UserError
 from orchestration.cli_data import data_app
-from orchestration.cli_jobs import jobs_app, submit
+from orchestration.cli_jobs import jobs_app, status, stop_study, submit
 from orchestration.cli_options import DEFAULT_STORE, AsJson, Output, Overrides, RecipeName, StoreFolder, TrackingUri
 from orchestration.cli_studies import figure, plan, report, run, table
 from orchestration.cli_weights import evaluate, predict, reconstruct, weights_app
@@ -26,6 +26,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 app.add_typer(jobs_app, name="jobs")
+app.command()(status)
+app.command("stop")(stop_study)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
 
 

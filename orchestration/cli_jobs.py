@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mar.errors import Failure, UserError
-from orchestration.cli_options import AsJson, is_search_file
+from orchestration.cli_options import DEFAULT_STORE, AsJson, StoreFolder, TrackingUri, is_search_file
 
 jobs_app = typer.Typer(no_args_is_help=True, help="Jobs that mar submit started: list, follow, stop.")
 
@@ -70,6 +70,32 @@ def stop(job: JobId, address: Address, is_open: IsOpen = False) -> None:
 
     Jobs(address, is_open).stop(job)
     print(f"{job} is being stopped")
+
+
+def status(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None, as_json: AsJson = False) -> None:
+    """Say what runs in a store, and how far it is; from any terminal or machine that sees the store."""
+    from dataclasses import asdict
+
+    from orchestration.config import LaunchConfig
+    from orchestration.status import status as status_of
+    from orchestration.status import status_text
+
+    if tracking_uri is None and not (store / "mlflow.db").is_file():
+        raise UserError(f"--store {store}: no tracking store there yet")
+    found = status_of(LaunchConfig(store=store, tracking_uri=tracking_uri))
+    print(json.dumps([asdict(each) for each in found], indent=1) if as_json else status_text(found, store))
+
+
+def stop_study(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study that is being run from the store.")],
+    store: StoreFolder = DEFAULT_STORE,
+) -> None:
+    """Let a running study's trials save, and end it; the same mar run goes on."""
+    from orchestration.config import LaunchConfig
+    from orchestration.status import stop as stop_of
+
+    stop_of(LaunchConfig(store=store, study=Path(study).stem))
+    print(f"{Path(study).stem} stops as soon as its trials have saved")
 
 
 def _follow(job_id: str, address: str, is_open: bool) -> None:

@@ -50,6 +50,10 @@ def run(
         str | None, typer.Option(metavar="HOURS", help="Device-hours, as 200h: train what fits, in order.")
     ] = None,
     device: Annotated[str | None, typer.Option(help=_DEVICE)] = None,
+    hang_timeout_s: Annotated[
+        float, typer.Option(min=0, help="End and restart a worker that did nothing for so long; 0: never.")
+    ] = 1800.0,
+    webhook: Annotated[str | None, typer.Option(help="Address that hears when a study ends, as JSON.")] = None,
     is_all: IsAll = False,
 ) -> None:
     """Train what is missing of a study (a killed run goes on by itself), then print its table."""
@@ -72,7 +76,11 @@ def run(
         max_clips_per_pass=max_clips_per_pass,
         checkpoint_every_steps=checkpoint_every_steps,
         retries=retries,
+        hang_timeout_s=hang_timeout_s or None,
+        webhook=webhook,
     )
+    if webhook and not webhook.startswith(("http://", "https://")):
+        raise UserError(f"--webhook {webhook}: expected an address, as https://example.org/hook")
     if study and not is_all and is_search_file(study):
         from orchestration.run_search import run_search
         from orchestration.search_file import read_search

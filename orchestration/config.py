@@ -34,6 +34,12 @@ class LaunchConfig(BaseModel):
     """Gradient accumulation: largest forward-backward pass of one worker, clips."""
     checkpoint_every_steps: PositiveInt | None = None
     """Checkpoint inside an epoch too; an epoch's end always has one."""
+    study: str = ""
+    """Name of the study that is run."""
+    hang_timeout_s: PositiveFloat | None = 1800.0
+    """A worker that did nothing for so long is ended, its stacks in the log, and started again; none: never."""
+    webhook: str | None = None
+    """Address that hears, in JSON, when a study ends."""
     retries: NonNegativeInt = 1
     """Times a trial that Ray lost goes on from its last checkpoint; ``local`` has no such second try."""
     poll_s: PositiveFloat = 0.5
@@ -52,6 +58,11 @@ class LaunchConfig(BaseModel):
     def trial_folder(self, key: str) -> Path:
         """Return the folder of a trial's checkpoints and result."""
         return self.store.resolve() / "trials" / key
+
+    @property
+    def stop_file(self) -> Path:
+        """Return the file whose being there asks the study's workers to save and stop."""
+        return self.store.resolve() / "locks" / f"{self.study}.stop"
 
     def report_folder(self, study: str) -> Path:
         """Return the folder of a study's tables and figures."""

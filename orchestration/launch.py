@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -23,11 +24,12 @@ from mar.errors import Failure, UserError
 from mar.settings import DATA_PLACES, flatten, placeless
 from orchestration import provenance
 from orchestration.config import LaunchConfig
+from orchestration.failures import Reason
 from orchestration.quantities import QUANTITIES
 from orchestration.results import Record, match, match_training
 from orchestration.study import Study, Trial
 from orchestration.tracking import IDENTITY, KEY, KIND, STUDY, TRAINED_BY, WEIGHTS, RunRecord, Store, Writer
-from orchestration.trial import LOG
+from orchestration.trial import LOG, PASSES
 
 _MOST_NOTE = 4900
 """Characters; MLflow refuses a tag of 5,000 or more on some stores."""
@@ -76,7 +78,7 @@ class Launch:
         self.begun: set[str] = set()
         self.done: set[str] = set()
         self.stopped: set[str] = set()
-        self.failures: dict[str, str] = {}
+        self.failures: dict[str, Reason] = {}
         self.trained_by: dict[str, str] = {}
         self._relayed: dict[str, int] = {}
 
@@ -120,6 +122,10 @@ class Launch:
         final = {name: value for name, value in metrics.items() if name.startswith("test/")}
         self.writer.metrics(key, trial.settings.recipe.epochs, final, again=True)
         self.writer.artifacts(key, folder / RESULT, RESULT)
+        self._keep_log(key)
+        with suppress(OSError, ValueError):
+            passes = json.loads((folder / PASSES).read_text(encoding="utf-8"))
+            self.writer.tag(key, "max_clips_per_pass", str(passes["max_clips_per_pass"]))
         if key not in self.trained_by:
             told = {name: f"{value:.4f}" for name, value in final.items()}
             self.writer.register(key, self.study.name, {"trial": trial.name, **told})
@@ -128,13 +134,15 @@ class Launch:
         self._relay(key)
         self.view.finished(trial, metrics)
 
-    def failed(self, key: str, reason: str) -> None:
+    def failed(self, key: str, reason: Reason) -> None:
         """Log why, and mark the run as failed."""
         self.failures[key] = reason
         if key in self.begun:
-            self.writer.tag(key, "failure", reason[:4000])
+            self.writer.tag(key, "failure", reason.words[:4000])
+            self.writer.tag(key, "failure.kind", reason.kind)
+            self._keep_log(key)
             self.writer.end(key, "FAILED")
-        self.view.failed(self.trials[key], reason)
+        self.view.failed(self.trials[key], reason.words)
 
     @property
     def unfinished(self) -> list[str]:
@@ -168,6 +176,12 @@ class Launch:
         is_whole = kind is None and not self.failures and not self.unfinished
         self.writer.end(_PARENT, "FINISHED" if is_whole else "FAILED" if self.failures else "KILLED")
         self.writer.close()
+
+    def _keep_log(self, key: str) -> None:
+        """Keep what its workers said with the run."""
+        log = self.store.launch.trial_folder(key) / LOG
+        if log.is_file():
+            self.writer.artifact(key, log)
 
     def _relay(self, key: str) -> None:
         """Tell the view what the trial's workers have said since."""
@@ -269,7 +283,8 @@ def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
         if teacher in launched.done:
             trained[key] = store.launch.trial_folder(teacher) / RESULT
         elif teacher in launched.failures:
-            launched.failed(key, f"its training failed: {launched.trials[teacher].name}")
+            kind = launched.failures[teacher].kind
+            launched.failed(key, Reason(f"its training failed: {launched.trials[teacher].name}", kind))
     tests = [trial for trial in trials if trial.key in trained]
     for trial in tests:
         launched.tested(trial.key, teachers.get(trial.key) or known[trial.key].key)
@@ -337,5 +352,8 @@ def only_one(study: Study, launch: LaunchConfig) -> Generator[None]:
         words = f"the study {study.name} is being run already ({told}); wait for it, or stop that process"
         raise UserError(words) from None
     with held:
-        note.write_text(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}", encoding="utf-8")
+        launch.stop_file.unlink(missing_ok=True)  # of an earlier launch
+        told = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        note.write_text(told, encoding="utf-8")
         yield
+        launch.stop_file.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import torch
 
 from mar.errors import UserError
 from orchestration.config import LaunchConfig
+from orchestration.failures import Reason
 from orchestration.study import Trial
-from orchestration.trial import LOG, Assignment, Listener, Source, Trained, assign
+from orchestration.trial import Assignment, Listener, Source, Trained, assign
 from orchestration.worker import train
 
 
@@ -23,6 +23,8 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, train
     """
     gpus = _gpus(launch)
     for trial in trials:
+        if launch.stop_file.exists():
+            return
         _one(trial, assign(trial, launch, gpus, trained.get(trial.key)), launch, listener, _never)
 
 
@@ -33,7 +35,7 @@ def run_search(source: Source, launch: LaunchConfig, listener: Listener, announc
         UserError: more than one worker asked for.
     """
     gpus = _gpus(launch)
-    while (trial := source.next()) is not None:
+    while not launch.stop_file.exists() and (trial := source.next()) is not None:
         announce(trial)
         _one(trial, assign(trial, launch, gpus), launch, listener, source.should_end)
 
@@ -48,8 +50,8 @@ def _never(key: str, epoch: int, metrics: dict[str, float]) -> bool:
     return False
 
 
-class _EndedError(Exception):
-    """A trial is to go no further."""
+class _EndedError(BaseException):
+    """A trial is to go no further. Nobody on its way is to take it for a failure."""
 
 
 def _one(
@@ -69,11 +71,8 @@ def _one(
     try:
         reason = train(assignment.plain(), report)
     except _EndedError:
-        reason = "ended early"
-    except Exception as error:  # a fault of ours or of the settings: the next trial may do better
-        (launch.trial_folder(trial.key) / LOG).write_text(traceback.format_exc(), encoding="utf-8")
-        reason = f"{type(error).__name__}: {error}"
+        reason = Reason("ended early")
     if reason is None:
         listener.finished(trial.key)
-    else:
+    elif reason.kind != "stopped":
         listener.failed(trial.key, reason)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import urllib.request
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from rich.console import Console
 
-from mar.errors import Failure, UserError
+from mar.errors import Failure, FailureKind, UserError
 from orchestration.config import LaunchConfig
+from orchestration.failures import REMEDIES
 from orchestration.launch import Launch, check_data, check_weights, missing_trials, only_one, train_missing
 from orchestration.plan import Device, plan_trials
 from orchestration.progress import Board
@@ -29,7 +34,7 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
         UserError: the data is not there, another run of the study is alive, a trial does not fit the cluster.
         Failure: a trial was given up or stopped; the table shows what is there.
     """
-    console = Console(soft_wrap=True)
+    console, launch = Console(soft_wrap=True), launch.model_copy(update={"study": study.name})
     fetch_weights(study)
     with only_one(study, launch):
         store = Store(launch)
@@ -44,7 +49,7 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
         counts += f", {left_out} left out: over the budget" if left_out else ""
         console.print(f"{study.file.title}: {counts}", markup=False)
         board = Board(missing, have, console)
-        with Launch(study, store, board) as launched:
+        with Launch(study, store, board) as launched, stopping_gently(launch):
             try:
                 if missing:
                     with board:
@@ -60,13 +65,50 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
     print(f"figure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")
     served = launch.tracking_uri or f"mar ui{'' if str(launch.store) == 'mar_store' else f' --store {launch.store}'}"
     print(f"MLflow   {served}   (experiment {study.name!r})")
+    tell_webhook(study, launched)
     if launched.failures:
-        names = ", ".join(launched.trials[key].name for key in launched.failures)
-        raise Failure(
-            f"{len(launched.failures)} of {len(study.trials)} trials failed: {names}; run the same command to go on"
-        )
+        for kind, names in by_kind(launched).items():
+            print(f"{kind:<8} {len(names)} trials: {', '.join(names)}. {REMEDIES[kind].capitalize()}.")
+        raise Failure(f"{len(launched.failures)} of {len(study.trials)} trials failed; run the same command to go on")
     if launched.unfinished:
         raise Failure(f"stopped with {len(launched.unfinished)} trials unfinished; run the same command to go on")
+
+
+def by_kind(launched: Launch) -> dict[FailureKind, list[str]]:
+    """Return the names of the trials that failed, by the kind of failure."""
+    kinds: dict[FailureKind, list[str]] = {}
+    for key, reason in launched.failures.items():
+        kinds.setdefault(reason.kind, []).append(launched.trials[key].name)
+    return kinds
+
+
+def tell_webhook(study: Study, launched: Launch) -> None:
+    """Tell the address that was given how the study ended; that nobody answers there is said and no more."""
+    address = launched.store.launch.webhook
+    if not address:
+        return
+    ended = "failed" if launched.failures else "stopped" if launched.unfinished else "finished"
+    words = f"{study.file.title}: {ended}; {len(launched.done)} trials done, {len(launched.failures)} failed"
+    told = {"text": words, "study": study.name, "state": ended, "failures": by_kind(launched)}
+    body = json.dumps(told, ensure_ascii=False).encode()
+    try:
+        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})  # noqa: S310  (checked)
+        urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
+    except (OSError, ValueError) as error:
+        print(f"--webhook {address}: {error}")
+
+
+@contextmanager
+def stopping_gently(launch: LaunchConfig) -> Generator[None]:
+    """Take a SIGTERM, as Slurm and Kubernetes send before they kill, for ``mar stop``: the trials save first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: launch.stop_file.touch())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass

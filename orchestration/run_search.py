@@ -9,6 +9,7 @@ from rich.console import Console
 from mar import RESULT
 from mar.errors import Failure, UserError
 from orchestration.config import LaunchConfig
+from orchestration.failures import Reason
 from orchestration.launch import Launch, check_data, check_weights, only_one
 from orchestration.progress import Board
 from orchestration.search import Proposer, open_search
@@ -30,7 +31,7 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
         raise UserError(
             "stopper: an early end needs --backend inline or --local: a TorchTrainer's workers would stay behind"
         )
-    console = Console(soft_wrap=True)
+    console, launch = Console(soft_wrap=True), launch.model_copy(update={"study": search.name})
     study = Study(search.name, StudyFile(title=search.file.title, recipe=search.file.recipe, axes={"trial": {}}), [])
     with only_one(study, launch):
         store = Store(launch)
@@ -98,9 +99,9 @@ class _Searching:
         try:
             self.proposer.finished(key, metrics, self.launched.trials[key].settings)
         except Failure as error:
-            self.launched.failures[key] = str(error)
+            self.launched.failures[key] = Reason(str(error), "user")
 
-    def failed(self, key: str, reason: str) -> None:
+    def failed(self, key: str, reason: Reason) -> None:
         """A trial was given up, or ended early."""
         if key in self.proposer.ended:
             self.launched.ended(key, "ended early: others were better at this epoch")

@@ -19,16 +19,15 @@ from typing import Any
 from mar import MANIFEST, RESULT
 from mar.errors import Failure, UserError
 from orchestration.config import LaunchConfig
+from orchestration.failures import FILE, Reason, read_reason
 from orchestration.study import Trial
 from orchestration.trial import (
-    FAILURE,
     Assignment,
     Listener,
     Source,
     Trained,
     assign,
     quiet_environment,
-    reason_of,
     run_inline,
     run_with_workers,
 )
@@ -45,6 +44,7 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, train
     """
     if launch.backend == "inline" and launch.workers > 1:
         raise UserError("--backend inline trains with one worker; leave it out to use --workers")
+    os.environ.update(quiet_environment(launch))  # Ray reads some of it when it is loaded
     from ray import tune
 
     with started(launch):
@@ -71,13 +71,14 @@ def run_search(source: Source, launch: LaunchConfig, listener: Listener, announc
     Raises:
         UserError: one trial asks for more than the cluster has.
     """
+    os.environ.update(quiet_environment(launch))
     from ray import tune
 
     with started(launch):
         gpus = _gpus_per_worker(launch)
 
         def assigned() -> dict[str, Any] | None:
-            trial = source.next()
+            trial = None if launch.stop_file.exists() else source.next()
             if trial is None:
                 return None
             announce(trial)
@@ -148,7 +149,7 @@ def _ending(source: Source) -> Any:
 def _clean(assignment: Assignment, launch: LaunchConfig) -> None:
     """Remove what an earlier launch left of its own; checkpoints stay."""
     shutil.rmtree(launch.store.resolve() / "ray" / assignment.key, ignore_errors=True)
-    (Path(assignment.folder) / FAILURE).unlink(missing_ok=True)
+    (Path(assignment.folder) / FILE).unlink(missing_ok=True)
 
 
 def _trainable(launch: LaunchConfig, gpus: int) -> Any:
@@ -182,7 +183,7 @@ def _fit(tuner: Any, launch: LaunchConfig) -> None:
     try:
         tuner.fit()
     except tune.TuneError as error:
-        raise Failure(f"Ray Tune stopped: {reason_of(launch.store.resolve() / 'ray', error)}") from None
+        raise Failure(f"Ray Tune stopped: {str(error).strip().splitlines()[-1]}") from None
 
 
 @contextmanager
@@ -266,6 +267,11 @@ def _trial_name(trial: Any) -> str:
     return str(trial.config["assignment"]["key"])
 
 
+def _was_stopped(trial: Any, reason: Reason | None) -> bool:
+    """Whether somebody asked the study to stop: then the trial is neither finished nor failed."""
+    return (reason is not None and reason.kind == "stopped") or Path(trial.config["assignment"]["stop_file"]).exists()
+
+
 def _listening(listener: Listener) -> Any:
     """Return Tune's callback that tells the listener, in the driver's own process."""
     from ray import tune
@@ -291,15 +297,17 @@ def _listening(listener: Listener) -> Any:
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             key, folder = _trial_name(trial), Path(trial.config["assignment"]["folder"])
+            reason = read_reason(folder)
             if self.listener and (folder / RESULT / MANIFEST).is_file():
                 self.listener.finished(key)
-            elif self.listener:
-                self.listener.failed(key, reason_of(folder, "it ended without a result"))
+            elif self.listener and not _was_stopped(trial, reason):
+                self.listener.failed(key, reason or Reason("it ended without a result"))
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             key = _trial_name(trial)
             error = trial.get_error() if hasattr(trial, "get_error") else "Ray lost the trial"
-            if self.listener:
-                self.listener.failed(key, reason_of(Path(trial.config["assignment"]["folder"]), error))
+            reason = read_reason(Path(trial.config["assignment"]["folder"]), error)
+            if self.listener and reason and not _was_stopped(trial, reason):
+                self.listener.failed(key, reason)
 
     return Listening(listener)

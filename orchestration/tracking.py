@@ -273,6 +273,10 @@ class Writer:
         """Upload a folder's files."""
         self._orders.put(lambda: self.client.log_artifacts(self._runs[key], str(folder), artifact_path=below))
 
+    def artifact(self, key: str, file: Path) -> None:
+        """Upload one file."""
+        self._orders.put(lambda: self.client.log_artifact(self._runs[key], str(file)))
+
     def register(self, key: str, name: str, tags: Mapping[str, str]) -> None:
         """Make the run's result a version of a registered model."""
         self._orders.put(lambda: self.store.register(self._runs[key], name, tags))

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestration.config import LaunchConfig
+from orchestration.failures import Reason, read_reason, write_reason
 from orchestration.study import Trial, absolute_paths
 
 LOG = "log.txt"
 """File, below the trial's folder, with what its workers had to say."""
-FAILURE = "failure.txt"
-"""File, below the trial's folder, with the words for the user when a worker gave up."""
+PULSE = "pulse.json"
+"""File, below the trial's folder: how far its training is, for ``mar status``."""
+PASSES = "passes.json"
+"""File, below the trial's folder, with the largest pass that its memory holds, once it held no larger."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Assignment:
     max_clips_per_pass: int | None
     checkpoint_every_steps: int | None
     retries: int
+    stop_file: str
+    hang_timeout_s: float | None
     poll_s: float
     storage: str
     trained: str | None = None
@@ -69,7 +74,7 @@ class Listener(Protocol):
     def finished(self, key: str) -> None:
         """A trial is done: its result folder is complete."""
 
-    def failed(self, key: str, reason: str) -> None:
+    def failed(self, key: str, reason: Reason) -> None:
         """A trial was given up."""
 
 
@@ -86,17 +91,12 @@ def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int, trained: Pa
         max_clips_per_pass=launch.max_clips_per_pass,
         checkpoint_every_steps=launch.checkpoint_every_steps,
         retries=launch.retries,
+        stop_file=str(launch.stop_file),
+        hang_timeout_s=launch.hang_timeout_s,
         poll_s=launch.poll_s,
         storage=str(launch.store.resolve() / "ray"),
         trained=str(trained) if trained else None,
     )
-
-
-def reason_of(folder: Path, error: object) -> str:
-    """Return why a trial failed: the worker's own words, or the last line of what Ray says."""
-    words = folder / FAILURE
-    lines = words.read_text(encoding="utf-8") if words.is_file() else str(error).strip()
-    return lines.splitlines()[-1] if lines else "no reason given"
 
 
 def run_inline(config: dict[str, Any]) -> None:
@@ -124,6 +124,8 @@ def run_with_workers(config: dict[str, Any]) -> None:
     from orchestration.worker import train_worker
 
     assignment = Assignment(**config["assignment"])
+    if Path(assignment.stop_file).exists():  # nobody else is to start
+        return
     resources = {"CPU": float(assignment.cpus_per_worker)}
     if assignment.gpus_per_worker:
         resources["GPU"] = float(assignment.gpus_per_worker)
@@ -145,7 +147,7 @@ def run_with_workers(config: dict[str, Any]) -> None:
     except ray_train.TrainingFailedError as error:
         folder = Path(assignment.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FAILURE).write_text(reason_of(folder, error), encoding="utf-8")
+        write_reason(folder, read_reason(folder, error) or Reason("Ray lost the trial", "node"))
 
 
 def quiet_environment(launch: LaunchConfig) -> dict[str, str]:
@@ -154,7 +156,7 @@ def quiet_environment(launch: LaunchConfig) -> dict[str, str]:
     return {
         **token,  # a cluster of our own makes its token itself: Ray's default
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(launch.poll_s),
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1" if launch.address else "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AIR_NEW_OUTPUT": "0",

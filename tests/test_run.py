@@ -109,10 +109,10 @@ def test_the_same_settings_give_the_same_numbers_on_every_backend(place: Path) -
     backends = {"plain": ["--local"], "inline": ["--backend", "inline"], "workers": ["--backend", "train"]}
     numbers: dict[str, list[dict[str, float]]] = {}
     for name, words in backends.items():
-        output = mar(place, "run", "tiny.yaml", "--store", name, *words)
+        output = mar(place, "run", "tiny.yaml", "--store", name, "--only", "ρ=50 %", *words)
         assert "| 50 % |" in output
         runs = trial_runs(place, name)
-        assert [run.status for run in runs] == ["FINISHED", "FINISHED"]
+        assert [run.status for run in runs] == ["FINISHED"]
         numbers[name] = [learnt(run) for run in runs]
     assert numbers["plain"] == numbers["inline"] == numbers["workers"]
 

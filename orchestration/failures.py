@@ -1,0 +1,84 @@
+"""Failures by kind: what to do about each, and which are worth another try."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mar.errors import Failure, FailureKind, UserError
+
+FILE = "failure.json"
+"""In a trial's folder: why it was given up, from the process that knows."""
+RETRIED: frozenset[FailureKind] = frozenset({"memory", "node", "hang"})
+"""Another try may end otherwise; the others would come again."""
+REMEDIES: dict[FailureKind, str] = {
+    "user": "correct the settings",
+    "data": "mar data check names every such video; repair it, or set data.broken=skip",
+    "disk": "make room, or choose another --store; the same command goes on",
+    "memory": "--max-clips-per-pass N computes the batch in smaller passes, with the same result",
+    "numbers": "a smaller recipe.base_lr, recipe.clip_grad, or recipe.precision=fp32",
+    "hang": "the log has every thread's stack; a slow step wants a larger --hang-timeout-s",
+    "node": "the same command goes on from the last checkpoint",
+    "code": "the trial's log has the traceback; please report it",
+    "stopped": "the same command goes on",
+}
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a trial was given up."""
+
+    words: str
+    kind: FailureKind = "code"
+
+    def __str__(self) -> str:
+        return self.words
+
+
+def reason_of(error: BaseException) -> Reason:
+    """Return what kind of failure an error is."""
+    if isinstance(error, UserError):
+        return Reason(str(error), "user")
+    if isinstance(error, Failure):
+        return Reason(str(error), error.kind)
+    if is_out_of_memory(error):
+        return Reason(f"out of memory: {_first_line(error)}", "memory")
+    kind: FailureKind = "node" if is_lost_peer(error) else "code"
+    return Reason(f"{type(error).__name__}: {_first_line(error)}", kind)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether another worker of the same training went away in the middle of what they do together."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    words = str(error).lower()
+    return bool(names & {"DistBackendError", "DistNetworkError", "DistStoreError"}) or any(
+        sign in words for sign in ("gloo", "nccl", "closed by peer", "connection reset", "tcpstore")
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory or this machine's is full."""
+    names = {kind.__name__ for kind in type(error).__mro__}  # torch's own, without loading torch
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "can't allocate memory" in str(error)
+
+
+def write_reason(folder: Path, reason: Reason) -> None:
+    """Leave a reason in the trial's folder."""
+    (folder / FILE).write_text(json.dumps(asdict(reason), ensure_ascii=False), encoding="utf-8")
+
+
+def read_reason(folder: Path, error: object = None) -> Reason | None:
+    """Return the reason that the trial's process left; else what Ray says, which then lost that process; else none."""
+    try:
+        return Reason(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        pass
+    if error is None:
+        return None
+    lines = str(error).strip().splitlines()
+    return Reason(lines[-1] if lines else "Ray lost the trial", "node")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:300]

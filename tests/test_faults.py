@@ -1,0 +1,241 @@
+"""Each fault happens for real; nothing is lost, nothing is trained twice, and the user is told what to do."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_tree
+from test_run import mar as here
+
+from mar import checkpoint
+from mar.checkpoint import write_sealed, write_text
+from mar.config import ExperimentConfig
+from mar.errors import Failure
+from mar.train import Execution, fit
+from orchestration.config import LaunchConfig
+from orchestration.tracking import RunRecord, Store
+
+BIN = Path(sys.executable).parent
+_ROOM_MIB = 450
+"""More than half a batch of the model of the test below needs, and less than the whole."""
+STUDY = """\
+title: Tiny
+recipe: recipe.yaml
+axes: {ρ: {50 %: {}, 75 %: {mask.ratio: 0.75}}}
+table: {columns: [top1]}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, videos: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    return tmp_path
+
+
+def begin(place: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [BIN / "mar", *words], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def end(process: subprocess.Popen[str], code: int) -> str:
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def mar(place: Path, *words: str, code: int = 0) -> str:
+    return end(begin(place, *words), code)
+
+
+def records(place: Path, store: str = "mar_store") -> list[RunRecord]:
+    return Store(LaunchConfig(store=place / store)).trials()
+
+
+def wait_for(there: Callable[[], object], timeout_s: float = 60) -> None:
+    until = time.monotonic() + timeout_s
+    while not there():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.05)
+
+
+def losses(place: Path, store: str) -> dict[str, list[tuple[int, float]]]:
+    client = Store(LaunchConfig(store=place / store)).client
+    found = {record.tags["labels"]: record.run_id for record in records(place, store)}
+    return {
+        label: [(point.step, point.value) for point in client.get_metric_history(run_id, "train/loss")]
+        for label, run_id in found.items()
+    }
+
+
+@pytest.mark.parametrize("how", ["mar stop", "SIGTERM"])
+def test_a_study_that_is_stopped_saves_first_and_goes_on_as_if_nothing_had_been(place: Path, how: str) -> None:
+    words = ["run", "tiny.yaml", "recipe.epochs=40", "--only", "ρ=50 %", "--local"]
+    running = begin(place, *words)
+    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+    if how == "mar stop":
+        wait_for(lambda: list(place.glob("mar_store/trials/*/pulse.json")))
+        told = mar(place, "status")
+        assert f"running: process {running.pid} on" in told and "50 % (seed 0): step " in told
+        assert "tiny stops as soon as its trials have saved" in mar(place, "stop", "tiny")
+    else:
+        running.send_signal(signal.SIGTERM)
+    assert "stopped with 1 trials unfinished; run the same command to go on" in end(running, 1)
+    assert {record.status for record in records(place)} == {"KILLED"}
+    assert "not running" in mar(place, "status")
+    if how == "SIGTERM":
+        return
+    here(place, *words)
+    here(place, *words, "--store", "undisturbed")
+    assert losses(place, "mar_store") == losses(place, "undisturbed")
+
+
+def test_nobody_to_stop_is_said(place: Path) -> None:
+    assert "the study tiny is not being run" in here(place, "stop", "tiny", code=2)
+    assert "no tracking store there yet" in here(place, "status", code=2)
+
+
+def test_a_loss_that_is_not_finite_stops_its_trial_before_the_step(place: Path) -> None:
+    (place / "tiny.yaml").write_text(
+        STUDY.replace("{mask.ratio: 0.75}", "{recipe.base_lr: 1.0e+30, recipe.clip_grad: null}")
+    )
+    output = here(place, "run", "tiny.yaml", "--local", code=1)
+    assert "✓ 50 % (seed 0)" in output, "the other trial is not touched"
+    assert "the gradient is not finite at or before step" in output and "recipe.base_lr=1e+30" in output
+    assert "numbers  1 trials: 75 % (seed 0). A smaller recipe.base_lr" in output
+    (failed,) = [record for record in records(place) if record.status == "FAILED"]
+    assert failed.tags["failure.kind"] == "numbers"
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight(
+    tiny: Callable[..., ExperimentConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mar import train
+
+    kept: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+    step = train.train_step
+
+    def spoiled_third(training: Any, batch: Any) -> torch.Tensor:
+        if training.progress.step == 2:
+            training.model.classifier.head.bias.register_hook(lambda gradient: gradient * torch.nan)
+        before = {name: value.clone() for name, value in training.model.state_dict().items()}
+        sums = step(training, batch)
+        kept.append((before, {name: value.clone() for name, value in training.model.state_dict().items()}))
+        return sums
+
+    monkeypatch.setattr(train, "train_step", spoiled_third)
+    with pytest.raises(Failure, match="not finite at or before step 3") as caught:
+        fit(tiny(), tmp_path, lambda *_: None, Execution(torch.device("cpu")))
+    assert caught.value.kind == "numbers"
+    (moved_from, moved_to), (before, after) = kept[1:]
+    assert any(not torch.equal(moved_from[name], moved_to[name]) for name in moved_from)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_out_of_memory_goes_on_in_smaller_passes_with_the_same_batch(place: Path, videos: Path) -> None:
+    tree = tiny_tree(videos)
+    tree["clip"]["size"] = 32
+    tree["encoder"] |= {"width": 192, "depth": 4, "tubelet": [2, 2, 2]}
+    tree["recipe"] |= {"batch_size": 16, "epochs": 1, "warmup_epochs": 0}
+    tree["encoder"]["drop_path"] = tree["classifier"]["dropout"] = 0.0
+    (place / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    script = """
+import resource, sys
+from orchestration import worker
+from mar import train
+def limited(*words):
+    import torch; torch.randn(64, 64) @ torch.randn(64, 64)
+    data = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmData')) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (data + {room} * 2**20,) * 2)
+    worker.fit = train.fit
+    return train.fit(*words)
+if {room}: worker.fit = limited
+from orchestration.cli import main
+sys.argv = ['mar', 'run', 'tiny.yaml', '--only', 'ρ=50 %', '--local', '--store', 's{room}']
+main()
+"""
+    outputs = {}
+    for room in (0, _ROOM_MIB):
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(room=room)], cwd=place, capture_output=True, text=True, timeout=200
+        )
+        outputs[room] = done.stdout + done.stderr
+        assert done.returncode == 0, outputs[room]
+    assert re.search(r"out of memory: .*going on from the last checkpoint in passes of \d clips", outputs[_ROOM_MIB])
+    (record,), (whole,) = records(place, f"s{_ROOM_MIB}"), records(place, "s0")
+    assert record.tags["max_clips_per_pass"] in ("8", "4", "2") and "max_clips_per_pass" not in whole.tags
+    assert record.metrics["train/loss"] == pytest.approx(whole.metrics["train/loss"], rel=1e-5), "the same batch"
+
+
+def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(place: Path, videos: Path) -> None:
+    shutil.copytree(videos, place / "data")
+    tree = tiny_tree(place / "data")
+    (place / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    listed = json.loads((place / "data" / "train.json").read_text())
+    stuck = next((place / "data" / "videos").glob(f"{listed[0]['id']}.*"))
+    content = stuck.read_bytes()
+    stuck.unlink()
+    os.mkfifo(stuck)  # whoever opens it waits for ever
+    output = mar(place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--hang-timeout-s", "3", code=70)
+    log = next(place.glob("mar_store/trials/*/log.txt")).read_text()
+    assert "no progress for 3 s" in log and "Thread 0x" in log and "most recent call first" in log, output
+    stuck.unlink()
+    stuck.write_bytes(content)
+    assert "✓ 50 % (seed 0)" in mar(place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local")
+
+
+def test_a_kill_between_a_checkpoints_data_and_its_manifest_leaves_the_one_before(
+    tiny: Callable[..., ExperimentConfig], tmp_path: Path
+) -> None:
+    fit(tiny(), tmp_path, lambda *_: None, Execution(torch.device("cpu")))
+    there = sorted(path.name for path in tmp_path.glob("step_*"))
+    child = os.fork()
+    if not child:
+
+        def killed(file: Path) -> None:
+            write_text(file, "half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        write_sealed(tmp_path / "step_00000099", {"model.safetensors": killed}, {})
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert (tmp_path / ".step_00000099.unfinished").is_dir(), "it was in the middle of it"
+    found = checkpoint.latest(tmp_path, tiny(), pytest.fail)
+    assert found and found.path.name == there[-1]
+
+
+def test_a_webhook_hears_how_a_study_ended(place: Path) -> None:
+    heard: list[dict[str, Any]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here(
+        place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--webhook", f"http://127.0.0.1:{server.server_port}"
+    )
+    server.shutdown()
+    assert [(each["study"], each["state"]) for each in heard] == [("tiny", "finished")]
+    assert "nobody" not in mar(
+        place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--webhook", "http://127.0.0.1:9"
+    )

@@ -1,0 +1,189 @@
+"""A real Ray cluster of two nodes on this machine: jobs, workers on both nodes, what Slurm would start."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_tree
+
+from orchestration.cli import main
+from orchestration.config import LaunchConfig
+from orchestration.tracking import RunRecord, Store
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+DASHBOARD, PORT = 28265, 26379
+ADDRESS = f"http://127.0.0.1:{DASHBOARD}"
+NODE = ["--object-store-memory=80000000", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+STUDY = """\
+title: Tiny
+recipe: recipe.yaml
+axes: {ρ: {50 %: {}, 75 %: {mask.ratio: 0.75}}}
+table: {columns: [top1]}
+"""
+RAY = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def ray(*words: str, **more: str) -> str:
+    environment = {**os.environ, **RAY, **more}
+    done = subprocess.run([BIN / "ray", *words], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def join(folder: Path) -> None:
+    """Start another node, with a folder of its own as on a machine of its own."""
+    folder.mkdir()
+    ray("start", f"--address=127.0.0.1:{PORT}", "--num-cpus=1", *NODE, f"--temp-dir={folder}")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Generator[Path]:
+    """A head without CPUs for trials and a node of two, each with its own raylet; the folder of their sessions."""
+    short = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a socket's path has 107 characters at most
+    ray("get-auth-token", "--generate")
+    head = [f"--port={PORT}", "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD}", "--num-cpus=1"]
+    ray("start", "--head", *head, *NODE, f"--temp-dir={short}")
+    join(short / "second")
+    yield short
+    ray("stop", "--force", "--grace-period=1")
+    shutil.rmtree(short, ignore_errors=True)
+
+
+@pytest.fixture
+def place(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def mar(place: Path, *words: str, code: int = 0) -> str:
+    done = subprocess.run([BIN / "mar", *words], cwd=place, capture_output=True, text=True, timeout=280)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_rays_own_launcher_of_a_slurm_job_runs_a_command_over_its_node(tmp_path: Path) -> None:
+    """What ``study.sbatch`` asks of each node, on this one, with the names that Slurm would give."""
+    for name, words in {"scontrol": "echo 127.0.0.1", "srun": 'shift; exec "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{words}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "mar").write_text(
+        "#!/bin/bash\necho \"mar $*\"\nexec python -c \"import ray; ray.init('$4', log_to_driver=False); print(len(ray.nodes()), 'node')\"\n"
+    )
+    (tmp_path / "mar").chmod(0o755)
+    script = (ROOT / "cluster/slurm/study.sbatch").read_text().replace('PATH="$root/.venv/bin', f'PATH="{tmp_path}')
+    (tmp_path / "job").write_text(script)
+    there = {
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_NODELIST": "node",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_NNODES": "1",
+    }
+    short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path has 107 characters at most
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, **there, "PATH": path, "SLURM_CPUS_PER_TASK": "1", "RAY_TMPDIR": short}
+    done = subprocess.run(
+        ["bash", tmp_path / "job", "quickstart", "--only", "ρ=50 %"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"mar run quickstart --address 127.0.0.1:24711 --store {tmp_path}/mar_store --only ρ=50 %" in done.stdout
+    assert "1 node" in done.stdout, "the study's process is in the cluster that was started for it"
+
+
+def trial_of(place: Path) -> RunRecord:
+    (record,) = Store(LaunchConfig(store=place / "store")).trials()
+    return record
+
+
+def epochs_of(place: Path) -> list[int]:
+    client = Store(LaunchConfig(store=place / "store")).client
+    return [point.step for point in client.get_metric_history(trial_of(place).run_id, "train/loss")]
+
+
+def test_a_second_submission_joins_the_first_and_leaving_ends_nothing(cluster: Path, place: Path) -> None:
+    words = ["submit", "tiny.yaml", "--only", "ρ=75 %", "--backend", "inline", "--store", str(place / "store")]
+    job = mar(place, *words, "--address", ADDRESS, "--detach").split()[0]
+    assert f"{job} is under way already: joined" in mar(place, *words, "--address", ADDRESS, "--detach")
+    log = mar(place, "jobs", "follow", job, "--address", ADDRESS)
+    assert "| 75 % " in log and "1 trials, 0 finished before, 1 to train" in log
+    (found,) = [
+        each for each in json.loads(mar(place, "jobs", "list", "--address", ADDRESS, "--json")) if each["job_id"] == job
+    ]
+    assert found["status"] == "SUCCEEDED"
+    assert trial_of(place).tags.get("mlflow.source.git.commit"), "the packed code has its commit"
+
+
+def test_a_trial_trains_on_two_nodes_and_goes_on_after_one_is_killed_and_another_joins(
+    cluster: Path, place: Path
+) -> None:
+    words = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--workers", "2", "--retries", "3"]
+    words += ["--store", str(place / "store"), "--address", f"127.0.0.1:{PORT}"]
+    running = subprocess.Popen(
+        [BIN / "mar", *words], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for(lambda: len(list(place.glob("store/trials/*/step_*"))) > 1)
+    raylets = raylets_of(cluster)
+    assert {parent for parent in parents("ray::RayTrainWorker") if parent in raylets} == set(raylets), "one on each"
+    done = len(
+        json.loads(sorted(place.glob("store/trials/*/step_*/manifest.json"))[-1].read_text())["progress"]["history"]
+    )
+    os.kill(raylets[-1], signal.SIGKILL)
+    join(cluster / "third")
+    output = running.communicate(timeout=280)[0]
+    assert running.returncode == 0, output
+    assert 0 < done < 60
+    assert epochs_of(place) == list(range(1, 61)), "each epoch once"
+
+
+def raylets_of(cluster: Path) -> list[int]:
+    """The processes of this cluster's raylets, the head's first."""
+    lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+    return sorted(int(line.split()[0]) for line in lines if "raylet/raylet " in line and str(cluster) in line)
+
+
+def parents(word: str) -> set[int]:
+    """The parents of the processes that are called so."""
+    lines = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True).stdout.splitlines()
+    return {int(line.split()[0]) for line in lines if word in line}
+
+
+def wait_for(there: Callable[[], object], timeout_s: float = 150) -> None:
+    until = time.monotonic() + timeout_s
+    while not there():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.2)
+
+
+def test_a_mistake_is_told_before_anything_is_submitted(
+    cluster: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            sys.argv = ["mar", *words]
+            main()
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    there = ["--address", ADDRESS, "--store", "/store"]
+    assert "mask.ration: no such setting" in told("submit", "tiny.yaml", "mask.ration=1", *there)
+    assert "No such option" in told("submit", "tiny.yaml", "--worker", "2", *there)
+    assert "--store mar_store: on a cluster it must be absolute" in told("submit", "tiny.yaml", "--address", ADDRESS)
+    assert "data.root=nearby: on a cluster" in told("submit", "tiny.yaml", "data.root=nearby", *there)
+    assert "nobody answers there" in told("jobs", "list", "--address", "http://127.0.0.1:9")
+    assert "expected the dashboard's address" in told("jobs", "list", "--address", "127.0.0.1:8265")
+    assert "no job 'mar-x'" in told("jobs", "follow", "mar-x", "--address", ADDRESS)

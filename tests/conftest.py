@@ -76,6 +76,7 @@ def tiny(videos: Path) -> Callable[..., ExperimentConfig]:
 _WITH_RAY = ("test_run.py", "test_ray_cluster.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests together, and those of the files that start Ray in one process: it finds others on its node.
 

@@ -12,7 +12,7 @@ demo: $(STAMP)
 	@$(BIN)/mar run search_spaces/quickstart.yaml
 
 test: check
-	$(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

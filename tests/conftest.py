@@ -76,12 +76,19 @@ def tiny(videos: Path) -> Callable[..., ExperimentConfig]:
 _WITH_RAY = ("test_run.py", "test_ray_cluster.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests together, and those of the files that start Ray in one process: it finds others on its node.
-
-    They wait most, for Ray's processes, so they begin: the other core has the rest meanwhile.
-    """
+    """Begin with the files that wait most, for Ray's processes: the other core has the rest meanwhile."""
     items.sort(key=lambda item: item.path.name not in _WITH_RAY)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.name in _WITH_RAY else item.path.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a file's tests together, and those of the files that start Ray: a second Ray on the node disturbs the first."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "ray" if Path(file).name in _WITH_RAY else file
+
+    return OneRay(config, log)

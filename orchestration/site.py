@@ -96,11 +96,16 @@ def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str],
         states=states,
         hours=sum(each or 0.0 for each in spent.values()),
         to_come=_to_come(studies, records),
-        failures=Counter(trial.reason for section in sections for trial in section.trials if trial.reason),
+        failures=_failures(sections),
         tracking=store.launch.tracking,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page, encoding="utf-8")
+
+
+def _failures(sections: Sequence[Section]) -> Counter[str]:
+    """Return how often each reason ended a trial, each trial once."""
+    return Counter({each.key: each.reason for part in sections for each in part.trials if each.reason}.values())
 
 
 def _to_come(studies: Sequence[Study], records: Sequence[RunRecord]) -> str:
@@ -166,13 +171,19 @@ def _state(study: Study, trial: Trial, run: RunRecord | None, store: Store, neig
         state,
         run.run_id,
         link,
-        run.tags.get("failure", run.tags.get("ended", "")) if is_bad else "",
+        _reason(run) if is_bad else "",
         "\n".join(lines[-_LAST_LINES:]) if is_bad else "",
         None if seconds is None else seconds / 3600,
         made,
         own,
         "",
     )
+
+
+def _reason(run: RunRecord) -> str:
+    """Return why a trial ended badly, its kind first."""
+    kind = run.tags.get("failure.kind")
+    return (f"{kind}: " if kind else "") + run.tags.get("failure", run.tags.get("ended", ""))
 
 
 def _of_label(file: StudyFile, axis: str, label: str) -> list[tuple[str, object]]:
@@ -211,7 +222,7 @@ nav { columns: 16rem; font-size: .92rem; } nav a { display: block; } summary { c
 <p>{{ sections | length }} studies. Trials, each counted once:
 {{ states }}.
 {{ "%.2f" | format(hours) }} hours of training spent; {{ to_come }}.</p>
-{% if failures %}<p>Failures, by reason:</p><ul>{% for reason, count in failures.most_common() %}<li>{{ count }} × {{ reason }}</li>{% endfor %}</ul>{% endif %}
+{% if failures %}<p>Failures, by kind and reason:</p><ul>{% for reason, count in failures.most_common() %}<li>{{ count }} × {{ reason }}</li>{% endfor %}</ul>{% endif %}
 <p>Of the paper's {{ verdicts.values() | sum }} claims our runs support {{ verdicts["supported"] }}, contradict
 {{ verdicts["contradicted"] }} and leave open {{ verdicts["open"] }}; of {{ verdicts["not there yet"] }} the runs are not there yet.
 <span class="soft">Supported: the test videos tell every comparison it rests on apart, in the paper's direction; contradicted:

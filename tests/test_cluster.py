@@ -190,9 +190,10 @@ def commands() -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for path in [*FILES, CLUSTER / "README.md"]:
         text = re.sub(r"\\\n\s*", " ", path.read_text())
-        lines = re.findall(r"(?<![\w/.-])(mar (?:run|submit|jobs|plan|status|stop|ui)\b[^\n`|)#]*)", text)
+        lines = re.findall(r"(?<![\w/.-])(mar (?:run|submit|jobs|plan|status|stop|ui)\b[^\n`|)#']*)", text)
         place = str(path.relative_to(CLUSTER))
-        found += [(place, line.split("     ")[0].split(" && ")[0].strip()) for line in lines]
+        told = [line.split("     ")[0].split(" && ")[0].strip() for line in lines]
+        found += [(place, line) for line in told if len(line.split()) > 2]  # a verb alone is a mention
     return found
 
 

@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-cluster check format clean
 
 demo: $(STAMP)
 	@$(BIN)/mar data make motion-verbs mar_data/motion-verbs
@@ -13,6 +13,10 @@ demo: $(STAMP)
 
 test: check
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# A real Ray cluster of several nodes on this machine, which must have no other Ray: minutes, and not part of `make test` yet.
+test-cluster: $(STAMP)
+	$(BIN)/pytest -q -m cluster tests/test_ray_cluster.py tests/test_faults.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -82,6 +82,7 @@ def losses(place: Path, store: str) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("how", ["mar stop", "SIGTERM"])
 def test_a_study_that_is_stopped_saves_first_and_goes_on_as_if_nothing_had_been(place: Path, how: str) -> None:
     words = ["run", "tiny.yaml", "recipe.epochs=40", "--only", "ρ=50 %", "--local"]
@@ -146,6 +147,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.cluster
 def test_out_of_memory_goes_on_in_smaller_passes_with_the_same_batch(place: Path, videos: Path) -> None:
     tree = tiny_tree(videos)
     tree["clip"]["size"] = 32
@@ -181,6 +183,7 @@ main()
     assert record.metrics["train/loss"] == pytest.approx(whole.metrics["train/loss"], rel=1e-5), "the same batch"
 
 
+@pytest.mark.cluster
 def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(place: Path, videos: Path) -> None:
     shutil.copytree(videos, place / "data")
     tree = tiny_tree(place / "data")

@@ -285,8 +285,9 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(place: Path) -> None:
     study = STUDY.replace("{mask.ratio: 0.5}", "{mask.ratio: 0.5, recipe.base_lr: 1.0e+30, recipe.warmup_epochs: 0}")
     (place / "tiny.yaml").write_text(study)
     output = mar(place, "run", "tiny.yaml", "--backend", "inline", "--retries", "0", code=1)
-    assert "✗ 50 % (seed 0): the loss is" in output
-    assert "1 of 2 trials failed: 50 % (seed 0); run the same command to go on" in output
+    assert "✗ 50 % (seed 0): the gradient is not finite" in output
+    assert "numbers  1 trials: 50 % (seed 0). A smaller recipe.base_lr" in output
+    assert "1 of 2 trials failed; run the same command to go on" in output
     assert "✓ 75 % (seed 0)" in output
     assert sorted(record.status for record in trial_runs(place)) == ["FAILED", "FINISHED"]
 

@@ -96,6 +96,8 @@ class Training:
         self.share = parallel.share()
         self.spoiled = torch.zeros((), dtype=torch.bool, device=self.execution.device)
         """Whether a gradient was not finite: from then on no step changes anything."""
+        self.is_to_stop = False
+        """Whether somebody wishes that it saves and stops."""
         self.wrapped: nn.Module = self.model
         if self.share.world > 1:
             ids = [self.execution.device.index] if self.execution.device.type == "cuda" else None
@@ -154,6 +156,8 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
         metrics["time/elapsed_s"] = progress.elapsed_s
         progress.history.append(metrics)
         report(training.epoch, metrics, _save(training))
+        if training.is_to_stop and training.epoch < settings.recipe.epochs:
+            raise Stopped(f"stopped after epoch {training.epoch}, saved")
     return _finish(training.trained, val, report)
 
 
@@ -203,13 +207,14 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
         if device.type == "cpu" or progress.step == end:  # elsewhere to look is to wait
             _check_numbers(training, rate)
         wish = training.execution.step(progress.step, training.steps_per_epoch * settings.recipe.epochs)
+        training.is_to_stop = training.is_to_stop or wish == "stop"
         is_due = bool(every) and progress.step % every == 0
         if (is_due or wish != "go on") and progress.step < end:
             _check_numbers(training, rate)
             progress.sums = parallel.summed(sums).tolist()
             clock.stop()
             _save(training)
-            if wish == "stop":
+            if training.is_to_stop:
                 raise Stopped(f"stopped at step {progress.step}, saved")
             clock = _Clock(progress)
     total, classification, reconstruction, clips, broken = parallel.summed(sums).tolist()

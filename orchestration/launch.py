@@ -75,6 +75,8 @@ class Launch:
         self.parent = store.run(self.experiment, study.name, {KIND: "study"}, tags)
         self.writer = Writer(store)
         self.writer.open(_PARENT, lambda: self.parent)
+        self.expected: set[str] = set()
+        """Keys of the trials that are to run."""
         self.begun: set[str] = set()
         self.done: set[str] = set()
         self.stopped: set[str] = set()
@@ -97,6 +99,7 @@ class Launch:
     def announce(self, trial: Trial) -> None:
         """Expect a trial that the study did not list: a search proposes them one by one."""
         self.trials[trial.key] = trial
+        self.expected.add(trial.key)
 
     def ended(self, key: str, words: str) -> None:
         """Mark a trial that was ended early, on purpose."""
@@ -148,6 +151,16 @@ class Launch:
     def unfinished(self) -> list[str]:
         """Trials that were started and neither finished nor failed: somebody stopped the launch."""
         return [key for key in self.begun if key not in self.done | self.stopped | self.failures.keys()]
+
+    @property
+    def num_left(self) -> int:
+        """Trials that were to run and have no result."""
+        return len(self.expected - self.done - self.stopped - self.failures.keys())
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether somebody stopped the launch before all that was to run had run."""
+        return self.num_left > 0
 
     def settle(self) -> None:
         """Write down what the trials came to; after this, MLflow can be read."""
@@ -272,6 +285,7 @@ def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
         UserError: one trial asks for more than the cluster has.
     """
     store = launched.store
+    launched.expected |= {trial.key for trial in trials}
     teachers, known = shared_trainings(trials, store.trials())
     untrained = [
         trial for trial in trials if teachers.get(trial.key, trial.key) == trial.key and trial.key not in known

@@ -19,8 +19,12 @@ from orchestration.tables import FORMATS, TableInfo, table_info
 from orchestration.training_figures import confusion, curves_info
 
 
-def write_report(study: Study, records: Sequence[AnyRecord], folder: Path, file_of: FileOf[AnyRecord]) -> None:
+def write_report(
+    study: Study, records: Sequence[AnyRecord], folder: Path, file_of: FileOf[AnyRecord]
+) -> tuple[str, list[str]]:
     """Write ``table.*``, ``figure.*``, ``curves.*``, ``confusion.*``, ``report.md`` and ``report.html``.
+
+    Returns the table in Markdown, and what was found, line by line.
 
     What is not there yet, reconstructions or curves, is left out; whatever else is in the folder stays.
     """
@@ -50,6 +54,7 @@ def write_report(study: Study, records: Sequence[AnyRecord], folder: Path, file_
         else []
     )
     (folder / "report.html").write_text(_html(study, table, judged, charts), encoding="utf-8")
+    return FORMATS["md"](table), [*_findings(study, table.rows), *judged]
 
 
 def claim_lines(judged: Sequence[Claim]) -> list[str]:

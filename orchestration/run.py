@@ -19,11 +19,9 @@ from orchestration.failures import REMEDIES
 from orchestration.launch import Launch, check_data, check_weights, missing_trials, only_one, train_missing
 from orchestration.plan import Device, plan_trials
 from orchestration.progress import Board
-from orchestration.report import claim_lines, findings, write_report
+from orchestration.report import write_report
 from orchestration.results import match, match_training
-from orchestration.statistics import claims
 from orchestration.study import Study, Trial, fetch_weights
-from orchestration.tables import table_info, to_markdown
 from orchestration.tracking import RunRecord, Store
 
 
@@ -58,10 +56,10 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
                 launched.settle()
             folder = launch.report_folder(study.name)
             records = store.trials()
-            write_report(study, records, folder, store.file_of)
-            launched.keep(folder, records, to_markdown(table_info(study, records, store.file_of)))
-    print(f"\n{to_markdown(table_info(study, records, store.file_of))}")
-    print("\n".join([*findings(study, records), *claim_lines(claims(study, records, store.file_of)), ""]))
+            table, lines = write_report(study, records, folder, store.file_of)
+            launched.keep(folder, records, table)
+    print(f"\n{table}")
+    print("\n".join([*lines, ""]))
     print(f"figure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")
     served = launch.tracking_uri or f"mar ui{'' if str(launch.store) == 'mar_store' else f' --store {launch.store}'}"
     print(f"MLflow   {served}   (experiment {study.name!r})")
@@ -70,8 +68,8 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
         for kind, names in by_kind(launched).items():
             print(f"{kind:<8} {len(names)} trials: {', '.join(names)}. {REMEDIES[kind].capitalize()}.")
         raise Failure(f"{len(launched.failures)} of {len(study.trials)} trials failed; run the same command to go on")
-    if launched.unfinished:
-        raise Failure(f"stopped with {len(launched.unfinished)} trials unfinished; run the same command to go on")
+    if launched.was_stopped:
+        raise Failure(f"stopped with {launched.num_left} trials unfinished; run the same command to go on", "stopped")
 
 
 def by_kind(launched: Launch) -> dict[FailureKind, list[str]]:
@@ -87,7 +85,7 @@ def tell_webhook(study: Study, launched: Launch) -> None:
     address = launched.store.launch.webhook
     if not address:
         return
-    ended = "failed" if launched.failures else "stopped" if launched.unfinished else "finished"
+    ended = "failed" if launched.failures else "stopped" if launched.was_stopped else "finished"
     words = f"{study.file.title}: {ended}; {len(launched.done)} trials done, {len(launched.failures)} failed"
     told = {"text": words, "study": study.name, "state": ended, "failures": by_kind(launched)}
     body = json.dumps(told, ensure_ascii=False).encode()
@@ -148,7 +146,7 @@ def run_studies(studies: Sequence[Study], launch: LaunchConfig, budget: Budget |
     """
     before, began = {record.run_id for record in Store(launch).trials()}, time.monotonic()
     wrong: list[str] = []
-    is_users_alone = True
+    is_users_alone, is_stopped = True, False
     with _one_backend(launch):
         for study in studies:
             try:
@@ -157,6 +155,9 @@ def run_studies(studies: Sequence[Study], launch: LaunchConfig, budget: Budget |
                 is_users_alone = is_users_alone and isinstance(error, UserError)
                 wrong.append(f"{study.name}: {error}")
                 print(f"mar: {wrong[-1]}")
+                is_stopped = isinstance(error, Failure) and error.kind == "stopped"
+            if is_stopped:
+                break
     new = [record for record in Store(launch).trials() if record.run_id not in before and record.status == "FINISHED"]
     trained, trials = sum(record.has_model for record in new), [trial for study in studies for trial in study.trials]
     there = len(match(trials, Store(launch).trials()))
@@ -166,6 +167,8 @@ def run_studies(studies: Sequence[Study], launch: LaunchConfig, budget: Budget |
         f"{len(studies)} studies, {len(trials)} rows: {trained} trained and {len(new) - trained} tested in "
         f"{minutes:.1f} min; {absent} trials are not there, all other rows were there or are shared"
     )
+    if is_stopped:
+        raise Failure("stopped; run the same command to go on", "stopped")
     if wrong:
         kind = UserError if is_users_alone else Failure
         raise kind(f"{len(wrong)} of {len(studies)} studies are not whole: {'; '.join(wrong)}")

@@ -12,6 +12,7 @@ from orchestration.config import LaunchConfig
 from orchestration.failures import Reason
 from orchestration.launch import Launch, check_data, check_weights, only_one
 from orchestration.progress import Board
+from orchestration.run import stopping_gently
 from orchestration.search import Proposer, open_search
 from orchestration.search_file import Search
 from orchestration.search_report import found_text, write_search_report
@@ -43,12 +44,13 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
         counts = f"{search.file.trials} trials wanted, {proposer.num_done} there"
         console.print(f"{search.file.title}: {counts}", markup=False)
         board = Board([], proposer.num_done, console)
-        with Launch(study, store, board, list(search.file.space)) as launched:
+        with Launch(study, store, board, list(search.file.space)) as launched, stopping_gently(launch):
             try:
                 with board:
                     _train(_Searching(launched, proposer, board), launch)
             finally:
                 launched.settle()
+            was_stopped = launched.was_stopped or (launch.stop_file.exists() and proposer.num_left > 0)
             folder = launch.report_folder(search.name)
             write_search_report(proposer, folder)
             launched.keep(folder, [], found_text(proposer))
@@ -57,6 +59,8 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
     print(
         f"Optuna   optuna-dashboard sqlite:///{launch.store / 'searches' / search.name}.db   (study {proposer.study.study_name})"
     )
+    if was_stopped:
+        raise Failure("stopped; run the same command to go on", "stopped")
     if launched.failures:
         raise Failure(f"{len(launched.failures)} trials failed, the first: {next(iter(launched.failures.values()))}")
 

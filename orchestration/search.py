@@ -72,6 +72,11 @@ class Proposer:
         return sum(not UNCOUNTED & each.user_attrs.keys() for each in counted)
 
     @property
+    def num_left(self) -> int:
+        """Trials that it still wants."""
+        return max(self.search.file.trials - self.num_done, 0)
+
+    @property
     def known(self) -> int:
         """Proposals that a finished run, of this search or of another study, answered."""
         return sum(_COPY in each.user_attrs for each in self.study.get_trials(deepcopy=False))

@@ -48,6 +48,8 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, train
     from ray import tune
 
     with started(launch):
+        if launch.stop_file.exists():
+            return
         gpus = _gpus_per_worker(launch)
         assignments = [assign(trial, launch, gpus, trained.get(trial.key)) for trial in trials]
         for assignment in assignments:

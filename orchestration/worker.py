@@ -45,6 +45,8 @@ def train(
         raise Failure(f"{folder} cannot be made: {error}; choose another --store", "disk") from None
     say = _Log(folder) if leads else _say_nothing
     _heed_earlier(folder, leads)
+    if share().world == 1 and Path(told.stop_file).exists():
+        return _left(folder, Reason("stopped before it began", "stopped"))
     reason: Reason | None = None
     for tries_left in range(told.retries, -1, -1):
         reason = _attempt(told, folder, device, say, report, is_preempted)
@@ -95,8 +97,14 @@ def _attempt(
             say(traceback.format_exc())
     else:
         return None
-    with suppress(OSError):  # on a full disk even the words do not fit
-        write_reason(folder, reason)
+    return _left(folder, reason)
+
+
+def _left(folder: Path, reason: Reason) -> Reason:
+    """Leave the reason in the trial's folder; that a worker lost its peer is no news where the peer has left its own."""
+    if reason.kind != "node" or read_reason(folder) is None:
+        with suppress(OSError):  # on a full disk even the words do not fit
+            write_reason(folder, reason)
     return reason
 
 

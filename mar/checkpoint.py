@@ -3,35 +3,28 @@
 A checkpoint is a folder ``step_00000123``: ``model.safetensors``, ``training.pt`` (the optimiser's state) and,
 written last, ``manifest.json`` with the settings, the progress and every file's SHA-256. It is written beside
 its place and then renamed, so a folder with that name is complete. There is no random state in it: every draw
-follows from the seed and the step (``mar.dataset``).
+follows from the seed and the step (``mar.dataset``). A training waits while its state is copied, not while that is written.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from mar import MANIFEST, __version__
 from mar.config import ExperimentConfig
 from mar.errors import Failure, UserError
+from mar.keep import Keep
+from mar.sealed import Writers, read_sealed, write_sealed
 from mar.settings import build, placeless
-
-Writers = Mapping[str, Callable[[Path], None]]
-"""File name -> what writes that file."""
-
-_FULL_BYTES = 64 * 2**20
-"""With less than this left, a failed write is put down to a full disk; torch's own words would not say so."""
 
 
 @dataclass
@@ -56,74 +49,94 @@ class Checkpoint:
     progress: Progress
 
 
-_ADVICE = "Earlier checkpoints are kept: make room or choose another --store, and run the same command again"
+class State(NamedTuple):
+    """What a training is made of, at one moment."""
+
+    model: Mapping[str, Tensor]
+    optimizer: dict[str, Any]
+    progress: Progress
 
 
-def write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any], advice: str = _ADVICE) -> None:
-    """Write a folder of files with a manifest, all or nothing; ``advice`` is for a user whose disk refuses.
-
-    Raises:
-        Failure: the disk is full or refuses; nothing half-written is left behind.
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-        for name, write in writers.items():
-            write(unfinished / name)
-        files = {name: {"sha256": _sha256(unfinished / name)} for name in writers}
-        manifest = {**facts, "files": files, "mar_version": __version__}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        for name in (*writers, MANIFEST):
-            _flush(unfinished / name)
-        shutil.rmtree(path, ignore_errors=True)
-        unfinished.rename(path)
-        _flush(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
-        shutil.rmtree(unfinished, ignore_errors=True)
-        free_bytes = shutil.disk_usage(_existing(path)).free
-        reason = "the disk is full" if free_bytes < _FULL_BYTES else str(error)
-        raise Failure(
-            f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). {advice}", "disk"
-        ) from None
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Return the manifest of a folder whose files are what the manifest says.
-
-    Raises:
-        Failure: a file is missing or changed.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        changed = [name for name, facts in manifest["files"].items() if _sha256(path / name) != facts["sha256"]]
-    except (OSError, ValueError, KeyError) as error:
-        raise Failure(f"it is not complete: {error}") from None
-    if changed:
-        raise Failure(f"{', '.join(changed)} changed after it was written")
-    return manifest
-
-
-def save(
-    folder: Path,
-    settings: ExperimentConfig,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    keep: int = 2,
-) -> Path:
-    """Save a training's state below ``folder`` and remove all but the newest ``keep`` checkpoints."""
-    path = path_for(folder, progress)
+def save(folder: Path, settings: ExperimentConfig, state: State, keep: Keep) -> Path:
+    """Save a training's state below ``folder`` and remove the checkpoints that ``keep`` does not name."""
+    path = path_for(folder, state.progress)
     writers: Writers = {
-        "model.safetensors": lambda file: save_file(model.state_dict(), file),
-        "training.pt": lambda file: torch.save(optimizer.state_dict(), file),
+        "model.safetensors": lambda file: save_file(dict(state.model), file),
+        "training.pt": lambda file: torch.save(state.optimizer, file),
     }
-    write_sealed(path, writers, {"settings": settings.model_dump(mode="json"), "progress": asdict(progress)})
+    write_sealed(path, writers, {"settings": settings.model_dump(mode="json"), "progress": asdict(state.progress)})
     there = sorted(folder.glob("step_*"))
-    kept = [old for old in there if old.name <= path.name][-keep:]
-    for old in {*there, *folder.glob(".step_*.unfinished")} - {*kept}:  # newer ones were found to be damaged
+    older = [each for each in there if each.name <= path.name]  # newer ones were found to be damaged
+    for old in {*there, *folder.glob(".step_*.unfinished")} - keep.of(older):
         shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+class Saver:
+    """Saves checkpoints in a thread of its own, one at a time; the training waits while its state is copied.
+
+    What kept a checkpoint from being written is raised by the call after it, or on leaving. ``stored`` is told of each that
+    is whole, in that thread.
+    """
+
+    def __init__(
+        self, folder: Path, settings: ExperimentConfig, keep: Keep, stored: Callable[[Path], None] = lambda path: None
+    ) -> None:
+        self.folder, self.settings, self.keep, self.stored = folder, settings, keep, stored
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._buffers: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish what was begun."""
+        try:
+            with suppress(*(() if kind is None else (Failure,))):  # the first failure is the one to tell of
+                self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Copy the state, and have it written.
+
+        Raises:
+            Failure: the checkpoint before this one could not be written.
+        """
+        self.wait()
+        weights, moments = self._copy("model", model.state_dict()), self._copy("optimizer", optimizer.state_dict())
+        copied = Progress(progress.step, [*progress.sums], progress.elapsed_s, [*progress.history])
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the copies are under way
+        self._pending = self._thread.submit(self._write, State(weights, moments, copied))
+
+    def wait(self) -> None:
+        """Return when all that was to be saved is on the disk.
+
+        Raises:
+            Failure: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def _write(self, state: State) -> None:
+        self.stored(save(self.folder, self.settings, state, self.keep))
+
+    def _copy(self, name: str, value: Any) -> Any:
+        """Copy the tensors of a state to this machine's memory, into the same buffers each time."""
+        if isinstance(value, Mapping):
+            return {key: self._copy(f"{name}.{key}", each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(f"{name}.{place}", each) for place, each in enumerate(value))
+        if not isinstance(value, Tensor):
+            return value
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._buffers[name] = buffer
+        return buffer.copy_(value.detach(), non_blocking=True)
 
 
 def path_for(folder: Path, progress: Progress) -> Path:
@@ -151,25 +164,3 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
     optimizer.load_state_dict(torch.load(checkpoint.path / "training.pt", weights_only=True, map_location="cpu"))
     return checkpoint.progress
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write UTF-8 text."""
-    file.write_text(text, encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mar.checkpoint import Writers, write_sealed, write_text
 from mar.config import ExperimentConfig
 from mar.cost import cost
 from mar.errors import Failure, UserError
@@ -22,6 +21,7 @@ from mar.layouts import hugging_face_names
 from mar.masking import evaluation_mask
 from mar.model import IMAGENET_MEAN, IMAGENET_STD, MAR, split_places
 from mar.pretrained import Weights, fitting, load
+from mar.sealed import Writers, write_sealed, write_text
 from mar.settings import placeless
 
 _ONNX_TOLERANCE = 1e-3

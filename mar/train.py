@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,20 +27,22 @@ from mar import RESULT, checkpoint, frame_cache, parallel, pretrained
 from mar.annotations import Video, class_names, read_split
 from mar.augment import augmented, draw_step, mix
 from mar.charts import draw_confusion, draw_curves
-from mar.checkpoint import Progress
+from mar.checkpoint import Progress, Saver
 from mar.config import ExperimentConfig
 from mar.dataset import Batch, TrainingOrder, draw, one_after_another, places, training_batches
 from mar.errors import Failure, Stopped, UserError
 from mar.evaluate import Evaluator, Predictions, Reconstruction, write_predictions
+from mar.keep import Keep
 from mar.memory import peak_training_memory_gib
 from mar.model import MAR, Losses
 from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate, step_unless
 from mar.reconstructions import draw_reconstructions
+from mar.sealed import Writers, read_sealed, write_sealed, write_text
 
 _SHOWN = 3
 """Videos whose reconstructions are drawn."""
 Report = Callable[[int, dict[str, float], Path | None], None]
-"""(finished epochs, metrics, checkpoint folder or none) -> nothing. Called equally often on every worker."""
+"""(finished epochs, metrics, the checkpoint that is being written or none) -> nothing. Called equally often on every worker."""
 
 
 Wish = Literal["go on", "save", "stop"]
@@ -58,6 +60,10 @@ class Execution:
     """Largest forward-backward pass of one worker; a larger share of the batch is accumulated over several."""
     checkpoint_every_steps: int | None = None
     """Also save in the middle of an epoch."""
+    keep: Keep = field(default_factory=Keep)
+    """Which checkpoints stay."""
+    stored: Callable[[Path], None] = lambda path: None
+    """Told of each checkpoint that is whole on the disk."""
     say: Callable[[str], None] = print
     """Where messages for a person go."""
     step: Callable[[int, int], Wish] = lambda done, of: "go on"
@@ -91,6 +97,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     progress: Progress
     steps_per_epoch: int
+    saver: Saver
 
     def __post_init__(self) -> None:
         self.share = parallel.share()
@@ -109,11 +116,6 @@ class Training:
     def epoch(self) -> int:
         """Finished epochs."""
         return len(self.progress.history)
-
-    @property
-    def trained(self) -> Trained:
-        """What is left when it is over."""
-        return Trained(self.settings, self.folder, self.execution, self.model, self.progress.history)
 
 
 def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Execution) -> dict[str, float]:
@@ -141,24 +143,27 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     order.first_step = progress.step
     if parallel.share().rank == 0:
         shutil.rmtree(folder / RESULT, ignore_errors=True)
-    training = Training(settings, folder, execution, model, optimizer, progress, order.steps_per_epoch)
     for epoch, metrics in enumerate(progress.history, start=1):
         report(epoch, metrics, None)
     processes = execution.loader_processes
     batches = training_batches(settings, train, order, processes, execution.device)
     validate = Evaluator(settings, val, execution.device, loader_processes=processes, alive=execution.alive)
-    while training.epoch < settings.recipe.epochs:
-        metrics = _train_epoch(training, batches)
-        if (training.epoch + 1) % settings.evaluation.every_epochs == 0:
-            clock = _Clock(progress)
-            metrics |= (validate.reconstruction if settings.pretrains else validate)(model).metrics("val")
-            clock.stop()
-        metrics["time/elapsed_s"] = progress.elapsed_s
-        progress.history.append(metrics)
-        report(training.epoch, metrics, _save(training))
-        if training.is_to_stop and training.epoch < settings.recipe.epochs:
-            raise Stopped(f"stopped after epoch {training.epoch}, saved")
-    return _finish(training.trained, val, report)
+    with Saver(folder, settings, execution.keep, execution.stored) as saver:
+        training = Training(settings, folder, execution, model, optimizer, progress, order.steps_per_epoch, saver)
+        while training.epoch < settings.recipe.epochs:
+            metrics = _train_epoch(training, batches)
+            if (training.epoch + 1) % settings.evaluation.every_epochs == 0:
+                clock = _Clock(progress)
+                metrics |= (validate.reconstruction if settings.pretrains else validate)(model).metrics("val")
+                clock.stop()
+            metrics["time/elapsed_s"] = progress.elapsed_s
+            progress.history.append(metrics)
+            report(training.epoch, metrics, _save(training))
+            if training.is_to_stop and training.epoch < settings.recipe.epochs:
+                saver.wait()
+                raise Stopped(f"stopped after epoch {training.epoch}, saved")
+    trained = Trained(settings, folder, execution, model, progress.history)
+    return _finish(trained, val, report)
 
 
 def test_again(
@@ -174,7 +179,7 @@ def test_again(
         Failure: ``result`` is not whole, or the disk refuses.
     """
     val = read_split(settings.data, "val")
-    facts = checkpoint.read_sealed(result)
+    facts = read_sealed(result)
     model = MAR(settings).to(execution.device)
     model.load_state_dict(load_file(result / "model.safetensors"))
     history = {name: value for name, value in facts["metrics"].items() if not name.startswith(("val/", "test/"))}
@@ -215,6 +220,7 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
             clock.stop()
             _save(training)
             if training.is_to_stop:
+                training.saver.wait()
                 raise Stopped(f"stopped at step {progress.step}, saved")
             clock = _Clock(progress)
     total, classification, reconstruction, clips, broken = parallel.summed(sums).tolist()
@@ -297,10 +303,10 @@ def _count_broken(training: Training, batch: Batch) -> int:
 
 
 def _save(training: Training) -> Path:
-    path = checkpoint.path_for(training.folder, training.progress)
+    """Have a checkpoint written beside the training; returns where it will be."""
     if training.share.rank == 0:
-        checkpoint.save(training.folder, training.settings, training.model, training.optimizer, training.progress)
-    return path
+        training.saver.save(training.model, training.optimizer, training.progress)
+    return checkpoint.path_for(training.folder, training.progress)
 
 
 def _finish(trained: Trained, val: list[Video], report: Report) -> dict[str, float]:
@@ -339,12 +345,12 @@ def _write_result(
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     broken = "".join(f"{reason}\n" for reason in predictions.broken)
     writers: dict[str, Callable[[Path], None]] = {
-        "settings.yaml": lambda file: checkpoint.write_text(file, text),
-        "metrics.json": lambda file: checkpoint.write_text(file, json.dumps(metrics, indent=1)),
-        "broken_videos.txt": lambda file: checkpoint.write_text(file, broken),
+        "settings.yaml": lambda file: write_text(file, text),
+        "metrics.json": lambda file: write_text(file, json.dumps(metrics, indent=1)),
+        "broken_videos.txt": lambda file: write_text(file, broken),
     }
     if trained.by:
-        writers["trained_by.txt"] = lambda file: checkpoint.write_text(file, f"{trained.by}\n")
+        writers["trained_by.txt"] = lambda file: write_text(file, f"{trained.by}\n")
     else:
         writers["model.safetensors"] = lambda file: save_file(trained.model.state_dict(), file)
         writers["history.csv"] = lambda file: _write_history(trained.history, file)
@@ -356,8 +362,8 @@ def _write_result(
     if trained.settings.redraws_in_testing:
         shown = [video for video in val if not any(str(video.path) in reason for reason in predictions.broken)][:_SHOWN]
         writers["reconstructions.png"] = lambda file: draw_reconstructions(trained.settings, trained.model, shown, file)
-    sealed: checkpoint.Writers = writers
-    checkpoint.write_sealed(trained.folder / RESULT, sealed, {"settings": settings, "metrics": metrics})
+    sealed: Writers = writers
+    write_sealed(trained.folder / RESULT, sealed, {"settings": settings, "metrics": metrics})
 
 
 def _write_history(history: list[dict[str, float]], file: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from orchestration.cli_options import RemotePlace
+
 data_app = typer.Typer(no_args_is_help=True, help="Make, check and pack data sets.")
 
 RecipeName = Annotated[
@@ -102,6 +104,7 @@ def data_pack(
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG.")] = 90,
     processes: Processes = _CORES,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every shard with its checksum.")] = False,
+    remote: RemotePlace = None,
 ) -> None:
     """Write each video's frames once, small, for all trials to read; goes on where it was stopped."""
     from mar.cache_index import Index, Packing
@@ -127,6 +130,12 @@ def data_pack(
         if damaged:
             raise Failure(f"{folder}: damaged: {', '.join(damaged)}; remove them and their .json, and pack again")
         print("every shard is what was written")
+    if remote:
+        from orchestration.remote import push_cache
+        from orchestration.remote import remote as at
+
+        copied = push_cache(at(remote), folder)
+        print(f"{copied} files copied to {remote}; mar run … data.cache=DIR --cache-from {remote}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mar.errors import Failure, UserError
-from orchestration.cli_options import DEFAULT_STORE, AsJson, StoreFolder, TrackingUri, is_search_file
+from orchestration.cli_options import DEFAULT_STORE, AsJson, RemotePlace, StoreFolder, TrackingUri, is_search_file
 
 jobs_app = typer.Typer(no_args_is_help=True, help="Jobs that mar submit started: list, follow, stop.")
 
@@ -72,7 +72,12 @@ def stop(job: JobId, address: Address, is_open: IsOpen = False) -> None:
     print(f"{job} is being stopped")
 
 
-def status(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None, as_json: AsJson = False) -> None:
+def status(
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    remote: RemotePlace = None,
+    as_json: AsJson = False,
+) -> None:
     """Say what runs in a store, and how far it is; from any terminal or machine that sees the store."""
     from dataclasses import asdict
 
@@ -82,19 +87,20 @@ def status(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None,
 
     if tracking_uri is None and not (store / "mlflow.db").is_file():
         raise UserError(f"--store {store}: no tracking store there yet")
-    found = status_of(LaunchConfig(store=store, tracking_uri=tracking_uri))
+    found = status_of(LaunchConfig(store=store, tracking_uri=tracking_uri, remote=remote))
     print(json.dumps([asdict(each) for each in found], indent=1) if as_json else status_text(found, store))
 
 
 def stop_study(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="A study that is being run from the store.")],
     store: StoreFolder = DEFAULT_STORE,
+    remote: RemotePlace = None,
 ) -> None:
     """Let a running study's trials save, and end it; the same mar run goes on."""
     from orchestration.config import LaunchConfig
     from orchestration.status import stop as stop_of
 
-    stop_of(LaunchConfig(store=store, study=Path(study).stem))
+    stop_of(LaunchConfig(store=store, study=Path(study).stem, remote=remote))
     print(f"{Path(study).stem} stops as soon as its trials have saved")
 
 

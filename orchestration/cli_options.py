@@ -13,6 +13,15 @@ from mar.errors import UserError
 if TYPE_CHECKING:
     from orchestration.study import Study
 
+SCHEMES = ("s3://", "gs://", "file://")
+
+
+def _object_store(place: str | None) -> str | None:
+    if place and not place.startswith(SCHEMES):
+        raise UserError(f"--remote {place}: expected s3://bucket/folder or gs://bucket/folder")
+    return place
+
+
 StudyName = Annotated[
     str | None,
     typer.Argument(
@@ -27,6 +36,16 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[path=value …]
 Only = Annotated[list[str] | None, typer.Option("--only", metavar="AXIS=LABEL", help="Only these trials; repeatable.")]
 StoreFolder = Annotated[Path, typer.Option("--store", envvar="MAR_STORE", help="Folder of checkpoints and tracking.")]
 TrackingUri = Annotated[str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server.")]
+RemotePlace = Annotated[
+    str | None,
+    typer.Option(
+        "--remote",
+        envvar="MAR_REMOTE",
+        metavar="URI",
+        callback=_object_store,
+        help="Object store for checkpoints and results, where nodes share no disk: s3://bucket/folder, gs://….",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")]
 IsAll = Annotated[bool, typer.Option("--all", help="Every study of the paper that ships with mar.")]

@@ -8,13 +8,16 @@ from typing import Annotated, Literal
 import typer
 
 from mar.errors import UserError
+from mar.keep import Keep
 from orchestration.cli_options import (
     DEFAULT_STORE,
+    SCHEMES,
     AsJson,
     IsAll,
     Only,
     Output,
     Overrides,
+    RemotePlace,
     StoreFolder,
     StudyName,
     TrackingUri,
@@ -38,13 +41,26 @@ def run(
     ] = "train",
     is_local: Annotated[bool, typer.Option("--local", help="One trial after the other, here, without Ray.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Data-parallel workers of a trial.")] = 1,
+    min_workers: Annotated[
+        int | None, typer.Option(min=1, help="Elastic: go on with as few where there are no more, and grow again.")
+    ] = None,
     cpus_per_worker: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_worker: Annotated[int | None, typer.Option(min=0, help="Default: one where there are any.")] = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Default: as many trials as fit.")] = None,
     loader_processes: Annotated[int, typer.Option(min=0, help="Decoding processes of a worker.")] = 0,
     max_clips_per_pass: Annotated[int | None, typer.Option(min=2, help="Accumulate gradients above this.")] = None,
     checkpoint_every_steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint inside epochs too.")] = None,
+    keep: Annotated[
+        str, typer.Option(metavar="POLICY", help="Checkpoints that stay: last=N,best,every=EPOCHS.")
+    ] = "last=2",
     retries: Annotated[int, typer.Option(min=0, help="Times a failed trial goes on.")] = 1,
+    retry_numbers: Annotated[
+        bool, typer.Option("--retry-numbers", help="Go on after a gradient that is not finite, too.")
+    ] = False,
+    remote: RemotePlace = None,
+    cache_from: Annotated[
+        str | None, typer.Option(metavar="URI", help="Object store to fetch data.cache from, once on each node.")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a private one here.")] = None,
     budget: Annotated[
         str | None, typer.Option(metavar="HOURS", help="Device-hours, as 200h: train what fits, in order.")
@@ -63,12 +79,21 @@ def run(
     from orchestration.run import Budget, run_studies, run_study
 
     check_pinned()
+    if (min_workers or 1) > workers:
+        raise UserError(f"--min-workers {min_workers}: more than --workers {workers}")
+    if cache_from and not cache_from.startswith(SCHEMES):
+        raise UserError(f"--cache-from {cache_from}: expected s3://bucket/folder or gs://bucket/folder")
     launch = LaunchConfig(
         store=store,
         tracking_uri=tracking_uri,
         backend="local" if is_local else backend,
         address=address,
         workers=workers,
+        min_workers=min_workers,
+        keep=_kept(keep),
+        retry_numbers=retry_numbers,
+        remote=remote,
+        cache_from=cache_from,
         cpus_per_worker=cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         max_concurrent_trials=max_concurrent,
@@ -97,6 +122,14 @@ def run(
         run_studies(studies, launch, limit)
     else:
         run_study(studies[0], launch, limit)
+
+
+def _kept(words: str) -> Keep:
+    """Return the policy that ``last=2,best`` says."""
+    try:
+        return Keep.parse(words)
+    except ValueError as error:
+        raise UserError(f"--keep {words}: {error}") from None
 
 
 def _hours(words: str) -> float:

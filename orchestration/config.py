@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from mar.keep import Keep
 
 
 class LaunchConfig(BaseModel):
@@ -23,6 +25,8 @@ class LaunchConfig(BaseModel):
     """Ray cluster to join; none: a private one on this machine, reachable from here only."""
     workers: PositiveInt = 1
     """Data-parallel workers of a trial."""
+    min_workers: PositiveInt | None = None
+    """Elastic: a trial goes on with as few as these where there are no more, and grows again; none: ``workers``."""
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: NonNegativeInt | None = None
     """None: one where there are any."""
@@ -34,6 +38,12 @@ class LaunchConfig(BaseModel):
     """Gradient accumulation: largest forward-backward pass of one worker, clips."""
     checkpoint_every_steps: PositiveInt | None = None
     """Checkpoint inside an epoch too; an epoch's end always has one."""
+    keep: Keep = Keep()
+    """Which checkpoints of a trial stay."""
+    remote: str | None = None
+    """Object store (``s3://…``, ``gs://…``) for checkpoints and results, where the nodes share no disk."""
+    cache_from: str | None = None
+    """Object store that has the frame cache: each node fetches it to ``data.cache`` once."""
     study: str = ""
     """Name of the study that is run."""
     hang_timeout_s: PositiveFloat | None = 1800.0
@@ -42,8 +52,20 @@ class LaunchConfig(BaseModel):
     """Address that hears, in JSON, when a study ends."""
     retries: NonNegativeInt = 1
     """Times a trial that Ray lost goes on from its last checkpoint; ``local`` has no such second try."""
+    retry_numbers: bool = False
+    """Also try again after a gradient that is not finite."""
+    tracking_patience_s: PositiveFloat = 600.0
+    """How long a launch that is over waits for a tracking store that is away, seconds."""
+    resize_s: PositiveFloat = 60.0
+    """How often an elastic trial looks for more workers, seconds."""
     poll_s: PositiveFloat = 0.5
     """How often Ray Train looks at its workers, seconds."""
+
+    @model_validator(mode="after")
+    def _at_most_workers(self) -> Self:
+        if (self.min_workers or 1) > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is more than the {self.workers} workers")
+        return self
 
     @property
     def tracking(self) -> str:

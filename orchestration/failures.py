@@ -43,9 +43,11 @@ def reason_of(error: BaseException) -> Reason:
     if isinstance(error, Failure):
         return Reason(str(error), error.kind)
     if is_out_of_memory(error):
-        return Reason(f"out of memory: {_first_line(error)}", "memory")
+        return Reason(f"out of memory: {first_line(error)}", "memory")
+    if "DataLoader worker" in str(error):
+        return Reason(f"a loader process was lost: {first_line(error)}", "node")
     kind: FailureKind = "node" if is_lost_peer(error) else "code"
-    return Reason(f"{type(error).__name__}: {_first_line(error)}", kind)
+    return Reason(f"{type(error).__name__}: {first_line(error)}", kind)
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -80,5 +82,6 @@ def read_reason(folder: Path, error: object = None) -> Reason | None:
     return Reason(lines[-1] if lines else "Ray lost the trial", "node")
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:300]
+def first_line(error: object) -> str:
+    """Return what an error says first."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -21,15 +21,17 @@ from mar.annotations import read_split
 from mar.config import EvaluationMaskConfig
 from mar.cost import cost
 from mar.errors import Failure, UserError
+from mar.keep import clear
 from mar.settings import DATA_PLACES, flatten, placeless
 from orchestration import provenance
 from orchestration.config import LaunchConfig
 from orchestration.failures import Reason
 from orchestration.quantities import QUANTITIES
+from orchestration.remote import remote
 from orchestration.results import Record, match, match_training
 from orchestration.study import Study, Trial
-from orchestration.tracking import IDENTITY, KEY, KIND, STUDY, TRAINED_BY, WEIGHTS, RunRecord, Store, Writer
-from orchestration.trial import LOG, PASSES
+from orchestration.tracking import EXPECTED, IDENTITY, KEY, KIND, STUDY, TRAINED_BY, WEIGHTS, RunRecord, Store, Writer
+from orchestration.trial import LOG, LOGS, PASSES
 
 _MOST_NOTE = 4900
 """Characters; MLflow refuses a tag of 5,000 or more on some stores."""
@@ -73,7 +75,7 @@ class Launch:
         metrics, differing = _columns(study)
         store.show_columns(self.experiment, metrics, [*parameters, *differing])
         self.parent = store.run(self.experiment, study.name, {KIND: "study"}, tags)
-        self.writer = Writer(store)
+        self.writer = Writer(store, store.launch.tracking_patience_s)
         self.writer.open(_PARENT, lambda: self.parent)
         self.expected: set[str] = set()
         """Keys of the trials that are to run."""
@@ -95,6 +97,11 @@ class Launch:
         log = self.store.launch.trial_folder(key) / LOG
         self._relayed[key] = log.stat().st_size if log.is_file() else 0
         self.view.started(self.trials[key])
+
+    def expect(self, trials: Sequence[Trial], there: int = 0) -> None:
+        """Say what is to run, beside what is there."""
+        self.expected |= {trial.key for trial in trials}
+        self.writer.tag(_PARENT, EXPECTED, str(len(self.expected) + there))
 
     def announce(self, trial: Trial) -> None:
         """Expect a trial that the study did not list: a search proposes them one by one."""
@@ -133,6 +140,7 @@ class Launch:
             told = {name: f"{value:.4f}" for name, value in final.items()}
             self.writer.register(key, self.study.name, {"trial": trial.name, **told})
         self.writer.end(key, "FINISHED")
+        self.writer.then(lambda: self._clear(folder))
         self.done.add(key)
         self._relay(key)
         self.view.finished(trial, metrics)
@@ -165,6 +173,7 @@ class Launch:
     def settle(self) -> None:
         """Write down what the trials came to; after this, MLflow can be read."""
         for key in self.unfinished:
+            self._keep_log(key)
             self.writer.end(key, "KILLED")
         self.writer.flush()
 
@@ -192,9 +201,22 @@ class Launch:
 
     def _keep_log(self, key: str) -> None:
         """Keep what its workers said with the run."""
-        log = self.store.launch.trial_folder(key) / LOG
-        if log.is_file():
-            self.writer.artifact(key, log)
+        folder = self.store.launch.trial_folder(key)
+        if (folder / LOG).is_file():
+            self.writer.artifact(key, folder / LOG)
+        if (folder / LOGS).is_dir():
+            self.writer.artifacts(key, folder / LOGS, LOGS)
+
+    def _clear(self, folder: Path) -> None:
+        """Remove the checkpoints of a trial that MLflow knows to be finished, but for those that are kept."""
+        launch = self.store.launch
+        kept = clear(folder, launch.keep)
+        if launch.remote:
+            with suppress(Failure):  # they only take room
+                place = remote(launch.remote)
+                for name in place.names(f"trials/{folder.name}"):
+                    if name.startswith("step_") and name not in kept:
+                        place.remove(f"trials/{folder.name}/{name}")
 
     def _relay(self, key: str) -> None:
         """Tell the view what the trial's workers have said since."""
@@ -285,8 +307,10 @@ def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
         UserError: one trial asks for more than the cluster has.
     """
     store = launched.store
-    launched.expected |= {trial.key for trial in trials}
-    teachers, known = shared_trainings(trials, store.trials())
+    records = store.trials()
+    own = {record.key for record in records if record.experiment == launched.study.name and record.status == "FINISHED"}
+    launched.expect(trials, len(own))
+    teachers, known = shared_trainings(trials, records)
     untrained = [
         trial for trial in trials if teachers.get(trial.key, trial.key) == trial.key and trial.key not in known
     ]
@@ -366,8 +390,23 @@ def only_one(study: Study, launch: LaunchConfig) -> Generator[None]:
         words = f"the study {study.name} is being run already ({told}); wait for it, or stop that process"
         raise UserError(words) from None
     with held:
-        launch.stop_file.unlink(missing_ok=True)  # of an earlier launch
+        forget_stop(launch)  # of an earlier launch
         told = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         note.write_text(told, encoding="utf-8")
         yield
-        launch.stop_file.unlink(missing_ok=True)
+        forget_stop(launch)
+
+
+def ask_to_stop(launch: LaunchConfig) -> None:
+    """Ask a study's workers to save and stop, wherever they are; its driver then ends."""
+    launch.stop_file.parent.mkdir(parents=True, exist_ok=True)
+    launch.stop_file.touch()
+    if launch.remote:
+        remote(launch.remote).touch(f"locks/{launch.stop_file.name}")
+
+
+def forget_stop(launch: LaunchConfig) -> None:
+    """Take the wish back."""
+    launch.stop_file.unlink(missing_ok=True)
+    if launch.remote:
+        remote(launch.remote).remove(f"locks/{launch.stop_file.name}")

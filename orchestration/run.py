@@ -16,7 +16,7 @@ from rich.console import Console
 from mar.errors import Failure, FailureKind, UserError
 from orchestration.config import LaunchConfig
 from orchestration.failures import REMEDIES
-from orchestration.launch import Launch, check_data, check_weights, missing_trials, only_one, train_missing
+from orchestration.launch import Launch, ask_to_stop, check_data, check_weights, missing_trials, only_one, train_missing
 from orchestration.plan import Device, plan_trials
 from orchestration.progress import Board
 from orchestration.report import write_report
@@ -102,7 +102,7 @@ def stopping_gently(launch: LaunchConfig) -> Generator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: launch.stop_file.touch())
+    before = signal.signal(signal.SIGTERM, lambda number, frame: ask_to_stop(launch))
     try:
         yield
     finally:

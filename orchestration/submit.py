@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 
 import mar
 from mar.errors import Failure, UserError
+from orchestration.failures import first_line
 from orchestration.files import Document, find, packaged
 from orchestration.provenance import CODE, tags
 
@@ -75,7 +76,7 @@ class Jobs:
             self.client = JobSubmissionClient(self.address)
         except Exception as error:  # of several kinds, Ray's authentication errors among them
             advice = "is the token right? (~/.ray/auth_token, or RAY_AUTH_TOKEN) " if not is_open else ""
-            raise UserError(f"--address {address}: {advice}{_first_line(error)}") from None
+            raise UserError(f"--address {address}: {advice}{first_line(error)}") from None
 
     def submit(self, study: str, words: Sequence[str], environment: Mapping[str, str]) -> tuple[str, bool]:
         """Submit ``mar run STUDY WORDS``, or join it where it is under way; returns its id and whether it is new."""
@@ -99,7 +100,7 @@ class Jobs:
             except RuntimeError as error:
                 if "already exists" in str(error):  # somebody was quicker
                     return job_id, False
-                raise Failure(f"{self.address}: {_first_line(error)}") from None
+                raise Failure(f"{self.address}: {first_line(error)}") from None
         return job_id, True
 
     def list(self) -> list[Job]:
@@ -200,11 +201,7 @@ def _job(info: Any) -> Job:
     end = info.end_time or time.time() * 1000
     minutes = (end - info.start_time) / 60_000 if info.start_time else None
     study = (info.metadata or {}).get("study", "")
-    return Job(str(info.submission_id), study, str(info.status), began, minutes, _first_line(info.message or ""))
-
-
-def _first_line(error: object) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    return Job(str(info.submission_id), study, str(info.status), began, minutes, first_line(info.message or ""))
 
 
 def leave(job_id: str, address: str) -> None:

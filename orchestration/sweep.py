@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mar import MANIFEST, RESULT
 from mar.errors import Failure, UserError
 from orchestration.config import LaunchConfig
 from orchestration.failures import FILE, Reason, read_reason
+from orchestration.remote import collect, remote
 from orchestration.study import Trial
 from orchestration.trial import (
     Assignment,
@@ -152,6 +153,10 @@ def _clean(assignment: Assignment, launch: LaunchConfig) -> None:
     """Remove what an earlier launch left of its own; checkpoints stay."""
     shutil.rmtree(launch.store.resolve() / "ray" / assignment.key, ignore_errors=True)
     (Path(assignment.folder) / FILE).unlink(missing_ok=True)
+    if launch.remote:
+        place = remote(launch.remote)
+        place.remove(f"ray/{assignment.key}")
+        place.remove(f"trials/{assignment.key}/{FILE}")
 
 
 def _trainable(launch: LaunchConfig, gpus: int) -> Any:
@@ -255,13 +260,14 @@ def _concurrent(launch: LaunchConfig, gpus: int) -> int:
     """Return how many trials fit at once; more would wait for each other's workers for ever."""
     import ray
 
-    total = ray.cluster_resources()
-    wanted = {"CPU": launch.workers * launch.cpus_per_worker, "GPU": launch.workers * gpus}
-    room = min(int(total.get(name, 0) // amount) for name, amount in wanted.items() if amount)
-    if room < 1:
-        has = ", ".join(f"{total.get(name, 0):g} {name}" for name, amount in wanted.items() if amount)
-        asks = ", ".join(f"{amount} {name}" for name, amount in wanted.items() if amount)
-        raise UserError(f"--workers {launch.workers}: a trial asks for {asks}, the cluster has {has}")
+    total, each = ray.cluster_resources(), {"CPU": launch.cpus_per_worker, "GPU": gpus}
+    places = min(int(total.get(name, 0) // amount) for name, amount in each.items() if amount)
+    fewest = launch.min_workers or launch.workers
+    if places < fewest:
+        has = ", ".join(f"{total.get(name, 0):g} {name}" for name, amount in each.items() if amount)
+        asks = ", ".join(f"{fewest * amount} {name}" for name, amount in each.items() if amount)
+        raise UserError(f"--workers {fewest}: a trial asks for {asks}, the cluster has {has}")
+    room = max(1, places // launch.workers)
     return min(room, launch.max_concurrent_trials or room)
 
 
@@ -269,9 +275,22 @@ def _trial_name(trial: Any) -> str:
     return str(trial.config["assignment"]["key"])
 
 
+def _left_by(trial: Any) -> Path:
+    """Return a trial's folder; brings what it left, where that is on another node's disk."""
+    assignment = trial.config["assignment"]
+    folder = Path(assignment["folder"])
+    if assignment["remote"]:
+        with suppress(Failure):  # then it has no result here, and that is said
+            collect(remote(assignment["remote"]), assignment["key"], folder)
+    return folder
+
+
 def _was_stopped(trial: Any, reason: Reason | None) -> bool:
     """Whether somebody asked the study to stop: then the trial is neither finished nor failed."""
-    return (reason is not None and reason.kind == "stopped") or Path(trial.config["assignment"]["stop_file"]).exists()
+    stop_file = Path(trial.config["assignment"]["stop_file"])
+    if reason is not None and reason.kind == "stopped":
+        stop_file.touch()  # asked from another machine, perhaps; no other trial is to begin
+    return stop_file.exists()
 
 
 def _listening(listener: Listener) -> Any:
@@ -298,7 +317,7 @@ def _listening(listener: Listener) -> Any:
                 self.listener.epoch(_trial_name(trial), int(result["epoch"]), metrics)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            key, folder = _trial_name(trial), Path(trial.config["assignment"]["folder"])
+            key, folder = _trial_name(trial), _left_by(trial)
             reason = read_reason(folder)
             if self.listener and (folder / RESULT / MANIFEST).is_file():
                 self.listener.finished(key)
@@ -308,7 +327,7 @@ def _listening(listener: Listener) -> Any:
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             key = _trial_name(trial)
             error = trial.get_error() if hasattr(trial, "get_error") else "Ray lost the trial"
-            reason = read_reason(Path(trial.config["assignment"]["folder"]), error)
+            reason = read_reason(_left_by(trial), error)
             if self.listener and reason and not _was_stopped(trial, reason):
                 self.listener.failed(key, reason)
 

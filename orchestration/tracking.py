@@ -38,6 +38,8 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 IDENTITY, KEY, KIND, STUDY = "mar.identity", "mar.key", "mar.kind", "mar.study"
+EXPECTED = "mar.expected"
+"""Of a study: how many trials it has or is to have, those of other studies not counted."""
 WEIGHTS = "encoder.weights"
 TRAINED_BY = "mar.trained_by"
 """Of a trial that was tested, not trained: the key of the trial whose model it is."""
@@ -129,6 +131,13 @@ class Store:
             )
             for run in runs
         ]
+
+    def expected(self) -> dict[str, int]:
+        """Return how many trials each study had, or was to have, at its last launch."""
+        with _explained(self.launch):
+            names = {item.experiment_id: item.name for item in self._pages(self.client.search_experiments)}
+            runs = self.client.search_runs(list(names), f"tags.`{KIND}` = 'study'", max_results=1000) if names else []
+        return {names[run.info.experiment_id]: int(run.data.tags.get(EXPECTED, 0)) for run in runs}
 
     def result_of(self, record: RunRecord) -> Path:
         """Return the result folder of a finished trial: where it was trained, or else fetched from the store.
@@ -284,6 +293,11 @@ class Writer:
     def tag(self, key: str, name: str, value: str) -> None:
         """Set a tag."""
         self._orders.put(lambda: self.client.set_tag(self._runs[key], name, value))
+
+    def then(self, do: Callable[[], object]) -> None:
+        """Do something once all that was ordered before is written."""
+        self._orders.put(self._flush)
+        self._orders.put(do)
 
     def end(self, key: str, status: Status) -> None:
         """Mark a run as ended, after all that was ordered before."""

@@ -13,7 +13,9 @@ from orchestration.failures import Reason, read_reason, write_reason
 from orchestration.study import Trial, absolute_paths
 
 LOG = "log.txt"
-"""File, below the trial's folder, with what its workers had to say."""
+"""File, below the trial's folder, with what its workers had to say to a person."""
+LOGS = "logs"
+"""Folder, below the trial's folder, with a log of each worker: what it ran on, warnings, tracebacks, stacks."""
 PULSE = "pulse.json"
 """File, below the trial's folder: how far its training is, for ``mar status``."""
 PASSES = "passes.json"
@@ -28,12 +30,18 @@ class Assignment:
     settings: dict[str, Any]
     folder: str
     workers: int
+    min_workers: int
     cpus_per_worker: int
     gpus_per_worker: int
     loader_processes: int
     max_clips_per_pass: int | None
     checkpoint_every_steps: int | None
+    keep: dict[str, Any]
     retries: int
+    retry_numbers: bool
+    resize_s: float
+    remote: str | None
+    cache_from: str | None
     stop_file: str
     hang_timeout_s: float | None
     poll_s: float
@@ -85,12 +93,18 @@ def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int, trained: Pa
         settings=absolute_paths(trial.settings).model_dump(mode="json"),
         folder=str(launch.trial_folder(trial.key)),
         workers=launch.workers,
+        min_workers=launch.min_workers or launch.workers,
         cpus_per_worker=launch.cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         loader_processes=launch.loader_processes,
         max_clips_per_pass=launch.max_clips_per_pass,
         checkpoint_every_steps=launch.checkpoint_every_steps,
+        keep=asdict(launch.keep),
         retries=launch.retries,
+        retry_numbers=launch.retry_numbers,
+        resize_s=launch.resize_s,
+        remote=launch.remote,
+        cache_from=launch.cache_from,
         stop_file=str(launch.stop_file),
         hang_timeout_s=launch.hang_timeout_s,
         poll_s=launch.poll_s,
@@ -121,6 +135,7 @@ def run_with_workers(config: dict[str, Any]) -> None:
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from orchestration.remote import remote
     from orchestration.worker import train_worker
 
     assignment = Assignment(**config["assignment"])
@@ -129,15 +144,24 @@ def run_with_workers(config: dict[str, Any]) -> None:
     resources = {"CPU": float(assignment.cpus_per_worker)}
     if assignment.gpus_per_worker:
         resources["GPU"] = float(assignment.gpus_per_worker)
+    is_elastic = assignment.min_workers < assignment.workers
+    storage, files = assignment.storage, None
+    if assignment.remote:
+        place = remote(assignment.remote)
+        storage, files = f"{place.root}/ray", place.files
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=assignment.plain(),
         scaling_config=ray_train.ScalingConfig(
-            num_workers=assignment.workers, use_gpu=assignment.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=(assignment.min_workers, assignment.workers) if is_elastic else assignment.workers,
+            use_gpu=assignment.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=assignment.resize_s,
         ),
         run_config=ray_train.RunConfig(
             name=assignment.key,
-            storage_path=assignment.storage,
+            storage_path=storage,
+            storage_filesystem=files,
             callbacks=[TuneReportCallback()],
             failure_config=ray_train.FailureConfig(max_failures=assignment.retries, controller_failure_limit=1),
         ),

@@ -17,12 +17,15 @@ import torch
 from mar.parallel import greatest, share
 from mar.train import Wish
 from orchestration.failures import Reason, write_reason
-from orchestration.trial import PULSE
+from orchestration.trial import PULSE, Assignment
+from orchestration.worker_log import file_of, name_of
 
 HANG_EXIT = 70
 _PULSE_EVERY_S = 2.0
 _ASK_EVERY_STEPS = 5
 """Several workers must ask at the same steps, to agree."""
+_ASK_EVERY_S = 0.5
+"""One alone asks Ray by the clock: an answer takes milliseconds."""
 _WISHES: tuple[Wish, ...] = ("go on", "save", "stop")
 
 
@@ -31,19 +34,19 @@ class Watch:
 
     def __init__(
         self,
-        folder: Path,
-        stop_file: Path,
+        told: Assignment,
+        batch_size: int,
         device: torch.device,
-        hang_timeout_s: float | None,
         is_preempted: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.folder, self.stop_file, self.device, self.is_preempted = folder, stop_file, device, is_preempted
+        self.folder, self.stop_file = Path(told.folder), Path(told.stop_file)
+        self.batch_size, self.device, self.is_preempted = batch_size, device, is_preempted
         self.has_saved = False
         self.first: tuple[int, float] | None = None
-        self.pulsed = self.beat = time.monotonic()
+        self.pulsed = self.asked = self.beat = time.monotonic()
         self._over = threading.Event()
-        if hang_timeout_s:
-            threading.Thread(target=self._guard, args=(hang_timeout_s,), name="watchdog", daemon=True).start()
+        if told.hang_timeout_s:
+            threading.Thread(target=self._guard, args=(told.hang_timeout_s,), name="watchdog", daemon=True).start()
 
     def __enter__(self) -> Watch:
         return self
@@ -61,8 +64,7 @@ class Watch:
         """Return what is wished after a step; with several workers, what any of them was asked."""
         self.alive()
         self._pulse(done, of)
-        workers = share()
-        if workers.world > 1 and done % _ASK_EVERY_STEPS:
+        if share().world > 1 and done % _ASK_EVERY_STEPS:
             return "go on"
         place = greatest(_WISHES.index(self._own()), self.device)
         if _WISHES[place] == "save":
@@ -71,7 +73,9 @@ class Watch:
         return _WISHES[place]
 
     def _own(self) -> Wish:
-        preempted = self.is_preempted()  # workers meet in it: all of them must ask
+        is_time = share().world > 1 or time.monotonic() - self.asked > _ASK_EVERY_S
+        preempted = is_time and self.is_preempted()  # workers meet in it: all of them must ask
+        self.asked = time.monotonic() if is_time else self.asked
         if self.stop_file.exists():
             return "stop"
         return "save" if preempted else "go on"
@@ -88,6 +92,9 @@ class Watch:
             "step": done,
             "steps": of,
             "steps_per_s": rate,
+            "clips_per_s": rate * self.batch_size if rate else None,
+            "workers": share().world,
+            "device": name_of(self.device),
             "time": time.time(),
             "host": platform.node(),
             "pid": os.getpid(),
@@ -102,9 +109,10 @@ class Watch:
         while not self._over.wait(min(1.0, timeout_s / 4)):
             if time.monotonic() - self.beat < timeout_s:
                 continue
-            words = f"no progress for {timeout_s:g} s: what every thread was doing is in {self.folder / 'log.txt'}"
+            file = file_of(self.folder, share())
+            words = f"no progress for {timeout_s:g} s: what every thread was doing is in {file}"
             with suppress(OSError):
-                with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
+                with file.open("a", encoding="utf-8") as log:
                     log.write(f"{words}\n")
                     log.flush()
                     faulthandler.dump_traceback(file=log, all_threads=True)

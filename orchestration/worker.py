@@ -6,22 +6,26 @@ import gc
 import json
 import traceback
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from mar.checkpoint import write_text
-from mar.errors import Failure, Stopped
+from mar.errors import Failure, FailureKind, Stopped
+from mar.keep import Keep
 from mar.parallel import default_device, share
+from mar.sealed import write_text
 from mar.settings import build
 from mar.train import Execution, Report, fit, test_again
+from orchestration.copies import Copies
 from orchestration.failures import FILE, RETRIED, Reason, read_reason, reason_of, write_reason
-from orchestration.trial import LOG, PASSES, Assignment
+from orchestration.remote import fetch_cache, remote
+from orchestration.trial import PASSES, Assignment
 from orchestration.watch import Watch
+from orchestration.worker_log import WorkerLog
 
 _PREDECESSOR_S = 20.0
 
@@ -38,66 +42,105 @@ def train(
     told = Assignment(**assignment)
     folder = Path(told.folder)
     torch.set_num_threads(told.cpus_per_worker)
-    leads, device = share().rank == 0, default_device() if told.gpus_per_worker else torch.device("cpu")
+    device = default_device() if told.gpus_per_worker else torch.device("cpu")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Failure(f"{folder} cannot be made: {error}; choose another --store", "disk") from None
-    say = _Log(folder) if leads else _say_nothing
-    _heed_earlier(folder, leads)
-    if share().world == 1 and Path(told.stop_file).exists():
-        return _left(folder, Reason("stopped before it began", "stopped"))
-    reason: Reason | None = None
+    with WorkerLog(folder, share(), device) as say, _copies(told, folder) as copies:
+        _heed_earlier(told, folder)
+        if share().world == 1 and Path(told.stop_file).exists():
+            return _left(folder, Reason("stopped before it began", "stopped"))
+        return _try(_Trial(told, folder, device, say, copies), report, is_preempted)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What one attempt after the other is made with."""
+
+    told: Assignment
+    folder: Path
+    device: torch.device
+    say: WorkerLog
+    copies: Copies | None
+
+
+def _try(trial: _Trial, report: Report, is_preempted: Callable[[], bool]) -> Reason | None:
+    """Attempt until it is finished, or another attempt would end the same, or there were enough."""
+    told, folder, reason = trial.told, trial.folder, None
     for tries_left in range(told.retries, -1, -1):
-        reason = _attempt(told, folder, device, say, report, is_preempted)
+        reason = _attempt(trial, report, is_preempted)
         if reason is None or reason.kind == "stopped":
             break
-        goes_on = reason.kind == "memory" and _halve_passes(told, folder)
+        goes_on = reason.kind != "hang" and reason.kind in _retried(told)
+        if reason.kind == "memory":
+            goes_on = _halve_passes(told, folder)
         if share().world > 1:
             raise Failure(reason.words, reason.kind)
         if not goes_on or not tries_left:
             break
-        say(f"{reason.words}; going on from the last checkpoint in passes of {_passes(told, folder)} clips")
+        parts = f" in passes of {_passes(told, folder)} clips" if reason.kind == "memory" else ""
+        trial.say(f"{reason.words}; going on from the last checkpoint{parts}")
         gc.collect()
-        if device.type == "cuda":
+        if trial.device.type == "cuda":
             torch.cuda.empty_cache()
     return reason
 
 
-def _attempt(
-    told: Assignment,
-    folder: Path,
-    device: torch.device,
-    say: Callable[[str], None],
-    report: Report,
-    is_preempted: Callable[[], bool],
-) -> Reason | None:
+def _attempt(trial: _Trial, report: Report, is_preempted: Callable[[], bool]) -> Reason | None:
     """Train, or test, to the end; returns what kept it from that."""
+    told, folder, copies = trial.told, trial.folder, trial.copies
+    settings = build(told.settings)
     execution = Execution(
-        device=device,
+        device=trial.device,
         loader_processes=told.loader_processes,
         max_clips_per_pass=_passes(told, folder),
         checkpoint_every_steps=told.checkpoint_every_steps,
-        say=say,
+        keep=Keep(**told.keep),
+        stored=copies.stored if copies else lambda path: None,
+        say=trial.say,
     )
-    leads, settings = share().rank == 0, build(told.settings)
     try:
-        with Watch(folder, Path(told.stop_file), device, told.hang_timeout_s, is_preempted) as watch:
+        with Watch(told, settings.recipe.batch_size, trial.device, is_preempted) as watch:
             execution = replace(execution, step=watch.step, alive=watch.alive)
-            with _alone_in(folder) if leads else nullcontext():
+            with _alone_in(folder) if share().rank == 0 else nullcontext():
+                if told.cache_from and settings.data.cache:
+                    fetch_cache(remote(told.cache_from), Path(settings.data.cache))
                 if told.trained:
-                    test_again(settings, Path(told.trained), folder, report, execution)
+                    test_again(settings, _result_of(told), folder, report, execution)
                 else:
+                    if copies:
+                        copies.ready()
                     fit(settings, folder, report, execution)
+                if copies and share().rank == 0:
+                    copies.finished()
     except Stopped as words:
         reason = Reason(str(words), "stopped")
     except Exception as error:
         reason = reason_of(error)
+        trial.say.note(traceback.format_exc())
         if reason.kind == "code":
-            say(traceback.format_exc())
+            trial.say(traceback.format_exc())
     else:
         return None
     return _left(folder, reason)
+
+
+def _copies(told: Assignment, folder: Path) -> AbstractContextManager[Copies | None]:
+    return Copies(remote(told.remote), told.key, folder, Path(told.stop_file)) if told.remote else nullcontext()
+
+
+def _result_of(told: Assignment) -> Path:
+    """Return the result folder that is to be tested again; brings it here where another node trained it."""
+    result = Path(told.trained or "")
+    if told.remote:
+        remote(told.remote).pull_sealed(f"trials/{result.parent.name}/{result.name}", result)
+    return result
+
+
+def _retried(told: Assignment) -> frozenset[FailureKind]:
+    numbers: frozenset[FailureKind] = frozenset({"numbers"})
+    return RETRIED | numbers if told.retry_numbers else RETRIED
 
 
 def _left(folder: Path, reason: Reason) -> Reason:
@@ -108,16 +151,16 @@ def _left(folder: Path, reason: Reason) -> Reason:
     return reason
 
 
-def _heed_earlier(folder: Path, leads: bool) -> None:
+def _heed_earlier(told: Assignment, folder: Path) -> None:
     """Give a trial up at once that failed in a way that would come again; forget any other failure.
 
     Raises:
         Failure: so did the attempt before this one, and Ray tries again all the same.
     """
     reason = read_reason(folder) if share().world > 1 else None
-    if reason and reason.kind not in RETRIED | {"stopped"}:
+    if reason and reason.kind not in _retried(told) | {"stopped"}:
         raise Failure(reason.words, reason.kind)
-    if leads:
+    if share().rank == 0:
         (folder / FILE).unlink(missing_ok=True)
 
 
@@ -136,21 +179,6 @@ def _halve_passes(told: Assignment, folder: Path) -> bool:
         return False
     write_text(folder / PASSES, json.dumps({"max_clips_per_pass": now // 4 * 2}))
     return True
-
-
-def _say_nothing(words: str) -> None:
-    pass
-
-
-class _Log:
-    """Messages for a person, in the trial's folder: the launch reads them from there (Ray keeps what is printed)."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / LOG
-
-    def __call__(self, words: str) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(f"{words}\n")
 
 
 @contextmanager

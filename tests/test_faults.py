@@ -21,9 +21,9 @@ from conftest import tiny_tree
 from test_run import mar as here
 
 from mar import checkpoint
-from mar.checkpoint import write_sealed, write_text
 from mar.config import ExperimentConfig
 from mar.errors import Failure
+from mar.sealed import write_sealed, write_text
 from mar.train import Execution, fit
 from orchestration.config import LaunchConfig
 from orchestration.tracking import RunRecord, Store
@@ -85,19 +85,20 @@ def losses(place: Path, store: str) -> dict[str, list[tuple[int, float]]]:
 @pytest.mark.cluster
 @pytest.mark.parametrize("how", ["mar stop", "SIGTERM"])
 def test_a_study_that_is_stopped_saves_first_and_goes_on_as_if_nothing_had_been(place: Path, how: str) -> None:
-    words = ["run", "tiny.yaml", "recipe.epochs=40", "--only", "ρ=50 %", "--local"]
+    words = ["run", "tiny.yaml", "recipe.epochs=90", "--only", "ρ=50 %", "--local"]
     running = begin(place, *words)
     wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
     if how == "mar stop":
         wait_for(lambda: list(place.glob("mar_store/trials/*/pulse.json")))
-        told = mar(place, "status")
-        assert f"running: process {running.pid} on" in told and "50 % (seed 0): step " in told
-        assert "tiny stops as soon as its trials have saved" in mar(place, "stop", "tiny")
+        told = here(place, "status")
+        assert re.search(rf"running: process {running.pid} on .*, about \d+\.\d min left", told)
+        assert re.search(r"50 % \(seed 0\): step \d+/180, .* clips/s, about .* \(CPU on ", told)
+        assert "tiny stops as soon as its trials have saved" in here(place, "stop", "tiny")
     else:
         running.send_signal(signal.SIGTERM)
     assert "stopped with 1 trials unfinished; run the same command to go on" in end(running, 1)
     assert {record.status for record in records(place)} == {"KILLED"}
-    assert "not running" in mar(place, "status")
+    assert "not running" in here(place, "status")
     if how == "SIGTERM":
         return
     here(place, *words)
@@ -194,7 +195,7 @@ def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(place: Path, video
     stuck.unlink()
     os.mkfifo(stuck)  # whoever opens it waits for ever
     output = mar(place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--hang-timeout-s", "3", code=70)
-    log = next(place.glob("mar_store/trials/*/log.txt")).read_text()
+    log = next(place.glob("mar_store/trials/*/logs/worker0.txt")).read_text()
     assert "no progress for 3 s" in log and "Thread 0x" in log and "most recent call first" in log, output
     stuck.unlink()
     stuck.write_bytes(content)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix
 
-from mar import RESULT
+from mar import RESULT, checkpoint
 from mar.augment import mix
-from mar.checkpoint import Progress, latest, read_sealed
+from mar.checkpoint import Progress, latest
 from mar.config import AugmentConfig, ExperimentConfig
 from mar.errors import Failure, UserError
 from mar.evaluate import Predictions
 from mar.export import write_model
+from mar.keep import Keep, clear
 from mar.model import MAR
 from mar.pretrained import Weights, model_settings, read_weights
+from mar.sealed import read_sealed
 from mar.settings import build
-from mar.train import Execution, fit
+from mar.train import Execution, Wish, fit
 from orchestration.cli import main
 
 Settings = Callable[..., ExperimentConfig]
@@ -100,9 +103,9 @@ from mar.train import Execution, fit
 import json
 torch.set_num_threads(1)
 save = checkpoint.save
-def save_then_die(*args, **kwargs):
-    save(*args, **kwargs)
-    if args[-1].step == 3:
+def save_then_die(folder, settings, state, keep):
+    save(folder, settings, state, keep)
+    if state.progress.step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save = save_then_die
 fit(build(json.loads(sys.argv[1])), Path(sys.argv[2]), lambda *_: None,
@@ -247,6 +250,54 @@ def test_a_disk_that_refuses_leaves_the_earlier_checkpoint_and_says_what_to_do(t
     assert train(tiny(), tmp_path)[-1][0] == 3
 
 
+def kept(settings: ExperimentConfig, folder: Path, keep: Keep) -> list[int]:
+    train(settings, folder, keep=keep)
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+
+
+def test_checkpoints_are_kept_by_the_policy(tiny: Settings, tmp_path: Path) -> None:
+    settings = tiny({"recipe.epochs": 6})
+    history = dict(train(settings, tmp_path / "all", keep=Keep(last=99)))
+    assert kept(settings, tmp_path / "one", Keep(last=1)) == [12], "two steps an epoch"
+    assert kept(settings, tmp_path / "every", Keep(last=2, every_epochs=2)) == [4, 8, 10, 12]
+    best = max(range(1, 7), key=lambda epoch: (history[epoch]["val/top1"], epoch))
+    assert kept(settings, tmp_path / "best", Keep(last=1, best=True)) == sorted({2 * best, 12})
+    clear(tmp_path / "every", Keep(every_epochs=3))
+    assert sorted(path.name for path in (tmp_path / "every").glob("step_*")) == ["step_00000012"]
+    clear(tmp_path / "best", Keep())
+    assert not list((tmp_path / "best").glob("step_*"))
+
+
+def test_a_checkpoint_is_written_beside_the_training_and_holds_the_step_it_was_asked_at(
+    tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, steps = threading.Event(), list[int]()
+    written = checkpoint.save
+
+    def late(folder: Path, settings: ExperimentConfig, state: checkpoint.State, keep: Keep) -> Path:
+        assert go_on.wait(60)
+        return written(folder, settings, state, keep)
+
+    def step(done: int, of: int) -> Wish:
+        steps.append(done)
+        if done == 2:  # an epoch's end: its checkpoint is asked for next, and cannot be written yet
+            assert not list((tmp_path / "beside").glob("step_*"))
+        if done == 3:
+            assert not list((tmp_path / "beside").glob("step_*")), "the training went on meanwhile"
+            go_on.set()
+        return "go on"
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    train(tiny(), tmp_path / "beside", step=step, keep=Keep(last=99))
+    assert steps == [1, 2, 3, 4, 5, 6]
+    monkeypatch.setattr(checkpoint, "save", written)
+    shutil.rmtree(tmp_path / "beside" / "step_00000006")
+    shutil.rmtree(tmp_path / "beside" / "step_00000004")
+    train(tiny(), tmp_path / "undisturbed")
+    train(tiny(), tmp_path / "beside")
+    assert_same_weights(tmp_path / "undisturbed", tmp_path / "beside")
+
+
 @pytest.fixture
 def half_broken(videos: Path, tmp_path: Path) -> Path:
     shutil.copytree(videos, tmp_path / "data")
@@ -306,7 +357,7 @@ def test_a_batch_larger_than_the_split_is_refused(tiny: Settings, tmp_path: Path
 def test_a_loss_that_is_not_finite_stops_the_training(tiny: Settings, tmp_path: Path) -> None:
     with pytest.raises(Failure, match=r"the gradient is not finite at or before step 2 .* recipe\.base_lr=1e\+30"):
         train(tiny({"recipe.base_lr": 1e30, "recipe.warmup_epochs": 0}), tmp_path)
-    assert not list(tmp_path.glob("step_*"))
+    assert not list((tmp_path / "beside").glob("step_*"))
 
 
 def test_bfloat16_trains_too(tiny: Settings, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""Which checkpoints of a training stay on the disk. Imports no torch: a launch is configured without it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from mar import MANIFEST
+
+_EXPECTED = "expected last=N, best, every=N (epochs), as last=1,best,every=10"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A policy; a checkpoint that it does not name goes when a newer one is whole."""
+
+    last: int = 2
+    """The newest ones: more than one, in case it is damaged. They go when the result is safe."""
+    best: bool = False
+    """The epoch with the best validation accuracy (in pre-training, the least loss)."""
+    every_epochs: int | None = None
+    """Each so many epochs' end."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the policy that ``last=1,best,every=10`` stands for; what is not said is the default.
+
+        Raises:
+            ValueError: not in the notation.
+        """
+        parts = [each.strip().partition("=") for each in text.split(",")]
+        told = {name: value for name, _, value in parts}
+        counts = {name: int(value) for name, value in told.items() if value.isdecimal() and int(value)}
+        if told.keys() - counts.keys() - {"best"} or counts.keys() - {"last", "every"} or told.get("best"):
+            raise ValueError(_EXPECTED)
+        return cls(counts.get("last", cls.last), "best" in told, counts.get("every"))
+
+    def of(self, there: list[Path]) -> set[Path]:
+        """Return those of a training's checkpoints, the newest last, that stay while it goes on."""
+        return {*there[-self.last :], *self.for_good(there)}
+
+    def for_good(self, there: list[Path]) -> set[Path]:
+        """Return those that stay when the training is over."""
+        if not self.best and not self.every_epochs:
+            return set()
+        ends = {path: history for path in there if (history := _epochs(path))}
+        every = self.every_epochs
+        kept = {path for path, history in ends.items() if every and len(history) % every == 0}
+        ranked = sorted(ends, key=lambda path: (_merit(ends[path][-1]), path.name))
+        return kept | {*(ranked[-1:] if self.best else [])}
+
+
+def clear(folder: Path, keep: Keep) -> set[str]:
+    """Remove the checkpoints of a training whose result is safe, but for those to be kept; returns the names of these."""
+    there = sorted(folder.glob("step_*"))
+    kept = keep.for_good(there)
+    for old in {*there, *folder.glob(".step_*.unfinished")} - kept:
+        shutil.rmtree(old, ignore_errors=True)
+    return {path.name for path in kept}
+
+
+def _epochs(path: Path) -> list[Mapping[str, float]]:
+    """Return the metrics of each epoch that ended with this checkpoint or before; none in the middle of one."""
+    with suppress(OSError, ValueError, KeyError, TypeError):  # damaged
+        progress: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["progress"]
+        return [] if any(progress["sums"]) else progress["history"]
+    return []
+
+
+def _merit(metrics: Mapping[str, float]) -> float:
+    return metrics.get("val/top1", -metrics.get("val/reconstruction_loss", metrics.get("train/loss", 0.0)))

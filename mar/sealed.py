@@ -1,0 +1,94 @@
+"""Folders that are written whole or not at all, and verified when they are read.
+
+A folder is written beside its place, flushed to the disk, its manifest with every file's SHA-256 last, and then renamed:
+one that has its name is complete. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from mar import MANIFEST, __version__
+from mar.errors import Failure
+
+Writers = Mapping[str, Callable[[Path], None]]
+"""File name -> what writes that file."""
+
+_FULL_BYTES = 64 * 2**20
+"""With less than this left, a failed write is put down to a full disk; torch's own words would not say so."""
+_ADVICE = "Earlier checkpoints are kept: make room or choose another --store, and run the same command again"
+
+
+def write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any], advice: str = _ADVICE) -> None:
+    """Write a folder of files with a manifest, all or nothing; ``advice`` is for a user whose disk refuses.
+
+    Raises:
+        Failure: the disk is full or refuses; nothing half-written is left behind.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        for name, write in writers.items():
+            write(unfinished / name)
+        files = {name: {"sha256": _sha256(unfinished / name)} for name in writers}
+        manifest = {**facts, "files": files, "mar_version": __version__}
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+        for name in (*writers, MANIFEST):
+            _flush(unfinished / name)
+        shutil.rmtree(path, ignore_errors=True)
+        unfinished.rename(path)
+        _flush(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        shutil.rmtree(unfinished, ignore_errors=True)
+        free_bytes = shutil.disk_usage(_existing(path)).free
+        reason = "the disk is full" if free_bytes < _FULL_BYTES else str(error)
+        raise Failure(
+            f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). {advice}", "disk"
+        ) from None
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return the manifest of a folder whose files are what the manifest says.
+
+    Raises:
+        Failure: a file is missing or changed.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        changed = [name for name, facts in manifest["files"].items() if _sha256(path / name) != facts["sha256"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise Failure(f"it is not complete: {error}") from None
+    if changed:
+        raise Failure(f"{', '.join(changed)} changed after it was written")
+    return manifest
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write UTF-8 text."""
+    file.write_text(text, encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())

@@ -50,6 +50,7 @@ def run(
     loader_processes: Annotated[int, typer.Option(min=0, help="Decoding processes of a worker.")] = 0,
     max_clips_per_pass: Annotated[int | None, typer.Option(min=2, help="Accumulate gradients above this.")] = None,
     checkpoint_every_steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint inside epochs too.")] = None,
+    resize_s: Annotated[float, typer.Option(min=1, help="How often an elastic trial looks for more workers.")] = 60.0,
     keep: Annotated[
         str, typer.Option(metavar="POLICY", help="Checkpoints that stay: last=N,best,every=EPOCHS.")
     ] = "last=2",
@@ -90,6 +91,7 @@ def run(
         address=address,
         workers=workers,
         min_workers=min_workers,
+        resize_s=resize_s,
         keep=_kept(keep),
         retry_numbers=retry_numbers,
         remote=remote,

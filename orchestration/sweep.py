@@ -23,6 +23,7 @@ from orchestration.failures import FILE, Reason, read_reason
 from orchestration.remote import collect, remote
 from orchestration.study import Trial
 from orchestration.trial import (
+    EARLIER,
     Assignment,
     Listener,
     Source,
@@ -312,9 +313,10 @@ def _listening(listener: Listener) -> Any:
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
-            metrics = {name: float(value) for name, value in result.items() if "/" in name}
-            if self.listener and metrics:
-                self.listener.epoch(_trial_name(trial), int(result["epoch"]), metrics)
+            for told in [*result.get(EARLIER, []), result]:
+                metrics = {name: float(value) for name, value in told.items() if "/" in name}
+                if self.listener and metrics:
+                    self.listener.epoch(_trial_name(trial), int(told["epoch"]), metrics)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             key, folder = _trial_name(trial), _left_by(trial)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,7 +44,9 @@ class Assignment:
     cache_from: str | None
     stop_file: str
     hang_timeout_s: float | None
-    poll_s: float
+    environment: dict[str, str]
+    """What Ray Train reads in the trial's own process, which no environment of the launch reaches on a cluster."""
+    waits_for_nodes: bool
     storage: str
     trained: str | None = None
     """The result folder of a training that is to be tested again; none: train."""
@@ -107,10 +109,32 @@ def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int, trained: Pa
         cache_from=launch.cache_from,
         stop_file=str(launch.stop_file),
         hang_timeout_s=launch.hang_timeout_s,
-        poll_s=launch.poll_s,
+        environment=quiet_environment(launch),
+        waits_for_nodes=launch.address is not None,
         storage=str(launch.store.resolve() / "ray"),
         trained=str(trained) if trained else None,
     )
+
+
+EARLIER = "earlier"
+"""In a report to Ray: what was reported before this trial went on from a checkpoint, an epoch each."""
+
+
+def one_by_one(send: Callable[[dict[str, Any]], None]) -> Callable[[int, dict[str, float], Path | None], None]:
+    """Return a report function that sends each epoch as it ends, and those of earlier attempts along with the first.
+
+    Ray answers a report when it next looks, so a hundred of them in a row would take a minute.
+    """
+    earlier: list[dict[str, Any]] = []
+
+    def report(epoch: int, metrics: dict[str, float], checkpoint: Path | None) -> None:
+        if checkpoint is None:
+            earlier.append({**metrics, "epoch": epoch})
+        else:
+            send({**metrics, "epoch": epoch, EARLIER: [*earlier]})
+            earlier.clear()
+
+    return report
 
 
 def run_inline(config: dict[str, Any]) -> None:
@@ -119,10 +143,7 @@ def run_inline(config: dict[str, Any]) -> None:
 
     from orchestration.worker import train
 
-    def report(epoch: int, metrics: dict[str, float], _: Path | None) -> None:
-        tune.report({**metrics, "epoch": epoch})
-
-    train(config["assignment"], report)
+    train(config["assignment"], one_by_one(tune.report))
 
 
 def run_with_workers(config: dict[str, Any]) -> None:
@@ -131,6 +152,10 @@ def run_with_workers(config: dict[str, Any]) -> None:
     When the trainer gives the trial up, after its retries, this ends normally: Tune is there to try again when
     this process itself is lost.
     """
+    assignment = Assignment(**config["assignment"])
+    if Path(assignment.stop_file).exists():  # nobody else is to start
+        return
+    os.environ.update(assignment.environment)  # before Ray Train reads it
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -138,9 +163,6 @@ def run_with_workers(config: dict[str, Any]) -> None:
     from orchestration.remote import remote
     from orchestration.worker import train_worker
 
-    assignment = Assignment(**config["assignment"])
-    if Path(assignment.stop_file).exists():  # nobody else is to start
-        return
     resources = {"CPU": float(assignment.cpus_per_worker)}
     if assignment.gpus_per_worker:
         resources["GPU"] = float(assignment.gpus_per_worker)
@@ -163,7 +185,10 @@ def run_with_workers(config: dict[str, Any]) -> None:
             storage_path=storage,
             storage_filesystem=files,
             callbacks=[TuneReportCallback()],
-            failure_config=ray_train.FailureConfig(max_failures=assignment.retries, controller_failure_limit=1),
+            failure_config=ray_train.FailureConfig(
+                max_failures=assignment.retries,
+                controller_failure_limit=-1 if assignment.waits_for_nodes else 1,  # another node may come
+            ),
         ),
     )
     try:
@@ -181,6 +206,8 @@ def quiet_environment(launch: LaunchConfig) -> dict[str, str]:
         **token,  # a cluster of our own makes its token itself: Ray's default
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(launch.poll_s),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1" if launch.address else "0",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20" if launch.min_workers else "60",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AIR_NEW_OUTPUT": "0",

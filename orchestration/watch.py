@@ -37,10 +37,11 @@ class Watch:
         told: Assignment,
         batch_size: int,
         device: torch.device,
+        say: Callable[[str], None],
         is_preempted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.folder, self.stop_file = Path(told.folder), Path(told.stop_file)
-        self.batch_size, self.device, self.is_preempted = batch_size, device, is_preempted
+        self.batch_size, self.device, self.say, self.is_preempted = batch_size, device, say, is_preempted
         self.has_saved = False
         self.first: tuple[int, float] | None = None
         self.pulsed = self.asked = self.beat = time.monotonic()
@@ -69,6 +70,8 @@ class Watch:
         place = greatest(_WISHES.index(self._own()), self.device)
         if _WISHES[place] == "save":
             is_first, self.has_saved = not self.has_saved, True
+            if is_first:
+                self.say(f"a node of this trial is to go: saving at step {done}")
             return "save" if is_first else "go on"
         return _WISHES[place]
 

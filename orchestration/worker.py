@@ -23,7 +23,7 @@ from mar.train import Execution, Report, fit, test_again
 from orchestration.copies import Copies
 from orchestration.failures import FILE, RETRIED, Reason, read_reason, reason_of, write_reason
 from orchestration.remote import fetch_cache, remote
-from orchestration.trial import PASSES, Assignment
+from orchestration.trial import PASSES, Assignment, one_by_one
 from orchestration.watch import Watch
 from orchestration.worker_log import WorkerLog
 
@@ -101,7 +101,7 @@ def _attempt(trial: _Trial, report: Report, is_preempted: Callable[[], bool]) ->
         say=trial.say,
     )
     try:
-        with Watch(told, settings.recipe.batch_size, trial.device, is_preempted) as watch:
+        with Watch(told, settings.recipe.batch_size, trial.device, trial.say, is_preempted) as watch:
             execution = replace(execution, step=watch.step, alive=watch.alive)
             with _alone_in(folder) if share().rank == 0 else nullcontext():
                 if told.cache_from and settings.data.cache:
@@ -197,7 +197,4 @@ def train_worker(assignment: dict[str, Any]) -> None:
     """Train as one of a TorchTrainer's workers; all of them report, Ray listens to the first."""
     from ray import train as ray_train
 
-    def report(epoch: int, metrics: dict[str, float], _: Path | None) -> None:
-        ray_train.report({**metrics, "epoch": epoch})
-
-    train(assignment, report, lambda: ray_train.get_preemption_info() is not None)
+    train(assignment, one_by_one(ray_train.report), lambda: ray_train.get_preemption_info() is not None)

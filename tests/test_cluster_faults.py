@@ -1,0 +1,232 @@
+"""Several nodes on this machine, each with a raylet of its own, and what can happen to them; nothing is lost."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import tiny_tree
+
+from orchestration.config import LaunchConfig
+from orchestration.tracking import RunRecord, Store
+
+pytestmark = pytest.mark.cluster
+BIN = Path(sys.executable).parent
+PORT, DASHBOARD = 26379, 28265
+HERE = "127.0.0.1"
+NODE = ["--object-store-memory=80000000", "--disable-usage-stats"]
+STUDY = """\
+title: Tiny
+recipe: recipe.yaml
+axes: {ρ: {50 %: {}, 75 %: {mask.ratio: 0.75}}}
+table: {columns: [top1]}
+"""
+RAY = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}:{os.environ['PATH']}"}
+LOSS = re.compile(r"epoch (\d+)/\d+, loss")
+
+
+class Cluster:
+    """A head without a place for a trial's worker, and nodes of one; each in a session of its own."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a socket's path has 107 characters at most
+        self.nodes: dict[str, set[int]] = {}
+        ray("get-auth-token", "--generate")
+        self.start_head()
+
+    def start_head(self) -> None:
+        words = ["--head", f"--port={PORT}", f"--dashboard-host={HERE}", f"--dashboard-port={DASHBOARD}"]
+        self._start("head", [*words, "--num-cpus=0", f"--node-ip-address={HERE}"])
+
+    def join(self, name: str, *before: str) -> str:
+        """Start a node with one CPU, behind the command ``before``; returns its id."""
+        there = set(self.alive())
+        self._start(name, [f"--address={HERE}:{PORT}", "--num-cpus=1", f"--node-ip-address={HERE}"], *before)
+        wait_for(lambda: set(self.alive()) - there)
+        (node,) = set(self.alive()) - there
+        return node
+
+    def kill(self, name: str) -> None:
+        """End all of a node's processes with SIGKILL, as if its machine had lost its power."""
+        for process in psutil.process_iter(["cmdline"]):
+            with_folder = any(str(self.folder / name) in word for word in process.info["cmdline"] or [])
+            if with_folder or process.pid in self.nodes[name]:
+                for child in [*children(process), process]:
+                    kill(child)
+
+    def alive(self) -> list[str]:
+        told = json.loads(ray("list", "nodes", "--format=json", "--address", f"http://{HERE}:{DASHBOARD}"))
+        return [node["node_id"] for node in told if node["state"] == "ALIVE" and not node["is_head_node"]]
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        found = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
+        return [process for process in found if process.info["cmdline"][0].startswith(title)]
+
+    def end(self) -> None:
+        ray("stop", "--force", "--grace-period=1")
+        for process in psutil.process_iter(["cmdline"]):
+            if any(str(self.folder) in word for word in process.info["cmdline"] or []):
+                kill(process)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, name: str, words: list[str], *before: str) -> None:
+        (self.folder / name).mkdir(exist_ok=True)
+        ray("start", *words, *NODE, f"--temp-dir={self.folder / name}", before=before)
+        self.nodes[name] = set()
+
+
+def kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
+def children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ray(*words: str, before: tuple[str, ...] = ()) -> str:
+    environment = {**os.environ, **RAY}
+    done = subprocess.run([*before, BIN / "ray", *words], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def wait_for(there: Callable[[], object], timeout_s: float = 150) -> None:
+    until = time.monotonic() + timeout_s
+    while not there():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Generator[Cluster]:
+    cluster = Cluster()
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture
+def place(tmp_path: Path, videos: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    return tmp_path
+
+
+class Running:
+    """``mar run`` of the study's first trial in the background."""
+
+    def __init__(self, place: Path, *words: str, epochs: int) -> None:
+        self.place, self.log = place, place / "out.txt"
+        given = ["run", "tiny.yaml", f"recipe.epochs={epochs}", "--only", "ρ=50 %", "--store", str(place / "store")]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [BIN / "mar", *given, "--address", f"{HERE}:{PORT}", *words],
+                cwd=place,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **RAY},
+            )
+
+    def done(self) -> int:
+        """The last epoch that was told."""
+        return max((int(number) for number in LOSS.findall(self.log.read_text())), default=0)
+
+    def gets_on(self, epochs: int = 3) -> None:
+        """Wait until it has trained so many more epochs than now."""
+        now = self.done()
+        wait_for(lambda: self.done() >= now + epochs or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log.read_text()
+
+    def ends_well(self) -> str:
+        self.process.wait(timeout=280)
+        assert self.process.returncode == 0, self.log.read_text()
+        return self.log.read_text()
+
+
+def trial_of(place: Path) -> RunRecord:
+    (record,) = Store(LaunchConfig(store=place / "store")).trials()
+    return record
+
+
+def losses_of(place: Path) -> list[tuple[int, float]]:
+    client = Store(LaunchConfig(store=place / "store")).client
+    return [(point.step, point.value) for point in client.get_metric_history(trial_of(place).run_id, "train/loss")]
+
+
+def undisturbed(place: Path, epochs: int) -> list[tuple[int, float]]:
+    other = place / "undisturbed"
+    other.mkdir()
+    for name in ("recipe.yaml", "tiny.yaml"):
+        shutil.copy(place / name, other)
+    words = ["run", "tiny.yaml", f"recipe.epochs={epochs}", "--only", "ρ=50 %", "--local", "--store", "store"]
+    subprocess.run([BIN / "mar", *words], cwd=other, check=True, capture_output=True, timeout=250)
+    return losses_of(other)
+
+
+def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(cluster: Cluster, place: Path) -> None:
+    cluster.join("first")
+    running = Running(place, "--retries", "2", epochs=30)
+    running.gets_on()
+    (worker,) = cluster.processes("ray::RayTrainWorker")
+    worker.kill()
+    running.gets_on()
+    (driver,) = cluster.processes("ray::ImplicitFunc")
+    driver.kill()
+    running.ends_well()
+    assert losses_of(place) == undisturbed(place, 30)
+
+
+def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure(cluster: Cluster, place: Path) -> None:
+    (node,) = cluster.alive()
+    running = Running(place, "--retries", "0", epochs=40)
+    running.gets_on()
+    reason = [
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "spot",
+        "--deadline-remaining-seconds",
+        "8",
+    ]
+    ray("drain-node", "--address", f"{HERE}:{PORT}", "--node-id", node, *reason)
+    log = next(place.glob("store/trials/*/logs/worker0.txt"))
+    wait_for(lambda: "a node of this trial is to go: saving at step" in log.read_text())
+    cluster.kill("first")
+    cluster.join("second")
+    running.ends_well()
+    assert losses_of(place) == undisturbed(place, 40)
+
+
+def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, place: Path) -> None:
+    cluster.join("third")
+    running = Running(place, "--workers", "2", "--min-workers", "1", "--resize-s", "5", epochs=120)
+    running.gets_on()
+    log = next(place.glob("store/trials/*/logs/worker0.txt"))
+
+    def sizes() -> list[str]:
+        return re.findall(r"worker 0 of (\d)", log.read_text())
+
+    wait_for(lambda: sizes()[-1] == "2")  # it may begin with one
+    running.gets_on()
+    cluster.kill("third")
+    wait_for(lambda: sizes()[-1] == "1")
+    running.gets_on()
+    cluster.join("fourth")
+    wait_for(lambda: sizes()[-1] == "2")
+    running.gets_on()
+    running.ends_well()
+    assert [epoch for epoch, _ in losses_of(place)] == list(range(1, 121))

@@ -13,11 +13,11 @@ from mar.errors import UserError
 if TYPE_CHECKING:
     from orchestration.study import Study
 
-SCHEMES = ("s3://", "gs://", "file://")
+_SCHEMES = ("s3://", "gs://", "file://")
 
 
 def _object_store(place: str | None) -> str | None:
-    if place and not place.startswith(SCHEMES):
+    if place and not place.startswith(_SCHEMES):
         raise UserError(f"--remote {place}: expected s3://bucket/folder or gs://bucket/folder")
     return place
 

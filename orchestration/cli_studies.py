@@ -11,7 +11,6 @@ from mar.errors import UserError
 from mar.keep import Keep
 from orchestration.cli_options import (
     DEFAULT_STORE,
-    SCHEMES,
     AsJson,
     IsAll,
     Only,
@@ -82,8 +81,8 @@ def run(
     check_pinned()
     if (min_workers or 1) > workers:
         raise UserError(f"--min-workers {min_workers}: more than --workers {workers}")
-    if cache_from and not cache_from.startswith(SCHEMES):
-        raise UserError(f"--cache-from {cache_from}: expected s3://bucket/folder or gs://bucket/folder")
+    if cache_from:
+        _fetch(cache_from, overrides or [])
     launch = LaunchConfig(
         store=store,
         tracking_uri=tracking_uri,
@@ -124,6 +123,18 @@ def run(
         run_studies(studies, launch, limit)
     else:
         run_study(studies[0], launch, limit)
+
+
+def _fetch(cache_from: str, overrides: list[str]) -> None:
+    """Bring a frame cache here, without which the study cannot be read; who trains elsewhere fetches it too."""
+    from orchestration.remote import fetch_cache
+    from orchestration.remote import remote as at
+
+    places = [word.partition("=")[2] for word in overrides if word.startswith("data.cache=")]
+    if not places:
+        raise UserError("--cache-from: to where? Give data.cache=DIR too")
+    if not fetch_cache(at(cache_from), Path(places[-1])) and not Path(places[-1]).is_dir():
+        raise UserError(f"--cache-from {cache_from}: there is no frame cache; mar data pack RECIPE DIR --remote URI")
 
 
 def _kept(words: str) -> Keep:

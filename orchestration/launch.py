@@ -85,6 +85,7 @@ class Launch:
         self.failures: dict[str, Reason] = {}
         self.trained_by: dict[str, str] = {}
         self._relayed: dict[str, int] = {}
+        self._shown: dict[str, int] = {}
 
     def started(self, key: str) -> None:
         """Find or make the trial's run."""
@@ -119,7 +120,9 @@ class Launch:
         """Log an epoch."""
         self.writer.metrics(key, epoch, metrics)
         self._relay(key)
-        self.view.epoch(self.trials[key], epoch, metrics)
+        if epoch >= self._shown.get(key, 0):  # a trial that goes on tells the epochs before that again
+            self._shown[key] = epoch
+            self.view.epoch(self.trials[key], epoch, metrics)
 
     def tested(self, key: str, trained_by: str) -> None:
         """Say whose model a trial is that is tested, not trained."""

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,10 +12,12 @@ import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
+import boto3
 import psutil
 import pytest
 import yaml
 from conftest import tiny_tree
+from moto.server import ThreadedMotoServer
 
 from orchestration.config import LaunchConfig
 from orchestration.tracking import RunRecord, Store
@@ -32,7 +33,10 @@ recipe: recipe.yaml
 axes: {ρ: {50 %: {}, 75 %: {mask.ratio: 0.75}}}
 table: {columns: [top1]}
 """
+S3_PORT = 29123
 RAY = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}:{os.environ['PATH']}"}
+RAY |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+RAY |= {"AWS_ENDPOINT_URL": f"http://{HERE}:{S3_PORT}"}
 LOSS = re.compile(r"epoch (\d+)/\d+, loss")
 
 
@@ -117,6 +121,16 @@ def cluster() -> Generator[Cluster]:
     cluster = Cluster()
     yield cluster
     cluster.end()
+
+
+@pytest.fixture
+def s3() -> Generator[None]:
+    server = ThreadedMotoServer(HERE, S3_PORT, verbose=False)
+    server.start()
+    there = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "endpoint_url": RAY["AWS_ENDPOINT_URL"]}
+    boto3.client("s3", region_name="us-east-1", **there).create_bucket(Bucket="bucket")
+    yield
+    server.stop()
 
 
 @pytest.fixture
@@ -213,7 +227,7 @@ def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure
 
 def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, place: Path) -> None:
     cluster.join("third")
-    running = Running(place, "--workers", "2", "--min-workers", "1", "--resize-s", "5", epochs=120)
+    running = Running(place, "--workers", "2", "--min-workers", "1", "--resize-s", "5", epochs=600)
     running.gets_on()
     log = next(place.glob("store/trials/*/logs/worker0.txt"))
 
@@ -228,5 +242,41 @@ def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, pl
     cluster.join("fourth")
     wait_for(lambda: sizes()[-1] == "2")
     running.gets_on()
+    subprocess.run([BIN / "mar", "stop", "tiny", "--store", place / "store"], check=True)
+    assert running.process.wait(timeout=120) == 1, running.log.read_text()
+    assert trial_of(place).status == "KILLED"
+    epochs = [epoch for epoch, _ in losses_of(place)]
+    assert epochs == list(range(1, len(epochs) + 1)), "each once"
+    progress = json.loads(max(place.glob("store/trials/*/step_*/manifest.json")).read_text())["progress"]
+    assert progress["step"] // 2 == len(progress["history"]), "as many steps an epoch as ever: the batch is the same"
+
+
+def test_a_head_that_is_lost_with_all_that_ran_on_it_loses_no_epoch(cluster: Cluster, place: Path) -> None:
+    running = Running(place, epochs=40)
+    running.gets_on()
+    running.process.kill()  # what the head's machine ran: the launch too
+    cluster.kill("head")
+    cluster.start_head()
+    cluster.join("fifth")
+    Running(place, epochs=40).ends_well()
+    assert losses_of(place) == undisturbed(place, 40)
+
+
+def test_nodes_that_share_no_disk_train_together_and_another_goes_on_for_one(
+    cluster: Cluster, place: Path, s3: None
+) -> None:
+    (place / "store").mkdir()
+    own_disk = ["unshare", "--mount", "bash", "-c", f'mount -t tmpfs none {place}/store && exec "$@"', "--"]
+    for name in [name for name in cluster.nodes if name != "head"]:
+        cluster.kill(name)
+    cluster.join("sixth", *own_disk)
+    cluster.join("seventh", *own_disk)
+    words = ["--workers", "2", "--retries", "3", "--remote", "s3://bucket/store"]
+    running = Running(place, *words, epochs=60)
+    running.gets_on()
+    assert not list(place.glob("store/trials/*/step_*")), "its disk is another"
+    cluster.kill("sixth")
+    cluster.join("eighth", *own_disk)
     running.ends_well()
-    assert [epoch for epoch, _ in losses_of(place)] == list(range(1, 121))
+    assert [epoch for epoch, _ in losses_of(place)] == list(range(1, 61))
+    assert {path.name for path in place.glob("store/trials/*/logs/*")} == {"worker0.txt", "worker1.txt"}

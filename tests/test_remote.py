@@ -1,0 +1,183 @@
+"""An object store (a real server that speaks S3) and a tracking server, for nodes that share no disk."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+from conftest import tiny_tree
+from moto.server import ThreadedMotoServer
+from test_faults import STUDY, begin, end, wait_for
+from test_run import mar
+
+from mar.errors import Failure, UserError
+from mar.keep import Keep
+from orchestration.config import LaunchConfig
+from orchestration.remote import Remote
+from orchestration.tracking import Store
+
+BIN = Path(sys.executable).parent
+BUCKET = "s3://bucket"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[None]:
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    there = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    there |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    os.environ.update(there)
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield
+    server.stop()
+    for name in there:
+        del os.environ[name]
+
+
+@pytest.fixture
+def place(tmp_path: Path, videos: Path, s3: None) -> Path:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    return tmp_path
+
+
+def sealed(folder: Path, content: str = "weights") -> Path:
+    from mar.sealed import write_sealed, write_text
+
+    write_sealed(folder, {"model.safetensors": lambda file: write_text(file, content)}, {})
+    return folder
+
+
+def test_a_folder_is_there_when_its_manifest_is(s3: None, tmp_path: Path) -> None:
+    remote = Remote(f"{BUCKET}/whole")
+    remote.push_folder(sealed(tmp_path / "step_1"), "step_1")
+    assert remote.pull_sealed("step_1", tmp_path / "copy")
+    assert (tmp_path / "copy" / "model.safetensors").read_text() == "weights"
+    (tmp_path / "other").write_text("weighty")
+    remote.push(tmp_path / "other", "step_1/model.safetensors")
+    assert not remote.pull_sealed("step_1", tmp_path / "damaged"), "its checksum is another"
+    remote.remove("step_1/manifest.json")
+    assert not remote.pull_sealed("step_1", tmp_path / "half")
+    remote.remove("step_1")
+    assert remote.names("") == []
+
+
+def test_what_is_no_object_store_is_said(s3: None, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--remote ftp://host/x: .*expected s3://bucket/folder"):
+        Remote("ftp://host/x")
+    with pytest.raises(Failure, match=r"s3://nobucket/x/y cannot be used: .*nobucket"):
+        (tmp_path / "file").write_text("content")
+        Remote("s3://nobucket/x").push(tmp_path / "file", "y")
+
+
+def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(place: Path) -> None:
+    words = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local", "--remote", f"{BUCKET}/store"]
+    remote = Remote(f"{BUCKET}/store")
+    running = begin(place, *words)
+    wait_for(lambda: [each for each in remote.names("trials") if len(remote.names(f"trials/{each}")) > 2])
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    (key,) = remote.names("trials")
+    there = max(name for name in remote.names(f"trials/{key}") if name.startswith("step_"))
+    shutil.rmtree(place / "mar_store" / "trials")
+    mar(place, *words, "--keep", "every=20")
+    log = (place / "mar_store" / "trials" / key / "logs" / "worker0.txt").read_text()
+    assert log.count("worker 0 of 1") == 1, "of the attempt before only what the object store has is left"
+    store = Store(LaunchConfig(store=place / "mar_store"))
+    (record,) = store.trials()
+    told = [(point.step, point.value) for point in store.client.get_metric_history(record.run_id, "train/loss")]
+    mar(place, *words[:-2], "--store", "undisturbed")
+    other = Store(LaunchConfig(store=place / "undisturbed"))
+    (same,) = other.trials()
+    undisturbed = other.client.get_metric_history(same.run_id, "train/loss")
+    assert told == [(point.step, point.value) for point in undisturbed]
+    kept = {name for name in remote.names(f"trials/{key}") if name.startswith("step_")}
+    assert kept <= {"step_00000040", "step_00000080", "step_00000120"} and int(there.removeprefix("step_")) >= 2
+    assert {"manifest.json", "model.safetensors"} <= set(remote.names(f"trials/{key}/result"))
+    assert Keep().for_good([]) == set()
+
+
+def test_a_frame_cache_is_fetched_to_where_the_training_is(place: Path) -> None:
+    output = mar(place, "data", "pack", "recipe.yaml", "cache", "--format", "raw", "--remote", f"{BUCKET}/cache")
+    assert f"files copied to {BUCKET}/cache" in output
+    shutil.rmtree(place / "cache")
+    words = ["run", "tiny.yaml", "--only", "ρ=50 %", "--local", f"data.cache={place / 'cache'}"]
+    assert "✓ 50 %" in mar(place, *words, "--cache-from", f"{BUCKET}/cache")
+    assert list((place / "cache").glob("*.bin"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """An MLflow server over HTTP: a database, and artifacts in the object store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port, self.folder = free_port(), folder
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        words = ["server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        words += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        with (self.folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(
+                [BIN / "mlflow", *words, "--artifacts-destination", f"{BUCKET}/artifacts"],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_for(self.answers, timeout_s=120)
+
+    def answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return True
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def server(place: Path) -> Iterator[Server]:
+    server = Server(place)
+    yield server
+    server.kill()
+
+
+@pytest.mark.cluster
+def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(place: Path, server: Server) -> None:
+    running = begin(
+        place, "run", "tiny.yaml", "recipe.epochs=120", "--only", "ρ=50 %", "--local", "--tracking-uri", server.address
+    )
+    trials: Callable[[], list[Path]] = lambda: list(place.glob("mar_store/trials/*/step_*"))  # noqa: E731
+    wait_for(trials)
+    server.kill()
+    before = max(int(path.name.removeprefix("step_")) for path in trials())
+    time.sleep(12)
+    assert running.poll() is None
+    assert max((int(path.name.removeprefix("step_")) for path in trials()), default=999) > before, "training goes on"
+    server.start()
+    assert "✓ 50 %" in end(running, 0)
+    store = Store(LaunchConfig(store=place / "mar_store", tracking_uri=server.address))
+    (record,) = store.trials()
+    assert record.status == "FINISHED"
+    history = store.client.get_metric_history(record.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(1, 121))
+    assert "result/model.safetensors" in {item.path for item in store.client.list_artifacts(record.run_id, "result")}
+    assert "logs/worker0.txt" in {item.path for item in store.client.list_artifacts(record.run_id, "logs")}

@@ -92,10 +92,20 @@ class StubActors:
         if method != "train":
             return None
         self.state[actor] = (config, epoch + 1)
-        metrics = {"train/loss": 1 / (epoch + 1), "val/top1": 50.0, "throughput/clips_per_s": 9.9, "time/elapsed_s": 1.0}
+        metrics = {
+            "train/loss": 1 / (epoch + 1),
+            "val/top1": 50.0,
+            "throughput/clips_per_s": 9.9,
+            "time/elapsed_s": 1.0,
+        }
         if epoch + 1 == self.num_epochs:
             leave_result(Path(config["assignment"]["folder"]), metrics)
-        told = {"training_iteration": epoch + 1, "trial_id": "", "done": epoch + 1 == self.num_epochs, "epoch": epoch + 1}
+        told = {
+            "training_iteration": epoch + 1,
+            "trial_id": "",
+            "done": epoch + 1 == self.num_epochs,
+            "epoch": epoch + 1,
+        }
         return {**metrics, **told, "config": config, "time_total_s": 1.0}
 
     def remove_actor(self, tracked_actor: TrackedActor, kill: bool = False, stop_future: Any = None) -> bool:
@@ -159,7 +169,9 @@ def study_file(folder: Path, trials: int) -> Path:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     rates = {f"{number}": {"recipe.base_lr": 1e-4 * (1 + number)} for number in range(-(-trials // 10))}
     study = {"title": "Simulated", "recipe": "recipe.yaml", "axes": {"rate": rates}, "seeds": [*range(10)]}
-    (folder / "simulated.yaml").write_text(yaml.safe_dump({**study, "table": {"columns": ["top1"]}}, allow_unicode=True))
+    (folder / "simulated.yaml").write_text(
+        yaml.safe_dump({**study, "table": {"columns": ["top1"]}}, allow_unicode=True)
+    )
     return folder / "simulated.yaml"
 
 
@@ -173,7 +185,15 @@ def main() -> None:
     clock, StubActors.num_epochs = Clock(), told.epochs
     tune_controller.RayActorManager = StubActors
     client = tracking.mlflow.MlflowClient
-    for name in ("create_run", "search_runs", "log_batch", "log_artifacts", "set_terminated", "set_tag", "log_artifact"):
+    for name in (
+        "create_run",
+        "search_runs",
+        "log_batch",
+        "log_artifacts",
+        "set_terminated",
+        "set_tag",
+        "log_artifact",
+    ):
         clock.around(client, name, f"MLflow {name}")
     clock.around(tracking.Store, "register", "MLflow model versions")
     clock.around(tune_controller.TuneController, "step", "Tune's controller, our callbacks in it")

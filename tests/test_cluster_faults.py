@@ -45,7 +45,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a socket's path has 107 characters at most
-        self.nodes: dict[str, set[int]] = {}
+        self.nodes: list[str] = []
         ray("get-auth-token", "--generate")
         self.start_head()
 
@@ -61,13 +61,23 @@ class Cluster:
         (node,) = set(self.alive()) - there
         return node
 
+    def has(self, count: int) -> list[str]:
+        """Start nodes until there are so many; returns their ids."""
+        while len(self.alive()) < count:
+            self.join(f"node{len(self.nodes)}")
+        return self.alive()
+
     def kill(self, name: str) -> None:
         """End all of a node's processes with SIGKILL, as if its machine had lost its power."""
         for process in psutil.process_iter(["cmdline"]):
             with_folder = any(str(self.folder / name) in word for word in process.info["cmdline"] or [])
-            if with_folder or process.pid in self.nodes[name]:
+            if with_folder:
                 for child in [*children(process), process]:
                     kill(child)
+
+    def loses_all_nodes(self) -> None:
+        for name in [name for name in self.nodes if name != "head"]:
+            self.kill(name)
 
     def alive(self) -> list[str]:
         told = json.loads(ray("list", "nodes", "--format=json", "--address", f"http://{HERE}:{DASHBOARD}"))
@@ -87,7 +97,7 @@ class Cluster:
     def _start(self, name: str, words: list[str], *before: str) -> None:
         (self.folder / name).mkdir(exist_ok=True)
         ray("start", *words, *NODE, f"--temp-dir={self.folder / name}", before=before)
-        self.nodes[name] = set()
+        self.nodes.append(name)
 
 
 def kill(process: psutil.Process) -> None:
@@ -192,7 +202,7 @@ def undisturbed(place: Path, epochs: int) -> list[tuple[int, float]]:
 
 
 def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(cluster: Cluster, place: Path) -> None:
-    cluster.join("first")
+    cluster.has(1)
     running = Running(place, "--retries", "2", epochs=30)
     running.gets_on()
     (worker,) = cluster.processes("ray::RayTrainWorker")
@@ -205,7 +215,8 @@ def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(clus
 
 
 def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure(cluster: Cluster, place: Path) -> None:
-    (node,) = cluster.alive()
+    cluster.loses_all_nodes()
+    node = cluster.join("spot")
     running = Running(place, "--retries", "0", epochs=40)
     running.gets_on()
     reason = [
@@ -219,13 +230,14 @@ def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure
     ray("drain-node", "--address", f"{HERE}:{PORT}", "--node-id", node, *reason)
     log = next(place.glob("store/trials/*/logs/worker0.txt"))
     wait_for(lambda: "a node of this trial is to go: saving at step" in log.read_text())
-    cluster.kill("first")
-    cluster.join("second")
+    cluster.kill("spot")
+    cluster.join("another")
     running.ends_well()
     assert losses_of(place) == undisturbed(place, 40)
 
 
 def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, place: Path) -> None:
+    cluster.has(1)
     cluster.join("third")
     running = Running(place, "--workers", "2", "--min-workers", "1", "--resize-s", "5", epochs=600)
     running.gets_on()
@@ -252,6 +264,7 @@ def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, pl
 
 
 def test_a_head_that_is_lost_with_all_that_ran_on_it_loses_no_epoch(cluster: Cluster, place: Path) -> None:
+    cluster.has(1)
     running = Running(place, epochs=40)
     running.gets_on()
     running.process.kill()  # what the head's machine ran: the launch too
@@ -267,8 +280,7 @@ def test_nodes_that_share_no_disk_train_together_and_another_goes_on_for_one(
 ) -> None:
     (place / "store").mkdir()
     own_disk = ["unshare", "--mount", "bash", "-c", f'mount -t tmpfs none {place}/store && exec "$@"', "--"]
-    for name in [name for name in cluster.nodes if name != "head"]:
-        cluster.kill(name)
+    cluster.loses_all_nodes()
     cluster.join("sixth", *own_disk)
     cluster.join("seventh", *own_disk)
     words = ["--workers", "2", "--retries", "3", "--remote", "s3://bucket/store"]

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -115,8 +116,9 @@ def test_a_loss_that_is_not_finite_stops_its_trial_before_the_step(place: Path) 
     (place / "tiny.yaml").write_text(
         STUDY.replace("{mask.ratio: 0.75}", "{recipe.base_lr: 1.0e+30, recipe.clip_grad: null}")
     )
-    output = here(place, "run", "tiny.yaml", "--local", code=1)
+    output = here(place, "run", "tiny.yaml", "--local", "--retry-numbers", code=1)
     assert "✓ 50 % (seed 0)" in output, "the other trial is not touched"
+    assert output.count("going on from the last checkpoint") == 1, "as was asked for"
     assert "the gradient is not finite at or before step" in output and "recipe.base_lr=1e+30" in output
     assert "numbers  1 trials: 75 % (seed 0). A smaller recipe.base_lr" in output
     (failed,) = [record for record in records(place) if record.status == "FAILED"]
@@ -200,6 +202,41 @@ def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(place: Path, video
     stuck.unlink()
     stuck.write_bytes(content)
     assert "✓ 50 % (seed 0)" in mar(place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local")
+
+
+def test_a_loader_process_that_is_killed_costs_no_step(place: Path) -> None:
+    words = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local"]
+    running = begin(place, *words, "--loader-processes", "1")
+    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+    loaders = [
+        loader
+        for server in psutil.Process(running.pid).children()
+        if "forkserver" in " ".join(server.cmdline())
+        for loader in server.children()
+    ]
+    for loader in loaders:  # of training and of testing
+        loader.kill()
+    assert "a loader process was lost" in end(running, 0)
+    here(place, *words, "--store", "undisturbed")
+    assert losses(place, "mar_store") == losses(place, "undisturbed")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own is mounted for it")
+def test_a_disk_that_is_full_stops_the_trial_with_its_checkpoint_and_room_lets_it_go_on(place: Path) -> None:
+    disk = place / "mar_store" / "trials"
+    disk.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "disk", disk], check=True)
+    words = ["run", "tiny.yaml", "recipe.epochs=8", "--only", "ρ=50 %", "--local", "--keep", "last=99"]
+    try:
+        output = here(place, *words, code=1)
+        assert "the disk is full" in output and "disk     1 trials: 50 % (seed 0). Make room" in output
+        assert list(disk.glob("*/step_*")) and not list(disk.glob("*/.step_*")), "what was whole is there, nothing else"
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        assert "✓ 50 % (seed 0)" in here(place, *words)
+        here(place, *words, "--store", "undisturbed")
+        assert losses(place, "mar_store") == losses(place, "undisturbed")
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_kill_between_a_checkpoints_data_and_its_manifest_leaves_the_one_before(

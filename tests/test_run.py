@@ -5,9 +5,11 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -305,6 +307,33 @@ def test_a_damaged_checkpoint_is_passed_over_aloud_in_a_ray_worker(place: Path) 
 
 
 @pytest.mark.usefixtures("cluster")
+def test_a_worker_that_hangs_is_started_again_by_ray_and_its_trial_ends_well(place: Path, videos: Path) -> None:
+    shutil.copytree(videos, place / "data")
+    (place / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(place / "data")))
+    listed = json.loads((place / "data" / "train.json").read_text())
+    stuck = next((place / "data" / "videos").glob(f"{listed[0]['id']}.*"))
+    whole = stuck.rename(place / "whole.mp4")
+    os.mkfifo(stuck)  # whoever opens it waits for ever
+
+    def logs() -> str:
+        return "".join(file.read_text() for file in place.glob("mar_store/trials/*/logs/worker0.txt"))
+
+    def mend() -> None:
+        wait_for(lambda: "no progress for 5 s" in logs())
+        stuck.unlink()
+        whole.rename(stuck)
+
+    mending = threading.Thread(target=mend)
+    mending.start()
+    output = mar(place, "run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline", "--hang-timeout-s", "5")
+    mending.join()
+    assert "✓ 50 % (seed 0)" in output
+    assert logs().count("worker 0 of 1 on") == 2 and "most recent call first" in logs(), (
+        "with the stacks of all threads"
+    )
+
+
+@pytest.mark.usefixtures("cluster")
 def test_a_search_runs_through_tune_and_goes_on(place: Path) -> None:
     output = mar(place, "run", "search.yaml", "--backend", "inline")
     assert "3 trials finished, 0 ended early" in output
@@ -336,6 +365,10 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["run", "tiny.yaml", "--budget", "soon"], 2, "--budget soon: expected device-hours, as 200h"),
     (["plan", "tiny.yaml", "--device", "mine=-4"], 2, "--device mine=-4: expected NAME=GFLOPS_PER_S"),
     (["plan", "tiny.yaml", "--price-per-h", "2"], 2, "--price-per-h: of which device?"),
+    (["run", "tiny.yaml", "--keep", "newest"], 2, "--keep newest: expected last=N, best, every=N (epochs)"),
+    (["run", "tiny.yaml", "--min-workers", "3", "--workers", "2"], 2, "--min-workers 3: more than --workers 2"),
+    (["run", "tiny.yaml", "--remote", "bucket"], 2, "--remote bucket: expected s3://bucket/folder"),
+    (["run", "tiny.yaml", "--cache-from", "s3://bucket/cache"], 2, "--cache-from: to where? Give data.cache=DIR too"),
     (["plan"], 2, "which study? (a file, a name that ships with mar, or --all)"),
     (["run", "search.yaml", "--only", "ρ=50 %"], 2, "search.yaml is a search: --only and --budget are for studies"),
     (["plan", "search.yaml"], 2, "search.yaml is a search, not a study"),

@@ -1,4 +1,4 @@
-"""Ray Tune runs a grid: a fixed, ordered list of trials, as many at a time as the cluster holds.
+"""Ray Tune runs trials, a fixed, ordered list or what a search proposes, as many at a time as the cluster holds.
 
 Tune is not asked to remember anything: what is finished is in MLflow, what is under way is in the trial's
 own checkpoints, and both are found by the trial's settings. So a launch that died is simply launched again,
@@ -46,27 +46,8 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, train
     """
     if launch.backend == "inline" and launch.workers > 1:
         raise UserError("--backend inline trains with one worker; leave it out to use --workers")
-    os.environ.update(quiet_environment(launch))  # Ray reads some of it when it is loaded
-    from ray import tune
-
-    with started(launch):
-        if launch.stop_file.exists():
-            return
-        gpus = _gpus_per_worker(launch)
-        assignments = [assign(trial, launch, gpus, trained.get(trial.key)) for trial in trials]
-        for assignment in assignments:
-            _clean(assignment, launch)
-        grid = tune.grid_search([assignment.plain() for assignment in assignments])
-        config = tune.TuneConfig(max_concurrent_trials=_concurrent(launch, gpus), **_naming(launch))
-        _fit(
-            tune.Tuner(
-                _trainable(launch, gpus),
-                param_space={"assignment": grid},
-                tune_config=config,
-                run_config=_run_config(launch, listener),
-            ),
-            launch,
-        )
+    waiting = iter(trials)
+    _run(lambda: next(waiting, None), None, launch, listener, trained)
 
 
 def run_search(source: Source, launch: LaunchConfig, listener: Listener, announce: Callable[[Trial], None]) -> None:
@@ -75,24 +56,44 @@ def run_search(source: Source, launch: LaunchConfig, listener: Listener, announc
     Raises:
         UserError: one trial asks for more than the cluster has.
     """
-    os.environ.update(quiet_environment(launch))
+
+    def announced() -> Trial | None:
+        trial = source.next()
+        if trial:
+            announce(trial)
+        return trial
+
+    _run(announced, source, launch, listener, {})
+
+
+def _run(
+    following: Callable[[], Trial | None],
+    source: Source | None,
+    launch: LaunchConfig,
+    listener: Listener,
+    trained: Trained,
+) -> None:
+    """Have Tune run one trial after the other, as many at a time as fit.
+
+    Tune is given them one by one: of a grid it would copy the whole for each of its trials.
+    """
+    os.environ.update(quiet_environment(launch))  # Ray reads some of it when it is loaded
     from ray import tune
 
     with started(launch):
         gpus = _gpus_per_worker(launch)
 
         def assigned() -> dict[str, Any] | None:
-            trial = None if launch.stop_file.exists() else source.next()
+            trial = None if launch.stop_file.exists() else following()
             if trial is None:
                 return None
-            announce(trial)
-            assignment = assign(trial, launch, gpus)
+            assignment = assign(trial, launch, gpus, trained.get(trial.key))
             _clean(assignment, launch)
             return {"assignment": assignment.plain()}
 
         config = tune.TuneConfig(
             search_alg=_proposing(assigned),
-            scheduler=_ending(source),
+            scheduler=_ending(source) if source else None,
             num_samples=-1,
             max_concurrent_trials=_concurrent(launch, gpus),
             **_naming(launch),
@@ -101,7 +102,7 @@ def run_search(source: Source, launch: LaunchConfig, listener: Listener, announc
 
 
 def _proposing(assigned: Callable[[], dict[str, Any] | None]) -> Any:
-    """Return Tune's searcher that takes what is proposed; Optuna's storage remembers, so Tune need not."""
+    """Return Tune's searcher that takes what is proposed; MLflow and Optuna's storage remember, so Tune need not."""
     from ray.tune.search import Searcher
 
     class Proposing(Searcher):

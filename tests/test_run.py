@@ -161,6 +161,21 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -
     assert len(store.client.search_model_versions("name = 'tiny'")) == 2, "a model is registered once"
 
 
+def test_a_finished_trials_checkpoints_go_and_the_policys_stay(place: Path) -> None:
+    mar(place, "run", "tiny.yaml", "--local", "--only", "ρ=50 %")
+    mar(place, "run", "tiny.yaml", "--local", "--keep", "best,every=2")
+    found = {record.tags["labels"]: record for record in trial_runs(place)}
+    left = {
+        label: sorted(path.name for path in (place / "mar_store" / "trials" / record.key).glob("step_*"))
+        for label, record in found.items()
+    }
+    gone, kept = left.values()
+    assert gone == [] and "step_00000004" in kept and len(kept) <= 2, "two steps an epoch, three epochs"
+    client = Store(LaunchConfig(store=place / "mar_store")).client
+    for record in found.values():
+        assert {item.path for item in client.list_artifacts(record.run_id, "logs")} == {"logs/worker0.txt"}
+
+
 def test_a_trial_finished_in_another_study_is_not_trained_again(place: Path) -> None:
     mar(place, "run", "tiny.yaml", "--local", "--only", "ρ=50 %")
     (place / "other.yaml").write_text(
@@ -296,7 +311,7 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(place: Path) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_damaged_checkpoint_is_passed_over_aloud_in_a_ray_worker(place: Path) -> None:
-    words = ["run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline"]
+    words = ["run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline", "--keep", "every=1"]
     mar(place, *words)
     (trial,) = (place / "mar_store" / "trials").iterdir()
     newest = sorted(trial.glob("step_*"))[-1]

@@ -18,8 +18,10 @@ from orchestration.files import packaged
 from orchestration.results import AnyRecord, Record, match, match_training
 from orchestration.study import ABSENT, Study, Trial
 
-_BYTES_PER_PARAMETER = 4 * (1 + 2 * 3)
-"""The result's model, and two checkpoints of weights and AdamW's two moments, float32."""
+_BYTES_PER_PARAMETER = 4
+"""The result's model, float32; its checkpoints go when it is finished."""
+_CHECKPOINTS = 2 * 3
+"""While it is trained: two of weights and AdamW's two moments, in models."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,8 @@ def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
     notes = [words]
     if new:
         notes.append(
-            f"storage about {sum(line.storage_gib for line in new):.1f} GiB (two checkpoints and the model of each)"
+            f"storage about {sum(line.storage_gib for line in new):.1f} GiB for their models, and while a trial runs "
+            f"{_CHECKPOINTS * max(line.storage_gib for line in new):.1f} GiB at most for its checkpoints"
         )
     absent = {line.trial.settings.data.root: None for line in lines if line.trial.fingerprint == ABSENT}
     notes += [f"the data is not there yet: {root}" for root in absent]

@@ -14,9 +14,9 @@ demo: $(STAMP)
 test: check
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# A real Ray cluster of several nodes on this machine, which must have no other Ray: minutes, and not part of `make test` yet.
+# More of Ray clusters of several nodes, and servers that are killed: ten minutes on a machine that must have no other Ray.
 test-cluster: $(STAMP)
-	$(BIN)/pytest -q -m cluster tests/test_ray_cluster.py tests/test_faults.py
+	$(BIN)/pytest -q -m cluster
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

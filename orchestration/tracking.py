@@ -226,11 +226,10 @@ class Store:
         with _explained(self.launch):
             query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in find.items())
             runs = self.client.search_runs([experiment_id], query, max_results=1)
-            if runs:
-                run_id = runs[0].info.run_id
-                self.client.update_run(run_id, status="RUNNING")
-            else:
-                run_id = self.client.create_run(experiment_id, tags=dict(find), run_name=name).info.run_id
+            if not runs:
+                return self.client.create_run(experiment_id, tags={**find, **tags}, run_name=name).info.run_id
+            run_id = runs[0].info.run_id
+            self.client.update_run(run_id, status="RUNNING")
             self.client.log_batch(run_id, tags=[RunTag(tag, value) for tag, value in tags.items()])
         return run_id
 

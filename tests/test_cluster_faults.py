@@ -22,7 +22,6 @@ from moto.server import ThreadedMotoServer
 from orchestration.config import LaunchConfig
 from orchestration.tracking import RunRecord, Store
 
-pytestmark = pytest.mark.cluster
 BIN = Path(sys.executable).parent
 PORT, DASHBOARD = 26379, 28265
 HERE = "127.0.0.1"
@@ -214,6 +213,7 @@ def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(clus
     assert losses_of(place) == undisturbed(place, 30)
 
 
+@pytest.mark.cluster
 def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure(cluster: Cluster, place: Path) -> None:
     cluster.loses_all_nodes()
     node = cluster.join("spot")
@@ -236,6 +236,7 @@ def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure
     assert losses_of(place) == undisturbed(place, 40)
 
 
+@pytest.mark.cluster
 def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, place: Path) -> None:
     cluster.has(1)
     cluster.join("third")
@@ -263,6 +264,7 @@ def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, pl
     assert progress["step"] // 2 == len(progress["history"]), "as many steps an epoch as ever: the batch is the same"
 
 
+@pytest.mark.cluster
 def test_a_head_that_is_lost_with_all_that_ran_on_it_loses_no_epoch(cluster: Cluster, place: Path) -> None:
     cluster.has(1)
     running = Running(place, epochs=40)
@@ -275,6 +277,7 @@ def test_a_head_that_is_lost_with_all_that_ran_on_it_loses_no_epoch(cluster: Clu
     assert losses_of(place) == undisturbed(place, 40)
 
 
+@pytest.mark.cluster
 def test_nodes_that_share_no_disk_train_together_and_another_goes_on_for_one(
     cluster: Cluster, place: Path, s3: None
 ) -> None:

@@ -28,6 +28,9 @@ from orchestration.watch import Watch
 from orchestration.worker_log import WorkerLog
 
 _PREDECESSOR_S = 20.0
+"""How long a worker of a killed launch may live on."""
+_LOST_HEAD_S = 90.0
+"""How long one lives on whose head is lost: Ray gives that a minute."""
 
 
 def train(
@@ -103,7 +106,7 @@ def _attempt(trial: _Trial, report: Report, is_preempted: Callable[[], bool]) ->
     try:
         with Watch(told, settings.recipe.batch_size, trial.device, trial.say, is_preempted) as watch:
             execution = replace(execution, step=watch.step, alive=watch.alive)
-            with _alone_in(folder) if share().rank == 0 else nullcontext():
+            with _alone_in(told, folder) if share().rank == 0 else nullcontext():
                 if told.cache_from and settings.data.cache:
                     fetch_cache(remote(told.cache_from), Path(settings.data.cache))
                 if told.trained:
@@ -182,10 +185,10 @@ def _halve_passes(told: Assignment, folder: Path) -> bool:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Generator[None]:
+def _alone_in(told: Assignment, folder: Path) -> Generator[None]:
     """Hold the trial's folder: a worker of a killed launch may live some seconds longer than its driver."""
     try:
-        with FileLock(folder / "lock", timeout=_PREDECESSOR_S):
+        with FileLock(folder / "lock", timeout=_LOST_HEAD_S if told.waits_for_nodes else _PREDECESSOR_S):
             yield
     except Timeout:
         raise Failure(

@@ -23,7 +23,7 @@ from orchestration.config import LaunchConfig
 from orchestration.tracking import RunRecord, Store
 
 BIN = Path(sys.executable).parent
-PORT, DASHBOARD = 26379, 28265
+DASHBOARD = 28265
 HERE = "127.0.0.1"
 NODE = ["--object-store-memory=80000000", "--disable-usage-stats"]
 STUDY = """\
@@ -45,17 +45,22 @@ class Cluster:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a socket's path has 107 characters at most
         self.nodes: list[str] = []
+        self.port = 26379
         ray("get-auth-token", "--generate")
         self.start_head()
 
     def start_head(self) -> None:
-        words = ["--head", f"--port={PORT}", f"--dashboard-host={HERE}", f"--dashboard-port={DASHBOARD}"]
+        words = ["--head", f"--port={self.port}", f"--dashboard-host={HERE}", f"--dashboard-port={DASHBOARD}"]
         self._start("head", [*words, "--num-cpus=0", f"--node-ip-address={HERE}"])
+
+    @property
+    def address(self) -> str:
+        return f"{HERE}:{self.port}"
 
     def join(self, name: str, *before: str) -> str:
         """Start a node with one CPU, behind the command ``before``; returns its id."""
         there = set(self.alive())
-        self._start(name, [f"--address={HERE}:{PORT}", "--num-cpus=1", f"--node-ip-address={HERE}"], *before)
+        self._start(name, [f"--address={self.address}", "--num-cpus=1", f"--node-ip-address={HERE}"], *before)
         wait_for(lambda: set(self.alive()) - there)
         (node,) = set(self.alive()) - there
         return node
@@ -152,12 +157,12 @@ def place(tmp_path: Path, videos: Path) -> Path:
 class Running:
     """``mar run`` of the study's first trial in the background."""
 
-    def __init__(self, place: Path, *words: str, epochs: int) -> None:
+    def __init__(self, cluster: Cluster, place: Path, *words: str, epochs: int) -> None:
         self.place, self.log = place, place / "out.txt"
         given = ["run", "tiny.yaml", f"recipe.epochs={epochs}", "--only", "ρ=50 %", "--store", str(place / "store")]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [BIN / "mar", *given, "--address", f"{HERE}:{PORT}", *words],
+                [BIN / "mar", *given, "--address", cluster.address, *words],
                 cwd=place,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -202,7 +207,7 @@ def undisturbed(place: Path, epochs: int) -> list[tuple[int, float]]:
 
 def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(cluster: Cluster, place: Path) -> None:
     cluster.has(1)
-    running = Running(place, "--retries", "2", epochs=30)
+    running = Running(cluster, place, "--retries", "2", epochs=30)
     running.gets_on()
     (worker,) = cluster.processes("ray::RayTrainWorker")
     worker.kill()
@@ -217,7 +222,7 @@ def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(clus
 def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure(cluster: Cluster, place: Path) -> None:
     cluster.loses_all_nodes()
     node = cluster.join("spot")
-    running = Running(place, "--retries", "0", epochs=40)
+    running = Running(cluster, place, "--retries", "0", epochs=40)
     running.gets_on()
     reason = [
         "--reason",
@@ -227,7 +232,7 @@ def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure
         "--deadline-remaining-seconds",
         "8",
     ]
-    ray("drain-node", "--address", f"{HERE}:{PORT}", "--node-id", node, *reason)
+    ray("drain-node", "--address", cluster.address, "--node-id", node, *reason)
     log = next(place.glob("store/trials/*/logs/worker0.txt"))
     wait_for(lambda: "a node of this trial is to go: saving at step" in log.read_text())
     cluster.kill("spot")
@@ -240,7 +245,7 @@ def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure
 def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, place: Path) -> None:
     cluster.has(1)
     cluster.join("third")
-    running = Running(place, "--workers", "2", "--min-workers", "1", "--resize-s", "5", epochs=600)
+    running = Running(cluster, place, "--workers", "2", "--min-workers", "1", "--resize-s", "5", epochs=600)
     running.gets_on()
     log = next(place.glob("store/trials/*/logs/worker0.txt"))
 
@@ -267,13 +272,14 @@ def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, pl
 @pytest.mark.cluster
 def test_a_head_that_is_lost_with_all_that_ran_on_it_loses_no_epoch(cluster: Cluster, place: Path) -> None:
     cluster.has(1)
-    running = Running(place, epochs=40)
+    running = Running(cluster, place, epochs=40)
     running.gets_on()
     running.process.kill()  # what the head's machine ran: the launch too
     cluster.kill("head")
+    cluster.port += 1  # its raylets live on for a minute, and Ray takes them for a head that is there
     cluster.start_head()
     cluster.join("fifth")
-    Running(place, epochs=40).ends_well()
+    Running(cluster, place, epochs=40).ends_well()
     assert losses_of(place) == undisturbed(place, 40)
 
 
@@ -287,7 +293,7 @@ def test_nodes_that_share_no_disk_train_together_and_another_goes_on_for_one(
     cluster.join("sixth", *own_disk)
     cluster.join("seventh", *own_disk)
     words = ["--workers", "2", "--retries", "3", "--remote", "s3://bucket/store"]
-    running = Running(place, *words, epochs=60)
+    running = Running(cluster, place, *words, epochs=60)
     running.gets_on()
     assert not list(place.glob("store/trials/*/step_*")), "its disk is another"
     cluster.kill("sixth")

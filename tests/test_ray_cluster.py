@@ -189,3 +189,38 @@ def test_a_mistake_is_told_before_anything_is_submitted(
     assert "nobody answers there" in mar(place, "jobs", "list", "--address", "http://127.0.0.1:9", code=2)
     assert "expected the dashboard's address" in mar(place, "jobs", "list", "--address", "127.0.0.1:8265", code=2)
     assert "no job 'mar-x'" in mar(place, "jobs", "follow", "mar-x", "--address", ADDRESS, code=2)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Generator[str]:
+    """The address of a machine of our own, a network namespace, on which Ray asks nobody for a token."""
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("a network namespace takes root and iproute2")
+    for line in (
+        "netns add mar-open",
+        "link add mar-here type veth peer name mar-there netns mar-open",
+        "addr add 10.213.7.1/30 dev mar-here",
+        "link set mar-here up",
+        "-n mar-open addr add 10.213.7.2/30 dev mar-there",
+        "-n mar-open link set mar-there up",
+        "-n mar-open link set lo up",
+    ):
+        subprocess.run(["ip", *line.split()], check=True)
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    words = ["--head", "--dashboard-host=10.213.7.2", "--dashboard-port=8265", "--node-ip-address=10.213.7.2"]
+    inside = ["ip", "netns", "exec", "mar-open"]
+    open_to_all = {**os.environ, **RAY, "RAY_AUTH_MODE": "disabled"}
+    more = ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats", f"--temp-dir={folder}"]
+    subprocess.run([*inside, BIN / "ray", "start", *words, *more], env=open_to_all, check=True, capture_output=True)
+    yield "http://10.213.7.2:8265"
+    subprocess.run([*inside, BIN / "ray", "stop", "--force"], env=open_to_all, check=True, capture_output=True)
+    subprocess.run(["ip", "netns", "del", "mar-open"], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_cluster_elsewhere_that_asks_for_no_token_is_refused_unless_told_otherwise(
+    elsewhere: str, place: Path
+) -> None:
+    refused = mar(place, "submit", "quickstart", "data.root=/data", "--store", "/store", "--address", elsewhere, code=2)
+    assert "this cluster answers without a token" in refused and "CVE-2023-48022" in refused
+    assert "no jobs of ours" in mar(place, "jobs", "list", "--address", elsewhere, "--open")

@@ -55,13 +55,11 @@ class Keep:
         return kept | {*(ranked[-1:] if self.best else [])}
 
 
-def clear(folder: Path, keep: Keep) -> set[str]:
-    """Remove the checkpoints of a training whose result is safe, but for those to be kept; returns the names of these."""
+def clear(folder: Path, keep: Keep) -> None:
+    """Remove the checkpoints of a training whose result is safe, but for those to be kept."""
     there = sorted(folder.glob("step_*"))
-    kept = keep.for_good(there)
-    for old in {*there, *folder.glob(".step_*.unfinished")} - kept:
+    for old in {*there, *folder.glob(".step_*.unfinished")} - keep.for_good(there):
         shutil.rmtree(old, ignore_errors=True)
-    return {path.name for path in kept}
 
 
 def _epochs(path: Path) -> list[Mapping[str, float]]:

@@ -94,13 +94,14 @@ def status(
 def stop_study(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="A study that is being run from the store.")],
     store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
     remote: RemotePlace = None,
 ) -> None:
     """Let a running study's trials save, and end it; the same mar run goes on."""
     from orchestration.config import LaunchConfig
     from orchestration.status import stop as stop_of
 
-    stop_of(LaunchConfig(store=store, study=Path(study).stem, remote=remote))
+    stop_of(LaunchConfig(store=store, study=Path(study).stem, tracking_uri=tracking_uri, remote=remote))
     print(f"{Path(study).stem} stops as soon as its trials have saved")
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import filelock
 
-from mar import RESULT
+from mar import MANIFEST, RESULT
 from mar.annotations import read_split
 from mar.config import EvaluationMaskConfig
 from mar.cost import cost
@@ -27,7 +27,7 @@ from orchestration import provenance
 from orchestration.config import LaunchConfig
 from orchestration.failures import Reason
 from orchestration.quantities import QUANTITIES
-from orchestration.remote import remote
+from orchestration.remote import Remote, clear_copies, remote
 from orchestration.results import Record, match, match_training
 from orchestration.study import Study, Trial
 from orchestration.tracking import EXPECTED, IDENTITY, KEY, KIND, STUDY, TRAINED_BY, WEIGHTS, RunRecord, Store, Writer
@@ -114,6 +114,7 @@ class Launch:
         self.stopped.add(key)
         self.writer.tag(key, "ended", words)
         self.writer.end(key, "KILLED")
+        self.writer.then(lambda: self._clear(self.store.launch.trial_folder(key)))
         self.view.ended(self.trials[key], words)
 
     def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
@@ -213,13 +214,10 @@ class Launch:
     def _clear(self, folder: Path) -> None:
         """Remove the checkpoints of a trial that MLflow knows to be finished, but for those that are kept."""
         launch = self.store.launch
-        kept = clear(folder, launch.keep)
+        clear(folder, launch.keep)
         if launch.remote:
-            with suppress(Failure):  # they only take room
-                place = remote(launch.remote)
-                for name in place.names(f"trials/{folder.name}"):
-                    if name.startswith("step_") and name not in kept:
-                        place.remove(f"trials/{folder.name}/{name}")
+            with suppress(Failure, OSError):  # they only take room
+                clear_copies(remote(launch.remote), folder.name, launch.keep)
 
     def _relay(self, key: str) -> None:
         """Tell the view what the trial's workers have said since."""
@@ -320,6 +318,8 @@ def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
     if untrained:
         _run(launched, untrained, {})
     trained: dict[str, Path] = {key: store.result_of(record) for key, record in known.items()}
+    if store.launch.remote:
+        _push_results(remote(store.launch.remote), {*trained.values()})
     for key, teacher in teachers.items():
         if teacher in launched.done:
             trained[key] = store.launch.trial_folder(teacher) / RESULT
@@ -331,6 +331,14 @@ def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
         launched.tested(trial.key, teachers.get(trial.key) or known[trial.key].key)
     if tests:
         _run(launched, tests, trained)
+
+
+def _push_results(place: Remote, results: set[Path]) -> None:
+    """Have the results that are to be tested again where every node finds them."""
+    for result in results:
+        name = f"trials/{result.parent.name}/{result.name}"
+        if not place.exists(f"{name}/{MANIFEST}"):
+            place.push_folder(result, name)
 
 
 def shared_trainings(
@@ -402,10 +410,12 @@ def only_one(study: Study, launch: LaunchConfig) -> Generator[None]:
 
 def ask_to_stop(launch: LaunchConfig) -> None:
     """Ask a study's workers to save and stop, wherever they are; its driver then ends."""
-    launch.stop_file.parent.mkdir(parents=True, exist_ok=True)
-    launch.stop_file.touch()
-    if launch.remote:
-        remote(launch.remote).touch(f"locks/{launch.stop_file.name}")
+    try:
+        if launch.remote:
+            remote(launch.remote).touch(f"locks/{launch.stop_file.name}")
+    finally:
+        launch.stop_file.parent.mkdir(parents=True, exist_ok=True)
+        launch.stop_file.touch()
 
 
 def forget_stop(launch: LaunchConfig) -> None:

@@ -12,12 +12,14 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock
 
 from mar import MANIFEST, RESULT
 from mar.errors import Failure, UserError
+from mar.keep import Keep
 from mar.sealed import read_sealed
 from orchestration.failures import first_line
 
@@ -64,23 +66,24 @@ class Remote:
             self.push(file, f"{name}/{file.relative_to(folder)}")
 
     def pull_sealed(self, name: str, folder: Path) -> bool:
-        """Copy a sealed folder from there, unless it is here; false where there is no whole one."""
-        if (folder / MANIFEST).is_file():
-            return True
-        if not self.exists(f"{name}/{MANIFEST}"):
-            return False
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for each in self.names(name):
-            self.pull(f"{name}/{each}", unfinished / each)
-        try:
-            read_sealed(unfinished)
-        except Failure:
+        """Have here the sealed folder that is there, verified; false where there is no whole one."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / ".pulling"):  # workers of one node share its disk
+            unfinished = folder.with_name(f".{folder.name}.pulled")
             shutil.rmtree(unfinished, ignore_errors=True)
-            return False
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-        return True
+            if not self.pull(f"{name}/{MANIFEST}", unfinished / MANIFEST):
+                return False
+            if _is_whole(folder) and (folder / MANIFEST).read_bytes() == (unfinished / MANIFEST).read_bytes():
+                shutil.rmtree(unfinished)
+                return True
+            for each in self.names(name):
+                self.pull(f"{name}/{each}", unfinished / each)
+            is_whole = _is_whole(unfinished)
+            if is_whole:
+                shutil.rmtree(folder, ignore_errors=True)
+                unfinished.rename(folder)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            return is_whole
 
     def pull_missing(self, name: str, folder: Path) -> int:
         """Copy those files of a folder that are not here, or here with another size; returns how many."""
@@ -102,6 +105,10 @@ class Remote:
     def names(self, name: str) -> list[str]:
         """Return what is directly in a folder."""
         return sorted({each.split("/")[0] for each in self._sizes(name)})
+
+    def sealed(self, name: str) -> set[str]:
+        """Return the folders directly in a folder that are whole: those with a manifest."""
+        return {each.split("/")[0] for each in self._sizes(name) if each.split("/")[1:] == [MANIFEST]}
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -148,6 +155,14 @@ class Remote:
             raise Failure(f"{self.uri}/{name} cannot be used: {first_line(error)}", "node") from None
 
 
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_sealed(folder)
+    except Failure:
+        return False
+    return True
+
+
 @lru_cache(maxsize=8)
 def remote(uri: str) -> Remote:
     """Return the remote at an address; one for all that a process does there."""
@@ -156,12 +171,23 @@ def remote(uri: str) -> Remote:
 
 def collect(place: Remote, key: str, folder: Path) -> None:
     """Bring a trial's result and what it left to be read, but no checkpoint, to its folder here."""
-    shutil.rmtree(folder / RESULT, ignore_errors=True)
     place.pull_sealed(f"trials/{key}/{RESULT}", folder / RESULT)
     for name in place.names(f"trials/{key}"):
         if "." in name:
             place.pull(f"trials/{key}/{name}", folder / name)
     place.pull_missing(f"trials/{key}/logs", folder / "logs")
+
+
+def clear_copies(place: Remote, key: str, keep: Keep) -> None:
+    """Remove a finished trial's checkpoints there, but for those that are kept."""
+    whole = {name for name in place.sealed(f"trials/{key}") if name.startswith("step_")}
+    with TemporaryDirectory() as folder:
+        for name in whole:
+            place.pull(f"trials/{key}/{name}/{MANIFEST}", Path(folder) / name / MANIFEST)
+        kept = {path.name for path in keep.for_good(sorted(Path(folder).glob("step_*")))}
+    for name in place.names(f"trials/{key}"):
+        if name.startswith("step_") and name not in kept:
+            place.remove(f"trials/{key}/{name}")
 
 
 def push_cache(place: Remote, folder: Path) -> int:

@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -102,7 +102,12 @@ def stopping_gently(launch: LaunchConfig) -> Generator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: ask_to_stop(launch))
+
+    def stop(number: int, frame: object) -> None:
+        with suppress(Failure):  # the object store is away: who looks here stops all the same
+            ask_to_stop(launch)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:

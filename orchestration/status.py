@@ -19,6 +19,9 @@ from orchestration.remote import remote
 from orchestration.tracking import RunRecord, Store
 from orchestration.trial import PULSE
 
+_LOST_S = 120.0
+"""A trial whose pulse is older is not taken for one that runs elsewhere."""
+
 
 @dataclass(frozen=True)
 class RunningTrial:
@@ -73,7 +76,11 @@ def stop(launch: LaunchConfig) -> None:
     Raises:
         UserError: nobody runs it.
     """
-    if not launch.remote and not _holder(launch):  # whose lock may be on another machine
+    is_running = bool(_holder(launch)) or (
+        launch.remote  # its lock may be on another machine
+        and any(each.experiment == launch.study and each.status == "RUNNING" for each in Store(launch).trials())
+    )
+    if not is_running:
         raise UserError(f"the study {launch.study} is not being run from the store {launch.store}")
     ask_to_stop(launch)
 
@@ -102,8 +109,10 @@ def _study(name: str, records: list[RunRecord], launch: LaunchConfig, expected: 
     own = [record for record in records if record.experiment == name]
     there = launch.model_copy(update={"study": name})
     holder = _holder(there)
-    is_running = bool(holder or launch.remote)
-    running = [_trial(record, launch) for record in own if record.status == "RUNNING"] if is_running else []
+    running = [_trial(record, launch) for record in own if record.status == "RUNNING"]
+    has_pulse = any(each.silent_s is not None and each.silent_s < _LOST_S for each in running)
+    is_running = bool(holder or (launch.remote and has_pulse))
+    running = running if is_running else []
     counts = dict(Counter(record.status.lower() for record in own))
     if not is_running and counts.get("running"):  # its driver is no more
         counts["lost"] = counts.pop("running")

@@ -143,9 +143,10 @@ def _ending(source: Source) -> Any:
             return {}
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            metrics = {name: value for name, value in result.items() if "/" in name and isinstance(value, float)}
-            if "epoch" in result and self.source.should_end(_trial_name(trial), int(result["epoch"]), metrics):
-                return TrialScheduler.STOP
+            for told in [*result.get(EARLIER, []), result]:
+                metrics = {name: value for name, value in told.items() if "/" in name and isinstance(value, float)}
+                if "epoch" in told and self.source.should_end(_trial_name(trial), int(told["epoch"]), metrics):
+                    return TrialScheduler.STOP
             return TrialScheduler.CONTINUE
 
     return Ending(source)
@@ -156,9 +157,10 @@ def _clean(assignment: Assignment, launch: LaunchConfig) -> None:
     shutil.rmtree(launch.store.resolve() / "ray" / assignment.key, ignore_errors=True)
     (Path(assignment.folder) / FILE).unlink(missing_ok=True)
     if launch.remote:
-        place = remote(launch.remote)
-        place.remove(f"ray/{assignment.key}")
-        place.remove(f"trials/{assignment.key}/{FILE}")
+        with suppress(Failure, OSError):
+            place = remote(launch.remote)
+            place.remove(f"ray/{assignment.key}")
+            place.remove(f"trials/{assignment.key}/{FILE}")
 
 
 def _trainable(launch: LaunchConfig, gpus: int) -> Any:
@@ -282,7 +284,7 @@ def _left_by(trial: Any) -> Path:
     assignment = trial.config["assignment"]
     folder = Path(assignment["folder"])
     if assignment["remote"]:
-        with suppress(Failure):  # then it has no result here, and that is said
+        with suppress(Failure, OSError):  # then it has no result here, and that is said
             collect(remote(assignment["remote"]), assignment["key"], folder)
     return folder
 
@@ -330,8 +332,11 @@ def _listening(listener: Listener) -> Any:
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             key = _trial_name(trial)
             error = trial.get_error() if hasattr(trial, "get_error") else "Ray lost the trial"
-            reason = read_reason(_left_by(trial), error)
-            if self.listener and reason and not _was_stopped(trial, reason):
+            folder = _left_by(trial)
+            reason = read_reason(folder, error)
+            if self.listener and (folder / RESULT / MANIFEST).is_file():  # lost after its end
+                self.listener.finished(key)
+            elif self.listener and reason and not _was_stopped(trial, reason):
                 self.listener.failed(key, reason)
 
     return Listening(listener)

@@ -129,6 +129,8 @@ def one_by_one(send: Callable[[dict[str, Any]], None]) -> Callable[[int, dict[st
 
     def report(epoch: int, metrics: dict[str, float], checkpoint: Path | None) -> None:
         if checkpoint is None:
+            if epoch == 1:  # another attempt
+                earlier.clear()
             earlier.append({**metrics, "epoch": epoch})
         else:
             send({**metrics, "epoch": epoch, EARLIER: [*earlier]})
@@ -212,6 +214,7 @@ def quiet_environment(launch: LaunchConfig) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first epoch
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),

@@ -51,9 +51,12 @@ def train(
     except OSError as error:
         raise Failure(f"{folder} cannot be made: {error}; choose another --store", "disk") from None
     with WorkerLog(folder, share(), device) as say, _copies(told, folder) as copies:
-        _heed_earlier(told, folder)
+        _heed_earlier(told, folder, copies)
         if share().world == 1 and Path(told.stop_file).exists():
             return _left(folder, Reason("stopped before it began", "stopped"))
+        cache = told.settings["data"]["cache"]
+        if told.cache_from and cache:
+            fetch_cache(remote(told.cache_from), Path(cache))
         return _try(_Trial(told, folder, device, say, copies), report, is_preempted)
 
 
@@ -107,15 +110,13 @@ def _attempt(trial: _Trial, report: Report, is_preempted: Callable[[], bool]) ->
         with Watch(told, settings.recipe.batch_size, trial.device, trial.say, is_preempted) as watch:
             execution = replace(execution, step=watch.step, alive=watch.alive)
             with _alone_in(told, folder) if share().rank == 0 else nullcontext():
-                if told.cache_from and settings.data.cache:
-                    fetch_cache(remote(told.cache_from), Path(settings.data.cache))
                 if told.trained:
                     test_again(settings, _result_of(told), folder, report, execution)
                 else:
-                    if copies:
-                        copies.ready()
+                    for name in copies.ready() if copies else ():
+                        trial.say.note(f"{name} fetched from {told.remote}")
                     fit(settings, folder, report, execution)
-                if copies and share().rank == 0:
+                if copies:
                     copies.finished()
     except Stopped as words:
         reason = Reason(str(words), "stopped")
@@ -154,7 +155,7 @@ def _left(folder: Path, reason: Reason) -> Reason:
     return reason
 
 
-def _heed_earlier(told: Assignment, folder: Path) -> None:
+def _heed_earlier(told: Assignment, folder: Path, copies: Copies | None) -> None:
     """Give a trial up at once that failed in a way that would come again; forget any other failure.
 
     Raises:
@@ -165,6 +166,8 @@ def _heed_earlier(told: Assignment, folder: Path) -> None:
         raise Failure(reason.words, reason.kind)
     if share().rank == 0:
         (folder / FILE).unlink(missing_ok=True)
+        if copies:
+            copies.place.remove(f"{copies.name}/{FILE}")
 
 
 def _passes(told: Assignment, folder: Path) -> int | None:

@@ -296,6 +296,11 @@ def test_nodes_that_share_no_disk_train_together_and_another_goes_on_for_one(
     running = Running(cluster, place, *words, epochs=60)
     running.gets_on()
     assert not list(place.glob("store/trials/*/step_*")), "its disk is another"
+    stop = ["stop", "tiny", "--store", place / "store", "--remote", "s3://bucket/store"]
+    subprocess.run([BIN / "mar", *stop], check=True, env={**os.environ, **RAY})
+    assert running.process.wait(timeout=120) == 1, running.log.read_text()
+    running = Running(cluster, place, *words, epochs=60)  # no node's disk remembers that wish
+    running.gets_on()
     cluster.kill("sixth")
     cluster.join("eighth", *own_disk)
     running.ends_well()

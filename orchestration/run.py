@@ -16,7 +16,8 @@ from rich.console import Console
 from mar.errors import Failure, FailureKind, UserError
 from orchestration.config import LaunchConfig
 from orchestration.failures import REMEDIES
-from orchestration.launch import Launch, ask_to_stop, check_data, check_weights, missing_trials, only_one, train_missing
+from orchestration.launch import Launch, check_data, check_weights, missing_trials, train_missing
+from orchestration.lock import ask_to_stop, only_one
 from orchestration.plan import Device, plan_trials
 from orchestration.progress import Board
 from orchestration.report import write_report

@@ -10,7 +10,8 @@ from mar import RESULT
 from mar.errors import Failure, UserError
 from orchestration.config import LaunchConfig
 from orchestration.failures import Reason
-from orchestration.launch import Launch, check_data, check_weights, only_one
+from orchestration.launch import Launch, check_data, check_weights
+from orchestration.lock import only_one
 from orchestration.progress import Board
 from orchestration.run import stopping_gently
 from orchestration.search import Proposer, open_search

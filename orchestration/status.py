@@ -14,7 +14,7 @@ import filelock
 
 from mar.errors import UserError
 from orchestration.config import LaunchConfig
-from orchestration.launch import ask_to_stop
+from orchestration.lock import ask_to_stop
 from orchestration.remote import remote
 from orchestration.tracking import RunRecord, Store
 from orchestration.trial import PULSE

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import tiny_tree
@@ -139,6 +140,7 @@ def test_a_trial_trains_on_two_nodes_and_goes_on_after_one_is_killed_and_another
     )
     wait_for(lambda: len(list(place.glob("store/trials/*/step_*"))) > 1)
     raylets = raylets_of(cluster)
+    assert len(raylets) == 2
     assert {parent for parent in parents("ray::RayTrainWorker") if parent in raylets} == set(raylets), "one on each"
     done = len(
         json.loads(sorted(place.glob("store/trials/*/step_*/manifest.json"))[-1].read_text())["progress"]["history"]
@@ -153,14 +155,15 @@ def test_a_trial_trains_on_two_nodes_and_goes_on_after_one_is_killed_and_another
 
 def raylets_of(cluster: Path) -> list[int]:
     """The processes of this cluster's raylets, the head's first."""
-    lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
-    return sorted(int(line.split()[0]) for line in lines if "raylet/raylet " in line and str(cluster) in line)
+    found = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
+    raylets = [process for process in found if process.info["cmdline"][0].endswith("raylet/raylet")]
+    return sorted(each.pid for each in raylets if any(str(cluster) in word for word in each.info["cmdline"]))
 
 
-def parents(word: str) -> set[int]:
+def parents(title: str) -> set[int]:
     """The parents of the processes that are called so."""
-    lines = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True).stdout.splitlines()
-    return {int(line.split()[0]) for line in lines if word in line}
+    found = [process for process in psutil.process_iter(["cmdline", "ppid"]) if process.info["cmdline"]]
+    return {process.info["ppid"] for process in found if process.info["cmdline"][0].startswith(title)}
 
 
 def wait_for(there: Callable[[], object], timeout_s: float = 150) -> None:

@@ -62,7 +62,11 @@ def is_lost_peer(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device's memory or this machine's is full."""
     names = {kind.__name__ for kind in type(error).__mro__}  # torch's own, without loading torch
-    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "can't allocate memory" in str(error)
+    signs = (
+        "can't allocate memory",
+        "could not create a primitive",
+    )  # torch's, and oneDNN's when memory is all but gone
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or any(sign in str(error) for sign in signs)
 
 
 def write_reason(folder: Path, reason: Reason) -> None:

@@ -19,7 +19,6 @@ from test_faults import STUDY, begin, end, wait_for
 from test_run import mar
 
 from mar.errors import Failure, UserError
-from mar.keep import Keep
 from orchestration.config import LaunchConfig
 from orchestration.remote import Remote
 from orchestration.tracking import Store
@@ -105,7 +104,6 @@ def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(p
     assert kept == {f"step_{step:08d}" for step in every if step >= int(there.removeprefix("step_"))}
     assert not list((place / "mar_store" / "trials" / key).glob("step_*")), "the disk is for others"
     assert {"manifest.json", "model.safetensors"} <= set(remote.names(f"trials/{key}/result"))
-    assert Keep().for_good([]) == set()
 
 
 def test_a_frame_cache_is_fetched_to_where_the_training_is(place: Path) -> None:

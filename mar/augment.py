@@ -132,7 +132,8 @@ def erase(pixels: Float[Tensor, "B C T H W"], boxes: list[Erased | None]) -> Flo
     """Put noise into each clip's box: the same box in all frames, fresh noise in each, normal after normalisation."""
     erased = pixels.clone()
     mean, std = (
-        torch.tensor(values, device=pixels.device).view(3, 1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+        torch.tensor(values).view(3, 1, 1, 1).to(pixels.device, non_blocking=True)
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
     )
     for clip, box in enumerate(boxes):
         if box is not None:
@@ -159,8 +160,7 @@ def mix(
     if not alpha:
         return pixels, labels
     kept = float(rng.beta(alpha, alpha))
-    partner = torch.arange(len(pixels), device=pixels.device) ^ 1
-    partner[partner == len(pixels)] = len(pixels) - 1  # an odd clip at the end has no neighbour
+    partner = (torch.arange(len(pixels), device=pixels.device) ^ 1).clamp(max=len(pixels) - 1)  # the last may be alone
     if good is not None:
         partner = torch.where(good[partner], partner, torch.arange(len(pixels), device=pixels.device))
     if use_cutmix:

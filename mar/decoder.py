@@ -7,14 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mar.config import ReconstructionConfig
-from mar.encoder import patchify
-from mar.layers import LayerNorm, initialise, sin_cos_positions, take_tokens, transformer_blocks
+from mar.encoder import take_tubelets
+from mar.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
 
 
 class Decoder(nn.Module):
     """Predicts the pixels of hidden tubelets from visible tokens.
 
-    The pixel head runs on hidden tokens only; the released code runs it on all and then selects.
+    The last block's queries, its MLP and the pixel head run on hidden tokens only; the released code runs them on all
+    and then selects.
     """
 
     positions: Tensor
@@ -36,15 +37,15 @@ class Decoder(nn.Module):
         """Return predicted values of the hidden tubelets, pixel by pixel with the channel last."""
         seen = self.project(tokens) + self.positions[visible]
         unseen = self.mask_token + self.positions[hidden]
-        decoded = self.blocks(torch.cat([seen, unseen.to(seen.dtype)], dim=1))
-        return self.head(self.norm(decoded[:, seen.shape[1] :]))
+        decoded = self.blocks(torch.cat([seen, unseen.to(seen.dtype)], dim=1), num_out=hidden.shape[1])
+        return self.head(self.norm(decoded))
 
 
 def reconstruction_target(
     pixels: Float[Tensor, "B C T H W"], hidden: Int[Tensor, "B M"], tubelet: tuple[int, int, int], normalize: bool
 ) -> Float[Tensor, "B M P"]:
     """Return x_M of Eq. 3: hidden tubelets of ``pixels`` (0 to 1), normalised by channel within each tubelet."""
-    tubelets = take_tokens(patchify(pixels, tubelet), hidden)
+    tubelets = take_tubelets(pixels, tubelet, hidden)
     channels = tubelets.unflatten(-1, (pixels.shape[1], -1)).transpose(-1, -2)
     if normalize:
         mean = channels.mean(dim=-2, keepdim=True)

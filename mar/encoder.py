@@ -7,14 +7,30 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mar.config import EncoderConfig
-from mar.layers import LayerNorm, initialise, sin_cos_positions, take_tokens, transformer_blocks
+from mar.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
 
 
 def patchify(video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int]) -> Float[Tensor, "B N P"]:
     """Cut clips into tubelets, tokens in order t, h, w; within one, channel, frame, row, column (P values)."""
+    return _tubelets(video, tubelet).flatten(1, 3).flatten(2)
+
+
+def take_tubelets(
+    video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int], places: Int[Tensor, "B K"]
+) -> Float[Tensor, "B K P"]:
+    """Return some of the tubelets of ``patchify``, by their flat index; the others are not copied."""
+    tubelets = _tubelets(video, tubelet)
+    _, _, h, w = tubelets.shape[:4]
+    clip = torch.arange(video.shape[0], device=places.device)[:, None]
+    return tubelets[clip, places // (h * w), places // w % h, places % w].flatten(2)
+
+
+def _tubelets(
+    video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int]
+) -> Float[Tensor, "B t h w C frames height width"]:
     frames, height, width = tubelet
     parts = video.unfold(2, frames, frames).unfold(3, height, height).unfold(4, width, width)
-    return parts.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(1, 3).flatten(2)
+    return parts.permute(0, 2, 3, 4, 1, 5, 6, 7)
 
 
 def unpatchify(
@@ -45,8 +61,7 @@ class Encoder(nn.Module):
 
     def forward(self, video: Float[Tensor, "B C T H W"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
         """Embed the visible tubelets, add their positions, run the blocks and the final norm."""
-        tubelets = take_tokens(patchify(video, self.tubelet), visible)
-        tokens = self.embed(tubelets) + self.positions[visible]
+        tokens = self.embed(take_tubelets(video, self.tubelet, visible)) + self.positions[visible]
         return self.norm(self.blocks(tokens))
 
 

@@ -1,20 +1,23 @@
 """The parts that encoder, decoder and bridging classifier share: sin-cos positions and transformer blocks.
 
-Departure from the released code: the blocks are timm's, whose key projection has a bias. Softmax does
-not change when every key moves by the same vector, so a checkpoint without one is loaded with zeros.
+Departures from the released code: attention never builds the matrix softmax(QKᵀ), except where that is faster;
+and the blocks are timm's, whose key projection has a bias. Softmax does not change when every key moves by the
+same vector, so a checkpoint without one is loaded with zeros.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
-from jaxtyping import Float, Int
-from timm.models import vision_transformer
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.layers.attention import Attention as TimmAttention
+from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-_timm: Any = vision_transformer
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 """LayerNorm with the ε of the released models."""
 
@@ -27,20 +30,102 @@ def sin_cos_positions(num_tokens: int, width: int) -> Float[Tensor, "N D"]:
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.0) -> nn.Sequential:
+def attention(
+    queries: Float[Tensor, "B heads Q d"], keys: Float[Tensor, "B heads N d"], values: Float[Tensor, "B heads N d"]
+) -> Float[Tensor, "B heads Q d"]:
+    """Return softmax(QKᵀ/√d)V by the fastest way on the device.
+
+    That is PyTorch's fused kernel, except on a CPU in bfloat16: its matrix units multiply whole matrices several times
+    faster than the fused kernel uses them, forward and backward (benchmarks/, docs/log.md).
+    """
+    if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
+        return torch.softmax(queries * queries.shape[-1] ** -0.5 @ keys.mT, dim=-1) @ values
+    return F.scaled_dot_product_attention(queries, keys, values)
+
+
+class Attention(TimmAttention):
+    """timm's self-attention, with :func:`attention` inside, and for the last ``num_queries`` tokens alone if asked."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        num_queries: int | None = None,
+    ) -> Float[Tensor, "B Q D"]:
+        """Return what each token, or each of the last ones, gathers from all."""
+        assert attn_mask is None and not is_causal, "every token sees every token here"
+        if num_queries is None:
+            queries, keys, values = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            width = x.shape[-1]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            query = F.linear(x[:, -num_queries:], weight[:width], bias[:width])
+            queries = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            rest = F.linear(x, weight[width:], bias[width:])
+            keys, values = rest.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(attention(queries, keys, values).transpose(1, 2).flatten(2))
+
+
+class Block(TimmBlock):
+    """timm's pre-norm block; if asked, for the last ``num_out`` tokens alone."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "B N D"], num_out: int | None = None
+    ) -> Float[Tensor, "B Q D"]:
+        """Return all tokens, or the last ones: nothing but keys and values is computed for the others."""
+        kept = x if num_out is None else x[:, -num_out:]
+        x = kept + self.drop_path1(self.attended(x, num_out))
+        return x + self.drop_path2(self.fed(x))
+
+    def attended(self, x: Float[Tensor, "B N D"], num_out: int | None = None) -> Float[Tensor, "B Q D"]:
+        """Return what attention adds."""
+        return self.attn(self.norm1(x), num_queries=num_out)
+
+    def fed(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Return what the MLP adds."""
+        return self.mlp(self.norm2(x))
+
+    def compile_parts(self, mode: str = "default") -> None:
+        """Compile what is between the residual sums: the code is one for all blocks, which differ in stochastic depth."""
+        self.attended = torch.compile(self.attended, mode=mode, dynamic=False)
+        self.fed = torch.compile(self.fed, mode=mode, dynamic=False)
+
+
+class Blocks(nn.Sequential):
+    """Transformer blocks, one after another."""
+
+    recompute = False
+    """Keep no activations inside a block: compute them again in the backward pass. Less memory, a third more work."""
+
+    def forward(self, input: Float[Tensor, "B N D"], num_out: int | None = None) -> Float[Tensor, "B Q D"]:
+        """Return all tokens, or the last ``num_out``."""
+        x = input
+        for number, block in enumerate(self, start=1):
+            wanted = num_out if number == len(self) else None
+            if self.recompute and torch.is_grad_enabled():
+                x = cast("Tensor", checkpoint(block, x, wanted, use_reentrant=False))
+            else:
+                x = block(x, wanted)
+        return x
+
+
+def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.0) -> Blocks:
     """Return ``depth`` pre-norm blocks (MLP ratio 4, GELU); stochastic depth rises linearly to ``drop_path``."""
     rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
-    return nn.Sequential(
-        *(
-            _timm.Block(width, heads, mlp_ratio=4.0, qkv_bias=True, drop_path=rate, norm_layer=LayerNorm)
-            for rate in rates
-        )
+    block = partial(
+        Block, width, heads, qkv_bias=True, norm_layer=cast("type[nn.Module]", LayerNorm), attn_layer=Attention
     )
+    return Blocks(*(block(drop_path=rate) for rate in rates))
 
 
-def take_tokens(tokens: Float[Tensor, "B N D"], places: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
-    """Gather tokens by their flat index in the clip."""
-    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
+def execute(model: nn.Module, compiled: str = "", recompute: bool = False) -> None:
+    """Set how a model's blocks run: compiled in a mode of ``torch.compile`` (empty: not), activations recomputed."""
+    for part in model.modules():
+        if isinstance(part, Blocks):
+            part.recompute = recompute
+        if isinstance(part, Block) and compiled:
+            part.compile_parts(compiled)
 
 
 def initialise(module: nn.Module) -> None:

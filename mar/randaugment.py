@@ -145,10 +145,10 @@ def _moved(images: Images, matrix: Float[Tensor, "n 2 3"]) -> Images:
         torch.arange(height, device=images.device) + 0.5, torch.arange(width, device=images.device) + 0.5, indexing="ij"
     )
     places = torch.einsum("nij,jhw->nhwi", matrix, torch.stack([x, y, torch.ones_like(x)]))
-    size = torch.tensor([width, height], device=images.device)
+    size = torch.tensor([width, height]).to(images.device, non_blocking=True)
     sampled = F.grid_sample(images, places / size * 2 - 1, padding_mode="border", align_corners=False).round()
     inside = ((places >= 0) & (places < size)).all(-1)[:, None]
-    return torch.where(inside, sampled, torch.tensor(_FILL, device=images.device).view(1, 3, 1, 1))
+    return torch.where(inside, sampled, torch.tensor(_FILL).to(images.device, non_blocking=True).view(1, 3, 1, 1))
 
 
 def _matrix(*rows: Tensor | float, like: Levels) -> Float[Tensor, "n 2 3"]:

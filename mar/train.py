@@ -1,8 +1,7 @@
 """``fit``: the only training loop. It reports to a function it is given and knows nothing of what is behind it.
 
 Load order: settings, data, model, optimiser, then the newest whole checkpoint of the trial's folder.
-What is drawn in a step (masks, flips, mixing, dropout) follows from the seed and the step alone, so a
-training that was stopped and went on equals one that was not: bit for bit on the CPU.
+A training that was stopped and went on equals one that was not: bit for bit on the CPU (``mar.step``).
 """
 
 from __future__ import annotations
@@ -12,64 +11,33 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mar import RESULT, checkpoint, frame_cache, parallel, pretrained
 from mar.annotations import Video, class_names, read_split
-from mar.augment import augmented, draw_step, mix
 from mar.charts import draw_confusion, draw_curves
 from mar.checkpoint import Progress, Saver
 from mar.config import ExperimentConfig
-from mar.dataset import Batch, TrainingOrder, draw, one_after_another, places, training_batches
+from mar.dataset import Batch, TrainingOrder, training_batches
 from mar.errors import Failure, Stopped, UserError
 from mar.evaluate import Evaluator, Predictions, Reconstruction, write_predictions
-from mar.keep import Keep
 from mar.memory import peak_training_memory_gib
-from mar.model import MAR, Losses
-from mar.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate, step_unless
+from mar.model import MAR
+from mar.optim import build_optimizer, learning_rate, set_learning_rate
 from mar.reconstructions import draw_reconstructions
 from mar.sealed import Writers, read_sealed, write_sealed, write_text
+from mar.step import Execution, Learner, train_step
 
 _SHOWN = 3
 """Videos whose reconstructions are drawn."""
 Report = Callable[[int, dict[str, float], Path | None], None]
 """(finished epochs, metrics, the checkpoint that is being written or none) -> nothing. Called equally often on every worker."""
-
-
-Wish = Literal["go on", "save", "stop"]
-"""Go on; save at once, the machine may go; save and stop."""
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How to run, not what: no value here changes a result (up to the order of floating-point sums)."""
-
-    device: torch.device
-    loader_processes: int = 0
-    """Processes that decode; 0: the training process does."""
-    max_clips_per_pass: int | None = None
-    """Largest forward-backward pass of one worker; a larger share of the batch is accumulated over several."""
-    checkpoint_every_steps: int | None = None
-    """Also save in the middle of an epoch."""
-    keep: Keep = field(default_factory=Keep)
-    """Which checkpoints stay."""
-    stored: Callable[[Path], None] = lambda path: None
-    """Told of each checkpoint that is whole on the disk."""
-    say: Callable[[str], None] = print
-    """Where messages for a person go."""
-    step: Callable[[int, int], Wish] = lambda done, of: "go on"
-    """Told of each step, of how many; answers whether to go on. All workers must have the same answer."""
-    alive: Callable[[], None] = lambda: None
-    """Told of each batch that is tested."""
 
 
 @dataclass(frozen=True)
@@ -87,30 +55,14 @@ class Trained:
 
 
 @dataclass
-class Training:
+class Training(Learner):
     """A training under way."""
 
-    settings: ExperimentConfig
     folder: Path
-    execution: Execution
-    model: MAR
-    optimizer: torch.optim.Optimizer
-    progress: Progress
     steps_per_epoch: int
     saver: Saver
-
-    def __post_init__(self) -> None:
-        self.share = parallel.share()
-        self.spoiled = torch.zeros((), dtype=torch.bool, device=self.execution.device)
-        """Whether a gradient was not finite: from then on no step changes anything."""
-        self.is_to_stop = False
-        """Whether somebody wishes that it saves and stops."""
-        self.wrapped: nn.Module = self.model
-        if self.share.world > 1:
-            ids = [self.execution.device.index] if self.execution.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(
-                self.model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+    is_to_stop: bool = False
+    """Whether somebody wishes that it saves and stops."""
 
     @property
     def epoch(self) -> int:
@@ -149,7 +101,7 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     batches = training_batches(settings, train, order, processes, execution.device)
     validate = Evaluator(settings, val, execution.device, loader_processes=processes, alive=execution.alive)
     with Saver(folder, settings, execution.keep, execution.stored) as saver:
-        training = Training(settings, folder, execution, model, optimizer, progress, order.steps_per_epoch, saver)
+        training = Training(settings, execution, model, optimizer, progress, folder, order.steps_per_epoch, saver)
         while training.epoch < settings.recipe.epochs:
             metrics = _train_epoch(training, batches)
             if (training.epoch + 1) % settings.evaluation.every_epochs == 0:
@@ -237,36 +189,6 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
     return metrics | {"train/num_broken": broken, "throughput/clips_per_s": trained / (progress.elapsed_s - elapsed_s)}
 
 
-def train_step(training: Training, batch: Batch) -> Tensor:
-    """Take one optimiser step on this worker's share of the batch; returns sums of the losses and the clips.
-
-    Each clip's loss is divided by the global batch, so that the step is the same however it is shared out
-    over workers and passes. A broken video's clip is in its place, and counts nothing.
-    """
-    settings, device, share = training.settings, training.execution.device, training.share
-    step, batch = training.progress.step, one_after_another(batch)
-    drawn = draw_step(settings, step).of(places(settings, share))
-    torch.manual_seed(int(draw(settings.seed, 4, step, share.rank).integers(2**62)))  # dropout, stochastic depth
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    training.optimizer.zero_grad(set_to_none=True)
-    passes = _passes(len(batch.labels), training.execution.max_clips_per_pass)
-    for part in passes:
-        chosen, good = drawn.of(range(len(drawn.erased))[part]), batch.good[part]
-        pixels, targets = augmented(batch.clips[part], batch.labels[part], chosen, settings)
-        pixels, targets = mix(pixels, targets, settings.augment, draw(settings.seed, 3, step), good)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"):
-            losses: Losses = training.wrapped(pixels, chosen.hidden, targets)
-        scale = share.world / settings.recipe.batch_size  # DistributedDataParallel averages over the workers
-        with _no_sync(training.wrapped) if part is not passes[-1] else nullcontext():
-            ((losses.total * good).sum() * scale).backward()
-        columns = (losses.total, losses.classification, losses.reconstruction, torch.ones_like(losses.total))
-        sums += torch.stack([(column.detach() * good).sum(dtype=torch.float64) for column in columns])
-    norm = gradient_norm(training.model, settings.recipe.clip_grad)
-    training.spoiled |= ~norm.isfinite()
-    step_unless(training.optimizer, training.spoiled)
-    return sums
-
-
 def _check_numbers(training: Training, rate: float) -> None:
     """See that every gradient was finite.
 
@@ -281,16 +203,6 @@ def _check_numbers(training: Training, rate: float) -> None:
             f"recipe.clip_grad={recipe.clip_grad}, recipe.precision={recipe.precision}",
             "numbers",
         )
-
-
-def _passes(num_clips: int, limit: int | None) -> list[slice]:
-    """Return the forward-backward passes of a share: of even length, so that clips keep their mixing partners."""
-    length = max(2, limit - limit % 2) if limit else num_clips
-    return [slice(first, min(first + length, num_clips)) for first in range(0, num_clips, max(length, 1))]
-
-
-def _no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def _count_broken(training: Training, batch: Batch) -> int:

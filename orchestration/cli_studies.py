@@ -48,6 +48,12 @@ def run(
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Default: as many trials as fit.")] = None,
     loader_processes: Annotated[int, typer.Option(min=0, help="Decoding processes of a worker.")] = 0,
     max_clips_per_pass: Annotated[int | None, typer.Option(min=2, help="Accumulate gradients above this.")] = None,
+    recompute_activations: Annotated[
+        bool, typer.Option("--recompute-activations", help="Where memory is short: a third more work.")
+    ] = False,
+    is_compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the model: slower to start, faster steps on a GPU.")
+    ] = False,
     checkpoint_every_steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint inside epochs too.")] = None,
     resize_s: Annotated[float, typer.Option(min=1, help="How often an elastic trial looks for more workers.")] = 60.0,
     keep: Annotated[
@@ -100,6 +106,8 @@ def run(
         max_concurrent_trials=max_concurrent,
         loader_processes=loader_processes,
         max_clips_per_pass=max_clips_per_pass,
+        recompute_activations=recompute_activations,
+        compile=is_compiled,
         checkpoint_every_steps=checkpoint_every_steps,
         retries=retries,
         hang_timeout_s=hang_timeout_s or None,

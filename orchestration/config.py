@@ -36,6 +36,10 @@ class LaunchConfig(BaseModel):
     """Decoding processes of a worker; 0: the worker decodes itself."""
     max_clips_per_pass: PositiveInt | None = None
     """Gradient accumulation: largest forward-backward pass of one worker, clips."""
+    recompute_activations: bool = False
+    """Where memory is short: compute activations again in the backward pass; a third more work."""
+    compile: bool = False
+    """Compile the model's blocks: half a minute or more at a trial's start, for faster steps on a GPU (``mar bench``)."""
     checkpoint_every_steps: PositiveInt | None = None
     """Checkpoint inside an epoch too; an epoch's end always has one."""
     keep: Keep = Keep()

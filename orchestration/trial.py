@@ -35,6 +35,8 @@ class Assignment:
     gpus_per_worker: int
     loader_processes: int
     max_clips_per_pass: int | None
+    recompute_activations: bool
+    compile: bool
     checkpoint_every_steps: int | None
     keep: dict[str, Any]
     retries: int
@@ -100,6 +102,8 @@ def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int, trained: Pa
         gpus_per_worker=gpus_per_worker,
         loader_processes=launch.loader_processes,
         max_clips_per_pass=launch.max_clips_per_pass,
+        recompute_activations=launch.recompute_activations,
+        compile=launch.compile,
         checkpoint_every_steps=launch.checkpoint_every_steps,
         keep=asdict(launch.keep),
         retries=launch.retries,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mar.parallel import greatest, share
-from mar.train import Wish
+from mar.step import Wish
 from orchestration.failures import Reason, write_reason
 from orchestration.trial import PULSE, Assignment
 from orchestration.worker_log import file_of, name_of

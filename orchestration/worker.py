@@ -16,10 +16,12 @@ from filelock import FileLock, Timeout
 
 from mar.errors import Failure, FailureKind, Stopped
 from mar.keep import Keep
+from mar.memory import keep_freed_memory
 from mar.parallel import default_device, share
 from mar.sealed import write_text
 from mar.settings import build
-from mar.train import Execution, Report, fit, test_again
+from mar.step import Execution
+from mar.train import Report, fit, test_again
 from orchestration.copies import Copies
 from orchestration.failures import FILE, RETRIED, Reason, read_reason, reason_of, write_reason
 from orchestration.remote import fetch_cache, remote
@@ -46,6 +48,8 @@ def train(
     folder = Path(told.folder)
     torch.set_num_threads(told.cpus_per_worker)
     device = default_device() if told.gpus_per_worker else torch.device("cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,6 +105,8 @@ def _attempt(trial: _Trial, report: Report, is_preempted: Callable[[], bool]) ->
         device=trial.device,
         loader_processes=told.loader_processes,
         max_clips_per_pass=_passes(told, folder),
+        recompute=told.recompute_activations,
+        compile=told.compile,
         checkpoint_every_steps=told.checkpoint_every_steps,
         keep=Keep(**told.keep),
         stored=copies.stored if copies else lambda path: None,

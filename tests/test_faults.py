@@ -25,7 +25,8 @@ from mar import checkpoint
 from mar.config import ExperimentConfig
 from mar.errors import Failure
 from mar.sealed import write_sealed, write_text
-from mar.train import Execution, fit
+from mar.step import Execution
+from mar.train import fit
 from orchestration.config import LaunchConfig
 from orchestration.tracking import RunRecord, Store
 

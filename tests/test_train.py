@@ -31,7 +31,8 @@ from mar.model import MAR
 from mar.pretrained import Weights, model_settings, read_weights
 from mar.sealed import read_sealed
 from mar.settings import build
-from mar.train import Execution, Wish, fit
+from mar.step import Execution, Wish
+from mar.train import fit
 from orchestration.cli import main
 
 Settings = Callable[..., ExperimentConfig]
@@ -99,7 +100,8 @@ import os, signal, sys, torch
 from pathlib import Path
 from mar.settings import build
 from mar import checkpoint
-from mar.train import Execution, fit
+from mar.step import Execution
+from mar.train import fit
 import json
 torch.set_num_threads(1)
 save = checkpoint.save

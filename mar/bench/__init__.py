@@ -1,0 +1,1 @@
+"""How fast it is, beside its peers, on this machine. Needs torch, timm, numpy and pydantic alone: ``python -m mar.bench``."""

@@ -1,0 +1,101 @@
+"""Contestants side by side: every round runs each in a fresh process, so that a slow minute is nobody's own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+
+from mar.bench.machine import Machine
+from mar.bench.steps import CONTESTANTS, Case, Timed
+from mar.bench.tables import Table, spread
+from mar.errors import UserError
+
+Say = Callable[[str], None]
+COLUMNS = (
+    "contestant", "ms a step", "clips/s", "MAR is", "MFU %", "roofline ms", "limited by memory %", "of the roofline %",
+    "bandwidth %", "peak GiB", "first step s",
+)  # fmt: skip
+
+
+def step_cases(case: Case) -> list[Case]:
+    """Return the contestants of one setting: ours as trials run it, peers as their users run them, and with our allocator."""
+    is_cpu = case.device == "cpu"
+    ours = [replace(case, contestant=each, keeps_memory=is_cpu) for each in ("mar", "standard")]
+    if not is_cpu:
+        compiled = [replace(each, compiles="default") for each in ours]
+        ours += [*compiled, replace(case, compiles="reduce-overhead")]
+        ours += [replace(case, recomputes=True)] if case.training else []
+    peers = [replace(case, contestant=each) for each in ("released", "videomae")]
+    peers += [replace(each, keeps_memory=True) for each in peers] if is_cpu else []
+    return [*ours, *peers, replace(case, contestant="videomae-fp32")]
+
+
+def contest(cases: Sequence[Case], machine: Machine, rounds: int, say: Say) -> list[Timed | str]:
+    """Time every case ``rounds`` times; of one that cannot run, return why.
+
+    Raises:
+        UserError: ours failed.
+    """
+    results: list[Timed | str | None] = [None] * len(cases)
+    for number in range(rounds):
+        for place, case in enumerate(cases):
+            known = results[place]
+            if isinstance(known, str):
+                continue
+            say(f"round {number + 1} of {rounds}: {name_of(case)}")
+            new = _in_a_process(case, machine if number == 0 and not case.compiles else None)
+            if isinstance(known, Timed) and isinstance(new, Timed):
+                first = statistics.median([known.first_s, new.first_s])
+                new = replace(known, seconds=known.seconds + new.seconds, first_s=first)
+            results[place] = new
+    return [each for each in results if each is not None]
+
+
+def _in_a_process(case: Case, machine: Machine | None) -> Timed | str:
+    told = json.dumps({"case": asdict(case), "machine": asdict(machine) if machine else None})
+    done = subprocess.run([sys.executable, "-m", "mar.bench.steps", told], capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        raise UserError(f"{name_of(case)}: its process ended with {done.returncode}\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "missing" in found:
+        return str(found["missing"])
+    return Timed(**(found | {"case": case}))
+
+
+def name_of(case: Case) -> str:
+    """Return what a row is called."""
+    extras = [f"compiled ({case.compiles})"] if case.compiles else []
+    extras += ["activations recomputed"] if case.recomputes else []
+    if case.keeps_memory and case.contestant not in ("mar", "standard"):
+        extras.append("our allocator setting")
+    return ", ".join([CONTESTANTS[case.contestant], *extras])
+
+
+def table(title: str, command: str, results: Sequence[Timed | str], cases: Sequence[Case], machine: Machine) -> Table:
+    """Return the table of a contest; the first row is ours, to which the others are held."""
+    first = results[0]
+    assert isinstance(first, Timed)
+    ours = statistics.median(first.seconds)
+    return Table(title, command, COLUMNS, [_row(*pair, ours, machine) for pair in zip(cases, results, strict=True)])
+
+
+def _row(case: Case, timed: Timed | str, ours_s: float, machine: Machine) -> tuple[str, ...]:
+    if isinstance(timed, str):
+        return (name_of(case), timed, *[""] * (len(COLUMNS) - 2))
+    seconds = statistics.median(timed.seconds)
+    roofline = [f"{1e3 * timed.floor_s:.1f}", f"{100 * timed.memory_share:.0f}", f"{100 * timed.floor_s / seconds:.0f}"]
+    bandwidth = f"{100 * timed.bytes / seconds / machine.copy_gb_s / 1e9:.0f}"
+    return (
+        name_of(case),
+        spread([1e3 * each for each in timed.seconds], 1 if seconds < 1 else 0),
+        f"{case.clips / seconds:.{1 if seconds * 100 < case.clips else 2}f}",
+        f"{seconds / ours_s:.2f} x as fast",
+        f"{100 * timed.useful_operations / seconds / machine.peak_tflops / 1e12:.1f}",
+        *([*roofline, bandwidth] if timed.floor_s else [""] * 4),
+        f"{timed.peak_gib:.2f}",
+        f"{timed.first_s:.1f}",
+    )

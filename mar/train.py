@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from mar import RESULT, checkpoint, frame_cache, parallel, pretrained
 from mar.annotations import Video, class_names, read_split
+from mar.answers import ANSWERS, write_answers
 from mar.charts import draw_confusion, draw_curves
 from mar.checkpoint import Progress, Saver
 from mar.config import ExperimentConfig
@@ -270,6 +271,9 @@ def _write_result(
     if isinstance(predictions, Predictions):
         names = class_names(trained.settings.data)
         writers["predictions.csv"] = lambda file: write_predictions(predictions, val, file)
+        right = (predictions.probabilities.argmax(dim=1) == predictions.labels).numpy()
+        tested = [val[place].name for place in predictions.videos.tolist()]
+        writers[ANSWERS] = lambda file: write_answers(right, tested, file)
         writers["confusion.png"] = lambda file: draw_confusion(predictions.confusion().numpy(), names, file)
     if trained.settings.redraws_in_testing:
         shown = [video for video in val if not any(str(video.path) in reason for reason in predictions.broken)][:_SHOWN]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from mar.errors import Failure, UserError
+from orchestration.cli_bench import bench
 from orchestration.cli_data import data_app
 from orchestration.cli_jobs import jobs_app, status, stop_study, submit
 from orchestration.cli_options import DEFAULT_STORE, AsJson, Output, Overrides, RecipeName, StoreFolder, TrackingUri
@@ -59,7 +60,7 @@ def _end(words: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-for verb in (run, plan, table, figure, report, evaluate, predict, reconstruct):
+for verb in (run, plan, table, figure, report, evaluate, predict, reconstruct, bench):
     app.command()(verb)
 
 

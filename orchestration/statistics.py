@@ -15,16 +15,34 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from mar import answers
+from mar.errors import Failure
 from orchestration.results import CONFIDENCE, AnyRecord, match
 from orchestration.study import Study, Trial
 
 FileOf = Callable[[AnyRecord, str], Path]
 """(run, name) -> that file of its result folder."""
-Correct = Mapping[str, bool]
-"""Video -> whether its most probable class is its label."""
 ONE_TRAINING = "One training a row: what another seed would change is not in the interval."
 Verdict = Literal["supported", "contradicted", "open", "not there yet"]
 _RESAMPLES = 2000
+_FEW_VIDEOS = 5000
+"""Fewer are drawn again one by one; the mean over more is normal to all digits that are printed."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Which test videos a model got right."""
+
+    right: npt.NDArray[np.bool_]
+    listing: str
+    """Digest of the videos' names in their order (``mar.answers.listing``)."""
+    names: Callable[[], list[str]]
+    """Reads them; asked only when two models were not tested on the same ones."""
+
+    @classmethod
+    def of(cls, correct: Mapping[str, bool]) -> Answers:
+        """Return the answers that a mapping of names gives."""
+        return cls(np.array([*correct.values()], dtype=bool), answers.listing(correct), lambda: [*correct])
 
 
 @dataclass(frozen=True)
@@ -56,18 +74,26 @@ class Claim:
     """``better > worse`` -> better less worse (corrected over the claim's pairs); none: not there yet."""
 
 
-def read_correct(file: Path) -> dict[str, bool]:
-    """Return, from a ``predictions.csv``, which videos were right."""
-    with file.open(newline="", encoding="utf-8") as lines:
-        return {line["video"]: line["label"] == line["class_1"] for line in csv.DictReader(lines)}
+def read_answers(run: AnyRecord, file_of: FileOf[AnyRecord]) -> Answers:
+    """Return a run's answers; of one that an earlier version tested, from its predictions."""
+
+    def correct() -> dict[str, bool]:
+        with file_of(run, "predictions.csv").open(newline="", encoding="utf-8") as lines:
+            return {line["video"]: line["label"] == line["class_1"] for line in csv.DictReader(lines)}
+
+    try:
+        file = file_of(run, answers.ANSWERS)
+    except Failure:
+        return Answers.of(correct())
+    return Answers(*answers.read_answers(file), lambda: [*correct()])
 
 
-def compare(ours: Sequence[Correct], theirs: Sequence[Correct]) -> Comparison | None:
+def compare(ours: Sequence[Answers], theirs: Sequence[Answers]) -> Comparison | None:
     """Compare two rows, each given by its seeds; none: no video is in all of them."""
-    videos = sorted(set.intersection(*(set(each) for each in (*ours, *theirs))))
-    if not videos:
+    one, other = (np.array(row, dtype=float) for row in _over_the_same(ours, theirs))
+    videos = one[0]
+    if not len(videos):
         return None
-    one, other = (np.array([[seed[video] for video in videos] for seed in row], dtype=float) for row in (ours, theirs))
     gaps = 100 * (one.mean(axis=0) - other.mean(axis=0))
     drawn = _bootstrap(100 * one, 100 * other)
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -77,6 +103,18 @@ def compare(ours: Sequence[Correct], theirs: Sequence[Correct]) -> Comparison | 
         beyond = min((drawn <= 0).mean(), (drawn >= 0).mean())
         p = min(1.0, 2 * max(float(beyond), 1 / _RESAMPLES))
     return Comparison(float(gaps.mean()), float(low), float(high), p, len(videos))
+
+
+def _over_the_same(
+    ours: Sequence[Answers], theirs: Sequence[Answers]
+) -> tuple[list[npt.NDArray[np.bool_]], list[npt.NDArray[np.bool_]]]:
+    """Return the answers on the videos that all have, in one order."""
+    if len({each.listing for each in (*ours, *theirs)}) == 1:
+        return [each.right for each in ours], [each.right for each in theirs]
+    named = [[dict(zip(each.names(), each.right, strict=True)) for each in row] for row in (ours, theirs)]
+    videos = sorted(set.intersection(*(set(each) for row in named for each in row)))
+    one, other = ([np.array([each[video] for video in videos], dtype=bool) for each in row] for row in named)
+    return one, other
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
@@ -92,18 +130,24 @@ def _bootstrap(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> 
     if len(one) == len(other) == 1:  # few values: how often each is drawn is multinomial
         values, counts = np.unique(one[0] - other[0], return_counts=True)
         return rng.multinomial(num_videos, counts / num_videos, _RESAMPLES) @ values / num_videos
-    drawn = np.empty(_RESAMPLES)
-    for number in range(_RESAMPLES):
-        gaps = _seeds(one, rng).mean(axis=0) - _seeds(other, rng).mean(axis=0)
-        drawn[number] = gaps[rng.integers(num_videos, size=num_videos)].mean()
-    return drawn
+    shares = np.concatenate([_seeds(len(one), rng), -_seeds(len(other), rng)], axis=1)  # resamples × all seeds
+    both = np.concatenate([one, other])
+    if num_videos < _FEW_VIDEOS:
+        chosen = rng.integers(num_videos, size=(_RESAMPLES, num_videos))
+        return np.array([share @ both[:, videos].mean(axis=1) for share, videos in zip(shares, chosen, strict=True)])
+    covariance = np.cov(both, bias=True)
+    deviation = np.sqrt(np.einsum("rs,st,rt->r", shares, covariance, shares) / num_videos)
+    return shares @ both.mean(axis=1) + deviation * rng.standard_normal(_RESAMPLES)
 
 
-def _seeds(row: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Draw as many seeds again; few of them vary too little by (n - 1) / n, which is made good around their mean."""
-    drawn, mean = row[rng.integers(len(row), size=len(row))], row.mean(axis=0)
-    widening = (len(row) / (len(row) - 1)) ** 0.5 if len(row) > 1 else 1.0
-    return mean + widening * (drawn - mean)
+def _seeds(count: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """Draw as many seeds again: the share of each in a row's mean, by resample.
+
+    Few of them vary too little by (n - 1) / n, which is made good around their mean.
+    """
+    drawn = rng.multinomial(count, np.full(count, 1 / count), _RESAMPLES) / count
+    widening = (count / (count - 1)) ** 0.5 if count > 1 else 1.0
+    return 1 / count + widening * (drawn - 1 / count)
 
 
 def corrected(comparisons: Mapping[str, Comparison | None]) -> dict[str, Comparison | None]:
@@ -133,7 +177,7 @@ def claims(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord
     return [_judged(words, pairs, rows) for words, pairs in study.file.claims.items()]
 
 
-def _judged(words: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correct]]) -> Claim:
+def _judged(words: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Answers]]) -> Claim:
     gaps: dict[str, Comparison | None] = {}
     for pair in pairs:
         better, worse = pair.split(" > ")
@@ -147,21 +191,19 @@ def _judged(words: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correc
     return Claim(words, "supported" if len(told) == len(gaps) else "open", gaps)
 
 
-def _right_answers(
-    study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]
-) -> dict[str, list[dict[str, bool]]]:
+def _right_answers(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]) -> dict[str, list[Answers]]:
     """Return, by row with all its seeds, which videos each seed's model gets right."""
     found = match(study.trials, records)
     grouped: dict[str, list[Trial]] = {}
     for trial in study.trials:
         grouped.setdefault(trial.row, []).append(trial)
-    read: dict[str, dict[str, bool]] = {}
+    read: dict[str, Answers] = {}
 
-    def answers(trial: Trial) -> dict[str, bool]:
+    def answers_of(trial: Trial) -> Answers:
         run = found[trial.key]
         if run.run_id not in read:
-            read[run.run_id] = read_correct(file_of(run, "predictions.csv"))
+            read[run.run_id] = read_answers(run, file_of)
         return read[run.run_id]
 
     whole = {row: trials for row, trials in grouped.items() if all(trial.key in found for trial in trials)}
-    return {row: [answers(trial) for trial in trials] for row, trials in whole.items()}
+    return {row: [answers_of(trial) for trial in trials] for row, trials in whole.items()}

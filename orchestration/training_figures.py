@@ -81,15 +81,16 @@ def _class_names(trial: Trial) -> list[str]:
 def _history(run: AnyRecord, file_of: FileOf[AnyRecord]) -> dict[str, dict[int, float]]:
     """Return each metric's value by epoch; nothing of a result that has no ``history.csv``."""
     try:
-        lines = _read(file_of(run, "history.csv"))
+        text = file_of(run, "history.csv").read_text(encoding="utf-8")
     except (Failure, OSError):
         return {}
-    curves: dict[str, dict[int, float]] = {}
-    for line in lines:
-        for name, value in line.items():
-            if value and name != "epoch":
-                curves.setdefault(name, {})[int(line["epoch"])] = float(value)
-    return curves
+    names, *lines = csv.reader(text.splitlines())
+    epochs = [int(line[names.index("epoch")]) for line in lines]
+    columns = {name: [line[place] for line in lines] for place, name in enumerate(names) if name in _CURVES}
+    return {
+        name: {epoch: float(value) for epoch, value in zip(epochs, values, strict=True) if value}
+        for name, values in columns.items()
+    }
 
 
 def _read(file: Path) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from orchestration.figures import draw, figure_info
 from orchestration.plan import plan_json, plan_text, plan_trials
 from orchestration.report import findings, write_report
 from orchestration.results import Cell, match, rows
-from orchestration.statistics import Comparison, claims, compare, corrected, mcnemar
+from orchestration.statistics import Answers, Comparison, claims, compare, corrected, mcnemar
 from orchestration.study import Study, read_study
 from orchestration.tables import FORMATS, cell_text, latex_escaped, table_info, to_latex, to_markdown
 
@@ -247,8 +247,8 @@ def test_mcnemar_is_the_exact_test_of_the_discordant_videos() -> None:
     assert mcnemar(10, 2) == pytest.approx(2 * stats.binom.cdf(2, 12, 0.5))
 
 
-def answers(*right: float) -> dict[str, bool]:
-    return {f"{number}.mp4": bool(value) for number, value in enumerate(right)}
+def answers(*right: float) -> Answers:
+    return Answers.of({f"{number}.mp4": bool(value) for number, value in enumerate(right)})
 
 
 def test_two_rows_are_compared_over_the_same_videos() -> None:
@@ -263,7 +263,7 @@ def test_two_rows_are_compared_over_the_same_videos() -> None:
     assert (gap.low, gap.high) == (pytest.approx(100 * low, abs=0.15), pytest.approx(100 * high, abs=0.15))
     discordant = int((one & ~other).sum()), int((other & ~one).sum())
     assert gap.p == pytest.approx(stats.binomtest(discordant[0], sum(discordant)).pvalue)
-    assert compare([answers(1)], [{"another.mp4": True}]) is None
+    assert compare([answers(1)], [Answers.of({"another.mp4": True})]) is None
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:

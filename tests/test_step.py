@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mar import model as model_module
 from mar.bench import run
 from mar.bench.contest import step_cases
+from mar.bench.machine import this_machine
 from mar.bench.peers import Released, videomae
 from mar.bench.roofline import Recorder
 from mar.bench.steps import Case, time_case
@@ -256,8 +257,8 @@ def test_the_benchmark_of_the_step_says_how_each_contestant_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "step_cases", lambda case: step_cases(case)[::3])
-    case = Case("mar", size="tiny", frames=4, pixels=32, steps=1)
-    file = run.run(["step"], case, 1, None, tmp_path / "bench.md", "mar bench")
+    case, file = Case("mar", size="tiny", frames=4, pixels=32, steps=1), tmp_path / "bench.md"
+    run.measure("step", case, this_machine(CPU), 1, None, file, "mar bench")
     text = file.read_text()
     assert text.count("x as fast") == 3
     assert "MFU: useful operations" in text and "torch 2" in text

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from mar.bench import run
-from mar.bench.steps import Case
+from mar.bench.machine import this_machine
+from mar.bench.steps import case_of
 from mar.errors import UserError
-from mar.parallel import default_device
 
 
 def main() -> None:
@@ -27,25 +27,18 @@ def main() -> None:
     parser.add_argument("--videos", type=Path, help="folder of videos for the loader; none: videos that are made")
     parser.add_argument("--output", type=Path, help="none: a file of this machine and date below benchmarks/")
     told = parser.parse_args()
-    device = default_device()
-    is_cpu = device.type == "cpu"
-    case = Case(
-        "mar",
-        size=told.size,
-        ratio=told.ratio,
-        precision=told.precision,
-        clips=told.clips or (2 if is_cpu else 32),
-        device=device.type,
-        steps=told.steps or (3 if is_cpu else 10),
-        warm_up=1 if is_cpu else 3,
-    )
     try:
-        file = run.run(told.parts, case, told.rounds, told.videos, told.output, command="python -m mar.bench")
+        case = case_of(told.size, told.ratio, told.clips, told.precision, told.steps)
+        machine = this_machine(torch.device(case.device), case.precision)
+        file = told.output or run.default_file(machine)
+        for part in told.parts or run.PARTS:
+            if part not in run.PARTS:
+                raise UserError(f"{part}: no such part; there are {', '.join(run.PARTS)}")
+            run.measure(part, case, machine, told.rounds, told.videos, file, "python -m mar.bench")
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"written: {file}")
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     main()

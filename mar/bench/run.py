@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
-import torch
-
 from mar.bench import data
 from mar.bench.contest import contest, step_cases, table
-from mar.bench.machine import Machine, this_machine
+from mar.bench.machine import Machine
 from mar.bench.steps import Case
 from mar.bench.tables import Table, file_name, write
-from mar.errors import UserError
 
 Part = Callable[[Case, Machine, int, Path | None, str], Table]
 
@@ -52,23 +49,24 @@ PARTS: dict[str, Part] = {
 }
 
 
-def run(parts: Sequence[str], case: Case, rounds: int, videos: Path | None, output: Path | None, command: str) -> Path:
-    """Measure some parts (none: all), print each when it is there, and write them into a file; returns that.
+def measure(
+    part: str, case: Case, machine: Machine, rounds: int, videos: Path | None, file: Path, command: str
+) -> None:
+    """Measure one of ``PARTS``, print it and put it into the file."""
+    model = f"--size {case.size} --ratio {case.ratio:g} --clips {case.clips} --precision {case.precision}"
+    line = f"{command} {part} {model} --rounds {rounds} --steps {case.steps}"
+    keep(PARTS[part](case, machine, rounds, videos, line), machine, file)
 
-    Raises:
-        UserError: there is no such part, or one cannot be measured here.
-    """
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        raise UserError(f"{unknown[0]}: no such part; there are {', '.join(PARTS)}")
-    machine = this_machine(torch.device(case.device), case.precision)
-    file = output or Path("benchmarks") / file_name(machine.name)
-    for part in parts or PARTS:
-        line = f"{command} {part} --size {case.size} --ratio {case.ratio:g} --clips {case.clips} --precision {case.precision}"
-        found = PARTS[part](case, machine, rounds, videos, f"{line} --rounds {rounds} --steps {case.steps}")
-        print(found)
-        write(file, heading(machine), [found])
-    return file
+
+def keep(table: Table, machine: Machine, file: Path) -> None:
+    """Print a table, and put it into the file; what else is in that stays."""
+    print(table, flush=True)
+    write(file, heading(machine), [table])
+
+
+def default_file(machine: Machine) -> Path:
+    """Return today's file of a machine, below the folder here."""
+    return Path("benchmarks") / file_name(machine.name)
 
 
 def heading(machine: Machine) -> list[str]:

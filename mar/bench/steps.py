@@ -28,6 +28,7 @@ from mar.masking import evaluation_mask, training_mask
 from mar.memory import keep_freed_memory
 from mar.model import MAR
 from mar.optim import build_optimizer
+from mar.parallel import default_device
 from mar.settings import build
 from mar.step import Execution, Learner, train_step
 
@@ -78,6 +79,28 @@ class Case:
                 "recipe": {"batch_size": self.clips, "precision": self.precision},
             }
         )
+
+
+def case_of(size: str, ratio: float, clips: int | None, precision: str, steps: int | None) -> Case:
+    """Return our case on this machine's device, with what fits it where nothing is said.
+
+    Raises:
+        UserError: a size or ratio that no settings have.
+    """
+    device = default_device().type
+    is_cpu = device == "cpu"
+    case = Case(
+        "mar",
+        size=size,
+        ratio=ratio,
+        precision=precision,
+        clips=clips or (2 if is_cpu else 32),
+        device=device,
+        steps=steps or (3 if is_cpu else 10),
+        warm_up=1 if is_cpu else 3,
+    )
+    _ = case.settings  # is checked
+    return case
 
 
 def _decoder(size: str) -> dict[str, Any]:

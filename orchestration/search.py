@@ -189,15 +189,10 @@ class Proposer:
         self.failures_in_a_row += 1
         self.study.tell(self.asked.pop(key), state=TrialState.FAIL)
 
-    @property
-    def ends_early(self) -> bool:
-        """Whether the search has a stopper."""
-        return self.search.file.stopper != "none"
-
     def should_end(self, key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
         """Whether a trial is to be ended at this epoch; Optuna is told of its validation accuracy either way."""
         is_tested = any(name.startswith("test/") for name in metrics)
-        if not self.ends_early or is_tested or "val/top1" not in metrics or key not in self.asked:
+        if self.search.file.stopper == "none" or is_tested or "val/top1" not in metrics or key not in self.asked:
             return False
         trial, value = self.asked[key], metrics["val/top1"]
         trial.report(value if next(iter(self.search.file.goals.values())) == "max" else -value, epoch)

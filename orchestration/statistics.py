@@ -82,10 +82,10 @@ def read_answers(run: AnyRecord, file_of: FileOf[AnyRecord]) -> Answers:
             return {line["video"]: line["label"] == line["class_1"] for line in csv.DictReader(lines)}
 
     try:
-        file = file_of(run, answers.ANSWERS)
-    except Failure:
+        right, listing = answers.read_answers(file_of(run, answers.ANSWERS))
+    except (Failure, FileNotFoundError):
         return Answers.of(correct())
-    return Answers(*answers.read_answers(file), lambda: [*correct()])
+    return Answers(right, listing, lambda: [*correct()])
 
 
 def compare(ours: Sequence[Answers], theirs: Sequence[Answers]) -> Comparison | None:

@@ -96,10 +96,7 @@ def _run(
             scheduler=_ending(source) if source else None,
             num_samples=-1,
             max_concurrent_trials=_concurrent(launch, gpus),
-            reuse_actors=launch.backend == "inline"
-            or source is None
-            or not source.ends_early,  # else a lane is cut off
-            **_naming(),
+            **_naming(launch),
         )
         _fit(tune.Tuner(_trainable(launch, gpus), tune_config=config, run_config=_run_config(launch, listener)), launch)
 
@@ -174,8 +171,9 @@ def _trainable(launch: LaunchConfig, gpus: int) -> Any:
     return tune.with_resources(run_with_workers, {"node:__internal_head__": 0.001})
 
 
-def _naming() -> dict[str, Any]:
-    return {"trial_name_creator": _trial_name, "trial_dirname_creator": _trial_name}
+def _naming(launch: LaunchConfig) -> dict[str, Any]:
+    names = {"trial_name_creator": _trial_name, "trial_dirname_creator": _trial_name}
+    return {"reuse_actors": launch.backend == "inline", **names}
 
 
 def _run_config(launch: LaunchConfig, listener: Listener) -> Any:

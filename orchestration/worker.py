@@ -25,7 +25,7 @@ from mar.train import Report, fit, test_again
 from orchestration.copies import Copies
 from orchestration.failures import FILE, RETRIED, Reason, read_reason, reason_of, write_reason
 from orchestration.remote import fetch_cache, remote
-from orchestration.trial import PASSES, Assignment
+from orchestration.trial import PASSES, Assignment, one_by_one
 from orchestration.watch import Watch
 from orchestration.worker_log import WorkerLog
 
@@ -203,3 +203,10 @@ def _alone_in(told: Assignment, folder: Path) -> Generator[None]:
         raise Failure(
             f"{folder} is being trained by another process: wait for that study, then run this again", "user"
         ) from None
+
+
+def train_worker(assignment: dict[str, Any]) -> None:
+    """Train as one of a TorchTrainer's workers; all of them report, Ray listens to the first."""
+    from ray import train as ray_train
+
+    train(assignment, one_by_one(ray_train.report), lambda: ray_train.get_preemption_info() is not None)

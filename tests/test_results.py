@@ -12,12 +12,14 @@ from conftest import tiny_tree
 from safetensors.torch import save_file
 from scipy import stats
 
+from mar.answers import ANSWERS, write_answers
 from mar.errors import Failure
+from orchestration import statistics
 from orchestration.figures import draw, figure_info
 from orchestration.plan import plan_json, plan_text, plan_trials
 from orchestration.report import findings, write_report
 from orchestration.results import Cell, match, rows
-from orchestration.statistics import Answers, Comparison, claims, compare, corrected, mcnemar
+from orchestration.statistics import Answers, Comparison, claims, compare, corrected, mcnemar, read_answers
 from orchestration.study import Study, read_study
 from orchestration.tables import FORMATS, cell_text, latex_escaped, table_info, to_latex, to_markdown
 
@@ -298,7 +300,8 @@ def test_a_claim_is_supported_contradicted_or_left_open(study: Study, tmp_path: 
     ]
 
     def file_of(run: Run, name: str) -> Path:
-        assert name == "predictions.csv"
+        if name != "predictions.csv":
+            raise Failure(f"this result has no {name}")
         lines = [f"{video}.mp4,0,{int(video >= right[f'{run.run_id} %'])}" for video in range(100)]
         file = tmp_path / f"{run.run_id}.csv"
         file.write_text("\n".join(["video,label,class_1", *lines]))
@@ -312,3 +315,30 @@ def test_a_claim_is_supported_contradicted_or_left_open(study: Study, tmp_path: 
     right["75 %"] = 89
     assert [claim.verdict for claim in claims(study, records, file_of)] == ["open", "open"]
     assert "≈" in to_markdown(table_info(study, records, file_of))
+
+
+def test_answers_come_back_from_their_file_and_equal_those_of_the_predictions(tmp_path: Path) -> None:
+    right, names = np.random.default_rng(0).random(101) < 0.5, [f"{number}.mp4" for number in range(101)]
+    write_answers(right, names, tmp_path / ANSWERS)
+    lines = [f"{name},0,{int(not each)}" for name, each in zip(names, right, strict=True)]
+    (tmp_path / "predictions.csv").write_text("\n".join(["video,label,class_1", *lines]))
+    run = Run("", {})
+    stored = read_answers(run, lambda _, name: tmp_path / name)
+    (tmp_path / ANSWERS).unlink()
+    predicted = read_answers(run, lambda _, name: tmp_path / name)
+    assert np.array_equal(stored.right, right) and np.array_equal(predicted.right, right)
+    assert stored.listing == predicted.listing and stored.names() == names
+    other = Answers.of({name: bool(each) for name, each in zip(reversed(names), reversed(right), strict=True)})
+    gap = compare([stored], [other])  # the same videos in another order
+    assert gap and gap.difference == 0 and gap.num_videos == 101
+
+
+def test_the_interval_over_many_videos_is_that_of_drawing_them_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = np.random.default_rng(0)
+    base = draws.random(6000) < 0.6
+    rows = [[answers(*(base ^ (draws.random(6000) < rate))) for _ in range(3)] for rate in (0.1, 0.12)]
+    fast = compare(*rows)
+    monkeypatch.setattr(statistics, "_FEW_VIDEOS", 10_000)
+    slow = compare(*rows)
+    assert fast and slow
+    assert (fast.low, fast.high) == (pytest.approx(slow.low, abs=0.15), pytest.approx(slow.high, abs=0.15))

@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -142,8 +143,16 @@ def search_table(rounds: int, command: str) -> Table:
 
 def _proposals(sampler: str, known: int, count: int, folder: Path) -> list[float]:
     """Return seconds of each of some proposals, where so many trials are known."""
-    search = read_search("search_accuracy_and_cost", [f"sampler={sampler}", f"trials={known + count}"])
-    random = read_search("search_accuracy_and_cost", ["sampler=random", f"trials={known + count}"])
+    make(folder / "data", MotionVerbs(size=32, frames=8, classes=2, train=16, validation=8))
+    data = {"root": folder / "data", "videos": "videos", "train": "train.json", "val": "validation.json"}
+    shared = [
+        f"trials={known + count}",
+        "encoder.weights=null",
+        "data.labels=null",
+        *(f"data.{name}={value}" for name, value in data.items()),
+    ]
+    search = read_search("search_accuracy_and_cost", [f"sampler={sampler}", *shared])
+    random = read_search("search_accuracy_and_cost", ["sampler=random", *shared])
     rng = np.random.default_rng(0)
 
     def told(by: Proposer, trial: Trial) -> None:
@@ -292,7 +301,9 @@ def _launch(folder: Path, place: str) -> Generator[LaunchConfig]:
         return
     Store(embedded)  # makes the database
     port = 5000 + os.getpid() % 3000
-    with subprocess.Popen(serve(embedded, port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:  # noqa: S603
+    with subprocess.Popen(  # noqa: S603
+        [sys.executable, "-m", *serve(embedded, port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as server:
         try:
             _wait_for(f"http://127.0.0.1:{port}/health")
             yield embedded.model_copy(update={"tracking_uri": f"http://127.0.0.1:{port}"})

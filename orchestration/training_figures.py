@@ -17,6 +17,8 @@ from orchestration.results import AnyRecord, match, rows
 from orchestration.statistics import FileOf
 from orchestration.study import Study, Trial
 
+_MOST_CURVES = 20
+"""In one picture."""
 _CURVES = {"val/top1": "Top-1 (%), one view", "val/reconstruction_loss": "L_r, validation", "train/loss": "Loss"}
 """Shown is the first that any training has."""
 
@@ -49,6 +51,9 @@ def curves_info(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyR
     series = [_curve(row, [each[shown] for each in several if shown in each]) for row, several in histories.items()]
     series = [each for each in series if each.x]
     title = f"{study.file.title}: learning curves"
+    if len(series) > _MOST_CURVES:
+        title = f"{title} of the best {_MOST_CURVES} rows of {len(series)}"
+        series = sorted(series, key=lambda each: each.y[-1], reverse=shown == "val/top1")[:_MOST_CURVES]
     return FigureInfo(title, "curves", "epoch", _CURVES[shown], series, None, [each.name for each in series], [], [])
 
 

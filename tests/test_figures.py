@@ -11,6 +11,7 @@ from sklearn.metrics import confusion_matrix
 from test_results import STUDY, Run, runs
 
 from mar.errors import Failure, UserError
+from orchestration import training_figures
 from orchestration.differences import Neighbours
 from orchestration.figures import figure_info
 from orchestration.interactive import write_figure
@@ -55,6 +56,13 @@ def test_learning_curves_are_the_mean_over_seeds_of_what_was_validated(study: St
         ("50 %", [1, 3], [10.5, 30.5]),
         ("75 %", [1, 3], [12.5, 32.5]),
     ]
+
+
+def test_of_many_rows_the_best_curves_are_drawn(study: Study, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_figures, "_MOST_CURVES", 1)
+    info = curves_info(study, finished(study, 70.0, 71.0, 69.0, 69.5), lambda run, name: results / run.run_id / name)
+    assert info and [each.name for each in info.series] == ["75 %"]
+    assert info.title.endswith("learning curves of the best 1 rows of 2")
 
 
 def test_a_result_without_a_history_has_no_curve_and_breaks_no_report(study: Study, tmp_path: Path) -> None:

@@ -39,8 +39,15 @@ def attention(
     faster than the fused kernel uses them, forward and backward (benchmarks/, docs/log.md).
     """
     if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
-        return torch.softmax(queries * queries.shape[-1] ** -0.5 @ keys.mT, dim=-1) @ values
+        return explicit_attention(queries, keys, values)
     return F.scaled_dot_product_attention(queries, keys, values)
+
+
+def explicit_attention(
+    queries: Float[Tensor, "B heads Q d"], keys: Float[Tensor, "B heads N d"], values: Float[Tensor, "B heads N d"]
+) -> Float[Tensor, "B heads Q d"]:
+    """Return softmax(QKᵀ/√d)V by two matrix products."""
+    return torch.softmax(queries * queries.shape[-1] ** -0.5 @ keys.mT, dim=-1) @ values
 
 
 class Attention(TimmAttention):

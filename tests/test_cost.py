@@ -7,6 +7,7 @@ import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 
+from mar import layers
 from mar.config import ExperimentConfig
 from mar.cost import cost
 from mar.export import Inference
@@ -27,15 +28,13 @@ from mar.settings import build, merge
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::torch.jit.TracerWarning")
-def test_a_counter_that_is_not_ours_counts_the_same(overrides: dict[str, Any]) -> None:
+def test_a_counter_that_is_not_ours_counts_the_same(overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """fvcore sees matrix products and norms; attention is made explicit for it, and our embedding skips what is hidden."""
     settings = build(
         merge(merge({}, {"clip.frames": 8, "encoder.size": "small", "reconstruction.weight": 0.0}), overrides)
     )
     model = Inference(MAR(settings), settings).eval()
-    for part in model.modules():
-        if hasattr(part, "fused_attn"):
-            part.fused_attn = False
+    monkeypatch.setattr(layers, "attention", layers.explicit_attention)
     clip, figures = settings.clip, cost(settings)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     counted = FlopCountAnalysis(model, torch.rand(1, 3, clip.frames, clip.size, clip.size)).total()

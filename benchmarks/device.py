@@ -1,11 +1,11 @@
-"""All that is claimed of a GPU, measured in one run of less than eight minutes; needs torch, timm, numpy and pydantic alone.
+"""All that is to be said of a GPU, measured in one run; begins nothing after 7.5 minutes. Never run on a GPU yet.
 
-    python benchmarks/device.py -o benchmarks/device_DATE.md        (with ``mar`` beside it: PYTHONPATH=. is set by itself)
+    python benchmarks/device.py -o benchmarks/device_DATE.md        (finds ``mar`` beside it)
     python benchmarks/device.py --small --device cpu                (tries the script itself, on a CPU)
 
 Training and inference of ViT-B (ρ = 50 %, λ = 0.1, bridging 512 × 2) beside standard training and the step as released, in
 eager mode, compiled and as CUDA graphs; ViT-L; clips a step; the memory of one clip at each mask ratio (Table V); that the
-step never waits; which attention kernel runs. It goes from what matters most to what matters least, and stops in time.
+step never waits; which attention kernel runs. It goes from what matters most to what matters least. Needs torch and timm with what they bring, pydantic and jaxtyping; no Ray, MLflow or decoder.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def speeds(title: str, machine: Machine, cases: list[Case]) -> Table:
         rows.append((name, what, str(case.clips), *figures(timed, seconds, ours, machine), TARGETS.get(what, "")))
     columns = ("contestant", "model", "clips", "ms a step", "clips/s", "first row is", "MFU %", "of the roofline %")
     columns = (*columns, "limited by memory %", "peak GiB", "first step s", "target")
-    return Table(title, COMMAND, columns, [(*row, *[""] * (len(columns) - len(row))) for row in rows])
+    filled = [(*row, *[""] * (len(columns) - len(row))) for row in rows]
+    return Table(title, COMMAND, columns, filled, (machine.convention,))
 
 
 def figures(timed: Timed, seconds: float, ours: float, machine: Machine) -> tuple[str, ...]:

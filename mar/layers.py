@@ -18,6 +18,8 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+_CLIPS_AT_ONCE = 4
+"""Of an evaluation's batch, whose softmax(QKᵀ) is there at one time."""
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 """LayerNorm with the ε of the released models."""
 
@@ -39,7 +41,10 @@ def attention(
     faster than the fused kernel uses them, forward and backward (benchmarks/, docs/log.md).
     """
     if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
-        return explicit_attention(queries, keys, values)
+        if torch.is_grad_enabled():
+            return explicit_attention(queries, keys, values)
+        pieces = zip(*(each.split(_CLIPS_AT_ONCE) for each in (queries, keys, values)), strict=True)
+        return torch.cat([explicit_attention(*piece) for piece in pieces])  # what is kept for nobody may be small
     return F.scaled_dot_product_attention(queries, keys, values)
 
 

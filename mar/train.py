@@ -76,7 +76,7 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
 
     Reports every epoch, those before the resumption included, so that a listener that lost some gets all.
     Leaves ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``metrics.json``, ``history.csv``, ``curves.png`` and, where there
-    are classes, ``predictions.csv`` and ``confusion.png``.
+    are classes, ``predictions.csv``, ``answers.npz`` and ``confusion.png``.
 
     Raises:
         UserError: the settings do not fit the data.

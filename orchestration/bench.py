@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -300,7 +301,9 @@ def _launch(folder: Path, place: str) -> Generator[LaunchConfig]:
         yield embedded
         return
     Store(embedded)  # makes the database
-    port = 5000 + os.getpid() % 3000
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
     with subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", *serve(embedded, port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as server:

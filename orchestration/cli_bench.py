@@ -9,13 +9,13 @@ import typer
 
 from mar.errors import UserError
 
-_INNER = ("step", "inference", "loader", "fed", "augmentation", "checkpoint")
-_OUTER = ("tracking", "planning", "report", "search")
+INNER = ("step", "inference", "loader", "fed", "augmentation", "checkpoint")
+OUTER = ("tracking", "planning", "report", "search")
 
 
 def bench(
     parts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PART]...", help=f"{', '.join(_INNER + _OUTER)}; default: all.")
+        list[str] | None, typer.Argument(metavar="[PART]...", help=f"{', '.join(INNER + OUTER)}; default: all.")
     ] = None,
     size: Annotated[str, typer.Option(help="The encoder: tiny, small, base, large, huge.")] = "base",
     ratio: Annotated[float, typer.Option(min=0, max=0.99, help="Mask ratio ρ.")] = 0.5,
@@ -29,9 +29,9 @@ def bench(
     ] = None,
 ) -> None:
     """Measure the training step and all around it, beside their peers; print tables and keep them in a dated file."""
-    unknown = [part for part in parts or [] if part not in _INNER + _OUTER]
+    unknown = [part for part in parts or [] if part not in INNER + OUTER]
     if unknown:
-        raise UserError(f"{unknown[0]}: no such part; there are {', '.join(_INNER + _OUTER)}")
+        raise UserError(f"{unknown[0]}: no such part; there are {', '.join(INNER + OUTER)}")
     if videos is not None and not videos.is_dir():
         raise UserError(f"--videos {videos}: no such folder")
     import torch
@@ -44,8 +44,8 @@ def bench(
     case = case_of(size, ratio, clips, precision, steps)
     machine = this_machine(torch.device(case.device), precision)
     file = output or run.default_file(machine)
-    for part in parts or _INNER + _OUTER:
-        if part in _INNER:
+    for part in parts or INNER + OUTER:
+        if part in INNER:
             run.measure(part, case, machine, rounds, videos, file, "mar bench")
         else:
             run.keep(around.PARTS[part](rounds, f"mar bench {part} --rounds {rounds}"), machine, file)

@@ -52,7 +52,7 @@ def run(
         bool, typer.Option("--recompute-activations", help="Where memory is short: a third more work.")
     ] = False,
     is_compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the model: slower to start, faster steps on a GPU.")
+        bool, typer.Option("--compile", help="Compile the model: slower to start; does it pay? mar bench.")
     ] = False,
     checkpoint_every_steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint inside epochs too.")] = None,
     resize_s: Annotated[float, typer.Option(min=1, help="How often an elastic trial looks for more workers.")] = 60.0,

@@ -39,7 +39,7 @@ class LaunchConfig(BaseModel):
     recompute_activations: bool = False
     """Where memory is short: compute activations again in the backward pass; a third more work."""
     compile: bool = False
-    """Compile the model's blocks: half a minute or more at a trial's start, for faster steps on a GPU (``mar bench``)."""
+    """Compile the model's blocks: half a minute and more at a trial's start; ``mar bench`` on a GPU says whether it pays."""
     checkpoint_every_steps: PositiveInt | None = None
     """Checkpoint inside an epoch too; an epoch's end always has one."""
     keep: Keep = Keep()

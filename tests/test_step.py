@@ -24,14 +24,16 @@ from mar.bench.roofline import Recorder
 from mar.bench.steps import Case, time_case
 from mar.checkpoint import Progress
 from mar.config import ExperimentConfig
+from mar.cost import cost
 from mar.dataset import Batch
 from mar.encoder import patchify, take_tubelets
-from mar.layers import attention, execute, transformer_blocks
+from mar.layers import attention, execute, explicit_attention, transformer_blocks
 from mar.masking import evaluation_mask, training_mask
 from mar.model import MAR
 from mar.optim import build_optimizer
-from mar.settings import build
 from mar.step import Execution, Learner, train_step
+from orchestration import bench as around
+from orchestration import cli_bench
 
 CPU = torch.device("cpu")
 AUGMENTED = {
@@ -65,7 +67,7 @@ def stepped(settings: ExperimentConfig, execution: Execution, steps: int = 3) ->
 
 
 class _NoWaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for a device: copies to it from memory that is not pinned are told apart by shape."""
+    """Refuses copies between devices that the host waits for; keeps the names of all operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +234,7 @@ def test_the_peer_that_computes_as_the_released_code_has_the_same_loss_and_gradi
         torch.testing.assert_close(Released(model).classify(pixels, hidden), model.classify(pixels, hidden))
 
 
-def test_the_peer_from_transformers_has_the_same_weights(tiny: Callable[..., ExperimentConfig]) -> None:
+def test_the_peer_from_transformers_has_the_same_weights() -> None:
     settings = Case("standard", size="tiny", frames=4, pixels=32, precision="fp32").settings
     torch.manual_seed(0)
     model, pixels = MAR(settings).eval(), torch.rand(2, 3, 4, 32, 32)
@@ -244,7 +246,7 @@ def test_the_peer_from_transformers_has_the_same_weights(tiny: Callable[..., Exp
         )
 
 
-def test_the_roofline_counts_the_operations_that_pytorch_counts(tiny: Callable[..., ExperimentConfig]) -> None:
+def test_the_roofline_counts_the_operations_that_pytorch_counts() -> None:
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
     with Recorder() as recorder:
         F.linear(x, weight).sum().backward()
@@ -264,10 +266,15 @@ def test_the_benchmark_of_the_step_says_how_each_contestant_did(
     assert "MFU: useful operations" in text and "torch 2" in text
     assert "transformers' VideoMAE" in text
     timed = time_case(case)
-    assert timed.useful_operations == pytest.approx(2 * 2 * 1e9 * build_cost(case))
+    assert timed.useful_operations == pytest.approx(2 * 2 * 1e9 * cost(case.settings).train_gflops)
 
 
-def build_cost(case: Case) -> float:
-    from mar.cost import cost
+def test_attention_without_gradients_goes_through_a_batch_in_pieces_to_the_same_end() -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(9, 2, 12, 8).bfloat16() for _ in range(3)]
+    with torch.no_grad():
+        assert torch.equal(attention(*parts), explicit_attention(*parts))
 
-    return cost(build(case.settings.model_dump(mode="json"))).train_gflops
+
+def test_the_commands_parts_are_those_there_are() -> None:
+    assert tuple(run.PARTS) == cli_bench.INNER and tuple(around.PARTS) == cli_bench.OUTER

@@ -35,11 +35,7 @@ def step_cases(case: Case) -> list[Case]:
 
 
 def contest(cases: Sequence[Case], machine: Machine, rounds: int, say: Say) -> list[Timed | str]:
-    """Time every case ``rounds`` times; of one that cannot run, return why.
-
-    Raises:
-        UserError: ours failed.
-    """
+    """Time every case ``rounds`` times; of one that cannot run, return why."""
     results: list[Timed | str | None] = [None] * len(cases)
     for number in range(rounds):
         for place, case in enumerate(cases):
@@ -58,8 +54,9 @@ def contest(cases: Sequence[Case], machine: Machine, rounds: int, say: Say) -> l
 def _in_a_process(case: Case, machine: Machine | None) -> Timed | str:
     told = json.dumps({"case": asdict(case), "machine": asdict(machine) if machine else None})
     done = subprocess.run([sys.executable, "-m", "mar.bench.steps", told], capture_output=True, text=True)  # noqa: S603
-    if done.returncode:
-        raise UserError(f"{name_of(case)}: its process ended with {done.returncode}\n{done.stderr[-2000:]}")
+    if done.returncode:  # killed for its memory, mostly
+        last = done.stderr.strip().splitlines()[-1:] or [""]
+        return f"its process ended with {done.returncode} {last[0][:100]}".rstrip()
     found = json.loads(done.stdout.splitlines()[-1])
     if "missing" in found:
         return str(found["missing"])
@@ -76,11 +73,17 @@ def name_of(case: Case) -> str:
 
 
 def table(title: str, command: str, results: Sequence[Timed | str], cases: Sequence[Case], machine: Machine) -> Table:
-    """Return the table of a contest; the first row is ours, to which the others are held."""
+    """Return the table of a contest; the first row is ours, to which the others are held.
+
+    Raises:
+        UserError: ours could not be measured.
+    """
     first = results[0]
-    assert isinstance(first, Timed)
+    if isinstance(first, str):
+        raise UserError(f"{name_of(cases[0])}: {first}: take fewer --clips or a smaller --size")
     ours = statistics.median(first.seconds)
-    return Table(title, command, COLUMNS, [_row(*pair, ours, machine) for pair in zip(cases, results, strict=True)])
+    rows = [_row(*pair, ours, machine) for pair in zip(cases, results, strict=True)]
+    return Table(title, command, COLUMNS, rows, (machine.convention,))
 
 
 def _row(case: Case, timed: Timed | str, ours_s: float, machine: Machine) -> tuple[str, ...]:

@@ -30,11 +30,12 @@ from mar.settings import build, merge
 from mar.step import train_step
 
 _CLIPS_PER_ROUND = 48
+_CLIP_BYTES = 16 * 224 * 224 * 3.0
 _RANDAUGMENT = "rand-m7-n4-mstd0.5-inc1"
 """The paper's (Table I)."""
 
 
-def loader_table(case: Case, machine: Machine, rounds: int, videos: Path | None, command: str) -> Table:
+def loader_table(machine: Machine, rounds: int, videos: Path | None, command: str) -> Table:
     """Time the loader on one core: from video files, and from both frame caches; what a device of some speed needs of it."""
     with tempfile.TemporaryDirectory() as name:
         data = _data(Path(name), videos)
@@ -46,9 +47,9 @@ def loader_table(case: Case, machine: Machine, rounds: int, videos: Path | None,
     rows: list[tuple[str, ...]] = []
     for kind, all_of in rates.items():
         rate = statistics.median(all_of[1:])
-        read = _BYTES_READ[kind] * rate / 1e9 / machine.copy_gb_s
+        written = _CLIP_BYTES * rate / 1e9 / machine.copy_gb_s
         cores = [f"{wanted / rate:.1f}" for wanted in (10, 100, 622, 1243)]
-        rows.append((kind, spread(all_of[1:], 0), f"{100 * read:.1f}", *cores))
+        rows.append((kind, spread(all_of[1:], 0), f"{100 * written:.1f}", *cores))
     columns = (
         "clips from",
         "clips/s a core",
@@ -58,13 +59,9 @@ def loader_table(case: Case, machine: Machine, rounds: int, videos: Path | None,
     note = (
         f"Clips of 16 frames, cropped and resized to 224², as the trainer gets them (uint8). {_said(videos)} 622 and 1,243 "
         "clips/s: ViT-B at ρ = 50 % at 40 % and 80 % of an H200's data-sheet arithmetic. A loader's roofline is its core: "
-        "decoding, cropping and resizing; of the memory's bandwidth it takes the share given (decoded frames, once)."
+        "decoding, cropping and resizing; of the memory's bandwidth it takes the share given (the clips, written once)."
     )
     return Table("Loader", command, columns, rows, (note,))
-
-
-_FULL_FRAMES = 16 * 256 * 256 * 3.0
-_BYTES_READ = {"video files": _FULL_FRAMES, "frame cache, JPEG": _FULL_FRAMES, "frame cache, raw": _FULL_FRAMES}
 
 
 def fed_table(case: Case, rounds: int, videos: Path | None, command: str) -> Table:

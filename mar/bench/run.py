@@ -40,7 +40,7 @@ def _what(case: Case) -> str:
 PARTS: dict[str, Part] = {
     "step": _step,
     "inference": _inference,
-    "loader": lambda case, machine, rounds, videos, command: data.loader_table(case, machine, rounds, videos, command),
+    "loader": lambda case, machine, rounds, videos, command: data.loader_table(machine, rounds, videos, command),
     "fed": lambda case, machine, rounds, videos, command: data.fed_table(case, rounds, videos, command),
     "augmentation": lambda case, machine, rounds, videos, command: data.augmentation_table(
         case, machine, rounds, command
@@ -75,8 +75,6 @@ def heading(machine: Machine) -> list[str]:
         f"# {machine.name}, {date.today().isoformat()}",
         "",
         f"{machine.versions}.",
-        "",
-        machine.convention,
         "",
         "Medians, and in brackets quartiles, over all rounds; a round runs every contestant in turn, each in a fresh process. "
         "Roofline: the least time of the step's operations one after another, each limited by arithmetic or by memory "

@@ -104,7 +104,7 @@ def case_of(size: str, ratio: float, clips: int | None, precision: str, steps: i
 
 
 def _decoder(size: str) -> dict[str, Any]:
-    """Return the reconstruction decoder of VideoMAE's model of that size (Table I)."""
+    """Return the reconstruction decoder that the recipes have for that size."""
     return {"width": 512, "depth": 12, "heads": 8} if size == "large" else {}
 
 

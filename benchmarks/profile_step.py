@@ -3,8 +3,8 @@
     python benchmarks/profile_step.py [--before COMMIT] [-o docs/step_profile.png]
 
 ViT-B, 16 × 224², ρ = 50 %, bf16, two clips on the CPU; each version in a process of its own, in turn, the median of some
-steps. Operations are timed by PyTorch's profiler; "memory" is what the operating system took for handing out memory, the
-time that the process spent in the kernel, and is in the other parts too.
+steps. Operations are timed by PyTorch's profiler, and scaled to a step without it. Also printed: the time that the process
+spent in the kernel, which is mostly for being handed memory.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def draw(bars: dict[str, list[dict[str, float]]], file: Path) -> None:
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_xlabel("seconds of a training step: ViT-B, 16 × 224², ρ = 50 %, bf16, 2 clips, 2 cores")
-    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.45), frameon=False)
+    figure.legend(ncols=3, loc="outside upper center", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.1)
     figure.savefig(file, dpi=150)

@@ -62,4 +62,7 @@ def save(figure: Figure, file: Path) -> None:
     if file.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
         raise UserError(f"-o {file}: cannot draw a {file.suffix or 'nameless'} file; use .png, .pdf or .svg")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=160)
+    options: dict[str, Any] = {}
+    if file.suffix.lower() == ".png":
+        options["pil_kwargs"] = {"compress_level": 1}  # of frames: half the time, a sixth more bytes
+    figure.savefig(file, dpi=160, **options)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from mar.annotations import Video
 from mar.config import ExperimentConfig
 from mar.decoders import BrokenVideo, Frames
-from mar.errors import UserError
+from mar.errors import Failure, UserError
 from mar.frame_cache import open_video
 from mar.video import evaluation_frames, training_frames
 
@@ -212,7 +212,11 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def loader(dataset: Dataset[Sample], batches: Iterable[Any], processes: int, device: torch.device) -> Iterable[Batch]:
-    """Return a loader that decodes in this process, or in ``processes`` others that stay alive between passes."""
+    """Return a loader that decodes in this process, or in ``processes`` others that stay alive between passes.
+
+    A pass raises a Failure of the kind ``node`` when one of them is lost in the middle of a batch; when it is lost between two,
+    PyTorch raises a RuntimeError.
+    """
     loading: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]
@@ -222,7 +226,22 @@ def loader(dataset: Dataset[Sample], batches: Iterable[Any], processes: int, dev
         multiprocessing_context="forkserver" if processes else None,
         persistent_workers=processes > 0,
     )
-    return loading
+    return _Loading(loading)
+
+
+class _Loading:
+    """A loader that says so when a process of its own was lost while it sent a batch: to PyTorch, the batch ends early."""
+
+    def __init__(self, loading: Iterable[Batch]) -> None:
+        self.loading = loading
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from self.loading
+        except (EOFError, ConnectionError) as error:
+            if str(error).startswith("Caught "):  # raised by our code in such a process: it would come again
+                raise
+            raise Failure(f"a loader process was lost: {type(error).__name__}", "node") from error
 
 
 def training_batches(

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mar.annotations import Video
 from mar.augment import to_pixels
@@ -22,6 +23,8 @@ from mar.masking import evaluation_mask
 from mar.model import MAR, split_places
 
 _GREY = 0.5
+_LABEL_IN = 0.3
+"""Inches beside the frames."""
 
 
 @torch.no_grad()
@@ -66,13 +69,18 @@ def draw_reconstructions(
     model.eval()
     lines = (pixels, *rebuilt(settings, model, pixels, evaluation_mask(settings).expand(len(pixels), -1, -1, -1)))
     model.train(was_training)
-    shown = torch.linspace(0, pixels.shape[2] - 1, num_frames).long().tolist()
-    figure = Figure(figsize=(1.1 * num_frames, 3.4 * len(videos)), layout="constrained")
-    panels: Any = figure.subplots(3 * len(videos), num_frames, squeeze=False)
-    for row, panel_line in enumerate(panels):
-        video, part = divmod(row, 3)
-        for panel, frame in zip(panel_line, shown, strict=True):
-            panel.imshow(lines[part][video, :, frame].permute(1, 2, 0).cpu().numpy())
-            panel.set(xticks=[], yticks=[])
-        panel_line[0].set_ylabel(("original", "masked", "rebuilt")[part], fontsize=8)
+    shown = torch.linspace(0, pixels.shape[2] - 1, num_frames).long()
+    tiled = torch.stack([line[:, :, shown].cpu() for line in lines], dim=1)  # B 3 C frames H W
+    height, width = tiled.shape[-2:]
+    gap = max(1, width // 32)
+    tiled = pad(tiled, (0, gap, 0, gap), value=1.0)
+    picture = tiled.permute(0, 1, 4, 3, 5, 2).flatten(0, 2).flatten(1, 2)[:-gap, :-gap]
+    figure = Figure(figsize=(_LABEL_IN + 1.1 * num_frames, 1.1 * height / width * 3 * len(videos)))
+    panel: Any = figure.add_axes((_LABEL_IN / figure.get_figwidth(), 0, 1 - _LABEL_IN / figure.get_figwidth(), 1))
+    panel.imshow(picture.numpy(), aspect="auto")
+    rows = [(height + gap) * row + height / 2 for row in range(3 * len(videos))]
+    panel.set_yticks(rows, ["original", "masked", "rebuilt"] * len(videos), fontsize=8, rotation=90, va="center")
+    panel.set_xticks([])
+    panel.tick_params(length=0)
+    panel.set_frame_on(False)
     save(figure, file)

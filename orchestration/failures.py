@@ -44,7 +44,7 @@ def reason_of(error: BaseException) -> Reason:
         return Reason(str(error), error.kind)
     if is_out_of_memory(error):
         return Reason(f"out of memory: {first_line(error)}", "memory")
-    if "DataLoader worker" in str(error):
+    if "DataLoader worker (pid" in str(error):
         return Reason(f"a loader process was lost: {first_line(error)}", "node")
     kind: FailureKind = "node" if is_lost_peer(error) else "code"
     return Reason(f"{type(error).__name__}: {first_line(error)}", kind)

@@ -7,7 +7,7 @@ import json
 from rich.console import Console
 
 from mar import RESULT
-from mar.errors import Failure, UserError
+from mar.errors import Failure
 from orchestration.config import LaunchConfig
 from orchestration.failures import Reason
 from orchestration.launch import Launch, check_data, check_weights
@@ -29,10 +29,6 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
         UserError: the data is not there, another run of the search is alive, a trial does not fit the cluster.
         Failure: trials failed, or nothing keeps the constraints; what was found is printed.
     """
-    if search.file.stopper != "none" and launch.backend == "train":
-        raise UserError(
-            "stopper: an early end needs --backend inline or --local: a TorchTrainer's workers would stay behind"
-        )
     console, launch = Console(soft_wrap=True), launch.model_copy(update={"study": search.name})
     study = Study(search.name, StudyFile(title=search.file.title, recipe=search.file.recipe, axes={"trial": {}}), [])
     with only_one(study, launch):

@@ -31,7 +31,6 @@ from orchestration.trial import (
     assign,
     quiet_environment,
     run_inline,
-    run_with_workers,
 )
 
 _OBJECT_STORE_BYTES = 200 * 2**20
@@ -96,7 +95,9 @@ def _run(
             scheduler=_ending(source) if source else None,
             num_samples=-1,
             max_concurrent_trials=_concurrent(launch, gpus),
-            **_naming(launch),
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
         )
         _fit(tune.Tuner(_trainable(launch, gpus), tune_config=config, run_config=_run_config(launch, listener)), launch)
 
@@ -168,12 +169,9 @@ def _trainable(launch: LaunchConfig, gpus: int) -> Any:
 
     if launch.backend == "inline":
         return tune.with_resources(run_inline, {"CPU": float(launch.cpus_per_worker), "GPU": float(gpus)})
-    return tune.with_resources(run_with_workers, {"node:__internal_head__": 0.001})
+    from orchestration.lane import LaneTrial
 
-
-def _naming(launch: LaunchConfig) -> dict[str, Any]:
-    names = {"trial_name_creator": _trial_name, "trial_dirname_creator": _trial_name}
-    return {"reuse_actors": launch.backend == "inline", **names}
+    return tune.with_resources(LaneTrial, {"node:__internal_head__": 0.001})
 
 
 def _run_config(launch: LaunchConfig, listener: Listener) -> Any:
@@ -185,6 +183,7 @@ def _run_config(launch: LaunchConfig, listener: Listener) -> Any:
         callbacks=[_listening(listener)],
         verbose=0,
         failure_config=tune.FailureConfig(max_failures=launch.retries),
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a trial keeps its own
     )
 
 

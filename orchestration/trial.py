@@ -1,4 +1,4 @@
-"""One trial: what a backend is told about it, and Tune's trial that trains it."""
+"""One trial: what a backend is told about it, and Tune's trial that trains it in its own process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestration.config import LaunchConfig
-from orchestration.failures import Reason, read_reason, write_reason
+from orchestration.failures import Reason
 from orchestration.study import Trial, absolute_paths
 
 LOG = "log.txt"
@@ -150,59 +150,6 @@ def run_inline(config: dict[str, Any]) -> None:
     from orchestration.worker import train
 
     train(config["assignment"], one_by_one(tune.report))
-
-
-def run_with_workers(config: dict[str, Any]) -> None:
-    """Train with Ray Train's TorchTrainer; this process only waits and passes the reports on to Tune.
-
-    When the trainer gives the trial up, after its retries, this ends normally: Tune is there to try again when
-    this process itself is lost.
-    """
-    assignment = Assignment(**config["assignment"])
-    if Path(assignment.stop_file).exists():  # nobody else is to start
-        return
-    os.environ.update(assignment.environment)  # before Ray Train reads it
-    from ray import train as ray_train
-    from ray.train.torch import TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    from orchestration.remote import remote
-    from orchestration.worker import train_worker
-
-    resources = {"CPU": float(assignment.cpus_per_worker)}
-    if assignment.gpus_per_worker:
-        resources["GPU"] = float(assignment.gpus_per_worker)
-    is_elastic = assignment.min_workers < assignment.workers
-    storage, files = assignment.storage, None
-    if assignment.remote:
-        place = remote(assignment.remote)
-        storage, files = f"{place.root}/ray", place.files
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=assignment.plain(),
-        scaling_config=ray_train.ScalingConfig(
-            num_workers=(assignment.min_workers, assignment.workers) if is_elastic else assignment.workers,
-            use_gpu=assignment.gpus_per_worker > 0,
-            resources_per_worker=resources,
-            elastic_resize_monitor_interval_s=assignment.resize_s,
-        ),
-        run_config=ray_train.RunConfig(
-            name=assignment.key,
-            storage_path=storage,
-            storage_filesystem=files,
-            callbacks=[TuneReportCallback()],
-            failure_config=ray_train.FailureConfig(
-                max_failures=assignment.retries,
-                controller_failure_limit=-1 if assignment.waits_for_nodes else 1,  # another node may come
-            ),
-        ),
-    )
-    try:
-        trainer.fit()
-    except ray_train.TrainingFailedError as error:
-        folder = Path(assignment.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_reason(folder, read_reason(folder, error) or Reason("Ray lost the trial", "node"))
 
 
 def quiet_environment(launch: LaunchConfig) -> dict[str, str]:

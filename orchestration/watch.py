@@ -38,10 +38,10 @@ class Watch:
         batch_size: int,
         device: torch.device,
         say: Callable[[str], None],
-        is_preempted: Callable[[], bool] = lambda: False,
+        wished: Callable[[], Wish] = lambda: "go on",
     ) -> None:
         self.folder, self.stop_file = Path(told.folder), Path(told.stop_file)
-        self.batch_size, self.device, self.say, self.is_preempted = batch_size, device, say, is_preempted
+        self.batch_size, self.device, self.say, self.wished = batch_size, device, say, wished
         self.has_saved = False
         self.first: tuple[int, float] | None = None
         self.pulsed = self.asked = self.beat = time.monotonic()
@@ -77,11 +77,9 @@ class Watch:
 
     def _own(self) -> Wish:
         is_time = share().world > 1 or time.monotonic() - self.asked > _ASK_EVERY_S
-        preempted = is_time and self.is_preempted()  # workers meet in it: all of them must ask
+        wish = self.wished() if is_time else "go on"
         self.asked = time.monotonic() if is_time else self.asked
-        if self.stop_file.exists():
-            return "stop"
-        return "save" if preempted else "go on"
+        return "stop" if self.stop_file.exists() else wish
 
     def _pulse(self, done: int, of: int) -> None:
         now = time.monotonic()

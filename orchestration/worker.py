@@ -20,12 +20,12 @@ from mar.memory import keep_freed_memory
 from mar.parallel import default_device, share
 from mar.sealed import write_text
 from mar.settings import build
-from mar.step import Execution
+from mar.step import Execution, Wish
 from mar.train import Report, fit, test_again
 from orchestration.copies import Copies
 from orchestration.failures import FILE, RETRIED, Reason, read_reason, reason_of, write_reason
 from orchestration.remote import fetch_cache, remote
-from orchestration.trial import PASSES, Assignment, one_by_one
+from orchestration.trial import PASSES, Assignment
 from orchestration.watch import Watch
 from orchestration.worker_log import WorkerLog
 
@@ -35,9 +35,7 @@ _LOST_HEAD_S = 90.0
 """How long one lives on whose head is lost: Ray gives that a minute."""
 
 
-def train(
-    assignment: dict[str, Any], report: Report, is_preempted: Callable[[], bool] = lambda: False
-) -> Reason | None:
+def train(assignment: dict[str, Any], report: Report, wished: Callable[[], Wish] = lambda: "go on") -> Reason | None:
     """Train one trial in this process (as one of several, if a process group is up).
 
     Returns why it was given up, or none when it is finished. What would come again is returned and not raised, so that
@@ -61,7 +59,7 @@ def train(
         cache = told.settings["data"]["cache"]
         if told.cache_from and cache:
             fetch_cache(remote(told.cache_from), Path(cache))
-        return _try(_Trial(told, folder, device, say, copies), report, is_preempted)
+        return _try(_Trial(told, folder, device, say, copies), report, wished)
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,11 @@ class _Trial:
     copies: Copies | None
 
 
-def _try(trial: _Trial, report: Report, is_preempted: Callable[[], bool]) -> Reason | None:
+def _try(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reason | None:
     """Attempt until it is finished, or another attempt would end the same, or there were enough."""
     told, folder, reason = trial.told, trial.folder, None
     for tries_left in range(told.retries, -1, -1):
-        reason = _attempt(trial, report, is_preempted)
+        reason = _attempt(trial, report, wished)
         if reason is None or reason.kind == "stopped":
             break
         goes_on = reason.kind != "hang" and reason.kind in _retried(told)
@@ -97,7 +95,7 @@ def _try(trial: _Trial, report: Report, is_preempted: Callable[[], bool]) -> Rea
     return reason
 
 
-def _attempt(trial: _Trial, report: Report, is_preempted: Callable[[], bool]) -> Reason | None:
+def _attempt(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reason | None:
     """Train, or test, to the end; returns what kept it from that."""
     told, folder, copies = trial.told, trial.folder, trial.copies
     settings = build(told.settings)
@@ -113,7 +111,7 @@ def _attempt(trial: _Trial, report: Report, is_preempted: Callable[[], bool]) ->
         say=trial.say,
     )
     try:
-        with Watch(told, settings.recipe.batch_size, trial.device, trial.say, is_preempted) as watch:
+        with Watch(told, settings.recipe.batch_size, trial.device, trial.say, wished) as watch:
             execution = replace(execution, step=watch.step, alive=watch.alive)
             with _alone_in(told, folder) if share().rank == 0 else nullcontext():
                 if told.trained:
@@ -203,10 +201,3 @@ def _alone_in(told: Assignment, folder: Path) -> Generator[None]:
         raise Failure(
             f"{folder} is being trained by another process: wait for that study, then run this again", "user"
         ) from None
-
-
-def train_worker(assignment: dict[str, Any]) -> None:
-    """Train as one of a TorchTrainer's workers; all of them report, Ray listens to the first."""
-    from ray import train as ray_train
-
-    train(assignment, one_by_one(ray_train.report), lambda: ray_train.get_preemption_info() is not None)

@@ -4,6 +4,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from timm.data.random_erasing import RandomErasing
+from torch.utils.data import Dataset
 
 from mar.annotations import fingerprint, read_split
 from mar.augment import draw_erased, erase, flip, mix, soft_labels, swapped
@@ -23,12 +25,13 @@ from mar.dataset import (
     TrainingClips,
     TrainingOrder,
     collate,
+    loader,
     one_after_another,
     random_box,
     test_boxes,
 )
 from mar.decoders import BrokenVideo, decode_with, write_video
-from mar.errors import UserError
+from mar.errors import Failure, UserError
 from mar.model import IMAGENET_MEAN, IMAGENET_STD
 from mar.motion_verbs import FRAMES_PER_S, PHOTOS, VERBS, MotionVerbs, make
 from mar.video import Reader, evaluation_frames, training_frames
@@ -424,3 +427,23 @@ def test_decord_is_given_the_time_it_takes_to_decode_a_real_size_of_video(tmp_pa
         with Reader(tmp_path / "a.mp4") as reader:
             reader.frames(range(0, 64, 4))
             assert reader.decoder == "decord"
+
+
+class _Broken(Dataset[Any]):
+    def __getitem__(self, key: Any) -> Any:
+        raise EOFError("this file ends early")
+
+
+def test_a_file_that_ends_early_is_no_lost_loader_process() -> None:
+    with pytest.raises(EOFError, match="this file ends early"):
+        list(loader(_Broken(), [[0]], 1, torch.device("cpu")))
+
+
+def test_a_batch_that_ends_early_is_a_lost_loader_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> Any:
+        raise EOFError  # what a pipe gives whose other end was killed
+
+    monkeypatch.setattr("torch.utils.data.dataloader._SingleProcessDataLoaderIter._next_data", lost)
+    with pytest.raises(Failure, match="a loader process was lost") as raised:
+        list(loader(_Broken(), [[0]], 0, torch.device("cpu")))
+    assert raised.value.kind == "node"

@@ -20,9 +20,12 @@ import pytest
 import yaml
 from conftest import tiny_tree
 
+from mar.config import ExperimentConfig
 from orchestration import sweep, worker
 from orchestration.cli import main
 from orchestration.config import LaunchConfig
+from orchestration.failures import Reason
+from orchestration.study import Trial
 from orchestration.tracking import RunRecord, Store
 from orchestration.trial import quiet_environment
 
@@ -363,6 +366,50 @@ def test_a_search_runs_through_tune_and_goes_on(place: Path) -> None:
     assert {run.run_id for run in runs} <= {run.run_id for run in trial_runs(place)}
 
 
+class _EndsTheSecond:
+    """Proposes three trials; ends the second after its first epoch. Hears what becomes of each."""
+
+    def __init__(self, tiny: Callable[..., ExperimentConfig]) -> None:
+        epochs = [2, 500, 3]
+        self.trials = [Trial({}, tiny({"recipe.epochs": each}), "") for each in epochs]
+        self.waiting = iter(self.trials)
+        self.epochs: list[tuple[str, int]] = []
+        self.told: dict[str, str] = {}
+
+    def next(self) -> Trial | None:
+        return next(self.waiting, None)
+
+    def should_end(self, key: str, epoch: int, metrics: dict[str, float]) -> bool:
+        return key == self.trials[1].key and epoch == 1
+
+    def started(self, key: str) -> None:
+        self.told[key] = "started"
+
+    def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
+        self.epochs.append((key, epoch))
+
+    def finished(self, key: str) -> None:
+        self.told[key] = "finished"
+
+    def failed(self, key: str, reason: Reason) -> None:
+        self.told[key] = reason.words
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_go_from_trial_to_trial_also_from_one_that_a_search_ended_early(
+    tmp_path: Path, tiny: Callable[..., ExperimentConfig]
+) -> None:
+    source = _EndsTheSecond(tiny)
+    launch = LaunchConfig(store=tmp_path / "mar_store", backend="train", max_concurrent_trials=1)
+    sweep.run_search(source, launch, source, lambda trial: None)
+    first, ended, last = (trial.key for trial in source.trials)
+    assert source.told == {first: "finished", ended: "it ended without a result", last: "finished"}
+    assert (ended, 1) in source.epochs
+    assert not (launch.trial_folder(ended) / "result").exists()
+    logs = [(launch.trial_folder(trial.key) / "logs" / "worker0.txt").read_text() for trial in source.trials]
+    assert len({re.findall(r"process (\d+)", log)[0] for log in logs}) == 1
+
+
 MISTAKES: list[tuple[list[str], int, str]] = [
     (["run", "absent"], 2, "no study 'absent': neither a file nor one that ships with mar ("),
     (["run", "tiny.yaml", "mask.ration=0.5"], 2, "mask.ration: no such setting; did you mean mask.ratio?"),
@@ -388,7 +435,6 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["run", "search.yaml", "--only", "ρ=50 %"], 2, "search.yaml is a search: --only and --budget are for studies"),
     (["plan", "search.yaml"], 2, "search.yaml is a search, not a study"),
     (["plan", "tiny.yaml", "--all"], 2, "tiny.yaml: a study or --all, not both"),
-    (["run", "search.yaml"], 2, "stopper: an early end needs --backend inline or --local"),
     (["show", "absent"], 2, "no recipe 'absent'"),
     (["cost", "recipe.yaml", "mask.ratio=2"], 2, "mask.ratio: must be less than 1, not 2"),
     (["mask", "recipe.yaml", "-o", "mask.doc"], 2, "cannot draw a .doc file"),

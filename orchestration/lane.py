@@ -1,0 +1,254 @@
+"""Tune's trial that is trained by Ray Train, and the workers that go from trial to trial.
+
+A TorchTrainer starts five processes of its own, and its workers load PyTorch: ten seconds and more, for every trial. So the
+workers of one train not one trial but all that are handed to them, one after another, each under its own settings, folder
+and log. What ends a worker (a lost node, a hang, memory) is Ray Train's to heal, as in any training: it starts the group
+again, which takes up the same trial from its checkpoint. A group that was healed is not used for another trial: each has
+its ``retries`` to itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import train, tune
+from ray.util.placement_group import get_current_placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestration.failures import Reason, read_reason, write_reason
+from orchestration.remote import remote
+from orchestration.trial import Assignment, one_by_one
+
+if TYPE_CHECKING:
+    from mar.step import Wish
+
+_NEWS_S = 1.0
+"""How often it is seen whether the trainer is still there."""
+_HOME_S = 4.0
+"""How long workers may take to go home: Tune gives a trial that it ends as long as this, and a second."""
+
+
+class Desk:
+    """An actor between Tune's trial and the workers: trials are handed out here, and what they report comes back."""
+
+    def __init__(self) -> None:
+        self.number, self.groups = 0, 0
+        self.assignment: dict[str, Any] | None = None
+        self.place: Any = None
+        self.reports: list[dict[str, Any]] = []
+        self.is_done, self.is_dropped, self.is_closed = True, False, False
+        self.changed = asyncio.Condition()
+
+    async def put(self, assignment: dict[str, Any]) -> None:
+        """Hand out a trial; the one before it must be done."""
+        self.number, self.assignment = self.number + 1, assignment
+        self.is_done = self.is_dropped = False
+        self.reports = []
+        await self._tell()
+
+    async def take(self, after: int, rank: int, place: Any) -> tuple[int, dict[str, Any] | None]:
+        """Wait for the trial after number ``after`` (0: the one under way); returns its number, and none at the end."""
+        if rank == 0 and after == 0:
+            self.groups, self.place = self.groups + 1, place
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.is_closed or (self.number > after and not self.is_done))
+        return self.number, None if self.is_closed else self.assignment
+
+    async def report(self, metrics: dict[str, Any]) -> None:
+        """Note what the first worker reports."""
+        self.reports.append(metrics)
+        await self._tell()
+
+    async def drop(self) -> None:
+        """Wish that the trial under way is left."""
+        self.is_dropped = True
+
+    async def dropped(self) -> bool:
+        """Whether the trial under way is to be left."""
+        return self.is_dropped
+
+    async def done(self) -> None:
+        """Note that the trial under way is over."""
+        self.is_done = True
+        await self._tell()
+
+    async def close(self) -> Any:
+        """Send the workers home; returns their placement group, once they are there."""
+        self.is_closed = self.is_dropped = True
+        await self._tell()
+        return self.place
+
+    async def news(self) -> tuple[list[dict[str, Any]], bool, bool]:
+        """Wait a little for reports; returns them, whether the trial is over, and whether its group was started again."""
+        async with self.changed:
+            try:
+                async with asyncio.timeout(_NEWS_S):
+                    await self.changed.wait_for(lambda: bool(self.reports) or self.is_done)
+            except TimeoutError:
+                pass
+        reports, self.reports = self.reports, []
+        return reports, self.is_done, self.groups > 1
+
+    async def _tell(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+
+class Lane:
+    """A trainer with its workers, and the desk where they take their trials."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor: Any = ray.remote(Desk)
+        self.desk = actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()
+        self.error: Exception | None = None
+        self.is_done, self.is_spent = True, False
+        self.trainer = _trainer(assignment, self.desk)
+        self.thread = threading.Thread(target=self._fit, name="trainer", daemon=True)
+        self.thread.start()
+
+    def _fit(self) -> None:
+        try:
+            self.trainer.fit()
+        except Exception as error:
+            self.error = error
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether another trial can be given to it."""
+        return self.thread.is_alive() and not self.is_spent
+
+    def train(self, assignment: Assignment) -> Iterator[dict[str, Any]]:
+        """Have a trial trained; yields what it reports. One that the trainer gives up has a reason in its folder."""
+        ray.get(self.desk.put.remote(assignment.plain()))
+        self.is_done = False
+        while not self.is_done:
+            is_alive = self.thread.is_alive()  # before the news: what was reported before its end is among them
+            reports, self.is_done, self.is_spent = ray.get(self.desk.news.remote())
+            yield from reports
+            if not is_alive and not self.is_done:
+                folder = Path(assignment.folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_reason(folder, read_reason(folder, self.error) or Reason("Ray lost the trial", "node"))
+                return
+
+    def drop(self) -> None:
+        """Have the trial under way left, after its next step, and wait for that."""
+        ray.get(self.desk.drop.remote())
+        while not self.is_done and self.thread.is_alive():
+            _, self.is_done, self.is_spent = ray.get(self.desk.news.remote())
+
+    def close(self) -> None:
+        """End the workers and wait for it: the next lane, or the next study, wants their place.
+
+        Ray frees the place of a trainer that is not ended in order when the whole job ends, and no sooner.
+        """
+        place: Any = ray.get(self.desk.close.remote())
+        self.thread.join(_HOME_S)
+        if self.thread.is_alive() and place is not None:
+            remove_placement_group(place)
+
+
+class LaneTrial(tune.Trainable):
+    """Tune's trial; its process is used for one after the other, and so is its lane.
+
+    When the trainer gives a trial up, after its retries, this ends normally: Tune is there to try again when this process
+    itself is lost.
+    """
+
+    _lane: Lane | None = None
+    _reports: Iterator[dict[str, Any]]
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Begin with a trial."""
+        self._reports = self._trained(Assignment(**config["assignment"]))
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Go on with another trial; one that was ended early is left first."""
+        if self._lane:
+            self._lane.drop()
+        self.setup(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next report."""
+        return next(self._reports, {"done": True})
+
+    def cleanup(self) -> None:
+        """Send the workers home."""
+        if self._lane:
+            self._lane.close()
+
+    def _trained(self, assignment: Assignment) -> Iterator[dict[str, Any]]:
+        if Path(assignment.stop_file).exists():  # nobody else is to start
+            return
+        if self._lane and not self._lane.is_usable:
+            self._lane.close()
+            self._lane = None
+        if self._lane is None:
+            os.environ.update(assignment.environment)  # what Ray Train reads as it starts
+            self._lane = Lane(assignment)
+        yield from self._lane.train(assignment)
+
+
+def _trainer(assignment: Assignment, desk: Any) -> Any:
+    from ray.train.torch import TorchTrainer
+
+    resources = {"CPU": float(assignment.cpus_per_worker)}
+    if assignment.gpus_per_worker:
+        resources["GPU"] = float(assignment.gpus_per_worker)
+    is_elastic = assignment.min_workers < assignment.workers
+    storage, files = assignment.storage, None
+    if assignment.remote:
+        place = remote(assignment.remote)
+        storage, files = f"{place.root}/ray", place.files
+    return TorchTrainer(
+        work,
+        train_loop_config={"desk": desk},
+        scaling_config=train.ScalingConfig(
+            num_workers=(assignment.min_workers, assignment.workers) if is_elastic else assignment.workers,
+            use_gpu=assignment.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=assignment.resize_s,
+        ),
+        run_config=train.RunConfig(
+            name=assignment.key,
+            storage_path=storage,
+            storage_filesystem=files,
+            failure_config=train.FailureConfig(
+                max_failures=assignment.retries,
+                controller_failure_limit=-1 if assignment.waits_for_nodes else 1,  # another node may come
+            ),
+        ),
+    )
+
+
+def work(config: dict[str, Any]) -> None:
+    """Train what is handed out, as one of a TorchTrainer's workers; what the first reports is heard."""
+    from orchestration import worker  # loads PyTorch, which Tune's trial does without
+
+    desk, rank, number = config["desk"], train.get_context().get_world_rank(), 0
+
+    def send(metrics: dict[str, Any]) -> None:
+        if rank == 0:
+            ray.get(desk.report.remote(metrics))
+
+    def wished() -> Wish:
+        is_to_go = train.get_preemption_info() is not None  # workers meet in it: all of them must ask
+        if rank == 0 and ray.get(desk.dropped.remote()):
+            return "stop"
+        return "save" if is_to_go else "go on"
+
+    while True:
+        number, assignment = ray.get(desk.take.remote(number, rank, get_current_placement_group()))
+        if assignment is None:
+            return
+        worker.train(assignment, one_by_one(send), wished)
+        if rank == 0:
+            ray.get(desk.done.remote())

@@ -41,8 +41,11 @@ def draw_curves(history: list[dict[str, float]], file: Path) -> None:
     groups = [["train/loss", "train/reconstruction_loss", "val/reconstruction_loss"], ["val/top1", "val/top5"]]
     shown = [[name for name in group if any(name in epoch for epoch in history)] for group in groups]
     shown = [group for group in shown if group]
-    figure = Figure(figsize=(4.6 * len(shown), 3.2), layout="constrained")
-    panels: Any = figure.subplots(1, len(shown), squeeze=False)
+    width = 4.6 * len(shown)
+    figure = Figure(figsize=(width, 3.2))
+    # Margins of our own: a layout that is found costs a trial forty milliseconds more.
+    margins = {"left": 0.65 / width, "right": 1 - 0.15 / width, "bottom": 0.15, "top": 0.97, "wspace": 0.18}
+    panels: Any = figure.subplots(1, len(shown), squeeze=False, gridspec_kw=margins)
     for panel, names in zip(panels[0], shown, strict=True):
         for name in names:
             points = [(number, epoch[name]) for number, epoch in enumerate(history, start=1) if name in epoch]

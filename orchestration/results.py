@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, Protocol, TypeVar
 
 from mar.cost import Cost, cost
@@ -72,10 +74,14 @@ class Cell:
         """Half the 95 % confidence interval of the mean (Student's t); none with fewer than two seeds."""
         if len(self.values) < 2:
             return None
-        from scipy import stats  # slow to import, and a plan needs no interval
+        return statistics.stdev(self.values) / len(self.values) ** 0.5 * _quantile(len(self.values) - 1)
 
-        error = float(stats.sem(self.values))
-        return error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(self.values) - 1))
+
+@cache
+def _quantile(freedom: int) -> float:
+    from scipy import stats  # slow to import, and a plan needs no interval
+
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 @dataclass(frozen=True)

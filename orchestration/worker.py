@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from mar.errors import Failure, FailureKind, Stopped
 from mar.keep import Keep
-from mar.memory import keep_freed_memory
+from mar.memory import give_back_freed_memory, keep_freed_memory
 from mar.parallel import default_device, share
 from mar.sealed import write_text
 from mar.settings import build
@@ -59,7 +59,10 @@ def train(assignment: dict[str, Any], report: Report, wished: Callable[[], Wish]
         cache = told.settings["data"]["cache"]
         if told.cache_from and cache:
             fetch_cache(remote(told.cache_from), Path(cache))
-        return _try(_Trial(told, folder, device, say, copies), report, wished)
+        try:
+            return _try(_Trial(told, folder, device, say, copies), report, wished)
+        finally:
+            _give_back_memory(device)  # this process may wait long for its next trial
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,16 @@ def _try(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reason | 
             break
         parts = f" in passes of {_passes(told, folder)} clips" if reason.kind == "memory" else ""
         trial.say(f"{reason.words}; going on from the last checkpoint{parts}")
-        gc.collect()
-        if trial.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _give_back_memory(trial.device)
     return reason
+
+
+def _give_back_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        give_back_freed_memory()
 
 
 def _attempt(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reason | None:

@@ -212,7 +212,7 @@ def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(clus
     (worker,) = cluster.processes("ray::RayTrainWorker")
     worker.kill()
     running.gets_on()
-    (driver,) = cluster.processes("ray::ImplicitFunc")
+    (driver,) = cluster.processes("ray::LaneTrial")
     driver.kill()
     running.ends_well()
     assert losses_of(place) == undisturbed(place, 30)

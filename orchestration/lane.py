@@ -165,6 +165,11 @@ class LaneTrial(tune.Trainable):
     _lane: Lane | None = None
     _reports: Iterator[dict[str, Any]]
 
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        """Stay on the head node: the workers have what a training needs."""
+        return tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+
     def setup(self, config: dict[str, Any]) -> None:
         """Begin with a trial."""
         self._reports = self._trained(Assignment(**config["assignment"]))

@@ -171,7 +171,7 @@ def _trainable(launch: LaunchConfig, gpus: int) -> Any:
         return tune.with_resources(run_inline, {"CPU": float(launch.cpus_per_worker), "GPU": float(gpus)})
     from orchestration.lane import LaneTrial
 
-    return tune.with_resources(LaneTrial, {"node:__internal_head__": 0.001})
+    return LaneTrial
 
 
 def _run_config(launch: LaunchConfig, listener: Listener) -> Any:

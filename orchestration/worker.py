@@ -92,12 +92,12 @@ def _try(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reason | 
             break
         parts = f" in passes of {_passes(told, folder)} clips" if reason.kind == "memory" else ""
         trial.say(f"{reason.words}; going on from the last checkpoint{parts}")
+        gc.collect()
         _give_back_memory(trial.device)
     return reason
 
 
 def _give_back_memory(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     else:

@@ -6,15 +6,18 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from mar import cache_index
-from mar.annotation_formats import Row, Split, read_annotations
+from mar.annotation_formats import Row, Split, annotation_file, read_annotations
 from mar.config import DataConfig
 from mar.errors import UserError
 
 _FINGERPRINTED_FILES = 1000
 """Video sizes that go into a fingerprint, spread evenly over the split: enough to notice another encoding."""
+
+_State = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Video:
 
 
 def read_split(data: DataConfig, split: Split) -> list[Video]:
-    """Return the labelled videos of a split, in the order of the annotation file.
+    """Return the labelled videos of a split, in the order of the annotation file; a process reads it once.
 
     With ``data.missing: skip``, those that are not there are left out; what the frame cache has is there.
 
@@ -36,6 +39,12 @@ def read_split(data: DataConfig, split: Split) -> list[Video]:
         UserError: a missing file, a line that cannot be understood, an unknown class, or a path that
             leaves the data root. The message names file and line.
     """
+    return [*_read_split(data.model_dump_json(), split, _state(data))]
+
+
+@lru_cache(maxsize=4)
+def _read_split(settings: str, split: Split, _: _State) -> list[Video]:
+    data = DataConfig.model_validate_json(settings)
 
     def refuse(row: Row, reason: str) -> None:
         raise UserError(f"{row.place}: {reason}")
@@ -46,6 +55,20 @@ def read_split(data: DataConfig, split: Split) -> list[Video]:
         state = f"none of its {len(videos)} videos is there" if videos else "no videos in it"
         raise UserError(f"data.{split}: {state}; it must name at least one below {Path(data.root) / data.videos}")
     return there
+
+
+def _state(data: DataConfig) -> _State:
+    """Return what tells that a list or the folder of the videos has changed."""
+    places = [Path(data.root), Path(data.root) / data.videos]
+    for what in ("train", "val", "labels"):
+        with suppress(UserError):
+            found = annotation_file(data, what)
+            places += [
+                found,
+                *(found.iterdir() if found.is_dir() else ()),
+            ]  # a list for each class, or the classes' folders
+    there = [place.stat() for place in places if place.exists()]
+    return tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in there)
 
 
 def videos_of(data: DataConfig, split: Split, refuse: Callable[[Row, str], None]) -> Iterator[Video]:
@@ -97,8 +120,13 @@ def check_root(data: DataConfig) -> None:
 
 def class_names(data: DataConfig) -> list[str]:
     """Return the classes' names by number; their numbers, where the format has no names or not that many."""
-    names = read_annotations(data, "val").classes or []
+    names = _read_classes(data.model_dump_json(), _state(data))
     return [*names[: data.num_classes], *(str(number) for number in range(len(names), data.num_classes))]
+
+
+@lru_cache(maxsize=4)
+def _read_classes(settings: str, _: _State) -> list[str]:
+    return read_annotations(DataConfig.model_validate_json(settings), "val").classes or []
 
 
 def fingerprint(data: DataConfig) -> str:

@@ -133,6 +133,8 @@ def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.
 
 def execute(model: nn.Module, compiled: str = "", recompute: bool = False) -> None:
     """Set how a model's blocks run: compiled in a mode of ``torch.compile`` (empty: not), activations recomputed."""
+    if compiled:  # what an earlier trial in this process compiled counts against PyTorch's limit of eight
+        torch.compiler.reset()
     for part in model.modules():
         if isinstance(part, Blocks):
             part.recompute = recompute

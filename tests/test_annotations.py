@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mar.annotation_formats import Annotations, Split, read_annotations
 from mar.annotations import class_names, fingerprint, read_split
 from mar.config import ClipConfig, DataConfig
 from mar.data_check import check_data, report_text
@@ -244,3 +245,22 @@ def test_the_command_ends_with_1_when_something_is_wrong_and_lists_it(
     assert json.loads(capfd.readouterr().out)["counts"]["train"]["ok"] == 1
     write(tmp_path, "good.txt", "a.mp4 zero\n")
     assert run(recipe(sound), "--processes", "1") == 2
+
+
+def test_a_list_is_read_once_in_a_process_and_again_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.txt").write_text("a.mp4 0\n")
+    data, reads = DataConfig(root=str(tmp_path), num_classes=2), list[str]()
+
+    def counted(data: DataConfig, split: Split) -> Annotations:
+        reads.append(split)
+        return read_annotations(data, split)
+
+    monkeypatch.setattr("mar.annotations.read_annotations", counted)
+    first = read_split(data, "train")
+    first.clear()  # the list is the caller's own
+    assert [video.name for video in read_split(data, "train")] == ["a.mp4"]
+    assert reads == ["train"]
+    (tmp_path / "train.txt").write_text("a.mp4 0\nb.mp4 1\n")
+    assert [video.label for video in read_split(data, "train")] == [0, 1]

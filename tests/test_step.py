@@ -170,6 +170,24 @@ def test_compiled_blocks_give_the_same_losses() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+COMPILED_IN_TURN = """
+import torch
+from mar.layers import execute, transformer_blocks
+compile_ = torch.compile
+torch.compile = lambda part, mode, dynamic: compile_(part, backend="eager", dynamic=dynamic)
+with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    for width in range(8, 8 * 12, 8):
+        model = transformer_blocks(width, 1, 2)
+        execute(model, "default")
+        model(torch.rand(1, 4, width))
+"""
+
+
+def test_a_process_that_trains_one_model_after_another_compiles_each() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILED_IN_TURN], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_is_softmax_of_the_scaled_products_forward_and_backward(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -33,13 +33,15 @@ class Video:
 def read_split(data: DataConfig, split: Split) -> list[Video]:
     """Return the labelled videos of a split, in the order of the annotation file; a process reads it once.
 
-    With ``data.missing: skip``, those that are not there are left out; what the frame cache has is there.
+    With ``data.missing: skip``, those that are not there are left out, and it is seen each time which are; what the frame
+    cache has is there.
 
     Raises:
         UserError: a missing file, a line that cannot be understood, an unknown class, or a path that
             leaves the data root. The message names file and line.
     """
-    return [*_read_split(data.model_dump_json(), split, _state(data))]
+    read = _read_split.__wrapped__ if data.missing == "skip" else _read_split
+    return [*read(data.model_dump_json(), split, _state(data))]
 
 
 @lru_cache(maxsize=4)

@@ -238,8 +238,11 @@ class _Loading:
     def __iter__(self) -> Iterator[Batch]:
         try:
             yield from self.loading
-        except (EOFError, ConnectionError) as error:
-            if str(error).startswith("Caught "):  # raised by our code in such a process: it would come again
+        except (EOFError, ConnectionError, RuntimeError) as error:
+            is_lost = not isinstance(error, RuntimeError) or str(error).startswith("Pin memory thread exited")
+            if not is_lost or str(error).startswith(
+                "Caught "
+            ):  # raised by our code in such a process: it would come again
                 raise
             raise Failure(f"a loader process was lost: {type(error).__name__}", "node") from error
 

@@ -26,8 +26,8 @@ from mar.layers import execute
 from mar.model import MAR, Losses
 from mar.optim import gradient_norm, step_unless
 
-Wish = Literal["go on", "save", "stop"]
-"""Go on; save at once, the machine may go; save and stop."""
+Wish = Literal["go on", "save", "stop", "leave"]
+"""Go on; save at once, the machine may go; save and stop; stop, nobody will go on with it."""
 
 
 @dataclass(frozen=True)

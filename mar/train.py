@@ -165,6 +165,8 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
         if device.type == "cpu" or progress.step == end:  # elsewhere to look is to wait
             _check_numbers(training, rate)
         wish = training.execution.step(progress.step, training.steps_per_epoch * settings.recipe.epochs)
+        if wish == "leave":
+            raise Stopped(f"left at step {progress.step}, not saved")
         training.is_to_stop = training.is_to_stop or wish == "stop"
         is_due = bool(every) and progress.step % every == 0
         if (is_due or wish != "go on") and progress.step < end:

@@ -54,7 +54,7 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether another worker of the same training went away in the middle of what they do together."""
     names = {kind.__name__ for kind in type(error).__mro__}
     words = str(error).lower()
-    return bool(names & {"DistBackendError", "DistNetworkError", "DistStoreError"}) or any(
+    return bool(names & {"DistBackendError", "DistNetworkError", "DistStoreError", "RayActorError"}) or any(
         sign in words for sign in ("gloo", "nccl", "closed by peer", "connection reset", "tcpstore")
     )
 

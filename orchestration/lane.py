@@ -12,15 +12,20 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import train, tune
-from ray.util.placement_group import get_current_placement_group, remove_placement_group
+from ray.exceptions import RayActorError
+from ray.train import TrainingFailedError
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mar.errors import Failure
 from orchestration.failures import Reason, read_reason, write_reason
 from orchestration.remote import remote
 from orchestration.trial import Assignment, one_by_one
@@ -30,17 +35,32 @@ if TYPE_CHECKING:
 
 _NEWS_S = 1.0
 """How often it is seen whether the trainer is still there."""
-_HOME_S = 4.0
-"""How long workers may take to go home: Tune gives a trial that it ends as long as this, and a second."""
+_HOME_S = 6.0
+"""How long workers may take to go home: Tune kills a trial that it ended after ten."""
+
+
+@dataclass(frozen=True)
+class News:
+    """What a lane's desk tells."""
+
+    reports: list[dict[str, Any]]
+    """New ones, of the trial under way."""
+    is_taken: bool
+    """Whether a worker has begun the trial."""
+    is_done: bool
+    was_healed: bool
+    """Whether the workers were started again: then they have had some of the next trial's retries."""
+    place: PlacementGroup | None
+    """Where the workers are."""
 
 
 class Desk:
     """An actor between Tune's trial and the workers: trials are handed out here, and what they report comes back."""
 
     def __init__(self) -> None:
-        self.number, self.groups = 0, 0
+        self.number, self.taken, self.groups = 0, 0, 0
         self.assignment: dict[str, Any] | None = None
-        self.place: Any = None
+        self.place: PlacementGroup | None = None
         self.reports: list[dict[str, Any]] = []
         self.is_done, self.is_dropped, self.is_closed = True, False, False
         self.changed = asyncio.Condition()
@@ -58,6 +78,7 @@ class Desk:
             self.groups, self.place = self.groups + 1, place
         async with self.changed:
             await self.changed.wait_for(lambda: self.is_closed or (self.number > after and not self.is_done))
+        self.taken = self.number
         return self.number, None if self.is_closed else self.assignment
 
     async def report(self, metrics: dict[str, Any]) -> None:
@@ -69,23 +90,22 @@ class Desk:
         """Wish that the trial under way is left."""
         self.is_dropped = True
 
-    async def dropped(self) -> bool:
-        """Whether the trial under way is to be left."""
-        return self.is_dropped
+    async def wish(self) -> Wish:
+        """Return what is wished of the trial under way; one that is not dropped may be gone on with."""
+        return "leave" if self.is_dropped else "stop" if self.is_closed else "go on"
 
     async def done(self) -> None:
         """Note that the trial under way is over."""
         self.is_done = True
         await self._tell()
 
-    async def close(self) -> Any:
-        """Send the workers home; returns their placement group, once they are there."""
-        self.is_closed = self.is_dropped = True
+    async def close(self) -> None:
+        """Send the workers home."""
+        self.is_closed = True
         await self._tell()
-        return self.place
 
-    async def news(self) -> tuple[list[dict[str, Any]], bool, bool]:
-        """Wait a little for reports; returns them, whether the trial is over, and whether its group was started again."""
+    async def news(self) -> News:
+        """Wait a little for reports, or the trial's end."""
         async with self.changed:
             try:
                 async with asyncio.timeout(_NEWS_S):
@@ -93,7 +113,7 @@ class Desk:
             except TimeoutError:
                 pass
         reports, self.reports = self.reports, []
-        return reports, self.is_done, self.groups > 1
+        return News(reports, self.taken == self.number, self.is_done, self.groups > 1, self.place)
 
     async def _tell(self) -> None:
         async with self.changed:
@@ -108,7 +128,8 @@ class Lane:
         actor: Any = ray.remote(Desk)
         self.desk = actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()
         self.error: Exception | None = None
-        self.is_done, self.is_spent = True, False
+        self.news: News | None = None
+        """The last."""
         self.trainer = _trainer(assignment, self.desk)
         self.thread = threading.Thread(target=self._fit, name="trainer", daemon=True)
         self.thread.start()
@@ -119,40 +140,59 @@ class Lane:
         except Exception as error:
             self.error = error
 
-    @property
     def is_usable(self) -> bool:
-        """Whether another trial can be given to it."""
-        return self.thread.is_alive() and not self.is_spent
+        """Whether another trial can be given to it: the one before it is done."""
+        return self.thread.is_alive() and not self._ask().was_healed
 
-    def train(self, assignment: Assignment) -> Iterator[dict[str, Any]]:
-        """Have a trial trained; yields what it reports. One that the trainer gives up has a reason in its folder."""
+    def train(self, assignment: Assignment) -> Generator[dict[str, Any], None, bool]:
+        """Have a trial trained; yields what it reports. One that the trainer gives up has a reason in its folder.
+
+        Returns whether a worker began with it: a trainer may end while it waits for another trial.
+        """
         ray.get(self.desk.put.remote(assignment.plain()))
-        self.is_done = False
-        while not self.is_done:
+        while True:
             is_alive = self.thread.is_alive()  # before the news: what was reported before its end is among them
-            reports, self.is_done, self.is_spent = ray.get(self.desk.news.remote())
-            yield from reports
-            if not is_alive and not self.is_done:
-                folder = Path(assignment.folder)
-                folder.mkdir(parents=True, exist_ok=True)
-                write_reason(folder, read_reason(folder, self.error) or Reason("Ray lost the trial", "node"))
-                return
+            news = self._ask()
+            yield from news.reports
+            if news.is_done:
+                return True
+            if not is_alive:
+                break
+        if news.is_taken:
+            self.give_up(assignment)
+        return news.is_taken
+
+    def give_up(self, assignment: Assignment) -> None:
+        """Leave in the trial's folder why the trainer ended without it; raises what Ray Train itself failed over."""
+        if self.error and not isinstance(self.error, TrainingFailedError):
+            raise self.error
+        folder = Path(assignment.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_reason(folder, read_reason(folder, self.error) or Reason("Ray lost the trial", "node"))
 
     def drop(self) -> None:
-        """Have the trial under way left, after its next step, and wait for that."""
+        """Have the trial under way, if there is one, left after its next step, and wait for that."""
         ray.get(self.desk.drop.remote())
-        while not self.is_done and self.thread.is_alive():
-            _, self.is_done, self.is_spent = ray.get(self.desk.news.remote())
+        while self.thread.is_alive() and not self._ask().is_done:
+            pass
 
     def close(self) -> None:
         """End the workers and wait for it: the next lane, or the next study, wants their place.
 
         Ray frees the place of a trainer that is not ended in order when the whole job ends, and no sooner.
         """
-        place: Any = ray.get(self.desk.close.remote())
+        with suppress(RayActorError):  # lost; the workers notice
+            ray.get(self.desk.close.remote())
         self.thread.join(_HOME_S)
-        if self.thread.is_alive() and place is not None:
+        place = self.news.place if self.news else None
+        if place is not None and (self.thread.is_alive() or self.error):
             remove_placement_group(place)
+            self.thread.join(_HOME_S / 2)
+
+    def _ask(self) -> News:
+        news: News = ray.get(self.desk.news.remote())
+        self.news = news
+        return news
 
 
 class LaneTrial(tune.Trainable):
@@ -163,7 +203,7 @@ class LaneTrial(tune.Trainable):
     """
 
     _lane: Lane | None = None
-    _reports: Iterator[dict[str, Any]]
+    _reports: Generator[dict[str, Any]]
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
@@ -176,8 +216,13 @@ class LaneTrial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Go on with another trial; one that was ended early is left first."""
-        if self._lane:
-            self._lane.drop()
+        try:
+            if self._lane:
+                self._lane.drop()
+                if not self._lane.is_usable():
+                    self._close()
+        except RayActorError:  # nothing of this is the next trial's fault
+            self._close()
         self.setup(new_config)
         return True
 
@@ -187,19 +232,23 @@ class LaneTrial(tune.Trainable):
 
     def cleanup(self) -> None:
         """Send the workers home."""
-        if self._lane:
-            self._lane.close()
+        self._close()
 
-    def _trained(self, assignment: Assignment) -> Iterator[dict[str, Any]]:
+    def _close(self) -> None:
+        lane, self._lane = self._lane, None
+        if lane:
+            lane.close()
+
+    def _trained(self, assignment: Assignment) -> Generator[dict[str, Any]]:
         if Path(assignment.stop_file).exists():  # nobody else is to start
             return
-        if self._lane and not self._lane.is_usable:
-            self._lane.close()
-            self._lane = None
-        if self._lane is None:
-            os.environ.update(assignment.environment)  # what Ray Train reads as it starts
-            self._lane = Lane(assignment)
-        yield from self._lane.train(assignment)
+        if self._lane and (yield from self._lane.train(assignment)):
+            return
+        self._close()
+        os.environ.update(assignment.environment)  # what Ray Train reads as it starts
+        self._lane = Lane(assignment)
+        if not (yield from self._lane.train(assignment)):
+            self._lane.give_up(assignment)
 
 
 def _trainer(assignment: Assignment, desk: Any) -> Any:
@@ -246,14 +295,15 @@ def work(config: dict[str, Any]) -> None:
 
     def wished() -> Wish:
         is_to_go = train.get_preemption_info() is not None  # workers meet in it: all of them must ask
-        if rank == 0 and ray.get(desk.dropped.remote()):
-            return "stop"
-        return "save" if is_to_go else "go on"
+        wish: Wish = ray.get(desk.wish.remote()) if rank == 0 else "go on"
+        return "save" if is_to_go and wish == "go on" else wish
 
     while True:
         number, assignment = ray.get(desk.take.remote(number, rank, get_current_placement_group()))
         if assignment is None:
             return
-        worker.train(assignment, one_by_one(send), wished)
+        reason = worker.train(assignment, one_by_one(send), wished)
         if rank == 0:
             ray.get(desk.done.remote())
+        if reason and reason.kind == "code" and assignment["gpus_per_worker"]:
+            raise Failure(f"{reason.words}: a new process for the next trial, the device may be spoilt")

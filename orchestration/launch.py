@@ -86,6 +86,8 @@ class Launch:
         if key in self.begun:
             return
         self.begun.add(key)
+        for ended in self.stopped:
+            clear(self.store.launch.trial_folder(ended), self.store.launch.keep)
         figures = cost(self.trials[key].settings)
         self.writer.open(key, lambda: self._run_of(self.trials[key]))
         self.writer.metrics(key, 0, {"cost/gflops": figures.gflops, "cost/params_m": figures.params_m})
@@ -104,11 +106,10 @@ class Launch:
         self.expected.add(trial.key)
 
     def ended(self, key: str, words: str) -> None:
-        """Mark a trial that was ended early, on purpose."""
+        """Mark a trial that was ended early, on purpose; its checkpoints go when its workers have left it, and start another."""
         self.stopped.add(key)
         self.writer.tag(key, "ended", words)
         self.writer.end(key, "KILLED")
-        self.writer.then(lambda: self._clear(self.store.launch.trial_folder(key)))
         self.view.ended(self.trials[key], words)
 
     def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
@@ -173,6 +174,8 @@ class Launch:
         for key in self.unfinished:
             self._keep_log(key)
             self.writer.end(key, "KILLED")
+        for key in self.stopped:
+            self._clear(self.store.launch.trial_folder(key))
         self.writer.flush()
 
     def keep(self, reports: Path, records: Sequence[Record], note: str) -> None:

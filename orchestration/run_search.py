@@ -93,7 +93,10 @@ class _Searching:
         self.launched.epoch(key, epoch, metrics)
 
     def finished(self, key: str) -> None:
-        """A trial is done."""
+        """A trial is done; or it was ended early and had a result before it heard of that, which does not count."""
+        if key in self.proposer.ended:
+            self.failed(key, Reason("ended early"))
+            return
         self.launched.finished(key)
         file = self.launched.store.launch.trial_folder(key) / RESULT / "metrics.json"
         metrics: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))

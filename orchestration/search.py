@@ -49,6 +49,8 @@ class Proposer:
     """Finished runs of all studies: what equals one is not trained."""
     asked: dict[str, optuna.Trial] = field(default_factory=dict[str, optuna.Trial])
     """By key, of trials under way."""
+    epochs: dict[str, int] = field(default_factory=dict[str, int])
+    """By key, of each trial that was proposed."""
     failures: set[str] = field(default_factory=set[str])
     """Keys of trials that failed in this launch: they are not tried again in it."""
     failures_in_a_row: int = 0
@@ -93,7 +95,7 @@ class Proposer:
             trial = self._trial(asked)
             values = self._reached(trial) if trial else None
             if trial and values is None and trial.key not in self.asked.keys() | self.failures | self.ended:
-                self.asked[trial.key] = asked
+                self.asked[trial.key], self.epochs[trial.key] = asked, trial.settings.recipe.epochs
                 return trial
             if values is None:
                 self.study.tell(asked, state=TrialState.FAIL if trial else TrialState.PRUNED)
@@ -190,13 +192,16 @@ class Proposer:
         self.study.tell(self.asked.pop(key), state=TrialState.FAIL)
 
     def should_end(self, key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
-        """Whether a trial is to be ended at this epoch; Optuna is told of its validation accuracy either way."""
+        """Whether a trial is to be ended at this epoch; Optuna is told of its validation accuracy either way.
+
+        It is not at the last one: what is left is the test.
+        """
         is_tested = any(name.startswith("test/") for name in metrics)
         if self.search.file.stopper == "none" or is_tested or "val/top1" not in metrics or key not in self.asked:
             return False
         trial, value = self.asked[key], metrics["val/top1"]
         trial.report(value if next(iter(self.search.file.goals.values())) == "max" else -value, epoch)
-        if not trial.should_prune():
+        if epoch >= self.epochs[key] or not trial.should_prune():
             return False
         self.ended.add(key)
         self.study.tell(self.asked.pop(key), state=TrialState.PRUNED)

@@ -26,7 +26,7 @@ _ASK_EVERY_STEPS = 5
 """Several workers must ask at the same steps, to agree."""
 _ASK_EVERY_S = 0.5
 """One alone asks Ray by the clock: an answer takes milliseconds."""
-_WISHES: tuple[Wish, ...] = ("go on", "save", "stop")
+_WISHES: tuple[Wish, ...] = ("go on", "save", "stop", "leave")
 
 
 class Watch:

@@ -62,6 +62,8 @@ def train(assignment: dict[str, Any], report: Report, wished: Callable[[], Wish]
         try:
             return _try(_Trial(told, folder, device, say, copies), report, wished)
         finally:
+            if told.compile:
+                gc.collect()  # compiled blocks refer to themselves
             _give_back_memory(device)  # this process may wait long for its next trial
 
 
@@ -99,7 +101,8 @@ def _try(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reason | 
 
 def _give_back_memory(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after an error of the device, each call raises it again
+            torch.cuda.empty_cache()
     else:
         give_back_freed_memory()
 

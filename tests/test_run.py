@@ -406,6 +406,7 @@ def test_workers_go_from_trial_to_trial_also_from_one_that_a_search_ended_early(
     assert source.told == {first: "finished", ended: "it ended without a result", last: "finished"}
     assert (ended, 1) in source.epochs
     assert not (launch.trial_folder(ended) / "result").exists()
+    assert "left at step" in (launch.trial_folder(ended) / "failure.json").read_text()
     logs = [(launch.trial_folder(trial.key) / "logs" / "worker0.txt").read_text() for trial in source.trials]
     assert len({re.findall(r"process (\d+)", log)[0] for log in logs}) == 1
 

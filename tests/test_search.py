@@ -262,6 +262,19 @@ def test_a_trial_that_is_worse_than_others_were_is_ended_early(open_: Open) -> N
     assert proposer.study.trials[-1].state == TrialState.PRUNED
 
 
+def test_a_trial_that_has_only_its_test_before_it_is_not_ended(open_: Open) -> None:
+    proposer = open_(goals={"top1": "max"}, stopper="median", trials=12, constraints=[])
+    for _ in range(6):
+        trial = proposer.next()
+        assert trial
+        last = trial.settings.recipe.epochs
+        proposer.should_end(trial.key, last, {"val/top1": 50.0})
+        proposer.finished(trial.key, {"test/top1": 53.0}, trial.settings)
+    bad = proposer.next()
+    assert bad
+    assert not proposer.should_end(bad.key, last, {"val/top1": 10.0})
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -37,6 +37,8 @@ _NEWS_S = 1.0
 """How often it is seen whether the trainer is still there."""
 _HOME_S = 6.0
 """How long workers may take to go home: Tune kills a trial that it ended after ten."""
+_FAILED_S = 60.0
+"""How long Ray Train may take to end by itself when the trial's own process has failed."""
 
 
 @dataclass(frozen=True)
@@ -176,14 +178,14 @@ class Lane:
         while self.thread.is_alive() and not self._ask().is_done:
             pass
 
-    def close(self) -> None:
+    def close(self, home_s: float) -> None:
         """End the workers and wait for it: the next lane, or the next study, wants their place.
 
         Ray frees the place of a trainer that is not ended in order when the whole job ends, and no sooner.
         """
         with suppress(RayActorError):  # lost; the workers notice
             ray.get(self.desk.close.remote())
-        self.thread.join(_HOME_S)
+        self.thread.join(home_s)
         place = self.news.place if self.news else None
         if place is not None and (self.thread.is_alive() or self.error):
             remove_placement_group(place)
@@ -227,17 +229,24 @@ class LaneTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next report."""
-        return next(self._reports, {"done": True})
+        """Wait for the next report.
+
+        Raises what Tune is to try again after; then the workers' place is free.
+        """
+        try:
+            return next(self._reports, {"done": True})
+        except Exception:
+            self._close(_FAILED_S)
+            raise
 
     def cleanup(self) -> None:
         """Send the workers home."""
         self._close()
 
-    def _close(self) -> None:
+    def _close(self, home_s: float = _HOME_S) -> None:
         lane, self._lane = self._lane, None
         if lane:
-            lane.close()
+            lane.close(home_s)
 
     def _trained(self, assignment: Assignment) -> Generator[dict[str, Any]]:
         if Path(assignment.stop_file).exists():  # nobody else is to start

@@ -220,6 +220,18 @@ def test_a_loader_process_that_is_killed_costs_no_step(place: Path) -> None:
     assert losses(place, "mar_store") == losses(place, "undisturbed")
 
 
+@pytest.mark.cluster
+@pytest.mark.parametrize("lost", ["ray::TrainController", "ray::Desk"])
+def test_what_ray_runs_beside_a_trials_workers_is_lost_and_the_trial_goes_on(place: Path, lost: str) -> None:
+    running = begin(
+        place, "run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--workers", "2", "--retries", "1"
+    )
+    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+    (process,) = [each for each in psutil.process_iter() if each.cmdline() and each.cmdline()[0].startswith(lost)]
+    process.kill()
+    assert "✓ 50 % (seed 0)" in end(running, 0), "the workers' place was free again"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own is mounted for it")
 def test_a_disk_that_is_full_stops_the_trial_with_its_checkpoint_and_room_lets_it_go_on(place: Path) -> None:
     disk = place / "mar_store" / "trials"

@@ -65,10 +65,8 @@ def _state(data: DataConfig) -> _State:
     for what in ("train", "val", "labels"):
         with suppress(UserError):
             found = annotation_file(data, what)
-            places += [
-                found,
-                *(found.iterdir() if found.is_dir() else ()),
-            ]  # a list for each class, or the classes' folders
+            within = found.iterdir() if found.is_dir() else ()  # a list for each class, or the classes' folders
+            places += [found, *within]
     there = [place.stat() for place in places if place.exists()]
     return tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in there)
 

@@ -239,10 +239,9 @@ class _Loading:
         try:
             yield from self.loading
         except (EOFError, ConnectionError, RuntimeError) as error:
-            is_lost = not isinstance(error, RuntimeError) or str(error).startswith("Pin memory thread exited")
-            if not is_lost or str(error).startswith(
-                "Caught "
-            ):  # raised by our code in such a process: it would come again
+            is_cut_off = not isinstance(error, RuntimeError) or str(error).startswith("Pin memory thread exited")
+            is_ours = str(error).startswith("Caught ")  # raised by our code in such a process: it would come again
+            if is_ours or not is_cut_off:
                 raise
             raise Failure(f"a loader process was lost: {type(error).__name__}", "node") from error
 

@@ -294,7 +294,7 @@ def _trainer(assignment: Assignment, desk: Any) -> Any:
 
 def work(config: dict[str, Any]) -> None:
     """Train what is handed out, as one of a TorchTrainer's workers; what the first reports is heard."""
-    from orchestration import worker  # loads PyTorch, which Tune's trial does without
+    from orchestration import worker  # loads PyTorch, which the launch, where this class is named, does without
 
     desk, rank, number = config["desk"], train.get_context().get_world_rank(), 0
 

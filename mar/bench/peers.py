@@ -121,5 +121,9 @@ def videomae(model: MAR, settings: ExperimentConfig) -> Any:
     theirs = VideoMAEForVideoClassification(config)
     named = hugging_face_names(model.state_dict(), settings.encoder.tubelet)  # as checkpoints have them, not the module
     renamed = {name.replace("q_bias", "query.bias").replace("v_bias", "value.bias"): named[name] for name in named}
+    expected = theirs.state_dict()
+    for name, value in expected.items():
+        if name.endswith("key.bias") and name not in renamed:  # transformers before 5.20 keeps zeros there
+            renamed[name] = torch.zeros_like(value)
     theirs.load_state_dict(renamed)
     return theirs

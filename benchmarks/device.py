@@ -86,7 +86,7 @@ def main() -> None:
             continue
         try:
             table = measure()
-        except Exception as error:  # noqa: BLE001  (the parts after it are worth as much)
+        except Exception as error:
             traceback.print_exc()
             failed.append((name, f"{type(error).__name__}: {error}".splitlines()[0]))
             continue
@@ -185,7 +185,7 @@ def speeds(title: str, machine: Machine, cases: list[Case]) -> Table:
             torch.cuda.reset_peak_memory_stats()
         try:
             timed = time_case(case, None if case.compiles else machine)
-        except Exception as error:  # noqa: BLE001  (the other rows are worth as much)
+        except Exception as error:
             traceback.print_exc()
             reason = f"not measured: {type(error).__name__}: {error}".splitlines()[0][:90]
             rows.append((*head, reason, *[""] * (len(columns) - len(head) - 1)))

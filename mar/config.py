@@ -61,7 +61,7 @@ class DataConfig(Node):
     cache: str | None = None
     """Folder of a frame cache (``mar data pack``), read instead of the videos; none: the videos are decoded."""
     decoder: Literal["auto", "decord", "torchcodec", "pyav"] = "auto"
-    """Who decodes; ``auto``: decord, or where it does not work torchcodec. PyAV has the files they get wrong."""
+    """Who decodes; ``auto``: torchcodec, or where it does not work decord. PyAV has the files in which they would be wrong."""
     num_classes: PositiveInt = 174
     """Number of classes C."""
     missing: Literal["error", "skip"] = "error"

@@ -12,18 +12,29 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from mar import processes as others
 from mar.annotation_formats import Row, Split
 from mar.annotations import Video, class_names, fingerprint, videos_of
 from mar.cache_index import packing_of
 from mar.config import ClipConfig, DataConfig
 from mar.dataset import draw
-from mar.decoders import BrokenVideo
+from mar.decoders import BrokenVideo, Frames, pixels_of, walk
 from mar.decoders import check as check_decoder
+from mar.seeking import key_frames
 from mar.video import Reader, frames_wanted, training_frames
 
-KINDS = ("ok", "missing", "unreadable", "short", "refused", "duplicate")
-"""What a video can be. ``short``: fewer frames than a clip takes, so that some repeat; it trains, and is no fault."""
+KINDS = ("ok", "missing", "unreadable", "short", "refused", "duplicate", "wrong")
+"""What a video can be. ``short``: fewer frames than a clip takes, so that some repeat; it trains, and is no fault.
+``wrong``: the decoder that jumps gives other frames than a player shows."""
+_JUMPS = 24
+"""Frames of a video that are asked for one by one, each after a jump."""
+_THUMBNAIL = 16
+"""Pixels of a side: enough to tell one frame of a video from another."""
+_CLEARLY_NEARER = 0.8
+"""A frame is taken for another one where it differs from that one by less than this share of what it should be."""
 _SPLITS: tuple[Split, ...] = ("train", "val")
 
 
@@ -109,7 +120,7 @@ def _report(
         per_class[split] = {names[label]: labels[label] for label in range(data.num_classes)}
     is_readable = not any(finding.kind == "refused" for finding in findings)
     has_videos = all(videos.values()) and (data.missing == "error" or all(sum(c.values()) for c in per_class.values()))
-    faults = ("refused", "duplicate", *(["missing"] * (data.missing == "error")))
+    faults = ("refused", "duplicate", "wrong", *(["missing"] * (data.missing == "error")))
     faults += ("unreadable",) * (data.broken == "error")
     return DataReport(counts, findings, per_class, fingerprint(data) if is_readable and has_videos else None, faults)
 
@@ -150,9 +161,48 @@ def _look(clip: ClipConfig, decoder: str, video: Video) -> tuple[str, str]:
             length = len(reader)
             reader.frames(training_frames(clip, length, reader.fps, draw(0)).tolist())
             wanted = frames_wanted(clip, reader.fps)
+            fault = _disagreement(reader)
+            if fault:
+                return "wrong", f"{fault}; set data.decoder to pyav"
     except BrokenVideo as broken:
         return "unreadable", broken.reason
     return ("short", f"{length} frames, a clip takes {wanted}") if length < wanted else ("ok", "")
+
+
+def _disagreement(reader: Reader) -> str:
+    """Compare frames that a decoder jumps to with all frames, decoded from the front; say where they differ."""
+    name = reader.decoder
+    if name == "pyav":
+        return ""
+    shown = np.stack([_thumbnail(pixels_of(frame)) for frame in walk(reader.path)])
+    if len(reader) != len(shown):
+        return f"{name} finds {len(reader)} frames where {len(shown)} are shown"
+    for number in _jumps(reader.path, len(shown)):
+        differences = np.abs(shown - _thumbnail(reader.frames([number])[0])).mean(axis=(1, 2, 3))
+        nearest = int(differences.argmin())
+        if differences[nearest] < _CLEARLY_NEARER * differences[number] - 0.5:
+            return f"{name} gives frame {nearest} where frame {number} was asked for"
+    return ""
+
+
+def _jumps(path: Path, num_frames: int) -> list[int]:
+    """Return frames to ask for, beside key frames first: there a decoder that jumps goes wrong.
+
+    They are in no order: a decoder that is asked for neighbours goes on from the last one, and is right.
+    """
+    rng = draw(0)
+    keys = key_frames(path)
+    chosen = rng.permutation(keys)[: _JUMPS // 3].tolist()
+    beside = [number for key in chosen for number in (key - 1, key + 1) if 0 <= number < num_frames]
+    others = rng.permutation(num_frames)[:_JUMPS].tolist()
+    return rng.permutation([*beside, *others][:_JUMPS]).tolist()
+
+
+def _thumbnail(frame: Frames) -> npt.NDArray[np.int16]:
+    height, width = frame.shape[:2]
+    rows = np.linspace(0, height - 1, min(height, _THUMBNAIL)).astype(int)
+    columns = np.linspace(0, width - 1, min(width, _THUMBNAIL)).astype(int)
+    return frame[rows][:, columns].astype(np.int16)
 
 
 def _crashed(video: Video) -> tuple[str, str]:

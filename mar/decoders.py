@@ -1,9 +1,11 @@
 """The decoders of video files: decord, torchcodec and PyAV, what each can be trusted with, and proof that one works.
 
-PyAV goes through a file from its front and is right about every file it can read. decord and torchcodec jump to the
-frames that are wanted, which is faster, and go wrong where a container or codec has no exact index: measured on videos
-whose pixels say their number, decord gave other frames than asked for from avi, mpg, ts and wmv, and from MPEG-4 part 2
-and HEVC with B-frames in any container. So a file goes to one of the two only if its kind is on that one's list.
+The contract of all of them: frame n is the n-th frame that a player shows.
+
+PyAV goes through a file from its front, as a player does, and keeps the contract for every file it can read. decord and
+torchcodec jump to the frames that are wanted, which is faster, and go wrong, in silence, where a key frame needs earlier
+frames or a packet is not a frame. What decides is the stream, not the container and the codec: ``mar.seeking`` reads a
+file's packets, and only a file in which jumping is exact is given to one of the two. That is looked at once per file.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,15 +26,21 @@ import numpy as np
 import numpy.typing as npt
 
 from mar.errors import UserError
+from mar.seeking import NotSeekable, StreamIndex, index_of
 
 Frames = npt.NDArray[np.uint8]
 """uint8 frames, ``[T, H, W, 3]``, RGB."""
 
-_INDEXED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"}
-"""Containers, by FFmpeg's names, whose frames can be found without reading all that comes before."""
-_DECORDS_CODECS = {"h264", "vp8", "vp9"}
+_CODECS = {"decord": {"h264", "vp8", "vp9"}, "torchcodec": {"h264", "hevc", "vp8", "vp9", "av1"}}
+"""What a decoder that jumps was seen to decode right; decord has no AV1, and reorders HEVC wrongly."""
+_KNOWN_FILES = 2**17
+"""Of so many files a process remembers whether a decoder may jump in them."""
+_TOLERANCE_S = 2e-3
+"""Matroska counts whole milliseconds: times that differ by less are the same."""
 _KEPT_BYTES = 256 * 2**20
 """Up to so many bytes a file that is decoded from the front is held; above it is decoded again for what is wanted."""
+_BYTES_PER_PIXEL = 3
+"""Of a decoded frame at the most, but for more than 8 bits: 1.5 bytes in 4:2:0, 3 in 4:4:4."""
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "4096")  # of 0.2 ms: the default, 10240, waits long on damaged files
 
 
@@ -75,12 +84,16 @@ class Decord:
         decord = importlib.import_module("decord")
         decord.logging.set_level(decord.logging.QUIET)
         self.reader = decord.VideoReader(str(path), num_threads=1)
-        if not len(self.reader) or (self.reader.get_frame_timestamp(range(len(self.reader))) < 0).any():
-            raise BrokenVideo(path, "its index begins before its first frame")  # an edit list: numbers would be off
+        if not len(self.reader):
+            raise BrokenVideo(path, "decord finds no frame in it")
         self.fps: float | None = self.reader.get_avg_fps()
 
     def __len__(self) -> int:
         return len(self.reader)
+
+    def seconds(self) -> npt.NDArray[np.float64]:
+        """Return when each frame is shown."""
+        return self.reader.get_frame_timestamp(range(len(self.reader)))[:, 0].astype(np.float64)
 
     def frames(self, indices: Sequence[int]) -> Frames:
         """Return the frames with these numbers."""
@@ -100,22 +113,30 @@ class TorchCodec:
     def __len__(self) -> int:
         return len(self.reader)
 
+    def seconds(self) -> npt.NDArray[np.float64] | None:
+        """Nothing to compare: it scans the packets itself and looks frames up by their times."""
+        return None
+
     def frames(self, indices: Sequence[int]) -> Frames:
         """Return the frames with these numbers."""
         return self.reader.get_frames_at(list(indices)).data.numpy()
 
 
-_JUMPING: dict[str, type[Decord] | type[TorchCodec]] = {"decord": Decord, "torchcodec": TorchCodec}
+_JUMPING: dict[str, type[Decord] | type[TorchCodec]] = {"torchcodec": TorchCodec, "decord": Decord}
+"""The faster first: ``benchmarks/decoders.py``."""
 
 
 @dataclass(frozen=True)
 class FromFront:
-    """PyAV, once through the file; its frames are kept only where they take less than ``_KEPT_BYTES``."""
+    """PyAV, once through the file; its frames are kept only where they take less than ``_KEPT_BYTES``.
+
+    They are kept as they were decoded: most are never asked for, and need no conversion to RGB.
+    """
 
     path: Path
     length: int
     fps: float | None
-    kept: Frames | None
+    kept: list[Any] | None
     name: str = "pyav"
 
     @classmethod
@@ -125,15 +146,17 @@ class FromFront:
         Raises:
             BrokenVideo: there is no frame in it.
         """
-        kept: list[Frames] = []
+        kept: list[Any] = []
         told: dict[str, float] = {}
         length = held_bytes = 0
         for frame in walk(path, told):
             length += 1
-            held_bytes += frame.width * frame.height * 3
+            held_bytes += frame.width * frame.height * _BYTES_PER_PIXEL
             if held_bytes <= _KEPT_BYTES:
-                kept.append(pixels_of(frame))
-        return cls(path, length, told.get("fps"), np.stack(kept) if len(kept) == length else None)
+                kept.append(frame)
+            else:
+                kept.clear()
+        return cls(path, length, told.get("fps"), kept if len(kept) == length else None)
 
     def __len__(self) -> int:
         return self.length
@@ -141,11 +164,10 @@ class FromFront:
     def frames(self, indices: Sequence[int]) -> Frames:
         """Return the frames with these numbers."""
         if self.kept is not None:
-            return self.kept[list(indices)]
-        chosen, wanted = {}, set(indices)
-        for index, frame in enumerate(walk(self.path)):
-            if index in wanted:
-                chosen[index] = pixels_of(frame)
+            chosen = {index: pixels_of(self.kept[index]) for index in set(indices)}
+        else:
+            wanted = set(indices)
+            chosen = {index: pixels_of(frame) for index, frame in enumerate(walk(self.path)) if index in wanted}
         return np.stack([chosen[index] for index in indices])
 
 
@@ -156,25 +178,48 @@ def open_with(decoder: str, path: Path) -> Decoder:
         BrokenVideo: no frame can be found.
     """
     chosen = best() if decoder == "auto" else decoder
-    if chosen != "pyav" and _can_jump(chosen, path):
+    if chosen != "pyav":
         with suppress(Exception):  # decord's DECORDError, torchcodec's RuntimeError: PyAV may know more
-            return _JUMPING[chosen](path)
+            opened = _open_exactly(chosen, path)
+            if opened:
+                return opened
     return FromFront.of(path)
 
 
-def _can_jump(decoder: str, path: Path) -> bool:
-    """Whether a file is of a kind that the decoder gives the right frames of; its header says (about 1 ms)."""
-    import av
-    from av.error import FFmpegError
+def _open_exactly(decoder: str, path: Path) -> Decord | TorchCodec | None:
+    """Open a file with a decoder that jumps; none where its frames might be others than asked for."""
+    state = path.stat()
+    file = (decoder, str(path), state.st_ino, state.st_size, state.st_mtime_ns)
+    if file not in _is_exact:
+        if len(_is_exact) >= _KNOWN_FILES:
+            _is_exact.clear()
+        _is_exact[file] = False  # also if what follows raises
+        try:
+            index = index_of(path)
+        except NotSeekable:
+            return None
+        if index.codec not in _CODECS[decoder]:
+            return None
+        opened = _JUMPING[decoder](path)
+        _is_exact[file] = _agrees(opened, index)
+        return opened if _is_exact[file] else None
+    return _JUMPING[decoder](path) if _is_exact[file] else None
 
-    _hush()
-    try:
-        with av.open(str(path), metadata_errors="ignore") as container:
-            videos, kind = container.streams.video, container.format.name
-            codec = videos[0].codec_context.name if len(videos) == 1 else ""
-    except (OSError, FFmpegError, ValueError):
+
+_is_exact: dict[tuple[str, str, int, int, int], bool] = {}
+"""Decoder and file, with what tells that the file has changed -> whether the decoder may jump in it."""
+
+
+def _agrees(opened: Decord | TorchCodec, index: StreamIndex) -> bool:
+    """Whether a decoder has as many frames as there are packets, each shown when its packet is."""
+    if len(opened) != len(index.seconds):
         return False
-    return kind in _INDEXED and bool(codec) and (decoder == "torchcodec" or codec in _DECORDS_CODECS)
+    seconds = opened.seconds()
+    if seconds is None:
+        return True
+    # When the first is shown differs with the version of FFmpeg, and is no matter.
+    differences = (seconds - seconds[0]) - (index.seconds - index.seconds[0])
+    return bool(np.abs(differences).max() <= _TOLERANCE_S)
 
 
 def decode_with(decoder: str, path: Path) -> Frames:
@@ -236,7 +281,9 @@ def write_video(file: Path, frames: Frames, frames_per_s: int = 12, **options: s
 
 
 def walk(path: Path, told: dict[str, float] | None = None) -> Iterator[Any]:
-    """Yield PyAV's frames in the decoder's order; a bad packet is passed over, and frames of another size are.
+    """Yield PyAV's frames as a player shows them, in the decoder's order; a bad packet is passed over.
+
+    A file whose size changes in the middle is scaled to its first frame, as a player's window would show it.
 
     ``told`` is filled with what the file says of its frame rate.
 
@@ -252,7 +299,7 @@ def walk(path: Path, told: dict[str, float] | None = None) -> Iterator[Any]:
     size: tuple[int, int] | None = None
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
-            stream = max(container.streams.video, key=lambda video: video.width * video.height, default=None)
+            stream = _main_stream(container)
             if stream is None:
                 raise BrokenVideo(path, "no video stream in it")
             if told is not None and stream.average_rate:
@@ -264,8 +311,9 @@ def walk(path: Path, told: dict[str, float] | None = None) -> Iterator[Any]:
                     continue
                 for frame in decoded:
                     size = size or (frame.width, frame.height)
-                    if (frame.width, frame.height) == size:
-                        yield frame
+                    if (frame.width, frame.height) != size:
+                        frame = frame.reformat(width=size[0], height=size[1])
+                    yield frame
     except (OSError, FFmpegError, ValueError) as error:
         if size is None or isinstance(error, OSError):  # damage ends a file early; a failing disk is another thing
             raise BrokenVideo(path, f"not a video that can be decoded ({_reason(error)})") from None
@@ -273,10 +321,38 @@ def walk(path: Path, told: dict[str, float] | None = None) -> Iterator[Any]:
         raise BrokenVideo(path, "no frame could be decoded")
 
 
+def _main_stream(container: Any) -> Any:
+    """Return the video stream that a player shows: no cover picture, a default one, the largest."""
+    from av.stream import Disposition
+
+    streams = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails)
+    ]
+    return max(streams, key=_preference, default=None)
+
+
+def _preference(stream: Any) -> tuple[bool, bool, int]:
+    from av.stream import Disposition
+
+    is_default = bool(stream.disposition & Disposition.default)
+    return is_default, stream.frames != 1, stream.width * stream.height
+
+
 def pixels_of(frame: Any) -> Frames:
     """Return the frame as RGB, turned as its display matrix says; the others do that by themselves."""
+    from av.video.reformatter import VideoReformatter
+
+    if not hasattr(_converter, "reformatter"):
+        _converter.reformatter = VideoReformatter()
+    converted: Any = _converter.reformatter.reformat(frame, format="rgb24")
     quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
+    return np.rot90(converted.to_ndarray(), quarter_turns)
+
+
+_converter = threading.local()
+"""Each thread's converter to RGB: to make one takes five times as long as to convert a small frame."""
 
 
 def _hush() -> None:

@@ -40,7 +40,7 @@ class StreamIndex:
     """A video stream in which jumping is exact."""
 
     codec: str
-    """FFmpeg's name."""
+    """``h264``, ``hevc``, ``vp8``, ``vp9`` or ``av1``."""
     seconds: npt.NDArray[np.float64]
     """When each frame is shown, in rising order; one for each packet."""
 
@@ -58,16 +58,35 @@ def index_of(path: Path) -> StreamIndex:
         if container.format.name not in _INDEXED:
             raise NotSeekable(f"{container.format.name} has no index of its frames")
         if len(container.streams.video) != 1:
-            raise NotSeekable("it has several video streams")
-        stream = container.streams.video[0]
-        codec = stream.codec_context.name
+            raise NotSeekable("it has several video streams, or none")
+        stream: Any = container.streams.video[0]
+        name = stream.codec_context.name
+        codec = _ALIASES.get(name, name)
         if codec not in _CHECKS:
             raise NotSeekable(f"what a key frame of {codec} needs is not known")
+        pixels = stream.codec_context.format
+        if pixels is None or any(component.bits != 8 for component in pixels.components):
+            raise NotSeekable("decoders differ over pixels of other than 8 bits")
         check = _CHECKS[codec](bytes(stream.codec_context.extradata or b""))
         shown = list(_checked(container.demux(stream), check))
         if not shown:
             raise NotSeekable("it has no packet")
         return StreamIndex(codec, np.sort(np.array(shown)) * float(stream.time_base))
+
+
+def key_frames(path: Path) -> list[int]:
+    """Return the numbers of the frames whose packets are flagged as key, as they are shown.
+
+    Raises:
+        OSError, ValueError: it cannot be read; PyAV's own errors are among these.
+    """
+    import av
+
+    with av.open(str(path), metadata_errors="ignore") as container:
+        packets: list[Any] = [packet for packet in container.demux(video=0) if packet.size]
+    shown = sorted(packet.pts for packet in packets if packet.pts is not None)
+    keys = [packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None]
+    return sorted(shown.index(key) for key in keys)
 
 
 def _checked(packets: Iterator[Any], check: _Check) -> Iterator[int]:
@@ -282,14 +301,12 @@ _CHECKS: dict[str, Callable[[bytes], _Check]] = {
     "h264": _h264,
     "hevc": _hevc,
     "vp8": _vp8,
-    "libvpx": _vp8,
     "vp9": _vp9,
-    "libvpx-vp9": _vp9,
     "av1": _av1,
-    "libdav1d": _av1,
-    "libaom-av1": _av1,
 }
-"""FFmpeg's name of a decoder -> what makes the check of one stream's packets from its extradata."""
+"""Codec -> what makes the check of one stream's packets from its extradata."""
+_ALIASES = {"libvpx": "vp8", "libvpx-vp9": "vp9", "libdav1d": "av1", "libaom-av1": "av1"}
+"""FFmpeg names the decoder that it took; others of the same codec have other names."""
 
 
 def _units(packet: bytes, length_size: int) -> Iterator[bytes]:

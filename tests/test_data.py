@@ -424,7 +424,7 @@ def test_decord_is_given_the_time_it_takes_to_decode_a_real_size_of_video(tmp_pa
     noise = np.random.default_rng(0).integers(0, 256, (64, 240, 320, 3), dtype=np.uint8)
     write_video(tmp_path / "a.mp4", noise)
     for _ in range(10):
-        with Reader(tmp_path / "a.mp4") as reader:
+        with Reader(tmp_path / "a.mp4", "decord") as reader:
             reader.frames(range(0, 64, 4))
             assert reader.decoder == "decord"
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from mar import cache_index
 from mar.config import DataConfig
-from mar.errors import UserError
+from mar.errors import UserError, notice
 
 Split = Literal["train", "val"]
 VIDEO_ENDINGS = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".ts", ".3gp", ".wmv")
@@ -103,6 +103,7 @@ class _Folder:
 
 
 def _videos_below(root: Path) -> Iterator[str]:
+    """Yield the videos below a folder, links followed; what a file system hides is no video."""
     seen: set[str] = set()
     for folder, below, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -110,10 +111,17 @@ def _videos_below(root: Path) -> Iterator[str]:
             below.clear()
             continue
         seen.add(real)
+        below[:] = [name for name in below if not _is_hidden(name)]
         inside = os.path.relpath(folder, root)
         for name in files:
-            if os.path.splitext(name)[1].lower() in VIDEO_ENDINGS:  # noqa: PTH122  (a hundred thousand Paths take seconds)
+            is_video = os.path.splitext(name)[1].lower() in VIDEO_ENDINGS  # noqa: PTH122  (a hundred thousand Paths take seconds)
+            if is_video and not _is_hidden(name):
                 yield name if inside == "." else f"{inside}/{name}"
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a system made it, not a person: ``.ipynb_checkpoints``, ``@eaDir``, ``._a.mp4``, ``__MACOSX``."""
+    return name.startswith((".", "@")) or name == "__MACOSX"
 
 
 def _folders(path: str) -> list[str]:
@@ -147,22 +155,52 @@ def annotation_file(data: DataConfig, what: Literal["train", "val", "labels"]) -
     return found
 
 
+_LINE = re.compile(
+    r"""
+    (?: "(?P<quoted> (?: [^"] | "" )+ )" | (?P<plain> [^"] .*? ) )   # a path, quoted or not
+    [\s,;|]+
+    "? (?P<label> [0-9]+ ) "?                                          # a class number
+    """,
+    re.VERBOSE,
+)
+
+
 def _read_list(data: DataConfig, split: Split) -> Annotations:
-    """One video a line: a path and a class number, parted by a comma or white space; the path may hold spaces."""
+    """One video a line: a path and a class number, parted by white space, a comma, a semicolon or a bar.
+
+    The path may hold spaces, and may stand in double quotes, as pandas and spreadsheets write it. With ``data.labels``
+    the classes have names, one a line.
+    """
     file = annotation_file(data, split)
+    folder = Path(data.root) / data.videos
     rows: list[Row] = []
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    for number, line in enumerate(_list_text(file).splitlines(), start=1):
         text, place = line.strip(), f"{file}:{number}"
         if not text:
             continue
-        parts = text.rsplit(maxsplit=1)
-        if "," in text and not (len(parts) == 2 and parts[1].isdecimal() and not parts[0].endswith(",")):
-            parts = next(csv.reader([text]))
-        name, label = (parts[0].strip(), parts[-1].strip()) if len(parts) == 2 else ("", "")
-        if not name or not label.isdecimal():
+        found = _LINE.fullmatch(text)
+        if not found:
             raise UserError(f"{place}: expected a path and a class number, as in 'clips/a.mp4 3', not {text!r}")
-        rows.append(Row(name, int(label), place))
-    return Annotations(rows)
+        quoted = found["quoted"]
+        name = quoted.replace('""', '"') if quoted else found["plain"]
+        if "\\" in name and not (folder / name).exists():
+            raise UserError(f"{place}: {name!r} has Windows' backslashes; write / between folders")
+        rows.append(Row(name, int(found["label"]), place))
+    return Annotations(rows, _named_classes(data) if data.labels else None)
+
+
+def _list_text(file: Path) -> str:
+    """Return a list's text; a file system may have names that are not UTF-8, and Python has a way to keep them."""
+    try:
+        return file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+
+
+def _named_classes(data: DataConfig) -> list[str]:
+    """Return the class names of ``data.labels``, one a line, the first of class 0."""
+    lines = _text(annotation_file(data, "labels")).splitlines()
+    return [line.strip().strip('"') for line in lines if line.strip()]
 
 
 def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
@@ -199,9 +237,7 @@ def _read_kinetics(data: DataConfig, split: Split) -> Annotations:
     tables = {each: _kinetics_table(data, each) for each in ("train", "val")}
     classes = sorted({line["label"] for table in tables.values() for _, line in table})
     if data.labels:
-        classes = [
-            line.strip().strip('"') for line in _text(annotation_file(data, "labels")).splitlines() if line.strip()
-        ]
+        classes = _named_classes(data)
     numbers, folder = {name: number for number, name in enumerate(classes)}, _Folder(data)
     rows: list[Row] = []
     for place, line in tables[split]:
@@ -283,20 +319,36 @@ def _read_hmdb51(data: DataConfig, split: Split) -> Annotations:
 
 
 def _read_folders(data: DataConfig, split: Split) -> Annotations:
-    """A folder for each split, in it one for each class, in it videos; classes numbered in the order of their names."""
+    """A folder for each split, in it one for each class, in it videos; classes numbered in the order of their names.
+
+    Links are followed, of files and of folders. Hidden folders, and those without a video in either split, are no classes.
+    """
     folders: dict[str, Path] = {part: annotation_file(data, part) for part in ("train", "val")}
-    place, videos = folders[split].resolve(), (Path(data.root) / data.videos).resolve()
+    videos = _absolute(Path(data.root) / data.videos)
+    found: dict[str, dict[str, list[str]]] = {}
     for part, folder in folders.items():
-        if not folder.is_dir() or not folder.resolve().is_relative_to(videos):
+        place = _absolute(folder)
+        if not place.is_dir() or not place.is_relative_to(videos):
             raise UserError(f"data.{part}: {folder} must be a folder of class folders, below data.videos, {videos}")
-    classes = sorted({each.name for folder in folders.values() for each in folder.iterdir() if each.is_dir()})
+        members = sorted(each for each in place.iterdir() if each.is_dir() and not _is_hidden(each.name))
+        found[part] = {each.name: sorted(_videos_below(each)) for each in members}
+    classes = sorted({name for part in found.values() for name, inside in part.items() if inside})
+    empty = sorted({name for part in found.values() for name in part} - {*classes})
+    if empty:
+        notice(f"{data.root}: no video in {', '.join(empty)}: not taken for classes")
+    place = _absolute(folders[split])
+    inside = place.relative_to(videos)
     rows = [
-        Row(path.relative_to(videos).as_posix(), label, f"{place / name}")
+        Row((inside / name / video).as_posix(), label, str(place / name))
         for label, name in enumerate(classes)
-        for path in sorted((place / name).rglob("*"))
-        if path.suffix.lower() in VIDEO_ENDINGS
+        for video in found[split].get(name, [])
     ]
     return Annotations(rows, classes)
+
+
+def _absolute(path: Path) -> Path:
+    """Return a path from the root, without ``..``, its links as they are."""
+    return Path(os.path.abspath(path))  # noqa: PTH100  (Path.resolve follows links)
 
 
 _READERS: dict[str, Callable[[DataConfig, Split], Annotations]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,16 +75,34 @@ def _state(data: DataConfig) -> _State:
 def videos_of(data: DataConfig, split: Split, refuse: Callable[[Row, str], None]) -> Iterator[Video]:
     """Yield the videos of a split; ``refuse`` is told of rows that cannot be used, and why."""
     check_root(data)
-    folder = Path(data.root) / data.videos
-    is_below = _Below(folder)
+    # From the root on: what a decoder is given must be a file's path, also where a name looks like an address.
+    folder = Path(os.path.abspath(Path(data.root) / data.videos))  # noqa: PTH100  (resolve follows links)
+    resolved = folder.resolve()
     for row in read_annotations(data, split).rows:
-        path = folder / row.name
-        if not is_below(path):
+        name = _below(row.name, folder, resolved)
+        if name is None:
             refuse(row, f"{row.name} leaves the video folder {folder}; paths must stay below it")
         elif not 0 <= row.label < data.num_classes:
             refuse(row, f"class {row.label} is outside 0 … {data.num_classes - 1} (data.num_classes)")
         else:
-            yield Video(row.name, path, row.label)
+            yield Video(name, folder / name, row.label)
+
+
+def _below(name: str, folder: Path, resolved: Path) -> str | None:
+    """Return a path below the video folder, however it was written; none if it leaves the folder.
+
+    ``./a.mp4``, ``b/../a.mp4`` and the absolute path of ``a.mp4`` are the same video. Links in the folder are followed:
+    they are the user's own.
+    """
+    path = os.path.normpath(name)
+    if os.path.isabs(path):  # noqa: PTH117  (a hundred thousand Paths take seconds)
+        for root in (f"{folder}/", f"{resolved}/"):
+            if path.startswith(root):
+                return path.removeprefix(root)
+        return None
+    if path in (".", "..") or path.startswith("../"):
+        return None
+    return path
 
 
 def _size(data: DataConfig, video: Video) -> int:
@@ -92,22 +111,6 @@ def _size(data: DataConfig, video: Video) -> int:
         return video.path.stat().st_size
     known = cache_index.opened(data.cache).places.get(video.name) if data.cache else None
     return known[1].source_bytes if known else -1
-
-
-class _Below:
-    """Whether a path stays below a folder, links followed; parents are resolved once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
-        self.known: dict[Path, bool] = {}
-
-    def __call__(self, path: Path) -> bool:
-        parent = path.parent
-        if parent not in self.known:
-            self.known[parent] = parent.resolve().is_relative_to(self.folder)
-        if path.name in ("", "..") or path.is_symlink():
-            return path.resolve().is_relative_to(self.folder)
-        return self.known[parent]
 
 
 def check_root(data: DataConfig) -> None:
@@ -138,9 +141,11 @@ def fingerprint(data: DataConfig) -> str:
     digest = hashlib.sha256()
     for split in ("train", "val"):
         videos = read_split(data, split)
-        digest.update("".join(f"{split}\t{video.name}\t{video.label}\n" for video in videos).encode())
+        digest.update(
+            "".join(f"{split}\t{video.name}\t{video.label}\n" for video in videos).encode(errors="surrogateescape")
+        )
         for video in videos[:: max(1, len(videos) // _FINGERPRINTED_FILES)]:
-            digest.update(f"{video.name}\t{_size(data, video)}\n".encode())
+            digest.update(f"{video.name}\t{_size(data, video)}\n".encode(errors="surrogateescape"))
     if data.cache:  # its frames are smaller, and compressed: other pixels
         digest.update(cache_index.packing_of(Path(data.cache)).name.encode())
     return digest.hexdigest()[:16]

@@ -1,7 +1,8 @@
-"""Which test videos a model got right, a bit each: what comparing thousands of runs reads. Imports no torch."""
+"""What reading thousands of results needs of each: which test videos were right, a bit each; its epochs. Imports no torch."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ ANSWERS = "answers.npz"
 
 def listing(names: Iterable[str]) -> str:
     """Return a digest of videos' names in their order: models with the same one were tested on the same videos."""
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
 
 def write_answers(right: npt.NDArray[np.bool_], names: Iterable[str], file: Path) -> None:
@@ -28,3 +29,13 @@ def read_answers(file: Path) -> tuple[npt.NDArray[np.bool_], str]:
     """Return which videos were right, and the digest of their names."""
     with np.load(file) as stored:
         return np.unpackbits(stored["right"], count=int(stored["num_videos"])).astype(bool), str(stored["listing"])
+
+
+def read_history(result: Path) -> list[dict[str, float]]:
+    """Return the metrics of each epoch that a result has; none for one that was tested only."""
+    file = result / "history.csv"
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return [{name: float(value) for name, value in row.items() if value and name != "epoch"} for row in rows]

@@ -38,7 +38,7 @@ ENCODER_SIZES = {
 class Node(BaseModel):
     """A branch of the settings tree: immutable, and closed to names it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataConfig(Node):

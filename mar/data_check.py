@@ -146,7 +146,7 @@ def report_text(report: DataReport, num_named: int = 10) -> str:
 
 def write_findings(report: DataReport, file: Path) -> None:
     """Write every finding as a row of a csv file."""
-    with file.open("w", newline="", encoding="utf-8") as output:
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as output:
         writer = csv.writer(output)
         writer.writerow(["split", "video", "kind", "words"])
         writer.writerows([each.split, each.video, each.kind, each.words] for each in report.findings)

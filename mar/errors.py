@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
-FailureKind = Literal["user", "data", "disk", "memory", "numbers", "hang", "node", "code", "stopped"]
+FailureKind = Literal["user", "data", "disk", "memory", "numbers", "hang", "node", "code", "damaged", "stopped"]
 """What went wrong: the settings, the videos, the disk, out of memory, a loss that is not finite, no progress, a machine or
-process that was lost, the code; or nothing: somebody stopped it."""
+process that was lost, the code, a result that is not what was written; or nothing: somebody stopped it."""
 
 
 class UserError(ValueError):
@@ -23,3 +24,13 @@ class Failure(RuntimeError):
 
 class Stopped(Exception):
     """A training was asked to stop, and has saved."""
+
+
+def notice(message: str) -> None:
+    """Tell the user something that is no error, on the error stream, once in a process."""
+    if message not in _noticed:
+        _noticed.add(message)
+        print(f"mar: note: {message}", file=sys.stderr, flush=True)
+
+
+_noticed: set[str] = set()

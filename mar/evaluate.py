@@ -166,7 +166,7 @@ def write_predictions(predictions: Predictions, videos: list[Video], file: Path)
     header = ["video", "label", "probability_of_label"]
     for rank in range(1, best.indices.shape[1] + 1):
         header += [f"class_{rank}", f"probability_{rank}"]
-    with file.open("w", newline="", encoding="utf-8") as output:
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as output:
         writer = csv.writer(output)
         writer.writerow(header)
         for row, (place, label) in enumerate(

@@ -81,6 +81,13 @@ def build(tree: Mapping[str, Any]) -> ExperimentConfig:
             nearest = difflib.get_close_matches(path, SETTING_PATHS, n=1, cutoff=0.4)
             raise SettingError(path, "no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")) from None
         place = max(known, key=len, default=path)
+        if first["type"] in ("tuple_type", "list_type"):
+            message = "must be a list, as [2, 2]"
+        elif first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            inside = [each.removeprefix(f"{place}.") for each in SETTING_PATHS if each.startswith(f"{place}.")]
+            message = (
+                f"is a group of settings, set one of them ({', '.join(f'{place}.{each}' for each in inside[:4])}, …)"
+            )
         value = "" if isinstance(first["input"], (Mapping, BaseModel)) else f", not {first['input']!r}"
         raise SettingError(place, f"{message}{value}") from None
 

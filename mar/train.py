@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,9 +18,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mar import RESULT, checkpoint, frame_cache, parallel, pretrained
+from mar import MANIFEST, RESULT, checkpoint, frame_cache, parallel, pretrained
 from mar.annotations import Video, class_names, read_split
-from mar.answers import ANSWERS, write_answers
+from mar.answers import ANSWERS, read_history, write_answers
 from mar.charts import draw_confusion, draw_curves
 from mar.checkpoint import Progress, Saver
 from mar.config import ExperimentConfig
@@ -33,6 +32,7 @@ from mar.model import MAR
 from mar.optim import build_optimizer, learning_rate, set_learning_rate
 from mar.reconstructions import draw_reconstructions
 from mar.sealed import Writers, read_sealed, write_sealed, write_text
+from mar.settings import build, placeless
 from mar.step import Execution, Learner, train_step
 
 _SHOWN = 3
@@ -83,6 +83,9 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
         Failure: the loss is not finite, a video is broken (``data.broken: error``), or the disk refuses.
         Stopped: ``execution.step`` said so; what was done is saved.
     """
+    finished = parallel.of_first(lambda: _finished(settings, folder))
+    if finished is not None:
+        return _report_again(finished, settings, folder, report)
     train, val = read_split(settings.data, "train"), read_split(settings.data, "val")
     frame_cache.check(settings.data, train)
     order = TrainingOrder(settings, len(train), parallel.share())
@@ -94,8 +97,6 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     if settings.encoder.weights and not found:
         execution.say(pretrained.start(model, settings))
     order.first_step = progress.step
-    if parallel.share().rank == 0:
-        shutil.rmtree(folder / RESULT, ignore_errors=True)
     for epoch, metrics in enumerate(progress.history, start=1):
         report(epoch, metrics, None)
     processes = execution.loader_processes
@@ -131,12 +132,45 @@ def test_again(
         UserError: the settings do not fit the data.
         Failure: ``result`` is not whole, or the disk refuses.
     """
+    finished = parallel.of_first(lambda: _finished(settings, folder))
+    if finished is not None:
+        return _report_again(finished, settings, folder, report)
     val = read_split(settings.data, "val")
     facts = read_sealed(result)
     model = MAR(settings).to(execution.device)
     model.load_state_dict(load_file(result / "model.safetensors"))
     history = {name: value for name, value in facts["metrics"].items() if not name.startswith(("val/", "test/"))}
     return _finish(Trained(settings, folder, execution, model, [history], result), val, report)
+
+
+def _finished(settings: ExperimentConfig, folder: Path) -> list[dict[str, float]] | None:
+    """Return the epochs' metrics, and last the final ones, of a result of these settings that is in the folder already.
+
+    Whoever was to write it down was killed in that moment, or has lost its database since. None: there is no such.
+
+    Raises:
+        Failure: there is one, and it is damaged.
+    """
+    result = folder / RESULT
+    if not (result / MANIFEST).is_file():
+        return None
+    try:
+        manifest = read_sealed(result)
+    except Failure as damage:
+        raise Failure(f"{result} is damaged: {damage}. To train it again, remove that folder", "damaged") from None
+    if placeless(build(manifest["settings"])) != placeless(settings):
+        return None
+    final = {name: float(value) for name, value in manifest["metrics"].items()}
+    return [*read_history(result), final]
+
+
+def _report_again(
+    finished: list[dict[str, float]], settings: ExperimentConfig, folder: Path, report: Report
+) -> dict[str, float]:
+    for epoch, metrics in enumerate(finished[:-1], start=1):
+        report(epoch, metrics, None)
+    report(settings.recipe.epochs, finished[-1], folder / RESULT)
+    return finished[-1]
 
 
 class _Clock:
@@ -241,7 +275,14 @@ def _finish(trained: Trained, val: list[Video], report: Report) -> dict[str, flo
         metrics["test/reconstruction_loss"] = one_view.reconstruction(model).loss
     if settings.evaluation.shuffled_frames and not settings.pretrains:
         shuffle = Evaluator(
-            settings, val, device, clips=views.clips, crops=views.crops, shuffled=True, loader_processes=processes
+            settings,
+            val,
+            device,
+            clips=views.clips,
+            crops=views.crops,
+            shuffled=True,
+            loader_processes=processes,
+            alive=execution.alive,
         )
         metrics["test/top1_shuffled_frames"] = shuffle(model).accuracy(1)
     if device.type == "cuda" and not trained.by:

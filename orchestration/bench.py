@@ -304,8 +304,9 @@ def _launch(folder: Path, place: str) -> Generator[LaunchConfig]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
+    command, environment = serve(embedded, port)
     with subprocess.Popen(  # noqa: S603
-        [sys.executable, "-m", *serve(embedded, port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as server:
         try:
             _wait_for(f"http://127.0.0.1:{port}/health")

@@ -19,6 +19,7 @@ from orchestration.cli_jobs import jobs_app, status, stop_study, submit
 from orchestration.cli_options import DEFAULT_STORE, AsJson, Output, Overrides, RecipeName, StoreFolder, TrackingUri
 from orchestration.cli_studies import figure, plan, report, run, table
 from orchestration.cli_weights import evaluate, predict, reconstruct, weights_app
+from orchestration.secrets import without_secrets
 
 if TYPE_CHECKING:
     from orchestration.tracking import Store
@@ -56,7 +57,7 @@ def _links(address: str, store: Store) -> list[str]:
 
 
 def _end(words: str, code: int) -> NoReturn:
-    print(f"mar: {words}", file=sys.stderr)
+    print(f"mar: {without_secrets(words)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -180,12 +181,29 @@ def ui(
     if tracking_uri is None and not (store / "mlflow.db").is_file():
         raise UserError(f"--store {store}: no tracking store there yet; `mar run quickstart` makes one")
     if tracking_uri and tracking_uri.startswith("http"):
-        links = _links(tracking_uri, Store(launch))
-        print(f"the store is a server already: open {tracking_uri}", *links, sep="\n")
+        links = _links(without_secrets(tracking_uri), Store(launch))
+        print(f"the store is a server already: open {without_secrets(tracking_uri)}", *links, sep="\n")
         return
     address = f"http://127.0.0.1:{port}"
     print(f"MLflow at {address} (stop with Ctrl-C)", *_links(address, Store(launch)), sep="\n", flush=True)
-    sys.exit(subprocess.call([sys.executable, "-m", *serve(launch, port)]))  # noqa: S603
+    command, environment = serve(launch, port)
+    sys.exit(subprocess.call([sys.executable, "-m", *command], env=environment))  # noqa: S603
+
+
+@app.command()
+def recover(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None) -> None:
+    """Write runs into MLflow for finished results whose database was lost. Exit code 1 if a result is damaged."""
+    from orchestration.config import LaunchConfig
+    from orchestration.recover import recover as recover_store
+
+    found = recover_store(LaunchConfig(store=store, tracking_uri=tracking_uri))
+    for name in found.names:
+        print(f"recovered  {name}")
+    for damage in found.damaged:
+        print(f"damaged    {damage}")
+    print(f"{len(found.names)} recovered, {found.num_known} known before, {len(found.damaged)} damaged")
+    if found.damaged:
+        sys.exit(1)
 
 
 @app.command()

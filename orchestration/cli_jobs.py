@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from mar.errors import Failure, UserError
-from orchestration.cli_options import DEFAULT_STORE, AsJson, RemotePlace, StoreFolder, TrackingUri, is_search_file
+from orchestration.cli_options import (
+    DEFAULT_STORE,
+    AsJson,
+    RemotePlace,
+    StoreFolder,
+    TrackingUri,
+    is_search_file,
+    say_store,
+)
 
 jobs_app = typer.Typer(no_args_is_help=True, help="Jobs that mar submit started: list, follow, stop.")
 
@@ -85,8 +93,7 @@ def status(
     from orchestration.status import status as status_of
     from orchestration.status import status_text
 
-    if tracking_uri is None and not (store / "mlflow.db").is_file():
-        raise UserError(f"--store {store}: no tracking store there yet")
+    say_store(store, tracking_uri)
     found = status_of(LaunchConfig(store=store, tracking_uri=tracking_uri, remote=remote))
     print(json.dumps([asdict(each) for each in found], indent=1) if as_json else status_text(found, store))
 
@@ -99,10 +106,12 @@ def stop_study(
 ) -> None:
     """Let a running study's trials save, and end it; the same mar run goes on."""
     from orchestration.config import LaunchConfig
+    from orchestration.names import name_of
     from orchestration.status import stop as stop_of
 
-    stop_of(LaunchConfig(store=store, study=Path(study).stem, tracking_uri=tracking_uri, remote=remote))
-    print(f"{Path(study).stem} stops as soon as its trials have saved")
+    name = name_of(study, store)
+    stop_of(LaunchConfig(store=store, study=name, tracking_uri=tracking_uri, remote=remote))
+    print(f"{name} stops as soon as its trials have saved")
 
 
 def _follow(job_id: str, address: str, is_open: bool) -> None:

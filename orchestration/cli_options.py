@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mar.errors import UserError
+from orchestration.secrets import without_secrets
 
 if TYPE_CHECKING:
     from orchestration.study import Study
@@ -52,9 +54,29 @@ IsAll = Annotated[bool, typer.Option("--all", help="Every study of the paper tha
 DEFAULT_STORE = Path("mar_store")
 
 
-def records_of(store: Path, tracking_uri: str | None) -> list[Any]:
-    """Return what MLflow remembers; nothing while there is no embedded store yet."""
-    if tracking_uri is None and not (store / "mlflow.db").is_file():
+def say_store(store: Path, tracking_uri: str | None, may_be_new: bool = False) -> bool:
+    """Say, on the error stream, which store is read or written; returns whether there is one.
+
+    Raises:
+        UserError: there is none, and it may not be new.
+    """
+    place = without_secrets(tracking_uri) if tracking_uri else str(store.resolve())
+    is_there = bool(tracking_uri) or (store / "mlflow.db").is_file()
+    if not is_there and not may_be_new:
+        has_results = any((store / "trials").glob("*/result/manifest.json"))
+        advice = f"it has results: mar recover --store {store}" if has_results else "mar run makes one"
+        raise UserError(f"--store {store}: no tracking store in {place} ({advice})")
+    print(f"store    {place}{'' if is_there else ' (new)'}", file=sys.stderr)
+    return is_there
+
+
+def records_of(store: Path, tracking_uri: str | None, may_be_new: bool = False) -> list[Any]:
+    """Return what MLflow remembers; nothing of a store that may be new and is.
+
+    Raises:
+        UserError: there is no store, and it may not be new.
+    """
+    if not say_store(store, tracking_uri, may_be_new):
         return []
     from orchestration.config import LaunchConfig
     from orchestration.tracking import Store
@@ -62,8 +84,17 @@ def records_of(store: Path, tracking_uri: str | None) -> list[Any]:
     return list(Store(LaunchConfig(store=store, tracking_uri=tracking_uri)).trials())
 
 
-def studies_of(name: str | None, overrides: list[str] | None, only: list[str] | None, is_all: bool) -> list[Study]:
-    """Return the study that was named, or with ``--all`` every study of the paper, in its order.
+def studies_of(
+    name: str | None,
+    overrides: list[str] | None,
+    only: list[str] | None,
+    is_all: bool,
+    store: Path,
+    claims: bool = False,
+) -> list[Study]:
+    """Return the study that was named, or with ``--all`` every study of the paper, in its order, as the store calls them.
+
+    ``claims`` keeps their names in the store for their files.
 
     Raises:
         UserError: neither or both were given; or what ``read_study`` raises.
@@ -74,12 +105,22 @@ def studies_of(name: str | None, overrides: list[str] | None, only: list[str] | 
         words = [*([name] if name else []), *(overrides or [])]
         if name and "=" not in name:
             raise UserError(f"{name}: a study or --all, not both")
-        return [read_study(each, words, only or []) for each in paper_studies()]
+        return [_named(read_study(each, words, only or []), store, claims) for each in paper_studies()]
     if name is None:
         raise UserError("which study? (a file, a name that ships with mar, or --all)")
     if is_search_file(name):
         raise UserError(f"{name} is a search, not a study: mar run runs it, and writes its report")
-    return [read_study(name, overrides or [], only or [])]
+    return [_named(read_study(name, overrides or [], only or []), store, claims)]
+
+
+def _named(study: Study, store: Path, claims: bool) -> Study:
+    from dataclasses import replace
+
+    from orchestration.names import name_in_store
+
+    if study.path is None:
+        return study
+    return replace(study, name=name_in_store(study.name, study.path, store, claims))
 
 
 def is_search_file(name: str) -> bool:

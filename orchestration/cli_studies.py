@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,8 +23,12 @@ from orchestration.cli_options import (
     file_finder,
     is_search_file,
     records_of,
+    say_store,
     studies_of,
 )
+
+if TYPE_CHECKING:
+    from orchestration.study import Study
 
 _DEVICE = "Profile for device-hours: v100, h200, NAME=GFLOPS_PER_S."
 
@@ -123,14 +127,35 @@ def run(
             raise UserError(
                 f"{study} is a search: --only and --budget are for studies; 'trials=N' says how many it trains"
             )
-        run_search(read_search(study, overrides or []), launch)
+        from dataclasses import replace
+
+        from orchestration.names import name_in_store
+
+        search = read_search(study, overrides or [])
+        say_store(store, tracking_uri, may_be_new=True)
+        run_search(replace(search, name=name_in_store(search.name, search.path, store, claims=True)), launch)
         return
-    studies = studies_of(study, overrides, only, is_all)
+    studies = _studies_to_run(study, overrides, only, is_all, store)
+    say_store(store, tracking_uri, may_be_new=True)
     limit = Budget(_hours(budget), profile_of(device) if device else None) if budget is not None else None
     if is_all:
         run_studies(studies, launch, limit)
     else:
         run_study(studies[0], launch, limit)
+
+
+def _studies_to_run(
+    name: str | None, overrides: list[str] | None, only: list[str] | None, is_all: bool, store: Path
+) -> list[Study]:
+    """Return the studies; with ``only``, whole ones of which some trials are to run, so that reports stay whole."""
+    from dataclasses import replace
+
+    whole = studies_of(name, overrides, None, is_all, store, claims=True)
+    if not only:
+        return whole
+    chosen = studies_of(name, overrides, only, is_all, store)
+    pairs = zip(whole, chosen, strict=True)
+    return [replace(study, chosen=frozenset(trial.key for trial in part.trials)) for study, part in pairs]
 
 
 def _fetch(cache_from: str, overrides: list[str]) -> None:
@@ -189,8 +214,8 @@ def plan(
         raise UserError("--price-per-h: of which device? Give --device too (v100, h200, NAME=GFLOPS_PER_S)")
     profile = profile_of(device) if device else None
     profile = replace(profile, price_per_h=price_per_h) if profile and price_per_h is not None else profile
-    records, planned = records_of(store, tracking_uri), Planned()
-    studies = studies_of(study, overrides, only, is_all)
+    studies = studies_of(study, overrides, only, is_all, store)
+    records, planned = records_of(store, tracking_uri, may_be_new=True), Planned()
     lines = [line for each in studies for line in plan_trials(each, records, profile, planned)]
     neighbours = Neighbours(records) if explain else None
     print(plan_json(lines, neighbours) if as_json else plan_text(lines, profile, neighbours))
@@ -207,7 +232,7 @@ def table(
     """Print a study's table from what MLflow remembers."""
     from orchestration.tables import FORMATS, table_info
 
-    (read,) = studies_of(study, overrides, only, is_all=False)
+    (read,) = studies_of(study, overrides, only, False, store)
     print(FORMATS[form](table_info(read, records_of(store, tracking_uri), file_finder(store, tracking_uri))), end="")
 
 
@@ -222,7 +247,7 @@ def figure(
     """Draw a study's figure from what MLflow remembers (png, pdf, svg, or html that answers the mouse)."""
     from orchestration.interactive import write_figure
 
-    (read,) = studies_of(study, overrides, only, is_all=False)
+    (read,) = studies_of(study, overrides, only, False, store)
     file = output or Path(f"{read.name}.png")
     write_figure(read, records_of(store, tracking_uri), file, file_finder(store, tracking_uri))
     print(file)
@@ -241,8 +266,9 @@ def report(
     from orchestration.report import write_report
 
     launch = LaunchConfig(store=store, tracking_uri=tracking_uri)
-    studies = studies_of(study, overrides, None, is_all)
+    studies = studies_of(study, overrides, None, is_all, store)
     if is_all:
+        say_store(store, tracking_uri)
         from orchestration.site import write_site
         from orchestration.tracking import Store
 

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mar.keep import Keep
+from orchestration.secrets import without_secrets
+
+
+def sqlite_address(file: Path) -> str:
+    """Return the address of an SQLite file, whatever characters its path has.
+
+    In an address ``?`` begins the options and ``%`` a code, so such characters are written as codes. Then so are the
+    slashes: MLflow makes the folder that stands before the last slash without reading the codes.
+    """
+    path = str(file)
+    return f"sqlite:///{path if quote(path) == path else quote(path, safe='')}"
 
 
 class LaunchConfig(BaseModel):
@@ -72,14 +84,25 @@ class LaunchConfig(BaseModel):
         return self
 
     @property
+    def database(self) -> Path:
+        """The embedded tracking store's file."""
+        return self.store.resolve() / "mlflow.db"
+
+    @property
     def tracking(self) -> str:
         """The MLflow address."""
-        return self.tracking_uri or f"sqlite:///{self.store.resolve() / 'mlflow.db'}"
+        return self.tracking_uri or sqlite_address(self.database)
+
+    @property
+    def shown_tracking(self) -> str:
+        """The MLflow address as a message may have it: without a password."""
+        return without_secrets(self.tracking)
 
     @property
     def artifacts(self) -> str | None:
-        """Where an embedded store keeps artifacts; a server knows its own."""
-        return None if self.tracking_uri else (self.store.resolve() / "artifacts").as_uri()
+        """Where a database's artifacts are kept: below ``store``; a server knows its own place, then none."""
+        is_server = self.tracking.startswith(("http://", "https://", "databricks"))
+        return None if is_server else (self.store.resolve() / "artifacts").as_uri()
 
     def trial_folder(self, key: str) -> Path:
         """Return the folder of a trial's checkpoints and result."""

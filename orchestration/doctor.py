@@ -76,7 +76,7 @@ def _ray() -> str:
 def _tracking(launch: LaunchConfig) -> str:
     from orchestration.tracking import Store
 
-    return f"{launch.tracking}: {len(Store(launch).trials())} trials"
+    return f"{launch.shown_tracking}: {len(Store(launch).trials())} trials"
 
 
 def _disk(launch: LaunchConfig) -> str:

@@ -21,6 +21,7 @@ REMEDIES: dict[FailureKind, str] = {
     "hang": "the log has every thread's stack; a slow step wants a larger --hang-timeout-s",
     "node": "the same command goes on from the last checkpoint",
     "code": "the trial's log has the traceback; please report it",
+    "damaged": "the message names the folder; nothing is trained again before it is removed",
     "stopped": "the same command goes on",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,34 @@ def find(name: str, kind: str) -> Path:
     raise UserError(f"no {kind} {name!r}: neither a file nor one that ships with mar ({', '.join(near)})")
 
 
-class _KeysAsWritten(yaml.SafeLoader):
+_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+class PlainLoader(yaml.SafeLoader):
+    """Refuses what YAML takes for a number and a person does not: 010 (eight), 1:30 (ninety), 0x10, 1_000, .inf."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        self._check(node, _WHOLE)
+        return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        self._check(node, _DECIMAL)
+        return super().construct_yaml_float(node)
+
+    def _check(self, node: yaml.ScalarNode, pattern: re.Pattern[str]) -> None:
+        if not pattern.fullmatch(node.value):
+            words = (
+                f"{node.value} is not a plain decimal number: write it as 8, 0.5 or 1e-3, or in quotes if it is a name"
+            )
+            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+
+
+PlainLoader.add_constructor("tag:yaml.org,2002:int", PlainLoader.construct_yaml_int)
+PlainLoader.add_constructor("tag:yaml.org,2002:float", PlainLoader.construct_yaml_float)
+
+
+class _KeysAsWritten(PlainLoader):
     """YAML takes a label like ``on`` or ``0.10`` for a boolean or a number; a name is what is written."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

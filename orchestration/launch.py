@@ -24,8 +24,20 @@ from orchestration.quantities import QUANTITIES
 from orchestration.remote import Remote, clear_copies, remote
 from orchestration.results import Record, match, match_training
 from orchestration.study import Study, Trial
-from orchestration.tracking import EXPECTED, IDENTITY, KEY, KIND, STUDY, TRAINED_BY, WEIGHTS, RunRecord, Store, Writer
-from orchestration.trial import LOG, LOGS, PASSES
+from orchestration.tracking import (
+    EXPECTED,
+    IDENTITY,
+    KEY,
+    KIND,
+    PARENT_RUN,
+    STUDY,
+    TRAINED_BY,
+    WEIGHTS,
+    RunRecord,
+    Store,
+    Writer,
+)
+from orchestration.trial import LOG, LOGS, PASSES, RECORD
 
 _MOST_NOTE = 4900
 """Characters; MLflow refuses a tag of 5,000 or more on some stores."""
@@ -93,6 +105,7 @@ class Launch:
         self.writer.metrics(key, 0, {"cost/gflops": figures.gflops, "cost/params_m": figures.params_m})
         log = self.store.launch.trial_folder(key) / LOG
         self._relayed[key] = log.stat().st_size if log.is_file() else 0
+        self._write_record(self.trials[key])
         self.view.started(self.trials[key])
 
     def expect(self, trials: Sequence[Trial], there: int = 0) -> None:
@@ -227,12 +240,18 @@ class Launch:
                 self._relayed[key] = file.tell()
 
     def _run_of(self, trial: Trial) -> str:
+        tags = self._tags_of(trial)
+        run_id = self.store.run(self.experiment, trial.name, {KIND: "trial", KEY: trial.key}, tags)
+        self.store.parameters(run_id, placeless(trial.settings))
+        return run_id
+
+    def _tags_of(self, trial: Trial) -> dict[str, str]:
         data = trial.settings.data
         figures = cost(trial.settings)
-        tags = {
+        return {
             **self.shared,
             IDENTITY: trial.identity,
-            "mlflow.parentRunId": self.parent,
+            PARENT_RUN: self.parent,
             "labels": json.dumps(dict(trial.labels), ensure_ascii=False),
             "seed": str(trial.settings.seed),
             "cost.gflops": f"{figures.gflops:.4f}",
@@ -242,9 +261,15 @@ class Launch:
             **({WEIGHTS: trial.settings.encoder.weights} if trial.settings.encoder.weights else {}),
             **{f"data.{name}": str(getattr(data, name)) for name in DATA_PLACES},
         }
-        run_id = self.store.run(self.experiment, trial.name, {KIND: "trial", KEY: trial.key}, tags)
-        self.store.parameters(run_id, placeless(trial.settings))
-        return run_id
+
+    def _write_record(self, trial: Trial) -> None:
+        """Leave beside a trial's result what its run is made from: the database may be lost (``mar recover``)."""
+        folder = self.store.launch.trial_folder(trial.key)
+        tags = {name: value for name, value in self._tags_of(trial).items() if name != PARENT_RUN}
+        record = {"study": self.study.name, "name": trial.name, "tags": tags}
+        with suppress(OSError):  # on a full disk the trial itself has more to say
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def _columns(study: Study) -> tuple[list[str], list[str]]:
@@ -260,8 +285,8 @@ def missing_trials(study: Study, store: Store) -> list[Trial]:
     """Return the trials that no finished run of any study has, each training once, in order."""
     if not study.trains:
         return []
-    found = match(study.trials, store.trials())
-    return list({trial.key: trial for trial in study.trials if trial.key not in found}.values())
+    found = match(study.to_run, store.trials())
+    return list({trial.key: trial for trial in study.to_run if trial.key not in found}.values())
 
 
 def check_data(trials: Sequence[Trial]) -> None:

@@ -9,20 +9,23 @@ import time
 import urllib.request
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
-from mar.errors import Failure, FailureKind, UserError
+from mar.errors import Failure, FailureKind, UserError, notice
 from orchestration.config import LaunchConfig
 from orchestration.failures import REMEDIES
 from orchestration.launch import Launch, check_data, check_weights, missing_trials, train_missing
 from orchestration.lock import ask_to_stop, only_one
 from orchestration.plan import Device, plan_trials
 from orchestration.progress import Board
+from orchestration.recover import unrecorded
 from orchestration.report import write_report
 from orchestration.results import match, match_training
+from orchestration.secrets import without_secrets
 from orchestration.study import Study, Trial, fetch_weights
+from orchestration.tables import FORMATS, table_info
 from orchestration.tracking import RunRecord, Store
 
 
@@ -37,14 +40,15 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
     fetch_weights(study)
     with only_one(study, launch):
         store = Store(launch)
+        _mention_unrecorded(launch, store)
         missing, left_out = missing_trials(study, store), 0
         if budget:
             affordable = budget.take(study, missing, store.trials())
             missing, left_out = affordable, len(missing) - len(affordable)
         check_data(missing)
         check_weights(missing)
-        have = len({trial.key for trial in study.trials}) - len(missing) - left_out
-        counts = f"{len(study.trials)} trials, {have} finished before, {len(missing)} to train"
+        have = len({trial.key for trial in study.to_run}) - len(missing) - left_out
+        counts = f"{len(study.to_run)} trials, {have} finished before, {len(missing)} to train"
         counts += f", {left_out} left out: over the budget" if left_out else ""
         console.print(f"{study.file.title}: {counts}", markup=False)
         board = Board(missing, have, console)
@@ -59,10 +63,14 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
             records = store.trials()
             table, lines = write_report(study, records, folder, store.file_of)
             launched.keep(folder, records, table)
+    if study.chosen is not None:  # the report is of all rows, the terminal shows those that were asked for
+        table = FORMATS["md"](table_info(replace(study, trials=study.to_run), records, store.file_of))
     print(f"\n{table}")
     print("\n".join([*lines, ""]))
     print(f"figure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")
-    served = launch.tracking_uri or f"mar ui{'' if str(launch.store) == 'mar_store' else f' --store {launch.store}'}"
+    served = (
+        launch.tracking_uri and launch.shown_tracking
+    ) or f"mar ui{'' if str(launch.store) == 'mar_store' else f' --store {launch.store}'}"
     print(f"MLflow   {served}   (experiment {study.name!r})")
     tell_webhook(study, launched)
     if launched.failures:
@@ -71,6 +79,16 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
         raise Failure(f"{len(launched.failures)} of {len(study.trials)} trials failed; run the same command to go on")
     if launched.was_stopped:
         raise Failure(f"stopped with {launched.num_left} trials unfinished; run the same command to go on", "stopped")
+
+
+def _mention_unrecorded(launch: LaunchConfig, store: Store) -> None:
+    """Say that the store has results that its database does not know: somebody lost it."""
+    lost = unrecorded(launch, {record.key for record in store.trials()})
+    if lost:
+        notice(
+            f"{len(lost)} finished results in {launch.store / 'trials'} are not in the tracking store. Those of this study "
+            f"are taken as they are, not trained again; mar recover --store {launch.store} brings back all"
+        )
 
 
 def by_kind(launched: Launch) -> dict[FailureKind, list[str]]:
@@ -94,7 +112,7 @@ def tell_webhook(study: Study, launched: Launch) -> None:
         request = urllib.request.Request(address, body, {"Content-Type": "application/json"})  # noqa: S310  (checked)
         urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
     except (OSError, ValueError) as error:
-        print(f"--webhook {address}: {error}")
+        print(f"--webhook: {without_secrets(str(error))}")
 
 
 @contextmanager

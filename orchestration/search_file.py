@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import optuna
@@ -111,6 +112,8 @@ class Search:
     """The settings that all trials share."""
     whole: Mapping[str, Any]
     """The same with all defaults, dotted."""
+    path: Path
+    """The search's file."""
 
     def study_name(self, base: str) -> str:
         """Return the name of its Optuna study: another for other settings, data, goals or constraints.
@@ -174,7 +177,7 @@ def read_search(name: str, overrides: Sequence[str] = ()) -> Search:
         raise UserError(f"{place}{error}") from None
     file = file.model_copy(update={"space": _typed(file.space, whole)})
     _check(file, document)
-    return Search(document.path.stem, file, tree, whole)
+    return Search(document.path.stem, file, tree, whole, document.path)
 
 
 def _typed(space: Mapping[str, Dimension], whole: Mapping[str, Any]) -> dict[str, Dimension]:

@@ -97,7 +97,7 @@ def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str],
         hours=sum(each or 0.0 for each in spent.values()),
         to_come=_to_come(studies, records),
         failures=_failures(sections),
-        tracking=store.launch.tracking,
+        tracking=store.launch.shown_tracking,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page, encoding="utf-8")
@@ -159,7 +159,7 @@ def _state(study: Study, trial: Trial, run: RunRecord | None, store: Store, neig
         return TrialState(trial.name, trial.key, "not there yet", "", "", "", "", None, "", own, unlike)
     state = {"FINISHED": "finished" if run.has_model else "tested"}.get(run.status, run.status.lower())
     seconds = run.metrics.get("time/elapsed_s")
-    server = store.launch.tracking if store.launch.tracking.startswith("http") else _OWN_SERVER
+    server = store.launch.shown_tracking if store.launch.tracking.startswith("http") else _OWN_SERVER
     link = f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
     made = ", ".join(f"{name.split('.')[-1]} {run.tags[name][:12]}" for name in _SHOWN_TAGS if name in run.tags)
     log = store.launch.trial_folder(run.key) / "log.txt"

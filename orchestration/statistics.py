@@ -78,7 +78,7 @@ def read_answers(run: AnyRecord, file_of: FileOf[AnyRecord]) -> Answers:
     """Return a run's answers; of one that an earlier version tested, from its predictions."""
 
     def correct() -> dict[str, bool]:
-        with file_of(run, "predictions.csv").open(newline="", encoding="utf-8") as lines:
+        with file_of(run, "predictions.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
             return {line["video"]: line["label"] == line["class_1"] for line in csv.DictReader(lines)}
 
     try:

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from mar.settings import SETTING_PATHS, SettingError, build, merge, placeless
 from mar.sources import ABSENT as WEIGHTS_ABSENT
 from mar.sources import fetch, is_path
 from mar.sources import fingerprint as weights_fingerprint
-from orchestration.files import Document, Recipe, find, packaged
+from orchestration.files import Document, PlainLoader, Recipe, find, packaged
+from orchestration.names import recipe_title
 from orchestration.quantities import QUANTITIES
 from orchestration.study_file import BETWEEN_LABELS, FigureLayout, StudyFile, TableLayout, label_parts
 
@@ -81,6 +82,15 @@ class Study:
     """The file's name without its ending: the experiment's name in MLflow."""
     file: StudyFile
     trials: Sequence[Trial]
+    path: Path | None = None
+    """The study's file; none for one that was made by a program."""
+    chosen: frozenset[str] | None = None
+    """Keys of the trials that are to run now (``--only``); none: all."""
+
+    @property
+    def to_run(self) -> list[Trial]:
+        """The trials that are to run now."""
+        return [trial for trial in self.trials if self.chosen is None or trial.key in self.chosen]
 
     @property
     def trains(self) -> bool:
@@ -93,7 +103,7 @@ def _of_one(path: Path, overrides: Sequence[str]) -> Study:
     settings = read_recipe(str(path), overrides)
     column = "test_reconstruction_loss" if settings.pretrains else "top1"
     columns = (column, *(() if settings.pretrains else ("top5",)), "gflops", "time_s")
-    title = f"{path.parent.name}/{path.stem}" if path.parent.name != "recipes" else path.stem
+    title = recipe_title(path)
     file = StudyFile(
         title=title,
         recipe=str(path),
@@ -102,7 +112,7 @@ def _of_one(path: Path, overrides: Sequence[str]) -> Study:
         figure=FigureLayout(y=(column,)),
     )
     trial = Trial({"recipe": title}, settings, _fingerprint(settings, {}))
-    return Study(title.replace("/", "_"), file, [trial])
+    return Study(title.replace("/", "_"), file, [trial], path)
 
 
 @lru_cache
@@ -209,11 +219,11 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
             settings = _build(merge(tree, {**changes, "seed": seed}), recipe, document, own, file, changes)
             named = dict(zip(file.axes, (label for label, _ in own), strict=True))
             trials.append(Trial(named, settings, _fingerprint(settings, fingerprints)))
-    study = Study(document.path.stem, file, trials)
+    study = Study(document.path.stem, file, trials, document.path)
     if not trials:
         raise UserError(f"{document.path}: no trial in it; every axis needs a label, and seeds a seed")
     _check_quantities(study, document)
-    return Study(study.name, file, _select(trials, file, only))
+    return replace(study, trials=_select(trials, file, only))
 
 
 def paper_studies() -> list[str]:
@@ -250,9 +260,10 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not path:
             raise UserError(f"{word!r}: expected path=value, as in mask.ratio=0.75")
         try:
-            changes[path] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"{path}: the value {text!r} is not valid YAML") from None
+            changes[path] = yaml.load(text, Loader=PlainLoader)  # noqa: S506  (a SafeLoader)
+        except yaml.YAMLError as error:
+            reason = getattr(error, "problem", None) or "not valid YAML"
+            raise UserError(f"{path}={text}: {reason}") from None
     return changes
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mar import MANIFEST, RESULT
-from mar.errors import Failure, UserError
+from mar.errors import Failure, UserError, notice
 from orchestration.config import LaunchConfig
 from orchestration.failures import FILE, Reason, read_reason
 from orchestration.remote import collect, remote
@@ -33,6 +35,10 @@ from orchestration.trial import (
     run_inline,
 )
 
+_TOKEN = secrets.token_hex(32)
+"""What protects a private Ray: only this process and what it starts know it."""
+_LONGEST_TEMPORARY = 34
+"""Characters: Ray adds up to 72, and a socket's path may have 107."""
 _OBJECT_STORE_BYTES = 200 * 2**20
 """Nothing but reports and settings passes through it."""
 
@@ -218,10 +224,22 @@ def _start(launch: LaunchConfig) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     if launch.address is None:
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        folder = tempfile.gettempdir()
+        if len(folder) > _LONGEST_TEMPORARY and os.access("/tmp", os.W_OK):  # noqa: S108
+            notice(f"Ray's sockets are below /tmp: the path of TMPDIR ({folder}) is too long for a socket's")
+            options["_temp_dir"] = f"/tmp/ray-{os.getuid()}"  # noqa: S108
+        # A token of this process's own, in no file: Ray would write one below the home folder for everybody to read.
+        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            os.environ["RAY_AUTH_TOKEN"] = _TOKEN
     try:
         ray.init(address=launch.address or "local", **options)
     except ConnectionError as error:
         raise UserError(f"--address {launch.address}: no Ray cluster answers there ({error})") from None
+    except OSError as error:
+        raise Failure(
+            f"Ray does not start: {error}. It needs a temporary folder that can be written, with a short path (TMPDIR); "
+            "--local runs without Ray"
+        ) from None
 
 
 def stop() -> None:
@@ -238,6 +256,8 @@ def stop() -> None:
         ray.shutdown()
     finally:
         gc.enable()
+        if os.environ.get("RAY_AUTH_TOKEN") == _TOKEN:
+            del os.environ["RAY_AUTH_TOKEN"]
 
 
 def cluster_words() -> str:

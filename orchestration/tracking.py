@@ -27,6 +27,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 import mlflow
+import sqlalchemy
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
@@ -35,11 +36,14 @@ from mar import MANIFEST, RESULT
 from mar.errors import Failure
 from mar.settings import flatten
 from orchestration.config import LaunchConfig
+from orchestration.secrets import without_secrets
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 IDENTITY, KEY, KIND, STUDY = "mar.identity", "mar.key", "mar.kind", "mar.study"
+PARENT_RUN = "mlflow.parentRunId"
+"""MLflow's tag by which a trial's run is below its study's."""
 EXPECTED = "mar.expected"
 """Of a study: how many trials it has or is to have, those of other studies not counted."""
 WEIGHTS = "encoder.weights"
@@ -106,7 +110,9 @@ class Store:
             if launch.tracking_uri is None:
                 launch.store.mkdir(parents=True, exist_ok=True)
             self.client = mlflow.MlflowClient(tracking_uri=launch.tracking)
-            self.client.search_experiments(max_results=1)
+            experiments = list(self._pages(self.client.search_experiments))
+            if launch.tracking_uri is None:
+                _follow_move(launch, [str(each.artifact_location) for each in experiments])
 
     def trials(self) -> list[RunRecord]:
         """Return every trial's run, of all studies, newest first."""
@@ -151,7 +157,7 @@ class Store:
         if not (here / MANIFEST).is_file():
             here.parent.mkdir(parents=True, exist_ok=True)
             with _explained(self.launch):
-                self.client.download_artifacts(record.run_id, RESULT, str(here.parent))
+                return Path(self.client.download_artifacts(record.run_id, RESULT, str(here.parent)))
         return here
 
     def file_of(self, record: RunRecord, name: str) -> Path:
@@ -166,11 +172,11 @@ class Store:
             return here
         if (here.parent / MANIFEST).is_file():
             raise Failure(f"{here.parent}: this result has no {name}")
-        if not (fetched / RESULT / name).is_file():
+        if not (fetched / name).is_file():
             fetched.mkdir(parents=True, exist_ok=True)
             with _explained(self.launch):
-                self.client.download_artifacts(record.run_id, f"{RESULT}/{name}", str(fetched))
-        return fetched / RESULT / name
+                return Path(self.client.download_artifacts(record.run_id, f"{RESULT}/{name}", str(fetched)))
+        return fetched / name
 
     def experiment(self, study: str) -> str:
         """Return the id of the study's experiment; makes it if there is none."""
@@ -203,10 +209,14 @@ class Store:
 
     def close_stale(self, experiment_id: str) -> int:
         """Mark as killed the trials of this store that a driver that is no more left running; returns how many."""
-        ours = str(self.launch.store.resolve())
+        ours = f"{self.launch.store.resolve()}/"
+        is_embedded = self.launch.tracking_uri is None  # then all are of this store, wherever it was
         with _explained(self.launch):
             running = self.client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
-            stale = [run.info.run_id for run in running if run.data.tags.get("folder", "").startswith(ours)]
+            folders = {run.info.run_id: run.data.tags.get("folder", "") for run in running}
+            stale = [
+                run_id for run_id, folder in folders.items() if folder and (is_embedded or folder.startswith(ours))
+            ]
             for run_id in stale:
                 self.client.set_terminated(run_id, "KILLED")
         return len(stale)
@@ -369,6 +379,43 @@ class Writer:
             del self._pending[key]
 
 
+_PLACES = {
+    "experiments": ("artifact_location",),
+    "runs": ("artifact_uri",),
+    "model_versions": ("source", "storage_location"),
+    "logged_models": ("artifact_location",),
+}
+"""Table -> columns of MLflow's database that hold addresses of artifacts."""
+
+
+def _follow_move(launch: LaunchConfig, locations: Sequence[str]) -> None:
+    """Have an embedded store that was moved or copied know where its artifacts are now.
+
+    MLflow writes absolute addresses into its database and has no call that changes them; with the old ones a moved
+    store would read from, and write to, the place where it was.
+    """
+    now = launch.artifacts
+    moved = {each for each in locations if each != now and each.startswith("file://") and each.endswith("/artifacts")}
+    if not moved or now is None:
+        return
+    engine = sqlalchemy.create_engine(launch.tracking)
+    try:
+        known = sqlalchemy.inspect(engine)
+        with engine.begin() as connection:
+            for table, columns in _PLACES.items():
+                if not known.has_table(table):
+                    continue
+                for column in columns:
+                    for old in moved:
+                        statement = sqlalchemy.text(
+                            f"UPDATE {table} SET {column} = :now || substr({column}, length(:old) + 1) "  # noqa: S608  (our own names)
+                            f"WHERE {column} = :old OR substr({column}, 1, length(:old) + 1) = :old || '/'"
+                        )
+                        connection.execute(statement, {"now": now, "old": old})
+    finally:
+        engine.dispose()
+
+
 def _parameter(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -394,19 +441,20 @@ def _explained(launch: LaunchConfig) -> Generator[None]:
 
 
 def _unusable(launch: LaunchConfig, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:200]
+    reason = without_secrets(str(error).strip().splitlines()[0])[:200]
     advice = "Is the server up, and --tracking-uri right? " if launch.tracking.startswith("http") else ""
     return (
-        f"the tracking store {launch.tracking} cannot be used: {reason}. "
+        f"the tracking store {launch.shown_tracking} cannot be used: {reason}. "
         f"{advice}Checkpoints are safe; when it works again, the same command goes on"
     )
 
 
-def serve(launch: LaunchConfig, port: int) -> list[str]:
-    """Return the command that serves the store's pages on the loopback interface."""
+def serve(launch: LaunchConfig, port: int) -> tuple[list[str], dict[str, str]]:
+    """Return the command that serves the store's pages on the loopback interface, and its environment.
+
+    The database's address is in the environment: everybody on the machine can read a command line.
+    """
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    return [*command, "--backend-store-uri", launch.tracking, *_artifact_options(launch)]
-
-
-def _artifact_options(launch: LaunchConfig) -> list[str]:
-    return ["--default-artifact-root", launch.artifacts] if launch.artifacts else []
+    if launch.artifacts:
+        command += ["--default-artifact-root", launch.artifacts]
+    return command, {**os.environ, "MLFLOW_BACKEND_STORE_URI": launch.tracking}

@@ -99,7 +99,7 @@ def _history(run: AnyRecord, file_of: FileOf[AnyRecord]) -> dict[str, dict[int, 
 
 
 def _read(file: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    return list(csv.DictReader(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()))
 
 
 def _curve(name: str, seeds: Sequence[dict[int, float]]) -> Series:

@@ -18,6 +18,8 @@ LOGS = "logs"
 """Folder, below the trial's folder, with a log of each worker: what it ran on, warnings, tracebacks, stacks."""
 PULSE = "pulse.json"
 """File, below the trial's folder: how far its training is, for ``mar status``."""
+RECORD = "trial.json"
+"""File, below the trial's folder: its study, name and tags, from which a lost database is made again."""
 PASSES = "passes.json"
 """File, below the trial's folder, with the largest pass that its memory holds, once it held no larger."""
 

@@ -16,7 +16,7 @@ from scipy import stats
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset
 
-from mar.annotations import fingerprint, read_split
+from mar.annotations import class_names, fingerprint, read_split
 from mar.augment import draw_erased, erase, flip, mix, soft_labels, swapped
 from mar.config import AugmentConfig, ClipConfig, DataConfig, ExperimentConfig
 from mar.dataset import (
@@ -123,11 +123,116 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str, wor
     assert words in str(caught.value)
 
 
-def test_a_link_out_of_the_data_root_is_refused(tmp_path: Path) -> None:
+def test_a_link_in_the_data_root_is_followed_and_a_path_that_climbs_out_of_it_is_not(tmp_path: Path) -> None:
+    (tmp_path / "root" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "root" / "out").symlink_to(tmp_path / "elsewhere")
+    (video,) = read_split(list_data(tmp_path / "root", "out/a.mp4 0\n"), "train")
+    assert video.path == tmp_path / "root" / "out" / "a.mp4"
+    (video,) = read_split(list_data(tmp_path / "root", "out/../a.mp4 0\n"), "train")
+    assert video.path == tmp_path / "root" / "a.mp4", "not the folder above the link's target"
+    for name in ("../a.mp4", "deep/../../a.mp4", "..", "/etc/passwd", "."):
+        with pytest.raises(UserError, match="leaves the video folder"):
+            read_split(list_data(tmp_path / "root", f"{name} 0\n"), "train")
+
+
+def test_a_video_has_one_name_however_a_list_writes_it(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "out").symlink_to(tmp_path)
-    with pytest.raises(UserError, match="leaves the video folder"):
-        read_split(list_data(tmp_path / "root", "out/a.mp4 0\n"), "train")
+    (tmp_path / "link").symlink_to(tmp_path / "root")
+    data = list_data(tmp_path / "root", "a/b.mp4 0\n")
+    (tmp_path / "root" / "val.txt").write_text("a/b.mp4 0\n")
+    expected = fingerprint(data)
+    absolute = tmp_path / "root" / "a" / "b.mp4"
+    for name in ("./a/b.mp4", "a//b.mp4", "c/../a/b.mp4", str(absolute)):
+        (tmp_path / "root" / "train.txt").write_text(f"{name} 0\n")
+        assert fingerprint(data) == expected
+    through_link = data.model_copy(update={"root": str(tmp_path / "link")})
+    assert fingerprint(through_link) == expected, "absolute paths below what the root links to"
+
+
+def test_a_list_reads_quoted_paths_whatever_parts_path_and_class(tmp_path: Path) -> None:
+    lines = [
+        '"air drumming/a.mp4" 0',
+        '"air drumming/b.mp4",1',
+        '"c ""x"".mp4";"1"',
+        "d e.mp4\t1",
+        "f.mp4|0",
+        "g, h.mp4 , 1",
+        "i.mp4;0",
+    ]
+    data = list_data(tmp_path, "\n".join(lines))
+    names = ["air drumming/a.mp4", "air drumming/b.mp4", 'c "x".mp4', "d e.mp4", "f.mp4", "g, h.mp4", "i.mp4"]
+    assert [(video.name, video.label) for video in read_split(data, "train")] == list(
+        zip(names, [0, 1, 1, 1, 0, 1, 0], strict=True)
+    )
+
+
+def test_a_windows_path_gets_a_hint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.txt:1: .*backslashes; write / between folders"):
+        read_split(list_data(tmp_path, "up\\a.mp4 0\n"), "train")
+
+
+def test_a_list_has_class_names_where_data_labels_gives_them(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("air drumming\nzumba\n")
+    (tmp_path / "val.txt").write_text("a.mp4 0\n")
+    data = list_data(tmp_path, "a.mp4 0\n").model_copy(update={"labels": "names.txt"})
+    assert class_names(data) == ["air drumming", "zumba"]
+
+
+def test_a_file_name_that_is_not_utf_8_is_read_and_fingerprinted(tmp_path: Path, videos: Path) -> None:
+    source = next((videos / "videos").iterdir())
+    for split in (b"train", b"val"):
+        folder = os.fsencode(tmp_path) + b"/" + split + b"/up"
+        Path(os.fsdecode(folder)).mkdir(parents=True)
+        shutil.copy(source, folder + b"/caf\xe9.mp4")
+    data = DataConfig(format="folders", root=str(tmp_path), num_classes=1)
+    (video,) = read_split(data, "train")
+    assert len(fingerprint(data)) == 16
+    with Reader(video.path) as reader:
+        assert len(reader.frames([0, 1])) == 2
+    (tmp_path / "list.txt").write_bytes(b"train/up/caf\xe9.mp4 0\n")
+    listed = DataConfig(root=str(tmp_path), train="list.txt", val="list.txt", num_classes=1)
+    assert read_split(listed, "train")[0].path == video.path
+
+
+def test_what_a_file_system_hides_is_no_class_and_no_video(
+    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = next((videos / "videos").iterdir())
+    for split in ("train", "val"):
+        for name in ("up", "down", ".ipynb_checkpoints", "@eaDir", "notes", "up/.thumbs"):
+            (tmp_path / split / name).mkdir(parents=True)
+        shutil.copy(source, tmp_path / split / "up" / "a.mp4")
+        shutil.copy(source, tmp_path / split / "up" / ".thumbs" / "a.mp4")
+        shutil.copy(source, tmp_path / split / ".ipynb_checkpoints" / "a.mp4")
+        (tmp_path / split / "up" / "._a.mp4").write_bytes(b"AppleDouble")
+    shutil.copy(source, tmp_path / "train" / "down" / "b.mp4")
+    data = DataConfig(format="folders", root=str(tmp_path), num_classes=2)
+    assert class_names(data) == ["down", "up"]
+    assert [video.name for video in read_split(data, "train")] == ["train/down/b.mp4", "train/up/a.mp4"]
+    assert capsys.readouterr().err.count("notes: not taken for classes") == 1
+
+
+@pytest.mark.parametrize("links", ["files", "classes", "splits"])
+def test_a_folder_data_set_may_be_made_of_links(tmp_path: Path, videos: Path, links: str) -> None:
+    source = next((videos / "videos").iterdir())
+    real, linked = tmp_path / "real", tmp_path / "linked"
+    linked.mkdir()
+    for split in ("train", "val"):
+        for name in ("down", "up"):
+            (real / split / name).mkdir(parents=True)
+            shutil.copy(source, real / split / name / "a.mp4")
+            if links != "splits":
+                (linked / split).mkdir(exist_ok=True)
+            if links == "classes":
+                (linked / split / name).symlink_to(real / split / name)
+            if links == "files":
+                (linked / split / name).mkdir()
+                (linked / split / name / "a.mp4").symlink_to(real / split / name / "a.mp4")
+        if links == "splits":
+            (linked / split).symlink_to(real / split)
+    data = DataConfig(format="folders", root=str(linked), num_classes=2)
+    assert fingerprint(data) == fingerprint(data.model_copy(update={"root": str(real)}))
 
 
 def test_an_empty_or_missing_data_folder_is_named(tmp_path: Path) -> None:

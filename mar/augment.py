@@ -64,7 +64,7 @@ def draw_step(settings: ExperimentConfig, step: int) -> Drawn:
     hidden = training_mask(settings.mask, settings.grid, size, generator)
     mirrored = (torch.rand(size, generator=generator) < 0.5) & augment.flip
     operations: Operations = [[] for _ in range(size)]
-    if augment.randaugment:
+    if augment.randaugment and not augment.randaugment_before_crop:
         policy = RandAugmentPolicy.parse(augment.randaugment)
         operations = draw_operations(policy, size, draw(settings.seed, 5, step))
     erased = draw_erased(augment, size, settings.clip.size, draw(settings.seed, 6, step))
@@ -76,8 +76,8 @@ def augmented(
 ) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B classes"]]:
     """Return pixels and class probabilities: RandAugment, erasing, mirroring, label smoothing; ``mix`` comes after."""
     config, pixels = settings.augment, to_pixels(clips)
-    if config.randaugment:
-        pixels = rand_augment(pixels, drawn.operations)
+    if config.randaugment and not config.randaugment_before_crop:
+        pixels = rand_augment(pixels, drawn.operations, config.randaugment_interpolation)
     if config.erasing:
         pixels = erase(pixels, drawn.erased)
     if config.flip:

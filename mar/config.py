@@ -83,6 +83,10 @@ class ClipConfig(Node):
     """Frames from one sampled frame to the next, when ``dense`` (Kinetics: 4)."""
     fps: PositiveFloat | None = None
     """Frames a second that ``stride`` is meant for, when ``dense``: another rate is converted (release: 30); none: not."""
+    antialias: bool = True
+    """Resize with antialiasing; the release resizes without it."""
+    round_frames: bool = False
+    """With ``segments``, in training: what is drawn is rounded to the nearest frame (release), and not down."""
 
 
 class EncoderConfig(Node):
@@ -100,6 +104,8 @@ class EncoderConfig(Node):
     """Frames, height and width of the patch that becomes one token (section IV-A)."""
     drop_path: Fraction = 0.1
     """Stochastic depth of the last block, rising linearly from 0 (Table I)."""
+    init: Literal["xavier", "torch"] = "xavier"
+    """How the patch embedding and the decoder's first projection start: Xavier uniform, or as PyTorch's (release)."""
     weights: str | None = None
     """Pre-trained weights to start from: a file, a folder, a Hugging Face or timm name; none: random (Table IX b)."""
 
@@ -224,6 +230,10 @@ class AugmentConfig(Node):
     """Repeats are clips of other frames (release), or the same frames augmented anew (VideoMAE)."""
     randaugment: str | None = None
     """RandAugment's policy in timm's notation, as ``rand-m9-mstd0.5-inc1``; none: no RandAugment (Tables I, X)."""
+    randaugment_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Of its operations that move pixels; the release's are bicubic."""
+    randaugment_before_crop: bool = False
+    """Before the crop, on whole frames and by the loader (release, on Kinetics); or after it, on the device."""
     erasing: Fraction = 0.0
     """Share of clips in which a box, the same in all frames, is erased with noise (Table X)."""
     erasing_attempts: PositiveInt = 10
@@ -296,8 +306,11 @@ class EvaluationConfig(Node):
 
     clips: PositiveInt = 2
     """Clips from each video in the final test; probabilities are averaged."""
-    segment_frames: Literal["even", "ends"] = "even"
-    """With ``segments``: a video's clips are spread evenly within each, or from its first to its last frame (release)."""
+    segment_frames: Literal["even", "ends", "videomae"] = "even"
+    """Which frames a video's test clips have. ``even``: with ``segments``, spread evenly within each; ``ends``: from each
+    segment's first to its last frame (release). ``videomae``: as VideoMAE tests, with ``segments`` and with ``dense``."""
+    crop_from: Literal["frame", "resized"] = "frame"
+    """Test crops are cut from the frame and resized, or cut from the frame resized to its short side (release)."""
     crops: Literal[1, 3] = 3
     """Crops of each clip in the final test: the centre, or three along the long side."""
     mask: EvaluationMaskConfig = EvaluationMaskConfig()

@@ -6,6 +6,7 @@ depend on how many workers and loader processes there are, and a resumed epoch g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mar.annotations import Video
-from mar.config import ExperimentConfig
+from mar.config import AugmentConfig, ExperimentConfig
 from mar.decoders import BrokenVideo, Frames
 from mar.errors import Failure, UserError
 from mar.frame_cache import open_video
+from mar.policy import RandAugmentPolicy
+from mar.randaugment import draw_operations, rand_augment
 from mar.video import evaluation_frames, training_frames
 
 VIDEOS_PER_PIECE = 8
@@ -78,7 +81,12 @@ class TrainingClips(Dataset[Sample]):
             return Sample(_black(repeats, settings), video.label, index, broken)
         height, width = frames[0].shape[1:3]
         boxes = [random_box(height, width, settings, rng) for _ in range(repeats)]
-        clips = [crop_and_resize(frames[each % times], box, size) for each, box in enumerate(boxes)]
+        clips: list[Tensor] = []
+        for each, box in enumerate(boxes):
+            whole = frames[each % times]
+            if settings.augment.randaugment and settings.augment.randaugment_before_crop:
+                whole = _rand_augmented(whole, settings.augment, draw(settings.seed, 7, epoch, index, each))
+            clips.append(crop_and_resize(whole, box, size, settings.clip.antialias))
         return Sample(torch.stack(clips), video.label, index)
 
 
@@ -100,9 +108,11 @@ class EvaluationClips(Dataset[Sample]):
                 clips = np.split(reader.frames(numbers), len(wanted))  # one call: a long file is gone through once
         except BrokenVideo as broken:
             return Sample(_black(self.clips * self.crops, settings), video.label, index, broken)
-        size = settings.clip.size
-        boxes = test_boxes(clips[0].shape[1], clips[0].shape[2], self.crops)
-        views = [crop_and_resize(frames, box, size) for frames in clips for box in boxes]
+        size, antialias = settings.clip.size, settings.clip.antialias
+        if settings.evaluation.crop_from == "resized":
+            clips = [resize_short_side(frames, size, antialias) for frames in clips]
+        boxes = test_boxes(clips[0].shape[1], clips[0].shape[2], self.crops, settings.evaluation.crop_from)
+        views = [crop_and_resize(frames, box, size, antialias) for frames in clips for box in boxes]
         return Sample(torch.stack(views), video.label, index)
 
 
@@ -121,27 +131,64 @@ def random_box(height: int, width: int, settings: ExperimentConfig, rng: np.rand
         w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    return test_boxes(height, width, 1)[0]
+    return _largest_box(height, width, augment.crop_aspect)
 
 
-def test_boxes(height: int, width: int, crops: int) -> list[Box]:
-    """Return the centre square, or three squares along the long side: both ends and the centre."""
+def _largest_box(height: int, width: int, aspects: tuple[float, float]) -> Box:
+    """Return the largest box in the centre whose aspect ratio is within the limits."""
+    w = min(width, round(height * aspects[1]))
+    h = min(height, round(width / aspects[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def test_boxes(height: int, width: int, crops: int, crop_from: str = "frame") -> list[Box]:
+    """Return the centre square, or three squares along the long side: both ends and the centre.
+
+    From a ``frame`` the centre's corner is rounded to the nearest pixel, from a ``resized`` one down, as the release has it.
+    """
     side = min(height, width)
     shares = (0.5,) if crops == 1 else (0.0, 0.5, 1.0)
-    return [(round((height - side) * share), round((width - side) * share), side, side) for share in shares]
+    whole = math.floor if crop_from == "resized" else round
+    return [(whole((height - side) * share), whole((width - side) * share), side, side) for share in shares]
 
 
 test_boxes.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def crop_and_resize(frames: Frames, box: Box, size: int) -> UInt8[Tensor, "T size size C"]:
-    """Cut ``box`` from every frame and resize it to ``size`` × ``size`` (bilinear, antialiased), in uint8."""
+def crop_and_resize(frames: Frames, box: Box, size: int, antialias: bool = True) -> UInt8[Tensor, "T size size C"]:
+    """Cut ``box`` from every frame and resize it to ``size`` × ``size`` (bilinear), in uint8."""
     top, left, height, width = box
     cut = torch.from_numpy(np.ascontiguousarray(frames[:, top : top + height, left : left + width]))
     if (height, width) == (size, size):
         return cut
-    resized = F.interpolate(cut.permute(0, 3, 1, 2), size=(size, size), mode="bilinear", antialias=True)
-    return resized.permute(0, 2, 3, 1).contiguous()
+    return _resized(cut, (size, size), antialias).contiguous()
+
+
+def resize_short_side(frames: Frames, size: int, antialias: bool) -> Frames:
+    """Resize frames so that the short side has ``size`` pixels and the long side as many as fit, rounded down."""
+    height, width = frames.shape[1:3]
+    short = min(height, width)
+    new = (size, int(width / short * size)) if height == short else (int(height / short * size), size)
+    return _resized(torch.from_numpy(np.ascontiguousarray(frames)), new, antialias).numpy()
+
+
+def _resized(frames: UInt8[Tensor, "T H W C"], size: tuple[int, int], antialias: bool) -> UInt8[Tensor, "T h w C"]:
+    """Resize by PyTorch's bilinear interpolation; without antialiasing in floats, rounded at the end."""
+    channels_first = frames.permute(0, 3, 1, 2)
+    if antialias:
+        resized = F.interpolate(channels_first, size=size, mode="bilinear", antialias=True)
+    else:
+        resized = F.interpolate(channels_first.float(), size=size, mode="bilinear").round().to(torch.uint8)
+    return resized.permute(0, 2, 3, 1)
+
+
+def _rand_augmented(frames: Frames, config: AugmentConfig, rng: np.random.Generator) -> Frames:
+    """Apply a clip's RandAugment to its whole frames."""
+    assert config.randaugment
+    operations = draw_operations(RandAugmentPolicy.parse(config.randaugment), 1, rng)
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 255
+    done = rand_augment(pixels, operations, config.randaugment_interpolation)
+    return (done[0] * 255).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
 
 
 def one_after_another(batch: Batch) -> Batch:

@@ -20,7 +20,9 @@ class Decoder(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, config: ReconstructionConfig, encoder_width: int, num_tokens: int, patch_values: int) -> None:
+    def __init__(
+        self, config: ReconstructionConfig, encoder_width: int, num_tokens: int, patch_values: int, init: str = "xavier"
+    ) -> None:
         super().__init__()
         self.project = nn.Linear(encoder_width, config.width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
@@ -28,7 +30,7 @@ class Decoder(nn.Module):
         self.blocks = transformer_blocks(config.width, config.depth, config.heads)
         self.norm = LayerNorm(config.width)
         self.head = nn.Linear(config.width, patch_values)
-        initialise(self)
+        initialise(self, [self.project] if init == "torch" else [])
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(

@@ -57,7 +57,7 @@ class Encoder(nn.Module):
         self.register_buffer("positions", sin_cos_positions(num_tokens, width), persistent=False)
         self.blocks = transformer_blocks(width, depth, heads, config.drop_path)
         self.norm = LayerNorm(width) if last_norm else nn.Identity()
-        initialise(self)
+        initialise(self, [self.embed] if config.init == "torch" else [])
 
     def forward(self, video: Float[Tensor, "B C T H W"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
         """Embed the visible tubelets, add their positions, run the blocks and the final norm."""

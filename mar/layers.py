@@ -7,6 +7,7 @@ same vector, so a checkpoint without one is loaded with zeros.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
@@ -142,10 +143,13 @@ def execute(model: nn.Module, compiled: str = "", recompute: bool = False) -> No
             part.compile_parts(compiled)
 
 
-def initialise(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for linear layers; norms start as the identity."""
+def initialise(module: nn.Module, as_made: Sequence[nn.Module] = ()) -> None:
+    """Xavier-uniform weights and zero biases for linear layers, but for those that stay ``as_made``, by PyTorch.
+
+    Norms start as the identity.
+    """
     for part in module.modules():
-        if isinstance(part, nn.Linear):
+        if isinstance(part, nn.Linear) and part not in as_made:
             nn.init.xavier_uniform_(part.weight)
             if part.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
                 nn.init.zeros_(part.bias)

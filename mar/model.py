@@ -38,6 +38,10 @@ def split_places(hidden: Bool[Tensor, "B t h w"]) -> tuple[Int[Tensor, "B K"], I
     return order[:, :num_visible], order[:, num_visible:]
 
 
+def _decoder(settings: ExperimentConfig, width: int, num_tokens: int, patch_values: int) -> Decoder:
+    return Decoder(settings.reconstruction, width, num_tokens, patch_values, settings.encoder.init)
+
+
 class MAR(nn.Module):
     """Masked Action Recognition (Fig. 2): videos of pixels from 0 to 1, and a mask that is True where hidden."""
 
@@ -54,7 +58,7 @@ class MAR(nn.Module):
         self.classifier = None if settings.pretrains else classifier
         patch_values = self.encoder.embed.in_features
         has_decoder = settings.reconstructs
-        self.decoder = Decoder(settings.reconstruction, width, num_tokens, patch_values) if has_decoder else None
+        self.decoder = _decoder(settings, width, num_tokens, patch_values) if has_decoder else None
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1, 1), persistent=False)
 

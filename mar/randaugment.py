@@ -2,9 +2,9 @@
 
 What is drawn follows timm's ``rand-m9-mstd0.5-inc1`` notation and its fifteen operations of rising severity; what is
 done follows PIL, level for level (``tests/test_randaugment.py`` compares each). Values stay whole, from 0 to 255, from
-one operation to the next, as they do in an image. Departures: operations that move pixels interpolate bilinearly, one
-of the two ways that timm draws from; and a clip is cropped first and then augmented, in the order of the released
-Something-Something recipe, on all data sets. Posterising keeps at least one bit: timm asks PIL for none at magnitude 10,
+one operation to the next, as they do in an image. Operations that move pixels interpolate bilinearly or as the release
+does, bicubically (``augment.randaugment_interpolation``); a clip is cropped first and then augmented, or the other way
+round (``augment.randaugment_before_crop``). Posterising keeps at least one bit: timm asks PIL for none at magnitude 10,
 which PIL now refuses.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from mar.policy import MAX_MAGNITUDE, RandAugmentPolicy
 Operations = list[list[tuple[str, float]]]
 """For each clip its operations in order: a name and an argument."""
 Images = Float[Tensor, "n 3 H W"]
+Interpolation = Literal["bilinear", "bicubic"]
 Levels = Float[Tensor, " n"]
 """An argument for each image."""
 _APPLIED = 0.5
@@ -51,7 +53,9 @@ def draw_operations(policy: RandAugmentPolicy, num_clips: int, rng: np.random.Ge
     return drawn
 
 
-def rand_augment(pixels: Float[Tensor, "B C T H W"], operations: Operations) -> Float[Tensor, "B C T H W"]:
+def rand_augment(
+    pixels: Float[Tensor, "B C T H W"], operations: Operations, interpolation: Interpolation = "bilinear"
+) -> Float[Tensor, "B C T H W"]:
     """Apply each clip's operations, in order, to all its frames; pixel values from 0 to 1."""
     num_frames = pixels.shape[2]
     images = (pixels * 255).round().transpose(1, 2).contiguous()
@@ -62,7 +66,11 @@ def rand_augment(pixels: Float[Tensor, "B C T H W"], operations: Operations) -> 
                 where = torch.tensor(clips).to(images.device, non_blocking=True)
                 level = torch.tensor([operations[clip][turn][1] for clip in clips], dtype=torch.float64)
                 level = level.repeat_interleave(num_frames).to(images.device, non_blocking=True)
-                done = apply(images[where].flatten(0, 1), level if apply in _MOVING else level.float())
+                chosen = images[where].flatten(0, 1)
+                if name in MATRICES:
+                    done = moved(chosen, MATRICES[name](chosen, level), interpolation)
+                else:
+                    done = apply(chosen, level.float())
                 images[where] = done.unflatten(0, (len(clips), num_frames))
     return images.transpose(1, 2) / 255
 
@@ -138,7 +146,7 @@ def _sharpness(images: Images, factor: Levels) -> Images:
     return _blend(images, smooth, factor)
 
 
-def _moved(images: Images, matrix: Float[Tensor, "n 2 3"]) -> Images:
+def moved(images: Images, matrix: Float[Tensor, "n 2 3"], interpolation: Interpolation = "bilinear") -> Images:
     """Sample each image where ``matrix`` sends a pixel's centre, in pixels; fill where that lies outside."""
     height, width = images.shape[2:]
     y, x = torch.meshgrid(
@@ -146,47 +154,87 @@ def _moved(images: Images, matrix: Float[Tensor, "n 2 3"]) -> Images:
     )
     places = torch.einsum("nij,jhw->nhwi", matrix, torch.stack([x, y, torch.ones_like(x)]))
     size = torch.tensor([width, height]).to(images.device, non_blocking=True)
-    sampled = F.grid_sample(images, places / size * 2 - 1, padding_mode="border", align_corners=False).round()
+    if interpolation == "bicubic":
+        sampled = _bicubic(images, places)
+    else:
+        sampled = F.grid_sample(images, places / size * 2 - 1, padding_mode="border", align_corners=False).round()
     inside = ((places >= 0) & (places < size)).all(-1)[:, None]
     return torch.where(inside, sampled, torch.tensor(_FILL).to(images.device, non_blocking=True).view(1, 3, 1, 1))
+
+
+def _bicubic(images: Images, places: Float[Tensor, "n H W 2"]) -> Images:
+    """Sample as PIL does, which is not as PyTorch does: the cubic's free parameter is -1, values are cut off to whole levels."""
+    height, width = images.shape[2:]
+    first = (places - 0.5).floor()
+    x, y = first.long().unbind(-1)
+    flat = images.flatten(2)
+    sampled = torch.zeros_like(images)
+    weights = [_cubic_weights(part) for part in (places - 0.5 - first).unbind(-1)]
+    for row in range(4):
+        line = torch.zeros_like(images)
+        for column in range(4):
+            at = (y + row - 1).clamp(0, height - 1) * width + (x + column - 1).clamp(0, width - 1)
+            values = flat.gather(2, at.flatten(1)[:, None].expand(-1, 3, -1)).view_as(images)
+            line += weights[0][column][:, None] * values
+        sampled += weights[1][row][:, None] * line
+    return sampled.clamp(0, 255).add(1e-3).floor()
+
+
+def _cubic_weights(d: Float[Tensor, "n H W"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the weights of four neighbours, the second of which is ``d`` away."""
+    square, cube = d * d, d * d * d
+    return -d + 2 * square - cube, 1 - 2 * square + cube, d + square - cube, cube - square
 
 
 def _matrix(*rows: Tensor | float, like: Levels) -> Float[Tensor, "n 2 3"]:
     return torch.stack([torch.zeros_like(like) + row for row in rows], dim=1).view(-1, 2, 3).float()
 
 
-def _rotate(images: Images, degrees: Levels) -> Images:
+def _rotate(images: Images, degrees: Levels) -> Float[Tensor, "n 2 3"]:
     """Counter-clockwise about the centre."""
     height, width = images.shape[2:]
     cosine, sine = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
     x, y = width / 2, height / 2
     shift_x, shift_y = x - cosine * x + sine * y, y - sine * x - cosine * y
-    return _moved(images, _matrix(cosine, -sine, shift_x, sine, cosine, shift_y, like=degrees))
+    return _matrix(cosine, -sine, shift_x, sine, cosine, shift_y, like=degrees)
 
 
-def _shear_x(images: Images, factor: Levels) -> Images:
-    return _moved(images, _matrix(1.0, factor, 0.0, 0.0, 1.0, 0.0, like=factor))
+def _shear_x(images: Images, factor: Levels) -> Float[Tensor, "n 2 3"]:
+    return _matrix(1.0, factor, 0.0, 0.0, 1.0, 0.0, like=factor)
 
 
-def _shear_y(images: Images, factor: Levels) -> Images:
-    return _moved(images, _matrix(1.0, 0.0, 0.0, factor, 1.0, 0.0, like=factor))
+def _shear_y(images: Images, factor: Levels) -> Float[Tensor, "n 2 3"]:
+    return _matrix(1.0, 0.0, 0.0, factor, 1.0, 0.0, like=factor)
 
 
-def _translate_x(images: Images, share: Levels) -> Images:
-    return _moved(images, _matrix(1.0, 0.0, share * images.shape[3], 0.0, 1.0, 0.0, like=share))
+def _translate_x(images: Images, share: Levels) -> Float[Tensor, "n 2 3"]:
+    return _matrix(1.0, 0.0, share * images.shape[3], 0.0, 1.0, 0.0, like=share)
 
 
-def _translate_y(images: Images, share: Levels) -> Images:
-    return _moved(images, _matrix(1.0, 0.0, 0.0, 0.0, 1.0, share * images.shape[2], like=share))
+def _translate_y(images: Images, share: Levels) -> Float[Tensor, "n 2 3"]:
+    return _matrix(1.0, 0.0, 0.0, 0.0, 1.0, share * images.shape[2], like=share)
 
 
-_MOVING = (_rotate, _shear_x, _shear_y, _translate_x, _translate_y)
-"""Their arguments stay in double precision until the matrix is made: half a pixel must stay half a pixel."""
+MATRICES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "Rotate": _rotate,
+    "ShearX": _shear_x,
+    "ShearY": _shear_y,
+    "TranslateXRel": _translate_x,
+    "TranslateYRel": _translate_y,
+}
+"""Operations that move pixels -> where each pixel comes from. Their arguments stay in double precision until the matrix is
+made: half a pixel must stay half a pixel."""
+
+
+def _by_matrix(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda images, level: moved(images, MATRICES[name](images, level))
+
+
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "AutoContrast": _auto_contrast,
     "Equalize": _equalize,
     "Invert": _invert,
-    "Rotate": _rotate,
+    "Rotate": _by_matrix("Rotate"),
     "PosterizeIncreasing": _posterize,
     "SolarizeIncreasing": _solarize,
     "SolarizeAdd": _solarize_add,
@@ -194,10 +242,10 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ContrastIncreasing": _contrast,
     "BrightnessIncreasing": _brightness,
     "SharpnessIncreasing": _sharpness,
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateXRel": _translate_x,
-    "TranslateYRel": _translate_y,
+    "ShearX": _by_matrix("ShearX"),
+    "ShearY": _by_matrix("ShearY"),
+    "TranslateXRel": _by_matrix("TranslateXRel"),
+    "TranslateYRel": _by_matrix("TranslateYRel"),
 }
 """timm's names, in timm's order."""
 

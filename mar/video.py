@@ -89,6 +89,8 @@ def training_frames(
         return np.minimum(start + clip.stride * np.arange(clip.frames), num_frames - 1)
     edges = np.linspace(0, num_frames, clip.frames + 1)
     drawn = edges[:-1] + rng.random(clip.frames) * np.diff(edges)
+    if clip.round_frames:
+        drawn = drawn.round()
     return np.minimum(drawn.astype(np.int64), num_frames - 1)
 
 
@@ -96,6 +98,8 @@ def evaluation_frames(
     clip: ClipConfig, num_frames: int, fps: float | None, num_clips: int, segment_frames: str = "even"
 ) -> list[npt.NDArray[np.int64]]:
     """Return the frame numbers of each test clip: spread evenly over the video, or over each segment."""
+    if segment_frames == "videomae":
+        return _videomae_frames(clip, num_frames, num_clips)
     if clip.sampling == "dense":
         if clip.fps and fps:
             span = _converted_span(clip, fps)
@@ -112,6 +116,25 @@ def evaluation_frames(
         parts = np.linspace(0, 1, num_clips)
         return [_within((edges[:-1] + part * np.diff(edges)).round(), num_frames) for part in parts]
     return [_within(edges[:-1] + part * np.diff(edges), num_frames) for part in parts]
+
+
+def _videomae_frames(clip: ClipConfig, num_frames: int, num_clips: int) -> list[npt.NDArray[np.int64]]:
+    """Return the frame numbers of VideoMAE's own test.
+
+    With ``dense``: of every ``stride``-th frame of the video T neighbours, from starts that are spread evenly and rounded
+    down. With ``segments``: the beginnings and the middles of T equal segments, in order; clip c has every
+    ``num_clips``-th of these 2 T from the c-th on, so that with its two clips each frame is seen once.
+    """
+    if clip.sampling == "dense":
+        strided = np.arange(0, num_frames, clip.stride)
+        step = max((len(strided) - clip.frames) / max(num_clips - 1, 1), 0)
+        starts = [int(number * step) for number in range(num_clips)]
+        chosen = [np.minimum(start + np.arange(clip.frames), len(strided) - 1) for start in starts]
+        return [strided[each] for each in chosen]
+    tick = num_frames / clip.frames
+    places = tick * np.arange(clip.frames)
+    both = np.sort(np.floor(np.concatenate([places, places + tick / 2])))
+    return [_within(both[number::num_clips][: clip.frames], num_frames) for number in range(num_clips)]
 
 
 def frames_wanted(clip: ClipConfig, fps: float | None) -> int:

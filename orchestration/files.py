@@ -49,10 +49,12 @@ class PlainLoader(yaml.SafeLoader):
     """Refuses what YAML takes for a number and a person does not: 010 (eight), 1:30 (ninety), 0x10, 1_000, .inf."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Return a whole number that is written as such."""
         self._check(node, _WHOLE)
         return super().construct_yaml_int(node)
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        """Return a number that is written as such."""
         self._check(node, _DECIMAL)
         return super().construct_yaml_float(node)
 

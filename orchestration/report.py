@@ -62,7 +62,7 @@ def claim_lines(judged: Sequence[Claim]) -> list[str]:
     lines: list[str] = []
     for claim in judged:
         gaps = [
-            f"{pair}: {gap.difference:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}], p = {gap.p:.2g}"
+            f"{pair}: {gap.difference:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}], p = {gap.p:.2g}, n = {gap.num_seeds}"
             for pair, gap in claim.pairs.items()
             if gap is not None
         ]

@@ -76,6 +76,11 @@ class Cell:
             return None
         return statistics.stdev(self.values) / len(self.values) ** 0.5 * _quantile(len(self.values) - 1)
 
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation over seeds; none with fewer than two."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
 
 @cache
 def _quantile(freedom: int) -> float:

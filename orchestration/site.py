@@ -16,7 +16,7 @@ from orchestration.interactive import chart, confusion_chart, picture, plotly_sc
 from orchestration.plan import Planned, plan_trials
 from orchestration.report import findings
 from orchestration.results import match
-from orchestration.statistics import ONE_TRAINING, Claim, claims
+from orchestration.statistics import IN_ONE, ONE_TRAINING, Claim, claims
 from orchestration.study import Study, Trial
 from orchestration.study_file import StudyFile
 from orchestration.tables import table_info, to_html
@@ -84,7 +84,7 @@ def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str],
     """
     records = store.trials()
     sections = [_section(study, records, store, overrides) for study in studies]
-    verdicts = Counter(claim.verdict for section in sections for claim in section.claims)
+    verdicts = Counter(claim.verdict.removesuffix(IN_ONE) for section in sections for claim in section.claims)
     states = _counted({trial.key: trial.state for section in sections for trial in section.trials})
     spent = {trial.run_id: trial.hours for section in sections for trial in section.trials if trial.state == "finished"}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -237,7 +237,7 @@ at least one, in the other direction (paired, at 5 % after Holm's correction). {
 {% if section.curves %}<details class="live"><summary>Learning curves</summary>{{ section.curves | safe }}</details>{% endif %}
 {% if section.confusion %}<details class="live"><summary>What the best model takes for what</summary>{{ section.confusion | safe }}</details>{% endif %}
 {% if section.claims %}<ul>{% for claim in section.claims %}
-<li><b class="{{ claim.verdict }}">{{ claim.verdict }}</b>: {{ claim.words }}
+<li><b class="{{ claim.verdict.split()[0] }}">{{ claim.verdict }}</b>: {{ claim.words }}
 {% for pair, gap in claim.pairs.items() if gap %}<br><span class="soft">{{ pair }}:
 {{ "%+.2f [%+.2f, %+.2f], p = %.2g" | format(gap.difference, gap.low, gap.high, gap.p) }}</span>{% endfor %}</li>
 {% endfor %}</ul>{% endif %}

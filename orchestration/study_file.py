@@ -30,6 +30,9 @@ class TableLayout(_Part):
     """The row that others are compared with; none: no comparison."""
     delta: dict[str, str] = {}
     """Axis -> label: each row's gain in top-1 over the row with this label and otherwise its own (Table V's Δ)."""
+    spread: Literal["interval", "std", "range"] | None = None
+    """What stands beside a mean over seeds: the 95 % interval of the mean (Student's t), the seeds' standard deviation, or
+    the least and the greatest. None: the interval from three seeds on, the range of two."""
     order: tuple[str, ...] = ()
     """Rows, quoted ones too, as they are printed; what is not named follows."""
 

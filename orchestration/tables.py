@@ -7,15 +7,21 @@ import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from orchestration.quantities import QUANTITIES
 from orchestration.results import AnyRecord, Cell, Row, axis_parts, rows
-from orchestration.statistics import ONE_TRAINING, Comparison, FileOf, against_reference
+from orchestration.statistics import ONE_TRAINING, Comparison, FileOf, against_reference, are_apart, tells_apart
 from orchestration.study import Study
 
+Spread = Literal["interval", "std", "range"]
+SPREADS: dict[Spread, str] = {
+    "interval": "± the 95 % interval of the mean (Student's t)",
+    "std": "± the standard deviation over seeds",
+    "range": "[least, greatest] over seeds",
+}
 MISSING = "–"
 _QUOTED = "†"
 _ALIKE = "≈"
@@ -42,6 +48,20 @@ class TableInfo:
     """The row that the others are compared with, video by video."""
     comparisons: Mapping[str, Comparison] = field(default_factory=dict[str, Comparison])
     """Row -> its top-1 less the reference's."""
+    spread: Spread | None = None
+    """What stands beside a mean over seeds; none: by their number."""
+    told: Mapping[str, bool] = field(default_factory=dict[str, bool])
+    """Quantity -> whether its best row is told apart from the next one: only then it is printed bold."""
+
+    @property
+    def common_seeds(self) -> int | None:
+        """How many trainings each row has; none where they have different numbers."""
+        counts = {row.finished for row in self.rows if not row.is_quoted}
+        return counts.pop() if len(counts) == 1 else None
+
+    def spread_of(self, count: int) -> Spread:
+        """Return what stands beside a mean over so many seeds."""
+        return self.spread or ("interval" if count > 2 else "range")
 
     @property
     def notes(self) -> list[str]:
@@ -63,7 +83,17 @@ class TableInfo:
             if self.comparisons
             else []
         )
-        return missing + quoted + told + [note for row in self.rows for note in row.notes]
+        return missing + self._seed_notes + quoted + told + [note for row in self.rows for note in row.notes]
+
+    @property
+    def _seed_notes(self) -> list[str]:
+        """Say how many trainings a number is the mean of, and what stands beside it."""
+        counts = {row.finished for row in self.rows if row.finished > 1}
+        if not counts:
+            return []
+        meanings = {SPREADS[self.spread_of(count)] for count in counts}
+        number = f"n = {self.common_seeds} trainings a row; " if self.common_seeds else ""
+        return [f"{number}beside a mean: {' or '.join(sorted(meanings))}."]
 
 
 def table_info(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord] | None = None) -> TableInfo:
@@ -73,7 +103,36 @@ def table_info(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRe
     delta = next(((axes.index(axis), label) for axis, label in layout.delta.items()), None)
     found = rows(study, records)
     compared = against_reference(study, records, file_of) if file_of and layout.reference else {}
-    return TableInfo(study.file.title, axes, layout.columns, found, across, delta, layout.reference, compared)
+    told = {name: _is_best_told(study, name, found, records, file_of) for name in layout.columns}
+    return TableInfo(
+        study.file.title,
+        axes,
+        layout.columns,
+        found,
+        across,
+        delta,
+        layout.reference,
+        compared,
+        layout.spread,
+        told,
+    )
+
+
+def _is_best_told(
+    study: Study, name: str, found: Sequence[Row], records: Sequence[AnyRecord], file_of: FileOf[AnyRecord] | None
+) -> bool:
+    """Whether a quantity's best row is told apart from the next: by the videos for top-1, by the seeds for what is measured.
+
+    What is counted, not measured (operations, parameters), is as it is.
+    """
+    if QUANTITIES[name].source.startswith("cost.") or QUANTITIES[name].source == "views":
+        return True
+    ranked = _ranked(found, name)
+    if len(ranked) < 2:
+        return False
+    if name == "top1" and file_of:
+        return tells_apart(study, ranked[0].label, ranked[1].label, records, file_of)
+    return are_apart(ranked[0].cells[name].values, ranked[1].cells[name].values)
 
 
 def to_markdown(info: TableInfo) -> str:
@@ -152,15 +211,26 @@ _GREEK = {
 } | {letter: f"\\{name}" for letter, name in zip("ΓΔΘΛΞΠΣΦΨΩ", _CAPITALS, strict=True)}
 
 
-def cell_text(cell: Cell, digits: int, seeds: int) -> str:
-    """Return "70.97", "70.97 ± 0.12 (n = 3)" (95 % interval of the mean), "70.97 (1 of 3)" or "–"."""
+def cell_text(cell: Cell, digits: int, seeds: int, spread: Spread = "interval", is_number_said: bool = False) -> str:
+    """Return "70.97", "70.97 ± 0.12", "70.97 [70.90, 71.05]" (a range), "70.97 (1 of 3)" or "–".
+
+    How many trainings it is the mean of stands behind it, "(n = 3)", unless that is said for the whole table.
+    """
     if cell.mean is None:
         return MISSING
     text = f"{cell.mean:.{digits}f}"
-    if cell.half_width is not None:
-        text += f" ± {cell.half_width:.{digits}f}"
-        text += f" (n = {seeds})" if cell.status == "complete" else ""
+    if len(cell.values) > 1:
+        text += _spread_text(cell, digits, spread)
+        if cell.status == "complete" and not is_number_said:
+            text += f" (n = {seeds})"
     return text if cell.status == "complete" else f"{text} ({len(cell.values)} of {seeds})"
+
+
+def _spread_text(cell: Cell, digits: int, spread: Spread) -> str:
+    if spread == "range":
+        return f" [{min(cell.values):.{digits}f}, {max(cell.values):.{digits}f}]"
+    reach = cell.half_width if spread == "interval" else cell.deviation
+    return f" ± {reach:.{digits}f}"
 
 
 def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], str]) -> pd.DataFrame:
@@ -180,7 +250,7 @@ def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], s
         for place, head in enumerate([""] if _is_same_across(lines, name) else heads):
             rows_of = [line[place] for line in lines]
             title = quantity.title if not head else head if len(info.columns) == 1 else f"{quantity.title}, {head}"
-            columns.append((title, [_text(row, name, leader, best, plain) for row in rows_of]))
+            columns.append((title, [_text(info, row, name, leader, best, plain) for row in rows_of]))
             columns += [(key, [plain(text) for text in texts]) for key, texts in _beside(rows_of, name)]
         if name == "top1" and info.comparisons:
             told = [info.comparisons.get(row.label) for row in firsts]
@@ -223,11 +293,18 @@ def _lines(info: TableInfo) -> tuple[list[list[Row | None]], list[str]]:
 
 
 def _text(
-    row: Row | None, name: str, leader: Row | None, best: Callable[[str], str], plain: Callable[[str], str]
+    info: TableInfo,
+    row: Row | None,
+    name: str,
+    leader: Row | None,
+    best: Callable[[str], str],
+    plain: Callable[[str], str],
 ) -> str:
     if row is None or row.is_quoted:
         return ""
-    text = plain(cell_text(row.cells[name], QUANTITIES[name].digits, row.seeds))
+    cell = row.cells[name]
+    spread = info.spread_of(len(cell.values))
+    text = plain(cell_text(cell, QUANTITIES[name].digits, row.seeds, spread, info.common_seeds is not None))
     return best(text) if row is leader else text
 
 
@@ -256,14 +333,21 @@ def _gain(info: TableInfo, row: Row, value: Callable[[Cell], float | None]) -> s
 
 
 def _leader(info: TableInfo, name: str) -> Row | None:
-    """Return the row with the best value, if all are there, better means something and it stands alone."""
-    direction = QUANTITIES[name].higher_is_better
-    ours = [row for row in info.rows if not row.is_quoted]
-    means = [row.cells[name].mean for row in ours]
-    if direction is None or len(means) < 2 or None in means:
+    """Return the row with the best value, if all are there, better means something and it is told from the next."""
+    ranked = _ranked(info.rows, name)
+    if len(ranked) < 2 or not info.told.get(name, True):
         return None
-    best = (max if direction else min)(mean for mean in means if mean is not None)
-    return ours[means.index(best)] if means.count(best) == 1 else None
+    is_alone = ranked[0].cells[name].mean != ranked[1].cells[name].mean
+    return ranked[0] if is_alone else None
+
+
+def _ranked(rows: Sequence[Row], name: str) -> list[Row]:
+    """Return our rows, the best first; none where one is not there yet or no value is better than another."""
+    direction = QUANTITIES[name].higher_is_better
+    ours = [row for row in rows if not row.is_quoted]
+    if direction is None or any(row.cells[name].mean is None for row in ours):
+        return []
+    return sorted(ours, key=lambda row: row.cells[name].mean or 0.0, reverse=direction)
 
 
 def _plain_rows(info: TableInfo) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,19 +25,19 @@ IMAGES = {
 }
 
 
-def timms(name: str, image: np.ndarray, argument: float) -> np.ndarray:
+def timms(name: str, image: np.ndarray, argument: float, resample: str = "BILINEAR") -> np.ndarray:
     picture = Image.fromarray(image)
     value = int(argument) if name in ("SolarizeIncreasing", "SolarizeAdd") else argument
     value = max(1, int(argument)) if name == "PosterizeIncreasing" else value  # PIL refuses to keep no bit
     arguments = () if name in ("AutoContrast", "Equalize", "Invert") else (value,)
-    options = {"fillcolor": FILL, "resample": Image.Resampling.BILINEAR}
+    options = {"fillcolor": FILL, "resample": Image.Resampling[resample]}
     return np.asarray(reference.NAME_TO_OP[name](picture, *arguments, **options))
 
 
-def ours(name: str, images: list[np.ndarray], argument: float) -> np.ndarray:
+def ours(name: str, images: list[np.ndarray], argument: float, interpolation: Any = "bilinear") -> np.ndarray:
     """The operation on a clip of these frames."""
     pixels = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)[None].float() / 255
-    done = rand_augment(pixels, [[(name, argument)]])
+    done = rand_augment(pixels, [[(name, argument)]], interpolation)
     return (done[0].permute(1, 2, 3, 0) * 255).round().numpy().astype(np.uint8)
 
 
@@ -55,6 +56,18 @@ def test_an_operation_does_to_each_frame_what_timm_does_to_an_image(name: str, i
                 assert np.mean(difference > 1) < 0.005, (level, sign)  # a pixel at the edge may fall on the other side
             else:
                 assert difference.max() <= 1, (level, sign)
+
+
+@pytest.mark.parametrize("name", sorted(MOVING))
+def test_what_moves_pixels_is_bicubic_as_pils_where_the_settings_say_so(name: str) -> None:
+    frame = IMAGES["photo"]
+    for level, sign in ((0.3, 1.0), (0.77, -1.0), (1.0, 1.0)):
+        argument = ARGUMENTS[name](level, sign)
+        expected = timms(name, frame, argument, "BICUBIC").astype(int)
+        difference = np.abs(ours(name, [frame], argument, "bicubic")[0].astype(int) - expected)
+        assert np.mean(difference > 1) < 0.005, (level, sign)
+        bilinear = np.abs(ours(name, [frame], argument)[0].astype(int) - expected)
+        assert bilinear.mean() >= 3 * difference.mean()  # equal where pixels move by whole ones
 
 
 def test_clips_of_a_batch_are_augmented_each_in_its_own_way() -> None:

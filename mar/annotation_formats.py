@@ -183,6 +183,8 @@ def _read_list(data: DataConfig, split: Split) -> Annotations:
             raise UserError(f"{place}: expected a path and a class number, as in 'clips/a.mp4 3', not {text!r}")
         quoted = found["quoted"]
         name = quoted.replace('""', '"') if quoted else found["plain"]
+        if not name.isprintable() and "\udc80" <= max(name) <= "\udcff" and not (folder / name).exists():
+            raise UserError(f"{place}: {name!r} is not UTF-8 text, and no such file is there; save the list as UTF-8")
         if "\\" in name and not (folder / name).exists():
             raise UserError(f"{place}: {name!r} has Windows' backslashes; write / between folders")
         rows.append(Row(name, int(found["label"]), place))

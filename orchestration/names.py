@@ -10,6 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from mar.errors import Failure, UserError
 from orchestration.files import Document, find, packaged
 from orchestration.provenance import CODE
 
@@ -29,10 +30,17 @@ def name_in_store(base: str, file: Path, store: Path, claims: bool = False) -> s
         has_moved = bool(known) and not known.startswith("mar:") and not Path(known).is_file()
         if known in ("", owner) or has_moved:
             if claims and known != owner:
-                note.parent.mkdir(parents=True, exist_ok=True)
-                note.write_text(owner, encoding="utf-8", errors="surrogateescape")
+                _keep(note, owner, store)
             return name
     return f"{base}_{digest}"
+
+
+def _keep(note: Path, owner: str, store: Path) -> None:
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(owner, encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise Failure(f"the store {store} cannot be written: {error}; choose another with --store") from None
 
 
 def name_of(given: str, store: Path) -> str:
@@ -41,8 +49,6 @@ def name_of(given: str, store: Path) -> str:
     Raises:
         UserError: the file cannot be read.
     """
-    from mar.errors import UserError
-
     try:
         file = find(given, "study")
     except UserError:

@@ -110,7 +110,7 @@ def test_a_study_that_is_stopped_saves_first_and_goes_on_as_if_nothing_had_been(
 
 def test_nobody_to_stop_is_said(place: Path) -> None:
     assert "the study tiny is not being run" in here(place, "stop", "tiny", code=2)
-    assert "no tracking store there yet" in here(place, "status", code=2)
+    assert "no tracking store in" in here(place, "status", code=2)
 
 
 def test_a_loss_that_is_not_finite_stops_its_trial_before_the_step(place: Path) -> None:

@@ -93,7 +93,7 @@ def test_training_crops_are_resized_without_antialiasing(
 def test_on_kinetics_whole_frames_are_augmented_and_then_cut(
     tiny: Settings, film: tuple[dict[str, Any], np.ndarray]
 ) -> None:
-    data, frames = film
+    data, _ = film
     overrides = {"augment.randaugment": "rand-m9-mstd0.5-inc1", "augment.randaugment_before_crop": True}
     settings = settings_for(tiny, data, overrides)
     dataset = TrainingClips(settings, read_split(settings.data, "train"))

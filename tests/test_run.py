@@ -87,10 +87,11 @@ def no_orphans() -> Iterator[None]:
 def mar(place: Path, *words: str, code: int = 0) -> str:
     """Run the command in ``place``, in this process (loading Ray and MLflow anew takes seconds); return its output."""
     output = io.StringIO()
+    errors = io.StringIO() if "--json" in words else output
     before = sys.argv
     try:
         sys.argv = ["mar", *words]
-        with contextlib.chdir(place), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        with contextlib.chdir(place), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             main()
     except SystemExit as ended:
         assert ended.code == code, output.getvalue()
@@ -157,10 +158,15 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -
     assert float(versions[0].tags["test/num_videos"]) == 8
     gone = {"folder": str(place.resolve() / "mar_store" / "trials" / "gone")}
     store.client.create_run(experiment.experiment_id, run_name="of a driver that is no more", tags=gone)
-    another = store.client.create_run(experiment.experiment_id, tags={"folder": "/someone/else/trials/x"}).info.run_id
+    moved = {"folder": "/where/the/store/was/trials/x"}
+    store.client.create_run(experiment.experiment_id, run_name="of the same, before the store was moved", tags=moved)
     mar(place, "run", "tiny.yaml", "--local")
     running = [run for run in store.client.search_runs([experiment.experiment_id]) if run.info.status == "RUNNING"]
-    assert [run.info.run_id for run in running] == [another], "another's runs are another's"
+    assert running == [], "an embedded store has no runs but its own"
+    another = store.client.create_run(experiment.experiment_id, tags={"folder": "/someone/else/trials/x"}).info.run_id
+    mar(place, "run", "tiny.yaml", "--local", "--tracking-uri", f"sqlite:///{place.resolve()}/mar_store/mlflow.db")
+    running = [run for run in store.client.search_runs([experiment.experiment_id]) if run.info.status == "RUNNING"]
+    assert [run.info.run_id for run in running] == [another], "another's runs in a common database are another's"
     assert len(store.client.search_model_versions("name = 'tiny'")) == 2, "a model is registered once"
 
 
@@ -198,16 +204,19 @@ def test_a_trial_finished_in_another_study_is_not_trained_again(place: Path) -> 
 
 
 def test_tables_and_figures_come_from_mlflow_alone(place: Path) -> None:
-    assert "0 of 2 trials are finished" in mar(place, "table", "tiny.yaml")
-    mar(place, "run", "tiny.yaml", "--local", "--only", "ρ=75 %")
+    assert "no tracking store in" in mar(place, "table", "tiny.yaml", code=2)
+    shown = mar(place, "run", "tiny.yaml", "--local", "--only", "ρ=75 %")
+    assert f"store    {place.resolve() / 'mar_store'} (new)" in shown
+    assert "| 50 %" not in shown, "the terminal shows what was asked for"
+    assert "| 50 %" in (place / "mar_store" / "reports" / "tiny" / "table.md").read_text(), "the report is whole"
     for path in (place / "mar_store" / "trials").rglob("*"):
         if path.is_file():
             path.unlink()
     lines = mar(place, "table", "tiny.yaml").splitlines()
-    assert re.search(r"\| 50 % \| – +\| 70.97", lines[4])
-    assert re.search(r"\| 75 % \| \d+\.\d\d", lines[5])
+    assert re.search(r"\| 50 % \| – +\| 70.97", lines[5])
+    assert re.search(r"\| 75 % \| \d+\.\d\d", lines[6])
     assert "\\toprule" in mar(place, "table", "tiny.yaml", "--format", "tex")
-    assert mar(place, "figure", "tiny.yaml", "-o", "f.svg").strip() == "f.svg"
+    assert mar(place, "figure", "tiny.yaml", "-o", "f.svg").splitlines()[-1] == "f.svg"
     assert (place / "f.svg").stat().st_size > 1000
     assert "cannot draw a .doc file" in mar(place, "figure", "tiny.yaml", "-o", "f.doc", code=2)
 
@@ -319,6 +328,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud_in_a_ray_worker(place: Path) 
     (trial,) = (place / "mar_store" / "trials").iterdir()
     newest = sorted(trial.glob("step_*"))[-1]
     (newest / "model.safetensors").write_bytes(b"bits have flipped")
+    shutil.rmtree(trial / "result")
     store = Store(LaunchConfig(store=place / "mar_store"))
     store.client.set_terminated(trial_runs(place)[0].run_id, "FAILED")
     assert "checkpoint not used" in mar(place, *words)
@@ -423,7 +433,7 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["table", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:9"], 1, "the tracking store http://127.0.0.1:9 cannot"),
     (["run", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:9"], 1, "the tracking store http://127.0.0.1:9 cannot"),
     (["run", "tiny.yaml", "--backend", "inline", "--workers", "2"], 2, "--backend inline trains with one worker"),
-    (["figure", "tiny.yaml", "-o", "/proc/f.png"], 1, "/proc/f.png"),
+    (["figure", "tiny.yaml", "-o", "/proc/f.png", "--tracking-uri", "sqlite:///here.db"], 1, "/proc/f.png"),
     (["run", "tiny.yaml", "--budget", "1h", "--local"], 2, "--budget: nothing tells the hours"),
     (["run", "tiny.yaml", "--budget", "soon"], 2, "--budget soon: expected device-hours, as 200h"),
     (["plan", "tiny.yaml", "--device", "mine=-4"], 2, "--device mine=-4: expected NAME=GFLOPS_PER_S"),

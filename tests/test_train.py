@@ -231,6 +231,7 @@ def test_new_checkpoints_replace_newer_ones_that_cannot_be_used(tiny: Settings, 
     train(tiny(), tmp_path)
     for stale in tmp_path.glob("step_*"):
         (stale / "model.safetensors").write_bytes(b"bits have flipped")
+    shutil.rmtree(tmp_path / RESULT)
     stop_after(tiny(), tmp_path, epochs=1)
     assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000002"]
     found = latest(tmp_path, tiny(), print)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
@@ -65,7 +66,7 @@ def write_model(folder: Path, weights: Weights, settings: ExperimentConfig) -> N
         Failure: the disk refuses.
     """
     check_fit(weights, settings)
-    config = {"model_type": "mar", "settings": placeless(settings)}
+    config = {"model_type": "mar", "settings": placeless(settings), **_labels(weights)}
     card = _card(folder, weights, settings, weights.tensors, "mar", _HOW_OURS)
     _write(folder, weights.tensors, {"config.json": config}, card)
 
@@ -108,7 +109,7 @@ def write_hugging_face(folder: Path, weights: Weights, settings: ExperimentConfi
         "norm_pix_loss": decoder.normalize_target,
         "layer_norm_eps": 1e-6,
         "use_mean_pooling": pooled,
-        "id2label": {str(each): f"LABEL_{each}" for each in range(settings.data.num_classes)} if pooled else {},
+        **(_labels(weights, settings.data.num_classes) if pooled else {"id2label": {}}),
     }
     how = _HOW_HUGGING_FACE.format(architecture=architecture)
     card = _card(folder, weights, settings, kept, "transformers", how)
@@ -116,6 +117,17 @@ def write_hugging_face(folder: Path, weights: Weights, settings: ExperimentConfi
     named = hugging_face_names(kept, settings.encoder.tubelet)
     _write(folder, named, files, card)
     return [name for name in weights.tensors if name not in kept]
+
+
+def _labels(weights: Weights, num_unnamed: int = 0) -> dict[str, Any]:
+    """Return the class names as Hugging Face's configs have them; ``num_unnamed`` classes get names without a meaning."""
+    names = list(weights.classes) or [f"LABEL_{number}" for number in range(num_unnamed)]
+    if not names:
+        return {}
+    return {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
 
 
 def _processor(size: int) -> dict[str, Any]:
@@ -192,6 +204,8 @@ def write_onnx(file: Path, weights: Weights, settings: ExperimentConfig) -> floa
     unfinished = file.with_name(f".{file.name}.unfinished")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        if weights.classes:
+            program.model.metadata_props["classes"] = json.dumps(weights.classes, ensure_ascii=False)
         program.save(unfinished, external_data=False)
         session: Any = onnxruntime.InferenceSession(str(unfinished), providers=["CPUExecutionProvider"])
         differences = [
@@ -225,6 +239,12 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], configs: Mapping[str, di
     write_sealed(folder, checked, {}, advice="Choose another place")
 
 
+def _classes_text(weights: Weights, settings: ExperimentConfig) -> str:
+    """Return the number of classes and their names, harmless in Markdown."""
+    names = [re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(name.split())) for name in weights.classes]
+    return f"{settings.data.num_classes}: {', '.join(names)}" if names else str(settings.data.num_classes)
+
+
 def _card(
     folder: Path, weights: Weights, settings: ExperimentConfig, kept: Mapping[str, Tensor], library: str, how: str
 ) -> str:
@@ -245,7 +265,7 @@ def _card(
         tokens=figures.tokens,
         visible=figures.visible_tokens,
         ratio=settings.test_ratio,
-        classes=settings.data.num_classes if "classifier" in parts else "none: it has no classifier",
+        classes=_classes_text(weights, settings) if "classifier" in parts else "none: it has no classifier",
         as_what="" if "classifier" in parts else f", with a {settings.classifier.kind} classifier put on",
         gflops=figures.gflops,
         params=figures.params_m,

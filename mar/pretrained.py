@@ -56,6 +56,8 @@ class Weights:
     """Dotted settings as the file tells them; ``…heads`` are missing where it does not."""
     stated: frozenset[str] = frozenset()
     """Of those, what a config beside the weights says, or the embedding's shape: not what known models have."""
+    classes: tuple[str, ...] = ()
+    """The classes' names by number; none where nobody told."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
         unused |= dict.fromkeys(heads, "its classifier reads the first token, and ours the average")
         kept = {key: value for key, value in kept.items() if key not in heads}
     settings, stated = _settings_of(translated, kept, config)
-    return Weights(name, layout, kept, unused, settings, stated)
+    return Weights(name, layout, kept, unused, settings, stated, _classes_beside(path, kept))
 
 
 def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
@@ -127,8 +129,12 @@ def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None)
     return build(merge({}, known))
 
 
-def read_model(name: str, shared: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[ExperimentConfig, MAR]:
+def read_model(
+    name: str, shared: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[ExperimentConfig, MAR, tuple[str, ...]]:
     """Return a whole classifier, ready to test, and its settings: the file's, then ``shared``, then ``overrides``.
+
+    Last its classes' names by number; none where the file has none.
 
     Raises:
         UserError: the file has no classifier, or does not fit; or its number of heads must be given.
@@ -139,7 +145,7 @@ def read_model(name: str, shared: Mapping[str, Any], overrides: Mapping[str, Any
     settings = model_settings(weights, {**flatten(shared), **flatten(overrides)})
     model = MAR(settings).eval()
     load(model, weights, settings, ("encoder.", "classifier."))
-    return settings, model
+    return settings, model, weights.classes
 
 
 def start(model: MAR, settings: ExperimentConfig) -> str:
@@ -326,6 +332,29 @@ def _config_beside(path: Path, layout: Layout) -> dict[str, Any]:
         return config.get("settings", {}) if config.get("model_type") == "mar" else {}
     config = read_mapping(folder / "config.json", json.loads) if layout.name == "Hugging Face VideoMAE" else {}
     return config if config.get("model_type") == "videomae" else {}
+
+
+CLASSES = "classes.json"
+"""File of a result: the classes' names by number."""
+
+
+def _classes_beside(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the class names that stand beside weights with a classifier, as many as it has scores.
+
+    In ``classes.json`` of a result, or in ``id2label`` of a ``config.json``, whosever it is.
+
+    Raises:
+        UserError: a file is there and cannot be read.
+    """
+    if "classifier.head.weight" not in tensors:
+        return ()
+    folder = path if path.is_dir() else path.parent
+    told: Any = read_mapping(folder / CLASSES, json.loads).get("classes")
+    if told is None:
+        labels: dict[str, Any] = read_mapping(folder / "config.json", json.loads).get("id2label") or {}
+        told = [labels.get(str(number)) for number in range(len(labels))]
+    names = tuple(str(name) for name in told)
+    return names if len(names) == len(tensors["classifier.head.weight"]) else ()
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ from mar.evaluate import Evaluator, Predictions, Reconstruction, write_predictio
 from mar.memory import peak_training_memory_gib
 from mar.model import MAR
 from mar.optim import build_optimizer, learning_rate, set_learning_rate
+from mar.pretrained import CLASSES
 from mar.reconstructions import draw_reconstructions
 from mar.sealed import Writers, read_sealed, write_sealed, write_text
 from mar.settings import build, placeless
@@ -313,6 +314,7 @@ def _write_result(
         writers["curves.png"] = lambda file: draw_curves(trained.history, file)
     if isinstance(predictions, Predictions):
         names = class_names(trained.settings.data)
+        writers[CLASSES] = lambda file: write_text(file, json.dumps({"classes": names}, ensure_ascii=False, indent=1))
         writers["predictions.csv"] = lambda file: write_predictions(predictions, val, file)
         right = (predictions.probabilities.argmax(dim=1) == predictions.labels).numpy()
         tested = [val[place].name for place in predictions.videos.tolist()]

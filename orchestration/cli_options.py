@@ -132,11 +132,14 @@ def is_search_file(name: str) -> bool:
 
 def file_finder(store: Path, tracking_uri: str | None) -> Callable[[Any, str], Path]:
     """Return what finds a file of a run's result, fetching it from MLflow where it is not here."""
+    opened: list[Any] = []
 
     def find(record: Any, name: str) -> Path:
         from orchestration.config import LaunchConfig
         from orchestration.tracking import Store
 
-        return Store(LaunchConfig(store=store, tracking_uri=tracking_uri)).file_of(record, name)
+        if not opened:
+            opened.append(Store(LaunchConfig(store=store, tracking_uri=tracking_uri)))
+        return opened[0].file_of(record, name)
 
     return find

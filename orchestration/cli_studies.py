@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -40,8 +41,9 @@ def run(
     store: StoreFolder = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
     backend: Annotated[
-        Literal["train", "inline"], typer.Option(help="Ray Train workers, or inside Tune's trial.")
-    ] = "train",
+        Literal["train", "inline"] | None,
+        typer.Option(help="Ray Train workers (the default), or inside Tune's trial."),
+    ] = None,
     is_local: Annotated[bool, typer.Option("--local", help="One trial after the other, here, without Ray.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Data-parallel workers of a trial.")] = 1,
     min_workers: Annotated[
@@ -89,6 +91,10 @@ def run(
     from orchestration.run import Budget, run_studies, run_study
 
     check_pinned()
+    if is_local and backend:
+        raise UserError(f"--local --backend {backend}: one or the other; --local is without Ray")
+    if device and budget is None:
+        raise UserError(f"--device {device}: it tells what --budget is spent on; give --budget too, or leave it out")
     if (min_workers or 1) > workers:
         raise UserError(f"--min-workers {min_workers}: more than --workers {workers}")
     if cache_from:
@@ -96,7 +102,7 @@ def run(
     launch = LaunchConfig(
         store=store,
         tracking_uri=tracking_uri,
-        backend="local" if is_local else backend,
+        backend="local" if is_local else backend or "train",
         address=address,
         workers=workers,
         min_workers=min_workers,
@@ -214,7 +220,16 @@ def plan(
         raise UserError("--price-per-h: of which device? Give --device too (v100, h200, NAME=GFLOPS_PER_S)")
     profile = profile_of(device) if device else None
     profile = replace(profile, price_per_h=price_per_h) if profile and price_per_h is not None else profile
-    studies = studies_of(study, overrides, only, is_all, store)
+    if study and not is_all and is_search_file(study):
+        from orchestration.search_file import read_search
+        from orchestration.search_plan import as_study
+
+        search = read_search(study, overrides or [])
+        studies = [as_study(search)]
+        left = search.file.trials - len(studies[0].trials)
+        print(f"a search: its first points, and {max(left, 0)} more that it will propose", file=sys.stderr)
+    else:
+        studies = studies_of(study, overrides, only, is_all, store)
     records, planned = records_of(store, tracking_uri, may_be_new=True), Planned()
     lines = [line for each in studies for line in plan_trials(each, records, profile, planned)]
     neighbours = Neighbours(records) if explain else None
@@ -276,6 +291,10 @@ def report(
         write_site(studies, Store(launch), [*([study] if study else []), *(overrides or [])], file)
         print(file)
         return
+    if output and output.suffix:
+        raise UserError(
+            f"-o {output}: a study's report is a folder of files, its page is report.html in it; name a folder"
+        )
     folder = output or launch.report_folder(studies[0].name)
     write_report(studies[0], records_of(store, tracking_uri), folder, file_finder(store, tracking_uri))
     print(folder)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mar.errors import Failure
+from mar.errors import Failure, UserError
 
 weights_app = typer.Typer(no_args_is_help=True, help="Look at pre-trained weights, convert and export them.")
 
@@ -96,7 +96,7 @@ def evaluate(
 
     changes = parse_overrides(overrides or [])
     shared = {name: tree for name, tree in recipe_tree(recipe).items() if name in _TEST_SETTINGS} if recipe else {}
-    settings, trained = read_model(model, shared, changes)
+    settings, trained, _ = read_model(model, shared, changes)
     videos = read_split(settings.data, "val")
     predictions = _tested(trained, settings, videos, default_device())
     metrics = predictions.metrics("test")
@@ -120,7 +120,7 @@ def predict(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Class names, one a line, in the order of their numbers."),
+        typer.Option(exists=True, dir_okay=False, help="Class names, one a line; default: those that the model has."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -130,8 +130,11 @@ def predict(
     from mar.pretrained import read_model
     from orchestration.study import parse_overrides
 
-    settings, trained = read_model(model, {"data.cache": None}, parse_overrides(setting or []))
-    names = labels.read_text(encoding="utf-8").splitlines() if labels else []
+    absent = [str(video) for video in videos if not video.is_file()]
+    if absent:
+        raise UserError(f"no such video: {', '.join(absent[:3])}")
+    settings, trained, known = read_model(model, {"data.cache": None}, parse_overrides(setting or []))
+    names = labels.read_text(encoding="utf-8").splitlines() if labels else list(known)
     listed = [Video(str(path), path, 0) for path in videos]
     predictions = _tested(trained, settings, listed, default_device())
     best = predictions.probabilities.topk(min(5, predictions.probabilities.shape[1]), dim=1)
@@ -166,7 +169,7 @@ def reconstruct(
     from mar.reconstructions import draw_reconstructions
     from orchestration.study import parse_overrides
 
-    settings, trained = read_model(model, {"data.cache": None}, parse_overrides(setting or []))
+    settings, trained, _ = read_model(model, {"data.cache": None}, parse_overrides(setting or []))
     draw_reconstructions(settings, trained.to(default_device()), [Video(str(path), path, 0) for path in videos], output)
     print(output)
 

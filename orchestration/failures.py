@@ -64,9 +64,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device's memory or this machine's is full."""
     names = {kind.__name__ for kind in type(error).__mro__}  # torch's own, without loading torch
     signs = (
-        "can't allocate memory",
-        "could not create a primitive",
-    )  # torch's, and oneDNN's when memory is all but gone
+        "can't allocate memory",  # PyTorch on a CPU
+        "could not create a primitive",  # oneDNN when memory is all but gone
+        "out of memory",  # "CUDA error: out of memory", "CUDNN_STATUS… out of memory", the driver itself
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+        "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    )
     return bool(names & {"OutOfMemoryError", "MemoryError"}) or any(sign in str(error) for sign in signs)
 
 

@@ -27,14 +27,16 @@ def find(name: str, kind: str) -> Path:
         UserError: there is none; the nearest packaged names are given.
     """
     given = Path(name)
-    if given.is_file():
-        return given.resolve()
     spaces = packaged("search_spaces")
     folder = spaces / "recipes" if kind == "recipe" else spaces
-    candidates = [folder / name, folder / f"{name}.yaml", spaces / name, spaces.parent / name]
+    bases = (Path(), folder, spaces, spaces.parent)  # the working folder first
+    candidates = [base / each for base in bases for each in (name, f"{name}.yaml")]
     found = next((path for path in candidates if path.is_file()), None)
     if found:
         return found.resolve()
+    if given.is_dir():
+        inside = ", ".join(sorted(path.name for path in given.glob("*.yaml"))[:5]) or "no .yaml file"
+        raise UserError(f"{name} is a folder ({inside}); name a file")
     pattern = "**/*.yaml" if kind == "recipe" else "*.yaml"
     known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob(pattern))
     near = difflib.get_close_matches(given.stem, known, n=3, cutoff=0.3) or known
@@ -158,9 +160,13 @@ class Recipe:
             if base is None:
                 break
             above = (document.path.parent / str(base)).resolve()
-            if not above.is_file() or above in [each.path.resolve() for each in self.documents]:
-                reason = "extends itself" if above.is_file() else "is not there"
-                raise UserError(f"{document.place('extends')}: extends: {base} {reason}")
+            if not above.is_file():
+                try:
+                    above = find(str(base), "recipe")
+                except UserError as error:
+                    raise UserError(f"{document.place('extends')}: extends: {error}") from None
+            if above in [each.path.resolve() for each in self.documents]:
+                raise UserError(f"{document.place('extends')}: extends: {base} extends itself")
             document = Document(above)
         self.content: dict[str, Any] = {}
         for each in self.documents:

@@ -48,8 +48,8 @@ _PARENT = "study"
 class View(Protocol):
     """Who watches a launch; ``progress.Board`` does."""
 
-    def started(self, trial: Trial) -> None:
-        """A trial runs."""
+    def started(self, trial: Trial, epochs_done: int = 0) -> None:
+        """A trial runs; of its epochs so many were finished in earlier launches."""
 
     def epoch(self, trial: Trial, epoch: int, metrics: dict[str, float]) -> None:
         """It finished an epoch."""
@@ -106,7 +106,9 @@ class Launch:
         log = self.store.launch.trial_folder(key) / LOG
         self._relayed[key] = log.stat().st_size if log.is_file() else 0
         self._write_record(self.trials[key])
-        self.view.started(self.trials[key])
+        epochs_done = _epochs_done(self.store.launch.trial_folder(key))
+        self._shown[key] = epochs_done + 1  # what the trial reports of earlier epochs is for MLflow, not for a person
+        self.view.started(self.trials[key], epochs_done)
 
     def expect(self, trials: Sequence[Trial], there: int = 0) -> None:
         """Say what is to run, beside what is there."""
@@ -198,7 +200,9 @@ class Launch:
         """
         found = match(self.study.trials, records)
         runs = {trial.name: found[trial.key].run_id for trial in self.study.trials if trial.key in found}
-        self.writer.tag(_PARENT, "runs", json.dumps(runs, ensure_ascii=False))
+        listed = json.dumps(runs, ensure_ascii=False)
+        (reports / "runs.json").write_text(listed, encoding="utf-8")
+        self.writer.tag(_PARENT, "runs", listed if len(listed) <= _MOST_NOTE else "in the artifact report/runs.json")
         place = f"#/experiments/{self.experiment}/runs/{self.parent}/artifacts/report"
         link = f"[Figures, claims, LaTeX: the report]({place})\n\n"
         self.writer.tag(_PARENT, "mlflow.note.content", (link + note)[:_MOST_NOTE])
@@ -270,6 +274,14 @@ class Launch:
         with suppress(OSError):  # on a full disk the trial itself has more to say
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _epochs_done(folder: Path) -> int:
+    """Return how many epochs a trial's newest checkpoint here has behind it; 0 where there is none."""
+    for manifest in sorted(folder.glob(f"step_*/{MANIFEST}"), reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return len(json.loads(manifest.read_text(encoding="utf-8"))["progress"]["history"])
+    return 0
 
 
 def _columns(study: Study) -> tuple[list[str], list[str]]:
@@ -351,7 +363,7 @@ def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
     tests = [trial for trial in trials if trial.key in trained]
     for trial in tests:
         launched.tested(trial.key, teachers.get(trial.key) or known[trial.key].key)
-    if tests:
+    if tests and not store.launch.stop_file.exists():
         _run(launched, tests, trained)
 
 

@@ -15,6 +15,9 @@ from orchestration.config import LaunchConfig
 from orchestration.remote import remote
 from orchestration.study import Study
 
+_LOOKED_AT_S = 1.0
+"""Who asks whether a study runs (``mar status``) holds its lock for a moment."""
+
 
 @contextmanager
 def only_one(study: Study, launch: LaunchConfig) -> Generator[None]:
@@ -33,7 +36,7 @@ def only_one(study: Study, launch: LaunchConfig) -> Generator[None]:
         raise Failure(f"the store {launch.store} cannot be written: {error}; choose another with --store") from None
     lock, note = filelock.FileLock(folder / f"{study.name}.lock"), folder / f"{study.name}.txt"
     try:
-        held = lock.acquire(timeout=0)
+        held = lock.acquire(timeout=_LOOKED_AT_S, poll_interval=0.02)
     except filelock.Timeout:
         told = note.read_text(encoding="utf-8") if note.is_file() else "unknown process"
         words = f"the study {study.name} is being run already ({told}); wait for it, or stop that process"

@@ -59,7 +59,7 @@ def name_of(given: str, store: Path) -> str:
 def base_name(file: Path) -> str:
     """Return what a study, search or recipe is called where no other has its name."""
     content = Document(file).content
-    if {"axes", "title", "space"} & content.keys():
+    if {"axes", "title", "space"} & content.keys() or isinstance(content.get("recipe"), str):
         return file.stem
     return recipe_title(file).replace("/", "_")
 

@@ -48,17 +48,21 @@ class Board:
         if self.is_live:
             self.live.stop()
 
-    def started(self, trial: Trial) -> None:
-        """A trial runs."""
+    def started(self, trial: Trial, epochs_done: int = 0) -> None:
+        """A trial runs; of its epochs so many were finished in earlier launches."""
         state = self.states[trial.key]
         state.status, state.began = "running", time.monotonic()
+        state.epoch = epochs_done
         self.widest = max(self.widest, self.counts()["running"])
-        self._line(f"▶ {trial.name}: started   [{self.summary()}]")
+        word = f"resumes at epoch {epochs_done + 1}/{trial.settings.recipe.epochs}" if epochs_done else "started"
+        if epochs_done >= trial.settings.recipe.epochs:
+            word = "resumes with its test"
+        self._line(f"▶ {trial.name}: {word}   [{self.summary()}]")
 
     def epoch(self, trial: Trial, epoch: int, metrics: dict[str, float]) -> None:
         """It finished an epoch."""
         state = self.states[trial.key]
-        if state.epoch == 0:
+        if "time/elapsed_s" not in state.metrics:
             state.start_s = max(0.0, time.monotonic() - state.began - metrics.get("time/elapsed_s", 0.0))
         state.epoch, state.metrics = epoch, {**state.metrics, **metrics}
         if "test/num_videos" not in metrics:
@@ -93,7 +97,7 @@ class Board:
 
     def counts(self) -> dict[str, int]:
         """Return how many trials are in which state; those finished in earlier launches count as done."""
-        states = [state.status for state in self.states.values()]
+        states = [state.status for state in tuple(self.states.values())]  # the live view has a thread of its own
         counted = {status: states.count(status) for status in ("done", "running", "queued", "failed")}
         return {**counted, "done": counted["done"] + self.have}
 
@@ -108,7 +112,11 @@ class Board:
 
         A queued trial is taken to need what the running ones need, starting included, as many at a time as ever ran.
         """
-        running = [state for state in self.states.values() if state.status == "running" and state.epoch]
+        running = [
+            state
+            for state in tuple(self.states.values())
+            if state.status == "running" and state.epoch and "time/elapsed_s" in state.metrics
+        ]
         if not running:
             return None
         per_epoch = [state.metrics["time/elapsed_s"] / state.epoch for state in running]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 import time
 import urllib.request
@@ -55,6 +56,8 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
         with Launch(study, store, board) as launched, stopping_gently(launch):
             try:
                 if missing:
+                    if launch.backend != "local" and not board.is_live:
+                        console.print("starting Ray and its workers: some 10 to 20 s", markup=False)
                     with board:
                         train_missing(launched, missing)
             finally:
@@ -117,20 +120,31 @@ def tell_webhook(study: Study, launched: Launch) -> None:
 
 @contextmanager
 def stopping_gently(launch: LaunchConfig) -> Generator[None]:
-    """Take a SIGTERM, as Slurm and Kubernetes send before they kill, for ``mar stop``: the trials save first."""
+    """Have a SIGTERM, as Slurm and Kubernetes send before they kill, and Ctrl-C do what ``mar stop`` does.
+
+    The trials save first. Ctrl-C for the second time ends everything at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    asked = False
 
     def stop(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        again = "; Ctrl-C again ends at once, from the last checkpoint" if number == signal.SIGINT else ""
+        print(f"stopping: the trials that run are saving{again}", file=sys.stderr, flush=True)
         with suppress(Failure):  # the object store is away: who looks here stops all the same
             ask_to_stop(launch)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from orchestration.failures import Reason
 from orchestration.launch import Launch, check_data, check_weights
 from orchestration.lock import only_one
 from orchestration.progress import Board
-from orchestration.run import stopping_gently
+from orchestration.run import stopping_gently, tell_webhook
 from orchestration.search import Proposer, open_search
 from orchestration.search_file import Search
 from orchestration.search_report import found_text, write_search_report
@@ -56,6 +56,7 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
     print(
         f"Optuna   optuna-dashboard sqlite:///{launch.store / 'searches' / search.name}.db   (study {proposer.study.study_name})"
     )
+    tell_webhook(study, launched)
     if was_stopped:
         raise Failure("stopped; run the same command to go on", "stopped")
     if launched.failures:

@@ -21,7 +21,7 @@ from mar.settings import SETTING_PATHS, SettingError, build, flatten, merge
 from orchestration.files import Document, Recipe, find, packaged
 from orchestration.quantities import QUANTITIES
 from orchestration.results import cost_figure
-from orchestration.study import in_family, parse_overrides
+from orchestration.study import in_family, mistake_in, parse_overrides
 
 _ROUNDING = 1e-9
 CONSTRAINT = re.compile(r"(\w+) (<=|>=) (\d+(?:\.\d+)?)")
@@ -154,9 +154,7 @@ def read_search(name: str, overrides: Sequence[str] = ()) -> Search:
     try:
         file = SearchFile.model_validate(document.content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"]]
-        raise UserError(f"{document.place(*place)}: {'.'.join(place)}: {first['msg']}") from None
+        raise UserError(mistake_in(document, error, SearchFile)) from None
     changes = parse_overrides(overrides)
     own = {name: changes.pop(name) for name in ("trials", "sampler") if name in changes}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mar import RESULTS
 from mar.annotations import fingerprint
@@ -192,7 +193,7 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     """
     _weights_fingerprint.cache_clear()
     document = Document(find(name, "study"))
-    if "axes" not in document.content and "title" not in document.content:
+    if not {"axes", "title", "recipe"} & document.content.keys() or _is_recipe(document):
         return _of_one(document.path, overrides)
     changes = parse_overrides(overrides)
     file = _with_changed_axes(_checked(document), changes)
@@ -226,6 +227,12 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     return replace(study, trials=_select(trials, file, only))
 
 
+def _is_recipe(document: Document) -> bool:
+    """Whether a file has a recipe's settings: ``recipe`` is a study's recipe where it is text, else a branch of settings."""
+    content = document.content
+    return not {"axes", "title"} & content.keys() and not isinstance(content.get("recipe"), str)
+
+
 def paper_studies() -> list[str]:
     """Return the files of the paper's tables and figures that ship with mar, in the paper's order."""
     files = [file for kind in ("table", "figure") for file in packaged("search_spaces").glob(f"{kind}*.yaml")]
@@ -236,6 +243,11 @@ def paper_studies() -> list[str]:
 def read_recipe(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read a recipe file and apply ``path=value`` overrides."""
     recipe = Recipe(find(name, "recipe"))
+    if {"axes", "space"} & recipe.content.keys():
+        what = "a search" if "space" in recipe.content else "a study"
+        raise UserError(
+            f"{recipe.documents[-1].path} is {what}, not a recipe; its settings are in {recipe.content.get('recipe')}"
+        )
     changes = parse_overrides(overrides)
     try:
         return build(merge(recipe.content, changes))
@@ -271,18 +283,59 @@ _SETTING = re.compile(rf"\.(?:{'|'.join(re.escape(path) for path in SETTING_PATH
 
 
 def _checked(document: Document) -> StudyFile:
+    content = {**document.content}
+    if isinstance(content.get("axes"), dict):
+        content["axes"] = {axis: _labelled(axis, labels, document) for axis, labels in content["axes"].items()}
     try:
-        file = StudyFile.model_validate(document.content)
+        file = StudyFile.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        names = tuple(str(part) for part in first["loc"])
-        raise UserError(f"{document.place(*names)}: {'.'.join(names)}: {first['msg']}") from None
+        raise UserError(mistake_in(document, error, StudyFile)) from None
     if len(set(file.seeds)) < len(file.seeds):
         raise UserError(f"{document.place('seeds')}: seeds: each may stand there once")
     settings = [file.fixed, *(tree for axis in file.axes.values() for tree in axis.values())]
     if any("seed" in tree for tree in settings):
         raise UserError(f"{document.path}: the seed is set by 'seeds: [0, 1, …]', not as a setting")
     return file
+
+
+def _labelled(axis: str, labels: Any, document: Document) -> Any:
+    """Return an axis' labels; of a setting whose values are listed, the values are the labels."""
+    if not isinstance(labels, list):
+        return labels
+    if axis not in SETTING_PATHS:
+        near = difflib.get_close_matches(axis, SETTING_PATHS, n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"{document.place('axes', axis)}: axes.{axis}: a list of values needs a setting's name, as mask.ratio{hint}"
+        )
+    return {_value_text(value): {axis: value} for value in labels}
+
+
+def _value_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def mistake_in(document: Document, error: ValidationError, kind: type[BaseModel]) -> str:
+    """Return where a study or search file is wrong, what is, and which key was meant, perhaps."""
+    found = error.errors()
+    first = next(
+        (each for each in found if each["type"] == "extra_forbidden"), found[0]
+    )  # a misspelt key is missing too
+    names = tuple(str(part) for part in first["loc"])
+    words = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if first["type"] == "extra_forbidden":
+        known = kind.model_fields
+        if len(names) > 1:
+            inner: Any = getattr(known.get(names[0]), "annotation", None)
+            known = getattr(inner, "model_fields", {})
+        near = difflib.get_close_matches(str(names[-1]) if names else "", known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f" (there are: {', '.join(known)})" if known else ""
+        words = f"no such key{hint}"
+    elif first["type"] in ("dict_type", "model_type"):
+        words = f"must be a mapping, 'name: value' line by line, not {first['input']!r}"
+    elif first["type"] == "missing":
+        words = "is missing"
+    return f"{document.place(*names)}: {'.'.join(names)}: {words}"
 
 
 def in_family(recipe: str, family: str) -> str:

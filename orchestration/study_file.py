@@ -76,5 +76,7 @@ class StudyFile(_Part):
     """Label of a row, quoted or not -> column of words -> what stands there."""
     claims: dict[str, tuple[str, ...]] = {}
     """What the paper concludes, in words -> comparisons of rows that would support it, each ``better > worse``."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the table must know, printed below it."""
     table: TableLayout = TableLayout()
     figure: FigureLayout = FigureLayout()

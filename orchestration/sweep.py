@@ -12,7 +12,9 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -231,6 +233,7 @@ def _start(launch: LaunchConfig) -> None:
         # A token of this process's own, in no file: Ray would write one below the home folder for everybody to read.
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
             os.environ["RAY_AUTH_TOKEN"] = _TOKEN
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(address=launch.address or "local", **options)
     except ConnectionError as error:
@@ -240,6 +243,10 @@ def _start(launch: LaunchConfig) -> None:
             f"Ray does not start: {error}. It needs a temporary folder that can be written, with a short path (TMPDIR); "
             "--local runs without Ray"
         ) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():  # Ray puts its own in their place
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def stop() -> None:

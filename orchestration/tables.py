@@ -50,6 +50,8 @@ class TableInfo:
     """Row -> its top-1 less the reference's."""
     spread: Spread | None = None
     """What stands beside a mean over seeds; none: by their number."""
+    own_notes: Sequence[str] = ()
+    """What the study's file says below its table."""
     told: Mapping[str, bool] = field(default_factory=dict[str, bool])
     """Quantity -> whether its best row is told apart from the next one: only then it is printed bold."""
 
@@ -83,7 +85,13 @@ class TableInfo:
             if self.comparisons
             else []
         )
-        return missing + self._seed_notes + quoted + told + [note for row in self.rows for note in row.notes]
+        return (
+            missing
+            + self._seed_notes
+            + quoted
+            + told
+            + [*self.own_notes, *(note for row in self.rows for note in row.notes)]
+        )
 
     @property
     def _seed_notes(self) -> list[str]:
@@ -114,6 +122,7 @@ def table_info(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRe
         layout.reference,
         compared,
         layout.spread,
+        study.file.notes,
         told,
     )
 

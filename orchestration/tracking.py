@@ -33,7 +33,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from mar import MANIFEST, RESULT
-from mar.errors import Failure
+from mar.errors import Failure, notice
 from mar.settings import flatten
 from orchestration.config import LaunchConfig
 from orchestration.secrets import without_secrets
@@ -354,6 +354,11 @@ class Writer:
             try:
                 order()
             except Exception as error:  # whatever it was, the order stands until it is carried out or given up
+                if _never_passes(error):
+                    reason = without_secrets(str(error).strip().splitlines()[0])[:200]
+                    notice(f"MLflow refuses something for good, which is left out: {reason}")
+                    self._failure = None
+                    return
                 self._failure = error
                 self._abandoned.wait(pause_s)
                 pause_s = min(2 * pause_s, 15.0)
@@ -414,6 +419,16 @@ def _follow_move(launch: LaunchConfig, locations: Sequence[str]) -> None:
                         connection.execute(statement, {"now": now, "old": old})
     finally:
         engine.dispose()
+
+
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
+
+
+def _never_passes(error: Exception) -> bool:
+    """Whether the store understood and refused, so that to try again is in vain; or a run is asked for that it refused."""
+    if isinstance(error, MlflowException):
+        return error.error_code in _REFUSALS
+    return isinstance(error, KeyError)
 
 
 def _parameter(value: Any) -> str:

@@ -166,6 +166,7 @@ def quiet_environment(launch: LaunchConfig) -> dict[str, str]:
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours has the trials save
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first epoch
         "RAY_CHDIR_TO_TRIAL_DIR": "0",

@@ -245,3 +245,93 @@ def test_a_home_that_cannot_be_written_and_a_long_temporary_folder_keep_no_ray_f
     assert done.returncode == 0, done.stderr
     assert "a task ran" in done.stdout
     assert not (Path.home() / ".ray" / "auth_token").is_file() or "auth_token" not in done.stderr
+
+
+# What a person is told of their files
+
+
+def test_one_name_means_one_file_in_every_verb_and_every_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: recipes/quickstart\nseed: 3\n")
+    (tmp_path / "s.yaml").write_text("title: S\nrecipe: mine\naxes: {x: {a: {}}}\n")
+    shown = {
+        mar(tmp_path, "show", name)[0]
+        for name in ("recipes/quickstart", "recipes/quickstart.yaml", "quickstart", "mine", "mine.yaml")
+    }
+    assert len(shown) == 2 and any("seed: 3" in text for text in shown)
+    planned = {mar(tmp_path, "plan", name)[0] for name in ("recipes/quickstart", "recipes/quickstart.yaml")}
+    assert len(planned) == 1
+    assert mar(tmp_path, "plan", "s")[0] == mar(tmp_path, "plan", "s.yaml")[0]
+
+
+def test_listed_values_of_a_setting_are_an_axis(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "recipe.yaml", tmp_path)
+    (tmp_path / "s.yaml").write_text(
+        "title: S\nrecipe: recipe\naxes:\n  mask.ratio: [0.25, 0.5]\n  mask.cell: [[2, 2], [1, 2]]\n"
+    )
+    planned, _ = mar(tmp_path, "plan", "s")
+    assert all(row in planned for row in ("0.25 / [2, 2]", "0.25 / [1, 2]", "0.5 / [2, 2]", "0.5 / [1, 2]"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("title: T\nrecipe: recipe\naxis: {x: {a: {}}}\n", "s.yaml:3: axis: no such key; did you mean axes?"),
+        (
+            "title: T\nrecipe: recipe\naxes: {x: {a: {}}}\ntabel: {}\n",
+            "s.yaml:4: tabel: no such key; did you mean table?",
+        ),
+        ("title: T\nrecipe: recipe\naxes: {x: {a: {}}}\ntable: {colums: [top1]}\n", "did you mean columns?"),
+        ("title: T\nrecipe: recipe\naxes:\n  mask.ratoi: [0.5]\n", "s.yaml:4: axes.mask.ratoi: a list of values needs"),
+        ("title: T\nrecipe: recipe\naxes: [0.5]\n", "axes: must be a mapping"),
+        ("title: T\naxes: {x: {a: {}}}\n", "recipe: is missing"),
+    ],
+)
+def test_a_mistake_in_a_studys_file_is_named_with_what_was_meant(
+    folder: Path, tmp_path: Path, text: str, words: str
+) -> None:
+    shutil.copy(folder / "recipe.yaml", tmp_path)
+    (tmp_path / "s.yaml").write_text(text)
+    _, error = mar(tmp_path, "plan", "s.yaml", code=2)
+    assert words in error
+
+
+def test_other_mistakes_have_words_too(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "recipe.yaml", tmp_path)
+    shutil.copy(folder / "two.yaml", tmp_path)
+    said = {
+        ("plan", "two.yaml", "mask.cell=4,4"): "mask.cell: must be a list, as [2, 2], not '4,4'",
+        ("plan", "two.yaml", "mask=0.5"): "mask: is a group of settings, set one of them (mask.strategy",
+        ("show", "two.yaml"): "is a study, not a recipe; its settings are in recipe.yaml",
+        ("plan", str(tmp_path)): "is a folder (recipe.yaml, two.yaml); name a file",
+        ("plan", "twoo.yaml"): "no study 'twoo.yaml'",
+        ("predict", "nowhere", "gone.mp4"): "no such video: gone.mp4",
+        ("run", "two.yaml", "--local", "--backend", "inline"): "one or the other",
+        ("run", "two.yaml", "--device", "v100"): "give --budget too",
+    }
+    for words, expected in said.items():
+        _, error = mar(tmp_path, *words, code=2)
+        assert expected in error, words
+
+
+def test_a_search_is_planned_by_its_first_points(tmp_path: Path) -> None:
+    output, error = mar(tmp_path, "plan", "search_quickstart")
+    assert "mask.ratio=0.5" in output
+    assert "that it will propose" in error
+
+
+def test_a_model_has_its_classes_names_and_predict_says_them(folder: Path, tmp_path: Path, videos: Path) -> None:
+    import json
+
+    model = next((folder / "store" / "trials").glob("*/result"))
+    film = next((videos / "videos").iterdir())
+    output, _ = mar(folder, "predict", str(model), str(film))
+    assert "Moving something to the right" in output and "Moving something to the left" in output
+    mar(folder, "weights", "convert", str(model), str(tmp_path / "converted"))
+    config = json.loads((tmp_path / "converted" / "config.json").read_text())
+    assert config["id2label"] == {"0": "Moving something to the right", "1": "Moving something to the left"}
+    assert "Moving something to the right" in (tmp_path / "converted" / "README.md").read_text()
+    again, _ = mar(folder, "predict", str(tmp_path / "converted"), str(film))
+    assert again == output
+    given = tmp_path / "names.txt"
+    given.write_text("one\nother\n")
+    assert "one" in mar(folder, "predict", str(model), str(film), "--labels", str(given))[0]

@@ -18,7 +18,7 @@ from orchestration.results import AnyRecord, Record, Row, axis_parts, match, row
 from orchestration.study import Study
 from orchestration.study_file import BETWEEN_LABELS
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B2A400")
 """Of Okabe and Ito: told apart by colour-blind readers too."""
 _ABOVE = (0, 7)
 _NOTE_WIDTH = 110

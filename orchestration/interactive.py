@@ -18,6 +18,8 @@ from orchestration.statistics import FileOf
 from orchestration.study import Study
 from orchestration.training_figures import Confusion
 
+_LABELLED = 12
+"""So many points of a series have their labels beside them; of more they are under the mouse."""
 _LOOK: dict[str, Any] = {
     "template": "simple_white",
     "margin": {"l": 60, "r": 20, "t": 20, "b": 60},
@@ -70,7 +72,14 @@ def chart(info: FigureInfo) -> str:
         colour = COLOURS[names.index(series.name.removesuffix(", paper")) % len(COLOURS)]
         figure.add_trace(_trace(info, series, colour))
     if info.chance is not None:
-        figure.add_hline(info.chance, line_dash="dot", line_color="#666", annotation_text=f"guessing {info.chance:g} %")
+        figure.add_hline(info.chance, line={"dash": "dot", "color": "#666", "width": 1.5})
+        # Its words stand in the legend: beside the line they would lie on points.
+        legend = {
+            "mode": "lines",
+            "line": {"dash": "dot", "color": "#666"},
+            "name": f"chance level, {info.chance:.2f} %",
+        }
+        figure.add_trace(go.Scatter(x=[None], y=[None], hoverinfo="skip", **legend))
     figure.update_layout(xaxis_title=info.x_title, yaxis_title=info.y_title, **_LOOK)
     return part_of_page(figure)
 
@@ -113,12 +122,26 @@ def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
             hovertemplate=hover,
         )
     if series.is_line:
-        line = {"color": colour if info.kind == "curves" else "#999"}
+        line: dict[str, Any] = {"color": colour if info.kind == "curves" else "#999"}
+        if info.kind == "curves":
+            number = [each.name for each in info.series].index(series.name)
+            line["dash"] = ("solid", "dash", "dot")[number // len(COLOURS) % 3]
         return go.Scatter(x=x, y=y, text=labels, mode="lines+markers", line=line, name=name, hovertemplate=hover)
     marker = {"color": colour, "size": 9, "symbol": "circle-open" if series.is_papers else "circle"}
     hover = "%{text}<br>%{x}, %{y}<extra>%{fullData.name}</extra>"
+    mode = "markers+text" if len(labels) <= _LABELLED else "markers"
     return go.Scatter(
-        x=x, y=y, error_y=bars, text=labels, mode="markers", marker=marker, name=name, hovertemplate=hover
+        x=x,
+        y=y,
+        error_y=bars,
+        text=labels,
+        mode=mode,
+        textposition="top center",
+        textfont={"size": 10, "color": colour},
+        cliponaxis=False,
+        marker=marker,
+        name=name,
+        hovertemplate=hover,
     )
 
 

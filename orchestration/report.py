@@ -9,13 +9,14 @@ from pathlib import Path
 
 from mar.charts import draw_confusion
 from mar.errors import UserError
-from mar.settings import flatten
+from mar.settings import flatten, placeless
 from orchestration.figures import draw, draw_figure, figure_info
 from orchestration.interactive import chart, confusion_chart, plotly_script, study_chart
+from orchestration.page_facts import experiments_of, footer
 from orchestration.results import AnyRecord, Record, Row, rows
 from orchestration.statistics import Claim, FileOf, claims
 from orchestration.study import Study
-from orchestration.tables import FORMATS, TableInfo, table_info
+from orchestration.tables import FORMATS, TableInfo, table_info, to_html
 from orchestration.training_figures import confusion, curves_info
 
 
@@ -53,7 +54,8 @@ def write_report(
         if mistaken
         else []
     )
-    (folder / "report.html").write_text(_html(study, table, judged, charts), encoding="utf-8")
+    end = footer(["mar", "run", study.name], experiments_of(study, records))
+    (folder / "report.html").write_text(_html(study, table, judged, charts, end), encoding="utf-8")
     return FORMATS["md"](table), [*_findings(study, table.rows), *judged]
 
 
@@ -108,20 +110,38 @@ def _markdown(study: Study, table: TableInfo, judged: Sequence[str]) -> str:
     )
 
 
-def _html(study: Study, table: TableInfo, judged: Sequence[str], charts: Sequence[str]) -> str:
+def _differing_settings(study: Study) -> str:
+    """Return the settings in which trials differ, a row each, in HTML."""
+    trees = {trial.name: flatten(placeless(trial.settings)) for trial in study.trials}
+    paths = list(dict.fromkeys(path for tree in trees.values() for path in tree))
+    differing = [path for path in paths if len({str(tree.get(path)) for tree in trees.values()}) > 1]
+    if not differing:
+        return ""
+    heads = "".join(f"<th><code>{html.escape(path)}</code></th>" for path in differing)
+    lines = "".join(
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f"<td>{html.escape(str(tree.get(path)))}</td>" for path in differing)
+        + "</tr>\n"
+        for name, tree in trees.items()
+    )
+    return f"<h2>Settings in which trials differ</h2>\n<table><tr><th>trial</th>{heads}</tr>\n{lines}</table>\n"
+
+
+def _html(study: Study, table: TableInfo, judged: Sequence[str], charts: Sequence[str], end: str) -> str:
     title = html.escape(study.file.title)
+    shared = _shared_settings(study)
     rows_text = "".join(
-        f"<tr><td><code>{html.escape(path)}</code></td><td>{html.escape(value)}</td></tr>\n"
-        for path, value in _shared_settings(study)
+        f"<tr><td><code>{html.escape(path)}</code></td><td>{html.escape(value)}</td></tr>\n" for path, value in shared
     )
     lines = "".join(f"<li>{html.escape(line)}</li>\n" for line in judged)
     claimed = f"<h2>The paper's claims</h2>\n<ul>{lines}</ul>\n" if judged else ""
     found = "".join(f"<p>{html.escape(words)}</p>\n" for words in _findings(study, table.rows))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>{plotly_script()}\n'
-        "<style>body{font-family:sans-serif;max-width:50em;margin:2em auto;padding:0 1em}"
+        "<style>body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
         "table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
         "caption{caption-side:top;text-align:left;font-weight:bold;padding:.5em 0}img{max-width:100%}</style></head>\n"
-        f"<body><h1>{title}</h1>\n{found}{FORMATS['html'](table)}{''.join(charts)}\n{claimed}"
-        f"<h2>Settings that all trials share</h2>\n<table>{rows_text}</table></body></html>\n"
+        f"<body><h1>{title}</h1>\n{found}{to_html(table, has_caption=False)}{''.join(charts)}\n{claimed}"
+        f"{_differing_settings(study)}<details><summary>The {len(shared)} settings that all trials share</summary>\n"
+        f"<table>{rows_text}</table></details>\n{end}</body></html>\n"
     )

@@ -15,6 +15,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from orchestration.interactive import part_of_page, write_html
+from orchestration.page_facts import footer
 from orchestration.quantities import QUANTITIES
 from orchestration.search import Proposer
 
@@ -30,9 +31,8 @@ def best_trials(proposer: Proposer) -> list[FrozenTrial]:
     return sorted(front, key=lambda trial: trial.values[0])
 
 
-def found_text(proposer: Proposer) -> str:
-    """Return what was found, as Markdown."""
-    frame, search = front_frame(proposer), proposer.search
+def _counts_text(proposer: Proposer) -> str:
+    """Return how many trials came to what, in words."""
     trials = proposer.study.get_trials(deepcopy=False)
     counts = {state: sum(each.state == state for each in trials) for state in TrialState}
     others = sum("run" in each.user_attrs for each in trials)
@@ -43,7 +43,13 @@ def found_text(proposer: Proposer) -> str:
         f"{counts[TrialState.COMPLETE] - others - copies} trials finished, {counts[TrialState.PRUNED]} ended early, "
     )
     words += f"{counts[TrialState.FAIL]} failed or were asked twice, {copies} were found trained; {rejected} proposals broke a rule or a constraint and were not trained; "
-    words += f"{others} finished trials of other studies were known before."
+    return words + f"{others} finished trials of other studies were known before."
+
+
+def found_text(proposer: Proposer) -> str:
+    """Return what was found, as Markdown."""
+    frame, search = front_frame(proposer), proposer.search
+    words = _counts_text(proposer)
     kind = "Pareto front" if len(search.file.goals) > 1 else "Best"
     lines = [f"**{search.file.title}**", "", words, "", f"{kind}:", "", frame.to_markdown(index=False)]
     importances = importance_frame(proposer)
@@ -117,8 +123,20 @@ def _draw(proposer: Proposer, folder: Path) -> None:
             pyplot.gcf().savefig(folder / f"{name}.png", dpi=140, bbox_inches="tight")
         pyplot.close("all")
     charts = [part_of_page(figure) for draw in parts.values() if (figure := _quietly(draw)) is not None]
-    text = f"<pre>{html.escape(found_text(proposer))}</pre>"
-    write_html(folder / "report.html", proposer.search.file.title, text + "".join(charts))
+    page = _found_html(proposer) + "".join(charts) + footer(["mar", "run", proposer.search.name])
+    write_html(folder / "report.html", proposer.search.file.title, page)
+
+
+def _found_html(proposer: Proposer) -> str:
+    """Return what was found as a part of a page."""
+    kind = "Pareto front" if len(proposer.search.file.goals) > 1 else "Best"
+    parts = [f"<p>{html.escape(_counts_text(proposer))}</p>", f"<h2>{kind}</h2>"]
+    parts.append(front_frame(proposer).to_html(index=False, border=0))
+    importances = importance_frame(proposer)
+    if not importances.empty:
+        parts.append("<h2>Importance of each setting (fANOVA)</h2>")
+        parts.append(importances.to_html(index=False, border=0, float_format="{:.2f}".format))
+    return "\n".join(parts)
 
 
 def _pictures(proposer: Proposer, library: Any) -> dict[str, Callable[[], Any]]:

@@ -164,13 +164,14 @@ def to_latex(info: TableInfo) -> str:
     return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\\end{{table}}\n"
 
 
-def to_html(info: TableInfo) -> str:
-    """Return an HTML table with its title as the caption."""
+def to_html(info: TableInfo, has_caption: bool = True) -> str:
+    """Return an HTML table with its title as the caption; a page that has the title leaves it out."""
     frame = _frame(info, best="<b>{}</b>".format, plain=html.escape)
     body: str = frame.to_html(index=False, escape=False, border=0)
     start, rest = body.split("\n", 1)
     notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in info.notes)
-    return f"{start}\n<caption>{html.escape(info.title)}</caption>\n{rest}\n{notes}"
+    caption = f"<caption>{html.escape(info.title)}</caption>\n" if has_caption else ""
+    return f"{start}\n{caption}{rest}\n{notes}"
 
 
 def to_csv(info: TableInfo) -> str:

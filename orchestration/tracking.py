@@ -421,7 +421,7 @@ def _follow_move(launch: LaunchConfig, locations: Sequence[str]) -> None:
         engine.dispose()
 
 
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
 
 
 def _never_passes(error: Exception) -> bool:

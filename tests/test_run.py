@@ -497,3 +497,54 @@ def test_the_small_verbs_print_what_they_promise(place: Path) -> None:
     assert {finding["name"]: finding["works"] for finding in report} == dict.fromkeys(
         ["python", "packages", "devices", "decord", "torchcodec", "pyav", "ray", "tracking store", "disk"], True
     )
+
+
+def test_a_home_that_cannot_be_written_and_a_long_temporary_folder_keep_no_ray_from_starting(
+    tmp_path: Path,
+) -> None:
+    """In a process of its own: Ray reads both when it is loaded."""
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    program = "from orchestration.sweep import cluster_words; print(cluster_words())"
+    environment = {**os.environ, "HOME": "/proc/nohome", "TMPDIR": str(long), "RAY_ADDRESS": "127.0.0.1:9"}
+    environment |= {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "a task ran" in done.stdout
+
+
+def begin(place: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([*MAR, *words], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def end(process: subprocess.Popen[str], code: int) -> str:
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == code, output
+    return output
+
+
+@pytest.mark.parametrize(
+    ("backend", "number"),
+    [
+        ("--backend=inline", signal.SIGTERM),
+        pytest.param("--backend=train", signal.SIGINT, marks=pytest.mark.cluster),
+    ],
+)
+def test_with_ray_a_signal_is_a_gentle_stop_and_the_trial_resumes_where_it_was(
+    place: Path, backend: str, number: signal.Signals
+) -> None:
+    words = ["run", "tiny.yaml", "recipe.epochs=400", "--only", "ρ=50 %", backend]
+    running = begin(place, *words)
+    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+    running.send_signal(number)
+    output = end(running, 1)
+    assert "stopping: the trials that run are saving" in output
+    assert "stopped with 1 trials unfinished; run the same command to go on" in output
+    saved = max(int(path.name.removeprefix("step_")) for path in place.glob("mar_store/trials/*/step_*"))
+    running = begin(place, *words)
+    wait_for(lambda: f"step_{saved:08d}" not in {path.name for path in place.glob("mar_store/trials/*/step_*")})
+    running.send_signal(number)
+    output = end(running, 1)
+    resumed = re.search(r"resumes at epoch (\d+)/400", output)
+    assert resumed and int(resumed[1]) in (saved // 2, saved // 2 + 1)
+    assert f"epoch {int(resumed[1]) - 1}/400, loss" not in output, "nothing is told again"

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -228,23 +227,6 @@ def test_such_a_number_in_a_file_is_named_with_its_line(folder: Path, tmp_path: 
     (tmp_path / "two.yaml").write_text(STUDY.replace("mask.ratio: 0.25", "clip.frames: 010"))
     _, error = mar(tmp_path, "plan", "two.yaml", code=2)
     assert "two.yaml:5" in error and "010" in error
-
-
-def test_a_home_that_cannot_be_written_and_a_long_temporary_folder_keep_no_ray_from_starting(
-    folder: Path, tmp_path: Path
-) -> None:
-    """In a process of its own: Ray reads both when it is loaded."""
-    import subprocess
-
-    long = tmp_path / ("x" * 90)
-    long.mkdir()
-    program = "from orchestration.sweep import cluster_words; print(cluster_words())"
-    environment = {**os.environ, "HOME": "/proc/nohome", "TMPDIR": str(long), "RAY_ADDRESS": "127.0.0.1:9"}
-    environment |= {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "a task ran" in done.stdout
-    assert not (Path.home() / ".ray" / "auth_token").is_file() or "auth_token" not in done.stderr
 
 
 # What a person is told of their files

@@ -96,3 +96,15 @@ def test_a_store_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("not a database at all" * 100)
     with pytest.raises(Failure, match=r"the tracking store sqlite.*mlflow\.db cannot be used"):
         Store(LaunchConfig(store=tmp_path))
+
+
+def test_what_mlflow_refuses_for_good_is_left_out_and_said_and_the_rest_is_written(
+    store: Store, writer: Writer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer.tag("a", "x" * 5000, "a name that is too long")
+    writer.tag("a", "after", "it")
+    writer.end("a", "FINISHED")
+    writer.close()
+    (run,) = store.trials()
+    assert run.status == "FINISHED" and run.tags["after"] == "it"
+    assert "MLflow refuses something for good" in capsys.readouterr().err

@@ -36,7 +36,7 @@ Contestant = Literal["mar", "standard", "released", "videomae", "videomae-fp32"]
 CONTESTANTS: dict[Contestant, str] = {
     "mar": "MAR",
     "standard": "standard training: no mask, linear head",
-    "released": "MAR as released: embed all, explicit softmax(QKᵀ)",
+    "released": "our reconstruction of MAR's released step: embed all, explicit softmax(QKᵀ)",
     "videomae": "transformers' VideoMAE, all tokens",
     "videomae-fp32": "transformers' VideoMAE, as it comes (float32)",
 }

@@ -213,7 +213,7 @@ def plan(
     from dataclasses import replace
 
     from orchestration.differences import Neighbours
-    from orchestration.plan import Planned, plan_json, plan_text, plan_trials
+    from orchestration.plan import Planned, check_data, plan_json, plan_text, plan_trials
     from orchestration.plan import device as profile_of
 
     if price_per_h is not None and device is None:
@@ -231,6 +231,7 @@ def plan(
     else:
         studies = studies_of(study, overrides, only, is_all, store)
     records, planned = records_of(store, tracking_uri, may_be_new=True), Planned()
+    check_data([trial for each in studies for trial in each.trials], only_present=True)
     lines = [line for each in studies for line in plan_trials(each, records, profile, planned)]
     neighbours = Neighbours(records) if explain else None
     print(plan_json(lines, neighbours) if as_json else plan_text(lines, profile, neighbours))

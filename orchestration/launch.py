@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 from mar import MANIFEST, RESULT
-from mar.annotations import read_split
 from mar.config import EvaluationMaskConfig
 from mar.cost import cost
-from mar.errors import Failure, UserError
+from mar.errors import Failure
 from mar.keep import clear
 from mar.settings import DATA_PLACES, flatten, placeless
 from orchestration import provenance
@@ -299,23 +298,6 @@ def missing_trials(study: Study, store: Store) -> list[Trial]:
         return []
     found = match(study.to_run, store.trials())
     return list({trial.key: trial for trial in study.to_run if trial.key not in found}.values())
-
-
-def check_data(trials: Sequence[Trial]) -> None:
-    """Read the annotations of the trials' data, each set once.
-
-    Raises:
-        UserError: a set is not there, a line of it is wrong, or it is smaller than a batch.
-    """
-    sizes: dict[str, int] = {}
-    for trial in trials:
-        data, batch_size = trial.settings.data, trial.settings.videos_per_batch
-        name = data.model_dump_json()
-        if name not in sizes:
-            read_split(data, "val")
-            sizes[name] = len(read_split(data, "train"))
-        if batch_size > sizes[name]:
-            raise UserError(f"recipe.batch_size: {batch_size} is more than the {sizes[name]} training videos")
 
 
 def check_weights(trials: Sequence[Trial]) -> None:

@@ -11,7 +11,7 @@ from mar.errors import UserError
 from orchestration.config import LaunchConfig
 from orchestration.failures import Reason
 from orchestration.study import Trial
-from orchestration.trial import Assignment, Listener, Source, Trained, assign
+from orchestration.trial import ATTEMPTS, Assignment, Listener, Source, Trained, assign
 from orchestration.worker import train
 
 
@@ -61,6 +61,7 @@ def _one(
     listener: Listener,
     should_end: Callable[[str, int, dict[str, float]], bool],
 ) -> None:
+    (Path(assignment.folder) / ATTEMPTS).unlink(missing_ok=True)  # of an earlier launch
     listener.started(trial.key)
 
     def report(epoch: int, metrics: dict[str, float], _: Path | None) -> None:

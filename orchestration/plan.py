@@ -65,6 +65,27 @@ class Planned:
     trainings: dict[str, str] = field(default_factory=dict[str, str])
 
 
+def check_data(trials: Sequence[Trial], only_present: bool = False) -> None:
+    """Read the annotations of the trials' data, each set once; ``only_present`` passes over sets that are not there.
+
+    Raises:
+        UserError: a set is not there, a line of it is wrong, or it is smaller than a batch.
+    """
+    sizes: dict[str, int] = {}
+    for trial in trials:
+        data, batch_size = trial.settings.data, trial.settings.videos_per_batch
+        if only_present and trial.fingerprint == ABSENT:
+            continue
+        name = data.model_dump_json()
+        if name not in sizes:
+            read_split(data, "val")
+            sizes[name] = len(read_split(data, "train"))
+        if batch_size > sizes[name]:
+            raise UserError(
+                f"recipe.batch_size: {batch_size} is more than the {sizes[name]} training videos ({trial.name})"
+            )
+
+
 def plan_trials(
     study: Study, records: Sequence[AnyRecord], device: Device | None = None, earlier: Planned | None = None
 ) -> list[PlannedTrial]:

@@ -7,6 +7,7 @@ keys come from where the provider's own tools find them (``AWS_ENDPOINT_URL``, `
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -52,7 +53,7 @@ class Remote:
         if not self.exists(name):
             return False
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}.pulled")
+        unfinished = file.with_name(f".{file.name}.{os.getpid()}.pulled")  # workers of a node share its disk
         with self._explained(name), self.files.open_input_stream(self._at(name)) as source:
             with unfinished.open("wb") as target:
                 shutil.copyfileobj(source, target, _CHUNK_BYTES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal, Protocol, TypeVar
 
 from mar.cost import Cost, cost
@@ -146,6 +146,7 @@ def _match(trials: Sequence[Trial], records: Sequence[AnyRecord], part: Callable
     return found
 
 
+@lru_cache(maxsize=2**15)  # a search asks for every proposal
 def _completed(identity_line: str, data_fingerprint: str | None, weights: str | None) -> str:
     try:
         return completed(identity_line, data_fingerprint, weights)

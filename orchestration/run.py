@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -17,9 +18,9 @@ from rich.console import Console
 from mar.errors import Failure, FailureKind, UserError, notice
 from orchestration.config import LaunchConfig
 from orchestration.failures import REMEDIES
-from orchestration.launch import Launch, check_data, check_weights, missing_trials, train_missing
+from orchestration.launch import Launch, check_weights, missing_trials, train_missing
 from orchestration.lock import ask_to_stop, only_one
-from orchestration.plan import Device, plan_trials
+from orchestration.plan import Device, check_data, plan_trials
 from orchestration.progress import Board
 from orchestration.recover import unrecorded
 from orchestration.report import write_report
@@ -73,7 +74,7 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
     print(f"figure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")
     served = (
         launch.tracking_uri and launch.shown_tracking
-    ) or f"mar ui{'' if str(launch.store) == 'mar_store' else f' --store {launch.store}'}"
+    ) or f"mar ui{'' if str(launch.store) == 'mar_store' else f' --store {shlex.quote(str(launch.store))}'}"
     print(f"MLflow   {served}   (experiment {study.name!r})")
     tell_webhook(study, launched)
     if launched.failures:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 from rich.console import Console
 
 from mar import RESULT
 from mar.errors import Failure
-from orchestration.config import LaunchConfig
+from orchestration.config import LaunchConfig, sqlite_address
 from orchestration.failures import Reason
-from orchestration.launch import Launch, check_data, check_weights
+from orchestration.launch import Launch, check_weights
 from orchestration.lock import only_one
+from orchestration.plan import check_data
 from orchestration.progress import Board
 from orchestration.run import stopping_gently, tell_webhook
 from orchestration.search import Proposer, open_search
@@ -54,7 +56,8 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
     print(f"\n{found_text(proposer)}")
     print(f"report   {folder / 'report.md'} (best.yaml, front.csv, trials.csv, pictures)")
     print(
-        f"Optuna   optuna-dashboard sqlite:///{launch.store / 'searches' / search.name}.db   (study {proposer.study.study_name})"
+        f"Optuna   optuna-dashboard {shlex.quote(sqlite_address(launch.store.resolve() / 'searches' / f'{search.name}.db'))}"
+        f"   (study {proposer.study.study_name})"
     )
     tell_webhook(study, launched)
     if was_stopped:

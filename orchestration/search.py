@@ -24,6 +24,7 @@ from mar.config import ExperimentConfig
 from mar.cost import cost
 from mar.errors import Failure
 from mar.settings import SettingError, flatten
+from orchestration.config import sqlite_address
 from orchestration.quantities import QUANTITIES
 from orchestration.results import Record, cost_figure, match
 from orchestration.search_file import Search, as_text
@@ -232,7 +233,7 @@ def open_search(search: Search, file: Path, records: Sequence[Record]) -> Propos
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # names of goals, some samplers
     file.parent.mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
+    storage = optuna.storages.RDBStorage(sqlite_address(file))
     data_fingerprint = fingerprint(search.settings({}).data)
     name = search.study_name(identity(search.settings({}), data_fingerprint))
     is_new = name not in optuna.get_all_study_names(storage)

@@ -27,6 +27,7 @@ from orchestration.failures import FILE, Reason, read_reason
 from orchestration.remote import collect, remote
 from orchestration.study import Trial
 from orchestration.trial import (
+    ATTEMPTS,
     EARLIER,
     Assignment,
     Listener,
@@ -164,7 +165,8 @@ def _ending(source: Source) -> Any:
 def _clean(assignment: Assignment, launch: LaunchConfig) -> None:
     """Remove what an earlier launch left of its own; checkpoints stay."""
     shutil.rmtree(launch.store.resolve() / "ray" / assignment.key, ignore_errors=True)
-    (Path(assignment.folder) / FILE).unlink(missing_ok=True)
+    for name in (FILE, ATTEMPTS):
+        (Path(assignment.folder) / name).unlink(missing_ok=True)
     if launch.remote:
         with suppress(Failure, OSError):
             place = remote(launch.remote)

@@ -25,7 +25,7 @@ from mar.train import Report, fit, test_again
 from orchestration.copies import Copies
 from orchestration.failures import FILE, RETRIED, Reason, read_reason, reason_of, write_reason
 from orchestration.remote import fetch_cache, remote
-from orchestration.trial import PASSES, Assignment
+from orchestration.trial import ATTEMPTS, PASSES, Assignment
 from orchestration.watch import Watch
 from orchestration.worker_log import WorkerLog
 
@@ -81,7 +81,8 @@ class _Trial:
 def _try(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reason | None:
     """Attempt until it is finished, or another attempt would end the same, or there were enough."""
     told, folder, reason = trial.told, trial.folder, None
-    for tries_left in range(told.retries, -1, -1):
+    while True:
+        begun = _count_attempt(folder) if share().rank == 0 else 1
         reason = _attempt(trial, report, wished)
         if reason is None or reason.kind == "stopped":
             break
@@ -90,13 +91,26 @@ def _try(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reason | 
             goes_on = _halve_passes(told, folder)
         if share().world > 1:
             raise Failure(reason.words, reason.kind)
-        if not goes_on or not tries_left:
+        if not goes_on or begun > told.retries:
             break
         parts = f" in passes of {_passes(told, folder)} clips" if reason.kind == "memory" else ""
         trial.say(f"{reason.words}; going on from the last checkpoint{parts}")
         gc.collect()
         _give_back_memory(trial.device)
     return reason
+
+
+def _count_attempt(folder: Path) -> int:
+    """Count an attempt, and return how many this launch has begun.
+
+    Ray tries again too, where a process was lost: without a common count its retries and ours would multiply.
+    """
+    begun = 0
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        begun = int(json.loads((folder / ATTEMPTS).read_text(encoding="utf-8"))["begun"])
+    with suppress(OSError):  # on a full disk the training has more to say
+        write_text(folder / ATTEMPTS, json.dumps({"begun": begun + 1}))
+    return begun + 1
 
 
 def _give_back_memory(device: torch.device) -> None:

@@ -15,6 +15,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from orchestration.cli import app
+from orchestration.cli_jobs import _check as check_submission
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
@@ -207,6 +208,11 @@ def test_every_command_in_the_files_is_one_that_mar_has(name: str, line: str) ->
     group = typer.main.get_command(app)
     command = group.commands[verb]
     command.make_context(verb, words)
+    if verb == "submit" and "--address" in words:  # what mar submit looks at before it asks the cluster
+        address = words.index("--address")
+        check_submission(words[0], words[1:address] + words[address + 2 :])
+    if verb == "run" and "--address" in words and words[0] != "quickstart":
+        assert any(word.startswith("data.root=/") for word in words), "a job's working folder is another"
 
 
 def test_every_study_in_the_files_is_one_that_ships() -> None:

@@ -284,7 +284,7 @@ def test_a_trial_that_has_only_its_test_before_it_is_not_ended(open_: Open) -> N
         ({"space": {"mask.ratio": {"low": 0.1}}, "start": []}, "mask.ratio: expected low and high, or choices"),
         ({"start": [{"clip.frames": 8}]}, "start 1: clip.frames is not in the space"),
         ({"stopper": "asha"}, "an early end needs one goal, there are 2"),
-        ({"sampler": "magic"}, "sampler: Input should be"),
+        ({"sampler": "magic"}, "sampler: must be"),
         ({"space": {}, "start": []}, "a search needs a space and goals"),
         ({"goals": {}}, "a search needs a space and goals"),
         ({"space": {"seed": {"low": 0, "high": 3}}, "start": []}, "seed: no such setting to search"),

@@ -54,7 +54,7 @@ def test_a_recipe_cannot_extend_itself_or_nothing(recipes: Path) -> None:
     with pytest.raises(UserError, match=r"base\.yaml:1: extends: other\.yaml extends itself"):
         read_recipe(str(recipes / "other.yaml"))
     (recipes / "base.yaml").write_text("extends: none.yaml\n")
-    with pytest.raises(UserError, match=r"base\.yaml:1: extends: none\.yaml is not there"):
+    with pytest.raises(UserError, match=r"base\.yaml:1: extends: no recipe 'none\.yaml'"):
         read_recipe(str(recipes / "base.yaml"))
 
 

@@ -444,7 +444,7 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["run", "tiny.yaml", "--cache-from", "s3://bucket/cache"], 2, "--cache-from: to where? Give data.cache=DIR too"),
     (["plan"], 2, "which study? (a file, a name that ships with mar, or --all)"),
     (["run", "search.yaml", "--only", "ρ=50 %"], 2, "search.yaml is a search: --only and --budget are for studies"),
-    (["plan", "search.yaml"], 2, "search.yaml is a search, not a study"),
+    (["table", "search.yaml"], 2, "search.yaml is a search, not a study"),
     (["plan", "tiny.yaml", "--all"], 2, "tiny.yaml: a study or --all, not both"),
     (["show", "absent"], 2, "no recipe 'absent'"),
     (["cost", "recipe.yaml", "mask.ratio=2"], 2, "mask.ratio: must be less than 1, not 2"),

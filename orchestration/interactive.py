@@ -18,6 +18,11 @@ from orchestration.statistics import FileOf
 from orchestration.study import Study
 from orchestration.training_figures import Confusion
 
+PAGE_STYLE = (
+    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
+    "caption{caption-side:top;text-align:left;font-weight:bold;padding:.5em 0}img{max-width:100%}"
+)
 _LABELLED = 12
 """So many points of a series have their labels beside them; of more they are under the mouse."""
 _LOOK: dict[str, Any] = {
@@ -48,8 +53,11 @@ def write_html(file: Path, title: str, parts: str, script: str | None = None) ->
     """Write a page of charts that needs nothing else; ``script`` is plotly's unless given."""
     told, script = html.escape(title), plotly_script() if script is None else script
     file.parent.mkdir(parents=True, exist_ok=True)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{told}</title>{script}'
-    body = f'<body style="font-family:sans-serif"><h1 style="font-size:1.2em">{told}</h1>{parts}</body>'
+    style = f"<style>{PAGE_STYLE}</style>"
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{told}</title>{style}{script}'
+    )
+    body = f"<body><h1>{told}</h1>{parts}</body>"
     file.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n', encoding="utf-8")
 
 

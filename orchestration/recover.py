@@ -16,7 +16,7 @@ from mar.errors import Failure, UserError
 from mar.sealed import read_sealed
 from mar.settings import build, placeless
 from orchestration.config import LaunchConfig
-from orchestration.study import ABSENT, identity
+from orchestration.study import ABSENT, identity, key_of
 from orchestration.tracking import IDENTITY, KEY, KIND, PARENT_RUN, STUDY, TRAINED_BY, Store, Writer
 from orchestration.trial import RECORD
 
@@ -33,7 +33,7 @@ class Recovered:
     num_known: int = 0
     """Results that the database had."""
     damaged: list[str] = field(default_factory=list[str])
-    """Results that are not what was written, and why."""
+    """Results that are not what was written, or of which nothing tells what they are; and why."""
 
 
 def unrecorded(launch: LaunchConfig, known: set[str]) -> list[Path]:
@@ -61,20 +61,27 @@ def recover(launch: LaunchConfig) -> Recovered:
         for folder in unrecorded(launch, known):
             try:
                 manifest = read_sealed(folder / RESULT)
-            except Failure as damage:
-                found.damaged.append(f"{folder / RESULT}: {damage}")
+                settings = build(manifest["settings"])
+                record = _record(folder, settings)
+            except (Failure, UserError) as reason:
+                found.damaged.append(f"{folder / RESULT}: {reason}")
                 continue
-            found.names.append(_write_run(store, writer, folder, manifest))
+            found.names.append(_write_run(store, writer, folder, settings, manifest["metrics"], record))
     finally:
         writer.close()
     return found
 
 
-def _write_run(store: Store, writer: Writer, folder: Path, manifest: dict[str, Any]) -> str:
+def _write_run(
+    store: Store,
+    writer: Writer,
+    folder: Path,
+    settings: ExperimentConfig,
+    reached: dict[str, float],
+    record: dict[str, Any],
+) -> str:
     """Write one trial's run as its study would have; return the trial's name."""
     key = folder.name
-    settings = build(manifest["settings"])
-    record = _record(folder, settings)
     study = str(record["study"])
     experiment = store.experiment(study)
     parent = store.run(experiment, study, {KIND: "study"}, {STUDY: study})
@@ -84,7 +91,7 @@ def _write_run(store: Store, writer: Writer, folder: Path, manifest: dict[str, A
     writer.open(key, lambda: run_id)
     for epoch, metrics in enumerate(read_history(folder / RESULT), start=1):
         writer.metrics(key, epoch, metrics)
-    final = {name: float(value) for name, value in manifest["metrics"].items() if name.startswith("test/")}
+    final = {name: float(value) for name, value in reached.items() if name.startswith("test/")}
     writer.metrics(key, settings.recipe.epochs, final, again=True)
     writer.artifacts(key, folder / RESULT, RESULT)
     if TRAINED_BY not in tags:
@@ -96,10 +103,19 @@ def _write_run(store: Store, writer: Writer, folder: Path, manifest: dict[str, A
 
 
 def _record(folder: Path, settings: ExperimentConfig) -> dict[str, Any]:
-    """Return what the trial's study wrote about it; where it wrote nothing, what its settings say."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    """Return what the trial's study wrote about it; where it wrote nothing, what its settings say.
+
+    Raises:
+        Failure: neither gives the folder's name, which follows from what was trained: a table must not mix trainings.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if key_of(record["tags"][IDENTITY]) == folder.name and {"study", "name"} <= record.keys():
+            return record
     data = ABSENT
     with suppress(UserError):
         data = fingerprint(settings.data)
-    return {"study": _UNKNOWN_STUDY, "name": folder.name, "tags": {IDENTITY: identity(settings, data)}}
+    line = identity(settings, data)
+    if key_of(line) != folder.name:
+        raise Failure("what was trained cannot be told: its data is not at hand, or another version of mar trained it")
+    return {"study": _UNKNOWN_STUDY, "name": folder.name, "tags": {IDENTITY: line}}

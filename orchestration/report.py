@@ -11,7 +11,7 @@ from mar.charts import draw_confusion
 from mar.errors import UserError
 from mar.settings import flatten, placeless
 from orchestration.figures import draw, draw_figure, figure_info
-from orchestration.interactive import chart, confusion_chart, plotly_script, study_chart
+from orchestration.interactive import PAGE_STYLE, chart, confusion_chart, plotly_script, study_chart
 from orchestration.page_facts import experiments_of, footer
 from orchestration.results import AnyRecord, Record, Row, rows
 from orchestration.statistics import Claim, FileOf, claims
@@ -138,9 +138,7 @@ def _html(study: Study, table: TableInfo, judged: Sequence[str], charts: Sequenc
     found = "".join(f"<p>{html.escape(words)}</p>\n" for words in _findings(study, table.rows))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>{plotly_script()}\n'
-        "<style>body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-        "table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
-        "caption{caption-side:top;text-align:left;font-weight:bold;padding:.5em 0}img{max-width:100%}</style></head>\n"
+        f"<style>{PAGE_STYLE}</style></head>\n"
         f"<body><h1>{title}</h1>\n{found}{to_html(table, has_caption=False)}{''.join(charts)}\n{claimed}"
         f"{_differing_settings(study)}<details><summary>The {len(shared)} settings that all trials share</summary>\n"
         f"<table>{rows_text}</table></details>\n{end}</body></html>\n"

@@ -72,9 +72,11 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
     print(f"\n{table}")
     print("\n".join([*lines, ""]))
     print(f"figure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")
-    served = (
-        launch.tracking_uri and launch.shown_tracking
-    ) or f"mar ui{'' if str(launch.store) == 'mar_store' else f' --store {shlex.quote(str(launch.store))}'}"
+    served = "mar ui"
+    if launch.tracking_uri:
+        served = launch.shown_tracking
+    elif str(launch.store) != "mar_store":
+        served = f"mar ui --store {shlex.quote(str(launch.store))}"
     print(f"MLflow   {served}   (experiment {study.name!r})")
     tell_webhook(study, launched)
     if launched.failures:

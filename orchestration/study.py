@@ -72,7 +72,7 @@ class Trial:
     @cached_property
     def key(self) -> str:
         """A short hash of the identity; names the trial's folder."""
-        return hashlib.sha256(self.identity.encode()).hexdigest()[:12]
+        return key_of(self.identity)
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,11 @@ def _of_one(path: Path, overrides: Sequence[str]) -> Study:
 def _weights_fingerprint(name: str) -> str:
     """Look at a checkpoint once for a study: a thousand trials may start from it."""
     return weights_fingerprint(name)
+
+
+def key_of(identity_line: str) -> str:
+    """Return the key of the trial with an identity."""
+    return hashlib.sha256(identity_line.encode()).hexdigest()[:12]
 
 
 def identity(settings: ExperimentConfig, data_fingerprint: str) -> str:

@@ -355,8 +355,7 @@ class Writer:
                 order()
             except Exception as error:  # whatever it was, the order stands until it is carried out or given up
                 if _never_passes(error):
-                    reason = without_secrets(str(error).strip().splitlines()[0])[:200]
-                    notice(f"MLflow refuses something for good, which is left out: {reason}")
+                    _mention_refusal(error)
                     self._failure = None
                     return
                 self._failure = error
@@ -379,9 +378,22 @@ class Writer:
     def _flush(self) -> None:
         for key, points in list(self._pending.items()):
             while points:
-                self.client.log_batch(self._runs[key], metrics=points[:_METRICS_PER_BATCH])
+                self._log(key, points[:_METRICS_PER_BATCH])
                 del points[:_METRICS_PER_BATCH]
             del self._pending[key]
+
+    def _log(self, key: str, points: list[Metric]) -> None:
+        """Log points of a run; of those that are refused for good each alone, so that the others are written."""
+        try:
+            self.client.log_batch(self._runs[key], metrics=points)
+        except Exception as error:
+            if not _never_passes(error):
+                raise
+            if len(points) == 1 or isinstance(error, KeyError):
+                _mention_refusal(error)
+                return
+            for point in points:
+                self._log(key, [point])
 
 
 _PLACES = {
@@ -429,6 +441,11 @@ def _never_passes(error: Exception) -> bool:
     if isinstance(error, MlflowException):
         return error.error_code in _REFUSALS
     return isinstance(error, KeyError)
+
+
+def _mention_refusal(error: Exception) -> None:
+    reason = without_secrets(str(error).strip().splitlines()[0])[:200]
+    notice(f"MLflow refuses something for good, which is left out: {reason}")
 
 
 def _parameter(value: Any) -> str:

@@ -81,8 +81,10 @@ class _Trial:
 def _try(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reason | None:
     """Attempt until it is finished, or another attempt would end the same, or there were enough."""
     told, folder, reason = trial.told, trial.folder, None
-    while True:
-        begun = _count_attempt(folder) if share().rank == 0 else 1
+    for here in range(1, told.retries + 2):
+        begun = here
+        if share().rank == 0 and not told.remote:  # on a disk of a node's own, another launch's count may lie
+            begun = max(here, _count_attempt(folder))
         reason = _attempt(trial, report, wished)
         if reason is None or reason.kind == "stopped":
             break

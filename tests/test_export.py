@@ -1,6 +1,7 @@
 """Weights out: what was written comes back exactly, here, in transformers and in onnxruntime."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +110,10 @@ def test_a_linear_classifier_goes_to_transformers_and_a_bridging_one_is_said_to_
 def test_onnxruntime_gives_the_scores_for_any_number_of_clips(overrides: dict[str, object], tmp_path: Path) -> None:
     settings = build(merge(SMALL, overrides))
     weights = weights_of(settings)
-    assert write_onnx(tmp_path / "model.onnx", weights, settings) < 1e-5
+    names = ("up", "down, slowly", "<b>", "é", "5")
+    assert write_onnx(tmp_path / "model.onnx", replace(weights, classes=names), settings) < 1e-5
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    assert tuple(json.loads(session.get_modelmeta().custom_metadata_map["classes"])) == names
     pixels = torch.rand(3, 3, 4, 64, 64)
     (scores,) = session.run(None, {"pixels": pixels.numpy()})
     model = MAR(settings).eval()

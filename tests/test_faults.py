@@ -27,8 +27,11 @@ from mar.errors import Failure
 from mar.sealed import write_sealed, write_text
 from mar.step import Execution
 from mar.train import fit
+from orchestration import worker
 from orchestration.config import LaunchConfig
+from orchestration.study import read_study
 from orchestration.tracking import RunRecord, Store
+from orchestration.trial import assign
 
 BIN = Path(sys.executable).parent
 _ROOM_MIB = 13 * 1024
@@ -291,3 +294,28 @@ def test_a_webhook_hears_how_a_study_ended(place: Path) -> None:
     assert "nobody" not in mar(
         place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--webhook", "http://127.0.0.1:9"
     )
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_retries_are_counted_once_whoever_tries_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_full: bool
+) -> None:
+    """Ray starts a lost process again, which must not begin to count anew; and a count that cannot be kept ends too."""
+    begun: list[int] = []
+
+    def lost(*_: object) -> None:
+        begun.append(1)
+        raise Failure("a loader process was lost", "node")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(worker, "fit", lost)
+    if is_full:
+        monkeypatch.setattr(worker, "write_text", full)
+    trial = read_study(str(place / "tiny.yaml")).trials[0]
+    spec = assign(trial, LaunchConfig(store=tmp_path / "store", backend="local", retries=2), 0).plain()
+    assert worker.train(spec, lambda *_: None)
+    assert len(begun) == 3, "the first and two retries"
+    assert worker.train(spec, lambda *_: None)
+    assert len(begun) == (6 if is_full else 4), "what Ray starts again is not tried three times more"

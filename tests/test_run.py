@@ -1,7 +1,5 @@
 """Studies run for real: every backend, MLflow, a killed driver, and what a user's mistakes are answered with."""
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -18,11 +16,11 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from commands import run_mar
 from conftest import tiny_tree
 
 from mar.config import ExperimentConfig
 from orchestration import sweep, worker
-from orchestration.cli import main
 from orchestration.config import LaunchConfig
 from orchestration.failures import Reason
 from orchestration.study import Trial
@@ -85,19 +83,9 @@ def no_orphans() -> Iterator[None]:
 
 
 def mar(place: Path, *words: str, code: int = 0) -> str:
-    """Run the command in ``place``, in this process (loading Ray and MLflow anew takes seconds); return its output."""
-    output = io.StringIO()
-    errors = io.StringIO() if "--json" in words else output
-    before = sys.argv
-    try:
-        sys.argv = ["mar", *words]
-        with contextlib.chdir(place), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            main()
-    except SystemExit as ended:
-        assert ended.code == code, output.getvalue()
-    finally:
-        sys.argv = before
-    return output.getvalue()
+    """Run the command in ``place``; return its errors and what it printed, of JSON that alone."""
+    output, errors = run_mar(place, *words, code=code)
+    return output if "--json" in words else errors + output
 
 
 def trial_runs(place: Path, store: str = "mar_store") -> list[RunRecord]:

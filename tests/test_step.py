@@ -88,7 +88,7 @@ def test_a_step_never_waits_for_its_device(
 ) -> None:
     """All but the backward pass, on a device that is not there: whoever looks at a number (``item``, booleans) fails.
 
-    ``benchmarks/device.sh`` has a device that is there say so of the whole step.
+    ``benchmarks/device.py`` has a device that is there say so of the whole step.
     """
     settings = tiny(AUGMENTED)
     tokens = prod(settings.grid)

@@ -1,16 +1,13 @@
 """Stores: any path, moved and copied, with one half lost; what studies are called in them."""
 
-import contextlib
-import io
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import run_mar as mar
 from conftest import tiny_tree
 
-from orchestration.cli import main
 from orchestration.config import LaunchConfig, sqlite_address
 from orchestration.names import name_in_store, name_of
 from orchestration.secrets import without_secrets
@@ -24,21 +21,6 @@ axes:
 table: {columns: [top1], reference: "50"}
 claims: {"less is better": ["25 > 50"]}
 """
-
-
-def mar(place: Path, *words: str, code: int = 0) -> tuple[str, str]:
-    """Run the command in ``place``, in this process; return what it printed, and its errors."""
-    output, errors = io.StringIO(), io.StringIO()
-    before = sys.argv
-    try:
-        sys.argv = ["mar", *words]
-        with contextlib.chdir(place), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            main()
-    except SystemExit as ended:
-        assert ended.code == code, output.getvalue() + errors.getvalue()
-    finally:
-        sys.argv = before
-    return output.getvalue(), errors.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +127,16 @@ def test_with_the_database_lost_recover_writes_the_runs_again(folder: Path, lost
         known = {name: value for name, value in before[key].metrics.items() if not name.startswith("cost/")}
         assert {name: run.metrics[name] for name in known} == known
     assert "0 recovered, 2 known before" in mar(folder, "recover", "--store", str(store))[0]
+
+
+def test_a_result_is_not_recovered_under_another_name_than_what_was_trained(folder: Path, lost: Path) -> None:
+    first, second = sorted((lost / "trials").iterdir())
+    (first / "trial.json").write_text("{half")  # its settings and its data tell it all the same
+    first.rename(lost / "trials" / "0123456789ab")  # as another version's key, or other data's, would be
+    (second / "trial.json").unlink()
+    output, _ = mar(folder, "recover", "--store", str(lost), code=1)
+    assert f"recovered  {second.name} (recovered)" in output
+    assert "0123456789ab/result: what was trained cannot be told" in output
 
 
 def test_with_the_database_lost_a_run_takes_the_results_and_trains_nothing(folder: Path, lost: Path) -> None:

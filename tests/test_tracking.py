@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from mar.errors import Failure
 from orchestration.config import LaunchConfig
@@ -108,3 +110,24 @@ def test_what_mlflow_refuses_for_good_is_left_out_and_said_and_the_rest_is_writt
     (run,) = store.trials()
     assert run.status == "FINISHED" and run.tags["after"] == "it"
     assert "MLflow refuses something for good" in capsys.readouterr().err
+
+
+def test_points_that_are_refused_do_not_hold_back_those_of_other_runs(
+    store: Store, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = store.experiment("study's name")
+    writer.open("b", lambda: store.run(experiment, "trial b", {"mar.kind": "trial", "mar.key": "b"}, {}))
+    real = writer.client.log_batch
+
+    def log_batch(run_id: str, metrics: Any = (), **more: Any) -> None:
+        if any(point.key == "bad" for point in metrics):
+            raise MlflowException("Invalid metric", error_code=INVALID_PARAMETER_VALUE)
+        real(run_id, metrics=metrics, **more)
+
+    monkeypatch.setattr(writer.client, "log_batch", log_batch)
+    writer.metrics("a", 1, {"bad": 1.0, "train/loss": 2.0})
+    writer.metrics("b", 1, {"train/loss": 3.0})
+    writer.close()
+    logged = {run.key: run.metrics for run in store.trials()}
+    assert logged["a"]["train/loss"] == 2.0 and "bad" not in logged["a"]
+    assert logged["b"]["train/loss"] == 3.0

@@ -123,7 +123,7 @@ def videomae(model: MAR, settings: ExperimentConfig) -> Any:
     renamed = {name.replace("q_bias", "query.bias").replace("v_bias", "value.bias"): named[name] for name in named}
     expected = theirs.state_dict()
     for name, value in expected.items():
-        if name.endswith("key.bias") and name not in renamed:  # transformers before 5.20 keeps zeros there
+        if name.endswith("key.bias") and name not in renamed:  # transformers 5.17 has it, of zeros; 5.23 has not
             renamed[name] = torch.zeros_like(value)
     theirs.load_state_dict(renamed)
     return theirs

@@ -7,10 +7,15 @@ depend on how many workers and loader processes there are, and a resumed epoch g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import os
+import shutil
+import traceback
+from collections.abc import Generator, Iterable, Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mar.annotations import Video
 from mar.config import AugmentConfig, ExperimentConfig
@@ -26,9 +31,13 @@ from mar.decoders import BrokenVideo, Frames
 from mar.errors import Failure, UserError
 from mar.frame_cache import open_video
 from mar.policy import RandAugmentPolicy
+from mar.processes import end_with_parent, forkserver
 from mar.randaugment import draw_operations, rand_augment
 from mar.video import evaluation_frames, training_frames
 
+_BATCHES_AHEAD = 2
+"""Of each loader process, on their way or waiting."""
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 VIDEOS_PER_PIECE = 8
 """Of a batch: what a loader process decodes at a time."""
 Box = tuple[int, int, int, int]
@@ -114,6 +123,11 @@ class EvaluationClips(Dataset[Sample]):
         boxes = test_boxes(clips[0].shape[1], clips[0].shape[2], self.crops, settings.evaluation.crop_from)
         views = [crop_and_resize(frames, box, size, antialias) for frames in clips for box in boxes]
         return Sample(torch.stack(views), video.label, index)
+
+
+def bytes_per_clip(settings: ExperimentConfig) -> int:
+    """Return the size of one view's pixels."""
+    return settings.clip.frames * settings.clip.size**2 * 3
 
 
 def _black(views: int, settings: ExperimentConfig) -> UInt8[Tensor, "views T H W C"]:
@@ -251,41 +265,133 @@ class TrainingOrder:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack the clips, and list the videos that could not be decoded."""
-    clips, labels, videos, broken = zip(*samples, strict=True)
-    good = torch.tensor([each is None for each in broken])
-    reasons = tuple(each for each in broken if each is not None)
-    return Batch(torch.stack(clips), torch.tensor(labels), torch.tensor(videos), good, reasons)
+    """Stack the clips, and list the videos that could not be decoded; a loader process does it in shared memory.
 
+    PyTorch would move the batch there while it sends it, where an error is printed and the batch is lost: the trainer
+    would wait for it for ever.
 
-def loader(dataset: Dataset[Sample], batches: Iterable[Any], processes: int, device: torch.device) -> Iterable[Batch]:
-    """Return a loader that decodes in this process, or in ``processes`` others that stay alive between passes.
-
-    A pass raises a Failure of the kind ``node`` when one of them is lost in the middle of a batch; when it is lost between two,
-    PyTorch raises a RuntimeError.
+    Raises:
+        Failure: the batch does not fit into shared memory (``shm``).
     """
+    clips, labels, videos, broken = zip(*samples, strict=True)
+    good = [each is None for each in broken]
+    reasons = tuple(each for each in broken if each is not None)
+    stacked = torch.empty(len(clips), *clips[0].shape, dtype=torch.uint8)
+    batch = Batch(stacked, torch.tensor(labels), torch.tensor(videos), torch.tensor(good), reasons)
+    if get_worker_info() is not None:
+        try:
+            for tensor in (batch.clips, batch.labels, batch.videos, batch.good):
+                tensor.share_memory_()
+        except RuntimeError as error:
+            raise _shared_memory_full(f"a batch of {_mb(stacked.nbytes)} does not fit: {error}") from None
+    torch.stack(clips, out=stacked)
+    return batch
+
+
+def _shared_memory_full(words: str) -> Failure:
+    return Failure(f"{_SHARED_MEMORY}, through which loader processes send clips, is too small: {words}", "shm")
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def loader(
+    dataset: Dataset[Sample],
+    batches: Iterable[Any],
+    processes: int,
+    device: torch.device,
+    bytes_per_batch: int,
+    is_kept: bool = False,
+) -> Iterable[Batch]:
+    """Return a loader that decodes in this process, or in ``processes`` others.
+
+    With ``is_kept`` these stay alive between passes; otherwise they end with each pass.
+
+    Raises:
+        Failure: the batches that are on their way at once do not fit into shared memory (``shm``). A pass raises one of
+            the kind ``node`` when a process is lost in the middle of a batch; when it is lost between two, PyTorch
+            raises a RuntimeError.
+    """
+    if processes:
+        _check_shared_memory(processes, bytes_per_batch, batches)
     loading: DataLoader[Any] = DataLoader(
-        dataset,
+        _Batches(dataset),
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]
         num_workers=processes,
-        collate_fn=collate,
+        collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
-        multiprocessing_context="forkserver" if processes else None,
-        persistent_workers=processes > 0,
+        multiprocessing_context=forkserver() if processes else None,
+        persistent_workers=is_kept and processes > 0,
+        prefetch_factor=_BATCHES_AHEAD if processes else None,
+        worker_init_fn=_begin_loader_process,
     )
     return _Loading(loading)
+
+
+def _begin_loader_process(number: int) -> None:
+    end_with_parent()
+    # Whatever else cannot be sent ends the process: the trainer notices that within seconds, a lost batch never.
+    Queue._on_queue_feeder_error = staticmethod(_end_over_lost_batch)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _end_over_lost_batch(error: BaseException, batch: object) -> None:
+    traceback.print_exception(error)
+    os._exit(1)
+
+
+def _check_shared_memory(processes: int, bytes_per_batch: int, batches: Iterable[Any]) -> None:
+    """See that what loader processes have on its way to the trainer at once fits, before they start.
+
+    Raises:
+        Failure: it does not.
+    """
+    if not _SHARED_MEMORY.is_dir():  # not Linux
+        return
+    at_once = processes * _BATCHES_AHEAD + 1  # one is being used
+    if isinstance(batches, Sized):
+        at_once = min(at_once, len(batches))
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if at_once * bytes_per_batch > free:
+        raise _shared_memory_full(
+            f"{_mb(free)} are free, {processes} loader processes need about {_mb(at_once * bytes_per_batch)}"
+        )
+
+
+class _Batches(Dataset[Any]):
+    """A dataset's batches. Where one fails, its error stands for it: PyTorch would drop the failure's kind on the way."""
+
+    def __init__(self, dataset: Dataset[Sample]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, keys: list[Any]) -> Batch | Failure | UserError:
+        try:
+            return collate([self.dataset[key] for key in keys])
+        except (Failure, UserError) as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _Loading:
     """A loader that says so when a process of its own was lost while it sent a batch: to PyTorch, the batch ends early."""
 
-    def __init__(self, loading: Iterable[Batch]) -> None:
+    def __init__(self, loading: Iterable[Batch | Failure | UserError]) -> None:
         self.loading = loading
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            yield from self.loading
+            for batch in self.loading:
+                if not isinstance(batch, Batch):
+                    raise batch
+                yield batch
+        except (Failure, UserError):
+            raise
         except (EOFError, ConnectionError, RuntimeError) as error:
+            if "Bus error" in str(error):  # a page of shared memory that could not be had
+                raise _shared_memory_full(str(error)) from error
             is_cut_off = not isinstance(error, RuntimeError) or str(error).startswith("Pin memory thread exited")
             is_ours = str(error).startswith("Caught ")  # raised by our code in such a process: it would come again
             if is_ours or not is_cut_off:
@@ -295,13 +401,14 @@ class _Loading:
 
 def training_batches(
     settings: ExperimentConfig, videos: list[Video], order: TrainingOrder, processes: int, device: torch.device
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield this worker's share of each step, on the device.
 
     A share is loaded in pieces, so that all processes work on the first one and none holds more than a few megabytes
     ahead. On an accelerator the pieces are copied beside the step that is under way.
     """
-    pieces = loader(TrainingClips(settings, videos), _Pieces(order), processes, device)
+    size = min(VIDEOS_PER_PIECE, settings.videos_per_batch) * settings.augment.repeats * bytes_per_clip(settings)
+    pieces = loader(TrainingClips(settings, videos), _Pieces(order), processes, device, size)
     beside = torch.cuda.Stream(device) if device.type == "cuda" else None
     loaded = iter(pieces)
     while step := list(islice(loaded, order.pieces_per_step)):

@@ -15,7 +15,7 @@ from mar import parallel
 from mar.annotations import Video
 from mar.augment import to_pixels
 from mar.config import ExperimentConfig
-from mar.dataset import EvaluationClips, loader
+from mar.dataset import EvaluationClips, bytes_per_clip, loader
 from mar.errors import Failure
 from mar.frame_cache import check
 from mar.masking import evaluation_mask
@@ -72,7 +72,7 @@ class Reconstruction:
 
 
 class Evaluator:
-    """Evaluates a model on one split, as often as asked.
+    """Evaluates a model on one split, as often as asked; with ``is_kept`` its loader processes live as long as it does.
 
     Raises:
         UserError: the frame cache lacks a video or is stale, or the decoder that the settings name does not work.
@@ -88,6 +88,7 @@ class Evaluator:
         crops: int = 1,
         shuffled: bool = False,
         loader_processes: int = 0,
+        is_kept: bool = False,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
         check(settings.data, videos)
@@ -97,7 +98,8 @@ class Evaluator:
         batches = [mine[first : first + size] for first in range(0, len(mine), size)]
         self.settings, self.device, self.alive = settings, device, alive
         dataset = EvaluationClips(settings, videos, clips, crops, shuffled)
-        self.loader = loader(dataset, batches, loader_processes, device)
+        bytes_per_batch = size * clips * crops * bytes_per_clip(settings)
+        self.loader = loader(dataset, batches, loader_processes, device, bytes_per_batch, is_kept)
 
     @torch.no_grad()
     def __call__(self, model: MAR) -> Predictions:

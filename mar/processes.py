@@ -1,19 +1,43 @@
-"""Work on many files in other processes: in order, and alive when one of them dies over a file."""
+"""Helper processes: they end with the one that started them; and work on many files, in order, whatever dies over one."""
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.context
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Return what starts helper processes: forks of a server that has loaded PyTorch and the decoders once for all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "mar.dataset"])
+    return context
+
+
+def end_with_parent() -> None:
+    """Have this helper process end when the process that started it is gone, also when that was killed.
+
+    The fork server's processes hold each other's pipes open, so without this they stay for ever.
+    """
+    threading.Thread(target=_end_after_parent, name="parent", daemon=True).start()
+
+
+def _end_after_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()  # waits on a pipe whose other end that process alone has
+        os._exit(1)
 
 
 def each(
@@ -64,9 +88,10 @@ def _alone(work: Callable[[Item], Result], item: Item, crashed: Callable[[Item],
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, get_context("forkserver"), initializer=_hush)
+    return ProcessPoolExecutor(processes, forkserver(), initializer=_hush)
 
 
 def _hush() -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -102,7 +102,9 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
         report(epoch, metrics, None)
     processes = execution.loader_processes
     batches = training_batches(settings, train, order, processes, execution.device)
-    validate = Evaluator(settings, val, execution.device, loader_processes=processes, alive=execution.alive)
+    validate = Evaluator(
+        settings, val, execution.device, loader_processes=processes, is_kept=True, alive=execution.alive
+    )
     with Saver(folder, settings, execution.keep, execution.stored) as saver:
         training = Training(settings, execution, model, optimizer, progress, folder, order.steps_per_epoch, saver)
         while training.epoch < settings.recipe.epochs:
@@ -117,6 +119,8 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
             if training.is_to_stop and training.epoch < settings.recipe.epochs:
                 saver.wait()
                 raise Stopped(f"stopped after epoch {training.epoch}, saved")
+    batches.close()
+    del batches, validate  # their loader processes end before those of testing begin
     trained = Trained(settings, folder, execution, model, progress.history)
     return _finish(trained, val, report)
 

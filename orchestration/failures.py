@@ -17,6 +17,7 @@ REMEDIES: dict[FailureKind, str] = {
     "data": "mar data check names every such video; repair it, or set data.broken=skip",
     "disk": "make room, or choose another --store; the same command goes on",
     "memory": "--max-clips-per-pass N computes the batch in smaller passes, --recompute-activations keeps fewer activations; the result is the same",
+    "shm": "--loader-processes 0 needs none; or enlarge /dev/shm (docker run --shm-size=8g, Kubernetes: an emptyDir of medium Memory)",
     "numbers": "a smaller recipe.base_lr, recipe.clip_grad, or recipe.precision=fp32",
     "hang": "the log has every thread's stack; a slow step wants a larger --hang-timeout-s",
     "node": "the same command goes on from the last checkpoint",

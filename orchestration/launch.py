@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from mar import MANIFEST, RESULT
 from mar.config import EvaluationMaskConfig
 from mar.cost import cost
 from mar.errors import Failure
-from mar.keep import clear
+from mar.keep import Keep, clear
 from mar.settings import DATA_PLACES, flatten, placeless
 from orchestration import provenance
 from orchestration.failures import Reason
@@ -36,7 +37,7 @@ from orchestration.tracking import (
     Store,
     Writer,
 )
-from orchestration.trial import LOG, LOGS, PASSES, RECORD
+from orchestration.trial import CLEARED, LOG, LOGS, PASSES, RECORD
 
 _MOST_NOTE = 4900
 """Characters; MLflow refuses a tag of 5,000 or more on some stores."""
@@ -75,6 +76,7 @@ class Launch:
         self.shared = {STUDY: study.name, **provenance.tags()}
         self.experiment = store.experiment(study.name)
         store.close_stale(self.experiment)  # nobody else runs this study: its lock is held
+        self._clear_left()
         title = study.file.title
         tags = {**self.shared, "title": title, "mlflow.note.content": title}
         metrics, differing = _columns(study)
@@ -128,7 +130,8 @@ class Launch:
 
     def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
         """Log an epoch."""
-        self.writer.metrics(key, epoch, metrics)
+        trained = {name: value for name, value in metrics.items() if not name.startswith("test/")}
+        self.writer.metrics(key, epoch, trained)  # what testing measured is logged when it is finished
         self._relay(key)
         if epoch >= self._shown.get(key, 0):  # a trial that goes on tells the epochs before that again
             self._shown[key] = epoch
@@ -152,8 +155,10 @@ class Launch:
         if key not in self.trained_by:
             told = {name: f"{value:.4f}" for name, value in final.items()}
             self.writer.register(key, self.study.name, {"trial": trial.name, **told})
+        with suppress(OSError):
+            (folder / CLEARED).write_text(json.dumps(asdict(self.store.launch.keep)), encoding="utf-8")
         self.writer.end(key, "FINISHED")
-        self.writer.then(lambda: self._clear(folder))
+        self.writer.then(lambda: self._clear(folder, self.store.launch.keep))
         self.done.add(key)
         self._relay(key)
         self.view.finished(trial, metrics)
@@ -189,7 +194,7 @@ class Launch:
             self._keep_log(key)
             self.writer.end(key, "KILLED")
         for key in self.stopped:
-            self._clear(self.store.launch.trial_folder(key))
+            self._clear(self.store.launch.trial_folder(key), self.store.launch.keep)
         self.writer.flush()
 
     def keep(self, reports: Path, records: Sequence[Record], note: str) -> None:
@@ -224,13 +229,25 @@ class Launch:
         if (folder / LOGS).is_dir():
             self.writer.artifacts(key, folder / LOGS, LOGS)
 
-    def _clear(self, folder: Path) -> None:
+    def _clear(self, folder: Path, keep: Keep) -> None:
         """Remove the checkpoints of a trial that MLflow knows to be finished, but for those that are kept."""
         launch = self.store.launch
-        clear(folder, launch.keep)
+        clear(folder, keep)
         if launch.remote:
             with suppress(Failure, OSError):  # they only take room
-                clear_copies(remote(launch.remote), folder.name, launch.keep)
+                clear_copies(remote(launch.remote), folder.name, keep)
+        (folder / CLEARED).unlink(missing_ok=True)
+
+    def _clear_left(self) -> None:
+        """Remove the checkpoints of finished trials whose launch was killed before it could."""
+        folders = {key: self.store.launch.trial_folder(key) for key in self.trials}
+        left = {key: folder for key, folder in folders.items() if (folder / CLEARED).is_file()}
+        if not left:
+            return
+        finished = {record.key for record in self.store.trials() if record.status == "FINISHED"}
+        for folder in (left[key] for key in finished & left.keys()):
+            with suppress(OSError, ValueError, TypeError):
+                self._clear(folder, Keep(**json.loads((folder / CLEARED).read_text(encoding="utf-8"))))
 
     def _relay(self, key: str) -> None:
         """Tell the view what the trial's workers have said since."""

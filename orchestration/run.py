@@ -185,7 +185,8 @@ def run_studies(studies: Sequence[Study], launch: LaunchConfig, budget: Budget |
         Failure: a study has trials that failed; the others were run.
         UserError: a study could not begin; the others were run.
     """
-    before, began = {record.run_id for record in Store(launch).trials()}, time.monotonic()
+    before = {record.run_id for record in Store(launch).trials() if record.status == "FINISHED"}
+    began = time.monotonic()
     wrong: list[str] = []
     is_users_alone, is_stopped = True, False
     with _one_backend(launch):

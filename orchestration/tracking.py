@@ -26,6 +26,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
+import filelock
 import mlflow
 import sqlalchemy
 from mlflow.entities import Metric, Param, Run, RunTag
@@ -63,6 +64,10 @@ _WHOLE_VIEW: dict[str, Any] = {
     "runsPinned": [],
     "runsHidden": [],
 }
+_DATABASE_MADE_S = 120.0
+"""A new one takes two seconds, on a slow disk ten."""
+_SAID_AFTER_S = 5.0
+"""Of waiting for a store that is away."""
 _PARAMS_PER_BATCH = 90
 _METRICS_PER_BATCH = 900
 
@@ -109,10 +114,11 @@ class Store:
         with _explained(launch):
             if launch.tracking_uri is None:
                 launch.store.mkdir(parents=True, exist_ok=True)
-            self.client = mlflow.MlflowClient(tracking_uri=launch.tracking)
-            experiments = list(self._pages(self.client.search_experiments))
-            if launch.tracking_uri is None:
-                _follow_move(launch, [str(each.artifact_location) for each in experiments])
+            with _one_at_a_time(launch):
+                self.client = mlflow.MlflowClient(tracking_uri=launch.tracking)
+                experiments = list(self._pages(self.client.search_experiments))
+                if launch.tracking_uri is None:
+                    _follow_move(launch, [str(each.artifact_location) for each in experiments])
 
     def trials(self) -> list[RunRecord]:
         """Return every trial's run, of all studies, newest first."""
@@ -285,7 +291,7 @@ class Writer:
         self._orders.put(lambda: self._runs.update({key: find_or_make()}))
 
     def metrics(self, key: str, epoch: int, metrics: Mapping[str, float], again: bool = False) -> None:
-        """Log an epoch's metrics, unless an attempt before this one has; ``again`` logs what is new in any case."""
+        """Log an epoch's metrics, unless an attempt before this one has; ``again`` logs those of them that it has not."""
         now = int(time.time() * 1000)
         self._orders.put(lambda: self._collect(key, epoch, metrics, now, again))
 
@@ -324,10 +330,19 @@ class Writer:
         written = threading.Event()
         self._orders.put(self._flush)
         self._orders.put(written.set)
-        while not written.wait(timeout=self.patience_s):
-            if self._failure:
+        began = time.monotonic()
+        while not written.wait(timeout=min(_SAID_AFTER_S, self.patience_s)):
+            if self._failure is None:  # it is being written, and that takes its time
+                began = time.monotonic()
+                continue
+            if time.monotonic() - began >= self.patience_s:
                 self._abandoned.set()
                 raise Failure(_unusable(self.store.launch, self._failure))
+            reason = without_secrets(str(self._failure).strip().splitlines()[0])[:200]
+            notice(
+                f"all is trained and safe in {self.store.launch.store}; waiting up to {self.patience_s / 60:g} min for the "
+                f"tracking store {self.store.launch.shown_tracking} to write it down: {reason}"
+            )
 
     def close(self) -> None:
         """Write what is left and stop.
@@ -371,9 +386,15 @@ class Writer:
             self._logged[key] = max((point.step for point in history), default=-1)
         if epoch > self._logged[key] or again:
             self._logged[key] = max(epoch, self._logged[key])
-            named = metrics if again else {**metrics, "epoch": epoch}
+            named = {**metrics, "epoch": epoch}
+            if again:
+                named = {name: value for name, value in metrics.items() if not self._has(key, name, epoch)}
             points = [Metric(name, value, now, epoch) for name, value in named.items()]
             self._pending.setdefault(key, []).extend(points)
+
+    def _has(self, key: str, name: str, epoch: int) -> bool:
+        """Whether a launch that was killed before it could say so has logged it."""
+        return any(point.step == epoch for point in self.client.get_metric_history(self._runs[key], name))
 
     def _flush(self) -> None:
         for key, points in list(self._pending.items()):
@@ -394,6 +415,21 @@ class Writer:
                 return
             for point in points:
                 self._log(key, [point])
+
+
+@contextlib.contextmanager
+def _one_at_a_time(launch: LaunchConfig) -> Generator[None]:
+    """Hold the embedded store while its database is opened: two first launches would both make its tables."""
+    if launch.tracking_uri is not None or not os.access(launch.store, os.W_OK):
+        yield
+        return
+    try:
+        with filelock.FileLock(launch.store / ".database.lock", timeout=_DATABASE_MADE_S):
+            yield
+    except filelock.Timeout:
+        raise Failure(
+            f"another process has been making the database in {launch.store} for {_DATABASE_MADE_S:g} s"
+        ) from None
 
 
 _PLACES = {

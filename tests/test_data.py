@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from mar.augment import draw_erased, erase, flip, mix, soft_labels, swapped
 from mar.config import AugmentConfig, ClipConfig, DataConfig, ExperimentConfig
 from mar.dataset import (
     EvaluationClips,
+    Sample,
     Share,
     TrainingClips,
     TrainingOrder,
@@ -541,7 +543,7 @@ class _Broken(Dataset[Any]):
 
 def test_a_file_that_ends_early_is_no_lost_loader_process() -> None:
     with pytest.raises(EOFError, match="this file ends early"):
-        list(loader(_Broken(), [[0]], 1, torch.device("cpu")))
+        list(loader(_Broken(), [[0]], 1, torch.device("cpu"), 1))
 
 
 def test_a_batch_that_ends_early_is_a_lost_loader_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,5 +552,45 @@ def test_a_batch_that_ends_early_is_a_lost_loader_process(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("torch.utils.data.dataloader._SingleProcessDataLoaderIter._next_data", lost)
     with pytest.raises(Failure, match="a loader process was lost") as raised:
-        list(loader(_Broken(), [[0]], 0, torch.device("cpu")))
+        list(loader(_Broken(), [[0]], 0, torch.device("cpu"), 1))
     assert raised.value.kind == "node"
+
+
+class _Failing(Dataset[Any]):
+    def __getitem__(self, key: Any) -> Any:
+        raise Failure("the cache is damaged", "damaged")
+
+
+class _Unsendable(Dataset[Any]):
+    def __getitem__(self, key: Any) -> Any:
+        return Sample(torch.zeros(1, 1, 2, 2, 3, dtype=torch.uint8), 0, 0, lambda: 0)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_a_loader_process_fails_at_is_the_same_error_in_the_trainer() -> None:
+    with pytest.raises(Failure, match=r"^the cache is damaged$") as raised:
+        list(loader(_Failing(), [[0]], 1, torch.device("cpu"), 1))
+    assert raised.value.kind == "damaged"
+
+
+class _Large(Dataset[Any]):
+    def __getitem__(self, key: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # a file of shared memory may be no larger
+        return Sample(torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8), 0, 0)
+
+
+def test_a_batch_that_does_not_fit_into_shared_memory_is_an_error_with_its_remedy() -> None:
+    with pytest.raises(Failure, match=r"/dev/shm, through which .* a batch of 0 MB does not fit") as raised:
+        list(loader(_Large(), [[0]], 1, torch.device("cpu"), 1))
+    assert raised.value.kind == "shm"
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error_and_not_a_wait() -> None:
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(loader(_Unsendable(), [[0]], 1, torch.device("cpu"), 1))
+
+
+def test_shared_memory_is_looked_at_before_loader_processes_start() -> None:
+    with pytest.raises(Failure, match="free, 2 loader processes need about 5,000,000 MB") as raised:
+        loader(_Failing(), [[number] for number in range(9)], 2, torch.device("cpu"), 10**12)
+    assert raised.value.kind == "shm"
+    loader(_Failing(), [], 2, torch.device("cpu"), 10**12)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -198,7 +200,8 @@ def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(place: Path, video
     content = stuck.read_bytes()
     stuck.unlink()
     os.mkfifo(stuck)  # whoever opens it waits for ever
-    output = mar(place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--hang-timeout-s", "3", code=70)
+    output = mar(place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--hang-timeout-s", "3", code=1)
+    assert "mar: no progress for 3 s" in output and "resumes from the last checkpoint" in output
     log = next(place.glob("mar_store/trials/*/logs/worker0.txt")).read_text()
     assert "no progress for 3 s" in log and "Thread 0x" in log and "most recent call first" in log, output
     stuck.unlink()
@@ -221,6 +224,49 @@ def test_a_loader_process_that_is_killed_costs_no_step(place: Path) -> None:
     assert "going on from the last checkpoint" in end(running, 0)  # lost in the middle of a batch, or between two
     here(place, *words, "--store", "undisturbed")
     assert losses(place, "mar_store") == losses(place, "undisturbed")
+
+
+def test_helpers_of_a_trainer_that_is_killed_end_and_whoever_reads_its_output_goes_on(place: Path) -> None:
+    running = begin(place, "run", "tiny.yaml", "recipe.epochs=4000", "--local", "--loader-processes", "2")
+    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+    trainer = psutil.Process(running.pid)
+    wait_for(
+        lambda: len(trainer.children(recursive=True)) >= 4
+    )  # loaders, what forks them, and what tracks their resources
+    helpers = trainer.children(recursive=True)
+    running.kill()
+    running.communicate(timeout=10)  # reads until nobody has the pipe open
+    gone, alive = psutil.wait_procs(helpers, timeout=10)
+    assert gone and not alive
+
+
+def test_loader_processes_of_one_purpose_end_before_those_of_the_next_begin(place: Path) -> None:
+    """Training, validation, testing, and testing with shuffled frames have two each."""
+    running = begin(place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--loader-processes", "2")
+    most, trainer = 0, psutil.Process(running.pid)
+    while running.poll() is None:
+        with suppress(psutil.Error):
+            servers = [each for each in trainer.children() if "forkserver" in " ".join(each.cmdline())]
+            most = max([most, *(len(server.children()) for server in servers)])
+        time.sleep(0.02)
+    end(running, 0)
+    assert 2 <= most <= 4
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a /dev/shm of its own is mounted for it")
+def test_too_little_shared_memory_for_loader_processes_is_said_at_once_with_the_remedy(place: Path) -> None:
+    line = shlex.join([str(BIN / "mar"), "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--loader-processes", "2"])
+    line += " clip.size=64 encoder.tubelet=[2,16,16]"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size=200k tmpfs /dev/shm && {line}"],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "/dev/shm, through which loader processes send clips, is too small" in done.stdout
+    assert "--loader-processes 0" in done.stdout and "--shm-size" in done.stdout
 
 
 @pytest.mark.cluster

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import psutil
 import pytest
 import yaml
 from conftest import tiny_tree
+from test_remote import Server
 
 from orchestration.cli import main
 from orchestration.config import LaunchConfig
@@ -128,6 +131,58 @@ def test_a_second_submission_joins_the_first_and_leaving_ends_nothing(cluster: P
     ]
     assert found["status"] == "SUCCEEDED"
     assert trial_of(place).tags.get("mlflow.source.git.commit"), "the packed code has its commit"
+
+
+@pytest.fixture
+def server(place: Path) -> Generator[Server]:
+    server = Server(place, str(place / "artifacts"))
+    yield server
+    server.kill()
+
+
+def commands_for_a_cluster() -> list[tuple[str, str]]:
+    """Each different `mar submit` and `mar run … --address auto` of the cluster files, with the file that has it."""
+    found: dict[str, str] = {}
+    for path in sorted((ROOT / "cluster").rglob("*")):
+        if path.is_file():
+            for line in re.findall(r"mar submit [^`|\n]*/\S.*|mar run .*--address auto.*", path.read_text()):
+                found.setdefault(line.strip(), str(path.relative_to(ROOT)))
+    return [(file, line) for line, file in found.items()]
+
+
+@pytest.mark.parametrize(("file", "line"), commands_for_a_cluster())
+def test_the_commands_of_the_cluster_files_run_as_they_stand(
+    cluster: Path, place: Path, videos: Path, server: Server, file: str, line: str
+) -> None:
+    """Only the places are this machine's, and the model a tiny one: the words are those of the file."""
+    here = {"/mar/store": f"{place}/store", "http://127.0.0.1:8265": ADDRESS, "http://mlflow:5000": server.address}
+    here |= {"/mar/data/motion-verbs": str(videos), "/mar/data/ssv2": str(videos)}
+    for there, instead in here.items():
+        line = line.replace(there, instead)
+    words = shlex.split(line)[1:]
+    tiny = yaml.safe_load((place / "recipe.yaml").read_text())
+    small = [
+        f"{group}.{name}={value}" for group, values in tiny.items() if group != "data" for name, value in values.items()
+    ]
+    small += [f"data.{name}={tiny['data'][name]}" for name in ("format", "videos", "train", "val", "num_classes")]
+    small += [
+        "data.labels=null",
+        "augment.flip_swaps=[]",
+        "clip.size=56",
+    ]  # 14 × 14 tokens, which every cell of Table IV divides
+    only = ["--only", "ρ=50 %"] if words[1] == "quickstart" else ["--only", "r × q=2 × 2"]
+    environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{PORT}"}  # as in a job, where "auto" is its own cluster
+    done = subprocess.run(
+        [BIN / "mar", *words, *small, *only, "--backend", "inline"],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, f"{file}: {done.stdout}{done.stderr}"
+    assert "0 finished before, 1 to train" in done.stdout
+    assert list((place / "store/trials").glob("*/result/model.safetensors"))
 
 
 def test_a_trial_trains_on_two_nodes_and_goes_on_after_one_is_killed_and_another_joins(

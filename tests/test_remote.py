@@ -122,10 +122,11 @@ def free_port() -> int:
 
 
 class Server:
-    """An MLflow server over HTTP: a database, and artifacts in the object store."""
+    """An MLflow server over HTTP: a database, and artifacts in the object store or wherever it is told."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, artifacts: str | None = None) -> None:
         self.port, self.folder = free_port(), folder
+        self.artifacts = artifacts or f"{BUCKET}/artifacts"
         self.address = f"http://127.0.0.1:{self.port}"
         self.start()
 
@@ -134,7 +135,7 @@ class Server:
         words += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
         with (self.folder / "server.log").open("a") as log:
             self.process = subprocess.Popen(
-                [BIN / "mlflow", *words, "--artifacts-destination", f"{BUCKET}/artifacts"],
+                [BIN / "mlflow", *words, "--artifacts-destination", self.artifacts],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -57,14 +57,21 @@ class State(NamedTuple):
     progress: Progress
 
 
-def save(folder: Path, settings: ExperimentConfig, state: State, keep: Keep) -> Path:
+def save(
+    folder: Path,
+    settings: ExperimentConfig,
+    state: State,
+    keep: Keep,
+    try_again: Callable[[Failure], bool] = lambda failure: False,
+) -> Path:
     """Save a training's state below ``folder`` and remove the checkpoints that ``keep`` does not name."""
     path = path_for(folder, state.progress)
     writers: Writers = {
         "model.safetensors": lambda file: save_file(dict(state.model), file),
         "training.pt": lambda file: torch.save(state.optimizer, file),
     }
-    write_sealed(path, writers, {"settings": settings.model_dump(mode="json"), "progress": asdict(state.progress)})
+    facts = {"settings": settings.model_dump(mode="json"), "progress": asdict(state.progress)}
+    write_sealed(path, writers, facts, try_again=try_again)
     there = sorted(folder.glob("step_*"))
     older = [each for each in there if each.name <= path.name]  # newer ones were found to be damaged
     for old in {*there, *folder.glob(".step_*.unfinished")} - keep.of(older):
@@ -76,13 +83,19 @@ class Saver:
     """Saves checkpoints in a thread of its own, one at a time; the training waits while its state is copied.
 
     What kept a checkpoint from being written is raised by the call after it, or on leaving. ``stored`` is told of each that
-    is whole, in that thread.
+    is whole, in that thread; there ``try_again`` is asked when the disk refuses one.
     """
 
     def __init__(
-        self, folder: Path, settings: ExperimentConfig, keep: Keep, stored: Callable[[Path], None] = lambda path: None
+        self,
+        folder: Path,
+        settings: ExperimentConfig,
+        keep: Keep,
+        stored: Callable[[Path], None] = lambda path: None,
+        try_again: Callable[[Failure], bool] = lambda failure: False,
     ) -> None:
-        self.folder, self.settings, self.keep, self.stored = folder, settings, keep, stored
+        self.folder, self.settings, self.keep = folder, settings, keep
+        self.stored, self.try_again = stored, try_again
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -122,7 +135,7 @@ class Saver:
             pending.result()
 
     def _write(self, state: State) -> None:
-        self.stored(save(self.folder, self.settings, state, self.keep))
+        self.stored(save(self.folder, self.settings, state, self.keep, self.try_again))
 
     def _copy(self, name: str, value: Any) -> Any:
         """Copy the tensors of a state to this machine's memory, into the same buffers each time."""

@@ -27,12 +27,35 @@ _FULL_BYTES = 64 * 2**20
 _ADVICE = "Earlier checkpoints are kept: make room or choose another --store, and run the same command again"
 
 
-def write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any], advice: str = _ADVICE) -> None:
+def write_sealed(
+    path: Path,
+    writers: Writers,
+    facts: Mapping[str, Any],
+    advice: str = _ADVICE,
+    try_again: Callable[[Failure], bool] = lambda failure: False,
+) -> None:
     """Write a folder of files with a manifest, all or nothing; ``advice`` is for a user whose disk refuses.
+
+    When it refuses, ``try_again`` may wait and say whether to write once more.
 
     Raises:
         Failure: the disk is full or refuses; nothing half-written is left behind.
     """
+    while True:
+        try:
+            _write_sealed(path, writers, facts)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+            free_bytes = shutil.disk_usage(_existing(path)).free
+            reason = "the disk is full" if free_bytes < _FULL_BYTES else str(error)
+            words = f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). {advice}"
+            failure = Failure(words, "disk")
+        else:
+            return
+        if not try_again(failure):
+            raise failure
+
+
+def _write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any]) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -47,13 +70,9 @@ def write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any], advice:
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
         _flush(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+    except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
-        free_bytes = shutil.disk_usage(_existing(path)).free
-        reason = "the disk is full" if free_bytes < _FULL_BYTES else str(error)
-        raise Failure(
-            f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). {advice}", "disk"
-        ) from None
+        raise
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from mar.augment import augmented, draw_step, mix
 from mar.checkpoint import Progress
 from mar.config import ExperimentConfig
 from mar.dataset import Batch, draw, one_after_another, places
+from mar.errors import Failure
 from mar.keep import Keep
 from mar.layers import execute
 from mar.model import MAR, Losses
@@ -49,6 +50,8 @@ class Execution:
     """Which checkpoints stay."""
     stored: Callable[[Path], None] = lambda path: None
     """Told of each checkpoint that is whole on the disk."""
+    try_again: Callable[[Failure], bool] = lambda failure: False
+    """Asked when the disk refuses a checkpoint or the result: may wait for room; false: it is a failure."""
     say: Callable[[str], None] = print
     """Where messages for a person go."""
     step: Callable[[int, int], Wish] = lambda done, of: "go on"

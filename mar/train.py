@@ -105,7 +105,7 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     validate = Evaluator(
         settings, val, execution.device, loader_processes=processes, is_kept=True, alive=execution.alive
     )
-    with Saver(folder, settings, execution.keep, execution.stored) as saver:
+    with Saver(folder, settings, execution.keep, execution.stored, execution.try_again) as saver:
         training = Training(settings, execution, model, optimizer, progress, folder, order.steps_per_epoch, saver)
         while training.epoch < settings.recipe.epochs:
             metrics = _train_epoch(training, batches)
@@ -328,7 +328,8 @@ def _write_result(
         shown = [video for video in val if not any(str(video.path) in reason for reason in predictions.broken)][:_SHOWN]
         writers["reconstructions.png"] = lambda file: draw_reconstructions(trained.settings, trained.model, shown, file)
     sealed: Writers = writers
-    write_sealed(trained.folder / RESULT, sealed, {"settings": settings, "metrics": metrics})
+    facts = {"settings": settings, "metrics": metrics}
+    write_sealed(trained.folder / RESULT, sealed, facts, try_again=trained.execution.try_again)
 
 
 def _write_history(history: list[dict[str, float]], file: Path) -> None:

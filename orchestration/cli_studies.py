@@ -81,6 +81,9 @@ def run(
     hang_timeout_s: Annotated[
         float, typer.Option(min=0, help="End and restart a worker that did nothing for so long; 0: never.")
     ] = 1800.0,
+    patience_s: Annotated[
+        float, typer.Option(min=1, help="How long to wait for room on a full disk, or for an MLflow server.")
+    ] = 300.0,
     webhook: Annotated[str | None, typer.Option(help="Address that hears when a study ends, as JSON.")] = None,
     is_all: IsAll = False,
 ) -> None:
@@ -121,6 +124,7 @@ def run(
         checkpoint_every_steps=checkpoint_every_steps,
         retries=retries,
         hang_timeout_s=hang_timeout_s or None,
+        patience_s=patience_s,
         webhook=webhook,
     )
     if webhook and not webhook.startswith(("http://", "https://")):

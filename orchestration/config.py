@@ -70,8 +70,8 @@ class LaunchConfig(BaseModel):
     """Times a trial that Ray lost goes on from its last checkpoint; ``local`` has no such second try."""
     retry_numbers: bool = False
     """Also try again after a gradient that is not finite."""
-    tracking_patience_s: PositiveFloat = 600.0
-    """How long a launch that is over waits for a tracking store that is away, seconds."""
+    patience_s: PositiveFloat = 300.0
+    """How long to wait for room on a full disk, and, when all is trained, for a tracking store that is away; seconds."""
     resize_s: PositiveFloat = 60.0
     """How often an elastic trial looks for more workers, seconds."""
     poll_s: PositiveFloat = 0.5

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mar.errors import Failure, FailureKind, UserError
 
@@ -37,6 +40,17 @@ class Reason:
     def __str__(self) -> str:
         return self.words
 
+    def plain(self) -> dict[str, str]:
+        """Return it as a trial's process reports it; ``reported`` reads that."""
+        return {"failure": self.words, "failure_kind": self.kind}
+
+
+def reported(result: Mapping[str, Any]) -> Reason | None:
+    """Return the reason in what a trial reported last, if there is one."""
+    if "failure" not in result:
+        return None
+    return Reason(result["failure"], result["failure_kind"])
+
 
 def reason_of(error: BaseException) -> Reason:
     """Return what kind of failure an error is."""
@@ -44,6 +58,8 @@ def reason_of(error: BaseException) -> Reason:
         return Reason(str(error), "user")
     if isinstance(error, Failure):
         return Reason(str(error), error.kind)
+    if is_full_disk(error):
+        return Reason(f"the disk is full: {first_line(error)}", "disk")
     if is_out_of_memory(error):
         return Reason(f"out of memory: {first_line(error)}", "memory")
     if "DataLoader worker (pid" in str(error):
@@ -59,6 +75,11 @@ def is_lost_peer(error: BaseException) -> bool:
     return bool(names & {"DistBackendError", "DistNetworkError", "DistStoreError", "RayActorError"}) or any(
         sign in words for sign in ("gloo", "nccl", "closed by peer", "connection reset", "tcpstore")
     )
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a file could not be written for want of room."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ _NEWS_S = 1.0
 """How often it is seen whether the trainer is still there."""
 _HOME_S = 6.0
 """How long workers may take to go home: Tune kills a trial that it ended after ten."""
+_LEFT_S = 30.0
+"""How long a trial that is to be left may take for a step, or for a batch of its last test."""
 _FAILED_S = 60.0
 """How long Ray Train may take to end by itself when the trial's own process has failed."""
 
@@ -50,6 +53,8 @@ class News:
     is_taken: bool
     """Whether a worker has begun the trial."""
     is_done: bool
+    reason: dict[str, str] | None
+    """Why the trial was given up, if it was."""
     was_healed: bool
     """Whether the workers were started again: then they have had some of the next trial's retries."""
     place: PlacementGroup | None
@@ -65,13 +70,14 @@ class Desk:
         self.place: PlacementGroup | None = None
         self.reports: list[dict[str, Any]] = []
         self.is_done, self.is_dropped, self.is_closed = True, False, False
+        self.reason: dict[str, str] | None = None
         self.changed = asyncio.Condition()
 
     async def put(self, assignment: dict[str, Any]) -> None:
         """Hand out a trial; the one before it must be done."""
         self.number, self.assignment = self.number + 1, assignment
         self.is_done = self.is_dropped = False
-        self.reports = []
+        self.reports, self.reason = [], None
         await self._tell()
 
     async def take(self, after: int, rank: int, place: Any) -> tuple[int, dict[str, Any] | None]:
@@ -96,9 +102,9 @@ class Desk:
         """Return what is wished of the trial under way; one that is not dropped may be gone on with."""
         return "leave" if self.is_dropped else "stop" if self.is_closed else "go on"
 
-    async def done(self) -> None:
-        """Note that the trial under way is over."""
-        self.is_done = True
+    async def done(self, reason: dict[str, str] | None) -> None:
+        """Note that the trial under way is over, and why, if it was given up."""
+        self.is_done, self.reason = True, reason
         await self._tell()
 
     async def close(self) -> None:
@@ -115,7 +121,7 @@ class Desk:
             except TimeoutError:
                 pass
         reports, self.reports = self.reports, []
-        return News(reports, self.taken == self.number, self.is_done, self.groups > 1, self.place)
+        return News(reports, self.taken == self.number, self.is_done, self.reason, self.groups > 1, self.place)
 
     async def _tell(self) -> None:
         async with self.changed:
@@ -144,7 +150,8 @@ class Lane:
 
     def is_usable(self) -> bool:
         """Whether another trial can be given to it: the one before it is done."""
-        return self.thread.is_alive() and not self._ask().was_healed
+        news = self._ask()
+        return self.thread.is_alive() and news.is_done and not news.was_healed
 
     def train(self, assignment: Assignment) -> Generator[dict[str, Any], None, bool]:
         """Have a trial trained; yields what it reports. One that the trainer gives up has a reason in its folder.
@@ -157,6 +164,8 @@ class Lane:
             news = self._ask()
             yield from news.reports
             if news.is_done:
+                if news.reason:  # on a full disk it is in no file
+                    yield news.reason
                 return True
             if not is_alive:
                 break
@@ -173,9 +182,10 @@ class Lane:
         write_reason(folder, read_reason(folder, self.error) or Reason("Ray lost the trial", "node"))
 
     def drop(self) -> None:
-        """Have the trial under way, if there is one, left after its next step, and wait for that."""
+        """Have the trial under way, if there is one, left after its next step; its workers are ended if they do not."""
         ray.get(self.desk.drop.remote())
-        while self.thread.is_alive() and not self._ask().is_done:
+        until = time.monotonic() + _LEFT_S
+        while self.thread.is_alive() and not self._ask().is_done and time.monotonic() < until:
             pass
 
     def close(self, home_s: float) -> None:
@@ -313,6 +323,6 @@ def work(config: dict[str, Any]) -> None:
             return
         reason = worker.train(assignment, one_by_one(send), wished)
         if rank == 0:
-            ray.get(desk.done.remote())
+            ray.get(desk.done.remote(reason.plain() if reason else None))
         if reason and reason.kind == "code" and assignment["gpus_per_worker"]:
             raise Failure(f"{reason.words}: a new process for the next trial, the device may be spoilt")

@@ -82,7 +82,7 @@ class Launch:
         metrics, differing = _columns(study)
         store.show_columns(self.experiment, metrics, [*parameters, *differing])
         self.parent = store.run(self.experiment, study.name, {KIND: "study"}, tags)
-        self.writer = Writer(store, store.launch.tracking_patience_s)
+        self.writer = Writer(store, store.launch.patience_s)
         self.writer.open(_PARENT, lambda: self.parent)
         self.expected: set[str] = set()
         """Keys of the trials that are to run."""
@@ -172,6 +172,10 @@ class Launch:
             self._keep_log(key)
             self.writer.end(key, "FAILED")
         self.view.failed(self.trials[key], reason.words)
+
+    def is_over(self) -> bool:
+        """Whether no other trial is to begin: the disk is full, and nobody made room for a while."""
+        return any(reason.kind == "disk" for reason in self.failures.values())
 
     @property
     def unfinished(self) -> list[str]:
@@ -362,7 +366,7 @@ def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
     tests = [trial for trial in trials if trial.key in trained]
     for trial in tests:
         launched.tested(trial.key, teachers.get(trial.key) or known[trial.key].key)
-    if tests and not store.launch.stop_file.exists():
+    if tests and not store.launch.stop_file.exists() and not launched.is_over():
         _run(launched, tests, trained)
 
 

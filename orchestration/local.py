@@ -23,7 +23,7 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, train
     """
     gpus = _gpus(launch)
     for trial in trials:
-        if launch.stop_file.exists():
+        if launch.stop_file.exists() or listener.is_over():
             return
         _one(trial, assign(trial, launch, gpus, trained.get(trial.key)), launch, listener, _never)
 
@@ -35,7 +35,7 @@ def run_search(source: Source, launch: LaunchConfig, listener: Listener, announc
         UserError: more than one worker asked for.
     """
     gpus = _gpus(launch)
-    while not launch.stop_file.exists() and (trial := source.next()) is not None:
+    while not launch.stop_file.exists() and not listener.is_over() and (trial := source.next()) is not None:
         announce(trial)
         _one(trial, assign(trial, launch, gpus), launch, listener, source.should_end)
 

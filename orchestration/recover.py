@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from mar.sealed import read_sealed
 from mar.settings import build, placeless
 from orchestration.config import LaunchConfig
 from orchestration.study import ABSENT, identity, key_of
-from orchestration.tracking import IDENTITY, KEY, KIND, PARENT_RUN, STUDY, TRAINED_BY, Store, Writer
+from orchestration.tracking import IDENTITY, KEY, KIND, PARENT_RUN, STUDY, TRAINED_BY, RunRecord, Store, Writer
 from orchestration.trial import RECORD
 
 _UNKNOWN_STUDY = "recovered"
@@ -41,6 +42,19 @@ def unrecorded(launch: LaunchConfig, known: set[str]) -> list[Path]:
     manifests = sorted((launch.store.resolve() / "trials").glob(f"*/{RESULT}/{MANIFEST}"))
     folders = [manifest.parent.parent for manifest in manifests]
     return [folder for folder in folders if folder.name not in known]
+
+
+def finished_here(launch: LaunchConfig, keys: Iterable[str]) -> list[RunRecord]:
+    """Return what the store's own folders say of finished trials, for a table without MLflow."""
+    found: list[RunRecord] = []
+    for key in keys:
+        folder = launch.trial_folder(key)
+        with suppress(OSError, ValueError, KeyError, TypeError, Failure):
+            metrics = read_sealed(folder / RESULT)["metrics"]
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            tags = {**record["tags"], KEY: key}
+            found.append(RunRecord(key, record["study"], "", "FINISHED", metrics, tags))
+    return found
 
 
 def recover(launch: LaunchConfig) -> Recovered:

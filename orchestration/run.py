@@ -22,7 +22,7 @@ from orchestration.launch import Launch, check_weights, missing_trials, train_mi
 from orchestration.lock import ask_to_stop, only_one
 from orchestration.plan import Device, check_data, plan_trials
 from orchestration.progress import Board
-from orchestration.recover import unrecorded
+from orchestration.recover import finished_here, unrecorded
 from orchestration.report import write_report
 from orchestration.results import match, match_training
 from orchestration.secrets import without_secrets
@@ -62,7 +62,7 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
                     with board:
                         train_missing(launched, missing)
             finally:
-                launched.settle()
+                _settle(launched)
             folder = launch.report_folder(study.name)
             records = store.trials()
             table, lines = write_report(study, records, folder, store.file_of)
@@ -82,9 +82,28 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
     if launched.failures:
         for kind, names in by_kind(launched).items():
             print(f"{kind:<8} {len(names)} trials: {', '.join(names)}. {REMEDIES[kind].capitalize()}.")
-        raise Failure(f"{len(launched.failures)} of {len(study.trials)} trials failed; run the same command to go on")
+        left = f", {launched.num_left} not begun" if launched.is_over() and launched.num_left else ""
+        raise Failure(
+            f"{len(launched.failures)} of {len(study.trials)} trials failed{left}; run the same command to go on"
+        )
     if launched.was_stopped:
         raise Failure(f"stopped with {launched.num_left} trials unfinished; run the same command to go on", "stopped")
+
+
+def _settle(launched: Launch) -> None:
+    """Wait for MLflow to have everything; where it stays away, print the table from the results that are here.
+
+    Raises:
+        Failure: the tracking store was not back in time.
+    """
+    try:
+        launched.settle()
+    except Failure as error:
+        study, store = launched.study, launched.store
+        records = finished_here(store.launch, dict.fromkeys(trial.key for trial in study.trials))
+        print(f"\n{FORMATS['md'](table_info(study, records, store.file_of))}")
+        words = "The table above is from the results in the store; the same command writes them down when it is back"
+        raise Failure(f"{error}. {words}, or, without --tracking-uri, here") from None
 
 
 def _mention_unrecorded(launch: LaunchConfig, store: Store) -> None:

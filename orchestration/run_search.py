@@ -115,4 +115,9 @@ class _Searching:
             self.launched.ended(key, "ended early: others were better at this epoch")
             return
         self.launched.failed(key, reason)
-        self.proposer.failed(key)
+        if reason.kind != "disk":  # with room, the same proposal is trained on
+            self.proposer.failed(key)
+
+    def is_over(self) -> bool:
+        """Whether no other trial is to begin."""
+        return self.launched.is_over()

@@ -23,7 +23,7 @@ from typing import Any
 from mar import MANIFEST, RESULT
 from mar.errors import Failure, UserError, notice
 from orchestration.config import LaunchConfig
-from orchestration.failures import FILE, Reason, read_reason
+from orchestration.failures import FILE, Reason, read_reason, reported
 from orchestration.remote import collect, remote
 from orchestration.study import Trial
 from orchestration.trial import (
@@ -92,7 +92,7 @@ def _run(
         gpus = _gpus_per_worker(launch)
 
         def assigned() -> dict[str, Any] | None:
-            trial = None if launch.stop_file.exists() else following()
+            trial = None if launch.stop_file.exists() or listener.is_over() else following()
             if trial is None:
                 return None
             assignment = assign(trial, launch, gpus, trained.get(trial.key))
@@ -351,7 +351,7 @@ def _listening(listener: Listener) -> Any:
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             key, folder = _trial_name(trial), _left_by(trial)
-            reason = read_reason(folder)
+            reason = reported(trial.last_result or {}) or read_reason(folder)
             if self.listener and (folder / RESULT / MANIFEST).is_file():
                 self.listener.finished(key)
             elif self.listener and not _was_stopped(trial, reason):

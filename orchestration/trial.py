@@ -54,6 +54,7 @@ class Assignment:
     cache_from: str | None
     stop_file: str
     hang_timeout_s: float | None
+    patience_s: float
     environment: dict[str, str]
     """What Ray Train reads in the trial's own process, which no environment of the launch reaches on a cluster."""
     waits_for_nodes: bool
@@ -97,6 +98,10 @@ class Listener(Protocol):
     def failed(self, key: str, reason: Reason) -> None:
         """A trial was given up."""
 
+    def is_over(self) -> bool:
+        """Whether no other trial is to begin."""
+        ...
+
 
 def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int, trained: Path | None = None) -> Assignment:
     """Return what a worker is told of a trial."""
@@ -121,6 +126,7 @@ def assign(trial: Trial, launch: LaunchConfig, gpus_per_worker: int, trained: Pa
         cache_from=launch.cache_from,
         stop_file=str(launch.stop_file),
         hang_timeout_s=launch.hang_timeout_s,
+        patience_s=launch.patience_s,
         environment=quiet_environment(launch),
         waits_for_nodes=launch.address is not None,
         storage=str(launch.store.resolve() / "ray"),
@@ -157,7 +163,9 @@ def run_inline(config: dict[str, Any]) -> None:
 
     from orchestration.worker import train
 
-    train(config["assignment"], one_by_one(tune.report))
+    reason = train(config["assignment"], one_by_one(tune.report))
+    if reason:
+        tune.report(reason.plain())  # on a full disk it is in no file
 
 
 def quiet_environment(launch: LaunchConfig) -> dict[str, str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import platform
+import time
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -25,14 +28,14 @@ from mar.train import Report, fit, test_again
 from orchestration.copies import Copies
 from orchestration.failures import FILE, RETRIED, Reason, read_reason, reason_of, write_reason
 from orchestration.remote import fetch_cache, remote
-from orchestration.trial import ATTEMPTS, PASSES, Assignment
+from orchestration.trial import ATTEMPTS, HOLDER, PASSES, Assignment
 from orchestration.watch import Watch
 from orchestration.worker_log import WorkerLog
 
 _PREDECESSOR_S = 20.0
-"""How long a worker of a killed launch may live on."""
-_LOST_HEAD_S = 90.0
-"""How long one lives on whose head is lost: Ray gives that a minute."""
+"""How long a worker of a killed launch may live on; it is waited for without a word."""
+_LOOKS_S = 2.0
+"""How often it is seen whether what is waited for is there."""
 
 
 def train(assignment: dict[str, Any], report: Report, wished: Callable[[], Wish] = lambda: "go on") -> Reason | None:
@@ -51,7 +54,7 @@ def train(assignment: dict[str, Any], report: Report, wished: Callable[[], Wish]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Failure(f"{folder} cannot be made: {error}; choose another --store", "disk") from None
+        return Reason(f"{folder} cannot be made: {error}; choose another --store", "disk")
     with WorkerLog(folder, share(), device) as say, _copies(told, folder) as copies:
         _heed_earlier(told, folder, copies)
         if share().world == 1 and Path(told.stop_file).exists():
@@ -140,8 +143,10 @@ def _attempt(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reaso
     )
     try:
         with Watch(told, settings.recipe.batch_size, trial.device, trial.say, wished) as watch:
-            execution = replace(execution, step=watch.step, alive=watch.alive)
-            with _alone_in(told, folder) if share().rank == 0 else nullcontext():
+            execution = replace(
+                execution, step=watch.step, alive=watch.alive, try_again=_WaitingForRoom(trial, watch.alive)
+            )
+            with _alone_in(trial, watch.alive) if share().rank == 0 else nullcontext():
                 if told.trained:
                     test_again(settings, _result_of(told), folder, report, execution)
                 else:
@@ -219,13 +224,68 @@ def _halve_passes(told: Assignment, folder: Path) -> bool:
     return True
 
 
+class _WaitingForRoom:
+    """Waits for a disk that is full to have room again: others write there too, and remove what they wrote."""
+
+    def __init__(self, trial: _Trial, alive: Callable[[], None]) -> None:
+        self.trial, self.alive = trial, alive
+        self.refused: tuple[str, float] | None = None
+        """The words of the first refusal of one write, and when."""
+
+    def __call__(self, failure: Failure) -> bool:
+        """Wait a little; false when it has been long enough, or somebody stops the study."""
+        told, words = self.trial.told, str(failure).partition(" (")[0]  # what follows is how much is free
+        now = time.monotonic()
+        if "the disk is full" not in words:
+            return False
+        if self.refused is None or self.refused[0] != words:
+            self.refused = (words, now)
+            self.trial.say(f"{words}: waiting up to {told.patience_s:g} s for room")
+        if now - self.refused[1] > told.patience_s or Path(told.stop_file).exists():
+            return False
+        self.alive()
+        time.sleep(min(_LOOKS_S, told.patience_s / 4))
+        return True
+
+
 @contextmanager
-def _alone_in(told: Assignment, folder: Path) -> Generator[None]:
-    """Hold the trial's folder: a worker of a killed launch may live some seconds longer than its driver."""
+def _alone_in(trial: _Trial, alive: Callable[[], None]) -> Generator[None]:
+    """Hold the trial's folder; wait while another study, or a worker that outlives its launch for seconds, trains there.
+
+    Raises:
+        Stopped: somebody stopped the study while it waited.
+    """
+    told, folder = trial.told, trial.folder
+    lock = FileLock(folder / "lock")
+    began, is_said = time.monotonic(), False
+    while True:
+        try:
+            lock.acquire(timeout=_LOOKS_S)
+            break
+        except Timeout:
+            alive()
+        if not is_said and time.monotonic() - began > _PREDECESSOR_S:
+            is_said = True
+            trial.say(f"waiting for {_holder(folder)}, which trains it now; then its result is taken")
+        if Path(told.stop_file).exists():
+            raise Stopped(f"stopped while it waited for {_holder(folder)}")
+    with lock, _named_holder(told, folder):
+        yield
+
+
+@contextmanager
+def _named_holder(told: Assignment, folder: Path) -> Generator[None]:
+    words = f"the study {Path(told.stop_file).stem} (process {os.getpid()} on {platform.node()})"
+    with suppress(OSError):  # on a full disk the training has more to say
+        write_text(folder / HOLDER, words)
     try:
-        with FileLock(folder / "lock", timeout=_LOST_HEAD_S if told.waits_for_nodes else _PREDECESSOR_S):
-            yield
-    except Timeout:
-        raise Failure(
-            f"{folder} is being trained by another process: wait for that study, then run this again", "user"
-        ) from None
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / HOLDER).unlink(missing_ok=True)
+
+
+def _holder(folder: Path) -> str:
+    with suppress(OSError):
+        return (folder / HOLDER).read_text(encoding="utf-8")
+    return "another process"

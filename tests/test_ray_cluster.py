@@ -167,6 +167,7 @@ def test_the_commands_of_the_cluster_files_run_as_they_stand(
     small += [f"data.{name}={tiny['data'][name]}" for name in ("format", "videos", "train", "val", "num_classes")]
     small += [
         "data.labels=null",
+        "encoder.weights=null",
         "augment.flip_swaps=[]",
         "clip.size=56",
     ]  # 14 × 14 tokens, which every cell of Table IV divides

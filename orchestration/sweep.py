@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -24,6 +25,7 @@ from mar import MANIFEST, RESULT
 from mar.errors import Failure, UserError, notice
 from orchestration.config import LaunchConfig
 from orchestration.failures import FILE, Reason, read_reason, reported
+from orchestration.ray_guard import Guard
 from orchestration.remote import collect, remote
 from orchestration.study import Trial
 from orchestration.trial import (
@@ -215,11 +217,18 @@ def started(launch: LaunchConfig) -> Generator[None]:
     if ray.is_initialized():
         yield
         return
-    _start(launch)
+    guard = Guard(secrets.token_hex(16)) if launch.address is None and sys.platform == "linux" else None
     try:
+        _start(launch)
+        if guard:
+            guard.ray_has_started()
         yield
     finally:
-        stop()
+        try:
+            stop()
+        finally:
+            if guard:
+                guard.close()
 
 
 def _start(launch: LaunchConfig) -> None:

@@ -286,7 +286,18 @@ def test_a_disk_that_is_full_stops_the_trial_with_its_checkpoint_and_room_lets_i
     disk = place / "mar_store" / "trials"
     disk.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "disk", disk], check=True)
-    words = ["run", "tiny.yaml", "recipe.epochs=8", "--only", "ρ=50 %", "--local", "--keep", "last=99"]
+    words = [
+        "run",
+        "tiny.yaml",
+        "recipe.epochs=8",
+        "--only",
+        "ρ=50 %",
+        "--local",
+        "--keep",
+        "last=99",
+        "--patience-s",
+        "2",
+    ]
     try:
         output = here(place, *words, code=1)
         assert "the disk is full" in output and "disk     1 trials: 50 % (seed 0). Make room" in output

@@ -281,17 +281,20 @@ def test_leaving_ray_does_not_end_the_process_over_another_threads_garbage() -> 
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr[-2000:]
 
 
-def test_a_second_run_of_a_study_that_is_alive_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_PREDECESSOR_S", 1.0)
+def test_a_second_run_of_a_study_that_is_alive_is_refused_and_another_study_awaits_what_they_share(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_PREDECESSOR_S", 0.5)
     with (place / "first.log").open("w") as log:
-        words = ["run", "tiny.yaml", "recipe.epochs=500", "--local"]
+        words = ["run", "tiny.yaml", "recipe.epochs=100", "--local"]
         first = subprocess.Popen([*MAR, *words], cwd=place, stdout=log, stderr=log)
     try:
         wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
         assert f"the study tiny is being run already (process {first.pid}" in mar(place, *words, code=2)
         (place / "same.yaml").write_text(STUDY)
-        output = mar(place, "run", "same.yaml", *words[2:], "--only", "ρ=50 %", code=1)
-        assert "is being trained by another process: wait for that study" in output
+        output = mar(place, "run", "same.yaml", *words[2:], "--only", "ρ=50 %")
+        assert f"waiting for the study tiny (process {first.pid} on " in output and "✓ 50 % (seed 0)" in output
+        assert sum(record.tags["labels"] == '{"ρ": "50 %"}' for record in trial_runs(place)) == 2, "a run of each study"
     finally:
         first.kill()
         first.wait()

@@ -47,6 +47,10 @@ class Guard:
         if servers:
             threading.Thread(target=self._watch, args=(servers,), name="ray-guard", daemon=True).start()
 
+    def ray_is_to_stop(self) -> None:
+        """Take its servers' end for what it is from now on."""
+        self._over.set()
+
     def close(self) -> None:
         """Have what Ray may have left ended; Ray is stopped."""
         self._over.set()
@@ -58,7 +62,7 @@ class Guard:
     def _watch(self, servers: dict[int, str]) -> None:
         while not self._over.wait(_LOOKS_S):
             lost = [name for pid, name in servers.items() if not _is_alive(pid)]
-            if lost and not self._over.is_set():
+            if lost and not self._over.wait(_LOOKS_S):  # the launch may be stopping it in this moment
                 print(
                     f"mar: Ray's {lost[0]} has ended, and with it all that ran (out of memory? killed?). "
                     "Checkpoints are safe; the same command resumes from them",

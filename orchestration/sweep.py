@@ -224,6 +224,8 @@ def started(launch: LaunchConfig) -> Generator[None]:
             guard.ray_has_started()
         yield
     finally:
+        if guard:
+            guard.ray_is_to_stop()
         try:
             stop()
         finally:

@@ -395,6 +395,9 @@ class _EndsTheSecond:
     def failed(self, key: str, reason: Reason) -> None:
         self.told[key] = reason.words
 
+    def is_over(self) -> bool:
+        return False
+
 
 @pytest.mark.usefixtures("cluster")
 def test_workers_go_from_trial_to_trial_also_from_one_that_a_search_ended_early(

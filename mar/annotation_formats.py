@@ -19,6 +19,7 @@ from typing import Any, Literal
 from mar import cache_index
 from mar.config import DataConfig
 from mar.errors import UserError, notice
+from mar.safe_input import parse_json
 
 Split = Literal["train", "val"]
 VIDEO_ENDINGS = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".ts", ".3gp", ".wmv")
@@ -381,9 +382,11 @@ def _text(file: Path) -> str:
 
 def _read_json(file: Path, kind: type[Any]) -> Any:
     try:
-        content = json.loads(_text(file))
+        content = parse_json(_text(file))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(content, kind):
         raise UserError(f"{file}: expected a JSON {'list' if kind is list else 'object'}")
     return content

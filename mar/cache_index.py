@@ -7,14 +7,16 @@ has one is whole.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from pydantic import InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter
+
 from mar.errors import UserError
+from mar.safe_input import read_json
 
 SETTINGS = "cache.json"
 """In a cache's folder: how it keeps frames."""
@@ -26,7 +28,7 @@ class Packing:
     """How frames are kept."""
 
     format: Literal["jpeg", "raw"] = "jpeg"
-    short_side: int = 256
+    short_side: PositiveInt = 256
     """Pixels; smaller videos keep their size."""
     quality: int = 90
     """Of JPEG, 1 to 100."""
@@ -41,19 +43,24 @@ class Packing:
 class Entry:
     """One video in a shard."""
 
-    name: str
+    name: InstanceOf[str]
+    """It may have bytes that are not UTF-8, as a file's name may."""
     source_bytes: int
     """Size of the video when it was packed; -1: it was not there."""
     fps: float | None = None
-    height: int = 0
-    width: int = 0
-    start: int = 0
+    height: NonNegativeInt = 0
+    width: NonNegativeInt = 0
+    start: NonNegativeInt = 0
     """Where its first frame begins."""
-    ends_at: int = 0
+    ends_at: NonNegativeInt = 0
     """Where the ends of its frames are, each an int64."""
-    num_frames: int = 0
-    broken: str = ""
+    num_frames: NonNegativeInt = 0
+    broken: InstanceOf[str] = ""
     """Why it has no frames."""
+
+
+_PACKING = TypeAdapter(Packing)
+_ENTRIES = TypeAdapter(list[Entry])
 
 
 class Named(Protocol):
@@ -109,7 +116,7 @@ def opened(folder: str) -> Index:
 def packing_of(folder: Path) -> Packing:
     """Return how a cache keeps frames; raises a UserError if the folder holds none."""
     try:
-        return Packing(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+        return _PACKING.validate_python(read_json(folder / SETTINGS))
     except FileNotFoundError:
         raise UserError(f"data.cache: no frame cache in {folder}; make one: mar data pack RECIPE {folder}") from None
     except (OSError, ValueError, TypeError):
@@ -126,7 +133,7 @@ def shard_files(folder: Path) -> list[Path]:
 def told(file: Path) -> dict[str, Any]:
     """Return what a shard's file says: ``sha256``, ``bytes`` and ``entries``."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         return {name: content[name] for name in ("sha256", "bytes", "entries")}
     except (OSError, ValueError, KeyError, TypeError):
         raise _damaged(file) from None
@@ -137,9 +144,13 @@ def _entries(file: Path) -> list[Entry]:
     if _size(file.with_suffix(".bin")) != said["bytes"]:
         raise _damaged(file)
     try:
-        return [Entry(**entry) for entry in said["entries"]]
-    except TypeError:
+        entries = _ENTRIES.validate_python(said["entries"])
+    except ValueError:
         raise _damaged(file) from None
+    for entry in entries:
+        if entry.start > said["bytes"] or entry.ends_at + BYTES_PER_END * entry.num_frames > said["bytes"]:
+            raise _damaged(file)
+    return entries
 
 
 def _damaged(file: Path) -> UserError:

@@ -23,7 +23,19 @@ from pydantic import (
 )
 
 from mar.policy import RandAugmentPolicy
-from mar.setting_types import Area, Fraction, Grid, MaskRatio, Scale, Tubelet
+from mar.setting_types import (
+    Area,
+    ClassCount,
+    Depth,
+    Fraction,
+    FrameCount,
+    Grid,
+    MaskRatio,
+    PixelCount,
+    Scale,
+    Tubelet,
+    Width,
+)
 
 ENCODER_SIZES = {
     "tiny": (192, 12, 3),
@@ -33,6 +45,10 @@ ENCODER_SIZES = {
     "huge": (1280, 32, 16),
 }
 """Name -> (width D, depth L, heads) of the plain ViT family (Dosovitskiy et al., Table 1)."""
+
+
+_MOST_TOKENS = 2**18
+"""Of a clip; the paper's have 1,568. More is a slip, or a file that is to exhaust the memory."""
 
 
 class Node(BaseModel):
@@ -62,7 +78,7 @@ class DataConfig(Node):
     """Folder of a frame cache (``mar data pack``), read instead of the videos; none: the videos are decoded."""
     decoder: Literal["auto", "decord", "torchcodec", "pyav"] = "auto"
     """Who decodes; ``auto``: torchcodec, or where it does not work decord. PyAV has the files in which they would be wrong."""
-    num_classes: PositiveInt = 174
+    num_classes: ClassCount = 174
     """Number of classes C."""
     missing: Literal["error", "skip"] = "error"
     """A video that is not there is as a broken one, or is left out of its split (Kinetics: some always are)."""
@@ -73,9 +89,9 @@ class DataConfig(Node):
 class ClipConfig(Node):
     """Which pixels of a video the model is given."""
 
-    frames: PositiveInt = 16
+    frames: FrameCount = 16
     """Frames T in a clip (section IV-A)."""
-    size: PositiveInt = 224
+    size: PixelCount = 224
     """Height and width of a clip, pixels (section IV-A); 112 is "D.S. 2x" of Table II."""
     sampling: Literal["segments", "dense"] = "segments"
     """``segments``: one frame from each of T equal segments (SSv2). ``dense``: T frames, ``stride`` apart."""
@@ -94,9 +110,9 @@ class EncoderConfig(Node):
 
     size: Literal["tiny", "small", "base", "large", "huge", "custom"] = "base"
     """Named size; ``custom`` takes ``width``, ``depth`` and ``heads``."""
-    width: PositiveInt | None = None
+    width: Width | None = None
     """Token width D, when ``custom``."""
-    depth: PositiveInt | None = None
+    depth: Depth | None = None
     """Number of blocks L, when ``custom``."""
     heads: PositiveInt | None = None
     """Attention heads, when ``custom``."""
@@ -166,9 +182,9 @@ class ClassifierConfig(Node):
 
     kind: Literal["bridging", "linear", "mlp"] = "bridging"
     """Transformer blocks, Eq. 2, or the baselines of Tables V and VI."""
-    width: PositiveInt = 512
+    width: Width = 512
     """Token width of the bridging classifier, and hidden width of the MLP (Table VI)."""
-    depth: PositiveInt = 2
+    depth: Depth = 2
     """Blocks of the bridging classifier, or layers of the MLP (Table VI)."""
     heads: PositiveInt = 4
     """Attention heads of the bridging classifier."""
@@ -201,9 +217,9 @@ class ReconstructionConfig(Node):
     """λ of Eq. 5; at 0 there is no such branch (Table IX a)."""
     normalize_target: bool = True
     """Normalise each target patch by its own mean and deviation (Table VIII)."""
-    width: PositiveInt = 384
+    width: Width = 384
     """Token width of the decoder."""
-    depth: PositiveInt = 4
+    depth: Depth = 4
     """Blocks of the decoder."""
     heads: PositiveInt = 6
     """Attention heads of the decoder."""
@@ -341,6 +357,10 @@ class ExperimentConfig(Node):
         shape = (self.clip.frames, self.clip.size, self.clip.size)
         if any(length % patch for length, patch in zip(shape, self.encoder.tubelet, strict=True)):
             raise ValueError(f"encoder.tubelet: {list(self.encoder.tubelet)} does not divide a clip of {list(shape)}")
+        if prod(self.grid) > _MOST_TOKENS:
+            raise ValueError(
+                f"clip: {list(shape)} makes {prod(self.grid)} tokens; at most {_MOST_TOKENS} can be attended to"
+            )
         ratios = (self.mask.ratio, self.test_ratio)
         if self.mask.strategy == "cell" and any(ratios):
             _, h, w = self.grid

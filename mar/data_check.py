@@ -23,6 +23,7 @@ from mar.config import ClipConfig, DataConfig
 from mar.dataset import draw
 from mar.decoders import BrokenVideo, Frames, pixels_of, walk
 from mar.decoders import check as check_decoder
+from mar.safe_words import cell, printable
 from mar.seeking import key_frames
 from mar.video import Reader, frames_wanted, training_frames
 
@@ -141,7 +142,7 @@ def report_text(report: DataReport, num_named: int = 10) -> str:
         nothing = f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else ""
         lines.append(f"{split:<7}{len(sizes)} classes, {spread}{nothing}")
     words = report.fingerprint or "none: the annotations cannot be used as they are"
-    return "\n".join([*lines, f"fingerprint {words}"])
+    return printable("\n".join([*lines, f"fingerprint {words}"]))
 
 
 def write_findings(report: DataReport, file: Path) -> None:
@@ -149,7 +150,7 @@ def write_findings(report: DataReport, file: Path) -> None:
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as output:
         writer = csv.writer(output)
         writer.writerow(["split", "video", "kind", "words"])
-        writer.writerows([each.split, each.video, each.kind, each.words] for each in report.findings)
+        writer.writerows([each.split, cell(each.video), each.kind, cell(each.words)] for each in report.findings)
 
 
 def _look(clip: ClipConfig, decoder: str, video: Video) -> tuple[str, str]:

@@ -25,7 +25,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mar.container import MOST_PIXELS, open_container
 from mar.errors import UserError
+from mar.safe_words import printable
 from mar.seeking import NotSeekable, StreamIndex, index_of
 
 Frames = npt.NDArray[np.uint8]
@@ -41,6 +43,7 @@ _KEPT_BYTES = 256 * 2**20
 """Up to so many bytes a file that is decoded from the front is held; above it is decoded again for what is wanted."""
 _BYTES_PER_PIXEL = 3
 """Of a decoded frame at the most, but for more than 8 bits: 1.5 bytes in 4:2:0, 3 in 4:4:4."""
+_TOO_LARGE = f"at most {MOST_PIXELS} are read"
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "4096")  # of 0.2 ms: the default, 10240, waits long on damaged files
 
 
@@ -52,7 +55,7 @@ class BrokenVideo(Exception):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return printable(f"{self.path}: {self.reason}")
 
 
 class Decoder(Protocol):
@@ -83,7 +86,7 @@ class Decord:
     def __init__(self, path: Path) -> None:
         decord = importlib.import_module("decord")
         decord.logging.set_level(decord.logging.QUIET)
-        self.reader = decord.VideoReader(str(path), num_threads=1)
+        self.reader = decord.VideoReader(str(path.absolute()), num_threads=1)
         if not len(self.reader):
             raise BrokenVideo(path, "decord finds no frame in it")
         self.fps: float | None = self.reader.get_avg_fps()
@@ -107,7 +110,7 @@ class TorchCodec:
 
     def __init__(self, path: Path) -> None:
         decoders = importlib.import_module("torchcodec.decoders")
-        self.reader = decoders.VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
+        self.reader = decoders.VideoDecoder(str(path.absolute()), dimension_order="NHWC", num_ffmpeg_threads=1)
         self.fps: float | None = self.reader.metadata.average_fps
 
     def __len__(self) -> int:
@@ -292,16 +295,19 @@ def walk(path: Path, told: dict[str, float] | None = None) -> Iterator[Any]:
     """
     if not path.is_file():
         raise BrokenVideo(path, "no such file")
-    import av
     from av.error import FFmpegError
 
     _hush()
     size: tuple[int, int] | None = None
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with open_container(path) as container:
             stream = _main_stream(container)
             if stream is None:
                 raise BrokenVideo(path, "no video stream in it")
+            context = stream.codec_context
+            if context.width * context.height > MOST_PIXELS:
+                raise BrokenVideo(path, f"frames of {context.width} × {context.height} pixels: {_TOO_LARGE}")
+            context.options = {"max_pixels": str(MOST_PIXELS)}  # a file may grow in the middle
             if told is not None and stream.average_rate:
                 told["fps"] = float(stream.average_rate)
             for packet in container.demux(stream):
@@ -328,7 +334,8 @@ def _main_stream(container: Any) -> Any:
     streams = [
         stream
         for stream in container.streams.video
-        if not stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails)
+        if stream.codec_context is not None  # none: its codec is not known
+        and not stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails)
     ]
     return max(streams, key=_preference, default=None)
 

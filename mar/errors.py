@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
+from mar.safe_words import printable
+
 FailureKind = Literal["user", "data", "disk", "memory", "shm", "numbers", "hang", "node", "code", "damaged", "stopped"]
 """What went wrong: the settings, the videos, the disk, out of memory, shared memory (/dev/shm) that is too small, a loss
 that is not finite, no progress, a machine or process that was lost, the code, a result that is not what was written; or
@@ -14,6 +16,9 @@ nothing: somebody stopped it."""
 class UserError(ValueError):
     """The user's input is wrong: the message says what, where and what to do. Exit code 2."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class Failure(RuntimeError):
     """The input was right but the work could not be done (disk, network, broken data). Exit code 1."""
@@ -21,6 +26,9 @@ class Failure(RuntimeError):
     def __init__(self, words: str, kind: FailureKind = "code") -> None:
         super().__init__(words)
         self.kind: FailureKind = kind
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Stopped(Exception):
@@ -31,7 +39,7 @@ def notice(message: str) -> None:
     """Tell the user something that is no error, on the error stream, once in a process."""
     if message not in _noticed:
         _noticed.add(message)
-        print(f"mar: note: {message}", file=sys.stderr, flush=True)
+        print(f"mar: note: {printable(message)}", file=sys.stderr, flush=True)
 
 
 _noticed: set[str] = set()

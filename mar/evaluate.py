@@ -20,6 +20,7 @@ from mar.errors import Failure
 from mar.frame_cache import check
 from mar.masking import evaluation_mask
 from mar.model import MAR
+from mar.safe_words import cell
 
 _CLIPS_PER_BATCH = 64
 
@@ -175,7 +176,7 @@ def write_predictions(predictions: Predictions, videos: list[Video], file: Path)
             zip(predictions.videos.tolist(), predictions.labels.tolist(), strict=True)
         ):
             own = f"{predictions.probabilities[row, label].item():.6f}"
-            line: list[object] = [videos[place].name, label, own]
+            line: list[object] = [cell(videos[place].name), label, own]
             for name, probability in zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True):
                 line += [name, f"{probability:.6f}"]
             writer.writerow(line)

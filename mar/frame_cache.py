@@ -139,7 +139,7 @@ class CachedVideo:
         last = len(self) - 1
         try:
             return np.stack([self._frame(min(index, last)) for index in indices])
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             raise BrokenVideo(self.path, f"{self.file} is damaged ({error}): mar data pack --verify") from None
 
     def _frame(self, index: int) -> Frames:

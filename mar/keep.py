@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mar import MANIFEST
+from mar.safe_input import read_json
 
 _EXPECTED = "expected last=N, best, every=N (epochs), as last=1,best,every=10"
 
@@ -65,7 +65,7 @@ def clear(folder: Path, keep: Keep) -> None:
 def _epochs(path: Path) -> list[Mapping[str, float]]:
     """Return the metrics of each epoch that ended with this checkpoint or before; none in the middle of one."""
     with suppress(OSError, ValueError, KeyError, TypeError):  # damaged
-        progress: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["progress"]
+        progress: dict[str, Any] = read_json(path / MANIFEST)["progress"]
         return [] if any(progress["sums"]) else progress["history"]
     return []
 

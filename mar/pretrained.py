@@ -5,7 +5,6 @@ Files are opened so that nothing in them can run: safetensors, or ``torch.load(w
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from mar.config import ENCODER_SIZES, ExperimentConfig
@@ -22,6 +20,7 @@ from mar.errors import UserError
 from mar.layouts import NOT_KNOWN, OURS, Layout, Translated, translate
 from mar.model import MAR
 from mar.safe_files import read_mapping, read_tensors
+from mar.safe_words import printable
 from mar.settings import SETTING_PATHS, SettingError, build, flatten, merge
 from mar.sources import fetch, weight_files
 
@@ -327,10 +326,10 @@ def _config_beside(path: Path, layout: Layout) -> dict[str, Any]:
     if layout is OURS:
         settings = folder / "settings.yaml"
         if settings.is_file() and not (folder / "config.json").is_file():
-            return read_mapping(settings, yaml.safe_load)
-        config = read_mapping(folder / "config.json", json.loads)
+            return read_mapping(settings)
+        config = read_mapping(folder / "config.json")
         return config.get("settings", {}) if config.get("model_type") == "mar" else {}
-    config = read_mapping(folder / "config.json", json.loads) if layout.name == "Hugging Face VideoMAE" else {}
+    config = read_mapping(folder / "config.json") if layout.name == "Hugging Face VideoMAE" else {}
     return config if config.get("model_type") == "videomae" else {}
 
 
@@ -349,11 +348,11 @@ def _classes_beside(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...
     if "classifier.head.weight" not in tensors:
         return ()
     folder = path if path.is_dir() else path.parent
-    told: Any = read_mapping(folder / CLASSES, json.loads).get("classes")
+    told: Any = read_mapping(folder / CLASSES).get("classes")
     if told is None:
-        labels: dict[str, Any] = read_mapping(folder / "config.json", json.loads).get("id2label") or {}
-        told = [labels.get(str(number)) for number in range(len(labels))]
-    names = tuple(str(name) for name in told)
+        labels: Any = read_mapping(folder / "config.json").get("id2label")
+        told = [labels.get(str(number)) for number in range(len(labels))] if isinstance(labels, dict) else []
+    names = tuple(str(name) for name in told) if isinstance(told, list) else ()
     return names if len(names) == len(tensors["classifier.head.weight"]) else ()
 
 
@@ -396,6 +395,5 @@ def contents(weights: Weights) -> str:
         f"weights    {weights.source} ({weights.layout})",
         f"has        {_counted(list(weights.tensors), weights.tensors)}",
     ]
-    return "\n".join(
-        [*lines, f"settings   {told}", *(f"not used   {_grouped(keys)}: {why}" for why, keys in by_reason.items())]
-    )
+    lines += [f"settings   {told}", *(f"not used   {_grouped(keys)}: {why}" for why, keys in by_reason.items())]
+    return printable("\n".join(lines))

@@ -7,7 +7,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mar.errors import UserError
+from mar.safe_input import MOST_YAML_BYTES, parse_yaml, read_json
 
 _WRAPPERS = ("model_state", "model", "module", "state_dict", "model_state_dict")
 """Under one of these names a checkpoint holds its tensors: MAR, VideoMAE, deepspeed, Lightning."""
@@ -44,10 +45,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if start[:1] == b"<" or start[8:9] == b"{":
         what = "a web page" if start[:1] == b"<" else "a safetensors file: name it so (.safetensors)"
         raise UserError(f"{file}: not a PyTorch checkpoint but {what}")
+    is_archive = zipfile.is_zipfile(file)
+    if is_archive and _is_compressed(file):
+        raise UserError(
+            f"{file}: refused, because it is compressed, which PyTorch does not do: it may be larger than memory"
+        )
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's arguments
             warnings.simplefilter("ignore")  # on pickles of other protocols, which it then refuses
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # what a damaged file makes of the reader is anybody's guess
         raise UserError(f"{file}: {_why_not(error)}") from None
     return _without_prefix(_tensors(content, file))
@@ -59,6 +65,14 @@ def _first_bytes(file: Path) -> bytes:
             return stream.read(64)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
+
+
+def _is_compressed(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return sum(each.file_size for each in archive.infolist()) > file.stat().st_size
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False  # torch says what is wrong with it
 
 
 def _why_not(error: Exception) -> str:
@@ -80,9 +94,17 @@ def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
         found = {str(key): value for key, value in wrapped.items() if isinstance(value, Tensor)}
         if any(value.is_meta or value.layout is not torch.strided or value.is_quantized for value in found.values()):
             raise UserError(f"{file}: some of its tensors are sparse, quantised or empty; mar reads dense ones")
+        larger = next((key for key, value in found.items() if _is_larger_than_its_data(value)), None)
+        if larger is not None:
+            raise UserError(f"{file}: the tensor {larger} asks for more memory than the file has values for")
         if found:
             return found
     raise UserError(f"{file}: no tensors in it, by name or under {', '.join(_WRAPPERS)}")
+
+
+def _is_larger_than_its_data(tensor: Tensor) -> bool:
+    """Whether values are repeated (a stride of 0): 200 bytes could stand for 80 GB."""
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,13 +114,18 @@ def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def read_mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def read_mapping(file: Path) -> dict[str, Any]:
     """Return what a JSON or YAML file maps; nothing where there is no such file."""
     if not file.is_file():
         return {}
     try:
-        content = parse(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):
+        if file.suffix == ".json":
+            content = read_json(file)
+        elif file.stat().st_size > MOST_YAML_BYTES:
+            content = None
+        else:
+            content = parse_yaml(file.read_text(encoding="utf-8"))[0]
+    except (OSError, ValueError, yaml.YAMLError):
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("settings", {}), dict):
         raise UserError(f"{file}: not a model's settings; remove it, or fetch the weights again")

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from mar import MANIFEST, __version__
 from mar.errors import Failure
+from mar.safe_input import below, read_json
 
 Writers = Mapping[str, Callable[[Path], None]]
 """File name -> what writes that file."""
@@ -79,12 +80,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """Return the manifest of a folder whose files are what the manifest says.
 
     Raises:
-        Failure: a file is missing or changed.
+        Failure: a file is missing or changed, or the manifest is none, or names files elsewhere.
     """
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        changed = [name for name, facts in manifest["files"].items() if _sha256(path / name) != facts["sha256"]]
-    except (OSError, ValueError, KeyError) as error:
+        manifest: dict[str, Any] = read_json(path / MANIFEST)
+        changed = [name for name, facts in manifest["files"].items() if _sha256(below(path, name)) != facts["sha256"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Failure(f"it is not complete: {error}") from None
     if changed:
         raise Failure(f"{', '.join(changed)} changed after it was written")

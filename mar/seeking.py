@@ -18,8 +18,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mar.container import MOST_PIXELS, open_container
+
 _INDEXED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"}
 """Containers, by FFmpeg's names, whose frames are found without reading all that comes before."""
+_SLACK_FRAMES = 10_000
+_SLACK_S = 60.0
+"""A header may count what an edit list cuts off, or an audio track that is longer; what promises more than twice the video,
+and this much besides, is damaged."""
+_TICKS_PER_S = 1_000_000
+"""PyAV counts a container's duration in microseconds."""
 _H264_SLICE, _H264_IDR, _H264_SPS = 1, 5, 7
 """Types of network abstraction layer units, ITU-T H.264 table 7-1."""
 _H264_PARTITION_A = 2
@@ -52,18 +60,20 @@ def index_of(path: Path) -> StreamIndex:
         NotSeekable: a packet flagged as key may need earlier ones, or packets are not frames.
         OSError, ValueError: it cannot be read; PyAV's own errors are among these.
     """
-    import av
-
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with open_container(path) as container:
         if container.format.name not in _INDEXED:
             raise NotSeekable(f"{container.format.name} has no index of its frames")
         if len(container.streams.video) != 1:
             raise NotSeekable("it has several video streams, or none")
         stream: Any = container.streams.video[0]
+        if stream.codec_context is None:
+            raise NotSeekable("its codec is not known")
         name = stream.codec_context.name
         codec = _ALIASES.get(name, name)
         if codec not in _CHECKS:
             raise NotSeekable(f"what a key frame of {codec} needs is not known")
+        if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
+            raise NotSeekable("its frames are too large")
         pixels = stream.codec_context.format
         if pixels is None or any(component.bits != 8 for component in pixels.components):
             raise NotSeekable("decoders differ over pixels of other than 8 bits")
@@ -71,7 +81,18 @@ def index_of(path: Path) -> StreamIndex:
         shown = list(_checked(container.demux(stream), check))
         if not shown:
             raise NotSeekable("it has no packet")
-        return StreamIndex(codec, np.sort(np.array(shown)) * float(stream.time_base))
+        seconds = np.sort(np.array(shown)) * float(stream.time_base)
+        too_many = stream.frames > 2 * len(shown) + _SLACK_FRAMES
+        if too_many or _stated_seconds(container, stream) > 2 * float(np.ptp(seconds)) + _SLACK_S:
+            # decord takes memory for what is stated, and ends the process where there is none.
+            raise NotSeekable("its header promises more than there is")
+        return StreamIndex(codec, seconds)
+
+
+def _stated_seconds(container: Any, stream: Any) -> float:
+    """Return the longest duration that a file states of itself."""
+    own = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    return max(own, (container.duration or 0) / _TICKS_PER_S)
 
 
 def key_frames(path: Path) -> list[int]:
@@ -80,9 +101,7 @@ def key_frames(path: Path) -> list[int]:
     Raises:
         OSError, ValueError: it cannot be read; PyAV's own errors are among these.
     """
-    import av
-
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with open_container(path) as container:
         packets: list[Any] = [packet for packet in container.demux(video=0) if packet.size]
     shown = sorted(packet.pts for packet in packets if packet.pts is not None)
     keys = [packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None]

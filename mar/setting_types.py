@@ -24,3 +24,13 @@ Area = Annotated[tuple[PositiveFloat, Fraction], AfterValidator(_rising)]
 Scale = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)]
 Grid = tuple[int, int, int]
 """Tokens in time, height and width: (t, h, w)."""
+# Bounds that no experiment meets: a setting beyond is a slip, or a damaged file that would exhaust the memory.
+Width = Annotated[int, Field(gt=0, le=2**15)]
+"""Of tokens."""
+Depth = Annotated[int, Field(gt=0, le=2**10)]
+"""Blocks or layers."""
+FrameCount = Annotated[int, Field(gt=0, le=2**13)]
+"""Frames of a clip."""
+PixelCount = Annotated[int, Field(gt=0, le=2**13)]
+"""Of a side of a clip."""
+ClassCount = Annotated[int, Field(gt=0, le=10**6)]

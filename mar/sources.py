@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import lru_cache
 from pathlib import Path
 
 from mar.errors import UserError
+from mar.safe_input import below, read_json
 
 ABSENT = "absent: "
 """A fingerprint that begins so is of weights that are not on this machine yet; their name follows."""
@@ -85,15 +85,13 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if index.is_file():
         try:
-            shards = sorted(
-                {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
+            shards = sorted({str(shard) for shard in read_json(index)["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: not an index of shards") from None
-        missing = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
+        missing = [shard for shard in shards if not below(folder, shard).is_file()]
         if missing:
             raise UserError(f"{folder}: the shard {missing[0]} is missing ({len(missing)} of {len(shards)})")
-        return [folder / Path(shard).name for shard in shards]
+        return [below(folder, shard) for shard in shards]
     return [old] if old.is_file() else []
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mar.safe_words import printable
 from orchestration.cli_options import RemotePlace
 
 data_app = typer.Typer(no_args_is_help=True, help="Make, check and pack data sets.")
@@ -123,7 +124,7 @@ def data_pack(
         f"{folder}: {len(entries)} videos ({before} were there), {sum(entry.num_frames for entry in entries)} frames, {size_gib:.2f} GiB"
     )
     if broken:
-        print(f"{len(broken)} gave no frames, the first: {broken[0]}")
+        print(f"{len(broken)} gave no frames, the first: {printable(broken[0])}")
     if verify:
         with _bar("shards") as advance:
             damaged = damaged_shards(folder, advance)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mar.errors import Failure, UserError
+from mar.safe_words import printable
 from orchestration.cli_options import (
     DEFAULT_STORE,
     AsJson,
@@ -61,7 +62,7 @@ def list_jobs(address: Address, is_open: IsOpen = False, as_json: AsJson = False
         return
     for job in found:
         minutes = "" if job.minutes is None else f"{job.minutes:.1f} min"
-        print(f"{job.job_id:<44} {job.status:<10} {job.began:<17} {minutes:>10}  {job.message}".rstrip())
+        print(f"{job.job_id:<44} {job.status:<10} {job.began:<17} {minutes:>10}  {printable(job.message)}".rstrip())
     print(f"{len(found)} jobs" if found else "no jobs of ours")
 
 
@@ -95,7 +96,7 @@ def status(
 
     say_store(store, tracking_uri)
     found = status_of(LaunchConfig(store=store, tracking_uri=tracking_uri, remote=remote))
-    print(json.dumps([asdict(each) for each in found], indent=1) if as_json else status_text(found, store))
+    print(json.dumps([asdict(each) for each in found], indent=1) if as_json else printable(status_text(found, store)))
 
 
 def stop_study(

@@ -10,6 +10,7 @@ import typer
 
 from mar.errors import UserError
 from mar.keep import Keep
+from mar.safe_words import printable
 from orchestration.cli_options import (
     DEFAULT_STORE,
     AsJson,
@@ -84,7 +85,9 @@ def run(
     patience_s: Annotated[
         float, typer.Option(min=1, help="How long to wait for room on a full disk, or for an MLflow server.")
     ] = 300.0,
-    webhook: Annotated[str | None, typer.Option(help="Address that hears when a study ends, as JSON.")] = None,
+    webhook: Annotated[
+        str | None, typer.Option(help="Address that hears when a study ends, as JSON; or @FILE, which has it.")
+    ] = None,
     is_all: IsAll = False,
 ) -> None:
     """Train what is missing of a study (a killed run goes on by itself), then print its table."""
@@ -125,10 +128,8 @@ def run(
         retries=retries,
         hang_timeout_s=hang_timeout_s or None,
         patience_s=patience_s,
-        webhook=webhook,
+        webhook=_webhook_of(webhook),
     )
-    if webhook and not webhook.startswith(("http://", "https://")):
-        raise UserError(f"--webhook {webhook}: expected an address, as https://example.org/hook")
     if study and not is_all and is_search_file(study):
         from orchestration.run_search import run_search
         from orchestration.search_file import read_search
@@ -238,7 +239,7 @@ def plan(
     check_data([trial for each in studies for trial in each.trials], only_present=True)
     lines = [line for each in studies for line in plan_trials(each, records, profile, planned)]
     neighbours = Neighbours(records) if explain else None
-    print(plan_json(lines, neighbours) if as_json else plan_text(lines, profile, neighbours))
+    print(plan_json(lines, neighbours) if as_json else printable(plan_text(lines, profile, neighbours)))
 
 
 def table(
@@ -303,3 +304,22 @@ def report(
     folder = output or launch.report_folder(studies[0].name)
     write_report(studies[0], records_of(store, tracking_uri), folder, file_finder(store, tracking_uri))
     print(folder)
+
+
+def _webhook_of(given: str | None) -> str | None:
+    """Return the address that was given, or that stands in the file that was given.
+
+    Raises:
+        UserError: it is none, or there is no such file.
+    """
+    if given is None:
+        return None
+    address = given
+    if given.startswith("@"):
+        try:
+            address = Path(given[1:]).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--webhook {given}: the file cannot be read: {error}") from None
+    if not address.startswith(("http://", "https://")):
+        raise UserError("--webhook: expected an address, as https://example.org/hook, or @FILE with one in it")
+    return address

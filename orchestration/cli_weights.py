@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mar.errors import Failure, UserError
+from mar.safe_words import printable
 
 weights_app = typer.Typer(no_args_is_help=True, help="Look at pre-trained weights, convert and export them.")
 
@@ -52,7 +53,7 @@ def weights_convert(
     )
     print(contents(weights))
     if left:
-        print(f"left out   {len(left)} tensors that this format has no place for, the first: {left[0]}")
+        print(f"left out   {len(left)} tensors that this format has no place for, the first: {printable(left[0])}")
     print(f"written    {folder}")
 
 
@@ -149,7 +150,8 @@ def predict(
         print(json.dumps({"predictions": told, "broken": list(predictions.broken)}, indent=1, ensure_ascii=False))
     else:
         for video, shares in told.items():
-            print(f"{video}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+            words = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+            print(printable(f"{video}: {words}"))
     if predictions.broken:
         raise Failure(f"{len(predictions.broken)} could not be decoded; the first: {predictions.broken[0]}")
 

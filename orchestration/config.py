@@ -9,6 +9,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mar.keep import Keep
+from mar.safe_input import below
 from orchestration.secrets import without_secrets
 
 
@@ -106,7 +107,7 @@ class LaunchConfig(BaseModel):
 
     def trial_folder(self, key: str) -> Path:
         """Return the folder of a trial's checkpoints and result."""
-        return self.store.resolve() / "trials" / key
+        return below(self.store.resolve() / "trials", key)
 
     @property
     def stop_file(self) -> Path:

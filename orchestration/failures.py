@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mar.errors import Failure, FailureKind, UserError
+from mar.safe_input import read_json
 
 FILE = "failure.json"
 """In a trial's folder: why it was given up, from the process that knows."""
@@ -105,7 +106,7 @@ def write_reason(folder: Path, reason: Reason) -> None:
 def read_reason(folder: Path, error: object = None) -> Reason | None:
     """Return the reason that the trial's process left; else what Ray says, which then lost that process; else none."""
     try:
-        return Reason(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+        return Reason(**read_json(folder / FILE))
     except (OSError, ValueError, TypeError):
         pass
     if error is None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mar.errors import UserError
+from mar.safe_input import MOST_YAML_BYTES, PlainLoader, parse_yaml
 from mar.settings import SettingError, merge
 
 _HERE = Path(__file__).parent
@@ -43,35 +43,6 @@ def find(name: str, kind: str) -> Path:
     raise UserError(f"no {kind} {name!r}: neither a file nor one that ships with mar ({', '.join(near)})")
 
 
-_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
-_DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
-
-
-class PlainLoader(yaml.SafeLoader):
-    """Refuses what YAML takes for a number and a person does not: 010 (eight), 1:30 (ninety), 0x10, 1_000, .inf."""
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Return a whole number that is written as such."""
-        self._check(node, _WHOLE)
-        return super().construct_yaml_int(node)
-
-    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
-        """Return a number that is written as such."""
-        self._check(node, _DECIMAL)
-        return super().construct_yaml_float(node)
-
-    def _check(self, node: yaml.ScalarNode, pattern: re.Pattern[str]) -> None:
-        if not pattern.fullmatch(node.value):
-            words = (
-                f"{node.value} is not a plain decimal number: write it as 8, 0.5 or 1e-3, or in quotes if it is a name"
-            )
-            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
-
-
-PlainLoader.add_constructor("tag:yaml.org,2002:int", PlainLoader.construct_yaml_int)
-PlainLoader.add_constructor("tag:yaml.org,2002:float", PlainLoader.construct_yaml_float)
-
-
 class _KeysAsWritten(PlainLoader):
     """YAML takes a label like ``on`` or ``0.10`` for a boolean or a number; a name is what is written."""
 
@@ -89,9 +60,10 @@ class Document:
         self.path = path
         self.lines: dict[tuple[str, ...], int] = {}
         try:
+            if path.stat().st_size > MOST_YAML_BYTES:
+                raise UserError(f"{path}: larger than {MOST_YAML_BYTES // 2**20} MiB: not a study or a recipe")
             text = path.read_text(encoding="utf-8")
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-            content = yaml.load(text, Loader=_KeysAsWritten)  # noqa: S506  (a SafeLoader)
+            content, node = parse_yaml(text, _KeysAsWritten)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""

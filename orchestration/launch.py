@@ -17,6 +17,7 @@ from mar.config import EvaluationMaskConfig
 from mar.cost import cost
 from mar.errors import Failure
 from mar.keep import Keep, clear
+from mar.safe_input import read_json
 from mar.settings import DATA_PLACES, flatten, placeless
 from orchestration import provenance
 from orchestration.failures import Reason
@@ -144,13 +145,13 @@ class Launch:
     def finished(self, key: str) -> None:
         """Log the final metrics and the result folder, then mark the run as finished."""
         folder, trial = self.store.launch.trial_folder(key), self.trials[key]
-        metrics: dict[str, float] = json.loads((folder / RESULT / "metrics.json").read_text(encoding="utf-8"))
+        metrics: dict[str, float] = read_json(folder / RESULT / "metrics.json")
         final = {name: value for name, value in metrics.items() if name.startswith("test/")}
         self.writer.metrics(key, trial.settings.recipe.epochs, final, again=True)
         self.writer.artifacts(key, folder / RESULT, RESULT)
         self._keep_log(key)
         with suppress(OSError, ValueError):
-            passes = json.loads((folder / PASSES).read_text(encoding="utf-8"))
+            passes = read_json(folder / PASSES)
             self.writer.tag(key, "max_clips_per_pass", str(passes["max_clips_per_pass"]))
         if key not in self.trained_by:
             told = {name: f"{value:.4f}" for name, value in final.items()}
@@ -251,7 +252,7 @@ class Launch:
         finished = {record.key for record in self.store.trials() if record.status == "FINISHED"}
         for folder in (left[key] for key in finished & left.keys()):
             with suppress(OSError, ValueError, TypeError):
-                self._clear(folder, Keep(**json.loads((folder / CLEARED).read_text(encoding="utf-8"))))
+                self._clear(folder, Keep(**read_json(folder / CLEARED)))
 
     def _relay(self, key: str) -> None:
         """Tell the view what the trial's workers have said since."""
@@ -300,7 +301,7 @@ def _epochs_done(folder: Path) -> int:
     """Return how many epochs a trial's newest checkpoint here has behind it; 0 where there is none."""
     for manifest in sorted(folder.glob(f"step_*/{MANIFEST}"), reverse=True):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            return len(json.loads(manifest.read_text(encoding="utf-8"))["progress"]["history"])
+            return len(read_json(manifest)["progress"]["history"])
     return 0
 
 

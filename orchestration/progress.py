@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mar.safe_words import printable
 from orchestration.study import Trial
 
 _ROWS = 24
@@ -93,7 +94,7 @@ class Board:
 
     def says(self, trial: Trial, words: str) -> None:
         """It has a message for a person."""
-        self.console.print(Text(f"! {trial.name}: {words}", style="yellow"), soft_wrap=True)
+        self.console.print(Text(printable(f"! {trial.name}: {words}"), style="yellow"), soft_wrap=True)
 
     def counts(self) -> dict[str, int]:
         """Return how many trials are in which state; those finished in earlier launches count as done."""
@@ -138,7 +139,7 @@ class Board:
             epochs, metrics = state.trial.settings.recipe.epochs, state.metrics
             table.add_row(
                 _MARKS[state.status],
-                Text(state.trial.name),
+                Text(printable(state.trial.name)),
                 f"{state.epoch}/{epochs}",
                 ProgressBar(epochs, state.epoch, width=16),
                 _figure(metrics, "train/loss", ".4f"),
@@ -156,7 +157,7 @@ class Board:
 
     def _line(self, words: str) -> None:
         if not self.is_live:
-            self.console.print(words, soft_wrap=True, highlight=False, markup=False)
+            self.console.print(printable(words), soft_wrap=True, highlight=False, markup=False)
 
 
 def _figure(metrics: dict[str, float], name: str, form: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from mar.annotations import fingerprint
 from mar.answers import read_history
 from mar.config import ExperimentConfig
 from mar.errors import Failure, UserError
+from mar.safe_input import read_json
 from mar.sealed import read_sealed
 from mar.settings import build, placeless
 from orchestration.config import LaunchConfig
@@ -49,9 +49,9 @@ def finished_here(launch: LaunchConfig, keys: Iterable[str]) -> list[RunRecord]:
     found: list[RunRecord] = []
     for key in keys:
         folder = launch.trial_folder(key)
-        with suppress(OSError, ValueError, KeyError, TypeError, Failure):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, Failure):
             metrics = read_sealed(folder / RESULT)["metrics"]
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            record = read_json(folder / RECORD)
             tags = {**record["tags"], KEY: key}
             found.append(RunRecord(key, record["study"], "", "FINISHED", metrics, tags))
     return found
@@ -122,8 +122,8 @@ def _record(folder: Path, settings: ExperimentConfig) -> dict[str, Any]:
     Raises:
         Failure: neither gives the folder's name, which follows from what was trained: a table must not mix trainings.
     """
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = read_json(folder / RECORD)
         if key_of(record["tags"][IDENTITY]) == folder.name and {"study", "name"} <= record.keys():
             return record
     data = ABSENT

@@ -21,8 +21,10 @@ from filelock import FileLock
 from mar import MANIFEST, RESULT
 from mar.errors import Failure, UserError
 from mar.keep import Keep
+from mar.safe_input import below
 from mar.sealed import read_sealed
 from orchestration.failures import first_line
+from orchestration.secrets import has_secrets, without_secrets
 
 _CHUNK_BYTES = 2**22
 
@@ -37,6 +39,11 @@ class Remote:
     def __init__(self, uri: str) -> None:
         import pyarrow.fs
 
+        if has_secrets(uri):
+            raise UserError(
+                f"{without_secrets(uri)}: leave the keys out of the address, it is written into logs: "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or whatever else the provider's own tools read"
+            )
         try:
             self.files, root = pyarrow.fs.FileSystem.from_uri(uri)
         except (ValueError, OSError, NotImplementedError) as error:
@@ -77,21 +84,23 @@ class Remote:
             if _is_whole(folder) and (folder / MANIFEST).read_bytes() == (unfinished / MANIFEST).read_bytes():
                 shutil.rmtree(unfinished)
                 return True
-            for each in self.names(name):
-                self.pull(f"{name}/{each}", unfinished / each)
-            is_whole = _is_whole(unfinished)
-            if is_whole:
-                shutil.rmtree(folder, ignore_errors=True)
-                unfinished.rename(folder)
-            shutil.rmtree(unfinished, ignore_errors=True)
+            try:
+                for each in self.names(name):
+                    self.pull(f"{name}/{each}", below(unfinished, each))
+                is_whole = _is_whole(unfinished)
+                if is_whole:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
             return is_whole
 
     def pull_missing(self, name: str, folder: Path) -> int:
         """Copy those files of a folder that are not here, or here with another size; returns how many."""
         here = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-        wanted = [each for each, size in self._sizes(name).items() if here.get(each) != size]
-        for each in wanted:
-            self.pull("/".join(part for part in (name, each) if part), folder / each)
+        wanted = {each: below(folder, each) for each, size in self._sizes(name).items() if here.get(each) != size}
+        for each, file in wanted.items():
+            self.pull("/".join(part for part in (name, each) if part), file)
         return len(wanted)
 
     def push_missing(self, folder: Path, name: str) -> int:
@@ -175,7 +184,7 @@ def collect(place: Remote, key: str, folder: Path) -> None:
     place.pull_sealed(f"trials/{key}/{RESULT}", folder / RESULT)
     for name in place.names(f"trials/{key}"):
         if "." in name:
-            place.pull(f"trials/{key}/{name}", folder / name)
+            place.pull(f"trials/{key}/{name}", below(folder, name))
     place.pull_missing(f"trials/{key}/logs", folder / "logs")
 
 
@@ -184,7 +193,7 @@ def clear_copies(place: Remote, key: str, keep: Keep) -> None:
     whole = {name for name in place.sealed(f"trials/{key}") if name.startswith("step_")}
     with TemporaryDirectory() as folder:
         for name in whole:
-            place.pull(f"trials/{key}/{name}/{MANIFEST}", Path(folder) / name / MANIFEST)
+            place.pull(f"trials/{key}/{name}/{MANIFEST}", below(Path(folder), name) / MANIFEST)
         kept = {path.name for path in keep.for_good(sorted(Path(folder).glob("step_*")))}
     for name in place.names(f"trials/{key}"):
         if name.startswith("step_") and name not in kept:

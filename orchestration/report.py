@@ -9,7 +9,10 @@ from pathlib import Path
 
 from mar.charts import draw_confusion
 from mar.errors import UserError
+from mar.safe_words import markdown
+from mar.sealed import write_text
 from mar.settings import flatten, placeless
+from orchestration.csv_files import csv_text
 from orchestration.figures import draw, draw_figure, figure_info
 from orchestration.interactive import PAGE_STYLE, chart, confusion_chart, plotly_script, study_chart
 from orchestration.page_facts import experiments_of, footer
@@ -36,15 +39,15 @@ def write_report(
     for ending in ("png", "pdf"):
         with suppress(UserError):  # no reconstruction yet
             draw_figure(study, records, folder / f"figure.{ending}", file_of)
-    figure.frame().to_csv(folder / "figure.csv", index=False)
+    write_text(folder / "figure.csv", csv_text(figure.frame()))
     curves, mistaken = curves_info(study, records, file_of), confusion(study, records, file_of)
     for ending in ("png", "pdf"):
         if curves:
             draw(curves, folder / f"curves.{ending}")
-            curves.frame().to_csv(folder / "curves.csv", index=False)
+            write_text(folder / "curves.csv", csv_text(curves.frame()))
         if mistaken:
             draw_confusion(mistaken.counts, list(mistaken.names), folder / f"confusion.{ending}")
-            mistaken.frame().to_csv(folder / "confusion.csv")
+            write_text(folder / "confusion.csv", csv_text(mistaken.frame(), index=True))
     judged = claim_lines(claims(study, records, file_of))
     (folder / "report.md").write_text(_markdown(study, table, judged), encoding="utf-8")
     charts = [study_chart(study, records) or '<img src="figure.png" alt="">']
@@ -101,11 +104,12 @@ def _shared_settings(study: Study) -> list[tuple[str, str]]:
 
 
 def _markdown(study: Study, table: TableInfo, judged: Sequence[str]) -> str:
-    shared = "\n".join(f"| `{path}` | {value} |" for path, value in _shared_settings(study))
-    found = "\n".join(_findings(study, table.rows))
-    claimed = "## The paper's claims\n\n" + "".join(f"- {line}\n" for line in judged) + "\n" if judged else ""
+    shared = "\n".join(f"| `{path}` | {markdown(value)} |" for path, value in _shared_settings(study))
+    found = "\n".join(markdown(words) for words in _findings(study, table.rows))
+    title = markdown(study.file.title)
+    claimed = "## The paper's claims\n\n" + "".join(f"- {markdown(line)}\n" for line in judged) + "\n" if judged else ""
     return (
-        f"# {study.file.title}\n\n{found}\n\n{FORMATS['md'](table)}\n![{study.file.title}](figure.png)\n\n{claimed}"
+        f"# {title}\n\n{found}\n\n{FORMATS['md'](table)}\n![{title}](figure.png)\n\n{claimed}"
         f"## Settings that all trials share\n\n| setting | value |\n|---|---|\n{shared}\n"
     )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 
 from rich.console import Console
 
 from mar import RESULT
 from mar.errors import Failure
+from mar.safe_input import read_json
 from orchestration.config import LaunchConfig, sqlite_address
 from orchestration.failures import Reason
 from orchestration.launch import Launch, check_weights
@@ -103,7 +103,7 @@ class _Searching:
             return
         self.launched.finished(key)
         file = self.launched.store.launch.trial_folder(key) / RESULT / "metrics.json"
-        metrics: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+        metrics: dict[str, float] = read_json(file)
         try:
             self.proposer.finished(key, metrics, self.launched.trials[key].settings)
         except Failure as error:

@@ -14,6 +14,9 @@ import pandas as pd
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
+from mar.safe_words import markdown
+from mar.sealed import write_text
+from orchestration.csv_files import csv_text
 from orchestration.interactive import part_of_page, write_html
 from orchestration.page_facts import footer
 from orchestration.quantities import QUANTITIES
@@ -51,7 +54,8 @@ def found_text(proposer: Proposer) -> str:
     frame, search = front_frame(proposer), proposer.search
     words = _counts_text(proposer)
     kind = "Pareto front" if len(search.file.goals) > 1 else "Best"
-    lines = [f"**{search.file.title}**", "", words, "", f"{kind}:", "", frame.to_markdown(index=False)]
+    shown = frame.map(_shown)
+    lines = [f"**{markdown(search.file.title)}**", "", words, "", f"{kind}:", "", shown.to_markdown(index=False)]
     importances = importance_frame(proposer)
     if not importances.empty:
         lines += ["", "Importance of each setting (fANOVA):", "", importances.to_markdown(index=False, floatfmt=".2f")]
@@ -66,6 +70,10 @@ def front_frame(proposer: Proposer) -> pd.DataFrame:
         values = {QUANTITIES[name].title: round(value, QUANTITIES[name].digits) for name, value in goals}
         rows.append({"trial": trial.number, **values, **trial.params})
     return pd.DataFrame(rows)
+
+
+def _shown(value: Any) -> Any:
+    return markdown(value) if isinstance(value, str) else value
 
 
 def importance_frame(proposer: Proposer) -> pd.DataFrame:
@@ -91,9 +99,9 @@ def write_search_report(proposer: Proposer, folder: Path) -> None:
     """Write ``report.md`` and ``.html``, ``best.yaml`` (a recipe, ready to run), ``front.csv``, ``trials.csv``, pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(found_text(proposer), encoding="utf-8")
-    front_frame(proposer).to_csv(folder / "front.csv", index=False)
+    write_text(folder / "front.csv", csv_text(front_frame(proposer)))
     frame: pd.DataFrame = proposer.study.trials_dataframe(attrs=("number", "state", "values", "params", "user_attrs"))
-    frame.to_csv(folder / "trials.csv", index=False)
+    write_text(folder / "trials.csv", csv_text(frame))
     best = best_trials(proposer)
     if best:
         chosen = best[-1] if next(iter(proposer.search.file.goals.values())) == "max" else best[0]

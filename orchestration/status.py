@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import Any
 import filelock
 
 from mar.errors import UserError
+from mar.safe_input import read_json
 from orchestration.config import LaunchConfig
 from orchestration.lock import ask_to_stop
 from orchestration.remote import remote
@@ -137,7 +137,7 @@ def _trial(record: RunRecord, launch: LaunchConfig) -> RunningTrial:
     if launch.remote:
         remote(launch.remote).pull(f"trials/{record.key}/{PULSE}", file)
     with suppress(OSError, ValueError):
-        pulse = json.loads(file.read_text(encoding="utf-8"))
+        pulse = read_json(file)
     step, steps, rate = pulse.get("step"), pulse.get("steps"), pulse.get("steps_per_s")
     return RunningTrial(
         name=record.tags.get("mlflow.runName", record.key),

@@ -20,11 +20,12 @@ from mar import RESULTS
 from mar.annotations import fingerprint
 from mar.config import ClassifierConfig, ExperimentConfig, MaskConfig, ReconstructionConfig
 from mar.errors import UserError
+from mar.safe_input import parse_yaml
 from mar.settings import SETTING_PATHS, SettingError, build, merge, placeless
 from mar.sources import ABSENT as WEIGHTS_ABSENT
 from mar.sources import fetch, is_path
 from mar.sources import fingerprint as weights_fingerprint
-from orchestration.files import Document, PlainLoader, Recipe, find, packaged
+from orchestration.files import Document, Recipe, find, packaged
 from orchestration.names import recipe_title
 from orchestration.quantities import QUANTITIES
 from orchestration.study_file import BETWEEN_LABELS, FigureLayout, StudyFile, TableLayout, label_parts
@@ -277,7 +278,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not path:
             raise UserError(f"{word!r}: expected path=value, as in mask.ratio=0.75")
         try:
-            changes[path] = yaml.load(text, Loader=PlainLoader)  # noqa: S506  (a SafeLoader)
+            changes[path] = parse_yaml(text)[0]
         except yaml.YAMLError as error:
             reason = getattr(error, "problem", None) or "not valid YAML"
             raise UserError(f"{path}={text}: {reason}") from None

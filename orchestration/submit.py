@@ -32,8 +32,11 @@ from mar.errors import Failure, UserError
 from orchestration.failures import first_line
 from orchestration.files import Document, find, packaged
 from orchestration.provenance import CODE, tags
+from orchestration.secrets import close_token_file, has_secrets, without_secrets, write_private
 
 _TIMEOUT_S = 10.0
+_WEBHOOK = "webhook.txt"
+"""In a job's folder: the address that hears of its end. Whoever knows it may write there."""
 _UNSHIPPED = ("__pycache__", "*.pyc")
 
 
@@ -69,6 +72,7 @@ class Jobs:
             )
         if not is_open:
             os.environ["RAY_AUTH_MODE"] = "token"
+            close_token_file()
         from ray.job_submission import JobSubmissionClient
 
         logging.getLogger("ray").setLevel(logging.WARNING)
@@ -89,13 +93,14 @@ class Jobs:
         job_id = f"{base}-run{len(earlier) + 1}"
         with TemporaryDirectory() as folder:
             place = _packed(study, Path(folder))
-            line = shlex.join(["run", place, *words, "--address", "auto"])
+            shown = words_to_show(words, Path(folder))
+            line = shlex.join(["run", place, *shown, "--address", "auto"])
             try:
                 self.client.submit_job(
                     entrypoint=f"python -m orchestration {line}",
                     submission_id=job_id,
                     runtime_env={"working_dir": folder, "env_vars": _told(environment)},
-                    metadata={"study": Path(study).stem, "asked": asked},
+                    metadata={"study": Path(study).stem, "asked": json.dumps([study, *shown])},
                 )
             except RuntimeError as error:
                 if "already exists" in str(error):  # somebody was quicker
@@ -136,6 +141,31 @@ class Jobs:
         known = [job.job_id for job in self.list()]
         if job_id not in known:
             raise UserError(f"no job {job_id!r} on {self.address} ({', '.join(known[:5]) or 'it has none of ours'})")
+
+
+def words_to_show(words: Sequence[str], folder: Path) -> list[str]:
+    """Return the words as the cluster may show them, in its list of jobs and in its logs; a webhook goes into a file.
+
+    Raises:
+        UserError: an address has a password in it.
+    """
+    shown: list[str] = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if shown and shown[-1] == "--webhook" and not word.startswith("@"):
+            write_private(folder / _WEBHOOK, word)
+            shown.append(f"@{_WEBHOOK}")
+        elif name == "--webhook" and value and not value.startswith("@"):
+            write_private(folder / _WEBHOOK, value)
+            shown.append(f"--webhook=@{_WEBHOOK}")
+        elif has_secrets(word):
+            raise UserError(
+                f"{without_secrets(word)}: leave user and password out, the cluster shows a job's command to whoever "
+                "asks. MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on each node"
+            )
+        else:
+            shown.append(word)
+    return shown
 
 
 def _told(environment: Mapping[str, str]) -> dict[str, str]:

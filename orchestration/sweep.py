@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -27,6 +28,7 @@ from orchestration.config import LaunchConfig
 from orchestration.failures import FILE, Reason, read_reason, reported
 from orchestration.ray_guard import Guard
 from orchestration.remote import collect, remote
+from orchestration.secrets import close_token_file
 from orchestration.study import Trial
 from orchestration.trial import (
     ATTEMPTS,
@@ -42,8 +44,8 @@ from orchestration.trial import (
 
 _TOKEN = secrets.token_hex(32)
 """What protects a private Ray: only this process and what it starts know it."""
-_LONGEST_TEMPORARY = 34
-"""Characters: Ray adds up to 72, and a socket's path may have 107."""
+_LONGEST_TEMPORARY = 24
+"""Characters: ``_private_folder`` and Ray add up to 82, and a socket's path may have 107."""
 _OBJECT_STORE_BYTES = 200 * 2**20
 """Nothing but reports and settings passes through it."""
 
@@ -90,6 +92,7 @@ def _run(
     os.environ.update(quiet_environment(launch))  # Ray reads some of it when it is loaded
     from ray import tune
 
+    _keep_keys_out_of_logs()
     with started(launch):
         gpus = _gpus_per_worker(launch)
 
@@ -111,6 +114,17 @@ def _run(
             trial_dirname_creator=_trial_name,
         )
         _fit(tune.Tuner(_trainable(launch, gpus), tune_config=config, run_config=_run_config(launch, listener)), launch)
+
+
+def _keep_keys_out_of_logs() -> None:
+    """Have Tune send no cloud's keys along with a trial: Ray writes what is sent into its logs.
+
+    The workers of a private Ray have the launch's environment; on a cluster each node has keys of its own.
+    """
+    from ray.tune.execution import class_cache
+
+    names: set[str] = getattr(class_cache, "ENV_VARS_TO_PROPAGATE", set())
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
 
 
 def _proposing(assigned: Callable[[], dict[str, Any] | None]) -> Any:
@@ -239,13 +253,12 @@ def _start(launch: LaunchConfig) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     if launch.address is None:
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-        folder = tempfile.gettempdir()
-        if len(folder) > _LONGEST_TEMPORARY and os.access("/tmp", os.W_OK):  # noqa: S108
-            notice(f"Ray's sockets are below /tmp: the path of TMPDIR ({folder}) is too long for a socket's")
-            options["_temp_dir"] = f"/tmp/ray-{os.getuid()}"  # noqa: S108
+        options["_temp_dir"] = str(_private_folder() / "ray")
         # A token of this process's own, in no file: Ray would write one below the home folder for everybody to read.
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
             os.environ["RAY_AUTH_TOKEN"] = _TOKEN
+    else:
+        close_token_file()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(address=launch.address or "local", **options)
@@ -260,6 +273,29 @@ def _start(launch: LaunchConfig) -> None:
         if threading.current_thread() is threading.main_thread():  # Ray puts its own in their place
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _private_folder() -> Path:
+    """Return a folder for Ray's sockets and logs that nobody else can enter: Ray itself lets everybody write in its own.
+
+    Raises:
+        Failure: there is none.
+    """
+    parent = Path(tempfile.gettempdir())
+    if len(str(parent)) > _LONGEST_TEMPORARY and os.access("/tmp", os.W_OK):  # noqa: S108
+        notice(f"Ray's sockets are below /tmp: the path of TMPDIR ({parent}) is too long for a socket's")
+        parent = Path("/tmp")  # noqa: S108
+    folder = parent / f"mar-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        state = folder.lstat()
+        if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o077:
+            return folder
+        return Path(tempfile.mkdtemp(prefix="mar-", dir=parent))  # somebody else was there first
+    except OSError as error:
+        raise Failure(
+            f"Ray does not start: {error}. It needs a temporary folder that can be written (TMPDIR)"
+        ) from None
 
 
 def stop() -> None:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from mar.safe_words import markdown
+from orchestration.csv_files import csv_text
 from orchestration.quantities import QUANTITIES
 from orchestration.results import AnyRecord, Cell, Row, axis_parts, rows
 from orchestration.statistics import ONE_TRAINING, Comparison, FileOf, against_reference, are_apart, tells_apart
@@ -146,9 +148,9 @@ def _is_best_told(
 
 def to_markdown(info: TableInfo) -> str:
     """Return a Markdown table with its title."""
-    text = _frame(info, best="**{}**".format, plain=lambda words: words.replace("|", "\\|"))
-    lines = [f"**{info.title}**", "", text.to_markdown(index=False, disable_numparse=True)]
-    return "\n".join([*lines, *(f"\n{note}" for note in info.notes)]) + "\n"
+    text = _frame(info, best="**{}**".format, plain=markdown)
+    lines = [f"**{markdown(info.title)}**", "", text.to_markdown(index=False, disable_numparse=True)]
+    return "\n".join([*lines, *(f"\n{markdown(note)}" for note in info.notes)]) + "\n"
 
 
 def to_latex(info: TableInfo) -> str:
@@ -176,7 +178,7 @@ def to_html(info: TableInfo, has_caption: bool = True) -> str:
 
 def to_csv(info: TableInfo) -> str:
     """Return one line for each row and quantity, unrounded."""
-    return pd.DataFrame(_plain_rows(info)).to_csv(index=False)
+    return csv_text(pd.DataFrame(_plain_rows(info)))
 
 
 def to_json(info: TableInfo) -> str:

@@ -520,9 +520,17 @@ def _unusable(launch: LaunchConfig, error: Exception) -> str:
 def serve(launch: LaunchConfig, port: int) -> tuple[list[str], dict[str, str]]:
     """Return the command that serves the store's pages on the loopback interface, and its environment.
 
-    The database's address is in the environment: everybody on the machine can read a command line.
+    The database's address is in the environment: everybody on the machine can read a command line. It answers to this
+    machine's own names alone, on any port, for ``ssh -L``: MLflow's default takes ``10.evil.example`` for a private address,
+    so that a page of that name could read the store (DNS rebinding).
     """
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     if launch.artifacts:
         command += ["--default-artifact-root", launch.artifacts]
-    return command, {**os.environ, "MLFLOW_BACKEND_STORE_URI": launch.tracking}
+    own = ("localhost", "127.0.0.1", "[::1]")
+    environment = {
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(f"{name},{name}:*" for name in own),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{name}:{port}" for name in own),
+        **os.environ,
+    }
+    return command, {**environment, "MLFLOW_BACKEND_STORE_URI": launch.tracking}

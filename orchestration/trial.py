@@ -170,9 +170,18 @@ def run_inline(config: dict[str, Any]) -> None:
 
 def quiet_environment(launch: LaunchConfig) -> dict[str, str]:
     """Return what Ray must find in the environment, in this process and in its workers."""
-    token = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")} if launch.address else {}
+    if launch.address:
+        reach = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+    else:
+        reach = {
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's default on a Mac: its servers listen on loopback alone
+            # Whoever is on the machine could read the metrics, without a token; nobody collects those of a private Ray.
+            "RAY_enable_metrics_collection": "0",
+            "AUTOSCALER_METRIC_PORT": "-1",
+            "DASHBOARD_METRIC_PORT": "-1",
+        }
     return {
-        **token,  # a cluster of our own makes its token itself: Ray's default
+        **reach,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(launch.poll_s),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1" if launch.address else "0",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",

@@ -21,6 +21,7 @@ from mar.errors import Failure, FailureKind, Stopped
 from mar.keep import Keep
 from mar.memory import give_back_freed_memory, keep_freed_memory
 from mar.parallel import default_device, share
+from mar.safe_input import read_json
 from mar.sealed import write_text
 from mar.settings import build
 from mar.step import Execution, Wish
@@ -112,7 +113,7 @@ def _count_attempt(folder: Path) -> int:
     """
     begun = 0
     with suppress(OSError, ValueError, KeyError, TypeError):
-        begun = int(json.loads((folder / ATTEMPTS).read_text(encoding="utf-8"))["begun"])
+        begun = int(read_json(folder / ATTEMPTS)["begun"])
     with suppress(OSError):  # on a full disk the training has more to say
         write_text(folder / ATTEMPTS, json.dumps({"begun": begun + 1}))
     return begun + 1
@@ -210,7 +211,7 @@ def _heed_earlier(told: Assignment, folder: Path, copies: Copies | None) -> None
 def _passes(told: Assignment, folder: Path) -> int | None:
     """Return the largest pass: what was asked for, or less after it was too much."""
     with suppress(OSError, ValueError, KeyError):
-        return int(json.loads((folder / PASSES).read_text(encoding="utf-8"))["max_clips_per_pass"])
+        return int(read_json(folder / PASSES)["max_clips_per_pass"])
     return told.max_clips_per_pass
 
 

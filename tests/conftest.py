@@ -1,7 +1,7 @@
 """A tiny data set of real videos, tiny settings for it, and the shapes in signatures switched on."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,28 @@ def tiny_tree(root: Path) -> dict[str, Any]:
         "recipe": {"epochs": 3, "batch_size": 8, "warmup_epochs": 1, "precision": "fp32"},
         "evaluation": {"clips": 1, "crops": 1},
     }
+
+
+BUCKET = "s3://bucket"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[None]:
+    """An object store: a real server that speaks S3, where the environment says it is, with a bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    there = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    there |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    os.environ.update(there)
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield
+    server.stop()
+    for name in there:
+        del os.environ[name]
 
 
 @pytest.fixture

@@ -10,11 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 import yaml
-from conftest import tiny_tree
-from moto.server import ThreadedMotoServer
+from conftest import BUCKET, tiny_tree
 from test_faults import STUDY, begin, end, wait_for
 from test_run import mar
 
@@ -24,22 +22,6 @@ from orchestration.remote import Remote
 from orchestration.tracking import Store
 
 BIN = Path(sys.executable).parent
-BUCKET = "s3://bucket"
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[None]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    there = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
-    there |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
-    os.environ.update(there)
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    yield
-    server.stop()
-    for name in there:
-        del os.environ[name]
 
 
 @pytest.fixture

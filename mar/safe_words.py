@@ -1,0 +1,42 @@
+"""Others' words, shown and not obeyed: by a terminal, a spreadsheet, a page. Imports nothing else of ours."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Any
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What begins so, a spreadsheet computes."""
+_SHOWN_CONTROLS = "\n\t"
+_HIDDEN_CATEGORIES = {"Cc", "Zl", "Zp"}
+_DIRECTIONS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+"""Characters that turn the reading order: a name can look like another one."""
+_NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+def printable(text: str) -> str:
+    r"""Return words that a terminal shows and does not obey: control characters as ``\x1b``, but for new lines and tabs."""
+    if text.isprintable():
+        return text
+    return "".join(_visible(character) for character in text)
+
+
+def _visible(character: str) -> str:
+    is_hidden = unicodedata.category(character) in _HIDDEN_CATEGORIES and character not in _SHOWN_CONTROLS
+    if is_hidden or _DIRECTIONS.match(character):
+        return character.encode("unicode_escape").decode("ascii")
+    return character
+
+
+def cell(value: Any) -> Any:
+    """Return a value for a csv file that no spreadsheet takes for a formula; numbers stay numbers."""
+    if not isinstance(value, str) or not value.startswith(_FORMULA) or _NUMBER.fullmatch(value):
+        return value
+    return f"'{value}"
+
+
+def markdown(words: str) -> str:
+    """Return words that Markdown shows as they stand: no HTML, no links, no further columns of a table."""
+    safe = re.sub(r"<(?=[A-Za-z/!?])", r"\\<", printable(words).replace("|", "\\|"))
+    return safe.replace("](", "]\\(").replace("\n", " ")

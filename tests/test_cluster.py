@@ -180,6 +180,8 @@ def test_the_server_is_for_loopback_and_its_own_pods_only() -> None:
     services = documents("mlflow/compose.yaml")[0]["services"]
     assert services["mlflow"]["ports"] == ["127.0.0.1:5000:5000"] and "ports" not in services["database"]
     assert "--allowed-hosts" in services["mlflow"]["command"]
+    assert "--app-name basic-auth" in services["mlflow"]["command"] and "SECRET" not in services["mlflow"]["command"]
+    assert all("no-new-privileges:true" in each["security_opt"] for each in services.values())
     objects = documents("mlflow/kubernetes.yaml")
     assert not any(each["spec"].get("type") in ("LoadBalancer", "NodePort") for each in objects)
     guarded = {each["spec"]["podSelector"]["matchLabels"]["app"] for each in objects if each["kind"] == "NetworkPolicy"}
@@ -221,3 +223,33 @@ def test_every_study_in_the_files_is_one_that_ships() -> None:
         line.split()[2] for _, line in commands() if line.split()[1] in ("run", "submit") and len(line.split()) > 2
     }
     assert {name for name in named if re.fullmatch(r"[a-z]+\w+", name)} <= studies
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("kuberay/") or "kubernetes" in name])
+def test_no_pod_runs_as_root_or_may_become_it_and_no_secret_is_an_argument(name: str) -> None:
+    for tree in documents(name):
+        for pod in pods(tree):
+            assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"]
+            assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+            for each in pod["containers"]:
+                assert each["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+                assert "$(PASSWORD)" not in str(each.get("args"))
+                secrets = [entry for entry in each["env"] if "PASSWORD" in entry["name"] or "SECRET" in entry["name"]]
+                assert secrets and all("secretKeyRef" in entry["valueFrom"] for entry in secrets)
+
+
+def test_rays_ports_are_for_its_own_pods() -> None:
+    (policy,) = documents("kuberay/network.yaml")
+    assert policy["spec"]["podSelector"]["matchLabels"] == {"ray.io/is-ray-node": "yes"}
+    own, others = policy["spec"]["ingress"]
+    assert own == {"from": [{"podSelector": policy["spec"]["podSelector"]}]}
+    assert others["ports"] == [{"port": 8265}]
+    job = documents("kuberay/rayjob.yaml")[0]["metadata"]["name"]
+    assert {"podSelector": {"matchLabels": {"batch.kubernetes.io/job-name": job}}} in others["from"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("autoscaler/")])
+def test_what_the_autoscaler_mounts_has_no_keys(name: str) -> None:
+    (tree,) = documents(name)
+    assert {".env*", "*.pem", "*.key", "id_*"} <= {*tree["rsync_exclude"]}
+    assert "umask 077; ray get-auth-token" in (CLUSTER / name).read_text()

@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test test-cluster check format clean
+.PHONY: demo test test-cluster chaos check format clean
 
 demo: $(STAMP)
 	@$(BIN)/mar data make motion-verbs mar_data/motion-verbs
@@ -17,6 +17,10 @@ test: check
 # More of Ray clusters of several nodes, and servers that are killed: ten minutes on a machine that must have no other Ray.
 test-cluster: $(STAMP)
 	$(BIN)/pytest -q -m cluster
+
+# Studies under random faults for an hour, with seeds: every kind of fault, on every backend; docs/faults.md has its table.
+chaos: $(STAMP)
+	$(BIN)/python tests/chaos.py --minutes 60
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -54,8 +54,14 @@ _LAUNCH_S = 200
 _LEFT_S = 10.0
 """After so long nothing of a launch may be left."""
 _LOOK_S = 0.1
-_MOST_LAUNCHES = 14
-_FAULTS_A_ROUND = 12
+_MOST_LAUNCHES = 40
+_FAULTS_A_ROUND = 20
+_SHARE_THAT_ENDS = 0.3
+"""Of the faults: those that end a launch; the next one takes ten seconds and more to start."""
+_SHARE_AT_THE_START = 0.05
+"""Of the faults: kills of a launch that may not train yet."""
+_LONGEST_PAUSE_S = 2.0
+"""Between two faults of a launch, once it trains."""
 _DISK_MIB = 24
 _MEASURED = ("time/", "throughput/")
 """Metrics that begin so are of the machine, not of the training."""
@@ -592,24 +598,24 @@ def _disturb(at: Round, tally: Tally, until: float) -> None:
         launch = Launch(at.place, at.words, at.servers.environment() if at.servers else {})
         tally.launches[at.setting.name] += 1
         done: list[str] = []
-        for _ in range(at.random.randint(1, 5)):
-            if not faults or time.monotonic() > until:
-                break
-            if at.random.random() < 0.1:  # at the start
+        while faults and time.monotonic() < until:
+            if at.random.random() < _SHARE_AT_THE_START:
                 launch.sleep(at.random.uniform(0, 8))
                 fault = _DRIVER[0]
             else:
-                fault = at.random.choice(at.setting.faults)
+                ends = at.random.random() < _SHARE_THAT_ENDS
+                fault = at.random.choice([each for each in at.setting.faults if each.ends == ends])
                 if not launch.wait_until_it_trains():
                     break
-                launch.sleep(at.random.uniform(0, 3))
+                launch.sleep(at.random.uniform(0, _LONGEST_PAUSE_S))
             if launch.has_ended():
                 break
-            if fault.act(at, launch):
+            is_done = fault.act(at, launch)
+            if is_done:
                 tally.faults[at.setting.name, fault.name] += 1
                 done.append(fault.name)
                 faults -= 1
-            if fault.ends:
+            if is_done and fault.ends:
                 break
         code = launch.end()
         _judge(at, launch, code, done)

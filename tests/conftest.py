@@ -95,7 +95,7 @@ def tiny(videos: Path) -> Callable[..., ExperimentConfig]:
     return settings
 
 
-_WITH_RAY = ("test_run.py", "test_ray_cluster.py", "test_cluster_faults.py")
+_WITH_RAY = ("test_run.py", "test_chaos.py", "test_ray_cluster.py", "test_cluster_faults.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

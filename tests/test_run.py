@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -505,6 +506,43 @@ def test_a_home_that_cannot_be_written_and_a_long_temporary_folder_keep_no_ray_f
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "a task ran" in done.stdout
+
+
+_KEYS = {
+    "AWS_ACCESS_KEY_ID": "AKIDOFTHETEST",
+    "AWS_SECRET_ACCESS_KEY": "SECRETOFTHETEST",
+    "AWS_SESSION_TOKEN": "STOFTHETEST",
+}
+
+
+def test_a_private_ray_listens_on_loopback_alone_and_its_logs_have_no_keys_of_a_cloud(place: Path) -> None:
+    """Whole clusters were taken over through ports of Ray that listened to everybody (CVE-2023-48022)."""
+    temporary = place / "t"
+    temporary.mkdir()
+    environment = {**os.environ, **_KEYS, "TMPDIR": str(temporary)}
+    words = ["run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline"]
+    with (place / "output.txt").open("w") as output:
+        running = subprocess.Popen([*MAR, *words], cwd=place, env=environment, stdout=output, stderr=output)
+    seen: set[str] = set()
+    while running.poll() is None:
+        tree = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
+        for process in tree:
+            with suppress(psutil.Error):
+                listening = [each for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+                seen |= {each.laddr.ip.removeprefix("::ffff:") for each in listening}
+        time.sleep(0.2)
+    assert running.returncode == 0, (place / "output.txt").read_text()
+    assert seen == {"127.0.0.1"}
+    private = next(folder for folder in (temporary, Path("/tmp")) if (folder / f"mar-{os.getuid()}").is_dir())
+    folder = private / f"mar-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    session = max((folder / "ray").glob("session_2*"), key=lambda each: each.stat().st_mtime)
+    logs = [file for file in session.rglob("*") if file.is_file()]
+    assert len(logs) > 5
+    for file in [*logs, *place.glob("mar_store/**/*.*")]:
+        if file.is_file():
+            content = file.read_bytes()
+            assert not [name for name, value in _KEYS.items() if value.encode() in content], file
 
 
 def begin(place: Path, *words: str) -> subprocess.Popen[str]:

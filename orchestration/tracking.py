@@ -41,6 +41,8 @@ from orchestration.secrets import without_secrets
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
+# Of a database that is full for a moment: a page of traceback for what is tried again, and said in our words.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 IDENTITY, KEY, KIND, STUDY = "mar.identity", "mar.key", "mar.kind", "mar.study"
 PARENT_RUN = "mlflow.parentRunId"

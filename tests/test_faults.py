@@ -376,3 +376,46 @@ def test_retries_are_counted_once_whoever_tries_again(
     assert len(begun) == 3, "the first and two retries"
     assert worker.train(spec, lambda *_: None)
     assert len(begun) == (6 if is_full else 4), "what Ray starts again is not tried three times more"
+
+
+def test_two_first_launches_on_a_new_store_at_once_both_end_well(place: Path) -> None:
+    """Each made the database's tables, and one of the two ended on "duplicate column name"."""
+    (place / "other.yaml").write_text(STUDY.replace("50 %: {}", "60 %: {mask.ratio: 0.625}"))
+    words = ["recipe.epochs=1", "recipe.warmup_epochs=0", "--local"]
+    both = [begin(place, "run", name, *words) for name in ("tiny.yaml", "other.yaml")]
+    looking = [begin(place, "status") for _ in range(2)]
+    outputs = [end(running, 0) for running in both]
+    for each in looking:
+        output = each.communicate(timeout=200)[0]
+        assert each.returncode in (0, 2) and "Traceback" not in output, output
+    assert all("Top-1 (%)" in output for output in outputs)
+    assert len({record.key for record in records(place)}) == 3, "75 % is trained once"
+
+
+_KILLED_BEFORE_CLEARING = """
+import os, signal, sys
+from orchestration import launch
+from orchestration.cli import main
+launch.clear = lambda folder, keep: os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = ["mar", "run", "tiny.yaml", "--only", "ρ=50 %", "--local"]
+main()
+"""
+
+
+def test_checkpoints_of_a_trial_whose_launch_was_killed_before_it_cleared_them_go_at_the_next(place: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", _KILLED_BEFORE_CLEARING], cwd=place, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert list(place.glob("mar_store/trials/*/step_*"))
+    assert "1 finished before, 0 to train" in here(place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local")
+    assert not list(place.glob("mar_store/trials/*/step_*"))
+
+
+def test_a_row_that_is_only_tested_logs_what_it_measured_once(place: Path) -> None:
+    study = STUDY.replace("75 %: {mask.ratio: 0.75}", "twice: {evaluation.clips: 2}")
+    (place / "tiny.yaml").write_text(study)
+    here(place, "run", "tiny.yaml", "recipe.epochs=1", "recipe.warmup_epochs=0", "--local")
+    client = Store(LaunchConfig(store=place / "mar_store")).client
+    found = records(place)
+    assert sorted(record.has_model for record in found) == [False, True]
+    for record in found:
+        assert [point.step for point in client.get_metric_history(record.run_id, "test/top1")] == [1]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,8 @@ class Server:
             return False
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it was killed before
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -164,3 +166,19 @@ def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(p
     assert [point.step for point in history] == list(range(1, 121))
     assert "result/model.safetensors" in {item.path for item in store.client.list_artifacts(record.run_id, "result")}
     assert "logs/worker0.txt" in {item.path for item in store.client.list_artifacts(record.run_id, "logs")}
+
+
+@pytest.mark.cluster
+def test_a_tracking_server_that_is_gone_for_good_costs_no_result_and_the_table_is_printed(
+    place: Path, server: Server
+) -> None:
+    words = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local"]
+    running = begin(place, *words, "--tracking-uri", server.address, "--patience-s", "3")
+    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+    server.kill()
+    output = end(running, 1)
+    assert "Top-1 (%)" in output and "The table above is from the results in the store" in output
+    assert "Traceback" not in output
+    told = mar(place, *words)
+    assert "Top-1 (%)" in told and "resumes at epoch" not in told, "nothing is trained again"
+    assert "1 finished results" in told and "are taken as they are, not trained again" in told

@@ -28,6 +28,7 @@ from orchestration.cli_options import (
     say_store,
     studies_of,
 )
+from orchestration.secrets import webhook_of
 
 if TYPE_CHECKING:
     from orchestration.study import Study
@@ -128,7 +129,7 @@ def run(
         retries=retries,
         hang_timeout_s=hang_timeout_s or None,
         patience_s=patience_s,
-        webhook=_webhook_of(webhook),
+        webhook=webhook_of(webhook) if webhook else None,
     )
     if study and not is_all and is_search_file(study):
         from orchestration.run_search import run_search
@@ -304,22 +305,3 @@ def report(
     folder = output or launch.report_folder(studies[0].name)
     write_report(studies[0], records_of(store, tracking_uri), folder, file_finder(store, tracking_uri))
     print(folder)
-
-
-def _webhook_of(given: str | None) -> str | None:
-    """Return the address that was given, or that stands in the file that was given.
-
-    Raises:
-        UserError: it is none, or there is no such file.
-    """
-    if given is None:
-        return None
-    address = given
-    if given.startswith("@"):
-        try:
-            address = Path(given[1:]).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--webhook {given}: the file cannot be read: {error}") from None
-    if not address.startswith(("http://", "https://")):
-        raise UserError("--webhook: expected an address, as https://example.org/hook, or @FILE with one in it")
-    return address

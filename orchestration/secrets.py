@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from mar.errors import notice
+from mar.errors import UserError, notice
 
 
 def has_secrets(text: str) -> bool:
@@ -36,6 +36,23 @@ def close_token_file() -> None:
         notice(f"others on this machine can read Ray's token, {file}, and it cannot be changed ({error})")
         return
     notice(f"others on this machine could read Ray's token, {file} (mode {mode:o}); now only you can")
+
+
+def webhook_of(given: str) -> str:
+    """Return the address that was given, or, for ``@FILE``, the one that stands in the file.
+
+    Raises:
+        UserError: it is none, or there is no such file.
+    """
+    address = given
+    if given.startswith("@"):
+        try:
+            address = Path(given[1:]).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--webhook {given}: the file cannot be read: {error}") from None
+    if not address.startswith(("http://", "https://")):
+        raise UserError("--webhook: expected an address, as https://example.org/hook, or @FILE with one in it")
+    return address
 
 
 def write_private(file: Path, text: str) -> None:

@@ -32,7 +32,7 @@ from mar.errors import Failure, UserError
 from orchestration.failures import first_line
 from orchestration.files import Document, find, packaged
 from orchestration.provenance import CODE, tags
-from orchestration.secrets import close_token_file, has_secrets, without_secrets, write_private
+from orchestration.secrets import close_token_file, has_secrets, webhook_of, without_secrets, write_private
 
 _TIMEOUT_S = 10.0
 _WEBHOOK = "webhook.txt"
@@ -147,16 +147,16 @@ def words_to_show(words: Sequence[str], folder: Path) -> list[str]:
     """Return the words as the cluster may show them, in its list of jobs and in its logs; a webhook goes into a file.
 
     Raises:
-        UserError: an address has a password in it.
+        UserError: an address has a password in it, or a webhook is none.
     """
     shown: list[str] = []
     for word in words:
         name, _, value = word.partition("=")
-        if shown and shown[-1] == "--webhook" and not word.startswith("@"):
-            write_private(folder / _WEBHOOK, word)
+        if shown and shown[-1] == "--webhook":
+            write_private(folder / _WEBHOOK, webhook_of(word))
             shown.append(f"@{_WEBHOOK}")
-        elif name == "--webhook" and value and not value.startswith("@"):
-            write_private(folder / _WEBHOOK, value)
+        elif name == "--webhook" and value:
+            write_private(folder / _WEBHOOK, webhook_of(value))
             shown.append(f"--webhook=@{_WEBHOOK}")
         elif has_secrets(word):
             raise UserError(

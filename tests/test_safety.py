@@ -362,6 +362,12 @@ def test_a_jobs_command_has_neither_a_webhook_nor_a_password(tmp_path: Path) -> 
     assert (tmp_path / "webhook.txt").read_text() == "https://hooks.example/T0/SECRET"
     assert (tmp_path / "webhook.txt").stat().st_mode & 0o777 == 0o600
     assert words_to_show(["--webhook=https://hooks.example/x"], tmp_path) == ["--webhook=@webhook.txt"]
+    (tmp_path / "own.txt").write_text("https://hooks.example/own\n")
+    assert words_to_show(["--webhook", f"@{tmp_path / 'own.txt'}"], tmp_path) == ["--webhook", "@webhook.txt"]
+    assert (tmp_path / "webhook.txt").read_text() == "https://hooks.example/own"
+    with pytest.raises(UserError, match="or @FILE with one in it") as caught:
+        words_to_show(["--webhook", "hooks.example/T0/SECRET"], tmp_path)
+    assert "SECRET" not in str(caught.value)
     with pytest.raises(UserError, match="leave user and password out") as caught:
         words_to_show(["--tracking-uri", "https://ada:hunter2@mlflow.example"], tmp_path)
     assert "hunter2" not in str(caught.value)

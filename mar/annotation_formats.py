@@ -156,11 +156,15 @@ def annotation_file(data: DataConfig, what: Literal["train", "val", "labels"]) -
     return found
 
 
+_NUMBER = re.compile("[0-9]{1,9}")
+"""Of a class or a second; Python reads none of thousands of digits."""
+_LONGEST_LINE = 10_000
+"""Characters; a path has at most 4,096, and to match a line of blanks takes the square of its length."""
 _LINE = re.compile(
     r"""
     (?: "(?P<quoted> (?: [^"] | "" )+ )" | (?P<plain> [^"] .*? ) )   # a path, quoted or not
     [\s,;|]+
-    "? (?P<label> [0-9]+ ) "?                                          # a class number
+    "? (?P<label> [0-9]{1,9} ) "?                                       # a class number
     """,
     re.VERBOSE,
 )
@@ -179,7 +183,7 @@ def _read_list(data: DataConfig, split: Split) -> Annotations:
         text, place = line.strip(), f"{file}:{number}"
         if not text:
             continue
-        found = _LINE.fullmatch(text)
+        found = _LINE.fullmatch(text) if len(text) <= _LONGEST_LINE else None
         if not found:
             raise UserError(f"{place}: expected a path and a class number, as in 'clips/a.mp4 3', not {text!r}")
         quoted = found["quoted"]
@@ -224,7 +228,7 @@ def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
         template = str(entry.get("template", "")).replace("[", "").replace("]", "")
         if not has_numbers and template not in labels:
             raise UserError(f"{place}: the class {template!r} is not in {annotation_file(data, 'labels')}")
-        if has_numbers and not str(entry["label_idx"]).isdecimal():
+        if has_numbers and not _NUMBER.fullmatch(str(entry["label_idx"])):
             raise UserError(f"{place}: 'label_idx' must be a class number, not {json.dumps(entry['label_idx'])}")
         label = int(entry["label_idx"]) if has_numbers else labels[template]
         stem = str(entry["id"])
@@ -256,12 +260,18 @@ def _kinetics_table(data: DataConfig, split: str) -> list[tuple[str, dict[str, s
     file = annotation_file(data, "train" if split == "train" else "val")
     needed = ("label", "youtube_id", "time_start", "time_end")
     reader = csv.DictReader(io.StringIO(_text(file)))
-    if not set(needed) <= {*(reader.fieldnames or ())}:
-        raise UserError(f"{file}:1: expected the columns {', '.join(needed)}, not {', '.join(reader.fieldnames or ())}")
+    try:
+        columns = reader.fieldnames or ()
+        numbered = [(reader.line_num, line) for line in reader]
+    except csv.Error as error:
+        raise UserError(f"{file}:{reader.line_num + 1}: not a line of csv: {error}") from None
+    if not set(needed) <= {*columns}:
+        raise UserError(f"{file}:1: expected the columns {', '.join(needed)}, not {', '.join(columns)}")
     lines: list[tuple[str, dict[str, str]]] = []
-    for line in reader:
-        place = f"{file}:{reader.line_num}"
-        if not all(line[name] for name in needed) or not (line["time_start"] + line["time_end"]).isdecimal():
+    for number, line in numbered:
+        place = f"{file}:{number}"
+        seconds = (line["time_start"] or "", line["time_end"] or "")
+        if not all(line[name] for name in needed) or not all(_NUMBER.fullmatch(each) for each in seconds):
             raise UserError(f"{place}: expected a class, an id and two whole seconds")
         said = line.get("split") or split
         if said == split or said[:3] == split[:3]:  # some copies hold all splits, and say "validate"
@@ -280,7 +290,7 @@ def _read_ucf101(data: DataConfig, split: Split) -> Annotations:
     for number, line in enumerate(_text(index).splitlines(), start=1):
         if line.strip():
             parts = line.split()
-            if len(parts) != 2 or not parts[0].isdecimal():
+            if len(parts) != 2 or not _NUMBER.fullmatch(parts[0]):
                 raise UserError(f"{index}:{number}: expected '1 ApplyEyeMakeup', not {line!r}")
             numbers[parts[1].lower()] = int(parts[0]) - 1
     names = sorted(numbers, key=numbers.__getitem__)

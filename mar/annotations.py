@@ -100,7 +100,7 @@ def _below(name: str, folder: Path, resolved: Path) -> str | None:
             if path.startswith(root):
                 return path.removeprefix(root)
         return None
-    if path in (".", "..") or path.startswith("../"):
+    if path in (".", "..") or path.startswith("../") or "\0" in path:
         return None
     return path
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
-from mar.safe_words import printable
+from mar.safe_words import message
 
 FailureKind = Literal["user", "data", "disk", "memory", "shm", "numbers", "hang", "node", "code", "damaged", "stopped"]
 """What went wrong: the settings, the videos, the disk, out of memory, shared memory (/dev/shm) that is too small, a loss
@@ -17,7 +17,7 @@ class UserError(ValueError):
     """The user's input is wrong: the message says what, where and what to do. Exit code 2."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return message(super().__str__())
 
 
 class Failure(RuntimeError):
@@ -28,18 +28,18 @@ class Failure(RuntimeError):
         self.kind: FailureKind = kind
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return message(super().__str__())
 
 
 class Stopped(Exception):
     """A training was asked to stop, and has saved."""
 
 
-def notice(message: str) -> None:
+def notice(words: str) -> None:
     """Tell the user something that is no error, on the error stream, once in a process."""
-    if message not in _noticed:
-        _noticed.add(message)
-        print(f"mar: note: {printable(message)}", file=sys.stderr, flush=True)
+    if words not in _noticed:
+        _noticed.add(words)
+        print(f"mar: note: {message(words)}", file=sys.stderr, flush=True)
 
 
 _noticed: set[str] = set()

@@ -8,6 +8,8 @@ from typing import Any
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What begins so, a spreadsheet computes."""
+_MOST_OF_A_MESSAGE = 4000
+"""Characters; a file may have a line of megabytes, and a message quotes it."""
 _SHOWN_CONTROLS = "\n\t"
 _HIDDEN_CATEGORIES = {"Cc", "Zl", "Zp"}
 _DIRECTIONS = re.compile("[\u202a-\u202e\u2066-\u2069]")
@@ -20,6 +22,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(_visible(character) for character in text)
+
+
+def message(text: str) -> str:
+    """Return words for a person: printable, and not so many that nobody finds what is wrong."""
+    if len(text) > _MOST_OF_A_MESSAGE:
+        text = f"{text[:_MOST_OF_A_MESSAGE]} … ({len(text)} characters)"
+    return printable(text)
 
 
 def _visible(character: str) -> str:

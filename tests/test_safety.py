@@ -23,7 +23,7 @@ from conftest import BUCKET, tiny_tree
 
 from mar.annotations import read_split
 from mar.cache_index import Index, Packing
-from mar.config import ExperimentConfig
+from mar.config import DataConfig, ExperimentConfig
 from mar.decoders import BrokenVideo, write_video
 from mar.errors import Failure, UserError, notice
 from mar.frame_cache import CachedVideo, pack
@@ -436,3 +436,33 @@ def test_json_is_read_in_bounded_time(tmp_path: Path) -> None:
     os.truncate(tmp_path / "deep.json", 2**40)
     with pytest.raises(ValueError, match="larger than"):
         read_json(tmp_path / "deep.json")
+
+
+_LISTS: dict[str, tuple[str, list[str]]] = {
+    "list": ("train.txt", ["a.mp4 " + "9" * 5000, "x" * 300_000 + " 0", "x" + " " * 200_000 + "y", "a\0b.mp4 0", "["]),
+    "kinetics": (
+        "train.csv",
+        [
+            "label,youtube_id,time_start,time_end\nx," + "y" * 200_000 + ",0,1",
+            "label,youtube_id,time_start,time_end\nx,y," + "9" * 5000 + ",1",
+            "label,youtube_id,time_start,time_end\nx,../../y,1,2",
+            "label,youtube_id,time_start,time_end\nx",
+            '"' * 7,
+        ],
+    ),
+    "ssv2": ("train.json", ["[" * 100_000, '[{"id": {}, "template": []}]', "[1]", "9" * 5000, '[{"label_idx": -1}]']),
+    "ucf101": ("classInd.txt", ["9" * 5000 + " a", "x" * 300_000, "\x1b[2J 1"]),
+}
+
+
+@pytest.mark.parametrize("kind", _LISTS)
+def test_a_list_of_videos_that_is_to_exhaust_the_machine_is_refused_in_words(kind: str, tmp_path: Path) -> None:
+    name, contents = _LISTS[kind]
+    for content in contents:
+        for other in ("trainlist01.txt", "testlist01.txt", "validation.json", "val.csv", "val.txt", "labels.json"):
+            (tmp_path / other).write_text("[]")
+        (tmp_path / name).write_text(content)
+        data = DataConfig(format=kind, root=str(tmp_path), num_classes=2)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(UserError) as caught:
+            read_split(data, "train")
+        assert len(str(caught.value)) < 4200 and str(caught.value).isprintable()

@@ -55,7 +55,6 @@ _LEFT_S = 10.0
 """After so long nothing of a launch may be left."""
 _LOOK_S = 0.1
 _MOST_LAUNCHES = 40
-_FAULTS_A_ROUND = 20
 _SHARE_THAT_ENDS = 0.3
 """Of the faults: those that end a launch; the next one takes ten seconds and more to start."""
 _SHARE_AT_THE_START = 0.05
@@ -250,6 +249,9 @@ class Round:
     setting: Setting
     place: Path
     random: random.Random
+    most_faults: int
+    until: float
+    """Of the monotonic clock: then no more faults come, and the study is done in peace."""
     servers: Servers | None = None
     launches: int = 0
     pids: set[str] = field(default_factory=set)
@@ -511,7 +513,13 @@ class Tally:
 
 
 def run(
-    folder: Path, seed: int, seconds: float, settings: Sequence[Setting] = SETTINGS, say: Callable[[str], None] = print
+    folder: Path,
+    seed: int,
+    seconds: float,
+    settings: Sequence[Setting] = SETTINGS,
+    say: Callable[[str], None] = print,
+    most_rounds: int = 10**6,
+    faults_a_round: int = 20,
 ) -> Tally:
     """Run rounds, one setting after another, until the time is up; what went wrong is among the tally's problems."""
     make(folder / "data", TINY_VERBS)
@@ -520,15 +528,15 @@ def run(
         workers: _undisturbed(folder, workers) for workers in sorted({setting.workers for setting in settings})
     }
     number = 0
-    while time.monotonic() < until:
+    while time.monotonic() < until and number < most_rounds:
         setting = settings[number % len(settings)]
         if setting.own_disk and os.geteuid() != 0:  # only root may mount one
             number += 1
             continue
         began = time.monotonic()
-        problems = _round(
-            setting, folder, random.Random(f"{seed} {number}"), undisturbed[setting.workers], tally, until
-        )
+        place = _make_place(folder, f"round{number}")
+        at = Round(setting, place, random.Random(f"{seed} {number}"), faults_a_round, until)
+        problems = _round(at, undisturbed[setting.workers], tally)
         tally.rounds[setting.name] += 1
         tally.seconds[setting.name] += round(time.monotonic() - began)
         tally.problems += [f"round {number}: {problem}" for problem in problems]
@@ -568,20 +576,17 @@ def _disk(place: Path) -> Generator[None]:
         subprocess.run(["umount", "--lazy", store], check=True)
 
 
-def _round(
-    setting: Setting, folder: Path, rng: random.Random, undisturbed: Outcome, tally: Tally, until: float
-) -> list[str]:
-    place = _make_place(folder, f"round{sum(tally.rounds.values())}")
-    at = Round(setting, place, rng)
+def _round(at: Round, undisturbed: Outcome, tally: Tally) -> list[str]:
+    place, setting = at.place, at.setting
     if setting.served:
         at.servers = Servers(place)
     try:
         if setting.own_disk:
             with _disk(place):
-                _disturb(at, tally, until)
+                _disturb(at, tally)
                 _compare(at, undisturbed, tally)
         else:
-            _disturb(at, tally, until)
+            _disturb(at, tally)
             _compare(at, undisturbed, tally)
     finally:
         if at.servers:
@@ -591,9 +596,9 @@ def _round(
     return at.problems
 
 
-def _disturb(at: Round, tally: Tally, until: float) -> None:
+def _disturb(at: Round, tally: Tally) -> None:
     """Launch and disturb the study until it is done."""
-    faults = _FAULTS_A_ROUND
+    faults, until = at.most_faults, at.until
     for _ in range(_MOST_LAUNCHES):
         launch = Launch(at.place, at.words, at.servers.environment() if at.servers else {})
         tally.launches[at.setting.name] += 1

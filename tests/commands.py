@@ -5,7 +5,16 @@ import io
 import sys
 from pathlib import Path
 
+import psutil
+
 from orchestration.cli import main
+
+
+def loaders_of(launch: psutil.Process) -> list[psutil.Process]:
+    """Return the loader processes of a launch, or of a Ray that it has started."""
+    below = launch.children(recursive=True)
+    servers = {each.pid for each in below if "forkserver" in " ".join(each.cmdline())}
+    return [each for each in below if each.ppid() in servers]
 
 
 def run_mar(place: Path, *words: str, code: int = 0) -> tuple[str, str]:

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from chaos import SETTINGS, run
 
-_SECONDS = 100
+_SECONDS = 300
 _SEED = 11
 
 
 def test_a_study_under_random_faults_equals_one_that_nobody_disturbed(tmp_path: Path) -> None:
     """Two backends, one after the other; which faults come, and when, follows from the seed."""
     settings = [setting for setting in SETTINGS if setting.name in ("local", "inline")]
-    tally = run(tmp_path, _SEED, _SECONDS, settings)
+    tally = run(tmp_path, _SEED, _SECONDS, settings, most_rounds=2, faults_a_round=5)
     assert not tally.problems, "\n".join(tally.problems)
     assert set(tally.rounds) == {"local", "inline"}
     assert sum(tally.faults.values()) >= 4

@@ -93,9 +93,8 @@ def _run(
     from ray import tune
 
     _keep_keys_out_of_logs()
-    logging.getLogger("ray.tune").setLevel(
-        logging.CRITICAL
-    )  # a lost trial has our words; Tune's are a page of traceback
+    # Of a lost trial we tell in our own words; Tune's are a page of traceback.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with started(launch):
         gpus = _gpus_per_worker(launch)
 

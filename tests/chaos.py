@@ -454,15 +454,15 @@ class Setting:
     served: bool = False
 
 
-_RAY = ("--backend", "inline"), ("--poll-s", "0.2")
+_INLINE_BACKEND = ("--backend", "inline")
 SETTINGS = (
     Setting("local", ("--local",), _DRIVER),
-    Setting("inline", _RAY[0], (*_DRIVER, *_RAY_SERVERS, *_INLINE)),
+    Setting("inline", _INLINE_BACKEND, (*_DRIVER, *_RAY_SERVERS, *_INLINE)),
     Setting("train", (), (*_DRIVER, *_RAY_SERVERS, *_TRAIN)),
     Setting("local, loader processes", ("--local", "--loader-processes", "1"), (*_DRIVER, *_LOADERS)),
     Setting("train, two workers", ("--workers", "2"), (*_DRIVER, *_RAY_SERVERS, *_TRAIN), workers=2),
     Setting("local, own disk", ("--local",), (*_DRIVER, *_DISK, *_DISK, *_DISK), own_disk=True),
-    Setting("inline, servers", _RAY[0], (*_DRIVER, *_INLINE, *_SERVED, *_SERVED), served=True),
+    Setting("inline, servers", _INLINE_BACKEND, (*_DRIVER, *_INLINE, *_SERVED, *_SERVED), served=True),
     Setting("train, own disk", (), (*_DRIVER, *_TRAIN, *_DISK, *_DISK, *_DISK), own_disk=True),
 )
 

@@ -25,13 +25,13 @@ import av
 import numpy as np
 import torch
 
-from mar import decoders
 from mar.bench.machine import this_machine
 from mar.bench.run import heading
 from mar.bench.tables import Table, spread, write
-from mar.config import ClipConfig
-from mar.decoders import Decord, FromFront, TorchCodec, fault_of
-from mar.video import Reader, training_frames
+from mar.config.schema import ClipConfig
+from mar.data import decoders
+from mar.data.decoders import Decord, FromFront, TorchCodec, fault_of
+from mar.data.sampling import Reader, training_frames
 
 COMMAND = "python benchmarks/decoders.py VIDEOS"
 SEGMENTS, DENSE = ClipConfig(), ClipConfig(sampling="dense", stride=4)

@@ -35,8 +35,8 @@ from mar.bench.machine import Machine, synchronise, this_machine
 from mar.bench.run import heading
 from mar.bench.steps import Case, Timed, learner_of, random_batch, time_case
 from mar.bench.tables import Table, spread, write
-from mar.memory import peak_training_memory_gib
-from mar.step import train_step
+from mar.training.memory import peak_training_memory_gib
+from mar.training.step import train_step
 
 COMMAND = "python benchmarks/device.py"
 RATIOS = (0.0, 0.25, 0.5, 0.75)
@@ -372,8 +372,8 @@ def randaugment(case: Case) -> Table:
     from PIL import Image
     from timm.data.auto_augment import rand_augment_transform
 
-    from mar.policy import RandAugmentPolicy
-    from mar.randaugment import draw_operations, rand_augment
+    from mar.augmentation.randaugment import draw_operations, rand_augment
+    from mar.config.randaugment_policy import RandAugmentPolicy
 
     device = torch.device(case.device)
     batch = random_batch(case, device)

@@ -27,7 +27,7 @@ import numpy as np
 from scipy import stats
 
 from mar.bench.tables import Table, write
-from orchestration.statistics import Answers, compare
+from orchestration.reporting.significance import Answers, compare
 
 COMMAND = "python benchmarks/false_positives.py"
 EASE, SETTING, BOTH = 1.0, 0.25, 0.45

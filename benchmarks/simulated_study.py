@@ -30,14 +30,14 @@ from ray.air.execution._internal.tracked_actor import TrackedActor
 from ray.tune.execution import tune_controller
 
 from mar import RESULT
-from mar.motion_verbs import MotionVerbs, make
-from mar.sealed import write_sealed, write_text
-from orchestration import launch as launching
-from orchestration import tracking
+from mar.atomic_dir import write_sealed, write_text
+from mar.data.motion_verbs import MotionVerbs, make
+from orchestration.backends.base import quiet_environment
 from orchestration.config import LaunchConfig
-from orchestration.run import run_study
-from orchestration.study import read_study
-from orchestration.trial import quiet_environment
+from orchestration.execution import recorder as launching
+from orchestration.execution.study_runner import run_study
+from orchestration.studies.loader import read_study
+from orchestration.tracking import store
 
 HERE = Path(__file__).parent
 RECIPE = {
@@ -184,7 +184,7 @@ def main() -> None:
     told = parser.parse_args()
     clock, StubActors.num_epochs = Clock(), told.epochs
     tune_controller.RayActorManager = StubActors
-    client = tracking.mlflow.MlflowClient
+    client = store.mlflow.MlflowClient
     for name in (
         "create_run",
         "search_runs",
@@ -195,7 +195,7 @@ def main() -> None:
         "log_artifact",
     ):
         clock.around(client, name, f"MLflow {name}")
-    clock.around(tracking.Store, "register", "MLflow model versions")
+    clock.around(store.Store, "register", "MLflow model versions")
     clock.around(tune_controller.TuneController, "step", "Tune's controller, our callbacks in it")
     clock.around(tune_controller.TuneController, "checkpoint", "Tune's own snapshot")
     clock.around(launching.Writer, "flush", "waiting for MLflow at the end")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import yaml
 
-from mar.motion_verbs import MotionVerbs, make
+from mar.data.motion_verbs import MotionVerbs, make
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
-from mar.safe_words import message
+from mar.safe_text import message
 
 FailureKind = Literal["user", "data", "disk", "memory", "shm", "numbers", "hang", "node", "code", "damaged", "stopped"]
 """What went wrong: the settings, the videos, the disk, out of memory, shared memory (/dev/shm) that is too small, a loss

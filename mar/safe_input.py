@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mar.errors import UserError
-from mar.safe_words import printable
+from mar.safe_text import printable
 
 MOST_JSON_BYTES = 256 * 2**20
 """The annotations of Something-Something V2, the largest that are known, take 30 MB."""

@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mar.keep import Keep
 from mar.safe_input import below
+from mar.training.retention import Keep
 from orchestration.secrets import without_secrets
 
 

@@ -33,9 +33,9 @@ import psutil
 import yaml
 from conftest import TINY_VERBS, tiny_tree
 
-from mar.motion_verbs import make
+from mar.data.motion_verbs import make
 from orchestration.config import LaunchConfig
-from orchestration.tracking import Store
+from orchestration.tracking.store import Store
 
 BIN = Path(sys.executable).parent
 _MARK = "MAR_CHAOS"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestration.cli import main
+from orchestration.cli.app import main
 
 
 def loaders_of(launch: psutil.Process) -> list[psutil.Process]:

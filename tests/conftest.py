@@ -9,27 +9,15 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", MLFLOW_DISABLE_TELEMETRY="true", 
 
 from jaxtyping import install_import_hook
 
-_SHAPED = [
-    "augment",
-    "classifier",
-    "dataset",
-    "decoder",
-    "encoder",
-    "evaluate",
-    "layers",
-    "masking",
-    "model",
-    "optim",
-    "randaugment",
-]
-install_import_hook([f"mar.{module}" for module in _SHAPED], "beartype.beartype")
+_SHAPED = ["mar.model", "mar.augmentation", "mar.data.dataset", "mar.evaluation.evaluator", "mar.training.optim"]
+install_import_hook(_SHAPED, "beartype.beartype")
 
 import pytest
 import torch
 
-from mar.config import ExperimentConfig
-from mar.motion_verbs import MotionVerbs, make
-from mar.settings import build, merge
+from mar.config.overrides import build, merge
+from mar.config.schema import ExperimentConfig
+from mar.data.motion_verbs import MotionVerbs, make
 
 torch.set_num_threads(1)
 TINY_VERBS = MotionVerbs(size=32, frames=8, classes=2, train=16, validation=8)

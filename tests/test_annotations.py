@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from mar.annotation_formats import Annotations, Split, read_annotations
-from mar.annotations import class_names, fingerprint, read_split
-from mar.config import ClipConfig, DataConfig
-from mar.data_check import check_data, report_text
+from mar.config.schema import ClipConfig, DataConfig
+from mar.data.annotation_formats import Annotations, Split, read_annotations
+from mar.data.annotations import class_names, fingerprint, read_split
+from mar.data.validation import check_data, report_text
 from mar.errors import UserError
-from orchestration.cli import main
+from orchestration.cli.app import main
 
 ARROW = "Pulling [something] from left to right"
 
@@ -257,7 +257,7 @@ def test_a_list_is_read_once_in_a_process_and_again_when_it_has_changed(
         reads.append(split)
         return read_annotations(data, split)
 
-    monkeypatch.setattr("mar.annotations.read_annotations", counted)
+    monkeypatch.setattr("mar.data.annotations.read_annotations", counted)
     first = read_split(data, "train")
     first.clear()  # the list is the caller's own
     assert [video.name for video in read_split(data, "train")] == ["a.mp4"]

@@ -14,8 +14,8 @@ import typer
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from orchestration.cli import app
-from orchestration.cli_jobs import _check as check_submission
+from orchestration.cli.app import app
+from orchestration.cli.jobs import _check as check_submission
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"

@@ -20,7 +20,7 @@ from conftest import tiny_tree
 from moto.server import ThreadedMotoServer
 
 from orchestration.config import LaunchConfig
-from orchestration.tracking import RunRecord, Store
+from orchestration.tracking.store import RunRecord, Store
 
 BIN = Path(sys.executable).parent
 DASHBOARD = 28265

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mar.config import ExperimentConfig
-from mar.settings import SETTING_PATHS, SettingError, build, flatten, merge
-from orchestration.study import completed, identity
+from mar.config.overrides import SETTING_PATHS, SettingError, build, flatten, merge
+from mar.config.schema import ExperimentConfig
+from orchestration.studies.loader import completed, identity
 
 
 def test_an_unknown_setting_names_its_nearest_neighbour() -> None:

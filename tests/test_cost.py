@@ -7,12 +7,12 @@ import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 
-from mar import layers
-from mar.config import ExperimentConfig
-from mar.cost import cost
-from mar.export import Inference
-from mar.model import MAR
-from mar.settings import build, merge
+from mar.config.overrides import build, merge
+from mar.config.schema import ExperimentConfig
+from mar.model import layers
+from mar.model.flops import cost
+from mar.model.mar import MAR
+from mar.weights.export import Inference
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from scipy import stats
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset
 
-from mar.annotations import class_names, fingerprint, read_split
-from mar.augment import draw_erased, erase, flip, mix, soft_labels, swapped
-from mar.config import AugmentConfig, ClipConfig, DataConfig, ExperimentConfig
-from mar.dataset import (
+from mar.augmentation.augment import draw_erased, erase, flip, mix, soft_labels, swapped
+from mar.config.schema import AugmentConfig, ClipConfig, DataConfig, ExperimentConfig
+from mar.data.annotations import class_names, fingerprint, read_split
+from mar.data.dataset import (
     EvaluationClips,
     Sample,
     Share,
@@ -32,11 +32,11 @@ from mar.dataset import (
     random_box,
     test_boxes,
 )
-from mar.decoders import BrokenVideo, decode_with, write_video
+from mar.data.decoders import BrokenVideo, decode_with, write_video
+from mar.data.motion_verbs import FRAMES_PER_S, PHOTOS, VERBS, MotionVerbs, make
+from mar.data.sampling import Reader, evaluation_frames, training_frames
 from mar.errors import Failure, UserError
-from mar.model import IMAGENET_MEAN, IMAGENET_STD
-from mar.motion_verbs import FRAMES_PER_S, PHOTOS, VERBS, MotionVerbs, make
-from mar.video import Reader, evaluation_frames, training_frames
+from mar.model.mar import IMAGENET_MEAN, IMAGENET_STD
 
 Settings = Callable[..., ExperimentConfig]
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from numbered_videos import write_numbered
 
-from mar import decoders, processes
-from mar.decoders import BrokenVideo, Frames, decode_with, write_video
+from mar.data import decoders, process_pool
+from mar.data.decoders import BrokenVideo, Frames, decode_with, write_video
+from mar.data.sampling import Reader
 from mar.errors import UserError
-from mar.video import Reader
 
 WITH_TORCHCODEC = pytest.mark.skipif(bool(decoders.fault_of("torchcodec")), reason="torchcodec does not work here")
 
@@ -95,7 +95,7 @@ def die_over_three(number: int) -> int:
 
 def test_a_decoder_that_kills_its_process_costs_its_file_alone() -> None:
     expected = [number * 10 if number != 3 else -3 for number in range(24)]
-    assert list(processes.each(die_over_three, range(24), 2, lambda number: -number)) == expected
+    assert list(process_pool.each(die_over_three, range(24), 2, lambda number: -number)) == expected
 
 
 def test_a_pool_that_has_died_meanwhile_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,4 +109,4 @@ def test_a_pool_that_has_died_meanwhile_is_made_anew(monkeypatch: pytest.MonkeyP
         return submit(pool, *words)
 
     monkeypatch.setattr(ProcessPoolExecutor, "submit", dying)
-    assert list(processes.each(abs, range(10), 2, lambda number: -1)) == list(range(10))
+    assert list(process_pool.each(abs, range(10), 2, lambda number: -1)) == list(range(10))

@@ -11,14 +11,14 @@ import torch
 from test_pretrained import classifying, clips, pretraining, saved
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
-from mar.config import ExperimentConfig
+from mar.config.overrides import build, merge, placeless
+from mar.config.schema import ExperimentConfig
 from mar.errors import Failure, UserError
-from mar.export import write_hugging_face, write_model, write_onnx
-from mar.masking import evaluation_mask
-from mar.model import IMAGENET_MEAN, MAR
-from mar.pretrained import EVERYTHING, Weights, load, model_settings, read_weights
-from mar.settings import build, merge, placeless
-from orchestration.cli import main
+from mar.model.mar import IMAGENET_MEAN, MAR
+from mar.model.masking import evaluation_mask
+from mar.weights.export import write_hugging_face, write_model, write_onnx
+from mar.weights.pretrained import EVERYTHING, Weights, load, model_settings, read_weights
+from orchestration.cli.app import main
 
 SMALL = {
     "clip": {"frames": 4, "size": 64},

@@ -23,19 +23,19 @@ from commands import loaders_of
 from conftest import tiny_tree
 from test_run import mar as here
 
-from mar import checkpoint
-from mar.config import ExperimentConfig
+from mar.atomic_dir import write_sealed, write_text
+from mar.config.schema import ExperimentConfig
 from mar.errors import Failure, UserError
-from mar.sealed import write_sealed, write_text
-from mar.step import Execution
-from mar.train import fit
-from orchestration import worker
+from mar.training import checkpoint
+from mar.training.loop import fit
+from mar.training.step import Execution
+from orchestration.backends.base import assign
 from orchestration.config import LaunchConfig
-from orchestration.lock import only_one
-from orchestration.status import stop
-from orchestration.study import read_study
-from orchestration.tracking import RunRecord, Store
-from orchestration.trial import assign
+from orchestration.execution.lock import only_one
+from orchestration.execution.status import stop
+from orchestration.studies.loader import read_study
+from orchestration.tracking.store import RunRecord, Store
+from orchestration.worker import trial_runner
 
 BIN = Path(sys.executable).parent
 _ROOM_MIB = 13 * 1024
@@ -136,10 +136,10 @@ def test_a_loss_that_is_not_finite_stops_its_trial_before_the_step(place: Path) 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight(
     tiny: Callable[..., ExperimentConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mar import train
+    from mar.training import loop
 
     kept: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
-    step = train.train_step
+    step = loop.train_step
 
     def spoiled_third(training: Any, batch: Any) -> torch.Tensor:
         if training.progress.step == 2:
@@ -149,7 +149,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight(
         kept.append((before, {name: value.clone() for name, value in training.model.state_dict().items()}))
         return sums
 
-    monkeypatch.setattr(train, "train_step", spoiled_third)
+    monkeypatch.setattr(loop, "train_step", spoiled_third)
     with pytest.raises(Failure, match="not finite at or before step 3") as caught:
         fit(tiny(), tmp_path, lambda *_: None, Execution(torch.device("cpu")))
     assert caught.value.kind == "numbers"
@@ -361,14 +361,14 @@ def test_retries_are_counted_once_whoever_tries_again(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(worker, "fit", lost)
+    monkeypatch.setattr(trial_runner, "fit", lost)
     if is_full:
-        monkeypatch.setattr(worker, "write_text", full)
+        monkeypatch.setattr(trial_runner, "write_text", full)
     trial = read_study(str(place / "tiny.yaml")).trials[0]
     spec = assign(trial, LaunchConfig(store=tmp_path / "store", backend="local", retries=2), 0).plain()
-    assert worker.train(spec, lambda *_: None)
+    assert trial_runner.train(spec, lambda *_: None)
     assert len(begun) == 3, "the first and two retries"
-    assert worker.train(spec, lambda *_: None)
+    assert trial_runner.train(spec, lambda *_: None)
     assert len(begun) == (6 if is_full else 4), "what Ray starts again is not tried three times more"
 
 

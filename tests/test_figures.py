@@ -11,13 +11,13 @@ from sklearn.metrics import confusion_matrix
 from test_results import STUDY, Run, runs
 
 from mar.errors import Failure, UserError
-from orchestration import training_figures
-from orchestration.differences import Neighbours
-from orchestration.figures import figure_info
-from orchestration.interactive import write_figure
-from orchestration.report import write_report
-from orchestration.study import Study, read_study
-from orchestration.training_figures import confusion, curves_info
+from orchestration.reporting import training_figures
+from orchestration.reporting.figures import figure_info
+from orchestration.reporting.plotly_figures import write_figure
+from orchestration.reporting.study_report import write_report
+from orchestration.reporting.training_figures import confusion, curves_info
+from orchestration.studies.diff import Neighbours
+from orchestration.studies.loader import Study, read_study
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ import pytest
 from filelock import FileLock
 from test_train import assert_same_weights, train
 
-from mar.annotations import fingerprint, read_split
-from mar.cache_index import Index, Packing
-from mar.config import DataConfig, ExperimentConfig
-from mar.dataset import EvaluationClips, TrainingClips
-from mar.decoders import BrokenVideo
+from mar.config.schema import DataConfig, ExperimentConfig
+from mar.data.annotations import fingerprint, read_split
+from mar.data.cache_index import Index, Packing
+from mar.data.dataset import EvaluationClips, TrainingClips
+from mar.data.decoders import BrokenVideo
+from mar.data.frame_cache import open_video, pack, verify
+from mar.data.sampling import Reader
 from mar.errors import UserError
-from mar.frame_cache import open_video, pack, verify
-from mar.video import Reader
-from orchestration.cli import main
+from orchestration.cli.app import main
 
 Settings = Callable[..., ExperimentConfig]
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from numbered_videos import edit, numbers_of, picture, write_numbered
 
-from mar import decoders, processes
-from mar.annotations import read_split
-from mar.cache_index import Packing
-from mar.config import ClipConfig, DataConfig
-from mar.data_check import check_data
-from mar.frame_cache import open_video, pack
-from mar.seeking import NotSeekable, index_of
-from mar.video import Reader
+from mar.config.schema import ClipConfig, DataConfig
+from mar.data import decoders, process_pool
+from mar.data.annotations import read_split
+from mar.data.cache_index import Packing
+from mar.data.frame_cache import open_video, pack
+from mar.data.sampling import Reader
+from mar.data.seeking import NotSeekable, index_of
+from mar.data.validation import check_data
 
 ALL = list(range(192))
 CLOSED = {"g": "48", "bf": "3"}
@@ -275,7 +275,7 @@ def test_data_check_names_a_decoder_that_gives_other_frames_than_are_shown(
 
     sound = check_data(data, ClipConfig(), 1, lambda done, total: None)
     assert "wrong" not in {finding.kind for finding in sound.findings}
-    monkeypatch.setattr(processes, "each", lambda look, videos, count, crashed: map(look, videos))
+    monkeypatch.setattr(process_pool, "each", lambda look, videos, count, crashed: map(look, videos))
     monkeypatch.setattr(decoders, "_open_exactly", trusting)  # as a check of the packets that misses it would
     report = check_data(data, ClipConfig(), 1, lambda done, total: None)
     found = {(finding.video, finding.kind) for finding in report.findings if finding.kind == "wrong"}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mar.decoder import reconstruction_loss, reconstruction_target
 from mar.errors import UserError
-from mar.layers import sin_cos_positions
-from mar.masking import evaluation_mask
-from mar.model import MAR, split_places
-from mar.pretrained import EVERYTHING, load, model_settings, read_weights
+from mar.model.decoder import reconstruction_loss, reconstruction_target
+from mar.model.layers import sin_cos_positions
+from mar.model.mar import MAR, split_places
+from mar.model.masking import evaluation_mask
+from mar.weights.pretrained import EVERYTHING, load, model_settings, read_weights
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 RATIOS = [0.25, 0.5, 0.75]

@@ -3,10 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mar.config import MaskConfig
-from mar.masking import _run_cells, evaluation_mask, training_mask
-from mar.model import split_places
-from mar.settings import build, merge
+from mar.config.overrides import build, merge
+from mar.config.schema import MaskConfig
+from mar.model.mar import split_places
+from mar.model.masking import _run_cells, evaluation_mask, training_mask
 
 STRATEGIES = [
     ("cell", "running"),

@@ -5,12 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mar.config import ExperimentConfig
-from mar.decoder import reconstruction_target
-from mar.encoder import flat_conv_weight, patchify
-from mar.masking import training_mask
-from mar.model import IMAGENET_MEAN, MAR, split_places
-from mar.settings import build, merge
+from mar.config.overrides import build, merge
+from mar.config.schema import ExperimentConfig
+from mar.model.decoder import reconstruction_target
+from mar.model.encoder import flat_conv_weight, patchify
+from mar.model.mar import IMAGENET_MEAN, MAR, split_places
+from mar.model.masking import training_mask
 
 Settings = Callable[..., ExperimentConfig]
 QUIET = {"encoder.drop_path": 0.0, "classifier.dropout": 0.0}

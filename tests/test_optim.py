@@ -8,10 +8,10 @@ import torch
 from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 
-from mar.config import RecipeConfig
-from mar.model import MAR
-from mar.optim import learning_rate, parameter_groups, peak_lr
-from mar.settings import build
+from mar.config.overrides import build
+from mar.config.schema import RecipeConfig
+from mar.model.mar import MAR
+from mar.training.optim import learning_rate, parameter_groups, peak_lr
 
 RELEASED = RecipeConfig(
     epochs=40, batch_size=512, base_lr=1e-3, lr_scaling="none", cosine_from="start", layer_decay_of="weights"

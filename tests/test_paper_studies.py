@@ -9,20 +9,20 @@ import torch
 import yaml
 from conftest import tiny_tree
 
-from mar.augment import to_pixels
-from mar.config import ExperimentConfig
-from mar.encoder import patchify, unpatchify
+from mar.augmentation.augment import to_pixels
+from mar.config.schema import ExperimentConfig
 from mar.errors import UserError
-from mar.masking import evaluation_mask
-from mar.model import MAR
-from mar.reconstructions import rebuilt
+from mar.model.encoder import patchify, unpatchify
+from mar.model.mar import MAR
+from mar.model.masking import evaluation_mask
+from mar.visualization.reconstructions import rebuilt
 from orchestration.config import LaunchConfig
-from orchestration.plan import Planned, device, plan_text, plan_trials
-from orchestration.run import Budget, run_studies
-from orchestration.site import write_site
-from orchestration.study import paper_studies, read_study
-from orchestration.tables import table_info, to_latex, to_markdown
-from orchestration.tracking import TRAINED_BY, Store
+from orchestration.execution.study_runner import Budget, run_studies
+from orchestration.reporting.site import write_site
+from orchestration.reporting.tables import table_info, to_latex, to_markdown
+from orchestration.studies.loader import paper_studies, read_study
+from orchestration.studies.plan import Planned, device, plan_text, plan_trials
+from orchestration.tracking.store import TRAINED_BY, Store
 
 Settings = Callable[..., ExperimentConfig]
 ALL = [Path(file).stem for file in paper_studies()]

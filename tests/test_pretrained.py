@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 
-from mar.config import ExperimentConfig
-from mar.decoder import reconstruction_loss, reconstruction_target
+from mar.config.overrides import build, merge
+from mar.config.schema import ExperimentConfig
 from mar.errors import UserError
-from mar.layers import sin_cos_positions
-from mar.model import MAR, split_places
-from mar.pretrained import check_start, load, model_settings, read_weights, start
-from mar.settings import build, merge
-from mar.sources import ABSENT, fetch, fingerprint, locate
+from mar.model.decoder import reconstruction_loss, reconstruction_target
+from mar.model.layers import sin_cos_positions
+from mar.model.mar import MAR, split_places
+from mar.weights.hub import ABSENT, fetch, fingerprint, locate
+from mar.weights.pretrained import check_start, load, model_settings, read_weights, start
 
 SIZES: dict[str, Any] = {
     "image_size": 64,

@@ -5,8 +5,8 @@ import yaml
 from conftest import tiny_tree
 from rich.console import Console
 
-from orchestration.progress import Board
-from orchestration.study import Trial, read_study
+from orchestration.execution.progress import Board
+from orchestration.studies.loader import Trial, read_study
 
 STUDY = """\
 title: "A study"

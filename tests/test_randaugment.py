@@ -12,8 +12,8 @@ from PIL import Image
 from scipy import stats
 from skimage import data as photos
 
-from mar.policy import RandAugmentPolicy
-from mar.randaugment import ARGUMENTS, OPERATIONS, draw_operations, rand_augment
+from mar.augmentation.randaugment import ARGUMENTS, OPERATIONS, draw_operations, rand_augment
+from mar.config.randaugment_policy import RandAugmentPolicy
 
 FILL = (124, 116, 104)
 EXACT = {"Invert", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd", "Equalize", "AutoContrast"}

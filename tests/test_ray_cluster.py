@@ -19,9 +19,9 @@ import yaml
 from conftest import tiny_tree
 from test_remote import Server
 
-from orchestration.cli import main
+from orchestration.cli.app import main
 from orchestration.config import LaunchConfig
-from orchestration.tracking import RunRecord, Store
+from orchestration.tracking.store import RunRecord, Store
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parent.parent

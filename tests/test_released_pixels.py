@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mar.annotations import read_split
-from mar.augment import augmented, draw_step
-from mar.config import ClipConfig, ExperimentConfig
-from mar.dataset import EvaluationClips, TrainingClips, draw, random_box
-from mar.decoders import decode_with, write_video
-from mar.model import MAR
-from mar.settings import build, merge
-from mar.video import evaluation_frames, training_frames
-from orchestration.differences import differences
-from orchestration.study import read_recipe
+from mar.augmentation.augment import augmented, draw_step
+from mar.config.overrides import build, merge
+from mar.config.schema import ClipConfig, ExperimentConfig
+from mar.data.annotations import read_split
+from mar.data.dataset import EvaluationClips, TrainingClips, draw, random_box
+from mar.data.decoders import decode_with, write_video
+from mar.data.sampling import evaluation_frames, training_frames
+from mar.model.mar import MAR
+from orchestration.studies.diff import differences
+from orchestration.studies.loader import read_recipe
 
 Settings = Callable[..., ExperimentConfig]
 RELEASED = {

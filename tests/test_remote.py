@@ -19,8 +19,8 @@ from test_run import mar
 
 from mar.errors import Failure, UserError
 from orchestration.config import LaunchConfig
-from orchestration.remote import Remote
-from orchestration.tracking import Store
+from orchestration.storage.object_store import Remote
+from orchestration.tracking.store import Store
 
 BIN = Path(sys.executable).parent
 
@@ -33,7 +33,7 @@ def place(tmp_path: Path, videos: Path, s3: None) -> Path:
 
 
 def sealed(folder: Path, content: str = "weights") -> Path:
-    from mar.sealed import write_sealed, write_text
+    from mar.atomic_dir import write_sealed, write_text
 
     write_sealed(folder, {"model.safetensors": lambda file: write_text(file, content)}, {})
     return folder

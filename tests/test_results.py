@@ -13,15 +13,15 @@ from conftest import tiny_tree
 from safetensors.torch import save_file
 from scipy import stats
 
-from mar.answers import ANSWERS, write_answers
 from mar.errors import Failure
-from orchestration.figures import draw, figure_info
-from orchestration.plan import plan_json, plan_text, plan_trials
-from orchestration.report import findings, write_report
-from orchestration.results import Cell, match, rows
-from orchestration.statistics import Answers, Comparison, claims, compare, corrected, mcnemar, read_answers
-from orchestration.study import Study, read_study
-from orchestration.tables import FORMATS, cell_text, latex_escaped, table_info, to_latex, to_markdown
+from mar.evaluation.correctness import ANSWERS, write_answers
+from orchestration.reporting.figures import draw, figure_info
+from orchestration.reporting.rows import Cell, match, rows
+from orchestration.reporting.significance import Answers, Comparison, claims, compare, corrected, mcnemar, read_answers
+from orchestration.reporting.study_report import findings, write_report
+from orchestration.reporting.tables import FORMATS, cell_text, latex_escaped, table_info, to_latex, to_markdown
+from orchestration.studies.loader import Study, read_study
+from orchestration.studies.plan import plan_json, plan_text, plan_trials
 
 STUDY = """\
 title: "Mask ratio & 100 %"

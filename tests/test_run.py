@@ -20,13 +20,14 @@ import yaml
 from commands import loaders_of, run_mar
 from conftest import tiny_tree
 
-from mar.config import ExperimentConfig
-from orchestration import sweep, worker
+from mar.config.schema import ExperimentConfig
+from orchestration.backends import ray_tune
+from orchestration.backends.base import quiet_environment
 from orchestration.config import LaunchConfig
 from orchestration.failures import Reason
-from orchestration.study import Trial
-from orchestration.tracking import RunRecord, Store
-from orchestration.trial import quiet_environment
+from orchestration.studies.loader import Trial
+from orchestration.tracking.store import RunRecord, Store
+from orchestration.worker import trial_runner
 
 STUDY = """\
 title: "Tiny"
@@ -64,7 +65,7 @@ def cluster() -> Iterator[None]:
     """A Ray for all tests that need one; what they run finds it, as a second study in one process would."""
     launch = LaunchConfig()
     os.environ.update(quiet_environment(launch))
-    with sweep.started(launch):
+    with ray_tune.started(launch):
         yield
 
 
@@ -285,7 +286,7 @@ def test_leaving_ray_does_not_end_the_process_over_another_threads_garbage() -> 
 def test_a_second_run_of_a_study_that_is_alive_is_refused_and_another_study_awaits_what_they_share(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "_PREDECESSOR_S", 0.5)
+    monkeypatch.setattr(trial_runner, "_PREDECESSOR_S", 0.5)
     with (place / "first.log").open("w") as log:
         words = ["run", "tiny.yaml", "recipe.epochs=100", "--local"]
         first = subprocess.Popen([*MAR, *words], cwd=place, stdout=log, stderr=log)
@@ -404,7 +405,7 @@ def test_workers_go_from_trial_to_trial_also_from_one_that_a_search_ended_early(
 ) -> None:
     source = _EndsTheSecond(tiny)
     launch = LaunchConfig(store=tmp_path / "mar_store", backend="train", max_concurrent_trials=1)
-    sweep.run_search(source, launch, source, lambda trial: None)
+    ray_tune.run_search(source, launch, source, lambda trial: None)
     first, ended, last = (trial.key for trial in source.trials)
     assert source.told == {first: "finished", ended: "it ended without a result", last: "finished"}
     assert (ended, 1) in source.epochs

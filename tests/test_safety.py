@@ -21,23 +21,23 @@ import yaml
 from commands import run_mar
 from conftest import BUCKET, tiny_tree
 
-from mar.annotations import read_split
-from mar.cache_index import Index, Packing
-from mar.config import DataConfig, ExperimentConfig
-from mar.decoders import BrokenVideo, write_video
+from mar.atomic_dir import read_sealed, write_sealed, write_text
+from mar.config.schema import DataConfig, ExperimentConfig
+from mar.data.annotations import read_split
+from mar.data.cache_index import Index, Packing
+from mar.data.decoders import BrokenVideo, write_video
+from mar.data.frame_cache import CachedVideo, pack
+from mar.data.sampling import Reader
 from mar.errors import Failure, UserError, notice
-from mar.frame_cache import CachedVideo, pack
-from mar.pretrained import read_weights
-from mar.safe_files import read_tensors
 from mar.safe_input import below, read_json
-from mar.safe_words import cell, markdown, printable
-from mar.sealed import read_sealed, write_sealed, write_text
-from mar.sources import weight_files
-from mar.video import Reader
+from mar.safe_text import cell, markdown, printable
+from mar.weights.hub import weight_files
+from mar.weights.pretrained import read_weights
+from mar.weights.safe_loading import read_tensors
 from orchestration import secrets
+from orchestration.backends.ray_jobs import words_to_show
 from orchestration.config import LaunchConfig
-from orchestration.remote import Remote
-from orchestration.submit import words_to_show
+from orchestration.storage.object_store import Remote
 
 BIN = Path(sys.executable).parent
 Settings = Callable[..., ExperimentConfig]
@@ -157,8 +157,8 @@ _WRONG: list[Any] = [[], {}, "x", -1, 10**30, 1.5, True, [[[]]], {"a": {"b": []}
 def test_a_damaged_config_beside_weights_is_refused_in_words(tiny: Settings, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from mar.model import MAR
-    from mar.pretrained import model_settings
+    from mar.model.mar import MAR
+    from mar.weights.pretrained import model_settings
 
     save_file(MAR(tiny()).state_dict(), tmp_path / "model.safetensors")
     file = tmp_path / "config.json"
@@ -346,7 +346,7 @@ def test_labels_of_a_study_are_neutral_in_every_file_of_its_report(tmp_path: Pat
 
 
 def test_names_in_the_csv_of_a_data_check_are_neutral(tmp_path: Path, videos: Path) -> None:
-    from mar.data_check import DataReport, Finding, report_text, write_findings
+    from mar.data.validation import DataReport, Finding, report_text, write_findings
 
     found = Finding("train", "=HYPERLINK(1).mp4", "missing", "\x1b[2Jno such file")
     counts = {"ok": 0, "missing": 1, "unreadable": 0, "short": 0, "refused": 0, "duplicate": 0, "wrong": 0}
@@ -394,7 +394,7 @@ def test_the_stores_pages_answer_to_this_machines_names_alone(tmp_path: Path) ->
     from test_faults import wait_for
     from test_remote import free_port
 
-    from orchestration.tracking import serve
+    from orchestration.tracking.store import serve
 
     port = free_port()
     command, environment = serve(LaunchConfig(store=tmp_path / "mar_store"), port)

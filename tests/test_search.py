@@ -13,10 +13,10 @@ from conftest import tiny_tree
 from optuna.trial import TrialState
 
 from mar.errors import Failure, UserError
-from orchestration.search import Proposer, open_search
-from orchestration.search_file import read_search
-from orchestration.search_report import best_trials, found_text, write_search_report
-from orchestration.study import Trial, read_recipe
+from orchestration.reporting.search_report import best_trials, found_text, write_search_report
+from orchestration.search.optuna_search import Proposer, open_search
+from orchestration.search.schema import read_search
+from orchestration.studies.loader import Trial, read_recipe
 
 SEARCH: dict[str, Any] = {
     "title": "Tiny search",
@@ -94,7 +94,7 @@ def test_the_papers_point_comes_first_and_what_breaks_a_constraint_is_never_trai
         16,
         0.1,
     )
-    from mar.cost import cost
+    from mar.model.flops import cost
 
     assert all(cost(trial.settings).gflops <= 0.0004 for trial in trained)
     rejected = [each for each in proposer.study.trials if "infeasible" in each.user_attrs]

@@ -15,25 +15,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mar import model as model_module
 from mar.bench import run
 from mar.bench.contest import step_cases
 from mar.bench.machine import this_machine
 from mar.bench.peers import Released, videomae
 from mar.bench.roofline import Recorder
 from mar.bench.steps import Case, time_case
-from mar.checkpoint import Progress
-from mar.config import ExperimentConfig
-from mar.cost import cost
-from mar.dataset import Batch
-from mar.encoder import patchify, take_tubelets
-from mar.layers import attention, execute, explicit_attention, transformer_blocks
-from mar.masking import evaluation_mask, training_mask
-from mar.model import MAR
-from mar.optim import build_optimizer
-from mar.step import Execution, Learner, train_step
-from orchestration import bench as around
-from orchestration import cli_bench
+from mar.config.schema import ExperimentConfig
+from mar.data.dataset import Batch
+from mar.model import mar as model_module
+from mar.model.encoder import patchify, take_tubelets
+from mar.model.flops import cost
+from mar.model.layers import attention, execute, explicit_attention, transformer_blocks
+from mar.model.mar import MAR
+from mar.model.masking import evaluation_mask, training_mask
+from mar.training.checkpoint import Progress
+from mar.training.optim import build_optimizer
+from mar.training.step import Execution, Learner, train_step
+from orchestration.cli import bench
+from orchestration.diagnostics import bench as around
 
 CPU = torch.device("cpu")
 AUGMENTED = {
@@ -295,4 +295,4 @@ def test_attention_without_gradients_goes_through_a_batch_in_pieces_to_the_same_
 
 
 def test_the_commands_parts_are_those_there_are() -> None:
-    assert tuple(run.PARTS) == cli_bench.INNER and tuple(around.PARTS) == cli_bench.OUTER
+    assert tuple(run.PARTS) == bench.INNER and tuple(around.PARTS) == bench.OUTER

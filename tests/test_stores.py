@@ -9,9 +9,9 @@ from commands import run_mar as mar
 from conftest import tiny_tree
 
 from orchestration.config import LaunchConfig, sqlite_address
-from orchestration.names import name_in_store, name_of
 from orchestration.secrets import without_secrets
-from orchestration.tracking import Store
+from orchestration.studies.names import name_in_store, name_of
+from orchestration.tracking.store import Store
 
 STUDY = """
 title: Two

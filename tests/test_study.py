@@ -8,12 +8,13 @@ import yaml
 from conftest import tiny_tree
 from safetensors.torch import save_file
 
-from mar.config import ExperimentConfig
+from mar.config.overrides import flatten
+from mar.config.schema import ExperimentConfig
 from mar.errors import UserError
-from mar.settings import flatten
-from orchestration.files import find, packaged
-from orchestration.plan import plan_text, plan_trials
-from orchestration.study import absolute_paths, fetch_weights, identity, read_recipe, read_study, training_of
+from orchestration.installation import packaged
+from orchestration.studies.loader import absolute_paths, fetch_weights, identity, read_recipe, read_study, training_of
+from orchestration.studies.plan import plan_text, plan_trials
+from orchestration.studies.yaml_document import find
 
 STUDY = """\
 title: "A study"

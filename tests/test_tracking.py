@@ -10,7 +10,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from mar.errors import Failure
 from orchestration.config import LaunchConfig
-from orchestration.tracking import Store, Writer
+from orchestration.tracking.store import Store, Writer
 
 
 @pytest.fixture

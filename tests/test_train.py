@@ -19,21 +19,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix
 
-from mar import RESULT, checkpoint
-from mar.augment import mix
-from mar.checkpoint import Progress, latest
-from mar.config import AugmentConfig, ExperimentConfig
+from mar import RESULT
+from mar.atomic_dir import read_sealed
+from mar.augmentation.augment import mix
+from mar.config.overrides import build
+from mar.config.schema import AugmentConfig, ExperimentConfig
 from mar.errors import Failure, UserError
-from mar.evaluate import Predictions
-from mar.export import write_model
-from mar.keep import Keep, clear
-from mar.model import MAR
-from mar.pretrained import Weights, model_settings, read_weights
-from mar.sealed import read_sealed
-from mar.settings import build
-from mar.step import Execution, Wish
-from mar.train import fit
-from orchestration.cli import main
+from mar.evaluation.evaluator import Predictions
+from mar.model.mar import MAR
+from mar.training import checkpoint
+from mar.training.checkpoint import Progress, latest
+from mar.training.loop import fit
+from mar.training.retention import Keep, clear
+from mar.training.step import Execution, Wish
+from mar.weights.export import write_model
+from mar.weights.pretrained import Weights, model_settings, read_weights
+from orchestration.cli.app import main
 
 Settings = Callable[..., ExperimentConfig]
 CPU = torch.device("cpu")

@@ -13,21 +13,21 @@ from pathlib import Path
 
 import torch
 
-from mar.annotations import Video
-from mar.augment import augmented, draw_step, mix
+from mar.augmentation.augment import augmented, draw_step, mix
 from mar.bench.machine import Machine, synchronise
 from mar.bench.steps import Case, learner_of, random_batch
 from mar.bench.tables import Table, spread
-from mar.cache_index import Packing
-from mar.checkpoint import Progress, Saver, State, save
-from mar.config import DataConfig, ExperimentConfig
-from mar.dataset import Batch, TrainingClips, TrainingOrder, draw, training_batches
+from mar.config.overrides import build, merge
+from mar.config.schema import DataConfig, ExperimentConfig
+from mar.data.annotations import Video
+from mar.data.cache_index import Packing
+from mar.data.dataset import Batch, TrainingClips, TrainingOrder, draw, training_batches
+from mar.distributed import share
 from mar.errors import UserError
-from mar.keep import Keep
-from mar.memory import keep_freed_memory
-from mar.parallel import share
-from mar.settings import build, merge
-from mar.step import train_step
+from mar.training.checkpoint import Progress, Saver, State, save
+from mar.training.memory import keep_freed_memory
+from mar.training.retention import Keep
+from mar.training.step import train_step
 
 _CLIPS_PER_ROUND = 48
 _CLIP_BYTES = 16 * 224 * 224 * 3.0
@@ -198,7 +198,7 @@ def _fed(case: Case, settings: ExperimentConfig, rounds: int) -> tuple[list[floa
 
 def _kinds(data: DataConfig, scratch: Path) -> dict[str, ExperimentConfig]:
     """Return settings for each source of clips; packs the caches."""
-    from mar.frame_cache import pack
+    from mar.data.frame_cache import pack
 
     settings = _with(ExperimentConfig(), {"data": data.model_dump()})
     kinds = {"video files": settings}
@@ -244,7 +244,7 @@ def _data(scratch: Path, videos: Path | None) -> DataConfig:
 
 
 def _films(folder: Path) -> Path:
-    from mar.motion_verbs import MotionVerbs, make
+    from mar.data.motion_verbs import MotionVerbs, make
 
     make(folder, MotionVerbs(size=256, frames=48, classes=2, train=16, validation=8))
     return folder

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mar.config import ExperimentConfig
-from mar.decoder import reconstruction_loss
-from mar.encoder import patchify
-from mar.layers import Attention
-from mar.layouts import hugging_face_names
-from mar.model import MAR
+from mar.config.schema import ExperimentConfig
+from mar.model.decoder import reconstruction_loss
+from mar.model.encoder import patchify
+from mar.model.layers import Attention
+from mar.model.mar import MAR
+from mar.weights.state_dict_mapping import hugging_face_names
 
 
 class Released(nn.Module):

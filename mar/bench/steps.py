@@ -15,22 +15,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mar.augment import soft_labels, to_pixels
+from mar.augmentation.augment import soft_labels, to_pixels
 from mar.bench.machine import Machine, synchronise
 from mar.bench.peers import Released, videomae
 from mar.bench.roofline import Recorder, floor
-from mar.checkpoint import Progress
-from mar.config import ExperimentConfig
-from mar.cost import cost
-from mar.dataset import Batch
-from mar.layers import execute
-from mar.masking import evaluation_mask, training_mask
-from mar.memory import keep_freed_memory
-from mar.model import MAR
-from mar.optim import build_optimizer
-from mar.parallel import default_device
-from mar.settings import build
-from mar.step import Execution, Learner, train_step
+from mar.config.overrides import build
+from mar.config.schema import ExperimentConfig
+from mar.data.dataset import Batch
+from mar.distributed import default_device
+from mar.model.flops import cost
+from mar.model.layers import execute
+from mar.model.mar import MAR
+from mar.model.masking import evaluation_mask, training_mask
+from mar.training.checkpoint import Progress
+from mar.training.memory import keep_freed_memory
+from mar.training.optim import build_optimizer
+from mar.training.step import Execution, Learner, train_step
 
 Contestant = Literal["mar", "standard", "released", "videomae", "videomae-fp32"]
 CONTESTANTS: dict[Contestant, str] = {

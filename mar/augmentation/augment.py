@@ -1,0 +1,180 @@
+"""Augmentation of a batch on its device: pixels from uint8, random erasing, flip, mixup and cutmix (Table I).
+
+Departure from the released code: mixup and cutmix mix a clip with its neighbour in the (shuffled) batch,
+clip 2k with clip 2k + 1, and not with its mirror image in the batch. The pairs are as random, and they never
+straddle two workers, so that the result does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from mar.augmentation.randaugment import Operations, draw_operations, rand_augment
+from mar.config.randaugment_policy import RandAugmentPolicy
+from mar.config.schema import AugmentConfig, ExperimentConfig
+from mar.data.dataset import draw
+from mar.model.mar import IMAGENET_MEAN, IMAGENET_STD
+from mar.model.masking import training_mask
+
+_ERASED_AREA, _ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
+"""timm's: of the picture's area, and height to width."""
+_SWITCH_TO_CUTMIX = 0.5
+"""Share of batches that take cutmix when both are on."""
+
+
+@dataclass(frozen=True)
+class Erased:
+    """A box of a clip that is to be erased."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    noise: int
+    """Seed of what comes in its place."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a step draws for each of its clips."""
+
+    hidden: Bool[Tensor, "B t h w"]
+    mirrored: Bool[Tensor, " B"]
+    operations: Operations
+    erased: list[Erased | None]
+
+    def of(self, places: Sequence[int]) -> Drawn:
+        """Return what is drawn for some of the clips."""
+        chosen = torch.tensor(places)
+        operations = [self.operations[place] for place in places]
+        return Drawn(self.hidden[chosen], self.mirrored[chosen], operations, [self.erased[place] for place in places])
+
+
+def draw_step(settings: ExperimentConfig, step: int) -> Drawn:
+    """Draw for the whole batch of a step, on the CPU; it follows from seed and step alone."""
+    size, augment = settings.recipe.batch_size, settings.augment
+    generator = torch.Generator().manual_seed(int(draw(settings.seed, 2, step).integers(2**62)))
+    hidden = training_mask(settings.mask, settings.grid, size, generator)
+    mirrored = (torch.rand(size, generator=generator) < 0.5) & augment.flip
+    operations: Operations = [[] for _ in range(size)]
+    if augment.randaugment and not augment.randaugment_before_crop:
+        policy = RandAugmentPolicy.parse(augment.randaugment)
+        operations = draw_operations(policy, size, draw(settings.seed, 5, step))
+    erased = draw_erased(augment, size, settings.clip.size, draw(settings.seed, 6, step))
+    return Drawn(hidden, mirrored, operations, erased)
+
+
+def augmented(
+    clips: UInt8[Tensor, "B T H W C"], labels: Int[Tensor, " B"], drawn: Drawn, settings: ExperimentConfig
+) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B classes"]]:
+    """Return pixels and class probabilities: RandAugment, erasing, mirroring, label smoothing; ``mix`` comes after."""
+    config, pixels = settings.augment, to_pixels(clips)
+    if config.randaugment and not config.randaugment_before_crop:
+        pixels = rand_augment(pixels, drawn.operations, config.randaugment_interpolation)
+    if config.erasing:
+        pixels = erase(pixels, drawn.erased)
+    if config.flip:
+        mirrored = drawn.mirrored.to(pixels.device, non_blocking=True)
+        pixels, labels = flip(pixels, mirrored), swapped(labels, mirrored, config.flip_swaps)
+    return pixels, soft_labels(labels, settings.data.num_classes, config.smoothing)
+
+
+def to_pixels(clips: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B C T H W"]:
+    """Return pixel values from 0 to 1."""
+    return clips.permute(0, 4, 1, 2, 3).float() / 255
+
+
+def soft_labels(labels: Int[Tensor, " B"], num_classes: int, smoothing: float) -> Float[Tensor, "B classes"]:
+    """Return class probabilities: 1 - ε + ε/C for the label, ε/C for the others."""
+    return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+
+
+def flip(pixels: Float[Tensor, "B C T H W"], mirrored: Tensor) -> Float[Tensor, "B C T H W"]:
+    """Mirror the clips for which ``mirrored`` (B booleans) is true."""
+    return torch.where(mirrored.view(-1, 1, 1, 1, 1), pixels.flip(-1), pixels)
+
+
+def swapped(
+    labels: Int[Tensor, " B"], mirrored: Bool[Tensor, " B"], pairs: tuple[tuple[int, int], ...]
+) -> Int[Tensor, " B"]:
+    """Return the labels of clips after mirroring: the classes of a pair trade places."""
+    for one, other in pairs:
+        traded = torch.where(labels == one, other, torch.where(labels == other, one, labels))
+        labels = torch.where(mirrored, traded, labels)
+    return labels
+
+
+def draw_erased(config: AugmentConfig, num_clips: int, size: int, rng: np.random.Generator) -> list[Erased | None]:
+    """Draw each clip's box, or none: area and aspect ratio (in its logarithm) uniform, its place too."""
+    low, high = np.log(_ERASED_ASPECT[0]), np.log(_ERASED_ASPECT[1])
+    boxes: list[Erased | None] = []
+    for is_erased in rng.random(num_clips) < config.erasing:
+        box = None
+        for _ in range(config.erasing_attempts if is_erased else 0):
+            area, aspect = size**2 * rng.uniform(*_ERASED_AREA), np.exp(rng.uniform(low, high))
+            height, width = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+            if 0 < height < size and 0 < width < size:
+                top, left = int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1))
+                box = Erased(top, left, height, width, int(rng.integers(2**62)))
+                break
+        boxes.append(box)
+    return boxes
+
+
+def erase(pixels: Float[Tensor, "B C T H W"], boxes: list[Erased | None]) -> Float[Tensor, "B C T H W"]:
+    """Put noise into each clip's box: the same box in all frames, fresh noise in each, normal after normalisation."""
+    erased = pixels.clone()
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1, 1).to(pixels.device, non_blocking=True)
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    for clip, box in enumerate(boxes):
+        if box is not None:
+            generator = torch.Generator(pixels.device).manual_seed(box.noise)
+            shape = (pixels.shape[1], pixels.shape[2], box.height, box.width)
+            noise = torch.randn(shape, generator=generator, device=pixels.device)
+            erased[clip, :, :, box.top : box.top + box.height, box.left : box.left + box.width] = mean + std * noise
+    return erased
+
+
+def mix(
+    pixels: Float[Tensor, "B C T H W"],
+    labels: Float[Tensor, "B classes"],
+    config: AugmentConfig,
+    rng: np.random.Generator,
+    good: Bool[Tensor, " B"] | None = None,
+) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B classes"]]:
+    """Mix neighbours by mixup or cutmix; one share, and one box for all frames, for the whole batch.
+
+    A clip whose neighbour is not ``good`` stays as it is.
+    """
+    use_cutmix = bool(config.cutmix and (not config.mixup or rng.random() < _SWITCH_TO_CUTMIX))
+    alpha = config.cutmix if use_cutmix else config.mixup
+    if not alpha:
+        return pixels, labels
+    kept = float(rng.beta(alpha, alpha))
+    partner = (torch.arange(len(pixels), device=pixels.device) ^ 1).clamp(max=len(pixels) - 1)  # the last may be alone
+    if good is not None:
+        partner = torch.where(good[partner], partner, torch.arange(len(pixels), device=pixels.device))
+    if use_cutmix:
+        height, width = pixels.shape[-2:]
+        (top, bottom), (left, right) = _cut(height, kept, rng), _cut(width, kept, rng)
+        mixed = pixels.clone()
+        mixed[..., top:bottom, left:right] = pixels[partner][..., top:bottom, left:right]
+        kept = 1 - (bottom - top) * (right - left) / (height * width)
+    else:
+        mixed = pixels * kept + pixels[partner] * (1 - kept)
+    return mixed, labels * kept + labels[partner] * (1 - kept)
+
+
+def _cut(length: int, kept: float, rng: np.random.Generator) -> tuple[int, int]:
+    """Return the ends of a cut of √(1 - kept) of ``length`` round a random centre, clipped at the borders."""
+    centre, half = int(rng.integers(length)), int(length * np.sqrt(1 - kept)) // 2
+    return max(centre - half, 0), min(centre + half, length)

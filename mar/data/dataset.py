@@ -1,0 +1,437 @@
+"""Clips for training and testing: what is drawn for each, loaders, and what to do with a broken video.
+
+Every draw follows from (seed, epoch, video), never from a state that is carried along. So the clips do not
+depend on how many workers and loader processes there are, and a resumed epoch goes on with the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import traceback
+from collections.abc import Generator, Iterable, Iterator, Sized
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from mar.augmentation.randaugment import draw_operations, rand_augment
+from mar.config.randaugment_policy import RandAugmentPolicy
+from mar.config.schema import AugmentConfig, ExperimentConfig
+from mar.data.annotations import Video
+from mar.data.decoders import BrokenVideo, Frames
+from mar.data.frame_cache import open_video
+from mar.data.process_pool import end_with_parent, forkserver
+from mar.data.sampling import evaluation_frames, training_frames
+from mar.errors import Failure, UserError
+
+_BATCHES_AHEAD = 2
+"""Of each loader process, on their way or waiting."""
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+VIDEOS_PER_PIECE = 8
+"""Of a batch: what a loader process decodes at a time."""
+Box = tuple[int, int, int, int]
+"""Top, left, height and width, pixels."""
+
+
+def draw(seed: int, *stream: int) -> np.random.Generator:
+    """Return the random numbers of one purpose: ``stream`` says which (epoch, video, …)."""
+    return np.random.default_rng([seed, *stream])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of uint8 pixels and their labels. A broken video has black ones, in its place, and is not ``good``."""
+
+    clips: UInt8[Tensor, "B *views T H W C"]
+    labels: Int[Tensor, " B"]
+    videos: Int[Tensor, " B"]
+    """Each clip's place in the split."""
+    good: Bool[Tensor, " B"]
+    """Whether the video could be decoded."""
+    broken: tuple[BrokenVideo, ...] = ()
+
+
+class Sample(NamedTuple):
+    """What a video gives: a stack of clips, its label, its place in the split; and why the clips are black."""
+
+    clips: UInt8[Tensor, "views T H W C"]
+    label: int
+    video: int
+    broken: BrokenVideo | None = None
+
+
+class TrainingClips(Dataset[Sample]):
+    """A video's random clips, ``augment.repeats`` × T × H × W × C; indexed by (video, epoch)."""
+
+    def __init__(self, settings: ExperimentConfig, videos: list[Video]) -> None:
+        self.settings, self.videos = settings, videos
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        index, epoch = key
+        video, settings = self.videos[index], self.settings
+        rng, repeats, size = draw(settings.seed, 1, epoch, index), settings.augment.repeats, settings.clip.size
+        times = repeats if settings.augment.repeat == "clips" else 1
+        try:
+            with open_video(settings.data, video) as reader:
+                numbers = [training_frames(settings.clip, len(reader), reader.fps, rng).tolist() for _ in range(times)]
+                frames = np.split(reader.frames([number for clip in numbers for number in clip]), times)
+        except BrokenVideo as broken:
+            return Sample(_black(repeats, settings), video.label, index, broken)
+        height, width = frames[0].shape[1:3]
+        boxes = [random_box(height, width, settings, rng) for _ in range(repeats)]
+        clips: list[Tensor] = []
+        for each, box in enumerate(boxes):
+            whole = frames[each % times]
+            if settings.augment.randaugment and settings.augment.randaugment_before_crop:
+                whole = _rand_augmented(whole, settings.augment, draw(settings.seed, 7, epoch, index, each))
+            clips.append(crop_and_resize(whole, box, size, settings.clip.antialias))
+        return Sample(torch.stack(clips), video.label, index)
+
+
+class EvaluationClips(Dataset[Sample]):
+    """All views of a video as one stack of clips: ``views`` × T × H × W × C; indexed by video."""
+
+    def __init__(self, settings: ExperimentConfig, videos: list[Video], clips: int, crops: int, shuffled: bool) -> None:
+        self.settings, self.videos = settings, videos
+        self.clips, self.crops, self.shuffled = clips, crops, shuffled
+
+    def __getitem__(self, index: int) -> Sample:
+        video, settings = self.videos[index], self.settings
+        order = draw(0, 2, index).permutation(settings.clip.frames) if self.shuffled else slice(None)
+        try:
+            with open_video(settings.data, video) as reader:
+                how = settings.evaluation.segment_frames
+                wanted = evaluation_frames(settings.clip, len(reader), reader.fps, self.clips, how)
+                numbers = [number for indices in wanted for number in indices[order].tolist()]
+                clips = np.split(reader.frames(numbers), len(wanted))  # one call: a long file is gone through once
+        except BrokenVideo as broken:
+            return Sample(_black(self.clips * self.crops, settings), video.label, index, broken)
+        size, antialias = settings.clip.size, settings.clip.antialias
+        if settings.evaluation.crop_from == "resized":
+            clips = [resize_short_side(frames, size, antialias) for frames in clips]
+        boxes = test_boxes(clips[0].shape[1], clips[0].shape[2], self.crops, settings.evaluation.crop_from)
+        views = [crop_and_resize(frames, box, size, antialias) for frames in clips for box in boxes]
+        return Sample(torch.stack(views), video.label, index)
+
+
+def bytes_per_clip(settings: ExperimentConfig) -> int:
+    """Return the size of one view's pixels."""
+    return settings.clip.frames * settings.clip.size**2 * 3
+
+
+def _black(views: int, settings: ExperimentConfig) -> UInt8[Tensor, "views T H W C"]:
+    size = settings.clip.size
+    return torch.zeros(views, settings.clip.frames, size, size, 3, dtype=torch.uint8)
+
+
+def random_box(height: int, width: int, settings: ExperimentConfig, rng: np.random.Generator) -> Box:
+    """Draw a random-resized crop: area and aspect ratio uniform (the latter in its logarithm), ten tries."""
+    augment = settings.augment
+    low, high = np.log(augment.crop_aspect)
+    for _ in range(10):
+        area = height * width * rng.uniform(*augment.crop_scale)
+        aspect = np.exp(rng.uniform(low, high))
+        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    return _largest_box(height, width, augment.crop_aspect)
+
+
+def _largest_box(height: int, width: int, aspects: tuple[float, float]) -> Box:
+    """Return the largest box in the centre whose aspect ratio is within the limits."""
+    w = min(width, round(height * aspects[1]))
+    h = min(height, round(width / aspects[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def test_boxes(height: int, width: int, crops: int, crop_from: str = "frame") -> list[Box]:
+    """Return the centre square, or three squares along the long side: both ends and the centre.
+
+    From a ``frame`` the centre's corner is rounded to the nearest pixel, from a ``resized`` one down, as the release has it.
+    """
+    side = min(height, width)
+    shares = (0.5,) if crops == 1 else (0.0, 0.5, 1.0)
+    whole = math.floor if crop_from == "resized" else round
+    return [(whole((height - side) * share), whole((width - side) * share), side, side) for share in shares]
+
+
+test_boxes.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def crop_and_resize(frames: Frames, box: Box, size: int, antialias: bool = True) -> UInt8[Tensor, "T size size C"]:
+    """Cut ``box`` from every frame and resize it to ``size`` × ``size`` (bilinear), in uint8."""
+    top, left, height, width = box
+    cut = torch.from_numpy(np.ascontiguousarray(frames[:, top : top + height, left : left + width]))
+    if (height, width) == (size, size):
+        return cut
+    return _resized(cut, (size, size), antialias).contiguous()
+
+
+def resize_short_side(frames: Frames, size: int, antialias: bool) -> Frames:
+    """Resize frames so that the short side has ``size`` pixels and the long side as many as fit, rounded down."""
+    height, width = frames.shape[1:3]
+    short = min(height, width)
+    new = (size, int(width / short * size)) if height == short else (int(height / short * size), size)
+    return _resized(torch.from_numpy(np.ascontiguousarray(frames)), new, antialias).numpy()
+
+
+def _resized(frames: UInt8[Tensor, "T H W C"], size: tuple[int, int], antialias: bool) -> UInt8[Tensor, "T h w C"]:
+    """Resize by PyTorch's bilinear interpolation; without antialiasing in floats, rounded at the end."""
+    channels_first = frames.permute(0, 3, 1, 2)
+    if antialias:
+        resized = F.interpolate(channels_first, size=size, mode="bilinear", antialias=True)
+    else:
+        resized = F.interpolate(channels_first.float(), size=size, mode="bilinear").round().to(torch.uint8)
+    return resized.permute(0, 2, 3, 1)
+
+
+def _rand_augmented(frames: Frames, config: AugmentConfig, rng: np.random.Generator) -> Frames:
+    """Apply a clip's RandAugment to its whole frames."""
+    assert config.randaugment
+    operations = draw_operations(RandAugmentPolicy.parse(config.randaugment), 1, rng)
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 255
+    done = rand_augment(pixels, operations, config.randaugment_interpolation)
+    return (done[0] * 255).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
+
+
+def one_after_another(batch: Batch) -> Batch:
+    """Return a training batch's clips as one row: the first of all videos, then the second.
+
+    Neighbours, which mixup and cutmix mix, are so clips of different videos.
+    """
+    repeats = batch.clips.shape[1]
+    clips = batch.clips.transpose(0, 1).flatten(0, 1)
+    columns = (batch.labels.repeat(repeats), batch.videos.repeat(repeats), batch.good.repeat(repeats))
+    return Batch(clips, *columns, batch.broken)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of a batch or split is this worker's: the ``rank``-th of ``world`` contiguous parts."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, count: int) -> range:
+        """Return this worker's places among ``count``; parts start at even places, so that pairs stay together."""
+        edge = [2 * (part * count // (2 * self.world)) for part in range(self.world)] + [count]
+        return range(edge[self.rank], edge[self.rank + 1])
+
+
+def places(settings: ExperimentConfig, share: Share) -> list[int]:
+    """Return where a worker's clips stand in the whole batch, in the order of :func:`one_after_another`."""
+    num_videos = settings.videos_per_batch
+    return [each * num_videos + video for each in range(settings.augment.repeats) for video in share.of(num_videos)]
+
+
+class TrainingOrder:
+    """The (video, epoch) keys of this worker for each step from ``first_step`` on; iterate once.
+
+    Each epoch is a new permutation of the split; its last, incomplete batch is dropped.
+
+    Raises:
+        UserError: the batch is larger than the split, or too small for so many workers.
+    """
+
+    def __init__(self, settings: ExperimentConfig, num_videos: int, share: Share, first_step: int = 0) -> None:
+        size = settings.videos_per_batch
+        if size > num_videos:
+            raise UserError(f"recipe.batch_size: {size} is more than the {num_videos} training videos; make it smaller")
+        if size < 2 * share.world:
+            raise UserError(f"recipe.batch_size: {size} gives {share.world} workers less than two videos each")
+        self.settings, self.num_videos, self.share, self.first_step = settings, num_videos, share, first_step
+        self.steps_per_epoch = num_videos // settings.videos_per_batch
+        self.pieces_per_step = -(-len(share.of(size)) // VIDEOS_PER_PIECE)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        part, size = self.share.of(self.settings.videos_per_batch), self.settings.videos_per_batch
+        first_epoch, skipped = divmod(self.first_step, self.steps_per_epoch)
+        for epoch in range(first_epoch, self.settings.recipe.epochs):
+            order = draw(self.settings.seed, 0, epoch).permutation(self.num_videos)
+            for step in range(skipped, self.steps_per_epoch):
+                yield [(int(order[step * size + place]), epoch) for place in part]
+            skipped = 0
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack the clips, and list the videos that could not be decoded; a loader process does it in shared memory.
+
+    PyTorch would move the batch there while it sends it, where an error is printed and the batch is lost: the trainer
+    would wait for it for ever.
+
+    Raises:
+        Failure: the batch does not fit into shared memory (``shm``).
+    """
+    clips, labels, videos, broken = zip(*samples, strict=True)
+    good = [each is None for each in broken]
+    reasons = tuple(each for each in broken if each is not None)
+    stacked = torch.empty(len(clips), *clips[0].shape, dtype=torch.uint8)
+    batch = Batch(stacked, torch.tensor(labels), torch.tensor(videos), torch.tensor(good), reasons)
+    if get_worker_info() is not None:
+        try:
+            for tensor in (batch.clips, batch.labels, batch.videos, batch.good):
+                tensor.share_memory_()
+        except RuntimeError as error:
+            raise _shared_memory_full(f"a batch of {_mb(stacked.nbytes)} does not fit: {error}") from None
+    torch.stack(clips, out=stacked)
+    return batch
+
+
+def _shared_memory_full(words: str) -> Failure:
+    return Failure(f"{_SHARED_MEMORY}, through which loader processes send clips, is too small: {words}", "shm")
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def loader(
+    dataset: Dataset[Sample],
+    batches: Iterable[Any],
+    processes: int,
+    device: torch.device,
+    bytes_per_batch: int,
+    is_kept: bool = False,
+) -> Iterable[Batch]:
+    """Return a loader that decodes in this process, or in ``processes`` others.
+
+    With ``is_kept`` these stay alive between passes; otherwise they end with each pass.
+
+    Raises:
+        Failure: the batches that are on their way at once do not fit into shared memory (``shm``). A pass raises one of
+            the kind ``node`` when a process is lost in the middle of a batch; when it is lost between two, PyTorch
+            raises a RuntimeError.
+    """
+    if processes:
+        _check_shared_memory(processes, bytes_per_batch, batches)
+    loading: DataLoader[Any] = DataLoader(
+        _Batches(dataset),
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType]
+        num_workers=processes,
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context=forkserver() if processes else None,
+        persistent_workers=is_kept and processes > 0,
+        prefetch_factor=_BATCHES_AHEAD if processes else None,
+        worker_init_fn=_begin_loader_process,
+    )
+    return _Loading(loading)
+
+
+def _begin_loader_process(number: int) -> None:
+    end_with_parent()
+    # Whatever else cannot be sent ends the process: the trainer notices that within seconds, a lost batch never.
+    Queue._on_queue_feeder_error = staticmethod(_end_over_lost_batch)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _end_over_lost_batch(error: BaseException, batch: object) -> None:
+    traceback.print_exception(error)
+    os._exit(1)
+
+
+def _check_shared_memory(processes: int, bytes_per_batch: int, batches: Iterable[Any]) -> None:
+    """See that what loader processes have on its way to the trainer at once fits, before they start.
+
+    Raises:
+        Failure: it does not.
+    """
+    if not _SHARED_MEMORY.is_dir():  # not Linux
+        return
+    at_once = processes * _BATCHES_AHEAD + 1  # one is being used
+    if isinstance(batches, Sized):
+        at_once = min(at_once, len(batches))
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if at_once * bytes_per_batch > free:
+        raise _shared_memory_full(
+            f"{_mb(free)} are free, {processes} loader processes need about {_mb(at_once * bytes_per_batch)}"
+        )
+
+
+class _Batches(Dataset[Any]):
+    """A dataset's batches. Where one fails, its error stands for it: PyTorch would drop the failure's kind on the way."""
+
+    def __init__(self, dataset: Dataset[Sample]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, keys: list[Any]) -> Batch | Failure | UserError:
+        try:
+            return collate([self.dataset[key] for key in keys])
+        except (Failure, UserError) as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class _Loading:
+    """A loader that says so when a process of its own was lost while it sent a batch: to PyTorch, the batch ends early."""
+
+    def __init__(self, loading: Iterable[Batch | Failure | UserError]) -> None:
+        self.loading = loading
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            for batch in self.loading:
+                if not isinstance(batch, Batch):
+                    raise batch
+                yield batch
+        except (Failure, UserError):
+            raise
+        except (EOFError, ConnectionError, RuntimeError) as error:
+            if "Bus error" in str(error):  # a page of shared memory that could not be had
+                raise _shared_memory_full(str(error)) from error
+            is_cut_off = not isinstance(error, RuntimeError) or str(error).startswith("Pin memory thread exited")
+            is_ours = str(error).startswith("Caught ")  # raised by our code in such a process: it would come again
+            if is_ours or not is_cut_off:
+                raise
+            raise Failure(f"a loader process was lost: {type(error).__name__}", "node") from error
+
+
+def training_batches(
+    settings: ExperimentConfig, videos: list[Video], order: TrainingOrder, processes: int, device: torch.device
+) -> Generator[Batch]:
+    """Yield this worker's share of each step, on the device.
+
+    A share is loaded in pieces, so that all processes work on the first one and none holds more than a few megabytes
+    ahead. On an accelerator the pieces are copied beside the step that is under way.
+    """
+    size = min(VIDEOS_PER_PIECE, settings.videos_per_batch) * settings.augment.repeats * bytes_per_clip(settings)
+    pieces = loader(TrainingClips(settings, videos), _Pieces(order), processes, device, size)
+    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+    loaded = iter(pieces)
+    while step := list(islice(loaded, order.pieces_per_step)):
+        with torch.cuda.stream(beside) if beside else nullcontext():
+            clips = torch.cat([piece.clips.to(device, non_blocking=True) for piece in step])
+            labels, places, good = (
+                torch.cat([column.to(device, non_blocking=True) for column in columns])
+                for columns in zip(*((piece.labels, piece.videos, piece.good) for piece in step), strict=True)
+            )
+        if beside:
+            torch.cuda.current_stream(device).wait_stream(beside)
+            for column in (clips, labels, places, good):
+                column.record_stream(torch.cuda.current_stream(device))
+        yield Batch(clips, labels, places, good, tuple(reason for piece in step for reason in piece.broken))
+
+
+class _Pieces:
+    """An order's steps, each cut into pieces of a few videos."""
+
+    def __init__(self, order: TrainingOrder) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for keys in self.order:
+            for first in range(0, len(keys), VIDEOS_PER_PIECE):
+                yield keys[first : first + VIDEOS_PER_PIECE]

@@ -1,0 +1,253 @@
+"""The frame cache: each video's frames written once, small, so that fifty trials do not decode it fifty times.
+
+A cache that was cut short goes on where it stopped; a video that has changed since makes it stale, which is said.
+Its layout is in ``mar.cache_index``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
+
+from mar.config.schema import DataConfig
+from mar.data import process_pool as others
+from mar.data.annotations import Video, read_split
+from mar.data.cache_index import (
+    BYTES_PER_END,
+    SETTINGS,
+    Entry,
+    Index,
+    Packing,
+    opened,
+    packing_of,
+    plain,
+    shard_files,
+    told,
+)
+from mar.data.decoders import BrokenVideo, Frames
+from mar.data.decoders import check as check_decoder
+from mar.data.sampling import Reader
+from mar.errors import Failure, UserError
+
+_VIDEOS_PER_SHARD = 64
+
+
+def pack(data: DataConfig, folder: Path, packing: Packing, processes: int, progress: Callable[[int, int], None]) -> int:
+    """Write the videos of both splits into ``folder``; returns how many were there already.
+
+    A video that gave no frames is tried again.
+
+    Raises:
+        UserError: the annotations cannot be read, the folder holds a cache of another kind, or is being packed.
+        Failure: the disk refuses.
+    """
+    check_decoder(data.decoder)
+    data = data.model_copy(update={"cache": None})
+    videos = {video.name: video for split in ("train", "val") for video in read_split(data, split)}
+    settings = folder / SETTINGS
+    if settings.is_file() and packing_of(folder) != packing:
+        raise UserError(f"{folder} holds a cache of {packing_of(folder).name}: choose another folder, or remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            _write(settings, json.dumps(asdict(packing)).encode())
+            try:
+                return _pack(data, videos, Index(folder), processes, progress)
+            finally:
+                opened.cache_clear()
+    except Timeout:
+        raise UserError(f"{folder} is being packed by another process: wait for it, or choose another folder") from None
+    except OSError as error:
+        raise Failure(f"could not write {folder}: {error.strerror or error}; choose another folder") from None
+
+
+def _pack(
+    data: DataConfig, videos: dict[str, Video], index: Index, processes: int, progress: Callable[[int, int], None]
+) -> int:
+    fresh = {name for name, video in videos.items() if index.is_fresh(video) and not index.places[name][1].broken}
+    todo = [video for name, video in sorted(videos.items()) if name not in fresh]
+    parts = [todo[first : first + _VIDEOS_PER_SHARD] for first in range(0, len(todo), _VIDEOS_PER_SHARD)]
+    done = len(fresh)
+    progress(done, len(videos))
+    write = partial(_pack_shard, index.folder, index.packing, data.decoder)
+    numbered = list(enumerate(parts, start=index.last_shard + 1))
+    for count in map(write, numbered) if processes == 1 else others.each(write, numbered, processes, _crashed):
+        done += count
+        progress(done, len(videos))
+    return len(fresh)
+
+
+def _crashed(part: tuple[int, list[Video]]) -> int:
+    first, last = part[1][0].name, part[1][-1].name
+    raise Failure(f"a decoder ended its process over a video from {first} to {last}: mar data check finds which one")
+
+
+def verify(folder: Path, progress: Callable[[int, int], None]) -> list[str]:
+    """Return the shards whose content is not what was written."""
+    damaged: list[str] = []
+    files = shard_files(folder)
+    for done, file in enumerate(files, start=1):
+        content = file.with_suffix(".bin")
+        try:
+            with content.open("rb") as stream:
+                is_whole = hashlib.file_digest(stream, "sha256").hexdigest() == told(file)["sha256"]
+        except (OSError, UserError):
+            is_whole = False
+        if not is_whole:
+            damaged.append(content.name)
+        progress(done, len(files))
+    return damaged
+
+
+class CachedVideo:
+    """What ``video.Reader`` is for a file. Frames are read where they lie; a machine's processes share the pages.
+
+    Raises:
+        BrokenVideo: it gave no frames when it was packed.
+    """
+
+    def __init__(self, index: Index, video: Video) -> None:
+        shard, self.entry = index.places[video.name]
+        self.path = video.path
+        if self.entry.broken:
+            raise BrokenVideo(video.path, self.entry.broken)
+        self.packing, self.file = index.packing, index.folder / f"{shard:05}.bin"
+        self.content = _mapped(self.file)
+        end = self.entry.ends_at + BYTES_PER_END * self.entry.num_frames
+        self.ends = np.frombuffer(self.content[self.entry.ends_at : end], dtype="<i8")
+
+    def __enter__(self) -> CachedVideo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return self.entry.num_frames
+
+    @property
+    def fps(self) -> float | None:
+        """The video's frames a second."""
+        return self.entry.fps
+
+    def frames(self, indices: Sequence[int]) -> Frames:
+        """Return the frames with these numbers, ``[len(indices), H, W, 3]``.
+
+        Raises:
+            BrokenVideo: the shard is damaged.
+        """
+        last = len(self) - 1
+        try:
+            return np.stack([self._frame(min(index, last)) for index in indices])
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise BrokenVideo(self.path, f"{self.file} is damaged ({error}): mar data pack --verify") from None
+
+    def _frame(self, index: int) -> Frames:
+        start = int(self.ends[index - 1]) if index else self.entry.start
+        part = self.content[start : int(self.ends[index])]
+        if self.packing.format == "raw":
+            return part.reshape(self.entry.height, self.entry.width, 3)
+        from torchvision.io import decode_jpeg
+
+        decoded: Any = decode_jpeg(torch.from_numpy(np.array(part)))
+        return decoded.permute(1, 2, 0).numpy()
+
+
+def check(data: DataConfig, videos: Sequence[Video]) -> None:
+    """Raise a UserError unless ``open_video`` can give what is in these videos now."""
+    if data.cache:
+        opened(data.cache).check(videos)
+    else:
+        check_decoder(data.decoder)
+
+
+def open_video(data: DataConfig, video: Video) -> Reader | CachedVideo:
+    """Return a video's reader: from the cache where there is one, else from its file."""
+    return CachedVideo(opened(data.cache), video) if data.cache else Reader(video.path, data.decoder)
+
+
+@lru_cache(maxsize=256)
+def _mapped(file: Path) -> np.memmap[Any, Any]:
+    return np.memmap(file, dtype=np.uint8, mode="r")
+
+
+def _pack_shard(folder: Path, packing: Packing, decoder: str, part: tuple[int, list[Video]]) -> int:
+    """Write one shard: the frames, where they end, then the file that says it is whole; returns its videos."""
+    number, videos = part
+    entries: list[Entry] = []
+    ends: list[int] = []
+    unfinished = folder / f".{number:05}.bin"
+    try:
+        with unfinished.open("w+b") as file:
+            for video in videos:
+                entry, ends_of_it = _packed(file, video, packing, decoder)
+                entries.append(replace(entry, ends_at=len(ends) * BYTES_PER_END))
+                ends += ends_of_it
+            offset = file.tell()
+            file.write(np.array(ends, dtype="<i8").tobytes())
+            size = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        unfinished.rename(folder / f"{number:05}.bin")
+        placed = [plain(replace(entry, ends_at=offset + entry.ends_at)) for entry in entries]
+        said = {"sha256": digest, "bytes": size, "entries": placed}
+        _write(folder / f"{number:05}.json", json.dumps(said).encode())
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise Failure(f"could not write {folder}: {error.strerror or error}; what is packed is kept") from None
+    return len(videos)
+
+
+def _packed(file: Any, video: Video, packing: Packing, decoder: str) -> tuple[Entry, list[int]]:
+    """Write one video's frames; returns its entry, and where each frame ends."""
+    entry = Entry(video.name, video.path.stat().st_size if video.path.is_file() else -1, start=file.tell())
+    ends: list[int] = []
+    try:
+        with Reader(video.path, decoder) as reader:
+            for frame in (_small(each, packing.short_side) for each in reader):
+                file.write(_encoded(frame, packing))
+                ends.append(file.tell())
+                entry = replace(entry, height=frame.shape[0], width=frame.shape[1], fps=reader.fps)
+    except BrokenVideo as broken:
+        return Entry(video.name, entry.source_bytes, broken=broken.reason), []
+    return replace(entry, num_frames=len(ends)), ends
+
+
+def _small(frame: Frames, short_side: int) -> Frames:
+    """Return a frame whose short side is at most ``short_side`` (bilinear, antialiased)."""
+    height, width = frame.shape[:2]
+    scale = short_side / min(height, width)
+    if scale >= 1:
+        return frame
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
+    return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def _encoded(frame: Frames, packing: Packing) -> bytes:
+    if packing.format == "raw":
+        return frame.tobytes()
+    from torchvision.io import encode_jpeg
+
+    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).contiguous()
+    encoded: Any = encode_jpeg(pixels, quality=packing.quality)
+    return encoded.numpy().tobytes()
+
+
+def _write(file: Path, content: bytes) -> None:
+    unfinished = file.with_name(f".{file.name}")
+    unfinished.write_bytes(content)
+    unfinished.rename(file)

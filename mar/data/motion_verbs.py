@@ -1,0 +1,272 @@
+"""A small data set of real video files in which only motion tells the class: demo, tests, first steps.
+
+Outlines of scikit-learn's handwritten digits, filled with photo textures, move over photos that ship inside
+scikit-image and scikit-learn. Classes come in pairs of opposite motions; a clip of the second class of a pair
+is an independent draw of the first class's motion **played backwards**, so a single frame tells nothing of the
+direction. Training and validation use disjoint photos and disjoint digits. Files are H.264 mp4s, with splits
+and labels in Something-Something's own annotation format.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mar.data.decoders import Frames, write_video
+from mar.errors import Failure, UserError
+
+VERBS = (
+    "Moving [something] to the right",
+    "Moving [something] to the left",
+    "Moving [something] down",
+    "Moving [something] up",
+    "Moving [something] closer",
+    "Moving [something] away",
+    "Turning [something] clockwise",
+    "Turning [something] counterclockwise",
+    "Moving [something] and [something] together",
+    "Moving [something] and [something] apart",
+    "Covering [something] with [something]",
+    "Uncovering [something]",
+)
+"""Class templates; each odd one is its neighbour played backwards."""
+
+PHOTOS = {
+    "train": (
+        "astronaut.png",
+        "chelsea.png",
+        "coffee.png",
+        "flower.jpg",
+        "hubble_deep_field.jpg",
+        "brick.png",
+        "grass.png",
+    ),
+    "validation": ("china.jpg", "rocket.jpg", "motorcycle_left.png", "ihc.png", "gravel.png", "moon.png"),
+}
+_FIRST_VALIDATION_DIGIT = 1300
+_INK = 90
+"""Brightness, of 255, from which a pixel belongs to a digit."""
+FRAMES_PER_S = 12
+_X264 = {"crf": "16", "threads": "1", "preset": "superfast"}
+"""One thread, and no macroblock tree (slower presets have one): with it, equal frames give unequal files."""
+
+
+@dataclass(frozen=True)
+class MotionVerbs:
+    """What set to make; equal values make equal videos."""
+
+    seed: int = 0
+    size: int = 32
+    """Height and width, pixels; even."""
+    frames: int = 16
+    classes: int = 4
+    """The first so many of ``VERBS``; even, so that every class has its opposite."""
+    train: int = 2048
+    validation: int = 512
+    clutter: int = 0
+    """Objects that do not move."""
+    shake: float = 0.0
+    """Camera shake: standard deviation, share of the height."""
+
+    def __post_init__(self) -> None:
+        if self.classes % 2 or not 2 <= self.classes <= len(VERBS):
+            raise UserError(f"classes: must be even, from 2 to {len(VERBS)}, not {self.classes}")
+        if self.size % 2 or self.size < 16:
+            raise UserError(f"size: must be even and at least 16 pixels, not {self.size}")
+        if min(self.frames, self.train, self.validation) < 2 or self.clutter < 0 or self.shake < 0:
+            raise UserError("frames, train and validation must be at least 2, clutter and shake not negative")
+
+
+DIFFICULTIES = {
+    "easy": MotionVerbs(),
+    "medium": MotionVerbs(size=64, classes=8, clutter=1, shake=0.01),
+    "hard": MotionVerbs(size=96, classes=12, frames=32, clutter=3, shake=0.02),
+}
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Pose:
+    """Where an object is: centre and size as shares of the height, turn in degrees."""
+
+    x: float
+    y: float
+    size: float
+    angle: float = 0.0
+
+
+def make(folder: Path, options: MotionVerbs, say: Callable[[int, int], None] = lambda done, total: None) -> bool:
+    """Write the set to ``folder``; returns False if just this set is there already.
+
+    ``say`` is told how many videos are done, of how many. The folder appears when it is complete.
+
+    Raises:
+        UserError: ``folder`` holds something else.
+        Failure: the disk is full or refuses.
+    """
+    folder = folder.resolve()
+    facts = folder / "motion-verbs.json"
+    if facts.is_file() and facts.read_text(encoding="utf-8") == _facts(options):
+        return False
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already and holds something else; choose another folder or remove it")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        _write(unfinished, options, say)
+        (unfinished / facts.name).write_text(_facts(options), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise Failure(f"could not write {folder}: {error}") from None
+    return True
+
+
+def _facts(options: MotionVerbs) -> str:
+    return json.dumps(asdict(options), indent=1)
+
+
+def _write(folder: Path, options: MotionVerbs, say: Callable[[int, int], None]) -> None:
+    (folder / "videos").mkdir(parents=True)
+    counts = {"train": options.train, "validation": options.validation}
+    done, total = 0, sum(counts.values())
+    for part, (split, count) in enumerate(counts.items()):
+        items: list[dict[str, Any]] = []
+        for index in range(count):
+            identifier, label = str(1_000_000 * (part + 1) + index), index % options.classes
+            scene = _Scene(options, split, label, np.random.default_rng([options.seed, part, index]))
+            file = folder / "videos" / f"{identifier}.mp4"
+            write_video(file, np.stack(list(scene.frames())), FRAMES_PER_S, **_X264)
+            sentence = VERBS[label].replace("[something]", "a digit")
+            items.append({"id": identifier, "label": sentence, "template": VERBS[label], "placeholders": ["a digit"]})
+            done += 1
+            say(done, total)
+        _write_json(folder / f"{split}.json", items)
+    names = {verb.replace("[", "").replace("]", ""): str(label) for label, verb in enumerate(VERBS[: options.classes])}
+    _write_json(folder / "labels.json", names)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+class _Scene:
+    """One clip: a background, objects that stand, and one or two that move."""
+
+    def __init__(self, options: MotionVerbs, split: str, label: int, rng: np.random.Generator) -> None:
+        self.options, self.rng, self.backwards = options, rng, label % 2 == 1
+        margin = round(3 * options.shake * options.size) + 1
+        self.background = _photo_crop(split, options.size + 2 * margin, rng)
+        self.margin = margin
+        self.objects = [_object(split, options.size, rng) for _ in range(2 + options.clutter)]
+        self.standing = [
+            _Pose(rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9), rng.uniform(0.2, 0.35)) for _ in range(options.clutter)
+        ]
+        self.moving = list(_MOTIONS[label // 2](np.linspace(0, 1, options.frames), rng))
+
+    def frames(self) -> Iterator[Frames]:
+        order = reversed(self.moving) if self.backwards else iter(self.moving)
+        for poses in order:
+            shake = np.clip(self.rng.normal(0, self.options.shake, 2), -3 * self.options.shake, 3 * self.options.shake)
+            left, top = np.round(self.margin + shake * self.options.size).astype(int)
+            canvas = self.background.crop((left, top, left + self.options.size, top + self.options.size))
+            for picture, pose in zip(self.objects, [*poses, *self.standing], strict=False):
+                _paste(canvas, picture, pose)
+            yield np.asarray(canvas)
+
+
+def _move_right(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
+    size, y, length = rng.uniform(0.4, 0.6), rng.uniform(0.25, 0.75), rng.uniform(0.5, 0.8)
+    start = rng.uniform(0.1, 0.9 - length)
+    return ([_Pose(start + length * t, y, size)] for t in time)
+
+
+def _move_down(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
+    return ([_Pose(pose.y, pose.x, pose.size)] for (pose,) in _move_right(time, rng))
+
+
+def _move_closer(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
+    x, y = rng.uniform(0.35, 0.65, 2)
+    small, growth = rng.uniform(0.2, 0.3), rng.uniform(0.4, 0.6)
+    return ([_Pose(x, y, small + growth * t)] for t in time)
+
+
+def _turn_clockwise(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
+    x, y = rng.uniform(0.4, 0.6, 2)
+    size, start, turn = rng.uniform(0.6, 0.8), rng.uniform(0, 360), rng.uniform(100, 240)
+    return ([_Pose(x, y, size, start - turn * t)] for t in time)
+
+
+def _move_together(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
+    y, size, far, near = rng.uniform(0.3, 0.7), rng.uniform(0.25, 0.35), rng.uniform(0.32, 0.4), rng.uniform(0.1, 0.16)
+    return ([_Pose(0.5 - far + (far - near) * t, y, size), _Pose(0.5 + far - (far - near) * t, y, size)] for t in time)
+
+
+def _cover(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
+    x, y, size = rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6), rng.uniform(0.35, 0.45)
+    direction, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.45)
+    away = far * np.array([np.cos(direction), np.sin(direction)])
+    return ([_Pose(x, y, size), _Pose(x + away[0] * (1 - t), y + away[1] * (1 - t), 1.5 * size)] for t in time)
+
+
+_MOTIONS = (_move_right, _move_down, _move_closer, _turn_clockwise, _move_together, _cover)
+
+
+def _paste(canvas: Image.Image, picture: Image.Image, pose: _Pose) -> None:
+    side = max(2, round(pose.size * canvas.width))
+    small = picture.resize((side, side), Image.Resampling.BILINEAR)
+    if pose.angle:
+        small = small.rotate(pose.angle, Image.Resampling.BILINEAR)
+    corner = (round(pose.x * canvas.width - side / 2), round(pose.y * canvas.height - side / 2))
+    canvas.paste(small.convert("RGB"), corner, small.getchannel("A"))
+
+
+def _object(split: str, size: int, rng: np.random.Generator) -> Image.Image:
+    """A digit's outline, filled with a brightened or darkened photo texture; RGBA."""
+    digits = _digits()
+    first, last = (0, _FIRST_VALIDATION_DIGIT) if split == "train" else (_FIRST_VALIDATION_DIGIT, len(digits))
+    outline = Image.fromarray(digits[rng.integers(first, last)]).resize((size, size), Image.Resampling.BICUBIC)
+    shade = int(rng.choice([0, 255]))
+    texture = Image.blend(_photo_crop(split, size, rng), Image.new("RGB", (size, size), (shade,) * 3), 0.5)
+    texture.putalpha(Image.fromarray((np.asarray(outline) > _INK).astype(np.uint8) * 255))
+    return texture
+
+
+@cache
+def _digits() -> npt.NDArray[np.uint8]:
+    datasets: Any = importlib.import_module("sklearn.datasets")
+    return (datasets.load_digits().images * 255 / 16).astype(np.uint8)
+
+
+@cache
+def _photo(name: str) -> Image.Image:
+    for module, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
+        origin = importlib.import_module(module).__file__
+        assert origin
+        file = Path(origin).parent / folder / name
+        if file.is_file():
+            return Image.open(file).convert("RGB")
+    raise Failure(
+        f"the photo {name} is neither in scikit-image nor in scikit-learn; install the versions in constraints.txt"
+    )
+
+
+def _photo_crop(split: str, side: int, rng: np.random.Generator) -> Image.Image:
+    """A random square of a random photo, scaled to ``side`` pixels."""
+    photo = _photo(PHOTOS[split][rng.integers(len(PHOTOS[split]))])
+    length = int(rng.uniform(0.4, 0.9) * min(photo.size))
+    left, top = int(rng.integers(photo.width - length)), int(rng.integers(photo.height - length))
+    square = photo.crop((left, top, left + length, top + length))
+    return square.resize((side, side), Image.Resampling.BILINEAR)

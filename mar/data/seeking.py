@@ -1,0 +1,415 @@
+"""Whether a decoder that jumps to key frames gives the right frames of a file: what its packets say.
+
+A decoder that jumps starts at a packet flagged as key and takes the n-th packet for the n-th frame.
+Both hold only where the stream says so: the container, the codec and the flags do not decide. The
+cases that this module refuses were all met in real files: open groups of pictures, recovery points
+and intra refresh (flagged as key, but they need what came before), edit lists (packets that are
+decoded and not shown, or shown twice), hidden reference frames of VP8 and VP9, fields stored one by
+one, parameters that change in the middle. Imports PyAV only when it is called, and no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mar.data.container import MOST_PIXELS, open_container
+
+_INDEXED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"}
+"""Containers, by FFmpeg's names, whose frames are found without reading all that comes before."""
+_SLACK_FRAMES = 10_000
+_SLACK_S = 60.0
+"""A header may count what an edit list cuts off, or an audio track that is longer; what promises more than twice the video,
+and this much besides, is damaged."""
+_TICKS_PER_S = 1_000_000
+"""PyAV counts a container's duration in microseconds."""
+_H264_SLICE, _H264_IDR, _H264_SPS = 1, 5, 7
+"""Types of network abstraction layer units, ITU-T H.264 table 7-1."""
+_H264_PARTITION_A = 2
+_HEVC_IDR = {19, 20}
+"""IDR_W_RADL and IDR_N_LP, ITU-T H.265 table 7-1; clean random access pictures are not among them."""
+_HEVC_SLICES = range(32)
+_HEVC_SPS = 33
+_SPS_WITH_CHROMA = {44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244}
+"""Values of profile_idc for which chroma_format_idc follows, H.264 section 7.3.2.1.1."""
+
+
+class NotSeekable(Exception):
+    """A decoder that jumps may be wrong on this file; the message says why."""
+
+
+@dataclass(frozen=True)
+class StreamIndex:
+    """A video stream in which jumping is exact."""
+
+    codec: str
+    """``h264``, ``hevc``, ``vp8``, ``vp9`` or ``av1``."""
+    seconds: npt.NDArray[np.float64]
+    """When each frame is shown, in rising order; one for each packet."""
+
+
+def index_of(path: Path) -> StreamIndex:
+    """Read a file's packets, without decoding one, and return when its frames are shown.
+
+    Raises:
+        NotSeekable: a packet flagged as key may need earlier ones, or packets are not frames.
+        OSError, ValueError: it cannot be read; PyAV's own errors are among these.
+    """
+    with open_container(path) as container:
+        if container.format.name not in _INDEXED:
+            raise NotSeekable(f"{container.format.name} has no index of its frames")
+        if len(container.streams.video) != 1:
+            raise NotSeekable("it has several video streams, or none")
+        stream: Any = container.streams.video[0]
+        if stream.codec_context is None:
+            raise NotSeekable("its codec is not known")
+        name = stream.codec_context.name
+        codec = _ALIASES.get(name, name)
+        if codec not in _CHECKS:
+            raise NotSeekable(f"what a key frame of {codec} needs is not known")
+        if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
+            raise NotSeekable("its frames are too large")
+        pixels = stream.codec_context.format
+        if pixels is None or any(component.bits != 8 for component in pixels.components):
+            raise NotSeekable("decoders differ over pixels of other than 8 bits")
+        check = _CHECKS[codec](bytes(stream.codec_context.extradata or b""))
+        shown = list(_checked(container.demux(stream), check))
+        if not shown:
+            raise NotSeekable("it has no packet")
+        seconds = np.sort(np.array(shown)) * float(stream.time_base)
+        too_many = stream.frames > 2 * len(shown) + _SLACK_FRAMES
+        if too_many or _stated_seconds(container, stream) > 2 * float(np.ptp(seconds)) + _SLACK_S:
+            # decord takes memory for what is stated, and ends the process where there is none.
+            raise NotSeekable("its header promises more than there is")
+        return StreamIndex(codec, seconds)
+
+
+def _stated_seconds(container: Any, stream: Any) -> float:
+    """Return the longest duration that a file states of itself."""
+    own = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    return max(own, (container.duration or 0) / _TICKS_PER_S)
+
+
+def key_frames(path: Path) -> list[int]:
+    """Return the numbers of the frames whose packets are flagged as key, as they are shown.
+
+    Raises:
+        OSError, ValueError: it cannot be read; PyAV's own errors are among these.
+    """
+    with open_container(path) as container:
+        packets: list[Any] = [packet for packet in container.demux(video=0) if packet.size]
+    shown = sorted(packet.pts for packet in packets if packet.pts is not None)
+    keys = [packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None]
+    return sorted(shown.index(key) for key in keys)
+
+
+def _checked(packets: Iterator[Any], check: _Check) -> Iterator[int]:
+    """Yield the presentation timestamp of each packet; raise NotSeekable at the first that is wrong."""
+    last_position = last_key = latest = None
+    seen: set[int] = set()
+    for packet in packets:
+        if not packet.size:  # the end of the stream
+            continue
+        shown = packet.pts
+        if shown is None or shown in seen:
+            raise NotSeekable("two packets are shown at one time, or one at none")
+        if packet.is_discard or packet.is_corrupt:
+            raise NotSeekable("it has packets that are not shown (an edit list)")
+        if packet.pos is not None and packet.pos >= 0:
+            if last_position is not None and packet.pos <= last_position:
+                raise NotSeekable("it has packets that are shown twice (an edit list)")
+            last_position = packet.pos
+        if packet.has_sidedata("new_extradata"):
+            raise NotSeekable("its parameters change in the middle")
+        check(packet, packet.is_keyframe)
+        if packet.is_keyframe:
+            # All that came before must be shown before, all that follows after: else a jump to
+            # this packet would miss what is shown before it and decoded after it.
+            if latest is not None and shown < latest:
+                raise NotSeekable("a frame before a key frame is shown after it")
+            last_key = shown
+        elif last_key is None:
+            raise NotSeekable("it does not begin with a key frame")
+        elif shown < last_key:
+            raise NotSeekable("a frame after a key frame is shown before it (an open group)")
+        seen.add(shown)
+        latest = shown if latest is None else max(latest, shown)
+        yield shown
+
+
+_Check = Callable[[Any, bool], None]
+"""Is given a packet, and whether it is flagged as key; raises NotSeekable."""
+
+
+def _h264(extradata: bytes) -> _Check:
+    """Key packets must be IDR pictures, frames must not come as fields, parameters must stay."""
+    if len(extradata) < 7 or extradata[0] != 1:
+        raise NotSeekable("its H.264 stream has no avcC header")
+    length_size = (extradata[4] & 3) + 1
+    sets = _h264_parameter_sets(extradata)
+    if any(_has_fields(each) for each in sets):
+        raise NotSeekable("it may be interlaced")
+    if len(sets) > 1:
+        raise NotSeekable("its parameters change in the middle")
+
+    def check(packet: Any, is_key: bool) -> None:
+        if not is_key:
+            return
+        for unit in _units(bytes(packet), length_size):
+            kind = unit[0] & 31
+            if kind == _H264_SPS and unit not in sets:
+                raise NotSeekable("its parameters change in the middle")
+            if kind in (_H264_SLICE, _H264_PARTITION_A):
+                raise NotSeekable("a packet flagged as key needs earlier ones (no IDR picture)")
+            if kind == _H264_IDR:
+                return
+        raise NotSeekable("a packet flagged as key has no picture")
+
+    return check
+
+
+def _h264_parameter_sets(extradata: bytes) -> list[bytes]:
+    """Return the sequence parameter sets of an avcC header, ISO/IEC 14496-15 section 5.3.3."""
+    sets: list[bytes] = []
+    offset = 6
+    for _ in range(extradata[5] & 31):
+        size = int.from_bytes(extradata[offset : offset + 2], "big")
+        sets.append(extradata[offset + 2 : offset + 2 + size])
+        offset += 2 + size
+    if not sets or not all(sets):
+        raise NotSeekable("its H.264 header has no parameters")
+    return sets
+
+
+def _hevc(extradata: bytes) -> _Check:
+    """Key packets must be IDR pictures, parameters must not change."""
+    if len(extradata) < 23 or extradata[0] != 1:
+        raise NotSeekable("its HEVC stream has no hvcC header")
+    length_size = (extradata[21] & 3) + 1
+
+    def check(packet: Any, is_key: bool) -> None:
+        if not is_key:
+            return
+        for unit in _units(bytes(packet), length_size):
+            kind = (unit[0] >> 1) & 63
+            if kind == _HEVC_SPS and unit not in extradata:
+                raise NotSeekable("its parameters change in the middle")
+            if kind in _HEVC_IDR:
+                return
+            if kind in _HEVC_SLICES:
+                raise NotSeekable("a packet flagged as key needs earlier ones (no IDR picture)")
+        raise NotSeekable("a packet flagged as key has no picture")
+
+    return check
+
+
+def _vp8(_: bytes) -> _Check:
+    """Key packets must be key frames of one size, and every packet must be shown (RFC 6386, 9.1)."""
+    sizes: set[bytes] = set()
+
+    def check(packet: Any, is_key: bool) -> None:
+        start = bytes(memoryview(packet)[:10])
+        if not start[0] & 16:
+            raise NotSeekable("it has frames that are decoded and not shown (alternate references)")
+        if not is_key:
+            return
+        if start[0] & 1:
+            raise NotSeekable("a packet flagged as key is no key frame")
+        sizes.add(start[6:10])
+        if len(sizes) > 1:
+            raise NotSeekable("its size changes in the middle")
+
+    return check
+
+
+def _vp9(_: bytes) -> _Check:
+    """Key packets must begin with a key frame, and every packet must show one frame."""
+
+    def check(packet: Any, is_key: bool) -> None:
+        headers = [_vp9_header(frame) for frame in _vp9_frames(memoryview(packet))]
+        if sum(is_shown for _, is_shown in headers) != 1:
+            raise NotSeekable("it has packets that show no frame, or several")
+        if is_key and not headers[0][0]:
+            raise NotSeekable("a packet flagged as key is no key frame")
+
+    return check
+
+
+def _vp9_frames(packet: memoryview) -> list[bytes]:
+    """Return the first bytes of each frame of a packet: one, or those of a superframe (annex B)."""
+    marker = packet[-1]
+    if marker & 0xE0 != 0xC0:
+        return [bytes(packet[:2])]
+    count = (marker & 7) + 1
+    size_bytes = ((marker >> 3) & 3) + 1
+    index_size = 2 + count * size_bytes
+    if len(packet) < index_size or packet[-index_size] != marker:
+        return [bytes(packet[:2])]
+    frames: list[bytes] = []
+    offset = 0
+    for number in range(count):
+        at = len(packet) - index_size + 1 + number * size_bytes
+        size = int.from_bytes(packet[at : at + size_bytes], "little")
+        if size:
+            frames.append(bytes(packet[offset : offset + 2]))
+        offset += size
+    return frames or [bytes(packet[:2])]
+
+
+def _vp9_header(frame: bytes) -> tuple[bool, bool]:
+    """Return whether a frame is a key frame, and whether it is shown (uncompressed header, 6.2)."""
+    bits = _Bits(frame)
+    bits.take(2)  # frame marker
+    profile = bits.take(1) + 2 * bits.take(1)
+    if profile == 3:
+        bits.take(1)
+    if bits.take(1):  # show_existing_frame
+        return False, True
+    is_key = not bits.take(1)
+    return is_key, bool(bits.take(1))
+
+
+def _av1(_: bytes) -> _Check:
+    """Key packets must hold a key frame that is shown at once; a packet always shows one frame."""
+
+    def check(packet: Any, is_key: bool) -> None:
+        if not is_key:
+            return
+        for kind, payload in _av1_units(bytes(packet)):
+            if kind in (3, 6):  # a frame header, a frame
+                bits = _Bits(payload[:1])
+                is_existing, frame_type, is_shown = bits.take(1), bits.take(2), bits.take(1)
+                if is_existing or frame_type or not is_shown:
+                    raise NotSeekable("a packet flagged as key is no key frame that is shown")
+                return
+        raise NotSeekable("a packet flagged as key has no picture")
+
+    return check
+
+
+def _av1_units(packet: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the type and content of each open bitstream unit (AV1 specification, 5.3)."""
+    offset = 0
+    while offset < len(packet):
+        header = packet[offset]
+        offset += 2 if header & 4 else 1
+        size = len(packet) - offset
+        if header & 2:
+            size, used = _leb128(packet, offset)
+            offset += used
+        yield (header >> 3) & 15, packet[offset : offset + size]
+        offset += size
+
+
+def _leb128(packet: bytes, offset: int) -> tuple[int, int]:
+    """Return a number in little-endian base 128, and how many bytes it takes."""
+    value = 0
+    for used, byte in enumerate(packet[offset : offset + 8]):
+        value |= (byte & 127) << (7 * used)
+        if not byte & 128:
+            return value, used + 1
+    raise NotSeekable("its AV1 stream is damaged")
+
+
+_CHECKS: dict[str, Callable[[bytes], _Check]] = {
+    "h264": _h264,
+    "hevc": _hevc,
+    "vp8": _vp8,
+    "vp9": _vp9,
+    "av1": _av1,
+}
+"""Codec -> what makes the check of one stream's packets from its extradata."""
+_ALIASES = {"libvpx": "vp8", "libvpx-vp9": "vp9", "libdav1d": "av1", "libaom-av1": "av1"}
+"""FFmpeg names the decoder that it took; others of the same codec have other names."""
+
+
+def _units(packet: bytes, length_size: int) -> Iterator[bytes]:
+    """Yield the network abstraction layer units of a packet, each behind its length."""
+    offset = 0
+    while offset + length_size < len(packet):
+        size = int.from_bytes(packet[offset : offset + length_size], "big")
+        offset += length_size
+        if size:
+            yield packet[offset : offset + size]
+        offset += size
+
+
+def _has_fields(parameter_set: bytes) -> bool:
+    """Whether pictures may be fields: frame_mbs_only_flag is 0 (H.264 section 7.3.2.1.1)."""
+    bits = _Bits(parameter_set[1:].replace(b"\0\0\3", b"\0\0"))
+    profile = bits.take(8)
+    bits.take(16)  # constraints and level
+    bits.unsigned()  # seq_parameter_set_id
+    if profile in _SPS_WITH_CHROMA:
+        chroma = bits.unsigned()
+        if chroma == 3:
+            bits.take(1)
+        bits.unsigned()  # bit depths
+        bits.unsigned()
+        bits.take(1)
+        if bits.take(1):
+            lists = 12 if chroma == 3 else 8
+            for number in range(lists):
+                if bits.take(1):
+                    _skip_scaling_list(bits, 16 if number < 6 else 64)
+    bits.unsigned()  # log2_max_frame_num_minus4
+    order_type = bits.unsigned()
+    if order_type == 0:
+        bits.unsigned()
+    elif order_type == 1:
+        bits.take(1)
+        bits.signed()
+        bits.signed()
+        for _ in range(min(bits.unsigned(), 255)):
+            bits.signed()
+    bits.unsigned()  # max_num_ref_frames
+    bits.take(1)
+    bits.unsigned()  # width and height
+    bits.unsigned()
+    return not bits.take(1)
+
+
+def _skip_scaling_list(bits: _Bits, size: int) -> None:
+    last = following = 8
+    for _ in range(size):
+        if following:
+            following = (last + bits.signed()) % 256
+        last = following or last
+
+
+class _Bits:
+    """Reads numbers of some bits, the most significant first; beyond the end there are zeros."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.position = 0
+
+    def take(self, count: int) -> int:
+        """Return the next bits as a number."""
+        value = 0
+        for _ in range(count):
+            byte, bit = divmod(self.position, 8)
+            value <<= 1
+            if byte < len(self.content):
+                value |= (self.content[byte] >> (7 - bit)) & 1
+            self.position += 1
+        return value
+
+    def unsigned(self) -> int:
+        """Return the next number in Exp-Golomb code, ue(v)."""
+        zeros = 0
+        while not self.take(1):
+            zeros += 1
+            if zeros > 32:
+                raise NotSeekable("its header is damaged")
+        return (1 << zeros) - 1 + self.take(zeros)
+
+    def signed(self) -> int:
+        """Return the next number in signed Exp-Golomb code, se(v)."""
+        code = self.unsigned()
+        return (code + 1) // 2 if code % 2 else -(code // 2)

@@ -1,0 +1,58 @@
+"""The few things that data-parallel workers say to each other; with one worker they cost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mar.data.dataset import Share
+
+T = TypeVar("T")
+
+
+def share() -> Share:
+    """Return which worker this is, of how many."""
+    if dist.is_available() and dist.is_initialized():
+        return Share(dist.get_rank(), dist.get_world_size())
+    return Share()
+
+
+def summed(values: Tensor) -> Tensor:
+    """Return the sum of ``values`` over all workers."""
+    if share().world > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def greatest(value: int, device: torch.device) -> int:
+    """Return the greatest of all workers' values."""
+    if share().world == 1:
+        return value
+    values = torch.tensor(value, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
+
+
+def gathered(item: Any) -> list[Any]:
+    """Return every worker's ``item``, in the order of ranks."""
+    workers = share()
+    if workers.world == 1:
+        return [item]
+    items: list[Any] = [None] * workers.world
+    dist.all_gather_object(items, item)
+    return items
+
+
+def of_first(find: Callable[[], T]) -> T:
+    """Return what the first worker finds, on every worker; the others wait for it."""
+    return gathered(find() if share().rank == 0 else None)[0]
+
+
+def default_device() -> torch.device:
+    """Return this process's accelerator, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,182 @@
+"""Multi-view evaluation: class probabilities averaged over clips and crops, top-1 and top-5 in percent."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mar import distributed
+from mar.augmentation.augment import to_pixels
+from mar.config.schema import ExperimentConfig
+from mar.data.annotations import Video
+from mar.data.dataset import EvaluationClips, bytes_per_clip, loader
+from mar.data.frame_cache import check
+from mar.errors import Failure
+from mar.model.mar import MAR
+from mar.model.masking import evaluation_mask
+from mar.safe_text import cell
+
+_CLIPS_PER_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said of each video that could be decoded."""
+
+    videos: Int[Tensor, " n"]
+    """Each video's place in the split."""
+    labels: Int[Tensor, " n"]
+    probabilities: Float[Tensor, "n classes"]
+    broken: tuple[str, ...]
+    """Videos that could not be decoded, with the reason; accuracies do not count them."""
+
+    def accuracy(self, k: int) -> float:
+        """Return top-k accuracy in percent; a video counts if its label is among the k most probable classes."""
+        best = self.probabilities.topk(min(k, self.probabilities.shape[1]), dim=1).indices
+        return 100 * (best == self.labels[:, None]).any(dim=1).double().mean().item()
+
+    def confusion(self) -> Int[Tensor, "classes classes"]:
+        """Return how many videos of each class (rows) were taken for each class (columns)."""
+        num_classes = self.probabilities.shape[1]
+        taken_for = self.probabilities.argmax(dim=1)
+        return torch.bincount(self.labels * num_classes + taken_for, minlength=num_classes**2).view(num_classes, -1)
+
+    def metrics(self, stage: str) -> dict[str, float]:
+        """Return accuracies and counts, named ``stage/…``."""
+        counts = {f"{stage}/num_videos": float(len(self.labels)), f"{stage}/num_broken": float(len(self.broken))}
+        return {f"{stage}/top1": self.accuracy(1), f"{stage}/top5": self.accuracy(5), **counts}
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well a pre-trained model redraws what is hidden."""
+
+    losses: Float[Tensor, " n"]
+    """L_r of each video that could be decoded."""
+    broken: tuple[str, ...]
+
+    def metrics(self, stage: str) -> dict[str, float]:
+        """Return the mean loss and counts, named ``stage/…``."""
+        counts = {f"{stage}/num_videos": float(len(self.losses)), f"{stage}/num_broken": float(len(self.broken))}
+        return {f"{stage}/reconstruction_loss": self.loss, **counts}
+
+    @property
+    def loss(self) -> float:
+        """The mean of L_r over videos."""
+        return self.losses.double().mean().item()
+
+
+class Evaluator:
+    """Evaluates a model on one split, as often as asked; with ``is_kept`` its loader processes live as long as it does.
+
+    Raises:
+        UserError: the frame cache lacks a video or is stale, or the decoder that the settings name does not work.
+    """
+
+    def __init__(
+        self,
+        settings: ExperimentConfig,
+        videos: list[Video],
+        device: torch.device,
+        *,
+        clips: int = 1,
+        crops: int = 1,
+        shuffled: bool = False,
+        loader_processes: int = 0,
+        is_kept: bool = False,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        check(settings.data, videos)
+        share = distributed.share()
+        mine = list(range(share.rank, len(videos), share.world))
+        size = max(1, _CLIPS_PER_BATCH // (clips * crops))
+        batches = [mine[first : first + size] for first in range(0, len(mine), size)]
+        self.settings, self.device, self.alive = settings, device, alive
+        dataset = EvaluationClips(settings, videos, clips, crops, shuffled)
+        bytes_per_batch = size * clips * crops * bytes_per_clip(settings)
+        self.loader = loader(dataset, batches, loader_processes, device, bytes_per_batch, is_kept)
+
+    @torch.no_grad()
+    def __call__(self, model: MAR) -> Predictions:
+        """Return the predictions for the whole split, on every worker.
+
+        Raises:
+            Failure: not one video could be decoded.
+        """
+        (videos, labels, probabilities), failed = self._gathered(model, self._probabilities)
+        order = videos.argsort()
+        return Predictions(videos[order], labels[order], probabilities[order], failed)
+
+    @torch.no_grad()
+    def reconstruction(self, model: MAR) -> Reconstruction:
+        """Return the reconstruction losses under the mask of evaluation, on every worker.
+
+        Raises:
+            Failure: not one video could be decoded.
+        """
+        (videos, _, losses), failed = self._gathered(model, self._reconstruction)
+        return Reconstruction(losses[videos.argsort()], failed)
+
+    def _gathered(
+        self, model: MAR, measure: Callable[[MAR, Tensor], Tensor]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[str, ...]]:
+        """Return videos, labels and what was measured of each, from all workers; and the broken videos."""
+        model.eval()
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        broken: list[str] = []
+        for batch in self.loader:
+            self.alive()
+            broken.extend(str(video) for video in batch.broken)
+            if batch.good.any():
+                chosen = batch.good
+                seen.append((batch.videos[chosen], batch.labels[chosen], measure(model, batch.clips[chosen])))
+        model.train()
+        parts = distributed.gathered((seen, broken))
+        rows = [row for part, _ in parts for row in part]
+        failed = tuple(sorted(reason for _, part in parts for reason in part))
+        if not rows:
+            raise Failure(f"not one video of the evaluation split could be decoded; the first: {failed[0]}", "data")
+        videos, labels, measured = (torch.cat(column) for column in zip(*rows, strict=True))
+        return (videos, labels, measured), failed
+
+    def _reconstruction(self, model: MAR, clips: UInt8[Tensor, "B views T H W C"]) -> Float[Tensor, " B"]:
+        num_videos, views = clips.shape[:2]
+        pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
+        hidden = evaluation_mask(self.settings).expand(len(pixels), -1, -1, -1)
+        labels = torch.zeros(len(pixels), self.settings.data.num_classes, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"):
+            losses = model(pixels, hidden, labels).reconstruction
+        return losses.view(num_videos, views).mean(dim=1).cpu()
+
+    def _probabilities(self, model: MAR, clips: UInt8[Tensor, "B views T H W C"]) -> Float[Tensor, "B classes"]:
+        num_videos, views = clips.shape[:2]
+        pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
+        hidden = evaluation_mask(self.settings).expand(len(pixels), -1, -1, -1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"):
+            scores = model.classify(pixels, hidden)
+        return scores.float().softmax(dim=1).view(num_videos, views, -1).mean(dim=1).cpu()
+
+
+def write_predictions(predictions: Predictions, videos: list[Video], file: Path) -> None:
+    """Write one row a video: its label, the label's probability and the five most probable classes."""
+    best = predictions.probabilities.topk(min(5, predictions.probabilities.shape[1]), dim=1)
+    header = ["video", "label", "probability_of_label"]
+    for rank in range(1, best.indices.shape[1] + 1):
+        header += [f"class_{rank}", f"probability_{rank}"]
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as output:
+        writer = csv.writer(output)
+        writer.writerow(header)
+        for row, (place, label) in enumerate(
+            zip(predictions.videos.tolist(), predictions.labels.tolist(), strict=True)
+        ):
+            own = f"{predictions.probabilities[row, label].item():.6f}"
+            line: list[object] = [cell(videos[place].name), label, own]
+            for name, probability in zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True):
+                line += [name, f"{probability:.6f}"]
+            writer.writerow(line)

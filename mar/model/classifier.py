@@ -1,0 +1,90 @@
+"""From visible tokens to class scores: the bridging classifier of Eq. 2, and the linear and MLP baselines."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mar.config.schema import ClassifierConfig
+from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
+
+
+def build_classifier(config: ClassifierConfig, encoder_width: int, num_tokens: int, num_classes: int) -> nn.Module:
+    """Return the classifier that ``config.kind`` names; each maps tokens and their places to scores."""
+    if config.kind == "bridging":
+        return BridgingClassifier(config, encoder_width, num_tokens, num_classes)
+    if config.kind == "mlp":
+        return MLPClassifier(config, encoder_width, num_classes)
+    return LinearClassifier(config, encoder_width, num_classes)
+
+
+class BridgingClassifier(nn.Module):
+    """p = φ(h(F_v)), Eq. 2: blocks h over the visible tokens, then the average φ, a norm and a linear layer."""
+
+    positions: Tensor
+
+    def __init__(self, config: ClassifierConfig, encoder_width: int, num_tokens: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.project = nn.Linear(encoder_width, config.width, bias=False)
+        self.register_buffer("positions", sin_cos_positions(num_tokens, config.width), persistent=False)
+        self.add_positions = config.positions
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.mask_tokens else None
+        self.blocks = transformer_blocks(config.width, config.depth, config.heads)
+        self.norm = LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.width, num_classes)
+        for part in (self.blocks, self.head):  # the projection keeps torch's default, as in the release
+            initialise(part)
+
+    def forward(self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B classes"]:
+        """Return the class scores of each clip."""
+        bridged = self.blocks(self._input(self.project(tokens), visible))
+        return self.head(self.dropout(self.norm(bridged.mean(dim=1))))
+
+    def _input(self, tokens: Float[Tensor, "B K W"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B N W"]:
+        """Table VII: optionally all N tokens instead of the K visible ones, optionally with positions."""
+        places = visible
+        if self.mask_token is not None:
+            num_clips = tokens.shape[0]  # len() would fix it when the model is exported
+            places = torch.arange(self.num_tokens, device=tokens.device).expand(num_clips, -1)
+            everywhere = self.mask_token.to(tokens.dtype).expand(num_clips, self.num_tokens, -1)
+            tokens = everywhere.scatter(1, visible[..., None].expand_as(tokens), tokens)
+        return tokens + self.positions[places] if self.add_positions else tokens
+
+
+class LinearClassifier(nn.Module):
+    """The baseline of Table V: average, dropout, one linear layer, which starts near zero as VideoMAE's does."""
+
+    def __init__(self, config: ClassifierConfig, encoder_width: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(encoder_width) if config.norm == "pooled" else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(encoder_width, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B classes"]:
+        """Return the class scores of each clip."""
+        return self.head(self.dropout(self.norm(tokens.mean(dim=1))))
+
+
+class MLPClassifier(nn.Module):
+    """The MLP of Table VI: one token-wise layer, the average, then the remaining layers on one vector.
+
+    That is the only reading whose cost is the paper's 80.15 GFLOPs.
+    """
+
+    def __init__(self, config: ClassifierConfig, encoder_width: int, num_classes: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(encoder_width, config.width)
+        hidden = [nn.Sequential(nn.GELU(), nn.Linear(config.width, config.width)) for _ in range(config.depth - 2)]
+        self.hidden = nn.Sequential(*hidden, nn.GELU())
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.width, num_classes)
+        initialise(self)
+
+    def forward(self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B classes"]:
+        """Return the class scores of each clip."""
+        return self.head(self.dropout(self.hidden(self.project(tokens).mean(dim=1))))

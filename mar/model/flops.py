@@ -1,0 +1,119 @@
+"""What a model costs: GFLOPs in the paper's convention, parameters and tokens, without building it.
+
+The convention (it reproduces every GFLOPs figure of the paper for MAR): one multiply-add counts one, a
+LayerNorm counts five for each value, the patch embedding is counted on all tokens, the reconstruction
+branch is not in it, and biases, GELU, softmax, residuals and averages count nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from mar.config.schema import ExperimentConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Figures of one view of one clip."""
+
+    gflops: float
+    """Inference, 10⁹ multiply-adds."""
+    train_gflops: float
+    """One training step of one clip: three times the forward pass, reconstruction branch included."""
+    params_m: float
+    """Millions of parameters without the reconstruction branch, as the paper counts."""
+    train_params_m: float
+    """Millions of parameters with it."""
+    tokens: int
+    """Tokens N of the clip."""
+    visible_tokens: int
+    """Tokens K that the encoder sees in testing."""
+
+
+def cost(settings: ExperimentConfig) -> Cost:
+    """Return the cost of a model from its settings alone."""
+    tokens = prod(settings.grid)
+    test = tokens - settings.test_mask.num_hidden(settings.grid)
+    train = tokens - settings.mask.num_hidden(settings.grid)
+    forward = _encoder_flops(settings, train) + _classifier_flops(settings, train) + _decoder_flops(settings, train)
+    inference_params = _encoder_params(settings) + _classifier_params(settings)
+    return Cost(
+        gflops=(_encoder_flops(settings, test) + _classifier_flops(settings, test)) / 1e9,
+        train_gflops=3 * forward / 1e9,
+        params_m=inference_params / 1e6,
+        train_params_m=(inference_params + _decoder_params(settings)) / 1e6,
+        tokens=tokens,
+        visible_tokens=test,
+    )
+
+
+def _blocks_flops(num_tokens: int, width: int, depth: int) -> int:
+    return depth * (12 * width**2 * num_tokens + 2 * num_tokens**2 * width + 10 * num_tokens * width)
+
+
+def _encoder_flops(settings: ExperimentConfig, visible: int) -> int:
+    width, depth, _ = settings.encoder.dimensions
+    embedding = prod(settings.grid) * _patch_values(settings) * width
+    last_norm = 5 * visible * width * (settings.classifier.norm == "tokens")
+    return embedding + _blocks_flops(visible, width, depth) + last_norm
+
+
+def _classifier_flops(settings: ExperimentConfig, visible: int) -> int:
+    if settings.pretrains:
+        return 0
+    config, width, classes = settings.classifier, settings.encoder.dimensions[0], settings.data.num_classes
+    if config.kind == "linear":
+        return 5 * width * (config.norm == "pooled") + width * classes
+    project = visible * width * config.width
+    if config.kind == "mlp":
+        return project + max(config.depth - 2, 0) * config.width**2 + config.width * classes
+    inside = prod(settings.grid) if config.mask_tokens else visible
+    return project + _blocks_flops(inside, config.width, config.depth) + 5 * config.width + config.width * classes
+
+
+def _decoder_flops(settings: ExperimentConfig, visible: int) -> int:
+    if not settings.reconstructs:
+        return 0
+    config, tokens = settings.reconstruction, prod(settings.grid)
+    unseen = tokens - visible
+    ends = visible * settings.encoder.dimensions[0] * config.width + unseen * config.width * _patch_values(settings)
+    return ends + _blocks_flops(tokens, config.width, config.depth) + 5 * unseen * config.width
+
+
+def _patch_values(settings: ExperimentConfig) -> int:
+    return 3 * prod(settings.encoder.tubelet)
+
+
+def _blocks_params(width: int, depth: int) -> int:
+    return depth * (12 * width**2 + 13 * width)
+
+
+def _encoder_params(settings: ExperimentConfig) -> int:
+    width, depth, _ = settings.encoder.dimensions
+    return (
+        (_patch_values(settings) + 1) * width
+        + _blocks_params(width, depth)
+        + 2 * width * (settings.classifier.norm == "tokens")
+    )
+
+
+def _classifier_params(settings: ExperimentConfig) -> int:
+    if settings.pretrains:
+        return 0
+    config, width, classes = settings.classifier, settings.encoder.dimensions[0], settings.data.num_classes
+    if config.kind == "linear":
+        return 2 * width * (config.norm == "pooled") + (width + 1) * classes
+    head = (config.width + 1) * classes
+    if config.kind == "mlp":
+        return (width + 1) * config.width + max(config.depth - 2, 0) * (config.width + 1) * config.width + head
+    mask_token = config.width if config.mask_tokens else 0
+    return width * config.width + _blocks_params(config.width, config.depth) + 2 * config.width + mask_token + head
+
+
+def _decoder_params(settings: ExperimentConfig) -> int:
+    if not settings.reconstructs:
+        return 0
+    config = settings.reconstruction
+    ends = settings.encoder.dimensions[0] * config.width + config.width + 2 * config.width
+    return ends + _blocks_params(config.width, config.depth) + (config.width + 1) * _patch_values(settings)

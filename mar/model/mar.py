@@ -1,0 +1,108 @@
+"""MAR: mask, encode, two branches, the loss of Eq. 5 (section III, Fig. 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mar.config.schema import ExperimentConfig
+from mar.model.classifier import build_classifier
+from mar.model.decoder import Decoder, reconstruction_loss, reconstruction_target
+from mar.model.encoder import Encoder
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of each clip, before they are averaged over the batch."""
+
+    total: Float[Tensor, " B"]
+    classification: Float[Tensor, " B"]
+    reconstruction: Float[Tensor, " B"]
+
+
+def split_places(hidden: Bool[Tensor, "B t h w"]) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
+    """Return the flat indices of visible and of hidden tokens, both in order t, h, w.
+
+    Masks are drawn on the CPU, so counting here does not make an accelerator wait.
+    """
+    flat = hidden.flatten(1)
+    order = flat.to(torch.uint8).argsort(dim=1, stable=True)
+    num_visible = flat.shape[1] - int(flat[0].sum())
+    return order[:, :num_visible], order[:, num_visible:]
+
+
+def _decoder(settings: ExperimentConfig, width: int, num_tokens: int, patch_values: int) -> Decoder:
+    return Decoder(settings.reconstruction, width, num_tokens, patch_values, settings.encoder.init)
+
+
+class MAR(nn.Module):
+    """Masked Action Recognition (Fig. 2): videos of pixels from 0 to 1, and a mask that is True where hidden."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, settings: ExperimentConfig) -> None:
+        super().__init__()
+        t, h, w = settings.grid
+        num_tokens, width = t * h * w, settings.encoder.dimensions[0]
+        self.reconstruction = settings.reconstruction
+        self.encoder = Encoder(settings.encoder, num_tokens, last_norm=settings.classifier.norm == "tokens")
+        classifier = build_classifier(settings.classifier, width, num_tokens, settings.data.num_classes)
+        self.classifier = None if settings.pretrains else classifier
+        patch_values = self.encoder.embed.in_features
+        has_decoder = settings.reconstructs
+        self.decoder = _decoder(settings, width, num_tokens, patch_values) if has_decoder else None
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1, 1), persistent=False)
+
+    def forward(
+        self,
+        pixels: Float[Tensor, "B C T H W"],
+        hidden: Bool[Tensor, "B t h w"],
+        labels: Float[Tensor, "B classes"],
+    ) -> Losses:
+        """Return L = λ L_r + L_c for each clip (Eq. 5), or L_r alone; ``labels`` are class probabilities."""
+        visible_places, hidden_places = self._places(hidden)
+        tokens = self.encoder((pixels - self.mean) / self.std, visible_places)
+        nothing = torch.zeros(len(pixels), device=pixels.device)
+        classification = reconstruction = nothing
+        if self.classifier is not None:
+            scores = self.classifier(tokens, visible_places)
+            classification = F.cross_entropy(scores.float(), labels, reduction="none")
+        if self.decoder is not None:
+            predicted = self.decoder(tokens, visible_places, hidden_places)
+            reconstruction = reconstruction_loss(predicted, self._target(pixels, hidden_places))
+        if self.classifier is None:
+            return Losses(reconstruction, nothing, reconstruction)
+        return Losses(self.reconstruction.weight * reconstruction + classification, classification, reconstruction)
+
+    def classify(
+        self, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"]
+    ) -> Float[Tensor, "B classes"]:
+        """Return the class scores; the reconstruction branch is not run (Fig. 2)."""
+        assert self.classifier is not None
+        visible_places, _ = self._places(hidden)
+        return self.classifier(self.encoder((pixels - self.mean) / self.std, visible_places), visible_places)
+
+    def reconstruct(
+        self, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"]
+    ) -> Float[Tensor, "B M P"]:
+        """Return the predicted values of the hidden tubelets (Fig. 6)."""
+        assert self.decoder is not None
+        visible_places, hidden_places = self._places(hidden)
+        tokens = self.encoder((pixels - self.mean) / self.std, visible_places)
+        return self.decoder(tokens, visible_places, hidden_places)
+
+    def _target(self, pixels: Float[Tensor, "B C T H W"], hidden: Int[Tensor, "B M"]) -> Float[Tensor, "B M P"]:
+        return reconstruction_target(pixels, hidden, self.encoder.tubelet, self.reconstruction.normalize_target)
+
+    def _places(self, hidden: Bool[Tensor, "B t h w"]) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
+        visible, hidden_places = split_places(hidden)
+        return visible.to(self.mean.device, non_blocking=True), hidden_places.to(self.mean.device, non_blocking=True)

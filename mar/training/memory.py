@@ -1,0 +1,73 @@
+"""Memory: its peak in training on a CUDA device (Table V, "GPU Mem."), and how the CPU's is given back."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from mar.config.schema import ExperimentConfig
+from mar.errors import UserError
+from mar.model.mar import MAR
+from mar.model.masking import training_mask
+from mar.training.optim import build_optimizer
+
+_STEPS = 3
+
+
+def peak_training_memory_gib(settings: ExperimentConfig, num_clips: int) -> float:
+    """Return the most memory that PyTorch held at once over a few optimiser steps on random clips, GiB.
+
+    Weights, gradients, AdamW's state, activations and workspaces; not the CUDA context, which no setting changes.
+
+    Raises:
+        UserError: there is no CUDA device here, or it has too little memory.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("--memory: there is no CUDA device here, and peak memory is measured, not guessed")
+    device, generator = torch.device("cuda"), torch.Generator().manual_seed(0)
+    torch.cuda.empty_cache()
+    held_bytes = torch.cuda.memory_allocated(device)  # by others in this process: a training that is over
+    torch.cuda.reset_peak_memory_stats(device)
+    model = MAR(settings).to(device)
+    optimizer = build_optimizer(model, settings.recipe)
+    clip, num_classes = settings.clip, settings.data.num_classes
+    pixels = torch.rand(num_clips, 3, clip.frames, clip.size, clip.size, device=device)
+    labels = torch.full((num_clips, num_classes), 1 / num_classes, device=device)
+    try:
+        for _ in range(_STEPS):
+            hidden = training_mask(settings.mask, settings.grid, num_clips, generator)
+            with torch.autocast("cuda", torch.bfloat16, enabled=settings.recipe.precision == "bf16"):
+                losses = model(pixels, hidden, labels)
+            losses.total.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--memory: {num_clips} clips a step do not fit this device: take a smaller --batch-size"
+        ) from None
+    return (torch.cuda.max_memory_allocated(device) - held_bytes) / 2**30
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+"""Of glibc's malloc.h."""
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that it frees, for its next use: for processes that train on the CPU.
+
+    Elsewise glibc gives every large tensor back to the system, which hands the next one out zeroed, page by page: up to
+    half of the time of a step. Does nothing where the C library is another.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 2**26)
+
+
+def give_back_freed_memory() -> None:
+    """Give the system what :func:`keep_freed_memory` had this process keep: between trials, and when memory is short."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

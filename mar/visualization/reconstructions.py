@@ -1,0 +1,86 @@
+"""What the reconstruction branch redraws: the original video, the masked one, the rebuilt one (Fig. 6)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mar.augmentation.augment import to_pixels
+from mar.config.schema import ExperimentConfig
+from mar.data.annotations import Video
+from mar.data.dataset import EvaluationClips, collate
+from mar.data.frame_cache import check
+from mar.errors import Failure, UserError
+from mar.model.encoder import patchify, unpatchify
+from mar.model.mar import MAR, split_places
+from mar.model.masking import evaluation_mask
+from mar.visualization.charts import save
+
+_GREY = 0.5
+_LABEL_IN = 0.3
+"""Inches beside the frames."""
+
+
+@torch.no_grad()
+def rebuilt(
+    settings: ExperimentConfig, model: MAR, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"]
+) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B C T H W"]]:
+    """Return the masked videos (hidden patches grey) and the rebuilt ones (hidden patches as the model draws them).
+
+    A model that draws normalised patches says nothing of their mean and deviation: the original's are taken.
+    """
+    tubelet, channels = settings.encoder.tubelet, pixels.shape[1]
+    patches, places = patchify(pixels, tubelet), split_places(hidden)[1].to(pixels.device)
+    index = places[..., None].expand(-1, -1, patches.shape[-1])
+    original = patches.gather(1, index)
+    drawn = model.reconstruct(pixels, hidden).float().unflatten(-1, (-1, channels)).transpose(-1, -2)
+    if settings.reconstruction.normalize_target:
+        values = original.unflatten(-1, (channels, -1))
+        drawn = drawn * (values.std(dim=-1, keepdim=True) + 1e-6) + values.mean(dim=-1, keepdim=True)
+    lines = (patches.scatter(1, index, part) for part in (torch.full_like(original, _GREY), drawn.flatten(-2)))
+    masked, redrawn = (unpatchify(line, settings.grid, tubelet) for line in lines)
+    return masked, redrawn.clamp(0, 1)
+
+
+def draw_reconstructions(
+    settings: ExperimentConfig, model: MAR, videos: list[Video], file: Path, num_frames: int = 8
+) -> None:
+    """Draw three lines for each video: original, masked, rebuilt.
+
+    Raises:
+        UserError: the model has no reconstruction branch, nothing is hidden, or matplotlib does not write that format.
+        Failure: a video is broken.
+    """
+    if not settings.redraws_in_testing:
+        raise UserError("no reconstruction: this model has no reconstruction branch, or nothing is hidden in testing")
+    check(settings.data, videos)
+    clips = EvaluationClips(settings, videos, 1, 1, shuffled=False)
+    batch = collate([clips[number] for number in range(len(videos))])
+    if batch.broken:
+        raise Failure(str(batch.broken[0]))
+    pixels = to_pixels(batch.clips[:, 0].to(model.mean.device))
+    was_training = model.training
+    model.eval()
+    lines = (pixels, *rebuilt(settings, model, pixels, evaluation_mask(settings).expand(len(pixels), -1, -1, -1)))
+    model.train(was_training)
+    shown = torch.linspace(0, pixels.shape[2] - 1, num_frames).long()
+    tiled = torch.stack([line[:, :, shown].cpu() for line in lines], dim=1)  # B 3 C frames H W
+    height, width = tiled.shape[-2:]
+    gap = max(1, width // 32)
+    tiled = pad(tiled, (0, gap, 0, gap), value=1.0)
+    picture = tiled.permute(0, 1, 4, 3, 5, 2).flatten(0, 2).flatten(1, 2)[:-gap, :-gap]
+    figure = Figure(figsize=(_LABEL_IN + 1.1 * num_frames, 1.1 * height / width * 3 * len(videos)))
+    panel: Any = figure.add_axes((_LABEL_IN / figure.get_figwidth(), 0, 1 - _LABEL_IN / figure.get_figwidth(), 1))
+    panel.imshow(picture.numpy(), aspect="auto")
+    rows = [(height + gap) * row + height / 2 for row in range(3 * len(videos))]
+    panel.set_yticks(rows, ["original", "masked", "rebuilt"] * len(videos), fontsize=8, rotation=90, va="center")
+    panel.set_xticks([])
+    panel.tick_params(length=0)
+    panel.set_frame_on(False)
+    save(figure, file)

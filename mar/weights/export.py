@@ -1,0 +1,273 @@
+"""Weights out: a folder of safetensors, ``config.json`` and a model card; Hugging Face's VideoMAE; ONNX."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mar.atomic_dir import Writers, write_sealed, write_text
+from mar.config.overrides import placeless
+from mar.config.schema import ExperimentConfig
+from mar.errors import Failure, UserError
+from mar.model.flops import cost
+from mar.model.mar import IMAGENET_MEAN, IMAGENET_STD, MAR, split_places
+from mar.model.masking import evaluation_mask
+from mar.weights.pretrained import Weights, fitting, load
+from mar.weights.state_dict_mapping import hugging_face_names
+
+_ONNX_TOLERANCE = 1e-3
+"""Of the largest score, or of 1."""
+_CARD = """---
+library_name: {library}
+pipeline_tag: video-classification
+tags: [masked-action-recognition, video, vit]
+---
+# {title}
+
+A video ViT for Masked Action Recognition ([Qing et al., 2022](https://arxiv.org/abs/2207.11660)), converted from
+`{source}` ({layout}). The licence of that source holds for these weights; mar adds nothing to it.
+
+| | |
+|---|---|
+| parts | {parts} |
+| encoder | {width} wide, {depth} deep, {heads} heads, tubelets of {tubelet} |
+| clip | {frames} frames of {size} × {size} pixels, {tokens} tokens, {visible} of them visible at ρ = {ratio:.0%} |
+| classes | {classes} |
+| cost{as_what} | {gflops:.2f} GFLOPs a view (one multiply-add counts one), {params:.2f} M parameters |
+
+{how}
+"""
+_HOW_OURS = """Input: RGB from 0 to 1, axes B, C, T, H, W; the model normalises by ImageNet's mean and deviation itself.
+
+```
+mar weights show DIR
+mar weights export DIR model.onnx
+mar run STUDY encoder.weights=DIR
+```"""
+_HOW_HUGGING_FACE = """`transformers.{architecture}.from_pretrained("DIR")`; its input is normalised already, axes B, T, C, H, W.
+LayerNorm's ε is 1e-6 where its config can say so; in `decoder.norm` and `fc_norm` it is torch's 1e-5."""
+
+
+def write_model(folder: Path, weights: Weights, settings: ExperimentConfig) -> None:
+    """Write our own format; reading it back gives the same tensors and settings.
+
+    Raises:
+        UserError: the folder is there already, or the weights do not fit the settings.
+        Failure: the disk refuses.
+    """
+    check_fit(weights, settings)
+    config = {"model_type": "mar", "settings": placeless(settings), **_labels(weights)}
+    card = _card(folder, weights, settings, weights.tensors, "mar", _HOW_OURS)
+    _write(folder, weights.tensors, {"config.json": config}, card)
+
+
+def write_hugging_face(folder: Path, weights: Weights, settings: ExperimentConfig) -> list[str]:
+    """Write a folder for ``transformers``' VideoMAE; returns the names it has no place for (a bridging classifier's).
+
+    Raises:
+        UserError: the folder is there already, the weights do not fit, or tubelets are not square.
+        Failure: the disk refuses.
+    """
+    check_fit(weights, settings)
+    frames, height, width = settings.encoder.tubelet
+    if height != width:
+        raise UserError(f"encoder.tubelet: Hugging Face's VideoMAE has square patches, not {height} × {width}")
+    pooled = settings.classifier.norm == "pooled" and "classifier.head.weight" in weights.tensors
+    kept = {
+        name: tensor
+        for name, tensor in weights.tensors.items()
+        if name.startswith("encoder.") or name.startswith("classifier." if pooled else "decoder.")
+    }
+    kind = "VideoClassification" if pooled else "PreTraining" if "decoder.project.weight" in kept else "Model"
+    architecture = f"VideoMAEFor{kind}" if kind != "Model" else "VideoMAEModel"
+    dimensions, decoder = settings.encoder.dimensions, settings.reconstruction
+    config = {
+        "model_type": "videomae",
+        "architectures": [architecture],
+        "image_size": settings.clip.size,
+        "num_frames": settings.clip.frames,
+        "patch_size": height,
+        "tubelet_size": frames,
+        "hidden_size": dimensions[0],
+        "num_hidden_layers": dimensions[1],
+        "num_attention_heads": dimensions[2],
+        "intermediate_size": 4 * dimensions[0],
+        "decoder_hidden_size": decoder.width,
+        "decoder_num_hidden_layers": decoder.depth,
+        "decoder_num_attention_heads": decoder.heads,
+        "decoder_intermediate_size": 4 * decoder.width,
+        "norm_pix_loss": decoder.normalize_target,
+        "layer_norm_eps": 1e-6,
+        "use_mean_pooling": pooled,
+        **(_labels(weights, settings.data.num_classes) if pooled else {"id2label": {}}),
+    }
+    how = _HOW_HUGGING_FACE.format(architecture=architecture)
+    card = _card(folder, weights, settings, kept, "transformers", how)
+    files = {"config.json": config, "preprocessor_config.json": _processor(settings.clip.size)}
+    named = hugging_face_names(kept, settings.encoder.tubelet)
+    _write(folder, named, files, card)
+    return [name for name in weights.tensors if name not in kept]
+
+
+def _labels(weights: Weights, num_unnamed: int = 0) -> dict[str, Any]:
+    """Return the class names as Hugging Face's configs have them; ``num_unnamed`` classes get names without a meaning."""
+    names = list(weights.classes) or [f"LABEL_{number}" for number in range(num_unnamed)]
+    if not names:
+        return {}
+    return {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def _processor(size: int) -> dict[str, Any]:
+    return {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
+
+
+def check_fit(weights: Weights, settings: ExperimentConfig) -> None:
+    """Raise a UserError if a part that the file has does not fit the settings; nothing is computed."""
+    with torch.device("meta"):
+        model = MAR(settings)
+    has = {name.split(".")[0] for name in weights.tensors}
+    fitting(model, weights, settings, [f"{part}." for part in has])
+
+
+class Inference(nn.Module):
+    """What is deployed: pixels to class scores, under the mask of evaluation; hidden tubelets are never read."""
+
+    visible: Tensor
+
+    def __init__(self, model: MAR, settings: ExperimentConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("visible", split_places(evaluation_mask(settings))[0])
+
+    def forward(self, pixels: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B classes"]:
+        """Return the class scores."""
+        places = self.visible.expand(pixels.shape[0], -1)
+        tokens = self.model.encoder((pixels - self.model.mean) / self.model.std, places)
+        assert self.model.classifier is not None
+        return self.model.classifier(tokens, places)
+
+
+def write_onnx(file: Path, weights: Weights, settings: ExperimentConfig) -> float:
+    """Write the inference path to ONNX, any number of clips at once; returns the largest difference from PyTorch.
+
+    The difference is that of onnxruntime's class scores on two random clips, after the file was read again.
+
+    Raises:
+        UserError: the file is there already, onnx is not installed, or the weights have no classifier.
+    """
+    if not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        raise UserError("ONNX needs onnx, onnxscript and onnxruntime: pip install 'mar-on-ray[onnx]'")
+    import onnxruntime
+
+    if file.exists():
+        raise UserError(f"{file} is there already: choose another name, or remove it")
+    model = MAR(settings).eval()
+    load(model, weights, settings, ("encoder.", "classifier."))
+    clip = settings.clip
+    pixels = torch.rand(2, 3, clip.frames, clip.size, clip.size, generator=torch.Generator().manual_seed(0))
+    inference = Inference(model, settings).eval()
+    with torch.no_grad():
+        expected = inference(pixels)
+        program: Any = torch.onnx.export(
+            inference,
+            (pixels,),
+            dynamo=True,
+            verbose=False,
+            input_names=["pixels"],
+            output_names=["scores"],
+            dynamic_shapes={"pixels": {0: torch.export.Dim("clips", min=1, max=4096)}},
+        )
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if weights.classes:
+            program.model.metadata_props["classes"] = json.dumps(weights.classes, ensure_ascii=False)
+        program.save(unfinished, external_data=False)
+        session: Any = onnxruntime.InferenceSession(str(unfinished), providers=["CPUExecutionProvider"])
+        differences = [
+            (torch.from_numpy(session.run(None, {"pixels": part.numpy()})[0]) - wanted).abs().max().item()
+            for part, wanted in ((pixels, expected), (pixels[:1], expected[:1]))
+        ]
+        limit = _ONNX_TOLERANCE * max(1.0, expected.abs().max().item())
+        if not max(differences) <= limit:  # NaN is not
+            raise Failure(f"onnxruntime and PyTorch differ by {max(differences):.1e}; {file} was not written")
+        unfinished.rename(file)
+    except OSError as error:
+        raise Failure(f"could not write {file}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+    return max(differences)
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], configs: Mapping[str, dict[str, Any]], card: str) -> None:
+    if folder.exists():
+        raise UserError(f"{folder} is there already: choose another name, or remove it")
+    contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    writers: dict[str, Callable[[Path], None]] = {
+        "model.safetensors": lambda file: save_file(contiguous, file, metadata={"format": "pt"}),
+        "README.md": lambda file: write_text(file, card),
+    }
+    for name, config in configs.items():
+        text = json.dumps(config, indent=1, ensure_ascii=False)
+        writers[name] = lambda file, text=text: write_text(file, text)
+    checked: Writers = writers
+    write_sealed(folder, checked, {}, advice="Choose another place")
+
+
+def _classes_text(weights: Weights, settings: ExperimentConfig) -> str:
+    """Return the number of classes and their names, harmless in Markdown."""
+    names = [re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(name.split())) for name in weights.classes]
+    return f"{settings.data.num_classes}: {', '.join(names)}" if names else str(settings.data.num_classes)
+
+
+def _card(
+    folder: Path, weights: Weights, settings: ExperimentConfig, kept: Mapping[str, Tensor], library: str, how: str
+) -> str:
+    figures, (width, depth, heads) = cost(settings), settings.encoder.dimensions
+    parts = [part for part in ("encoder", "decoder", "classifier") if any(name.startswith(f"{part}.") for name in kept)]
+    return _CARD.format(
+        library=library,
+        title=folder.name,
+        source=Path(weights.source).name,
+        layout=weights.layout,
+        parts=", ".join(parts),
+        width=width,
+        depth=depth,
+        heads=heads,
+        tubelet=" × ".join(str(length) for length in settings.encoder.tubelet),
+        frames=settings.clip.frames,
+        size=settings.clip.size,
+        tokens=figures.tokens,
+        visible=figures.visible_tokens,
+        ratio=settings.test_ratio,
+        classes=_classes_text(weights, settings) if "classifier" in parts else "none: it has no classifier",
+        as_what="" if "classifier" in parts else f", with a {settings.classifier.kind} classifier put on",
+        gflops=figures.gflops,
+        params=figures.params_m,
+        how=how.replace("DIR", folder.name),
+    )

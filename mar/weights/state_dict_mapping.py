@@ -1,0 +1,268 @@
+"""The names that others give to the same tensors: VideoMAE, the MAR release, Hugging Face, image ViTs.
+
+Each layout is a list of rules, from a pattern of its names to ours. What all do differently from us is mended
+after renaming: query, key and value in one matrix, a key bias of zero (``mar.layers``), the embedding's
+convolution as a matrix, and a 2D embedding inflated to 3D (section IV-B, "Pre-training Dataset").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mar.model.encoder import flat_conv_weight
+
+Tensors = Mapping[str, Tensor]
+NOT_KNOWN = "not known"
+"""Why a key was left out that no rule speaks of."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one family of checkpoints names its tensors."""
+
+    name: str
+    marks: tuple[str, ...]
+    """Patterns: a checkpoint in which each fits some key is of this layout."""
+    rules: tuple[tuple[str, str], ...]
+    """(pattern of a whole key, our name), the first that fits wins."""
+    unused: tuple[tuple[str, str], ...] = ()
+    """(pattern of a whole key, why the model has no use for it)."""
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A checkpoint in our names."""
+
+    layout: Layout
+    tensors: dict[str, Tensor]
+    unused: dict[str, str]
+    """Key in the file -> why it was left out."""
+    tubelet: tuple[int, int, int] | None
+    """Frames, height and width of a token, as the embedding tells; none where it does not."""
+
+
+_POSITIONS = "positions are computed, for any clip size"
+_TORCH_BLOCK = (
+    (
+        r"{old}(\d+)\.(norm1|norm2|mlp\.fc1|mlp\.fc2|attn\.proj|attn\.qkv)\.(weight|bias)",
+        r"{new}\1.\2.\3",
+    ),
+    (r"{old}(\d+)\.attn\.(q_bias|v_bias)", r"{new}\1.attn.\2"),
+)
+
+
+def _blocks(old: str, new: str) -> tuple[tuple[str, str], ...]:
+    return tuple((pattern.replace("{old}", old), ours.replace("{new}", new)) for pattern, ours in _TORCH_BLOCK)
+
+
+def _hugging_face_blocks(old: str, new: str) -> tuple[tuple[str, str], ...]:
+    parts = {
+        r"attention\.output\.dense": "attn.proj",
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        r"intermediate\.dense": "mlp.fc1",
+        r"output\.dense": "mlp.fc2",
+    }
+    return (
+        (rf"{old}(\d+)\.attention\.attention\.([qkv])(?:uery|ey|alue)\.(weight|bias)", rf"{new}\1.attn.\2.\3"),
+        (rf"{old}(\d+)\.attention\.attention\.([qv])_bias", rf"{new}\1.attn.\2_bias"),
+        *((rf"{old}(\d+)\.{theirs}\.(weight|bias)", rf"{new}\1.{ours}.\2") for theirs, ours in parts.items()),
+    )
+
+
+_DECODER = (
+    (r"mask_token", "decoder.mask_token"),
+    (r"encoder_to_decoder\.weight", "decoder.project.weight"),
+    *_blocks(r"decoder\.blocks\.", "decoder.blocks."),
+    (r"decoder\.(norm|head)\.(weight|bias)", r"decoder.\1.\2"),
+)
+
+OURS = Layout("mar", (r"encoder\.embed\.weight",), ((r"((encoder|decoder|classifier)\..+)", r"\1"),))
+LAYOUTS = (
+    OURS,
+    Layout(
+        "MAR release",
+        (r"backbone\.patch_embed\.proj\.weight",),
+        (
+            (r"backbone\.patch_embed\.proj\.(weight|bias)", r"encoder.embed.\1"),
+            *_blocks(r"backbone\.blocks\.", "encoder.blocks."),
+            (r"backbone\.norm\.(weight|bias)", r"encoder.norm.\1"),
+            *_DECODER,
+            (r"encoder_to_cls_decoder\.weight", "classifier.project.weight"),
+            (r"cls_head\.blocks\.(\d+)\.norm\.(weight|bias)", r"classifier.blocks.\1.norm1.\2"),
+            (r"cls_head\.blocks\.(\d+)\.norm_ffn\.(weight|bias)", r"classifier.blocks.\1.norm2.\2"),
+            (r"cls_head\.blocks\.(\d+)\.attn\.to_qkv\.(weight|bias)", r"classifier.blocks.\1.attn.qkv.\2"),
+            (r"cls_head\.blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"classifier.blocks.\1.attn.proj.\2"),
+            (r"cls_head\.blocks\.(\d+)\.ffn\.net\.0\.(weight|bias)", r"classifier.blocks.\1.mlp.fc1.\2"),
+            (r"cls_head\.blocks\.(\d+)\.ffn\.net\.3\.(weight|bias)", r"classifier.blocks.\1.mlp.fc2.\2"),
+            (r"cls_head\.(norm|head)\.(weight|bias)", r"classifier.\1.\2"),
+        ),
+        (
+            (r"mean|std", "the pixels' mean and deviation are ImageNet's"),
+            (r"pos_embed", _POSITIONS),
+            (r"cls_head\.mask_token", "the released model does not use it"),
+        ),
+    ),
+    Layout(
+        "VideoMAE, pre-trained",
+        (r"encoder\.patch_embed\.proj\.weight",),
+        (
+            (r"encoder\.patch_embed\.proj\.(weight|bias)", r"encoder.embed.\1"),
+            *_blocks(r"encoder\.blocks\.", "encoder.blocks."),
+            (r"encoder\.norm\.(weight|bias)", r"encoder.norm.\1"),
+            *_DECODER,
+        ),
+        ((r"(encoder\.)?pos_embed", _POSITIONS),),
+    ),
+    Layout(
+        "Hugging Face VideoMAE",
+        (r"(?:videomae\.)?embeddings\.patch_embeddings\.projection\.weight",),
+        (
+            (r"(?:videomae\.)?embeddings\.patch_embeddings\.projection\.(weight|bias)", r"encoder.embed.\1"),
+            *_hugging_face_blocks(r"(?:videomae\.)?encoder\.layer\.", "encoder.blocks."),
+            (r"(?:videomae\.)?layernorm\.(weight|bias)", r"encoder.norm.\1"),
+            *_hugging_face_blocks(r"decoder\.decoder_layers\.", "decoder.blocks."),
+            *_DECODER,
+            (r"fc_norm\.(weight|bias)", r"classifier.norm.\1"),
+            (r"classifier\.(weight|bias)", r"classifier.head.\1"),
+        ),
+        ((r".*position_embeddings", _POSITIONS),),
+    ),
+    Layout(
+        "ViT",  # VideoMAE's fine-tuned models, and image models of timm and MAE
+        (r"patch_embed\.proj\.weight", r"blocks\.0\.attn\.qkv\.weight"),
+        (
+            (r"patch_embed\.proj\.(weight|bias)", r"encoder.embed.\1"),
+            *_blocks(r"blocks\.", "encoder.blocks."),
+            (r"norm\.(weight|bias)", r"encoder.norm.\1"),
+            (r"fc_norm\.(weight|bias)", r"classifier.norm.\1"),
+            (r"head\.(weight|bias)", r"classifier.head.\1"),
+        ),
+        (
+            (r"pos_embed", _POSITIONS),
+            (r"cls_token", "MAR has no class token"),
+            (r"mask_token|decoder_.*", "a decoder of image patches"),
+        ),
+    ),
+)
+
+
+def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
+    """Return a checkpoint's tensors under our names, in float32; none where no layout fits.
+
+    A 2D patch embedding is inflated over ``inflate_frames`` frames: repeated, and divided by their number, so that
+    a still clip has the tokens of its image.
+    """
+    layout = next((layout for layout in LAYOUTS if all(_fits(mark, tensors) for mark in layout.marks)), None)
+    if layout is None:
+        return None
+    renamed: dict[str, Tensor] = {}
+    unused: dict[str, str] = {}
+    for key, value in tensors.items():
+        ours = _first(layout.rules, key)
+        if ours:
+            renamed[ours] = value.float()
+        else:
+            reason = next((why for pattern, why in layout.unused if re.fullmatch(pattern, key)), NOT_KNOWN)
+            unused[key] = reason
+    tubelet = None
+    embedding = renamed.get("encoder.embed.weight")
+    if embedding is not None and embedding.ndim > 2:
+        embedding = inflated(embedding, inflate_frames) if embedding.ndim == 4 else embedding
+        frames, height, width = embedding.shape[2:]
+        tubelet = (frames, height, width)
+        renamed["encoder.embed.weight"] = flat_conv_weight(embedding)
+    return Translated(layout, _joined(renamed, may_lack_biases=layout is not OURS), unused, tubelet)
+
+
+def inflated(weight: Float[Tensor, "D C h w"], frames: int) -> Float[Tensor, "D C t h w"]:
+    """Return an image's patch embedding for tubelets of ``frames`` frames (section IV-B; I3D's rule)."""
+    return weight[:, :, None].expand(-1, -1, frames, -1, -1) / frames
+
+
+def hugging_face_names(tensors: Tensors, tubelet: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Return encoder, decoder and a linear classifier under Hugging Face's VideoMAE names: the way back.
+
+    Its attention has no key bias; leaving ours out changes nothing (``mar.layers``).
+    """
+    named: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name == "encoder.embed.weight":
+            value = value.unflatten(1, (3, *tubelet))
+        if ".attn.qkv." in name:
+            prefix, kind = _first(_THEIRS, name.split(".attn.")[0] + ".") or "", name.rpartition(".")[2]
+            query, key, third = value.chunk(3)
+            if kind == "bias":
+                named |= {f"{prefix}attention.attention.q_bias": query, f"{prefix}attention.attention.v_bias": third}
+            else:
+                parts = {"query": query, "key": key, "value": third}
+                named |= {f"{prefix}attention.attention.{part}.weight": each for part, each in parts.items()}
+            continue
+        theirs = _first(_THEIRS, name)
+        assert theirs, name
+        named[theirs] = value
+    return {name: value.contiguous() for name, value in named.items()}
+
+
+def _their_blocks(ours: str, theirs: str) -> tuple[tuple[str, str], ...]:
+    parts = {
+        r"attn\.proj": "attention.output.dense",
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        r"mlp\.fc1": "intermediate.dense",
+        r"mlp\.fc2": "output.dense",
+    }
+    named = ((rf"{ours}(\d+)\.{part}\.(weight|bias)", rf"{theirs}\1.{other}.\2") for part, other in parts.items())
+    return ((rf"{ours}(\d+)\.", rf"{theirs}\1."), *named)
+
+
+_THEIRS = (
+    (r"encoder\.embed\.(weight|bias)", r"videomae.embeddings.patch_embeddings.projection.\1"),
+    *_their_blocks(r"encoder\.blocks\.", "videomae.encoder.layer."),
+    (r"encoder\.norm\.(weight|bias)", r"videomae.layernorm.\1"),
+    *_their_blocks(r"decoder\.blocks\.", "decoder.decoder_layers."),
+    (r"decoder\.mask_token", "mask_token"),
+    (r"decoder\.project\.weight", "encoder_to_decoder.weight"),
+    (r"decoder\.(norm|head)\.(weight|bias)", r"decoder.\1.\2"),
+    (r"classifier\.norm\.(weight|bias)", r"fc_norm.\1"),
+    (r"classifier\.head\.(weight|bias)", r"classifier.\1"),
+)
+
+
+def _fits(pattern: str, tensors: Tensors) -> bool:
+    return any(re.fullmatch(pattern, key) for key in tensors)
+
+
+def _first(rules: tuple[tuple[str, str], ...], key: str) -> str | None:
+    matches = ((re.fullmatch(pattern, key), ours) for pattern, ours in rules)
+    return next((match.expand(ours) for match, ours in matches if match), None)
+
+
+def _joined(renamed: dict[str, Tensor], may_lack_biases: bool) -> dict[str, Tensor]:
+    """Put query, key and value into one matrix and one bias; a key without a bias has zeros.
+
+    Where no block of a part has an attention bias, the model has none (``qkv_bias: false``), and all are zero.
+    Where some have and one lacks it, a tensor is missing, and stays so.
+    """
+    joined = {name: value for name, value in renamed.items() if not re.search(r"\.attn\.[qkv](\.|_)", name)}
+    biased = {name.split(".")[0] for name in renamed if re.search(r"\.attn\.(qkv\.bias|[qv]_bias|[qv]\.bias)", name)}
+    for stem in sorted({name.split(".attn.")[0] for name in renamed if ".attn." in name}):
+        attention = f"{stem}.attn."
+        weights = [renamed[key] for part in "qkv" if (key := f"{attention}{part}.weight") in renamed]
+        if len(weights) == 3:
+            joined[f"{attention}qkv.weight"] = torch.cat(weights)
+        query, key, value = (
+            renamed.get(f"{attention}{part}_bias", renamed.get(f"{attention}{part}.bias")) for part in "qkv"
+        )
+        if query is not None and value is not None:
+            joined[f"{attention}qkv.bias"] = torch.cat([query, torch.zeros_like(query) if key is None else key, value])
+        elif may_lack_biases and stem.split(".")[0] not in biased and f"{attention}qkv.weight" in joined:
+            weight = joined[f"{attention}qkv.weight"]
+            joined[f"{attention}qkv.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
+    return joined

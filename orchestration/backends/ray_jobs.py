@@ -1,0 +1,239 @@
+"""``mar submit``: a study becomes a job on a Ray cluster, through Ray's Jobs API; it runs on when nobody looks.
+
+The job has the code and the study's files, not the data. Its id follows from what was asked for, so that the same
+submission a second time joins the first. Whoever may submit a job may run any code on the cluster, so a cluster that
+answers without a token is refused unless it is on this machine (CVE-2023-48022).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import urlsplit
+
+from mar.errors import Failure, UserError
+from orchestration.failures import first_line
+from orchestration.installation import package_folders, packaged
+from orchestration.secrets import close_token_file, has_secrets, webhook_of, without_secrets, write_private
+from orchestration.studies.yaml_document import Document, find
+from orchestration.tracking.provenance import CODE, tags
+
+_TIMEOUT_S = 10.0
+_WEBHOOK = "webhook.txt"
+"""In a job's folder: the address that hears of its end. Whoever knows it may write there."""
+_UNSHIPPED = ("__pycache__", "*.pyc")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submission."""
+
+    job_id: str
+    study: str
+    status: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    began: str
+    minutes: float | None
+    message: str
+
+
+class Jobs:
+    """The jobs of a cluster.
+
+    Raises:
+        UserError: the address is none, nobody answers there, or the cluster is open to everybody.
+    """
+
+    def __init__(self, address: str, is_open_allowed: bool = False) -> None:
+        self.address = address.rstrip("/")
+        if urlsplit(self.address).scheme not in ("http", "https") or not urlsplit(self.address).hostname:
+            raise UserError(f"--address {address}: expected the dashboard's address, as http://127.0.0.1:8265")
+        is_open = _answers_without_a_token(self.address)
+        if is_open and not is_open_allowed and not _is_loopback(self.address):
+            raise UserError(
+                f"--address {address}: this cluster answers without a token, so anybody who reaches it can run code there "
+                "(CVE-2023-48022). Start it with RAY_AUTH_MODE=token; or, on a network that you trust, give --open"
+            )
+        if not is_open:
+            os.environ["RAY_AUTH_MODE"] = "token"
+            close_token_file()
+        from ray.job_submission import JobSubmissionClient
+
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        try:
+            self.client = JobSubmissionClient(self.address)
+        except Exception as error:  # of several kinds, Ray's authentication errors among them
+            advice = "is the token right? (~/.ray/auth_token, or RAY_AUTH_TOKEN) " if not is_open else ""
+            raise UserError(f"--address {address}: {advice}{first_line(error)}") from None
+
+    def submit(self, study: str, words: Sequence[str], environment: Mapping[str, str]) -> tuple[str, bool]:
+        """Submit ``mar run STUDY WORDS``, or join it where it is under way; returns its id and whether it is new."""
+        asked = json.dumps([study, *words])
+        base = f"mar-{Path(study).stem}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+        earlier = [job for job in self.list() if job.job_id.rpartition("-run")[0] == base]
+        alive = next((job for job in earlier if job.status in ("PENDING", "RUNNING")), None)
+        if alive:
+            return alive.job_id, False
+        job_id = f"{base}-run{len(earlier) + 1}"
+        with TemporaryDirectory() as folder:
+            place = _packed(study, Path(folder))
+            shown = words_to_show(words, Path(folder))
+            line = shlex.join(["run", place, *shown, "--address", "auto"])
+            try:
+                self.client.submit_job(
+                    entrypoint=f"python -m orchestration {line}",
+                    submission_id=job_id,
+                    runtime_env={"working_dir": folder, "env_vars": _told(environment)},
+                    metadata={"study": Path(study).stem, "asked": json.dumps([study, *shown])},
+                )
+            except RuntimeError as error:
+                if "already exists" in str(error):  # somebody was quicker
+                    return job_id, False
+                raise Failure(f"{self.address}: {first_line(error)}") from None
+        return job_id, True
+
+    def list(self) -> list[Job]:
+        """Return mar's jobs on the cluster, the newest first."""
+        found: list[Any] = [
+            each for each in self.client.list_jobs() if str(each.submission_id or "").startswith("mar-")
+        ]
+        found.sort(key=lambda each: each.start_time or 0, reverse=True)
+        return [_job(each) for each in found]
+
+    def follow(self, job_id: str) -> str:
+        """Print a job's log until it ends; returns its last status."""
+        self._known(job_id)
+
+        async def tail() -> None:
+            async for lines in self.client.tail_job_logs(job_id):
+                print(lines, end="", flush=True)
+
+        while True:
+            with suppress(RuntimeError):  # the connection was lost: look again
+                asyncio.run(tail())
+            info: Any = self.client.get_job_info(job_id)
+            if info.status.is_terminal():
+                return str(info.status)
+            time.sleep(1)
+
+    def stop(self, job_id: str) -> None:
+        """End a job now; what it trained is kept, and the same submission goes on."""
+        self._known(job_id)
+        self.client.stop_job(job_id)
+
+    def _known(self, job_id: str) -> None:
+        known = [job.job_id for job in self.list()]
+        if job_id not in known:
+            raise UserError(f"no job {job_id!r} on {self.address} ({', '.join(known[:5]) or 'it has none of ours'})")
+
+
+def words_to_show(words: Sequence[str], folder: Path) -> list[str]:
+    """Return the words as the cluster may show them, in its list of jobs and in its logs; a webhook goes into a file.
+
+    Raises:
+        UserError: an address has a password in it, or a webhook is none.
+    """
+    shown: list[str] = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if shown and shown[-1] == "--webhook":
+            write_private(folder / _WEBHOOK, webhook_of(word))
+            shown.append(f"@{_WEBHOOK}")
+        elif name == "--webhook" and value:
+            write_private(folder / _WEBHOOK, webhook_of(value))
+            shown.append(f"--webhook=@{_WEBHOOK}")
+        elif has_secrets(word):
+            raise UserError(
+                f"{without_secrets(word)}: leave user and password out, the cluster shows a job's command to whoever "
+                "asks. MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on each node"
+            )
+        else:
+            shown.append(word)
+    return shown
+
+
+def _told(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the job's environment: what was asked for, and where its code comes from."""
+    commit = {name: value for name, value in tags().items() if name in ("mlflow.source.git.commit", "git.dirty")}
+    return {**environment, CODE: json.dumps(commit), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+
+
+def _packed(study: str, folder: Path) -> str:
+    """Copy the code and the study's files into a folder; returns the study's place in it, or its name if it ships."""
+    ignored = shutil.ignore_patterns(*_UNSHIPPED)
+    for package in package_folders():
+        shutil.copytree(package, folder / package.name, ignore=ignored)
+    if not (folder / "orchestration" / "search_spaces").is_dir():
+        shutil.copytree(packaged("search_spaces"), folder / "search_spaces", ignore=ignored)
+    path = find(study, "study")
+    shipped = packaged("search_spaces").resolve()
+    own = [file for file in _files_of(path) if shipped not in file.parents]
+    if not own:
+        return study
+    root = Path(os.path.commonpath([file.parent for file in own]))
+    for file in own:
+        place = folder / "study" / file.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
+    return str(Path("study") / path.relative_to(root)) if path in own else study
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return a study's or a recipe's file and all that it names, its own folder first."""
+    content = Document(path).content
+    labels = [settings for axis in (content.get("axes") or {}).values() for settings in axis.values()]
+    named = [content.get("recipe"), content.get("extends"), *((each or {}).get("recipe") for each in labels)]
+    files = [path.resolve()]
+    for name in dict.fromkeys(each for each in named if isinstance(each, str)):
+        near = path.parent / name
+        files += _files_of(near if near.is_file() else find(name, "recipe"))
+    return files
+
+
+def _answers_without_a_token(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/api/jobs/", timeout=_TIMEOUT_S):  # noqa: S310  (http or https: checked)
+            return True
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return False
+        raise UserError(f"--address {address}: no Ray dashboard: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--address {address}: nobody answers there: {error}") from None
+
+
+def _is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _job(info: Any) -> Job:
+    began = "" if not info.start_time else time.strftime("%Y-%m-%d %H:%M", time.localtime(info.start_time / 1000))
+    end = info.end_time or time.time() * 1000
+    minutes = (end - info.start_time) / 60_000 if info.start_time else None
+    study = (info.metadata or {}).get("study", "")
+    return Job(str(info.submission_id), study, str(info.status), began, minutes, first_line(info.message or ""))
+
+
+def leave(job_id: str, address: str) -> None:
+    """Say how to come back to a job that runs on."""
+    print(f"\n{job_id} runs on. mar jobs follow {job_id} --address {address}; mar jobs stop …", file=sys.stderr)

@@ -1,0 +1,151 @@
+"""``mar data``: make, check and pack data sets. Parsing and printing, nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mar.safe_text import printable
+from orchestration.cli.options import RemotePlace
+
+data_app = typer.Typer(no_args_is_help=True, help="Make, check and pack data sets.")
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships with mar.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[path=value …]", help="Settings, as data.root=DIR.")]
+Processes = Annotated[int, typer.Option(min=1, help="Processes that decode; default: one for each core.")]
+_CORES = len(os.sched_getaffinity(0))
+
+
+@data_app.command("make")
+def data_make(
+    kind: Annotated[Literal["motion-verbs"], typer.Argument(help="Which set.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    difficulty: Annotated[
+        Literal["easy", "medium", "hard"], typer.Option(help="Where the other options start from.")
+    ] = "easy",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    size: Annotated[int | None, typer.Option(help="Height and width, pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames in a video.")] = None,
+    classes: Annotated[int | None, typer.Option(help="2 to 12, even.")] = None,
+    train: Annotated[int | None, typer.Option(help="Training videos.")] = None,
+    validation: Annotated[int | None, typer.Option(help="Validation videos.")] = None,
+    clutter: Annotated[int | None, typer.Option(help="Objects that do not move.")] = None,
+    shake: Annotated[float | None, typer.Option(help="Camera shake, share of the height.")] = None,
+) -> None:
+    """Make a set of H.264 videos in which only motion tells the class."""
+    from mar.data.motion_verbs import DIFFICULTIES, make
+
+    given: dict[str, Any] = {"size": size, "frames": frames, "classes": classes, "train": train}
+    given |= {"validation": validation, "clutter": clutter, "shake": shake}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = replace(DIFFICULTIES[difficulty], seed=seed, **chosen)
+    with _bar("videos") as advance:
+        made = make(folder, options, advance)
+    words = f"made in {folder}" if made else f"is in {folder} already"
+    print(
+        f"{kind}: {options.train} training and {options.validation} validation videos of {options.classes} classes {words}"
+    )
+
+
+@data_app.command("check")
+def data_check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    processes: Processes = _CORES,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="csv file for all findings.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Read a data set as training would; exit code 1 if training would meet a fault."""
+    from mar.data.validation import check_data, report_text, write_findings
+    from orchestration.studies.loader import read_recipe
+
+    settings = read_recipe(recipe, overrides or [])
+    with _bar("videos") as advance:
+        report = check_data(settings.data, settings.clip, processes, advance)
+    if output:
+        write_findings(report, output)
+    print(json.dumps(asdict(report), indent=1, ensure_ascii=False) if as_json else report_text(report))
+    if not report.is_sound:
+        sys.exit(1)
+
+
+@data_app.command("show")
+def data_show(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("clips.png"),
+    clips: Annotated[int, typer.Option(min=1, help="How many.")] = 16,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of each.")] = 3,
+) -> None:
+    """Draw clips as training sees them: cropped, augmented, mixed, with their labels."""
+    from mar.visualization.masks_and_clips import draw_clips
+    from orchestration.studies.loader import read_recipe
+
+    draw_clips(read_recipe(recipe, overrides or []), clips, frames, output)
+    print(output)
+
+
+@data_app.command("pack")
+def data_pack(
+    recipe: RecipeName,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the cache: then data.cache=DIR.")],
+    overrides: Overrides = None,
+    kind: Annotated[Literal["jpeg", "raw"], typer.Option("--format", help="JPEG is small, raw is quick.")] = "jpeg",
+    short_side: Annotated[int, typer.Option(min=16, help="Pixels; smaller videos keep their size.")] = 256,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG.")] = 90,
+    processes: Processes = _CORES,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every shard with its checksum.")] = False,
+    remote: RemotePlace = None,
+) -> None:
+    """Write each video's frames once, small, for all trials to read; goes on where it was stopped."""
+    from mar.data.cache_index import Index, Packing
+    from mar.data.frame_cache import pack
+    from mar.data.frame_cache import verify as damaged_shards
+    from mar.errors import Failure
+    from orchestration.studies.loader import read_recipe
+
+    data = read_recipe(recipe, overrides or []).data
+    with _bar("videos") as advance:
+        before = pack(data, folder, Packing(kind, short_side, quality), processes, advance)
+    entries = [entry for _, entry in Index(folder).places.values()]
+    size_gib = sum(file.stat().st_size for file in folder.glob("*.bin")) / 2**30
+    broken = [entry.name for entry in entries if entry.broken]
+    print(
+        f"{folder}: {len(entries)} videos ({before} were there), {sum(entry.num_frames for entry in entries)} frames, {size_gib:.2f} GiB"
+    )
+    if broken:
+        print(f"{len(broken)} gave no frames, the first: {printable(broken[0])}")
+    if verify:
+        with _bar("shards") as advance:
+            damaged = damaged_shards(folder, advance)
+        if damaged:
+            raise Failure(f"{folder}: damaged: {', '.join(damaged)}; remove them and their .json, and pack again")
+        print("every shard is what was written")
+    if remote:
+        from orchestration.storage.object_store import push_cache
+        from orchestration.storage.object_store import remote as at
+
+        copied = push_cache(at(remote), folder)
+        print(f"{copied} files copied to {remote}; mar run … data.cache=DIR --cache-from {remote}")
+
+
+@contextmanager
+def _bar(unit: str) -> Generator[Callable[[int, int], None]]:
+    """Show a bar on the error stream, so that what is printed stays for programs; yields what moves it."""
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], TextColumn(f"{{task.completed}} {unit}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

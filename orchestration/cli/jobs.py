@@ -1,0 +1,158 @@
+"""The verbs about clusters: submit, jobs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mar.errors import Failure, UserError
+from mar.safe_text import printable
+from orchestration.cli.options import (
+    DEFAULT_STORE,
+    AsJson,
+    RemotePlace,
+    StoreFolder,
+    TrackingUri,
+    is_search_file,
+    say_store,
+)
+
+jobs_app = typer.Typer(no_args_is_help=True, help="Jobs that mar submit started: list, follow, stop.")
+
+Address = Annotated[str, typer.Option(help="The cluster's dashboard, as http://127.0.0.1:8265.", envvar="MAR_ADDRESS")]
+IsOpen = Annotated[bool, typer.Option("--open", help="Take a cluster that answers without a token.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB")]
+
+
+def submit(
+    context: typer.Context,
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="As of mar run, whose options follow.")],
+    address: Address,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the job's log.")] = False,
+    is_open: IsOpen = False,
+    any_versions: Annotated[bool, typer.Option("--any-versions", help="Run in whatever versions are there.")] = False,
+) -> None:
+    """Run a study on a Ray cluster, through its Jobs API: packs code and study, not data. Takes mar run's options."""
+    from orchestration.backends.ray_jobs import Jobs, leave
+    from orchestration.tracking.provenance import PINNED, package_versions
+
+    _check(study, context.args)
+    jobs = Jobs(address, is_open)
+    environment = {} if any_versions else {PINNED: json.dumps(package_versions())}
+    job_id, is_new = jobs.submit(study, context.args, environment)
+    print(f"{job_id} {'submitted' if is_new else 'is under way already: joined'}", flush=True)
+    if detach:
+        leave(job_id, address)
+        return
+    _follow(job_id, address, is_open)
+
+
+@jobs_app.command("list")
+def list_jobs(address: Address, is_open: IsOpen = False, as_json: AsJson = False) -> None:
+    """List mar's jobs on a cluster, the newest first."""
+    from orchestration.backends.ray_jobs import Jobs
+
+    found = Jobs(address, is_open).list()
+    if as_json:
+        print(json.dumps([vars(job) for job in found], indent=1))
+        return
+    for job in found:
+        minutes = "" if job.minutes is None else f"{job.minutes:.1f} min"
+        print(f"{job.job_id:<44} {job.status:<10} {job.began:<17} {minutes:>10}  {printable(job.message)}".rstrip())
+    print(f"{len(found)} jobs" if found else "no jobs of ours")
+
+
+@jobs_app.command()
+def follow(job: JobId, address: Address, is_open: IsOpen = False) -> None:
+    """Print a job's log until it ends."""
+    _follow(job, address, is_open)
+
+
+@jobs_app.command()
+def stop(job: JobId, address: Address, is_open: IsOpen = False) -> None:
+    """End a job now; what it trained is kept, and the same submission goes on."""
+    from orchestration.backends.ray_jobs import Jobs
+
+    Jobs(address, is_open).stop(job)
+    print(f"{job} is being stopped")
+
+
+def status(
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    remote: RemotePlace = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what runs in a store, and how far it is; from any terminal or machine that sees the store."""
+    from dataclasses import asdict
+
+    from orchestration.config import LaunchConfig
+    from orchestration.execution.status import status as status_of
+    from orchestration.execution.status import status_text
+
+    say_store(store, tracking_uri)
+    found = status_of(LaunchConfig(store=store, tracking_uri=tracking_uri, remote=remote))
+    print(json.dumps([asdict(each) for each in found], indent=1) if as_json else printable(status_text(found, store)))
+
+
+def stop_study(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study that is being run from the store.")],
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    remote: RemotePlace = None,
+) -> None:
+    """Let a running study's trials save, and end it; the same mar run goes on."""
+    from orchestration.config import LaunchConfig
+    from orchestration.execution.status import stop as stop_of
+    from orchestration.studies.names import name_of
+
+    name = name_of(study, store)
+    stop_of(LaunchConfig(store=store, study=name, tracking_uri=tracking_uri, remote=remote))
+    print(f"{name} stops as soon as its trials have saved")
+
+
+def _follow(job_id: str, address: str, is_open: bool) -> None:
+    from orchestration.backends.ray_jobs import Jobs, leave
+
+    try:
+        status = Jobs(address, is_open).follow(job_id)
+    except KeyboardInterrupt:
+        leave(job_id, address)
+        sys.exit(130)
+    if status != "SUCCEEDED":
+        raise Failure(f"{job_id}: {status}")
+
+
+def _check(study: str, words: list[str]) -> None:
+    """Read the study and mar run's options here, so that a mistake is told at once and not by the cluster.
+
+    Raises:
+        UserError: something is wrong, or a place is told relative to here.
+    """
+    from orchestration.cli.app import app
+
+    run = typer.main.get_command(app).commands["run"]  # pyright: ignore[reportAttributeAccessIssue]
+    given = run.make_context("mar submit", [study, *words]).params
+    if given.get("address") or given.get("is_local"):
+        raise UserError("mar submit: --address is the dashboard's, and --local is for here")
+    store = Path(given["store"])
+    if not store.is_absolute():
+        raise UserError(f"--store {store}: on a cluster it must be absolute, on storage that every node sees")
+    if given.get("is_all"):
+        raise UserError("mar submit: one study at a time")
+    if is_search_file(study):
+        from orchestration.search.schema import read_search
+
+        roots = {read_search(study, given.get("overrides") or []).settings({}).data.root}
+    else:
+        from orchestration.studies.loader import read_study
+
+        trials = read_study(study, given.get("overrides") or [], given.get("only") or []).trials
+        roots = {trial.settings.data.root for trial in trials}
+    near = sorted(str(root) for root in roots if not Path(root).is_absolute())
+    if near:
+        raise UserError(f"data.root={near[0]}: on a cluster it must be absolute, where every node sees it")

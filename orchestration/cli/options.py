@@ -1,0 +1,145 @@
+"""What several verbs of the command take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mar.errors import UserError
+from orchestration.secrets import without_secrets
+
+if TYPE_CHECKING:
+    from orchestration.studies.loader import Study
+
+_SCHEMES = ("s3://", "gs://", "file://")
+
+
+def _object_store(place: str | None) -> str | None:
+    if place and not place.startswith(_SCHEMES):
+        raise UserError(f"--remote {place}: expected s3://bucket/folder or gs://bucket/folder")
+    return place
+
+
+StudyName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="STUDY",
+        help="A study file, or the name of one that ships with mar; or a recipe, as a study of one trial.",
+    ),
+]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships with mar.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[path=value …]", help="Settings, as mask.ratio=0.75.")]
+Only = Annotated[list[str] | None, typer.Option("--only", metavar="AXIS=LABEL", help="Only these trials; repeatable.")]
+StoreFolder = Annotated[Path, typer.Option("--store", envvar="MAR_STORE", help="Folder of checkpoints and tracking.")]
+TrackingUri = Annotated[str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server.")]
+RemotePlace = Annotated[
+    str | None,
+    typer.Option(
+        "--remote",
+        envvar="MAR_REMOTE",
+        metavar="URI",
+        callback=_object_store,
+        help="Object store for checkpoints and results, where nodes share no disk: s3://bucket/folder, gs://….",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")]
+IsAll = Annotated[bool, typer.Option("--all", help="Every study of the paper that ships with mar.")]
+DEFAULT_STORE = Path("mar_store")
+
+
+def say_store(store: Path, tracking_uri: str | None, may_be_new: bool = False) -> bool:
+    """Say, on the error stream, which store is read or written; returns whether there is one.
+
+    Raises:
+        UserError: there is none, and it may not be new.
+    """
+    place = without_secrets(tracking_uri) if tracking_uri else str(store.resolve())
+    is_there = bool(tracking_uri) or (store / "mlflow.db").is_file()
+    if not is_there and not may_be_new:
+        has_results = any((store / "trials").glob("*/result/manifest.json"))
+        advice = f"it has results: mar recover --store {store}" if has_results else "mar run makes one"
+        raise UserError(f"--store {store}: no tracking store in {place} ({advice})")
+    print(f"store    {place}{'' if is_there else ' (new)'}", file=sys.stderr)
+    return is_there
+
+
+def records_of(store: Path, tracking_uri: str | None, may_be_new: bool = False) -> list[Any]:
+    """Return what MLflow remembers; nothing of a store that may be new and is.
+
+    Raises:
+        UserError: there is no store, and it may not be new.
+    """
+    if not say_store(store, tracking_uri, may_be_new):
+        return []
+    from orchestration.config import LaunchConfig
+    from orchestration.tracking.store import Store
+
+    return list(Store(LaunchConfig(store=store, tracking_uri=tracking_uri)).trials())
+
+
+def studies_of(
+    name: str | None,
+    overrides: list[str] | None,
+    only: list[str] | None,
+    is_all: bool,
+    store: Path,
+    claims: bool = False,
+) -> list[Study]:
+    """Return the study that was named, or with ``--all`` every study of the paper, in its order, as the store calls them.
+
+    ``claims`` keeps their names in the store for their files.
+
+    Raises:
+        UserError: neither or both were given; or what ``read_study`` raises.
+    """
+    from orchestration.studies.loader import paper_studies, read_study
+
+    if is_all:  # then the first word is an override too
+        words = [*([name] if name else []), *(overrides or [])]
+        if name and "=" not in name:
+            raise UserError(f"{name}: a study or --all, not both")
+        return [_named(read_study(each, words, only or []), store, claims) for each in paper_studies()]
+    if name is None:
+        raise UserError("which study? (a file, a name that ships with mar, or --all)")
+    if is_search_file(name):
+        raise UserError(f"{name} is a search, not a study: mar run runs it, and writes its report")
+    return [_named(read_study(name, overrides or [], only or []), store, claims)]
+
+
+def _named(study: Study, store: Path, claims: bool) -> Study:
+    from dataclasses import replace
+
+    from orchestration.studies.names import name_in_store
+
+    if study.path is None:
+        return study
+    return replace(study, name=name_in_store(study.name, study.path, store, claims))
+
+
+def is_search_file(name: str) -> bool:
+    """Whether a file is a search, and not a study or a recipe."""
+    from orchestration.studies.yaml_document import Document, find
+
+    return "space" in Document(find(name, "study")).content
+
+
+def file_finder(store: Path, tracking_uri: str | None) -> Callable[[Any, str], Path]:
+    """Return what finds a file of a run's result, fetching it from MLflow where it is not here."""
+    opened: list[Any] = []
+
+    def find(record: Any, name: str) -> Path:
+        from orchestration.config import LaunchConfig
+        from orchestration.tracking.store import Store
+
+        if not opened:
+            opened.append(Store(LaunchConfig(store=store, tracking_uri=tracking_uri)))
+        return opened[0].file_of(record, name)
+
+    return find

@@ -1,0 +1,339 @@
+"""How fast the experiment around the training is: tracking, planning, read-out, search. ``mar bench`` prints it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, get_args
+
+import numpy as np
+import yaml
+
+from mar import MANIFEST, RESULT, __version__
+from mar.bench.tables import Table, spread
+from mar.config.overrides import flatten, placeless
+from mar.data.motion_verbs import MotionVerbs, make
+from mar.errors import Failure
+from mar.evaluation.correctness import ANSWERS, write_answers
+from orchestration.config import LaunchConfig
+from orchestration.reporting.figures import draw_figure
+from orchestration.reporting.study_report import write_report
+from orchestration.reporting.tables import table_info
+from orchestration.search.optuna_search import Proposer, open_search
+from orchestration.search.schema import SearchFile, read_search
+from orchestration.studies.loader import Study, Trial, paper_studies, read_study
+from orchestration.studies.plan import plan_trials
+from orchestration.tracking.store import RunRecord, Store, Writer, serve
+
+EPOCHS, VIDEOS, ROWS, SEEDS = 100, 20_000, 400, 5
+_METRICS = ("train/loss", "train/lr", "train/classification_loss", "train/reconstruction_loss", "train/num_broken",
+            "throughput/clips_per_s", "val/top1", "val/top5", "val/num_videos", "val/num_broken", "time/elapsed_s")  # fmt: skip
+_FINAL = ("test/top1", "test/top5", "test/num_videos", "test/num_broken")
+
+
+def tracking_table(rounds: int, command: str) -> Table:
+    """Time what a trial's tracking costs, into SQLite and through a server: our writer, and a call for each metric."""
+    rows: list[tuple[str, ...]] = []
+    for place in ("SQLite", "MLflow server"):
+        ways: dict[str, list[float]] = {}
+        with tempfile.TemporaryDirectory() as name, _launch(Path(name), place) as launch:
+            store = Store(launch)
+            for number in range(rounds + 1):
+                experiment = store.experiment(f"round {number}")
+                for way, (log, epochs) in _WAYS.items():
+                    seconds = _seconds(partial(log, store, experiment, epochs))
+                    ways.setdefault(way, []).append(1e3 * seconds / _TRACKED)
+        for way, times in ways.items():
+            points = _WAYS[way][1] * len(_METRICS)
+            rows.append(
+                (place, way, str(_WAYS[way][1]), spread(times[1:], 0), f"{1e3 * points / median(times[1:]):.0f}")
+            )
+    note = (
+        f"A trial: a run with its tags, epochs of {len(_METRICS)} metrics, its end. Ray's own MLflow logger does the second, in "
+        "the driver."
+    )
+    return Table("Tracking", command, ("store", "way", "epochs", "ms a trial", "metrics/s"), rows, (note,))
+
+
+def planning_table(rounds: int, command: str) -> Table:
+    """Time from study files to a plan: all of the paper's, and a grid of 10,000 trials."""
+    rows: list[tuple[str, ...]] = []
+    with tempfile.TemporaryDirectory() as name:
+        large = _study_file(Path(name), 2_000)
+        for title, names in (("the paper's studies", paper_studies()), ("2,000 settings × 5 seeds", [str(large)])):
+            planned = [_planned(names) for _ in range(rounds + 1)][1:]
+            columns = [spread(column) for column in zip(*(each[:2] for each in planned), strict=True)]
+            rate = planned[0][2] / median([sum(each[:2]) for each in planned])
+            rows.append((title, str(planned[0][2]), *columns, f"{rate:.0f}"))
+    return Table("Planning", command, ("what", "trials", "read and checked, s", "planned, s", "trials/s"), rows)
+
+
+def _planned(names: Sequence[str]) -> tuple[float, float, int]:
+    """Return seconds to read, seconds to plan, and the trials."""
+    studies: list[Study] = []
+    read_s = _seconds(lambda: studies.extend(read_study(name) for name in names))
+    plan_s = _seconds(lambda: [plan_trials(study, []) for study in studies])
+    return read_s, plan_s, sum(len(study.trials) for study in studies)
+
+
+def report_table(rounds: int, command: str, num_rows: int = ROWS) -> Table:
+    """Time table, figure and report of a study of thousands of runs, from SQLite and from a server."""
+    rows: list[tuple[str, ...]] = []
+    for place in ("SQLite", "MLflow server"):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            study = read_study(str(_study_file(folder, num_rows)))
+            filled = LaunchConfig(store=folder / "store")
+            fill(study, filled)
+            with _launch(folder, place) as launch:
+                rows += [(place, *row) for row in _read_out(study, launch, folder, rounds)]
+    note = (
+        f"{num_rows * SEEDS:,} runs in one study of {num_rows} rows × {SEEDS} seeds, each with {EPOCHS} epochs of "
+        f"{len(_METRICS)} metrics and the predictions of {VIDEOS:,} videos; every row is compared with the reference row, "
+        "video by video. The first part is in each of the others' commands once."
+    )
+    return Table("Read-out", command, ("store", "what", "s"), rows, (note,))
+
+
+def _read_out(study: Study, launch: LaunchConfig, folder: Path, rounds: int) -> list[tuple[str, str]]:
+    once = [_read_once(study, launch, folder) for _ in range(rounds)]
+    return [(name, spread([each[name] for each in once])) for name in once[0]]
+
+
+def _read_once(study: Study, launch: LaunchConfig, folder: Path) -> dict[str, float]:
+    store, records = Store(launch), list[RunRecord]()
+    parts: dict[str, Callable[[], object]] = {
+        "the runs": lambda: records.extend(store.trials()),
+        "mar table": lambda: table_info(study, records, store.file_of),
+        "mar figure": lambda: draw_figure(study, records, folder / "figure.png", store.file_of),
+        "mar report": lambda: write_report(study, records, folder / "report", store.file_of),
+    }
+    times = {name: _seconds(work) for name, work in parts.items()}
+    return {**times, "all of it": sum(times.values())}
+
+
+def search_table(rounds: int, command: str) -> Table:
+    """Time proposals, each with its constraint, where 10, 100 and 1,000 trials are known; and the first 1,000 in a row."""
+    rows: list[tuple[str, ...]] = []
+    for sampler in get_args(SearchFile.model_fields["sampler"].annotation):
+        cells: list[str] = []
+        for known in (10, 100, 1_000):
+            if sampler == "gp" and known == 1_000:
+                cells.append("-")  # fits a Gaussian process anew for each: minutes
+                continue
+            with tempfile.TemporaryDirectory() as name:
+                cells.append(spread([1e3 * each for each in _proposals(sampler, known, 10 * rounds, Path(name))], 0))
+        rows.append((sampler, *cells))
+    note = "The paper's search (search_accuracy_and_cost.yaml: six settings, two conditional, gflops <= 90), SQLite storage."
+    columns = ("sampler", "ms a proposal at 10 trials", "at 100", "at 1,000")
+    return Table("Search", command, columns, rows, (note,))
+
+
+def _proposals(sampler: str, known: int, count: int, folder: Path) -> list[float]:
+    """Return seconds of each of some proposals, where so many trials are known."""
+    make(folder / "data", MotionVerbs(size=32, frames=8, classes=2, train=16, validation=8))
+    data = {"root": folder / "data", "videos": "videos", "train": "train.json", "val": "validation.json"}
+    shared = [
+        f"trials={known + count}",
+        "encoder.weights=null",
+        "data.labels=null",
+        *(f"data.{name}={value}" for name, value in data.items()),
+    ]
+    search = read_search("search_accuracy_and_cost", [f"sampler={sampler}", *shared])
+    random = read_search("search_accuracy_and_cost", ["sampler=random", *shared])
+    rng = np.random.default_rng(0)
+
+    def told(by: Proposer, trial: Trial) -> None:
+        by.finished(trial.key, {"test/top1": float(rng.uniform(40, 70))}, trial.settings)
+
+    first = open_search(random, folder / "search.db", [])
+    while first.num_done < known and (trial := first.next()):
+        told(first, trial)
+    asking = open_search(search, folder / "search.db", [])
+    times: list[float] = []
+    for _ in range(count):
+        started = time.perf_counter()
+        trial = asking.next()
+        times.append(time.perf_counter() - started)
+        if trial is None:
+            raise Failure(f"{sampler}: the space is used up")
+        told(asking, trial)
+    return times
+
+
+def _batched(store: Store, experiment: str, epochs: int) -> None:
+    writer = Writer(store)
+    for number in range(_TRACKED):
+        key = f"trial {number}"
+        writer.open(key, lambda key=key: store.run(experiment, key, {"mar.key": key}, {"mar.kind": "trial"}))
+        for epoch in range(1, epochs + 1):
+            writer.metrics(key, epoch, dict.fromkeys(_METRICS, 1.0))
+        writer.end(key, "FINISHED")
+    writer.close()
+
+
+def _one_by_one(store: Store, experiment: str, epochs: int) -> None:
+    for number in range(_TRACKED):
+        run_id = store.run(experiment, f"peer {number}", {"mar.key": f"peer {number}"}, {"mar.kind": "trial"})
+        for epoch in range(1, epochs + 1):
+            for name in _METRICS:
+                store.client.log_metric(run_id, name, 1.0, step=epoch)
+        store.client.set_terminated(run_id, "FINISHED")
+
+
+_TRACKED = 4
+"""Trials."""
+_WAYS: Mapping[str, tuple[Callable[[Store, str, int], None], int]] = {
+    "ours: in batches": (_batched, EPOCHS),
+    "a call for each metric": (_one_by_one, 3),  # a hundred epochs would take a server minutes
+}
+"""How it is logged, and how many epochs."""
+
+
+def _study_file(folder: Path, num_rows: int) -> Path:
+    if not (folder / "data").exists():
+        make(folder / "data", MotionVerbs(size=32, frames=8, classes=2, train=16, validation=8))
+    data = {"format": "ssv2", "videos": "videos", "train": "train.json", "val": "validation.json", "num_classes": 2}
+    recipe = {
+        "data": {**data, "root": str(folder / "data")},
+        "clip": {"frames": 8, "size": 16},
+        "encoder": {"size": "custom", "width": 16, "depth": 1, "heads": 2, "tubelet": [2, 4, 4]},
+        "recipe": {"epochs": EPOCHS, "batch_size": 8},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    rates = {f"{number}": {"recipe.base_lr": 1e-4 * (1 + number)} for number in range(num_rows)}
+    study = {
+        "title": "Many runs",
+        "recipe": "recipe.yaml",
+        "axes": {"rate": rates},
+        "seeds": [*range(SEEDS)],
+        "table": {"columns": ["top1", "top5", "gflops"], "reference": "0"},
+        "figure": {"kind": "points", "x": "time_s", "y": ["top1"]},
+    }
+    file = folder / "many_runs.yaml"
+    file.write_text(yaml.safe_dump(study, allow_unicode=True), encoding="utf-8")
+    return file
+
+
+def fill(study: Study, launch: LaunchConfig) -> None:
+    """Put a finished run of each trial into an embedded store, with its result folder, without training it."""
+    experiment = int(Store(launch).experiment(study.name))
+    rng = np.random.default_rng(0)
+    names = [f"{number:06d}.webm" for number in range(VIDEOS)]
+    labels, base = rng.integers(2, size=VIDEOS), rng.random(VIDEOS) < 0.6
+    shared = launch.store / "shared"
+    shared.mkdir()
+    rows: dict[str, list[tuple[Any, ...]]] = {"runs": [], "metrics": [], "latest_metrics": [], "params": [], "tags": []}
+    now = int(time.time() * 1000)
+    for number, trial in enumerate(study.trials):
+        run = f"{number:032x}"
+        right = base ^ (rng.random(VIDEOS) < 0.1)
+        top1 = 100 * float(right.mean())
+        curve = top1 * (1 - np.exp(-np.arange(1, EPOCHS + 1) / 20))
+        where = f"{launch.artifacts}/{experiment}/{run}/artifacts"
+        rows["runs"].append(
+            (run, trial.name, "LOCAL", "mar", "", "mar", "FINISHED", now, now + 1000, "", "active", where, experiment)
+        )
+        points = [(name, float(curve[epoch]) if "top1" in name else 1.0, now, run, epoch + 1, 0)
+                  for epoch in range(EPOCHS) for name in _METRICS]  # fmt: skip
+        last = [(name, value, at, run, step, nan) for name, value, at, _, step, nan in points[-len(_METRICS) :]]
+        last += [(name, top1 if name == "test/top1" else 90.0, now, run, EPOCHS, 0) for name in _FINAL]
+        rows["metrics"] += points + last[-len(_FINAL) :]
+        rows["latest_metrics"] += last
+        rows["params"] += [(name, str(value), run) for name, value in flatten(placeless(trial.settings)).items()]
+        tags = {"mar.identity": trial.identity, "mar.key": trial.key, "mar.kind": "trial", "mar.study": study.name,
+                "mlflow.runName": trial.name, "mar.version": __version__}  # fmt: skip
+        rows["tags"] += [(name, value, run) for name, value in tags.items()]
+        _leave(launch.trial_folder(trial.key) / RESULT, shared, right, names, labels, curve)
+    with sqlite3.connect(launch.store / "mlflow.db") as database:
+        columns = {
+            "runs": "run_uuid, name, source_type, source_name, entry_point_name, user_id, status, start_time, end_time, "
+            "source_version, lifecycle_stage, artifact_uri, experiment_id",
+            "metrics": "key, value, timestamp, run_uuid, step, is_nan",
+            "latest_metrics": "key, value, timestamp, run_uuid, step, is_nan",
+            "params": "key, value, run_uuid",
+            "tags": "key, value, run_uuid",
+        }
+        for table, names_ in columns.items():
+            marks = ", ".join("?" * len(names_.split(", ")))
+            database.executemany(f"INSERT INTO {table} ({names_}) VALUES ({marks})", rows[table])  # noqa: S608  (names are ours)
+
+
+def _leave(result: Path, shared: Path, right: Any, names: Sequence[str], labels: Any, curve: Any) -> None:
+    """Leave what a trial leaves; predictions are of two megabytes, so one file stands for all of them."""
+    result.mkdir(parents=True)
+    predictions = shared / "predictions.csv"
+    if not predictions.exists():
+        with predictions.open("w", newline="", encoding="utf-8") as output:
+            writer = csv.writer(output)
+            writer.writerow(
+                ["video", "label", "probability_of_label", "class_1", "probability_1", "class_2", "probability_2"]
+            )
+            for name, label, is_right in zip(names, labels.tolist(), right.tolist(), strict=True):
+                writer.writerow([name, label, "0.600000", label if is_right else 1 - label, "0.600000", 0, "0.400000"])
+    os.link(predictions, result / "predictions.csv")
+    write_answers(right, names, result / ANSWERS)
+    lines = [f"{epoch},1.0,{value:.6f},1.0,2.0\n" for epoch, value in enumerate(curve.tolist(), start=1)]
+    (result / "history.csv").write_text(
+        "epoch,train/loss,val/top1,train/lr,time/elapsed_s\n" + "".join(lines), encoding="utf-8"
+    )
+    (result / MANIFEST).write_text(json.dumps({}), encoding="utf-8")
+
+
+@contextmanager
+def _launch(folder: Path, place: str) -> Generator[LaunchConfig]:
+    """Give an embedded store below ``folder``, or a server over it."""
+    embedded = LaunchConfig(store=folder / "store")
+    if place == "SQLite":
+        yield embedded
+        return
+    Store(embedded)  # makes the database
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command, environment = serve(embedded, port)
+    with subprocess.Popen(  # noqa: S603
+        [sys.executable, "-m", *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as server:
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/health")
+            yield embedded.model_copy(update={"tracking_uri": f"http://127.0.0.1:{port}"})
+        finally:
+            server.terminate()
+
+
+def _wait_for(address: str) -> None:
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(address, timeout=2).close()  # noqa: S310
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise Failure("the MLflow server that was to be measured did not start")
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+PARTS: Mapping[str, Callable[[int, str], Table]] = {
+    "tracking": tracking_table,
+    "planning": planning_table,
+    "report": report_table,
+    "search": search_table,
+}

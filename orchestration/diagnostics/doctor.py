@@ -1,0 +1,87 @@
+"""What works here: each check does the thing itself and says what it saw."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mar.errors import Failure
+from orchestration.config import LaunchConfig
+from orchestration.tracking.provenance import package_versions
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check."""
+
+    name: str
+    works: bool
+    words: str
+
+
+def examine(launch: LaunchConfig) -> list[Finding]:
+    """Run every check; one that fails does not stop the next."""
+    checks: dict[str, Callable[[], str]] = {
+        "python": platform.python_version,
+        "packages": _packages,
+        "devices": _devices,
+        "decord": lambda: _decode("decord"),
+        "torchcodec": lambda: _decode("torchcodec"),
+        "pyav": lambda: _decode("pyav"),
+        "ray": _ray,
+        "tracking store": lambda: _tracking(launch),
+        "disk": lambda: _disk(launch),
+    }
+    findings: list[Finding] = []
+    for name, check in checks.items():
+        try:
+            findings.append(Finding(name, True, check()))
+        except Exception as error:
+            findings.append(Finding(name, False, str(error).strip().splitlines()[0] if str(error) else repr(error)))
+    return findings
+
+
+def _packages() -> str:
+    return ", ".join(f"{name} {version or 'missing'}" for name, version in package_versions().items())
+
+
+def _devices() -> str:
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(names) or f"no accelerator; {os.cpu_count()} CPU cores"
+
+
+def _decode(decoder: str) -> str:
+    """Write a clip, read it back with one decoder."""
+    from mar.data.decoders import best, fault_of
+
+    fault = fault_of(decoder)
+    if fault and decoder == "torchcodec":
+        return f"an optional extra, not here ({fault})"
+    if fault:
+        raise Failure(fault)
+    return f"a test clip decoded rightly{', and so it is the one for data.decoder: auto' * (decoder == best())}"
+
+
+def _ray() -> str:
+    from orchestration.backends.ray_tune import cluster_words
+
+    return cluster_words()
+
+
+def _tracking(launch: LaunchConfig) -> str:
+    from orchestration.tracking.store import Store
+
+    return f"{launch.shown_tracking}: {len(Store(launch).trials())} trials"
+
+
+def _disk(launch: LaunchConfig) -> str:
+    place = next(parent for parent in (launch.store.resolve(), *launch.store.resolve().parents) if parent.exists())
+    free_gib = shutil.disk_usage(place).free / 2**30
+    if free_gib < 1:
+        raise Failure(f"{free_gib:.2f} GiB free at {place}: too little for checkpoints")
+    return f"{free_gib:.0f} GiB free at {place}"

@@ -1,0 +1,135 @@
+"""``mar recover``: runs in MLflow from the finished results in a store whose database was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mar import MANIFEST, RESULT
+from mar.atomic_dir import read_sealed
+from mar.config.overrides import build, placeless
+from mar.config.schema import ExperimentConfig
+from mar.data.annotations import fingerprint
+from mar.errors import Failure, UserError
+from mar.evaluation.correctness import read_history
+from mar.safe_input import read_json
+from orchestration.backends.base import RECORD
+from orchestration.config import LaunchConfig
+from orchestration.studies.loader import ABSENT, identity, key_of
+from orchestration.tracking.store import IDENTITY, KEY, KIND, PARENT_RUN, STUDY, TRAINED_BY, RunRecord, Store, Writer
+
+_UNKNOWN_STUDY = "recovered"
+"""The study of results that do not say which one they are of."""
+
+
+@dataclass
+class Recovered:
+    """What was found in a store."""
+
+    names: list[str] = field(default_factory=list[str])
+    """Trials whose runs were written."""
+    num_known: int = 0
+    """Results that the database had."""
+    damaged: list[str] = field(default_factory=list[str])
+    """Results that are not what was written, or of which nothing tells what they are; and why."""
+
+
+def unrecorded(launch: LaunchConfig, known: set[str]) -> list[Path]:
+    """Return the trial folders with a finished result that is of none of the ``known`` keys."""
+    manifests = sorted((launch.store.resolve() / "trials").glob(f"*/{RESULT}/{MANIFEST}"))
+    folders = [manifest.parent.parent for manifest in manifests]
+    return [folder for folder in folders if folder.name not in known]
+
+
+def finished_here(launch: LaunchConfig, keys: Iterable[str]) -> list[RunRecord]:
+    """Return what the store's own folders say of finished trials, for a table without MLflow."""
+    found: list[RunRecord] = []
+    for key in keys:
+        folder = launch.trial_folder(key)
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, Failure):
+            metrics = read_sealed(folder / RESULT)["metrics"]
+            record = read_json(folder / RECORD)
+            tags = {**record["tags"], KEY: key}
+            found.append(RunRecord(key, record["study"], "", "FINISHED", metrics, tags))
+    return found
+
+
+def recover(launch: LaunchConfig) -> Recovered:
+    """Write a run for each finished result of the store that its database does not know.
+
+    Raises:
+        UserError: there is no such store.
+        Failure: the tracking store cannot be used.
+    """
+    if not (launch.store / "trials").is_dir():
+        raise UserError(f"--store {launch.store}: there are no trials in it")
+    store = Store(launch)
+    known = {record.key for record in store.trials() if record.status == "FINISHED"}
+    everything = unrecorded(launch, set())
+    found = Recovered(num_known=sum(folder.name in known for folder in everything))
+    writer = Writer(store)
+    try:
+        for folder in unrecorded(launch, known):
+            try:
+                manifest = read_sealed(folder / RESULT)
+                settings = build(manifest["settings"])
+                record = _record(folder, settings)
+            except (Failure, UserError) as reason:
+                found.damaged.append(f"{folder / RESULT}: {reason}")
+                continue
+            found.names.append(_write_run(store, writer, folder, settings, manifest["metrics"], record))
+    finally:
+        writer.close()
+    return found
+
+
+def _write_run(
+    store: Store,
+    writer: Writer,
+    folder: Path,
+    settings: ExperimentConfig,
+    reached: dict[str, float],
+    record: dict[str, Any],
+) -> str:
+    """Write one trial's run as its study would have; return the trial's name."""
+    key = folder.name
+    study = str(record["study"])
+    experiment = store.experiment(study)
+    parent = store.run(experiment, study, {KIND: "study"}, {STUDY: study})
+    tags = {**record["tags"], STUDY: study, PARENT_RUN: parent, "folder": str(folder)}
+    run_id = store.run(experiment, record["name"], {KIND: "trial", KEY: key}, tags)
+    store.parameters(run_id, placeless(settings))
+    writer.open(key, lambda: run_id)
+    for epoch, metrics in enumerate(read_history(folder / RESULT), start=1):
+        writer.metrics(key, epoch, metrics)
+    final = {name: float(value) for name, value in reached.items() if name.startswith("test/")}
+    writer.metrics(key, settings.recipe.epochs, final, again=True)
+    writer.artifacts(key, folder / RESULT, RESULT)
+    if TRAINED_BY not in tags:
+        writer.register(key, study, {"trial": str(record["name"])})
+    writer.end(key, "FINISHED")
+    writer.open(study, lambda: parent)
+    writer.end(study, "FINISHED")
+    return f"{record['name']} ({study})"
+
+
+def _record(folder: Path, settings: ExperimentConfig) -> dict[str, Any]:
+    """Return what the trial's study wrote about it; where it wrote nothing, what its settings say.
+
+    Raises:
+        Failure: neither gives the folder's name, which follows from what was trained: a table must not mix trainings.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = read_json(folder / RECORD)
+        if key_of(record["tags"][IDENTITY]) == folder.name and {"study", "name"} <= record.keys():
+            return record
+    data = ABSENT
+    with suppress(UserError):
+        data = fingerprint(settings.data)
+    line = identity(settings, data)
+    if key_of(line) != folder.name:
+        raise Failure("what was trained cannot be told: its data is not at hand, or another version of mar trained it")
+    return {"study": _UNKNOWN_STUDY, "name": folder.name, "tags": {IDENTITY: line}}

@@ -1,0 +1,243 @@
+"""``mar run``: train what is missing, report from MLflow, say where everything is."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+
+from rich.console import Console
+
+from mar.errors import Failure, FailureKind, UserError, notice
+from orchestration.config import LaunchConfig
+from orchestration.execution.lock import ask_to_stop, only_one
+from orchestration.execution.progress import Board
+from orchestration.execution.recorder import Launch, check_weights, missing_trials, train_missing
+from orchestration.execution.recover import finished_here, unrecorded
+from orchestration.failures import REMEDIES
+from orchestration.reporting.rows import match, match_training
+from orchestration.reporting.study_report import write_report
+from orchestration.reporting.tables import FORMATS, table_info
+from orchestration.studies.loader import Study, Trial, fetch_weights
+from orchestration.studies.plan import Device, check_data, plan_trials
+from orchestration.tracking.store import RunRecord, Store
+
+
+def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) -> None:
+    """Run a study to its table; with a ``budget``, of what is missing only what fits, in the study's order.
+
+    Raises:
+        UserError: the data is not there, another run of the study is alive, a trial does not fit the cluster.
+        Failure: a trial was given up or stopped; the table shows what is there.
+    """
+    console, launch = Console(soft_wrap=True), launch.model_copy(update={"study": study.name})
+    fetch_weights(study)
+    with only_one(study, launch):
+        store = Store(launch)
+        _mention_unrecorded(launch, store)
+        missing, left_out = missing_trials(study, store), 0
+        if budget:
+            affordable = budget.take(study, missing, store.trials())
+            missing, left_out = affordable, len(missing) - len(affordable)
+        check_data(missing)
+        check_weights(missing)
+        have = len({trial.key for trial in study.to_run}) - len(missing) - left_out
+        counts = f"{len(study.to_run)} trials, {have} finished before, {len(missing)} to train"
+        counts += f", {left_out} left out: over the budget" if left_out else ""
+        console.print(f"{study.file.title}: {counts}", markup=False)
+        board = Board(missing, have, console)
+        with Launch(study, store, board) as launched, stopping_gently(launch):
+            try:
+                if missing:
+                    if launch.backend != "local" and not board.is_live:
+                        console.print("starting Ray and its workers: some 10 to 20 s", markup=False)
+                    with board:
+                        train_missing(launched, missing)
+            finally:
+                _settle(launched)
+            folder = launch.report_folder(study.name)
+            records = store.trials()
+            table, lines = write_report(study, records, folder, store.file_of)
+            launched.keep(folder, records, table)
+    if study.chosen is not None:  # the report is of all rows, the terminal shows those that were asked for
+        table = FORMATS["md"](table_info(replace(study, trials=study.to_run), records, store.file_of))
+    print(f"\n{table}")
+    print("\n".join([*lines, ""]))
+    print(f"figure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")
+    served = "mar ui"
+    if launch.tracking_uri:
+        served = launch.shown_tracking
+    elif str(launch.store) != "mar_store":
+        served = f"mar ui --store {shlex.quote(str(launch.store))}"
+    print(f"MLflow   {served}   (experiment {study.name!r})")
+    tell_webhook(study, launched)
+    if launched.failures:
+        for kind, names in by_kind(launched).items():
+            print(f"{kind:<8} {len(names)} trials: {', '.join(names)}. {REMEDIES[kind].capitalize()}.")
+        left = f", {launched.num_left} not begun" if launched.is_over() and launched.num_left else ""
+        raise Failure(
+            f"{len(launched.failures)} of {len(study.trials)} trials failed{left}; run the same command to go on"
+        )
+    if launched.was_stopped:
+        raise Failure(f"stopped with {launched.num_left} trials unfinished; run the same command to go on", "stopped")
+
+
+def _settle(launched: Launch) -> None:
+    """Wait for MLflow to have everything; where it stays away, print the table from the results that are here.
+
+    Raises:
+        Failure: the tracking store was not back in time.
+    """
+    try:
+        launched.settle()
+    except Failure as error:
+        study, store = launched.study, launched.store
+        records = finished_here(store.launch, dict.fromkeys(trial.key for trial in study.trials))
+        print(f"\n{FORMATS['md'](table_info(study, records, store.file_of))}")
+        words = "The table above is from the results in the store; the same command writes them down when it is back"
+        raise Failure(f"{error}. {words}, or, without --tracking-uri, here") from None
+
+
+def _mention_unrecorded(launch: LaunchConfig, store: Store) -> None:
+    """Say that the store has results that its database does not know: somebody lost it."""
+    lost = unrecorded(launch, {record.key for record in store.trials()})
+    if lost:
+        notice(
+            f"{len(lost)} finished results in {launch.store / 'trials'} are not in the tracking store. Those of this study "
+            f"are taken as they are, not trained again; mar recover --store {launch.store} brings back all"
+        )
+
+
+def by_kind(launched: Launch) -> dict[FailureKind, list[str]]:
+    """Return the names of the trials that failed, by the kind of failure."""
+    kinds: dict[FailureKind, list[str]] = {}
+    for key, reason in launched.failures.items():
+        kinds.setdefault(reason.kind, []).append(launched.trials[key].name)
+    return kinds
+
+
+def tell_webhook(study: Study, launched: Launch) -> None:
+    """Tell the address that was given how the study ended; that nobody answers there is said and no more."""
+    address = launched.store.launch.webhook
+    if not address:
+        return
+    ended = "failed" if launched.failures else "stopped" if launched.was_stopped else "finished"
+    words = f"{study.file.title}: {ended}; {len(launched.done)} trials done, {len(launched.failures)} failed"
+    told = {"text": words, "study": study.name, "state": ended, "failures": by_kind(launched)}
+    body = json.dumps(told, ensure_ascii=False).encode()
+    try:
+        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})  # noqa: S310  (checked)
+        urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
+    except (OSError, ValueError) as error:
+        # Not its own words: they may have the address in them, and whoever knows that may write there.
+        print(f"--webhook: nobody took the message ({getattr(error, 'reason', None) or type(error).__name__})")
+
+
+@contextmanager
+def stopping_gently(launch: LaunchConfig) -> Generator[None]:
+    """Have a SIGTERM, as Slurm and Kubernetes send before they kill, and Ctrl-C do what ``mar stop`` does.
+
+    The trials save first. Ctrl-C for the second time ends everything at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        again = "; Ctrl-C again ends at once, from the last checkpoint" if number == signal.SIGINT else ""
+        print(f"stopping: the trials that run are saving{again}", file=sys.stderr, flush=True)
+        with suppress(Failure):  # the object store is away: who looks here stops all the same
+            ask_to_stop(launch)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Budget:
+    """Device-hours that may be spent, by a device's profile; what is spent is taken off."""
+
+    hours: float
+    device: Device | None
+    """None: by the throughput of finished trials."""
+
+    def take(self, study: Study, missing: Sequence[Trial], records: Sequence[RunRecord]) -> list[Trial]:
+        """Return the missing trials that fit, in order; a test of another's model costs next to nothing."""
+        planned = {line.trial.key: line for line in plan_trials(study, records, self.device)}
+        chosen: list[Trial] = []
+        paid = match_training(missing, records).keys()
+        for trial in missing:
+            line = planned[trial.key]
+            if line.device_hours is None:
+                raise UserError(
+                    "--budget: nothing tells the hours: is the data there, and is a trial of the study finished here? "
+                    "Or give --device (v100, h200, NAME=GFLOPS_PER_S)"
+                )
+            is_paid = trial.key in paid or any(trial.training == other.training for other in chosen)
+            hours = 0.0 if is_paid else line.device_hours
+            if hours <= self.hours:
+                self.hours -= hours
+                chosen.append(trial)
+        return chosen
+
+
+def run_studies(studies: Sequence[Study], launch: LaunchConfig, budget: Budget | None = None) -> None:
+    """Run studies one after the other in one Ray; what one of them trained, the next ones find.
+
+    Raises:
+        Failure: a study has trials that failed; the others were run.
+        UserError: a study could not begin; the others were run.
+    """
+    before = {record.run_id for record in Store(launch).trials() if record.status == "FINISHED"}
+    began = time.monotonic()
+    wrong: list[str] = []
+    is_users_alone, is_stopped = True, False
+    with _one_backend(launch):
+        for study in studies:
+            try:
+                run_study(study, launch, budget)
+            except (Failure, UserError) as error:
+                is_users_alone = is_users_alone and isinstance(error, UserError)
+                wrong.append(f"{study.name}: {error}")
+                print(f"mar: {wrong[-1]}")
+                is_stopped = isinstance(error, Failure) and error.kind == "stopped"
+            if is_stopped:
+                break
+    new = [record for record in Store(launch).trials() if record.run_id not in before and record.status == "FINISHED"]
+    trained, trials = sum(record.has_model for record in new), [trial for study in studies for trial in study.trials]
+    there = len(match(trials, Store(launch).trials()))
+    absent = len({trial.key for trial in trials}) - there if trials else 0
+    minutes = (time.monotonic() - began) / 60
+    print(
+        f"{len(studies)} studies, {len(trials)} rows: {trained} trained and {len(new) - trained} tested in "
+        f"{minutes:.1f} min; {absent} trials are not there, all other rows were there or are shared"
+    )
+    if is_stopped:
+        raise Failure("stopped; run the same command to go on", "stopped")
+    if wrong:
+        kind = UserError if is_users_alone else Failure
+        raise kind(f"{len(wrong)} of {len(studies)} studies are not whole: {'; '.join(wrong)}")
+
+
+def _one_backend(launch: LaunchConfig) -> AbstractContextManager[None]:
+    if launch.backend == "local":
+        return nullcontext()
+    from orchestration.backends import ray_tune
+
+    return ray_tune.started(launch)

@@ -1,0 +1,28 @@
+"""Where this project is installed: its packages, the files it ships, and its checkout if there is one."""
+
+from pathlib import Path
+
+import mar
+
+_PACKAGE = Path(__file__).parent
+
+
+def package_folders() -> tuple[Path, Path]:
+    """Return the folders of the two packages, as they are copied to a cluster."""
+    return Path(mar.__file__).parent, _PACKAGE
+
+
+def packaged(folder: str) -> Path:
+    """Return a folder that ships with the project: inside the wheel, or beside the packages in a checkout."""
+    inside = _PACKAGE / folder
+    if inside.is_dir():
+        return inside
+    return _PACKAGE.parent / folder
+
+
+def checkout() -> Path | None:
+    """Return the git checkout that this code runs from; none where it is installed from a wheel."""
+    root = _PACKAGE.parent
+    if (root / ".git").exists():
+        return root
+    return None

@@ -1,0 +1,170 @@
+"""Figures that answer the mouse, by plotly: in a page of their own, or as a part of one that has plotly's script."""
+
+from __future__ import annotations
+
+import html
+from base64 import b64encode
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from orchestration.reporting.figures import COLOURS, FigureInfo, Series, draw_figure, figure_info
+from orchestration.reporting.rows import AnyRecord
+from orchestration.reporting.significance import FileOf
+from orchestration.reporting.training_figures import Confusion
+from orchestration.studies.loader import Study
+
+PAGE_STYLE = (
+    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
+    "caption{caption-side:top;text-align:left;font-weight:bold;padding:.5em 0}img{max-width:100%}"
+)
+_LABELLED = 12
+"""So many points of a series have their labels beside them; of more they are under the mouse."""
+_LOOK: dict[str, Any] = {
+    "template": "simple_white",
+    "margin": {"l": 60, "r": 20, "t": 20, "b": 60},
+    "height": 430,
+    "legend": {"orientation": "h", "y": -0.22},
+    "font": {"size": 12},
+}
+
+
+def write_figure(study: Study, records: Sequence[AnyRecord], file: Path, file_of: FileOf[AnyRecord]) -> None:
+    """Write a study's figure: png, pdf, svg, or html, a page that answers the mouse and needs nothing else.
+
+    Raises:
+        UserError: there is no such format, or a model's reconstructions are not there yet.
+    """
+    if file.suffix.lower() != ".html":
+        draw_figure(study, records, file, file_of)
+        return
+    part = study_chart(study, records)
+    script = plotly_script() if part else ""
+    part = part or f'<img style="max-width:100%" src="{picture(study, records, file_of)}" alt="">'
+    write_html(file, study.file.title, part, script)
+
+
+def write_html(file: Path, title: str, parts: str, script: str | None = None) -> None:
+    """Write a page of charts that needs nothing else; ``script`` is plotly's unless given."""
+    told, script = html.escape(title), plotly_script() if script is None else script
+    file.parent.mkdir(parents=True, exist_ok=True)
+    style = f"<style>{PAGE_STYLE}</style>"
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{told}</title>{style}{script}'
+    )
+    body = f"<body><h1>{told}</h1>{parts}</body>"
+    file.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n', encoding="utf-8")
+
+
+def study_chart(study: Study, records: Sequence[AnyRecord]) -> str:
+    """Return a study's figure as a part of a page; empty for one that is a picture: masks, reconstructions."""
+    is_picture = study.file.figure.kind in ("masks", "reconstructions")
+    return "" if is_picture else chart(figure_info(study, records))
+
+
+def plotly_script() -> str:
+    """Return plotly's own script (4.8 MB), which a page needs once."""
+    return f"<script>{get_plotlyjs()}</script>"
+
+
+def chart(info: FigureInfo) -> str:
+    """Return a figure as a part of a page."""
+    figure: Any = go.Figure()
+    names = list(dict.fromkeys(series.name.removesuffix(", paper") for series in info.series))
+    for series in info.series:
+        colour = COLOURS[names.index(series.name.removesuffix(", paper")) % len(COLOURS)]
+        figure.add_trace(_trace(info, series, colour))
+    if info.chance is not None:
+        figure.add_hline(info.chance, line={"dash": "dot", "color": "#666", "width": 1.5})
+        # Its words stand in the legend: beside the line they would lie on points.
+        legend = {
+            "mode": "lines",
+            "line": {"dash": "dot", "color": "#666"},
+            "name": f"chance level, {info.chance:.2f} %",
+        }
+        figure.add_trace(go.Scatter(x=[None], y=[None], hoverinfo="skip", **legend))
+    figure.update_layout(xaxis_title=info.x_title, yaxis_title=info.y_title, **_LOOK)
+    return part_of_page(figure)
+
+
+def confusion_chart(confusion: Confusion) -> str:
+    """Return a confusion matrix as a part of a page: shares of each class, counts under the mouse."""
+    counts = confusion.counts
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    names = [html.escape(name) for name in confusion.names]
+    heat = go.Heatmap(
+        x=names,
+        y=names,
+        z=shares.tolist(),
+        customdata=counts.tolist(),
+        colorscale="Blues",
+        zmin=0,
+        zmax=1,
+        hovertemplate="%{y} taken for %{x}: %{customdata} videos (%{z:.0%})<extra></extra>",
+    )
+    figure: Any = go.Figure(heat)
+    figure.update_layout(xaxis_title="taken for", yaxis_title="class", **_LOOK)
+    figure.update_yaxes(autorange="reversed")
+    return part_of_page(figure)
+
+
+def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
+    bars = {"type": "data", "array": list(series.error), "visible": any(series.error)}
+    x, y, name = list(series.x), list(series.y), html.escape(series.name)
+    labels = [html.escape(label) for label in series.labels]
+    hover = "%{text}<br>%{y}<extra>%{fullData.name}</extra>"
+    if info.kind == "bars":
+        return go.Bar(
+            x=labels,
+            y=y,
+            error_y=bars,
+            text=labels,
+            textposition="none",
+            name=name,
+            marker_color=colour,
+            hovertemplate=hover,
+        )
+    if series.is_line:
+        line: dict[str, Any] = {"color": colour if info.kind == "curves" else "#999"}
+        if info.kind == "curves":
+            number = [each.name for each in info.series].index(series.name)
+            line["dash"] = ("solid", "dash", "dot")[number // len(COLOURS) % 3]
+        return go.Scatter(x=x, y=y, text=labels, mode="lines+markers", line=line, name=name, hovertemplate=hover)
+    marker = {"color": colour, "size": 9, "symbol": "circle-open" if series.is_papers else "circle"}
+    hover = "%{text}<br>%{x}, %{y}<extra>%{fullData.name}</extra>"
+    mode = "markers+text" if len(labels) <= _LABELLED else "markers"
+    return go.Scatter(
+        x=x,
+        y=y,
+        error_y=bars,
+        text=labels,
+        mode=mode,
+        textposition="top center",
+        textfont={"size": 10, "color": colour},
+        cliponaxis=False,
+        marker=marker,
+        name=name,
+        hovertemplate=hover,
+    )
+
+
+def part_of_page(figure: Any) -> str:
+    """Return one of plotly's figures as a part of a page that has its script."""
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False})
+
+
+def picture(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]) -> str:
+    """Return a study's figure as a data URI.
+
+    Raises:
+        UserError: a model's reconstructions are not there yet.
+    """
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "figure.png"
+        draw_figure(study, records, file, file_of)
+        return f"data:image/png;base64,{b64encode(file.read_bytes()).decode()}"

@@ -1,0 +1,185 @@
+"""What a search found: the best settings as a recipe, the Pareto front, importances, and Optuna's pictures."""
+
+from __future__ import annotations
+
+import html
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from mar.atomic_dir import write_text
+from mar.safe_text import markdown
+from orchestration.reporting.csv_text import csv_text
+from orchestration.reporting.page_footer import footer
+from orchestration.reporting.plotly_figures import part_of_page, write_html
+from orchestration.search.optuna_search import Proposer
+from orchestration.studies.metrics import QUANTITIES
+
+_FEWEST_FOR_IMPORTANCE = 4
+
+
+def best_trials(proposer: Proposer) -> list[FrozenTrial]:
+    """Return the Pareto front, by its first goal; with one goal, the best trial."""
+    if not _complete(proposer):
+        return []
+    front = proposer.study.best_trials if len(proposer.search.file.goals) > 1 else [proposer.study.best_trial]
+    front = [trial for trial in front if "copy" not in trial.user_attrs] or front
+    return sorted(front, key=lambda trial: trial.values[0])
+
+
+def _counts_text(proposer: Proposer) -> str:
+    """Return how many trials came to what, in words."""
+    trials = proposer.study.get_trials(deepcopy=False)
+    counts = {state: sum(each.state == state for each in trials) for state in TrialState}
+    others = sum("run" in each.user_attrs for each in trials)
+    copies = proposer.known
+    rejected = sum("infeasible" in each.user_attrs for each in trials)
+    counts[TrialState.PRUNED] -= rejected
+    words = (
+        f"{counts[TrialState.COMPLETE] - others - copies} trials finished, {counts[TrialState.PRUNED]} ended early, "
+    )
+    words += f"{counts[TrialState.FAIL]} failed or were asked twice, {copies} were found trained; {rejected} proposals broke a rule or a constraint and were not trained; "
+    return words + f"{others} finished trials of other studies were known before."
+
+
+def found_text(proposer: Proposer) -> str:
+    """Return what was found, as Markdown."""
+    frame, search = front_frame(proposer), proposer.search
+    words = _counts_text(proposer)
+    kind = "Pareto front" if len(search.file.goals) > 1 else "Best"
+    shown = frame.map(_shown)
+    lines = [f"**{markdown(search.file.title)}**", "", words, "", f"{kind}:", "", shown.to_markdown(index=False)]
+    importances = importance_frame(proposer)
+    if not importances.empty:
+        lines += ["", "Importance of each setting (fANOVA):", "", importances.to_markdown(index=False, floatfmt=".2f")]
+    return "\n".join(lines) + "\n"
+
+
+def front_frame(proposer: Proposer) -> pd.DataFrame:
+    """Return the best trials: their goals, then their settings."""
+    rows: list[dict[str, Any]] = []
+    for trial in best_trials(proposer):
+        goals = zip(proposer.search.file.goals, trial.values, strict=True)
+        values = {QUANTITIES[name].title: round(value, QUANTITIES[name].digits) for name, value in goals}
+        rows.append({"trial": trial.number, **values, **trial.params})
+    return pd.DataFrame(rows)
+
+
+def _shown(value: Any) -> Any:
+    return markdown(value) if isinstance(value, str) else value
+
+
+def importance_frame(proposer: Proposer) -> pd.DataFrame:
+    """Return how much of the variation of each goal each setting explains; empty while there are too few trials."""
+    columns: dict[str, dict[str, float]] = {}
+    complete = _complete(proposer)
+    for place, name in enumerate(proposer.search.file.goals):
+        values = {trial.values[place] for trial in complete}
+        if len(complete) < _FEWEST_FOR_IMPORTANCE or len(values) < 2:
+            continue
+        try:
+            found = optuna.importance.get_param_importances(
+                proposer.study, evaluator=_fanova(), target=_value_of(place)
+            )
+        except (ValueError, RuntimeError):  # no setting is in all trials, or none varies
+            continue
+        columns[QUANTITIES[name].title] = found
+    frame = pd.DataFrame(columns)
+    return frame.reset_index(names="setting") if not frame.empty else frame
+
+
+def write_search_report(proposer: Proposer, folder: Path) -> None:
+    """Write ``report.md`` and ``.html``, ``best.yaml`` (a recipe, ready to run), ``front.csv``, ``trials.csv``, pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(found_text(proposer), encoding="utf-8")
+    write_text(folder / "front.csv", csv_text(front_frame(proposer)))
+    frame: pd.DataFrame = proposer.study.trials_dataframe(attrs=("number", "state", "values", "params", "user_attrs"))
+    write_text(folder / "trials.csv", csv_text(frame))
+    best = best_trials(proposer)
+    if best:
+        chosen = best[-1] if next(iter(proposer.search.file.goals.values())) == "max" else best[0]
+        goals = dict(zip(proposer.search.file.goals, chosen.values or [], strict=True))
+        tree = proposer.search.settings(chosen.params).model_dump(mode="json")
+        head = (
+            f"# {proposer.search.file.title}: trial {chosen.number}, {json.dumps(goals)}. Run it: mar run best.yaml\n"
+        )
+        text = head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=None)
+        (folder / "best.yaml").write_text(text, encoding="utf-8")
+        _draw(proposer, folder)
+
+
+def _draw(proposer: Proposer, folder: Path) -> None:
+    """Write Optuna's own pictures, and a page of them that answers the mouse."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import optuna.visualization as interactive
+    import optuna.visualization.matplotlib as pictures
+    from matplotlib import pyplot
+
+    drawn, parts = _pictures(proposer, pictures), _pictures(proposer, interactive)
+    for name in drawn:
+        _quietly(lambda name=name: drawn[name]())
+        if pyplot.get_fignums():
+            pyplot.gcf().savefig(folder / f"{name}.png", dpi=140, bbox_inches="tight")
+        pyplot.close("all")
+    charts = [part_of_page(figure) for draw in parts.values() if (figure := _quietly(draw)) is not None]
+    page = _found_html(proposer) + "".join(charts) + footer(["mar", "run", proposer.search.name])
+    write_html(folder / "report.html", proposer.search.file.title, page)
+
+
+def _found_html(proposer: Proposer) -> str:
+    """Return what was found as a part of a page."""
+    kind = "Pareto front" if len(proposer.search.file.goals) > 1 else "Best"
+    parts = [f"<p>{html.escape(_counts_text(proposer))}</p>", f"<h2>{kind}</h2>"]
+    parts.append(front_frame(proposer).to_html(index=False, border=0))
+    importances = importance_frame(proposer)
+    if not importances.empty:
+        parts.append("<h2>Importance of each setting (fANOVA)</h2>")
+        parts.append(importances.to_html(index=False, border=0, float_format="{:.2f}".format))
+    return "\n".join(parts)
+
+
+def _pictures(proposer: Proposer, library: Any) -> dict[str, Callable[[], Any]]:
+    """Return what draws each picture, by its name, with either of Optuna's libraries of them."""
+    goals = [QUANTITIES[name].title for name in proposer.search.file.goals]
+    first: dict[str, Any] = {"target": _value_of(0), "target_name": goals[0]} if len(goals) > 1 else {}
+    study = proposer.study
+    drawn: dict[str, Callable[[], Any]] = {
+        "history": lambda: library.plot_optimization_history(study, **first),
+        "slice": lambda: library.plot_slice(study, **first),
+        "parallel_coordinates": lambda: library.plot_parallel_coordinate(study, **first),
+        "importances": lambda: library.plot_param_importances(study, evaluator=_fanova(), **first),
+    }
+    if 1 < len(goals) < 4:
+        drawn["pareto_front"] = lambda: library.plot_pareto_front(study, target_names=goals)
+    return drawn
+
+
+def _quietly(draw: Callable[[], Any]) -> Any:
+    """Return what is drawn; none while no two finished trials differ yet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return draw()
+        except (ValueError, RuntimeError, ZeroDivisionError):
+            return None
+
+
+def _fanova() -> optuna.importance.FanovaImportanceEvaluator:
+    return optuna.importance.FanovaImportanceEvaluator(seed=0)
+
+
+def _value_of(place: int) -> Callable[[FrozenTrial], float]:
+    return lambda trial: trial.values[place]
+
+
+def _complete(proposer: Proposer) -> list[FrozenTrial]:
+    return proposer.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

@@ -1,0 +1,149 @@
+"""The report of a study: its table in every format, its figure, and a page that says what was found."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from mar.atomic_dir import write_text
+from mar.config.overrides import flatten, placeless
+from mar.errors import UserError
+from mar.safe_text import markdown
+from mar.visualization.charts import draw_confusion
+from orchestration.reporting.csv_text import csv_text
+from orchestration.reporting.figures import draw, draw_figure, figure_info
+from orchestration.reporting.page_footer import experiments_of, footer
+from orchestration.reporting.plotly_figures import PAGE_STYLE, chart, confusion_chart, plotly_script, study_chart
+from orchestration.reporting.rows import AnyRecord, Record, Row, rows
+from orchestration.reporting.significance import Claim, FileOf, claims
+from orchestration.reporting.tables import FORMATS, TableInfo, table_info, to_html
+from orchestration.reporting.training_figures import confusion, curves_info
+from orchestration.studies.loader import Study
+
+
+def write_report(
+    study: Study, records: Sequence[AnyRecord], folder: Path, file_of: FileOf[AnyRecord]
+) -> tuple[str, list[str]]:
+    """Write ``table.*``, ``figure.*``, ``curves.*``, ``confusion.*``, ``report.md`` and ``report.html``.
+
+    Returns the table in Markdown, and what was found, line by line.
+
+    What is not there yet, reconstructions or curves, is left out; whatever else is in the folder stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    table, figure = table_info(study, records, file_of), figure_info(study, records)
+    for ending, render in FORMATS.items():
+        (folder / f"table.{ending}").write_text(render(table), encoding="utf-8")
+    for ending in ("png", "pdf"):
+        with suppress(UserError):  # no reconstruction yet
+            draw_figure(study, records, folder / f"figure.{ending}", file_of)
+    write_text(folder / "figure.csv", csv_text(figure.frame()))
+    curves, mistaken = curves_info(study, records, file_of), confusion(study, records, file_of)
+    for ending in ("png", "pdf"):
+        if curves:
+            draw(curves, folder / f"curves.{ending}")
+            write_text(folder / "curves.csv", csv_text(curves.frame()))
+        if mistaken:
+            draw_confusion(mistaken.counts, list(mistaken.names), folder / f"confusion.{ending}")
+            write_text(folder / "confusion.csv", csv_text(mistaken.frame(), index=True))
+    judged = claim_lines(claims(study, records, file_of))
+    (folder / "report.md").write_text(_markdown(study, table, judged), encoding="utf-8")
+    charts = [study_chart(study, records) or '<img src="figure.png" alt="">']
+    charts += [f"<h2>Learning curves</h2>\n{chart(curves)}"] if curves else []
+    charts += (
+        [f"<h2>{html.escape(mistaken.title)}: what it takes for what</h2>\n{confusion_chart(mistaken)}"]
+        if mistaken
+        else []
+    )
+    end = footer(["mar", "run", study.name], experiments_of(study, records))
+    (folder / "report.html").write_text(_html(study, table, judged, charts, end), encoding="utf-8")
+    return FORMATS["md"](table), [*_findings(study, table.rows), *judged]
+
+
+def claim_lines(judged: Sequence[Claim]) -> list[str]:
+    """Return a line for each of the paper's claims: what our runs say of it, and by how much."""
+    lines: list[str] = []
+    for claim in judged:
+        gaps = [
+            f"{pair}: {gap.difference:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}], p = {gap.p:.2g}, n = {gap.num_seeds}"
+            for pair, gap in claim.pairs.items()
+            if gap is not None
+        ]
+        lines.append(f"{claim.verdict}: {claim.words}" + (f" ({'; '.join(gaps)})" if gaps else ""))
+    return lines
+
+
+def findings(study: Study, records: Sequence[Record]) -> list[str]:
+    """Return what the report says of the best setting: its accuracy, beside guessing and beside shuffled frames."""
+    return _findings(study, rows(study, records))
+
+
+def _findings(study: Study, all_rows: Sequence[Row]) -> list[str]:
+    there = [row for row in all_rows if row.cells["top1"].mean is not None]
+    if not there:
+        return [] if any(row.finished for row in all_rows) else ["No trial is finished yet."]
+    best = max(there, key=lambda row: row.cells["top1"].mean or 0.0)
+    top1, settings = best.cells["top1"].mean or 0.0, study.trials[0].settings
+    chance = 100 / settings.data.num_classes
+    words = [
+        f"Best: {best.label}, {top1:.2f} % top-1 on videos that it has not seen "
+        f"({top1 / chance:.1f} times guessing, {chance:.2f} %)."
+    ]
+    shuffled = best.cells["shuffled_top1"].mean
+    if shuffled is not None:
+        words.append(f"With each clip's frames in random order the same model has {shuffled:.2f} %.")
+    return words
+
+
+def _shared_settings(study: Study) -> list[tuple[str, str]]:
+    trees = [flatten(trial.settings.model_dump(mode="json")) for trial in study.trials]
+    first = trees[0]
+    return [(path, str(value)) for path, value in first.items() if all(tree[path] == value for tree in trees)]
+
+
+def _markdown(study: Study, table: TableInfo, judged: Sequence[str]) -> str:
+    shared = "\n".join(f"| `{path}` | {markdown(value)} |" for path, value in _shared_settings(study))
+    found = "\n".join(markdown(words) for words in _findings(study, table.rows))
+    title = markdown(study.file.title)
+    claimed = "## The paper's claims\n\n" + "".join(f"- {markdown(line)}\n" for line in judged) + "\n" if judged else ""
+    return (
+        f"# {title}\n\n{found}\n\n{FORMATS['md'](table)}\n![{title}](figure.png)\n\n{claimed}"
+        f"## Settings that all trials share\n\n| setting | value |\n|---|---|\n{shared}\n"
+    )
+
+
+def _differing_settings(study: Study) -> str:
+    """Return the settings in which trials differ, a row each, in HTML."""
+    trees = {trial.name: flatten(placeless(trial.settings)) for trial in study.trials}
+    paths = list(dict.fromkeys(path for tree in trees.values() for path in tree))
+    differing = [path for path in paths if len({str(tree.get(path)) for tree in trees.values()}) > 1]
+    if not differing:
+        return ""
+    heads = "".join(f"<th><code>{html.escape(path)}</code></th>" for path in differing)
+    lines = "".join(
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f"<td>{html.escape(str(tree.get(path)))}</td>" for path in differing)
+        + "</tr>\n"
+        for name, tree in trees.items()
+    )
+    return f"<h2>Settings in which trials differ</h2>\n<table><tr><th>trial</th>{heads}</tr>\n{lines}</table>\n"
+
+
+def _html(study: Study, table: TableInfo, judged: Sequence[str], charts: Sequence[str], end: str) -> str:
+    title = html.escape(study.file.title)
+    shared = _shared_settings(study)
+    rows_text = "".join(
+        f"<tr><td><code>{html.escape(path)}</code></td><td>{html.escape(value)}</td></tr>\n" for path, value in shared
+    )
+    lines = "".join(f"<li>{html.escape(line)}</li>\n" for line in judged)
+    claimed = f"<h2>The paper's claims</h2>\n<ul>{lines}</ul>\n" if judged else ""
+    found = "".join(f"<p>{html.escape(words)}</p>\n" for words in _findings(study, table.rows))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>{plotly_script()}\n'
+        f"<style>{PAGE_STYLE}</style></head>\n"
+        f"<body><h1>{title}</h1>\n{found}{to_html(table, has_caption=False)}{''.join(charts)}\n{claimed}"
+        f"{_differing_settings(study)}<details><summary>The {len(shared)} settings that all trials share</summary>\n"
+        f"<table>{rows_text}</table></details>\n{end}</body></html>\n"
+    )

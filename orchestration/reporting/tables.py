@@ -1,0 +1,385 @@
+"""Tables: first the numbers (``TableInfo``), then Markdown, LaTeX, HTML, CSV or JSON."""
+
+from __future__ import annotations
+
+import html
+import json
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pandas as pd
+
+from mar.safe_text import markdown
+from orchestration.reporting.csv_text import csv_text
+from orchestration.reporting.rows import AnyRecord, Cell, Row, axis_parts, rows
+from orchestration.reporting.significance import (
+    ONE_TRAINING,
+    Comparison,
+    FileOf,
+    against_reference,
+    are_apart,
+    tells_apart,
+)
+from orchestration.studies.loader import Study
+from orchestration.studies.metrics import QUANTITIES
+
+Spread = Literal["interval", "std", "range"]
+SPREADS: dict[Spread, str] = {
+    "interval": "± the 95 % interval of the mean (Student's t)",
+    "std": "± the standard deviation over seeds",
+    "range": "[least, greatest] over seeds",
+}
+MISSING = "–"
+_QUOTED = "†"
+_ALIKE = "≈"
+_CAPITALS = ("Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega")
+_WIDE = 8
+"""Columns; a LaTeX table of more is set to the width of the page."""
+
+
+@dataclass(frozen=True)
+class TableInfo:
+    """All that a table shows, and nothing of how."""
+
+    title: str
+    axes: Sequence[str]
+    """Names of the label columns."""
+    columns: Sequence[str]
+    """Quantities, by short name."""
+    rows: Sequence[Row]
+    across: int | None = None
+    """The place, among the axes, of the one whose labels stand side by side."""
+    delta: tuple[int, str] | None = None
+    """An axis' place and the label of it that each row's gain in top-1 is over."""
+    reference: str | None = None
+    """The row that the others are compared with, video by video."""
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict[str, Comparison])
+    """Row -> its top-1 less the reference's."""
+    spread: Spread | None = None
+    """What stands beside a mean over seeds; none: by their number."""
+    own_notes: Sequence[str] = ()
+    """What the study's file says below its table."""
+    told: Mapping[str, bool] = field(default_factory=dict[str, bool])
+    """Quantity -> whether its best row is told apart from the next one: only then it is printed bold."""
+
+    @property
+    def common_seeds(self) -> int | None:
+        """How many trainings each row has; none where they have different numbers."""
+        counts = {row.finished for row in self.rows if not row.is_quoted}
+        return counts.pop() if len(counts) == 1 else None
+
+    def spread_of(self, count: int) -> Spread:
+        """Return what stands beside a mean over so many seeds."""
+        return self.spread or ("interval" if count > 2 else "range")
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know: how many trials are missing, which videos were not counted, what is quoted."""
+        finished, wanted = sum(row.finished for row in self.rows), sum(row.seeds for row in self.rows)
+        missing = (
+            [] if finished == wanted else [f"{finished} of {wanted} trials are finished; {MISSING}: not there yet."]
+        )
+        quoted = (
+            [f"{_QUOTED}: as the paper quotes it; not run here."] if any(row.is_quoted for row in self.rows) else []
+        )
+        told = (
+            [
+                f"To {self.reference}: difference in top-1 over the same videos, 95 % interval; "
+                f"{_ALIKE}: these videos cannot tell the two apart (paired test, Holm's correction for "
+                f"{len(self.comparisons)} rows, 5 %)."
+                + (f" {ONE_TRAINING}" if max(row.seeds for row in self.rows) == 1 else "")
+            ]
+            if self.comparisons
+            else []
+        )
+        return (
+            missing
+            + self._seed_notes
+            + quoted
+            + told
+            + [*self.own_notes, *(note for row in self.rows for note in row.notes)]
+        )
+
+    @property
+    def _seed_notes(self) -> list[str]:
+        """Say how many trainings a number is the mean of, and what stands beside it."""
+        counts = {row.finished for row in self.rows if row.finished > 1}
+        if not counts:
+            return []
+        meanings = {SPREADS[self.spread_of(count)] for count in counts}
+        number = f"n = {self.common_seeds} trainings a row; " if self.common_seeds else ""
+        return [f"{number}beside a mean: {' or '.join(sorted(meanings))}."]
+
+
+def table_info(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord] | None = None) -> TableInfo:
+    """Return the study's table as it stands in MLflow; with ``file_of``, rows are compared with the reference row."""
+    layout, axes = study.file.table, axis_parts(study)
+    across = axes.index(layout.across) if layout.across else None
+    delta = next(((axes.index(axis), label) for axis, label in layout.delta.items()), None)
+    found = rows(study, records)
+    compared = against_reference(study, records, file_of) if file_of and layout.reference else {}
+    told = {name: _is_best_told(study, name, found, records, file_of) for name in layout.columns}
+    return TableInfo(
+        study.file.title,
+        axes,
+        layout.columns,
+        found,
+        across,
+        delta,
+        layout.reference,
+        compared,
+        layout.spread,
+        study.file.notes,
+        told,
+    )
+
+
+def _is_best_told(
+    study: Study, name: str, found: Sequence[Row], records: Sequence[AnyRecord], file_of: FileOf[AnyRecord] | None
+) -> bool:
+    """Whether a quantity's best row is told apart from the next: by the videos for top-1, by the seeds for what is measured.
+
+    What is counted, not measured (operations, parameters), is as it is.
+    """
+    if QUANTITIES[name].source.startswith("cost.") or QUANTITIES[name].source == "views":
+        return True
+    ranked = _ranked(found, name)
+    if len(ranked) < 2:
+        return False
+    if name == "top1" and file_of:
+        return tells_apart(study, ranked[0].label, ranked[1].label, records, file_of)
+    return are_apart(ranked[0].cells[name].values, ranked[1].cells[name].values)
+
+
+def to_markdown(info: TableInfo) -> str:
+    """Return a Markdown table with its title."""
+    text = _frame(info, best="**{}**".format, plain=markdown)
+    lines = [f"**{markdown(info.title)}**", "", text.to_markdown(index=False, disable_numparse=True)]
+    return "\n".join([*lines, *(f"\n{markdown(note)}" for note in info.notes)]) + "\n"
+
+
+def to_latex(info: TableInfo) -> str:
+    r"""Return a LaTeX ``table`` with booktabs rules; needs ``\\usepackage{booktabs,amssymb,graphicx}``."""
+    frame = _frame(info, best="\\textbf{{{}}}".format, plain=latex_escaped)
+    frame.iloc[:, 0] = ["{}" + text if text[:1] in ("[", "*") else text for text in frame.iloc[:, 0]]
+    words = len(info.axes) - (info.across is not None) + len(_words(info))
+    columns = "l" * words + "r" * (frame.shape[1] - words)
+    body: str = frame.to_latex(index=False, escape=False, column_format=columns)
+    if frame.shape[1] > _WIDE:
+        body = f"\\resizebox{{\\linewidth}}{{!}}{{%\n{body}}}\n"
+    caption = latex_escaped(". ".join(words.rstrip(".") for words in [info.title, *info.notes]) + ".")
+    return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\\end{{table}}\n"
+
+
+def to_html(info: TableInfo, has_caption: bool = True) -> str:
+    """Return an HTML table with its title as the caption; a page that has the title leaves it out."""
+    frame = _frame(info, best="<b>{}</b>".format, plain=html.escape)
+    body: str = frame.to_html(index=False, escape=False, border=0)
+    start, rest = body.split("\n", 1)
+    notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in info.notes)
+    caption = f"<caption>{html.escape(info.title)}</caption>\n" if has_caption else ""
+    return f"{start}\n{caption}{rest}\n{notes}"
+
+
+def to_csv(info: TableInfo) -> str:
+    """Return one line for each row and quantity, unrounded."""
+    return csv_text(pd.DataFrame(_plain_rows(info)))
+
+
+def to_json(info: TableInfo) -> str:
+    """Return the same as CSV, as JSON, with the title."""
+    return json.dumps({"title": info.title, "cells": _plain_rows(info)}, indent=1, ensure_ascii=False) + "\n"
+
+
+FORMATS: dict[str, Callable[[TableInfo], str]] = {
+    "md": to_markdown,
+    "tex": to_latex,
+    "html": to_html,
+    "csv": to_csv,
+    "json": to_json,
+}
+
+
+def latex_escaped(text: str) -> str:
+    """Return text that LaTeX prints as it stands."""
+    specials = {symbol: f"\\{symbol}" for symbol in "&%$#_{}"} | {
+        "\\": "\\textbackslash{}",
+        "~": "\\textasciitilde{}",
+        "^": "\\textasciicircum{}",
+        "×": "$\\times$",
+        "±": "$\\pm$",
+        **{letter: f"${name}$" for letter, name in _GREEK.items()},
+        **{"<": "$<$", ">": "$>$", "|": "$|$", "→": "$\\to$", "≥": "$\\geq$", "≤": "$\\leq$", "·": "$\\cdot$"},
+        "–": "--",
+        "−": "$-$",
+        "≈": "$\\approx$",
+        "†": "$\\dagger$",
+        "²": "$^2$",
+        "✓": "\\checkmark{}",
+        "✗": "$\\times$",
+    }
+    return text.translate(str.maketrans(specials))
+
+
+_GREEK = {
+    chr(code): f"\\{unicodedata.name(chr(code)).split()[-1].lower().replace('lamda', 'lambda')}"
+    for code in range(ord("α"), ord("ω") + 1)
+    if chr(code) not in "ςο"
+} | {letter: f"\\{name}" for letter, name in zip("ΓΔΘΛΞΠΣΦΨΩ", _CAPITALS, strict=True)}
+
+
+def cell_text(cell: Cell, digits: int, seeds: int, spread: Spread = "interval", is_number_said: bool = False) -> str:
+    """Return "70.97", "70.97 ± 0.12", "70.97 [70.90, 71.05]" (a range), "70.97 (1 of 3)" or "–".
+
+    How many trainings it is the mean of stands behind it, "(n = 3)", unless that is said for the whole table.
+    """
+    if cell.mean is None:
+        return MISSING
+    text = f"{cell.mean:.{digits}f}"
+    if len(cell.values) > 1:
+        text += _spread_text(cell, digits, spread)
+        if cell.status == "complete" and not is_number_said:
+            text += f" (n = {seeds})"
+    return text if cell.status == "complete" else f"{text} ({len(cell.values)} of {seeds})"
+
+
+def _spread_text(cell: Cell, digits: int, spread: Spread) -> str:
+    if spread == "range":
+        return f" [{min(cell.values):.{digits}f}, {max(cell.values):.{digits}f}]"
+    reach = cell.half_width if spread == "interval" else cell.deviation
+    return f" ± {reach:.{digits}f}"
+
+
+def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], str]) -> pd.DataFrame:
+    """Return the table as text: labels, words, and of each quantity ours, the paper's and the difference."""
+    lines, heads = _lines(info)
+    firsts = [next(row for row in line if row is not None) for line in lines]
+    columns: list[tuple[str, list[str]]] = []
+    for place, axis in enumerate(info.axes):
+        if place != info.across:
+            columns.append(
+                (axis, [row.labels[place] + f" {_QUOTED}" * (row.is_quoted and not place) for row in firsts])
+            )
+    columns += [(name, [row.about.get(name, "") for row in firsts]) for name in _words(info)]
+    columns = [(title, [plain(text) for text in texts]) for title, texts in columns]
+    for name in info.columns:
+        quantity, leader = QUANTITIES[name], _leader(info, name)
+        for place, head in enumerate([""] if _is_same_across(lines, name) else heads):
+            rows_of = [line[place] for line in lines]
+            title = quantity.title if not head else head if len(info.columns) == 1 else f"{quantity.title}, {head}"
+            columns.append((title, [_text(info, row, name, leader, best, plain) for row in rows_of]))
+            columns += [(key, [plain(text) for text in texts]) for key, texts in _beside(rows_of, name)]
+        if name == "top1" and info.comparisons:
+            told = [info.comparisons.get(row.label) for row in firsts]
+            columns.append((f"to {info.reference}", [plain(_gap(each)) if each else "" for each in told]))
+        if name == "top1" and info.delta:
+            columns.append(("Δ", [plain(_gain(info, row, lambda cell: cell.mean)) for row in firsts]))
+            columns.append(("Δ, paper", [plain(_gain(info, row, lambda cell: cell.paper)) for row in firsts]))
+    frame = pd.DataFrame({place: texts for place, (_, texts) in enumerate(columns)})
+    frame.columns = [plain(title) for title, _ in columns]
+    return frame
+
+
+def _is_same_across(lines: Sequence[Sequence[Row | None]], name: str) -> bool:
+    """Whether a quantity is the same in all columns of each printed line, and so is one column."""
+    cells = [[row.cells[name] if row else None for row in line] for line in lines]
+    return len(cells[0]) > 1 and all(cell == line[0] and cell for line in cells for cell in line)
+
+
+def _words(info: TableInfo) -> list[str]:
+    """Return the columns of words about the rows."""
+    return list(dict.fromkeys(name for row in info.rows for name in row.about))
+
+
+def _gap(comparison: Comparison) -> str:
+    alike = "" if comparison.is_told else f" {_ALIKE}"
+    return f"{comparison.difference:+.2f} [{comparison.low:+.2f}, {comparison.high:+.2f}]{alike}"
+
+
+def _lines(info: TableInfo) -> tuple[list[list[Row | None]], list[str]]:
+    """Return the rows of each printed line, and the label above each of its columns (none: one column)."""
+    across = info.across
+    if across is None:
+        return [[row] for row in info.rows], [""]
+    heads = list(dict.fromkeys(row.labels[across] for row in info.rows))
+    lines: dict[tuple[str, ...], list[Row | None]] = {}
+    for row in info.rows:
+        rest = (*row.labels[:across], *row.labels[across + 1 :])
+        lines.setdefault(rest, [None] * len(heads))[heads.index(row.labels[across])] = row
+    return list(lines.values()), heads
+
+
+def _text(
+    info: TableInfo,
+    row: Row | None,
+    name: str,
+    leader: Row | None,
+    best: Callable[[str], str],
+    plain: Callable[[str], str],
+) -> str:
+    if row is None or row.is_quoted:
+        return ""
+    cell = row.cells[name]
+    spread = info.spread_of(len(cell.values))
+    text = plain(cell_text(cell, QUANTITIES[name].digits, row.seeds, spread, info.common_seeds is not None))
+    return best(text) if row is leader else text
+
+
+def _beside(rows_of: Sequence[Row | None], name: str) -> list[tuple[str, list[str]]]:
+    """Return the paper's numbers and, of accuracies, ours less the paper's."""
+    cells = [row.cells[name] if row else None for row in rows_of]
+    if not any(cell and cell.paper is not None for cell in cells):
+        return []
+    papers = [None if cell is None else cell.paper for cell in cells]
+    digits = max(len(f"{value:g}".partition(".")[2]) for value in papers if value is not None)
+    printed = [MISSING if value is None else f"{value:.{digits}f}" for value in papers]
+    there = [(cell.mean, cell.paper) if cell else (None, None) for cell in cells]
+    gaps = [MISSING if ours is None or paper is None else f"{ours - paper:+.2f}" for ours, paper in there]
+    is_accuracy = name in ("top1", "top5") and any(gap != MISSING for gap in gaps)
+    return [("paper", printed), *([("− paper", gaps)] if is_accuracy else [])]
+
+
+def _gain(info: TableInfo, row: Row, value: Callable[[Cell], float | None]) -> str:
+    """Return what a row has in top-1 above the row that differs from it in one label."""
+    assert info.delta
+    place, label = info.delta
+    reference = (*row.labels[:place], label, *row.labels[place + 1 :])
+    base = next((other for other in info.rows if tuple(other.labels) == reference), None)
+    ours, theirs = value(row.cells["top1"]), value(base.cells["top1"]) if base else None
+    return MISSING if base is row or ours is None or theirs is None else f"{ours - theirs:+.2f}"
+
+
+def _leader(info: TableInfo, name: str) -> Row | None:
+    """Return the row with the best value, if all are there, better means something and it is told from the next."""
+    ranked = _ranked(info.rows, name)
+    if len(ranked) < 2 or not info.told.get(name, True):
+        return None
+    is_alone = ranked[0].cells[name].mean != ranked[1].cells[name].mean
+    return ranked[0] if is_alone else None
+
+
+def _ranked(rows: Sequence[Row], name: str) -> list[Row]:
+    """Return our rows, the best first; none where one is not there yet or no value is better than another."""
+    direction = QUANTITIES[name].higher_is_better
+    ours = [row for row in rows if not row.is_quoted]
+    if direction is None or any(row.cells[name].mean is None for row in ours):
+        return []
+    return sorted(ours, key=lambda row: row.cells[name].mean or 0.0, reverse=direction)
+
+
+def _plain_rows(info: TableInfo) -> list[dict[str, Any]]:
+    return [
+        {
+            **dict(zip(info.axes, row.labels, strict=True)),
+            "quantity": name,
+            "status": row.cells[name].status,
+            "mean": row.cells[name].mean,
+            "half_width": row.cells[name].half_width,
+            "values": list(row.cells[name].values),
+            "paper": row.cells[name].paper,
+        }
+        for row in info.rows
+        for name in info.columns
+    ]

@@ -1,0 +1,35 @@
+"""What is known of a search before it runs: its first points, as a study."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from mar.config.overrides import SettingError
+from mar.data.annotations import fingerprint
+from mar.errors import UserError
+from orchestration.search.schema import Search
+from orchestration.studies.loader import ABSENT, Study, Trial
+from orchestration.studies.schema import StudyFile
+
+
+def as_study(search: Search) -> Study:
+    """Return a study of the points with which a search begins; of one that names none, of its recipe as it is.
+
+    Raises:
+        UserError: a point breaks a rule of the settings.
+    """
+    trials: list[Trial] = []
+    for point in search.file.start or ({},):
+        label = ", ".join(f"{path}={value}" for path, value in point.items()) or "the recipe"
+        try:
+            settings = search.settings(point)
+        except SettingError as error:
+            raise UserError(f"start: {label}: {error}") from None
+        content = ABSENT
+        with suppress(UserError):
+            if Path(settings.data.root).is_dir():
+                content = fingerprint(settings.data)
+        trials.append(Trial({"point": label}, settings, content))
+    file = StudyFile(title=search.file.title, recipe=search.file.recipe, axes={"point": {}})
+    return Study(search.name, file, trials)

@@ -1,0 +1,239 @@
+"""What a search file may say: space, goals, constraints, start points, early stopping."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from mar.config.overrides import SETTING_PATHS, SettingError, build, flatten, merge
+from mar.config.schema import ExperimentConfig
+from mar.errors import UserError
+from mar.model.flops import cost
+from orchestration.installation import packaged
+from orchestration.reporting.rows import cost_figure
+from orchestration.studies.loader import in_family, mistake_in, parse_overrides
+from orchestration.studies.metrics import QUANTITIES
+from orchestration.studies.yaml_document import Document, Recipe, find
+
+_ROUNDING = 1e-9
+CONSTRAINT = re.compile(r"(\w+) (<=|>=) (\d+(?:\.\d+)?)")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Dimension(_Part):
+    """One setting that is searched: a range, or choices."""
+
+    low: float | int | None = None
+    high: float | int | None = None
+    step: float | int | None = None
+    log: bool = False
+    """Drawn uniformly in its logarithm."""
+    choices: tuple[Any, ...] | None = None
+    when: dict[str, tuple[Any, ...]] = {}
+    """Setting -> values: it is searched only where that setting has one of these."""
+
+    def distribution(self) -> BaseDistribution:
+        """Return it as Optuna has it; raises ValueError if it is neither a range nor choices."""
+        if self.choices is not None and self.low is None and self.high is None:
+            return CategoricalDistribution([as_text(choice) for choice in self.choices])
+        if self.choices is not None or self.low is None or self.high is None:
+            raise ValueError("expected low and high, or choices")
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return IntDistribution(self.low, self.high, self.log, int(self.step or 1))
+        return FloatDistribution(
+            float(self.low), float(self.high), self.log, None if self.step is None else float(self.step)
+        )
+
+    def suggested(self, asked: optuna.Trial, path: str) -> Any:
+        """Draw a value."""
+        kind = self.distribution()
+        if isinstance(kind, CategoricalDistribution):
+            return asked.suggest_categorical(path, kind.choices)
+        if isinstance(kind, IntDistribution):
+            return asked.suggest_int(path, kind.low, kind.high, step=kind.step, log=kind.log)
+        assert isinstance(kind, FloatDistribution)
+        return asked.suggest_float(path, kind.low, kind.high, step=kind.step, log=kind.log)
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value lies in it."""
+        kind = self.distribution()
+        if isinstance(kind, CategoricalDistribution):
+            return value in kind.choices
+        assert isinstance(kind, IntDistribution | FloatDistribution)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not kind.low <= value <= kind.high:
+            return False
+        return kind.step is None or abs((value - kind.low) / kind.step % 1) < _ROUNDING
+
+
+class SearchFile(_Part):
+    """A search as it is written."""
+
+    title: str
+    recipe: str
+    fixed: dict[str, Any] = {}
+    """Settings that differ from the recipe in all trials."""
+    space: dict[str, Dimension]
+    """Setting -> what it may be; in this order, so that ``when`` looks at what is above."""
+    goals: dict[str, Literal["max", "min"]] = {"top1": "max"}
+    """Quantity -> its better end; several goals make a Pareto front."""
+    constraints: tuple[str, ...] = ()
+    """As ``gflops <= 90``: costs that are known before training; what breaks one is never trained."""
+    trials: PositiveInt = 20
+    """How many this search trains; what it finds trained comes on top."""
+    sampler: Literal["tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "tpe"
+    seed: NonNegativeInt = 0
+    """Of the sampler."""
+    start: tuple[dict[str, Any], ...] = ()
+    """Points to begin with: the paper's setting first."""
+    stopper: Literal["none", "median", "asha"] = "none"
+    """Ends a trial early that is worse than others were at the same epoch; with one goal only."""
+    prior: bool = True
+    """Offer the finished trials of other studies that lie in the space as what is known."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search file, resolved."""
+
+    name: str
+    file: SearchFile
+    tree: Mapping[str, Any]
+    """The settings that all trials share."""
+    whole: Mapping[str, Any]
+    """The same with all defaults, dotted."""
+    path: Path
+    """The search's file."""
+
+    def study_name(self, base: str) -> str:
+        """Return the name of its Optuna study: another for other settings, data, goals or constraints.
+
+        ``base`` is the identity of the settings that all trials share.
+        """
+        told = self.file.model_dump(mode="json", include={"space", "goals", "constraints"})
+        digest = hashlib.sha256(json.dumps([base, told], sort_keys=True).encode()).hexdigest()
+        return f"{self.name}-{digest[:6]}"
+
+    def applies(self, dimension: Dimension, params: Mapping[str, Any]) -> bool:
+        """Whether a setting is searched where others have the values ``params``."""
+        so_far = {**self.whole, **{path: from_text(value) for path, value in params.items()}}
+        return all(so_far.get(other) in values for other, values in dimension.when.items())
+
+    def settings(self, params: Mapping[str, Any]) -> ExperimentConfig:
+        """Return the settings of a point; raises a SettingError if they break a rule."""
+        return build(merge(self.tree, {path: from_text(value) for path, value in params.items()}))
+
+    def excess(self, settings: ExperimentConfig) -> list[float]:
+        """Return by how much each constraint is broken; none is where all are 0 or less."""
+        figures, found = cost(settings), list[float]()
+        for words in self.file.constraints:
+            told = CONSTRAINT.fullmatch(words)
+            assert told
+            value, bound = cost_figure(figures, QUANTITIES[told[1]].source), float(told[3])
+            found.append(value - bound if told[2] == "<=" else bound - value)
+        return found
+
+
+def read_search(name: str, overrides: Sequence[str] = ()) -> Search:
+    """Read a search file.
+
+    Raises:
+        UserError: a bad file, setting, quantity or constraint; the message says where.
+    """
+    document = Document(find(name, "study"))
+    try:
+        file = SearchFile.model_validate(document.content)
+    except ValidationError as error:
+        raise UserError(mistake_in(document, error, SearchFile)) from None
+    changes = parse_overrides(overrides)
+    own = {name: changes.pop(name) for name in ("trials", "sampler") if name in changes}
+    try:
+        file = SearchFile.model_validate({**document.content, **own})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{first['loc'][0]}={own[str(first['loc'][0])]}: {first['msg']}") from None
+    recipe = str(changes.pop("recipe", ""))
+    near = document.path.parent / file.recipe
+    name = str(near) if near.is_file() else file.recipe
+    is_family = bool(recipe) and (packaged("search_spaces") / "recipes" / recipe).is_dir()
+    base = Recipe(find(in_family(name, recipe) if is_family else recipe or name, "recipe"))
+    try:
+        tree = merge(merge(base.content, file.fixed), changes)
+        whole = flatten(build(tree).model_dump(mode="json"))
+    except SettingError as error:
+        place = "" if error.path in changes else f"{document.place('fixed')}: "
+        raise UserError(f"{place}{error}") from None
+    file = file.model_copy(update={"space": _typed(file.space, whole)})
+    _check(file, document)
+    return Search(document.path.stem, file, tree, whole, document.path)
+
+
+def _typed(space: Mapping[str, Dimension], whole: Mapping[str, Any]) -> dict[str, Dimension]:
+    """Return the space with fractions where the setting has them: ``low: 0, high: 1`` of λ is a range, not two points."""
+    typed: dict[str, Dimension] = {}
+    for path, dimension in space.items():
+        ends = {name: float(value) for name in ("low", "high") if (value := getattr(dimension, name)) is not None}
+        typed[path] = dimension.model_copy(update=ends) if isinstance(whole.get(path), float) else dimension
+    return typed
+
+
+def _check(file: SearchFile, document: Document) -> None:
+    if not file.space or not file.goals:
+        raise UserError(f"{document.path}: a search needs a space and goals")
+    above: set[str] = set()
+    for path, dimension in file.space.items():
+        if path not in SETTING_PATHS or path == "seed":
+            raise UserError(f"{document.place('space', path)}: {path}: no such setting to search")
+        try:
+            dimension.distribution()
+        except ValueError as error:
+            raise UserError(f"{document.place('space', path)}: {path}: {error}") from None
+        for other in dimension.when:
+            if other not in SETTING_PATHS or (other in file.space and other not in above):
+                reason = "stands below it" if other in file.space else "no such setting"
+                raise UserError(f"{document.place('space', path, 'when')}: {path}: when: {other}: {reason}")
+        above.add(path)
+    for name in file.goals:
+        if name not in QUANTITIES:
+            raise UserError(f"{document.place('goals')}: no quantity {name!r} (there are: {', '.join(QUANTITIES)})")
+    for words in file.constraints:
+        told = CONSTRAINT.fullmatch(words)
+        if not told or not QUANTITIES.get(told[1], QUANTITIES["top1"]).source.startswith("cost."):
+            known = ", ".join(name for name, each in QUANTITIES.items() if each.source.startswith("cost."))
+            raise UserError(
+                f"{document.place('constraints')}: {words!r}: expected a cost and a bound, as 'gflops <= 90' ({known})"
+            )
+    for number, point in enumerate(file.start):
+        unknown = set(point) - set(file.space)
+        if unknown:
+            raise UserError(
+                f"{document.place('start')}: start {number + 1}: {', '.join(sorted(unknown))} is not in the space"
+            )
+        for path, value in point.items():
+            if not file.space[path].holds(as_text(value)):
+                raise UserError(f"{document.place('start')}: start {number + 1}: {path} cannot be {value!r}")
+    if file.stopper != "none" and len(file.goals) > 1:
+        raise UserError(
+            f"{document.place('stopper')}: stopper: an early end needs one goal, there are {len(file.goals)}"
+        )
+
+
+def as_text(value: Any) -> Any:
+    """Return a choice as Optuna keeps it: a scalar as it is, a list as JSON."""
+    return json.dumps(list(value)) if isinstance(value, (list, tuple)) else value
+
+
+def from_text(value: Any) -> Any:
+    """Return what a choice stands for."""
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value

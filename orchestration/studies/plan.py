@@ -1,0 +1,270 @@
+"""What studies will cost, before they run: which trials are there, which are new, how much each computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import yaml
+
+from mar.data.annotations import read_split
+from mar.errors import UserError
+from mar.model.flops import cost
+from orchestration.installation import packaged
+from orchestration.reporting.rows import AnyRecord, Record, match, match_training
+from orchestration.studies.diff import Neighbours
+from orchestration.studies.loader import ABSENT, Study, Trial
+
+_BYTES_PER_PARAMETER = 4
+"""The result's model, float32; its checkpoints go when it is finished."""
+_CHECKPOINTS = 2 * 3
+"""While it is trained: two of weights and AdamW's two moments, in models."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """How fast a device trains, and what it costs."""
+
+    name: str
+    train_gflops_per_s: float
+    source: str
+    """Where the figure is from."""
+    price_per_h: float | None = None
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """One line of a plan."""
+
+    study: str
+    trial: Trial
+    state: Literal["have", "new", "test", "same"]
+    """``test``: its training is there, or an earlier line's; ``same``: an earlier line is this very trial."""
+    of: str
+    """The earlier line, or the run, that it is the same as or tested from."""
+    gflops: float
+    params_m: float
+    train_tflops_per_clip: float
+    num_clips: int | None
+    """Clips seen in training; none where nothing tells the size of the split."""
+    device_hours: float | None
+    """At the throughput of the newest finished trial that ran equal models, or at a device's; none: neither is known."""
+    storage_gib: float
+    run_id: str | None
+
+
+@dataclass
+class Planned:
+    """What earlier lines of a plan train and test."""
+
+    trials: dict[str, str] = field(default_factory=dict[str, str])
+    """Key -> name."""
+    trainings: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def check_data(trials: Sequence[Trial], only_present: bool = False) -> None:
+    """Read the annotations of the trials' data, each set once; ``only_present`` passes over sets that are not there.
+
+    Raises:
+        UserError: a set is not there, a line of it is wrong, or it is smaller than a batch.
+    """
+    sizes: dict[str, int] = {}
+    for trial in trials:
+        data, batch_size = trial.settings.data, trial.settings.videos_per_batch
+        if only_present and trial.fingerprint == ABSENT:
+            continue
+        name = data.model_dump_json()
+        if name not in sizes:
+            read_split(data, "val")
+            sizes[name] = len(read_split(data, "train"))
+        if batch_size > sizes[name]:
+            raise UserError(
+                f"recipe.batch_size: {batch_size} is more than the {sizes[name]} training videos ({trial.name})"
+            )
+
+
+def plan_trials(
+    study: Study, records: Sequence[AnyRecord], device: Device | None = None, earlier: Planned | None = None
+) -> list[PlannedTrial]:
+    """Return a line for each trial in the study's order; ``earlier`` studies train what they train."""
+    earlier = earlier if earlier is not None else Planned()
+    trials = study.trials if study.trains else []
+    found, trained = match(trials, records), match_training(trials, records)
+    rate = device.train_gflops_per_s if device else _measured_rate(study, found)
+    sizes: dict[str, int | None] = {}
+    lines: list[PlannedTrial] = []
+    for trial in trials:
+        figures, recipe, name = cost(trial.settings), trial.settings.recipe, f"{study.name}: {trial.name}"
+        size = _num_training_videos(trial, sizes)
+        steps = size // trial.settings.videos_per_batch if size is not None else 0
+        clips = None if size is None else steps * recipe.batch_size * recipe.epochs
+        hours = clips * figures.train_gflops / rate / 3600 if clips is not None and rate else None
+        state, of = _state(trial, found, trained, earlier)
+        earlier.trials.setdefault(trial.key, name)
+        earlier.trainings.setdefault(trial.training, name)
+        storage_gib = figures.train_params_m * 1e6 * _BYTES_PER_PARAMETER / 2**30
+        run_id = found[trial.key].run_id if trial.key in found else None
+        costs = (figures.gflops, figures.params_m, figures.train_gflops / 1e3)
+        lines.append(PlannedTrial(study.name, trial, state, of, *costs, clips, hours, storage_gib, run_id))
+    return lines
+
+
+def _state(
+    trial: Trial, found: dict[str, AnyRecord], trained: dict[str, AnyRecord], earlier: Planned
+) -> tuple[Literal["have", "new", "test", "same"], str]:
+    if trial.key in found:
+        return "have", found[trial.key].run_id
+    if trial.key in earlier.trials:
+        return "same", earlier.trials[trial.key]
+    if trial.key in trained:
+        return "test", trained[trial.key].run_id
+    if trial.training in earlier.trainings:
+        return "test", earlier.trainings[trial.training]
+    return "new", ""
+
+
+def device(name: str) -> Device:
+    """Return a device's profile: one that ships with mar, or NAME=GFLOPS_PER_S of your own.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    given, _, speed = name.partition("=")
+    if speed:
+        try:
+            gflops_per_s = float(speed)
+            if not 0 < gflops_per_s < float("inf"):
+                raise ValueError
+            return Device(given, gflops_per_s, "given on the command line")
+        except ValueError:
+            raise UserError(f"--device {name}: expected NAME=GFLOPS_PER_S, as mine=50000") from None
+    profiles = _known()["devices"]
+    if name not in profiles:
+        raise UserError(f"--device {name}: no such profile ({', '.join(profiles)}); or NAME=GFLOPS_PER_S")
+    return Device(name, **profiles[name])
+
+
+@lru_cache
+def _known() -> dict[str, Any]:
+    return yaml.safe_load((packaged("search_spaces") / "paper" / "planning.yaml").read_text(encoding="utf-8"))
+
+
+def plan_text(lines: Sequence[PlannedTrial], device: Device | None = None, neighbours: Neighbours | None = None) -> str:
+    """Return the plan as a table, by study, with a line of totals; with ``neighbours``, why what is new is new."""
+    width = max([len(line.trial.name) for line in lines], default=0) + 2
+    header = f"{'':<5}{'trial':<{width}}{'GFLOPs':>9}{'Param (M)':>11}{'clips':>12}{'device-hours':>14}"
+    text = [header]
+    studies = list(dict.fromkeys(line.study for line in lines))
+    for study in studies:
+        text += [study] if len(studies) > 1 else []
+        for line in (line for line in lines if line.study == study):
+            runs = line.state == "new"
+            of = f"  = {line.of}" if line.state == "same" else f"  model of {line.of}" if line.state == "test" else ""
+            text.append(
+                f"{line.state:<5}{line.trial.name:<{width}}{line.gflops:>9.4g}{line.params_m:>11.2f}"
+                f"{_or_dash(line.num_clips if runs else None, ','):>12}"
+                f"{_or_dash(line.device_hours if runs else None, '.2f'):>14}{of}"
+            )
+            text += _explained(line, neighbours) if neighbours and runs else []
+    return "\n".join([*text, *_totals(lines, device)])
+
+
+def _explained(line: PlannedTrial, neighbours: Neighbours) -> list[str]:
+    near = neighbours.nearest(line.trial)
+    if near is None:
+        return ["       nothing is trained yet"]
+    run_id, found = near
+    return [
+        f"       unlike run {run_id}:",
+        *(f"         {each.setting}: {each.first} → {each.second}" for each in found),
+    ]
+
+
+def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
+    counts = {state: sum(line.state == state for line in lines) for state in ("have", "new", "test", "same")}
+    new = [line for line in lines if line.state == "new"]
+    words = f"{len(lines)} trials: {counts['have']} finished, {counts['new']} to train"
+    words += f", {counts['test']} to test only" if counts["test"] else ""
+    words += f", {counts['same']} the same as another" if counts["same"] else ""
+    hours = [line.device_hours for line in new if line.device_hours is not None]
+    if new and len(hours) == len(new):
+        where = f"on {device.name} ({device.source})" if device else "at the throughput of this study's finished trials"
+        words += f", about {sum(hours):.2f} device-hours {where}"
+        if device and device.price_per_h:
+            words += f", {sum(hours) * device.price_per_h:,.0f} in money"
+    elif new:
+        words += "; device-hours are known once a trial of this study is finished here, or with --device"
+    notes = [words]
+    if new:
+        notes.append(
+            f"storage about {sum(line.storage_gib for line in new):.1f} GiB for their models, and for each that "
+            f"runs {_CHECKPOINTS * max(line.storage_gib for line in new):.1f} GiB at most for its checkpoints"
+        )
+    absent = {line.trial.settings.data.root: None for line in lines if line.trial.fingerprint == ABSENT}
+    notes += [f"the data is not there yet: {root}" for root in absent]
+    weights = {line.trial.settings.encoder.weights for line in lines if line.trial.lacks_weights} - {None}
+    return notes + [f"the weights are not here yet: {name}" for name in sorted(map(str, weights))]
+
+
+def plan_json(lines: Sequence[PlannedTrial], neighbours: Neighbours | None = None) -> str:
+    """Return the plan for a program."""
+
+    def unlike(line: PlannedTrial) -> dict[str, object]:
+        near = neighbours.nearest(line.trial) if neighbours and line.state == "new" else None
+        if near is None:
+            return {}
+        return {
+            "unlike": {"run_id": near[0], "settings": {each.setting: [each.first, each.second] for each in near[1]}}
+        }
+
+    return json.dumps(
+        [
+            {
+                "study": line.study,
+                "trial": line.trial.name,
+                "labels": dict(line.trial.labels),
+                "seed": line.trial.settings.seed,
+                "key": line.trial.key,
+                "state": line.state,
+                "of": line.of,
+                "gflops": line.gflops,
+                "params_m": line.params_m,
+                "num_clips": line.num_clips,
+                "device_hours": line.device_hours,
+                "storage_gib": line.storage_gib,
+                "run_id": line.run_id,
+                **unlike(line),
+            }
+            for line in lines
+        ],
+        indent=1,
+        ensure_ascii=False,
+    )
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | None:
+    """Return the size of the training split: as it is here, or the official one while it is not."""
+    data = trial.settings.data
+    place = data.model_dump_json()
+    if place not in known:
+        official = _known()["train_videos"].get(data.format)
+        known[place] = official if trial.fingerprint == ABSENT else len(read_split(data, "train"))
+    return known[place]
+
+
+def _measured_rate(study: Study, found: dict[str, AnyRecord]) -> float | None:
+    """Return the training GFLOPs a second that finished trials of this study reached, their mean; none without one."""
+    runs: list[tuple[Trial, Record]] = [(trial, found[trial.key]) for trial in study.trials if trial.key in found]
+    rates = [
+        run.metrics["throughput/clips_per_s"] * cost(trial.settings).train_gflops
+        for trial, run in runs
+        if "throughput/clips_per_s" in run.metrics
+    ]
+    return sum(rates) / len(rates) if rates else None

@@ -1,0 +1,153 @@
+"""YAML files: where they are, what is on which line."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mar.config.overrides import SettingError, merge
+from mar.errors import UserError
+from mar.safe_input import MOST_YAML_BYTES, PlainLoader, parse_yaml
+from orchestration.installation import packaged
+
+
+def find(name: str, kind: str) -> Path:
+    """Return the file that ``name`` means: a path, or the name of a packaged study or recipe.
+
+    Raises:
+        UserError: there is none; the nearest packaged names are given.
+    """
+    given = Path(name)
+    spaces = packaged("search_spaces")
+    folder = spaces / "recipes" if kind == "recipe" else spaces
+    bases = (Path(), folder, spaces, spaces.parent)  # the working folder first
+    candidates = [base / each for base in bases for each in (name, f"{name}.yaml")]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found:
+        return found.resolve()
+    if given.is_dir():
+        inside = ", ".join(sorted(path.name for path in given.glob("*.yaml"))[:5]) or "no .yaml file"
+        raise UserError(f"{name} is a folder ({inside}); name a file")
+    pattern = "**/*.yaml" if kind == "recipe" else "*.yaml"
+    known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob(pattern))
+    near = difflib.get_close_matches(given.stem, known, n=3, cutoff=0.3) or known
+    raise UserError(f"no {kind} {name!r}: neither a file nor one that ships with mar ({', '.join(near)})")
+
+
+class _KeysAsWritten(PlainLoader):
+    """YAML takes a label like ``on`` or ``0.10`` for a boolean or a number; a name is what is written."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
+
+
+class Document:
+    """A YAML mapping that remembers the line of every entry."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: dict[tuple[str, ...], int] = {}
+        try:
+            if path.stat().st_size > MOST_YAML_BYTES:
+                raise UserError(f"{path}: larger than {MOST_YAML_BYTES // 2**20} MiB: not a study or a recipe")
+            text = path.read_text(encoding="utf-8")
+            content, node = parse_yaml(text, _KeysAsWritten)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}: expected settings, 'name: value' line by line")
+        self.content: dict[str, Any] = content
+        self.comments = _comments(text)
+        self._read_lines(node, ())
+
+    def place(self, *names: str) -> str:
+        """Return ``file:line`` of the entry, or of its nearest ancestor that the file has."""
+        for length in range(len(names), 0, -1):
+            if names[:length] in self.lines:
+                return f"{self.path}:{self.lines[names[:length]]}"
+        return str(self.path)
+
+    def place_of_setting(self, path: str) -> str:
+        """Return ``file:line`` of a dotted setting, written nested or dotted."""
+        return self.place(*(self._key(path) or path.split(".")))
+
+    def has(self, path: str) -> bool:
+        """Whether the file has that dotted setting."""
+        return self._key(path) is not None
+
+    def comment(self, path: str) -> str | None:
+        """Return the comment behind a dotted setting, on its line."""
+        key = self._key(path)
+        return self.comments.get(self.lines[key]) if key else None
+
+    def _key(self, path: str) -> tuple[str, ...] | None:
+        return next((key for key in self.lines if ".".join(key) == path), None)
+
+    def _read_lines(self, node: yaml.MappingNode, above: tuple[str, ...]) -> None:
+        for key, value in node.value:
+            name = (*above, str(key.value))
+            if name in self.lines:
+                raise UserError(f"{self.path}:{key.start_mark.line + 1}: {'.'.join(name)} stands here a second time")
+            self.lines[name] = key.start_mark.line + 1
+            if isinstance(value, yaml.MappingNode):
+                self._read_lines(value, name)
+
+
+def _comments(text: str) -> dict[int, str]:
+    """Return, by line, the comments that stand behind something."""
+    ends: dict[int, int] = {}
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        end = token.end_mark
+        if token.start_mark.index < end.index:
+            ends[end.line] = max(ends.get(end.line, 0), end.column)
+    lines = text.splitlines()
+    behind = {line + 1: lines[line][column:].strip() for line, column in ends.items() if line < len(lines)}
+    return {line: words.lstrip("# ") for line, words in behind.items() if words.startswith("#")}
+
+
+class Recipe:
+    """A recipe's settings: those of the recipe it extends, then its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.documents: list[Document] = []
+        """The one that extends no other first."""
+        document = Document(path)
+        while True:
+            self.documents.insert(0, document)
+            base = document.content.pop("extends", None)
+            if base is None:
+                break
+            above = (document.path.parent / str(base)).resolve()
+            if not above.is_file():
+                try:
+                    above = find(str(base), "recipe")
+                except UserError as error:
+                    raise UserError(f"{document.place('extends')}: extends: {error}") from None
+            if above in [each.path.resolve() for each in self.documents]:
+                raise UserError(f"{document.place('extends')}: extends: {base} extends itself")
+            document = Document(above)
+        self.content: dict[str, Any] = {}
+        for each in self.documents:
+            try:
+                self.content = merge(self.content, each.content)
+            except SettingError as error:
+                raise UserError(f"{each.place_of_setting(error.path)}: {error}") from None
+
+    def place_of_setting(self, path: str) -> str:
+        """Return ``file:line`` of a dotted setting, in the file that has the last word on it."""
+        return self._owner(path).place_of_setting(path)
+
+    def comment(self, path: str) -> str | None:
+        """Return the comment behind a dotted setting, where it was set last."""
+        return self._owner(path).comment(path)
+
+    def _owner(self, path: str) -> Document:
+        return next((each for each in reversed(self.documents) if each.has(path)), self.documents[-1])

@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
-from mar.augmentation.augment import to_pixels
 from mar.augmentation.randaugment import draw_operations, rand_augment
 from mar.config.randaugment_policy import RandAugmentPolicy
 from mar.config.schema import DataConfig
@@ -34,6 +33,7 @@ from mar.data.dataset import crop_and_resize
 from mar.data.decoders import TorchCodec, decode_with, fault_of
 from mar.data.frame_cache import open_video, pack
 from mar.data.sampling import Reader
+from mar.model.pixels import to_pixels
 
 FRAMES, STRIDE, SIZE, ROUNDS = 16, 4, 224, 9
 POLICY = "rand-m8-mstd0.5-inc1"  # at 9, timm now and then asks Pillow to keep no bit, which is an error

@@ -32,7 +32,7 @@ from ray.tune.execution import tune_controller
 from mar import RESULT
 from mar.atomic_dir import write_sealed, write_text
 from mar.data.motion_verbs import MotionVerbs, make
-from orchestration.backends.base import quiet_environment
+from orchestration.backends.ray_env import quiet_environment
 from orchestration.config import LaunchConfig
 from orchestration.execution import recorder as launching
 from orchestration.execution.study_runner import run_study

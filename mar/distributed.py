@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from mar.data.dataset import Share
 
 T = TypeVar("T")
 
@@ -56,3 +55,16 @@ def of_first(find: Callable[[], T]) -> T:
 def default_device() -> torch.device:
     """Return this process's accelerator, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of a batch or split is this worker's: the ``rank``-th of ``world`` contiguous parts."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, count: int) -> range:
+        """Return this worker's places among ``count``; parts start at even places, so that pairs stay together."""
+        edge = [2 * (part * count // (2 * self.world)) for part in range(self.world)] + [count]
+        return range(edge[self.rank], edge[self.rank + 1])

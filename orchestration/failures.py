@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from mar.errors import Failure, FailureKind, UserError
-from mar.safe_input import read_json
 
-FILE = "failure.json"
-"""In a trial's folder: why it was given up, from the process that knows."""
 RETRIED: frozenset[FailureKind] = frozenset({"memory", "node", "hang"})
 """Another try may end otherwise; the others would come again."""
 REMEDIES: dict[FailureKind, str] = {
@@ -96,23 +91,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     )
     return bool(names & {"OutOfMemoryError", "MemoryError"}) or any(sign in str(error) for sign in signs)
-
-
-def write_reason(folder: Path, reason: Reason) -> None:
-    """Leave a reason in the trial's folder."""
-    (folder / FILE).write_text(json.dumps(asdict(reason), ensure_ascii=False), encoding="utf-8")
-
-
-def read_reason(folder: Path, error: object = None) -> Reason | None:
-    """Return the reason that the trial's process left; else what Ray says, which then lost that process; else none."""
-    try:
-        return Reason(**read_json(folder / FILE))
-    except (OSError, ValueError, TypeError):
-        pass
-    if error is None:
-        return None
-    lines = str(error).strip().splitlines()
-    return Reason(lines[-1] if lines else "Ray lost the trial", "node")
 
 
 def first_line(error: object) -> str:

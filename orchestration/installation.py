@@ -26,3 +26,7 @@ def checkout() -> Path | None:
     if (root / ".git").exists():
         return root
     return None
+
+
+CODE = "MAR_CODE"
+"""Environment variable of a submitted job: the commit of the code that was packed, as these tags, in JSON."""

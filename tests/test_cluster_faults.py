@@ -20,7 +20,8 @@ from conftest import tiny_tree
 from moto.server import ThreadedMotoServer
 
 from orchestration.config import LaunchConfig
-from orchestration.tracking.store import RunRecord, Store
+from orchestration.tracking.run_record import RunRecord
+from orchestration.tracking.store import Store
 
 BIN = Path(sys.executable).parent
 DASHBOARD = 28265

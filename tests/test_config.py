@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mar.config.overrides import SETTING_PATHS, SettingError, build, flatten, merge
 from mar.config.schema import ExperimentConfig
-from orchestration.studies.loader import completed, identity
+from orchestration.studies.identity import completed, identity
 
 
 def test_an_unknown_setting_names_its_nearest_neighbour() -> None:

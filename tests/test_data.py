@@ -23,7 +23,6 @@ from mar.data.annotations import class_names, fingerprint, read_split
 from mar.data.dataset import (
     EvaluationClips,
     Sample,
-    Share,
     TrainingClips,
     TrainingOrder,
     collate,
@@ -35,8 +34,9 @@ from mar.data.dataset import (
 from mar.data.decoders import BrokenVideo, decode_with, write_video
 from mar.data.motion_verbs import FRAMES_PER_S, PHOTOS, VERBS, MotionVerbs, make
 from mar.data.sampling import Reader, evaluation_frames, training_frames
+from mar.distributed import Share
 from mar.errors import Failure, UserError
-from mar.model.mar import IMAGENET_MEAN, IMAGENET_STD
+from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 Settings = Callable[..., ExperimentConfig]
 

@@ -10,7 +10,7 @@ from orchestration.cli.app import main
 from orchestration.installation import packaged
 from orchestration.reporting.paper_costs import cost_frame, write_page
 from orchestration.studies.diff import differences
-from orchestration.studies.loader import read_recipe
+from orchestration.studies.recipe import read_recipe
 
 NAMES = ["ssv2_vit_b", "ssv2_vit_l", "k400_vit_b", "k400_vit_l"]
 

@@ -14,8 +14,9 @@ from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 from mar.config.overrides import build, merge, placeless
 from mar.config.schema import ExperimentConfig
 from mar.errors import Failure, UserError
-from mar.model.mar import IMAGENET_MEAN, MAR
+from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask
+from mar.model.pixels import IMAGENET_MEAN
 from mar.weights.export import write_hugging_face, write_model, write_onnx
 from mar.weights.pretrained import EVERYTHING, Weights, load, model_settings, read_weights
 from orchestration.cli.app import main

@@ -29,13 +29,14 @@ from mar.errors import Failure, UserError
 from mar.training import checkpoint
 from mar.training.loop import fit
 from mar.training.step import Execution
-from orchestration.backends.base import assign
 from orchestration.config import LaunchConfig
 from orchestration.execution.lock import only_one
 from orchestration.execution.status import stop
 from orchestration.studies.loader import read_study
-from orchestration.tracking.store import RunRecord, Store
+from orchestration.tracking.run_record import RunRecord
+from orchestration.tracking.store import Store
 from orchestration.worker import trial_runner
+from orchestration.worker.spec import assign
 
 BIN = Path(sys.executable).parent
 _ROOM_MIB = 13 * 1024

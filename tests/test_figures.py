@@ -17,7 +17,8 @@ from orchestration.reporting.plotly_figures import write_figure
 from orchestration.reporting.study_report import write_report
 from orchestration.reporting.training_figures import confusion, curves_info
 from orchestration.studies.diff import Neighbours
-from orchestration.studies.loader import Study, read_study
+from orchestration.studies.loader import read_study
+from orchestration.studies.trial import Study
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from mar.config.overrides import build, merge
 from mar.config.schema import ExperimentConfig
 from mar.model.decoder import reconstruction_target
 from mar.model.encoder import flat_conv_weight, patchify
-from mar.model.mar import IMAGENET_MEAN, MAR, split_places
+from mar.model.mar import MAR, split_places
 from mar.model.masking import training_mask
+from mar.model.pixels import IMAGENET_MEAN
 
 Settings = Callable[..., ExperimentConfig]
 QUIET = {"encoder.drop_path": 0.0, "classifier.dropout": 0.0}

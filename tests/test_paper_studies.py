@@ -9,20 +9,22 @@ import torch
 import yaml
 from conftest import tiny_tree
 
-from mar.augmentation.augment import to_pixels
 from mar.config.schema import ExperimentConfig
 from mar.errors import UserError
 from mar.model.encoder import patchify, unpatchify
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask
+from mar.model.pixels import to_pixels
 from mar.visualization.reconstructions import rebuilt
 from orchestration.config import LaunchConfig
-from orchestration.execution.study_runner import Budget, run_studies
+from orchestration.execution.study_runner import run_studies
 from orchestration.reporting.site import write_site
 from orchestration.reporting.tables import table_info, to_latex, to_markdown
+from orchestration.studies.budget import Budget
 from orchestration.studies.loader import paper_studies, read_study
 from orchestration.studies.plan import Planned, device, plan_text, plan_trials
-from orchestration.tracking.store import TRAINED_BY, Store
+from orchestration.tracking.store import Store
+from orchestration.tracking.tags import TRAINED_BY
 
 Settings = Callable[..., ExperimentConfig]
 ALL = [Path(file).stem for file in paper_studies()]

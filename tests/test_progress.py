@@ -6,7 +6,8 @@ from conftest import tiny_tree
 from rich.console import Console
 
 from orchestration.execution.progress import Board
-from orchestration.studies.loader import Trial, read_study
+from orchestration.studies.loader import read_study
+from orchestration.studies.trial import Trial
 
 STUDY = """\
 title: "A study"

@@ -21,7 +21,8 @@ from test_remote import Server
 
 from orchestration.cli.app import main
 from orchestration.config import LaunchConfig
-from orchestration.tracking.store import RunRecord, Store
+from orchestration.tracking.run_record import RunRecord
+from orchestration.tracking.store import Store
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parent.parent

@@ -18,12 +18,13 @@ from mar.augmentation.augment import augmented, draw_step
 from mar.config.overrides import build, merge
 from mar.config.schema import ClipConfig, ExperimentConfig
 from mar.data.annotations import read_split
-from mar.data.dataset import EvaluationClips, TrainingClips, draw, random_box
+from mar.data.dataset import EvaluationClips, TrainingClips, random_box
 from mar.data.decoders import decode_with, write_video
 from mar.data.sampling import evaluation_frames, training_frames
 from mar.model.mar import MAR
+from mar.rng import draw
 from orchestration.studies.diff import differences
-from orchestration.studies.loader import read_recipe
+from orchestration.studies.recipe import read_recipe
 
 Settings = Callable[..., ExperimentConfig]
 RELEASED = {

@@ -16,12 +16,14 @@ from scipy import stats
 from mar.errors import Failure
 from mar.evaluation.correctness import ANSWERS, write_answers
 from orchestration.reporting.figures import draw, figure_info
-from orchestration.reporting.rows import Cell, match, rows
+from orchestration.reporting.rows import Cell, rows
 from orchestration.reporting.significance import Answers, Comparison, claims, compare, corrected, mcnemar, read_answers
 from orchestration.reporting.study_report import findings, write_report
 from orchestration.reporting.tables import FORMATS, cell_text, latex_escaped, table_info, to_latex, to_markdown
-from orchestration.studies.loader import Study, read_study
+from orchestration.studies.loader import read_study
+from orchestration.studies.matching import match
 from orchestration.studies.plan import plan_json, plan_text, plan_trials
+from orchestration.studies.trial import Study
 
 STUDY = """\
 title: "Mask ratio & 100 %"

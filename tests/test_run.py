@@ -22,11 +22,12 @@ from conftest import tiny_tree
 
 from mar.config.schema import ExperimentConfig
 from orchestration.backends import ray_tune
-from orchestration.backends.base import quiet_environment
+from orchestration.backends.ray_env import quiet_environment
 from orchestration.config import LaunchConfig
 from orchestration.failures import Reason
-from orchestration.studies.loader import Trial
-from orchestration.tracking.store import RunRecord, Store
+from orchestration.studies.trial import Trial
+from orchestration.tracking.run_record import RunRecord
+from orchestration.tracking.store import Store
 from orchestration.worker import trial_runner
 
 STUDY = """\

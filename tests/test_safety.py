@@ -394,7 +394,7 @@ def test_the_stores_pages_answer_to_this_machines_names_alone(tmp_path: Path) ->
     from test_faults import wait_for
     from test_remote import free_port
 
-    from orchestration.tracking.store import serve
+    from orchestration.tracking.embedded import serve
 
     port = free_port()
     command, environment = serve(LaunchConfig(store=tmp_path / "mar_store"), port)

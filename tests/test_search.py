@@ -16,7 +16,8 @@ from mar.errors import Failure, UserError
 from orchestration.reporting.search_report import best_trials, found_text, write_search_report
 from orchestration.search.optuna_search import Proposer, open_search
 from orchestration.search.schema import read_search
-from orchestration.studies.loader import Trial, read_recipe
+from orchestration.studies.recipe import read_recipe
+from orchestration.studies.trial import Trial
 
 SEARCH: dict[str, Any] = {
     "title": "Tiny search",

@@ -12,8 +12,10 @@ from mar.config.overrides import flatten
 from mar.config.schema import ExperimentConfig
 from mar.errors import UserError
 from orchestration.installation import packaged
-from orchestration.studies.loader import absolute_paths, fetch_weights, identity, read_recipe, read_study, training_of
+from orchestration.studies.identity import identity, training_of
+from orchestration.studies.loader import fetch_weights, read_study
 from orchestration.studies.plan import plan_text, plan_trials
+from orchestration.studies.recipe import absolute_paths, read_recipe
 from orchestration.studies.yaml_document import find
 
 STUDY = """\

@@ -10,7 +10,8 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from mar.errors import Failure
 from orchestration.config import LaunchConfig
-from orchestration.tracking.store import Store, Writer
+from orchestration.tracking.store import Store
+from orchestration.tracking.writer import Writer
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from torch import Tensor
 from mar.augmentation.randaugment import Operations, draw_operations, rand_augment
 from mar.config.randaugment_policy import RandAugmentPolicy
 from mar.config.schema import AugmentConfig, ExperimentConfig
-from mar.data.dataset import draw
-from mar.model.mar import IMAGENET_MEAN, IMAGENET_STD
 from mar.model.masking import training_mask
+from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD, to_pixels
+from mar.rng import draw
 
 _ERASED_AREA, _ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 """timm's: of the picture's area, and height to width."""
@@ -84,11 +84,6 @@ def augmented(
         mirrored = drawn.mirrored.to(pixels.device, non_blocking=True)
         pixels, labels = flip(pixels, mirrored), swapped(labels, mirrored, config.flip_swaps)
     return pixels, soft_labels(labels, settings.data.num_classes, config.smoothing)
-
-
-def to_pixels(clips: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B C T H W"]:
-    """Return pixel values from 0 to 1."""
-    return clips.permute(0, 4, 1, 2, 3).float() / 255
 
 
 def soft_labels(labels: Int[Tensor, " B"], num_classes: int, smoothing: float) -> Float[Tensor, "B classes"]:

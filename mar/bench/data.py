@@ -21,11 +21,12 @@ from mar.config.overrides import build, merge
 from mar.config.schema import DataConfig, ExperimentConfig
 from mar.data.annotations import Video
 from mar.data.cache_index import Packing
-from mar.data.dataset import Batch, TrainingClips, TrainingOrder, draw, training_batches
+from mar.data.dataset import Batch, TrainingClips, TrainingOrder, training_batches
 from mar.distributed import share
 from mar.errors import UserError
+from mar.rng import draw
+from mar.training.allocator import keep_freed_memory
 from mar.training.checkpoint import Progress, Saver, State, save
-from mar.training.memory import keep_freed_memory
 from mar.training.retention import Keep
 from mar.training.step import train_step
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mar.augmentation.augment import soft_labels, to_pixels
+from mar.augmentation.augment import soft_labels
 from mar.bench.machine import Machine, synchronise
 from mar.bench.peers import Released, videomae
 from mar.bench.roofline import Recorder, floor
@@ -27,8 +27,9 @@ from mar.model.flops import cost
 from mar.model.layers import execute
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask, training_mask
+from mar.model.pixels import to_pixels
+from mar.training.allocator import keep_freed_memory
 from mar.training.checkpoint import Progress
-from mar.training.memory import keep_freed_memory
 from mar.training.optim import build_optimizer
 from mar.training.step import Execution, Learner, train_step
 
@@ -59,7 +60,7 @@ class Case:
     steps: int = 3
     warm_up: int = 1
     keeps_memory: bool = False
-    """CPU: keep freed memory, as our trials do (:func:`mar.memory.keep_freed_memory`)."""
+    """CPU: keep freed memory, as our trials do (:func:`mar.training.allocator.keep_freed_memory`)."""
     compiles: Literal["", "default", "reduce-overhead"] = ""
     recomputes: bool = False
 

@@ -33,7 +33,9 @@ from mar.data.decoders import BrokenVideo, Frames
 from mar.data.frame_cache import open_video
 from mar.data.process_pool import end_with_parent, forkserver
 from mar.data.sampling import evaluation_frames, training_frames
+from mar.distributed import Share
 from mar.errors import Failure, UserError
+from mar.rng import draw
 
 _BATCHES_AHEAD = 2
 """Of each loader process, on their way or waiting."""
@@ -42,11 +44,6 @@ VIDEOS_PER_PIECE = 8
 """Of a batch: what a loader process decodes at a time."""
 Box = tuple[int, int, int, int]
 """Top, left, height and width, pixels."""
-
-
-def draw(seed: int, *stream: int) -> np.random.Generator:
-    """Return the random numbers of one purpose: ``stream`` says which (epoch, video, …)."""
-    return np.random.default_rng([seed, *stream])
 
 
 @dataclass(frozen=True)
@@ -214,19 +211,6 @@ def one_after_another(batch: Batch) -> Batch:
     clips = batch.clips.transpose(0, 1).flatten(0, 1)
     columns = (batch.labels.repeat(repeats), batch.videos.repeat(repeats), batch.good.repeat(repeats))
     return Batch(clips, *columns, batch.broken)
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of a batch or split is this worker's: the ``rank``-th of ``world`` contiguous parts."""
-
-    rank: int = 0
-    world: int = 1
-
-    def of(self, count: int) -> range:
-        """Return this worker's places among ``count``; parts start at even places, so that pairs stay together."""
-        edge = [2 * (part * count // (2 * self.world)) for part in range(self.world)] + [count]
-        return range(edge[self.rank], edge[self.rank + 1])
 
 
 def places(settings: ExperimentConfig, share: Share) -> list[int]:

@@ -20,11 +20,11 @@ from mar.data import process_pool as others
 from mar.data.annotation_formats import Row, Split
 from mar.data.annotations import Video, class_names, fingerprint, videos_of
 from mar.data.cache_index import packing_of
-from mar.data.dataset import draw
 from mar.data.decoders import BrokenVideo, Frames, pixels_of, walk
 from mar.data.decoders import check as check_decoder
 from mar.data.sampling import Reader, frames_wanted, training_frames
 from mar.data.seeking import key_frames
+from mar.rng import draw
 from mar.safe_text import cell, printable
 
 KINDS = ("ok", "missing", "unreadable", "short", "refused", "duplicate", "wrong")

@@ -12,7 +12,6 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from mar import distributed
-from mar.augmentation.augment import to_pixels
 from mar.config.schema import ExperimentConfig
 from mar.data.annotations import Video
 from mar.data.dataset import EvaluationClips, bytes_per_clip, loader
@@ -20,6 +19,7 @@ from mar.data.frame_cache import check
 from mar.errors import Failure
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask
+from mar.model.pixels import to_pixels
 from mar.safe_text import cell
 
 _CLIPS_PER_BATCH = 64

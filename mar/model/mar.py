@@ -13,9 +13,7 @@ from mar.config.schema import ExperimentConfig
 from mar.model.classifier import build_classifier
 from mar.model.decoder import Decoder, reconstruction_loss, reconstruction_target
 from mar.model.encoder import Encoder
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from mar.config.schema import ExperimentConfig
@@ -47,27 +45,3 @@ def peak_training_memory_gib(settings: ExperimentConfig, num_clips: int) -> floa
             f"--memory: {num_clips} clips a step do not fit this device: take a smaller --batch-size"
         ) from None
     return (torch.cuda.max_memory_allocated(device) - held_bytes) / 2**30
-
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-"""Of glibc's malloc.h."""
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep the memory that it frees, for its next use: for processes that train on the CPU.
-
-    Elsewise glibc gives every large tensor back to the system, which hands the next one out zeroed, page by page: up to
-    half of the time of a step. Does nothing where the C library is another.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_M_TOP_PAD, 2**26)
-
-
-def give_back_freed_memory() -> None:
-    """Give the system what :func:`keep_freed_memory` had this process keep: between trials, and when memory is short."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:
-        malloc_trim(0)

@@ -19,10 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from mar import distributed
 from mar.augmentation.augment import augmented, draw_step, mix
 from mar.config.schema import ExperimentConfig
-from mar.data.dataset import Batch, draw, one_after_another, places
+from mar.data.dataset import Batch, one_after_another, places
 from mar.errors import Failure
 from mar.model.layers import execute
 from mar.model.mar import MAR, Losses
+from mar.rng import draw
 from mar.training.checkpoint import Progress
 from mar.training.optim import gradient_norm, step_unless
 from mar.training.retention import Keep

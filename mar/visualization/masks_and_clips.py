@@ -13,10 +13,12 @@ from torch import Tensor
 from mar.augmentation.augment import augmented, draw_step, mix
 from mar.config.schema import ExperimentConfig
 from mar.data.annotations import class_names, read_split
-from mar.data.dataset import Share, TrainingClips, TrainingOrder, collate, draw, one_after_another
+from mar.data.dataset import TrainingClips, TrainingOrder, collate, one_after_another
 from mar.data.frame_cache import check
+from mar.distributed import Share
 from mar.errors import Failure
 from mar.model.masking import evaluation_mask, training_mask
+from mar.rng import draw
 from mar.visualization.charts import save
 
 

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mar.augmentation.augment import to_pixels
 from mar.config.schema import ExperimentConfig
 from mar.data.annotations import Video
 from mar.data.dataset import EvaluationClips, collate
@@ -20,6 +19,7 @@ from mar.errors import Failure, UserError
 from mar.model.encoder import patchify, unpatchify
 from mar.model.mar import MAR, split_places
 from mar.model.masking import evaluation_mask
+from mar.model.pixels import to_pixels
 from mar.visualization.charts import save
 
 _GREY = 0.5

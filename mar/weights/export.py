@@ -20,8 +20,9 @@ from mar.config.overrides import placeless
 from mar.config.schema import ExperimentConfig
 from mar.errors import Failure, UserError
 from mar.model.flops import cost
-from mar.model.mar import IMAGENET_MEAN, IMAGENET_STD, MAR, split_places
+from mar.model.mar import MAR, split_places
 from mar.model.masking import evaluation_mask
+from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mar.weights.pretrained import Weights, fitting, load
 from mar.weights.state_dict_mapping import hugging_face_names
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from mar.errors import UserError
-from orchestration.backends.base import ATTEMPTS, Assignment, Listener, Source, Trained, assign
+from orchestration.backends.base import Listener, Source, Trained
 from orchestration.config import LaunchConfig
 from orchestration.failures import Reason
-from orchestration.studies.loader import Trial
+from orchestration.storage.trial_dir import ATTEMPTS
+from orchestration.studies.trial import Trial
+from orchestration.worker.spec import Assignment, assign
 from orchestration.worker.trial_runner import train
 
 

@@ -29,10 +29,10 @@ from urllib.parse import urlsplit
 
 from mar.errors import Failure, UserError
 from orchestration.failures import first_line
-from orchestration.installation import package_folders, packaged
+from orchestration.installation import CODE, package_folders, packaged
 from orchestration.secrets import close_token_file, has_secrets, webhook_of, without_secrets, write_private
 from orchestration.studies.yaml_document import Document, find
-from orchestration.tracking.provenance import CODE, tags
+from orchestration.tracking.provenance import tags
 
 _TIMEOUT_S = 10.0
 _WEBHOOK = "webhook.txt"

@@ -24,23 +24,18 @@ from typing import Any
 
 from mar import MANIFEST, RESULT
 from mar.errors import Failure, UserError, notice
-from orchestration.backends.base import (
-    ATTEMPTS,
-    EARLIER,
-    Assignment,
-    Listener,
-    Source,
-    Trained,
-    assign,
-    quiet_environment,
-    run_inline,
-)
+from orchestration.backends.base import EARLIER, Listener, Source, Trained
+from orchestration.backends.inline import run_inline
+from orchestration.backends.ray_env import quiet_environment
 from orchestration.backends.ray_guard import Guard
 from orchestration.config import LaunchConfig
-from orchestration.failures import FILE, Reason, read_reason, reported
+from orchestration.failures import Reason, reported
 from orchestration.secrets import close_token_file
-from orchestration.storage.object_store import collect, remote
-from orchestration.studies.loader import Trial
+from orchestration.storage.object_store import remote
+from orchestration.storage.trial_dir import ATTEMPTS, FILE, read_reason
+from orchestration.storage.trial_sync import collect
+from orchestration.studies.trial import Trial
+from orchestration.worker.spec import Assignment, assign
 
 _TOKEN = secrets.token_hex(32)
 """What protects a private Ray: only this process and what it starts know it."""
@@ -102,7 +97,7 @@ def _run(
             trial = None if launch.stop_file.exists() or listener.is_over() else following()
             if trial is None:
                 return None
-            assignment = assign(trial, launch, gpus, trained.get(trial.key))
+            assignment = assign(trial, launch, gpus, trained.get(trial.key), quiet_environment(launch))
             _clean(assignment, launch)
             return {"assignment": assignment.plain()}
 

@@ -27,9 +27,11 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mar.errors import Failure
-from orchestration.backends.base import Assignment, one_by_one
-from orchestration.failures import Reason, read_reason, write_reason
+from orchestration.backends.base import one_by_one
+from orchestration.failures import Reason
 from orchestration.storage.object_store import remote
+from orchestration.storage.trial_dir import read_reason, write_reason
+from orchestration.worker.spec import Assignment
 
 if TYPE_CHECKING:
     from mar.training.step import Wish

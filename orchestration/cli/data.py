@@ -67,7 +67,7 @@ def data_check(
 ) -> None:
     """Read a data set as training would; exit code 1 if training would meet a fault."""
     from mar.data.validation import check_data, report_text, write_findings
-    from orchestration.studies.loader import read_recipe
+    from orchestration.studies.recipe import read_recipe
 
     settings = read_recipe(recipe, overrides or [])
     with _bar("videos") as advance:
@@ -89,7 +89,7 @@ def data_show(
 ) -> None:
     """Draw clips as training sees them: cropped, augmented, mixed, with their labels."""
     from mar.visualization.masks_and_clips import draw_clips
-    from orchestration.studies.loader import read_recipe
+    from orchestration.studies.recipe import read_recipe
 
     draw_clips(read_recipe(recipe, overrides or []), clips, frames, output)
     print(output)
@@ -112,7 +112,7 @@ def data_pack(
     from mar.data.frame_cache import pack
     from mar.data.frame_cache import verify as damaged_shards
     from mar.errors import Failure
-    from orchestration.studies.loader import read_recipe
+    from orchestration.studies.recipe import read_recipe
 
     data = read_recipe(recipe, overrides or []).data
     with _bar("videos") as advance:
@@ -132,8 +132,8 @@ def data_pack(
             raise Failure(f"{folder}: damaged: {', '.join(damaged)}; remove them and their .json, and pack again")
         print("every shard is what was written")
     if remote:
-        from orchestration.storage.object_store import push_cache
         from orchestration.storage.object_store import remote as at
+        from orchestration.storage.trial_sync import push_cache
 
         copied = push_cache(at(remote), folder)
         print(f"{copied} files copied to {remote}; mar run … data.cache=DIR --cache-from {remote}")

@@ -13,7 +13,7 @@ from mar.errors import UserError
 from orchestration.secrets import without_secrets
 
 if TYPE_CHECKING:
-    from orchestration.studies.loader import Study
+    from orchestration.studies.trial import Study
 
 _SCHEMES = ("s3://", "gs://", "file://")
 

@@ -31,7 +31,7 @@ from orchestration.cli.options import (
 from orchestration.secrets import webhook_of
 
 if TYPE_CHECKING:
-    from orchestration.studies.loader import Study
+    from orchestration.studies.trial import Study
 
 _DEVICE = "Profile for device-hours: v100, h200, NAME=GFLOPS_PER_S."
 
@@ -93,7 +93,8 @@ def run(
 ) -> None:
     """Train what is missing of a study (a killed run goes on by itself), then print its table."""
     from orchestration.config import LaunchConfig
-    from orchestration.execution.study_runner import Budget, run_studies, run_study
+    from orchestration.execution.study_runner import run_studies, run_study
+    from orchestration.studies.budget import Budget
     from orchestration.studies.plan import device as profile_of
     from orchestration.tracking.provenance import check_pinned
 
@@ -172,8 +173,8 @@ def _studies_to_run(
 
 def _fetch(cache_from: str, overrides: list[str]) -> None:
     """Bring a frame cache here, without which the study cannot be read; who trains elsewhere fetches it too."""
-    from orchestration.storage.object_store import fetch_cache
     from orchestration.storage.object_store import remote as at
+    from orchestration.storage.trial_sync import fetch_cache
 
     places = [word.partition("=")[2] for word in overrides if word.startswith("data.cache=")]
     if not places:
@@ -218,8 +219,9 @@ def plan(
     """List a study's trials: which are there, which are new, what they cost. Trains nothing."""
     from dataclasses import replace
 
+    from orchestration.execution.preflight import check_data
     from orchestration.studies.diff import Neighbours
-    from orchestration.studies.plan import Planned, check_data, plan_json, plan_text, plan_trials
+    from orchestration.studies.plan import Planned, plan_json, plan_text, plan_trials
     from orchestration.studies.plan import device as profile_of
 
     if price_per_h is not None and device is None:

@@ -44,7 +44,7 @@ def weights_convert(
     """Write a checkpoint of any known layout as safetensors, config.json and a model card."""
     from mar.weights.export import write_hugging_face, write_model
     from mar.weights.pretrained import contents, model_settings, read_weights
-    from orchestration.studies.loader import parse_overrides
+    from orchestration.studies.recipe import parse_overrides
 
     weights = read_weights(source)
     settings = model_settings(weights, parse_overrides(overrides or []))
@@ -66,7 +66,7 @@ def weights_export(
     """Write the inference path under the mask of evaluation to ONNX, and compare it with PyTorch."""
     from mar.weights.export import write_onnx
     from mar.weights.pretrained import model_settings, read_weights
-    from orchestration.studies.loader import parse_overrides
+    from orchestration.studies.recipe import parse_overrides
 
     weights = read_weights(source)
     difference = write_onnx(file, weights, model_settings(weights, parse_overrides(overrides or [])))
@@ -93,7 +93,7 @@ def evaluate(
     from mar.distributed import default_device
     from mar.evaluation.evaluator import write_predictions
     from mar.weights.pretrained import read_model
-    from orchestration.studies.loader import parse_overrides, recipe_tree
+    from orchestration.studies.recipe import parse_overrides, recipe_tree
 
     changes = parse_overrides(overrides or [])
     shared = {name: tree for name, tree in recipe_tree(recipe).items() if name in _TEST_SETTINGS} if recipe else {}
@@ -129,7 +129,7 @@ def predict(
     from mar.data.annotations import Video
     from mar.distributed import default_device
     from mar.weights.pretrained import read_model
-    from orchestration.studies.loader import parse_overrides
+    from orchestration.studies.recipe import parse_overrides
 
     absent = [str(video) for video in videos if not video.is_file()]
     if absent:
@@ -169,7 +169,7 @@ def reconstruct(
     from mar.distributed import default_device
     from mar.visualization.reconstructions import draw_reconstructions
     from mar.weights.pretrained import read_model
-    from orchestration.studies.loader import parse_overrides
+    from orchestration.studies.recipe import parse_overrides
 
     settings, trained, _ = read_model(model, {"data.cache": None}, parse_overrides(setting or []))
     draw_reconstructions(settings, trained.to(default_device()), [Video(str(path), path, 0) for path in videos], output)

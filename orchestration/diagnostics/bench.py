@@ -34,9 +34,13 @@ from orchestration.reporting.study_report import write_report
 from orchestration.reporting.tables import table_info
 from orchestration.search.optuna_search import Proposer, open_search
 from orchestration.search.schema import SearchFile, read_search
-from orchestration.studies.loader import Study, Trial, paper_studies, read_study
+from orchestration.studies.loader import paper_studies, read_study
 from orchestration.studies.plan import plan_trials
-from orchestration.tracking.store import RunRecord, Store, Writer, serve
+from orchestration.studies.trial import Study, Trial
+from orchestration.tracking.embedded import serve
+from orchestration.tracking.run_record import RunRecord
+from orchestration.tracking.store import Store
+from orchestration.tracking.writer import Writer
 
 EPOCHS, VIDEOS, ROWS, SEEDS = 100, 20_000, 400, 5
 _METRICS = ("train/loss", "train/lr", "train/classification_loss", "train/reconstruction_loss", "train/num_broken",

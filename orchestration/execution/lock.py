@@ -13,7 +13,7 @@ import filelock
 from mar.errors import Failure, UserError
 from orchestration.config import LaunchConfig
 from orchestration.storage.object_store import remote
-from orchestration.studies.loader import Study
+from orchestration.studies.trial import Study
 
 _LOOKED_AT_S = 1.0
 """Who asks whether a study runs (``mar status``) holds its lock for a moment."""

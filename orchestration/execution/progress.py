@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mar.safe_text import printable
-from orchestration.studies.loader import Trial
+from orchestration.studies.trial import Trial
 
 _ROWS = 24
 """A study of more trials shows those that run or failed."""

@@ -14,31 +14,21 @@ from typing import Protocol
 
 from mar import MANIFEST, RESULT
 from mar.config.overrides import DATA_PLACES, flatten, placeless
-from mar.config.schema import EvaluationMaskConfig
 from mar.errors import Failure
 from mar.model.flops import cost
 from mar.safe_input import read_json
 from mar.training.retention import Keep, clear
-from orchestration.backends.base import CLEARED, LOG, LOGS, PASSES, RECORD
 from orchestration.failures import Reason
-from orchestration.reporting.rows import Record, match, match_training
-from orchestration.storage.object_store import Remote, clear_copies, remote
-from orchestration.studies.loader import Study, Trial
+from orchestration.storage.object_store import remote
+from orchestration.storage.trial_dir import CLEARED, LOG, LOGS, PASSES, RECORD
+from orchestration.storage.trial_sync import clear_copies
+from orchestration.studies.matching import Record, match
 from orchestration.studies.metrics import QUANTITIES
+from orchestration.studies.trial import Study, Trial
 from orchestration.tracking import provenance
-from orchestration.tracking.store import (
-    EXPECTED,
-    IDENTITY,
-    KEY,
-    KIND,
-    PARENT_RUN,
-    STUDY,
-    TRAINED_BY,
-    WEIGHTS,
-    RunRecord,
-    Store,
-    Writer,
-)
+from orchestration.tracking.store import Store
+from orchestration.tracking.tags import EXPECTED, IDENTITY, KEY, KIND, PARENT_RUN, STUDY, TRAINED_BY, WEIGHTS
+from orchestration.tracking.writer import Writer
 
 _MOST_NOTE = 4900
 """Characters; MLflow refuses a tag of 5,000 or more on some stores."""
@@ -312,105 +302,3 @@ def _columns(study: Study) -> tuple[list[str], list[str]]:
     trees = [flatten(placeless(trial.settings)) for trial in study.trials]
     names = list(dict.fromkeys(name for tree in trees for name in tree))
     return metrics, [name for name in names if len({str(tree.get(name)) for tree in trees}) > 1]
-
-
-def missing_trials(study: Study, store: Store) -> list[Trial]:
-    """Return the trials that no finished run of any study has, each training once, in order."""
-    if not study.trains:
-        return []
-    found = match(study.to_run, store.trials())
-    return list({trial.key: trial for trial in study.to_run if trial.key not in found}.values())
-
-
-def check_weights(trials: Sequence[Trial]) -> None:
-    """See that each model fits the weights it is to start from, each pair once.
-
-    Raises:
-        UserError: one does not.
-    """
-    pairs = {trial.settings.model_dump_json(): trial for trial in trials if trial.settings.encoder.weights}
-    checked: set[str] = set()
-    for trial in pairs.values():
-        model = trial.settings.model_dump_json(include={"clip", "encoder", "classifier", "reconstruction", "mask"})
-        if model not in checked:
-            from mar.weights.pretrained import check_start  # torch, which only a study with weights needs here
-
-            check_start(trial.settings)
-            checked.add(model)
-
-
-def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
-    """Train the trials, then test those whose training is another's; failures are in ``launched.failures``.
-
-    Raises:
-        UserError: one trial asks for more than the cluster has.
-    """
-    store = launched.store
-    records = store.trials()
-    own = {record.key for record in records if record.experiment == launched.study.name and record.status == "FINISHED"}
-    launched.expect(trials, len(own))
-    teachers, known = shared_trainings(trials, records)
-    untrained = [
-        trial for trial in trials if teachers.get(trial.key, trial.key) == trial.key and trial.key not in known
-    ]
-    if untrained:
-        _run(launched, untrained, {})
-    trained: dict[str, Path] = {key: store.result_of(record) for key, record in known.items()}
-    if store.launch.remote:
-        _push_results(remote(store.launch.remote), {*trained.values()})
-    for key, teacher in teachers.items():
-        if teacher in launched.done:
-            trained[key] = store.launch.trial_folder(teacher) / RESULT
-        elif teacher in launched.failures:
-            kind = launched.failures[teacher].kind
-            launched.failed(key, Reason(f"its training failed: {launched.trials[teacher].name}", kind))
-    tests = [trial for trial in trials if trial.key in trained]
-    for trial in tests:
-        launched.tested(trial.key, teachers.get(trial.key) or known[trial.key].key)
-    if tests and not store.launch.stop_file.exists() and not launched.is_over():
-        _run(launched, tests, trained)
-
-
-def _push_results(place: Remote, results: set[Path]) -> None:
-    """Have the results that are to be tested again where every node finds them."""
-    for result in results:
-        name = f"trials/{result.parent.name}/{result.name}"
-        if not place.exists(f"{name}/{MANIFEST}"):
-            place.push_folder(result, name)
-
-
-def shared_trainings(
-    trials: Sequence[Trial], records: Sequence[RunRecord]
-) -> tuple[dict[str, str], dict[str, RunRecord]]:
-    """Return whose training each trial is that need not be trained: another of the trials, or a finished run.
-
-    Of trials that differ in ``evaluation`` alone the one nearest to the defaults is trained.
-    """
-    known = match_training(trials, records)
-    groups: dict[str, list[Trial]] = {}
-    for trial in trials:
-        if trial.key not in known:
-            groups.setdefault(trial.training, []).append(trial)
-    teachers: dict[str, str] = {}
-    for group in groups.values():
-        first = min(group, key=_unusual)
-        teachers |= {trial.key: first.key for trial in group if trial is not first}
-    return teachers, known
-
-
-def _unusual(trial: Trial) -> int:
-    """Return how many settings of the mask of testing are not the defaults, as the identity has them."""
-    mask = json.loads(trial.identity)["evaluation"]["mask"]
-    return sum(mask[name] != default for name, default in EvaluationMaskConfig().model_dump().items())
-
-
-def _run(launched: Launch, trials: Sequence[Trial], trained: dict[str, Path]) -> None:
-    launch = launched.store.launch
-    if launch.backend == "local":
-        from orchestration.backends import local  # torch, which the other backends load elsewhere
-
-        local.run(trials, launch, launched, trained)
-    else:
-        from orchestration.backends import ray_tune
-
-        ray_tune.run(trials, launch, launched, trained)

@@ -16,10 +16,14 @@ from mar.data.annotations import fingerprint
 from mar.errors import Failure, UserError
 from mar.evaluation.correctness import read_history
 from mar.safe_input import read_json
-from orchestration.backends.base import RECORD
 from orchestration.config import LaunchConfig
-from orchestration.studies.loader import ABSENT, identity, key_of
-from orchestration.tracking.store import IDENTITY, KEY, KIND, PARENT_RUN, STUDY, TRAINED_BY, RunRecord, Store, Writer
+from orchestration.storage.trial_dir import RECORD
+from orchestration.studies.identity import identity, key_of
+from orchestration.studies.trial import ABSENT
+from orchestration.tracking.run_record import RunRecord
+from orchestration.tracking.store import Store
+from orchestration.tracking.tags import IDENTITY, KEY, KIND, PARENT_RUN, STUDY, TRAINED_BY
+from orchestration.tracking.writer import Writer
 
 _UNKNOWN_STUDY = "recovered"
 """The study of results that do not say which one they are of."""

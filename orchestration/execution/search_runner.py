@@ -11,16 +11,18 @@ from mar.errors import Failure
 from mar.safe_input import read_json
 from orchestration.config import LaunchConfig, sqlite_address
 from orchestration.execution.lock import only_one
+from orchestration.execution.preflight import check_data, check_weights
 from orchestration.execution.progress import Board
-from orchestration.execution.recorder import Launch, check_weights
-from orchestration.execution.study_runner import stopping_gently, tell_webhook
+from orchestration.execution.recorder import Launch
+from orchestration.execution.signals import stopping_gently
+from orchestration.execution.webhook import tell_webhook
 from orchestration.failures import Reason
 from orchestration.reporting.search_report import found_text, write_search_report
 from orchestration.search.optuna_search import Proposer, open_search
 from orchestration.search.schema import Search
-from orchestration.studies.loader import Study, Trial, fetch_weights
-from orchestration.studies.plan import check_data
+from orchestration.studies.loader import fetch_weights
 from orchestration.studies.schema import StudyFile
+from orchestration.studies.trial import Study, Trial
 from orchestration.tracking.store import Store
 
 

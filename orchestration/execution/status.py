@@ -13,11 +13,12 @@ import filelock
 
 from mar.errors import UserError
 from mar.safe_input import read_json
-from orchestration.backends.base import PULSE
 from orchestration.config import LaunchConfig
 from orchestration.execution.lock import ask_to_stop
 from orchestration.storage.object_store import remote
-from orchestration.tracking.store import RunRecord, Store
+from orchestration.storage.trial_dir import PULSE
+from orchestration.tracking.run_record import RunRecord
+from orchestration.tracking.store import Store
 
 _LOST_S = 120.0
 """A trial whose pulse is older is not taken for one that runs elsewhere."""

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import signal
-import sys
-import threading
 import time
-import urllib.request
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 from rich.console import Console
 
-from mar.errors import Failure, FailureKind, UserError, notice
+from mar.errors import Failure, UserError, notice
 from orchestration.config import LaunchConfig
-from orchestration.execution.lock import ask_to_stop, only_one
+from orchestration.execution.lock import only_one
+from orchestration.execution.preflight import check_data, check_weights
 from orchestration.execution.progress import Board
-from orchestration.execution.recorder import Launch, check_weights, missing_trials, train_missing
+from orchestration.execution.recorder import Launch
 from orchestration.execution.recover import finished_here, unrecorded
+from orchestration.execution.scheduling import missing_trials, train_missing
+from orchestration.execution.signals import stopping_gently
+from orchestration.execution.webhook import by_kind, tell_webhook
 from orchestration.failures import REMEDIES
-from orchestration.reporting.rows import match, match_training
 from orchestration.reporting.study_report import write_report
 from orchestration.reporting.tables import FORMATS, table_info
-from orchestration.studies.loader import Study, Trial, fetch_weights
-from orchestration.studies.plan import Device, check_data, plan_trials
-from orchestration.tracking.store import RunRecord, Store
+from orchestration.studies.budget import Budget
+from orchestration.studies.loader import fetch_weights
+from orchestration.studies.matching import match
+from orchestration.studies.trial import Study
+from orchestration.tracking.store import Store
 
 
 def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) -> None:
@@ -113,88 +113,6 @@ def _mention_unrecorded(launch: LaunchConfig, store: Store) -> None:
             f"{len(lost)} finished results in {launch.store / 'trials'} are not in the tracking store. Those of this study "
             f"are taken as they are, not trained again; mar recover --store {launch.store} brings back all"
         )
-
-
-def by_kind(launched: Launch) -> dict[FailureKind, list[str]]:
-    """Return the names of the trials that failed, by the kind of failure."""
-    kinds: dict[FailureKind, list[str]] = {}
-    for key, reason in launched.failures.items():
-        kinds.setdefault(reason.kind, []).append(launched.trials[key].name)
-    return kinds
-
-
-def tell_webhook(study: Study, launched: Launch) -> None:
-    """Tell the address that was given how the study ended; that nobody answers there is said and no more."""
-    address = launched.store.launch.webhook
-    if not address:
-        return
-    ended = "failed" if launched.failures else "stopped" if launched.was_stopped else "finished"
-    words = f"{study.file.title}: {ended}; {len(launched.done)} trials done, {len(launched.failures)} failed"
-    told = {"text": words, "study": study.name, "state": ended, "failures": by_kind(launched)}
-    body = json.dumps(told, ensure_ascii=False).encode()
-    try:
-        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})  # noqa: S310  (checked)
-        urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
-    except (OSError, ValueError) as error:
-        # Not its own words: they may have the address in them, and whoever knows that may write there.
-        print(f"--webhook: nobody took the message ({getattr(error, 'reason', None) or type(error).__name__})")
-
-
-@contextmanager
-def stopping_gently(launch: LaunchConfig) -> Generator[None]:
-    """Have a SIGTERM, as Slurm and Kubernetes send before they kill, and Ctrl-C do what ``mar stop`` does.
-
-    The trials save first. Ctrl-C for the second time ends everything at once.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = False
-
-    def stop(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = True
-        again = "; Ctrl-C again ends at once, from the last checkpoint" if number == signal.SIGINT else ""
-        print(f"stopping: the trials that run are saving{again}", file=sys.stderr, flush=True)
-        with suppress(Failure):  # the object store is away: who looks here stops all the same
-            ask_to_stop(launch)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@dataclass
-class Budget:
-    """Device-hours that may be spent, by a device's profile; what is spent is taken off."""
-
-    hours: float
-    device: Device | None
-    """None: by the throughput of finished trials."""
-
-    def take(self, study: Study, missing: Sequence[Trial], records: Sequence[RunRecord]) -> list[Trial]:
-        """Return the missing trials that fit, in order; a test of another's model costs next to nothing."""
-        planned = {line.trial.key: line for line in plan_trials(study, records, self.device)}
-        chosen: list[Trial] = []
-        paid = match_training(missing, records).keys()
-        for trial in missing:
-            line = planned[trial.key]
-            if line.device_hours is None:
-                raise UserError(
-                    "--budget: nothing tells the hours: is the data there, and is a trial of the study finished here? "
-                    "Or give --device (v100, h200, NAME=GFLOPS_PER_S)"
-                )
-            is_paid = trial.key in paid or any(trial.training == other.training for other in chosen)
-            hours = 0.0 if is_paid else line.device_hours
-            if hours <= self.hours:
-                self.hours -= hours
-                chosen.append(trial)
-        return chosen
 
 
 def run_studies(studies: Sequence[Study], launch: LaunchConfig, budget: Budget | None = None) -> None:

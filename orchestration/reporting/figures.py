@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 
 from mar.errors import UserError
 from mar.visualization.charts import save
-from orchestration.reporting.rows import AnyRecord, Record, Row, axis_parts, match, rows
-from orchestration.studies.loader import Study
+from orchestration.reporting.rows import Row, axis_parts, rows
+from orchestration.studies.matching import AnyRecord, Record, match
 from orchestration.studies.metrics import QUANTITIES
 from orchestration.studies.schema import BETWEEN_LABELS
+from orchestration.studies.trial import Study
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B2A400")
 """Of Okabe and Ito: told apart by colour-blind readers too."""

@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Sequence
 from datetime import datetime
 
-from orchestration.reporting.rows import AnyRecord, match
 from orchestration.secrets import without_secrets
-from orchestration.studies.loader import Study
+from orchestration.studies.matching import AnyRecord, match
+from orchestration.studies.trial import Study
 from orchestration.tracking import provenance
 
 

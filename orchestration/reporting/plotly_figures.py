@@ -13,10 +13,10 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from orchestration.reporting.figures import COLOURS, FigureInfo, Series, draw_figure, figure_info
-from orchestration.reporting.rows import AnyRecord
 from orchestration.reporting.significance import FileOf
 from orchestration.reporting.training_figures import Confusion
-from orchestration.studies.loader import Study
+from orchestration.studies.matching import AnyRecord
+from orchestration.studies.trial import Study
 
 PAGE_STYLE = (
     "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"

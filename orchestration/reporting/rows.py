@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from typing import Literal, Protocol, TypeVar
+from functools import cache
+from typing import Literal
 
-from mar.model.flops import Cost, cost
-from orchestration.studies.loader import ABSENT, Study, Trial, completed, training_of
-from orchestration.studies.metrics import QUANTITIES
+from mar.model.flops import cost
+from orchestration.studies.matching import Record, match
+from orchestration.studies.metrics import QUANTITIES, cost_figure
 from orchestration.studies.schema import BETWEEN_LABELS, label_parts
+from orchestration.studies.trial import Study, Trial
 
 CONFIDENCE = 0.95
-
-
-class Record(Protocol):
-    """What is needed of a run; ``tracking.RunRecord`` is one."""
-
-    @property
-    def run_id(self) -> str:
-        """MLflow's id."""
-        ...
-
-    @property
-    def status(self) -> str:
-        """MLflow's word: FINISHED, RUNNING, FAILED or KILLED."""
-        ...
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """The last value of each."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """Which training it is (``study.identity``)."""
-        ...
-
-    @property
-    def has_model(self) -> bool:
-        """Whether its result has a model: it was trained, not tested again."""
-        ...
-
-    @property
-    def weights(self) -> str | None:
-        """The name of the pre-trained weights it started from, if any."""
-        ...
-
-
-AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -110,48 +74,6 @@ class Row:
     def label(self) -> str:
         """The labels of all axes, joined."""
         return BETWEEN_LABELS.join(part for part in self.labels if part)
-
-
-def match(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
-    """Return, by trial key, the newest finished run with the trial's settings, of whatever study.
-
-    A run logged before a setting existed matches if the trial leaves that setting at its default. Where the data
-    is not at hand, its fingerprint is unknown, and the settings alone decide: a table needs no videos. So it is with
-    pre-trained weights, and their name.
-    """
-    return _match(trials, records, lambda line: line)
-
-
-def match_training(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
-    """Return, by trial key, a finished run of the same training, tested in whatever way."""
-    return _match(trials, [record for record in records if record.has_model], training_of)
-
-
-def _match(trials: Sequence[Trial], records: Sequence[AnyRecord], part: Callable[[str], str]) -> dict[str, AnyRecord]:
-    """Match trials and records by a part of their identities."""
-    finished = [record for record in records if record.status == "FINISHED" and record.identity]
-    exact = {part(record.identity): record for record in reversed(finished)}
-    found = {trial.key: exact[part(trial.identity)] for trial in trials if part(trial.identity) in exact}
-    missing: dict[str, list[Trial]] = {}
-    for trial in trials:
-        if trial.key not in found:
-            missing.setdefault(part(trial.identity), []).append(trial)
-    is_anywhere = any(trial.fingerprint == ABSENT for each in missing.values() for trial in each)
-    for record in finished if missing else []:
-        for data in (None, ABSENT) if is_anywhere else (None,):
-            for weights in {None, record.weights}:
-                line = _completed(record.identity, data, weights)
-                for trial in missing.get(part(line), []) if line else []:
-                    found.setdefault(trial.key, record)
-    return found
-
-
-@lru_cache(maxsize=2**15)  # a search asks for every proposal
-def _completed(identity_line: str, data_fingerprint: str | None, weights: str | None) -> str:
-    try:
-        return completed(identity_line, data_fingerprint, weights)
-    except (ValueError, KeyError):  # written by a version whose settings this one does not understand
-        return ""
 
 
 def rows(study: Study, records: Sequence[Record]) -> list[Row]:
@@ -224,8 +146,3 @@ def _cell(study: Study, name: str, trials: Sequence[Trial], found: Mapping[str, 
     if len(values) == len(trials):
         return Cell("complete", values, paper)
     return Cell("partial" if values else "missing", values, paper)
-
-
-def cost_figure(figures: Cost, source: str) -> float:
-    """Return the figure that ``cost.NAME`` means."""
-    return float(getattr(figures, source.removeprefix("cost.")))

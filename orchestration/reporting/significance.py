@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from mar.errors import Failure
 from mar.evaluation import correctness
-from orchestration.reporting.rows import CONFIDENCE, AnyRecord, match
-from orchestration.studies.loader import Study, Trial
+from orchestration.reporting.rows import CONFIDENCE
+from orchestration.studies.matching import AnyRecord, match
+from orchestration.studies.trial import Study, Trial
 
 FileOf = Callable[[AnyRecord, str], Path]
 """(run, name) -> that file of its result folder."""

@@ -12,16 +12,17 @@ import jinja2
 
 from mar.errors import UserError
 from orchestration.reporting.plotly_figures import chart, confusion_chart, picture, plotly_script, study_chart
-from orchestration.reporting.rows import match
 from orchestration.reporting.significance import IN_ONE, ONE_TRAINING, Claim, claims
 from orchestration.reporting.study_report import findings
 from orchestration.reporting.tables import table_info, to_html
 from orchestration.reporting.training_figures import confusion, curves_info
 from orchestration.studies.diff import Neighbours
-from orchestration.studies.loader import Study, Trial
+from orchestration.studies.matching import match
 from orchestration.studies.plan import Planned, plan_trials
 from orchestration.studies.schema import StudyFile
-from orchestration.tracking.store import RunRecord, Store
+from orchestration.studies.trial import Study, Trial
+from orchestration.tracking.run_record import RunRecord
+from orchestration.tracking.store import Store
 
 _SHOWN_TAGS = ("mlflow.source.git.commit", "version.torch", "version.ray", "host")
 _LAST_LINES = 12

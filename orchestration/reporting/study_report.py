@@ -16,11 +16,12 @@ from orchestration.reporting.csv_text import csv_text
 from orchestration.reporting.figures import draw, draw_figure, figure_info
 from orchestration.reporting.page_footer import experiments_of, footer
 from orchestration.reporting.plotly_figures import PAGE_STYLE, chart, confusion_chart, plotly_script, study_chart
-from orchestration.reporting.rows import AnyRecord, Record, Row, rows
+from orchestration.reporting.rows import Row, rows
 from orchestration.reporting.significance import Claim, FileOf, claims
 from orchestration.reporting.tables import FORMATS, TableInfo, table_info, to_html
 from orchestration.reporting.training_figures import confusion, curves_info
-from orchestration.studies.loader import Study
+from orchestration.studies.matching import AnyRecord, Record
+from orchestration.studies.trial import Study
 
 
 def write_report(

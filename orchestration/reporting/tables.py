@@ -13,7 +13,7 @@ import pandas as pd
 
 from mar.safe_text import markdown
 from orchestration.reporting.csv_text import csv_text
-from orchestration.reporting.rows import AnyRecord, Cell, Row, axis_parts, rows
+from orchestration.reporting.rows import Cell, Row, axis_parts, rows
 from orchestration.reporting.significance import (
     ONE_TRAINING,
     Comparison,
@@ -22,8 +22,9 @@ from orchestration.reporting.significance import (
     are_apart,
     tells_apart,
 )
-from orchestration.studies.loader import Study
+from orchestration.studies.matching import AnyRecord
 from orchestration.studies.metrics import QUANTITIES
+from orchestration.studies.trial import Study
 
 Spread = Literal["interval", "std", "range"]
 SPREADS: dict[Spread, str] = {

@@ -13,9 +13,10 @@ import pandas as pd
 from mar.data.annotations import class_names
 from mar.errors import Failure, UserError
 from orchestration.reporting.figures import FigureInfo, Series
-from orchestration.reporting.rows import AnyRecord, match, rows
+from orchestration.reporting.rows import rows
 from orchestration.reporting.significance import FileOf
-from orchestration.studies.loader import Study, Trial
+from orchestration.studies.matching import AnyRecord, match
+from orchestration.studies.trial import Study, Trial
 
 _MOST_CURVES = 20
 """In one picture."""

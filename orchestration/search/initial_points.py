@@ -9,8 +9,8 @@ from mar.config.overrides import SettingError
 from mar.data.annotations import fingerprint
 from mar.errors import UserError
 from orchestration.search.schema import Search
-from orchestration.studies.loader import ABSENT, Study, Trial
 from orchestration.studies.schema import StudyFile
+from orchestration.studies.trial import ABSENT, Study, Trial
 
 
 def as_study(search: Search) -> Study:

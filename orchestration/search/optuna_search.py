@@ -25,10 +25,11 @@ from mar.data.annotations import fingerprint
 from mar.errors import Failure
 from mar.model.flops import cost
 from orchestration.config import sqlite_address
-from orchestration.reporting.rows import Record, cost_figure, match
 from orchestration.search.schema import Search, as_text
-from orchestration.studies.loader import Trial, completed, identity
-from orchestration.studies.metrics import QUANTITIES
+from orchestration.studies.identity import completed, identity
+from orchestration.studies.matching import Record, match
+from orchestration.studies.metrics import QUANTITIES, cost_figure
+from orchestration.studies.trial import Trial
 
 _REJECTED_IN_A_ROW = 10
 _MOST_REJECTED = 1000

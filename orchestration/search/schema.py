@@ -19,9 +19,9 @@ from mar.config.schema import ExperimentConfig
 from mar.errors import UserError
 from mar.model.flops import cost
 from orchestration.installation import packaged
-from orchestration.reporting.rows import cost_figure
-from orchestration.studies.loader import in_family, mistake_in, parse_overrides
-from orchestration.studies.metrics import QUANTITIES
+from orchestration.studies.metrics import QUANTITIES, cost_figure
+from orchestration.studies.recipe import in_family, parse_overrides
+from orchestration.studies.validation import mistake_in
 from orchestration.studies.yaml_document import Document, Recipe, find
 
 _ROUNDING = 1e-9

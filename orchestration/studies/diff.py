@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mar.config.overrides import flatten
-from orchestration.reporting.rows import AnyRecord
-from orchestration.studies.loader import Trial, read_recipe
+from orchestration.studies.matching import AnyRecord
+from orchestration.studies.recipe import read_recipe
+from orchestration.studies.trial import Trial
 from orchestration.studies.yaml_document import Recipe, find
 
 

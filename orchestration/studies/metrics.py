@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mar.model.flops import Cost
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -35,3 +37,8 @@ QUANTITIES = {
     "time_h": Quantity("Training time (h)", "time/elapsed_s", higher_is_better=False, scale=1 / 3600),
     "time_s": Quantity("Training time (s)", "time/elapsed_s", digits=0, higher_is_better=False),
 }
+
+
+def cost_figure(figures: Cost, source: str) -> float:
+    """Return the figure that ``cost.NAME`` means."""
+    return float(getattr(figures, source.removeprefix("cost.")))

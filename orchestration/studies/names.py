@@ -11,9 +11,8 @@ import os
 from pathlib import Path
 
 from mar.errors import Failure, UserError
-from orchestration.installation import packaged
+from orchestration.installation import CODE, packaged
 from orchestration.studies.yaml_document import Document, find
-from orchestration.tracking.provenance import CODE
 
 _FOLDER = "studies"
 """Below the store: a file for each name, in it the path of the study's file."""

@@ -14,9 +14,9 @@ from mar.data.annotations import read_split
 from mar.errors import UserError
 from mar.model.flops import cost
 from orchestration.installation import packaged
-from orchestration.reporting.rows import AnyRecord, Record, match, match_training
 from orchestration.studies.diff import Neighbours
-from orchestration.studies.loader import ABSENT, Study, Trial
+from orchestration.studies.matching import AnyRecord, Record, match, match_training
+from orchestration.studies.trial import ABSENT, Study, Trial
 
 _BYTES_PER_PARAMETER = 4
 """The result's model, float32; its checkpoints go when it is finished."""
@@ -63,27 +63,6 @@ class Planned:
     trials: dict[str, str] = field(default_factory=dict[str, str])
     """Key -> name."""
     trainings: dict[str, str] = field(default_factory=dict[str, str])
-
-
-def check_data(trials: Sequence[Trial], only_present: bool = False) -> None:
-    """Read the annotations of the trials' data, each set once; ``only_present`` passes over sets that are not there.
-
-    Raises:
-        UserError: a set is not there, a line of it is wrong, or it is smaller than a batch.
-    """
-    sizes: dict[str, int] = {}
-    for trial in trials:
-        data, batch_size = trial.settings.data, trial.settings.videos_per_batch
-        if only_present and trial.fingerprint == ABSENT:
-            continue
-        name = data.model_dump_json()
-        if name not in sizes:
-            read_split(data, "val")
-            sizes[name] = len(read_split(data, "train"))
-        if batch_size > sizes[name]:
-            raise UserError(
-                f"recipe.batch_size: {batch_size} is more than the {sizes[name]} training videos ({trial.name})"
-            )
 
 
 def plan_trials(

@@ -10,10 +10,8 @@ import subprocess
 from importlib import metadata
 
 from mar.errors import UserError
-from orchestration.installation import checkout
+from orchestration.installation import CODE, checkout
 
-CODE = "MAR_CODE"
-"""Environment variable of a submitted job: the commit of the code that was packed, as these tags, in JSON."""
 PINNED = "MAR_PINNED"
 """Environment variable of a job: the versions that its results depend on, as JSON."""
 PACKAGES = ("mar-on-ray", "torch", "timm", "ray", "mlflow", "decord", "av", "numpy")

@@ -10,9 +10,8 @@ from pathlib import Path
 from mar import RESULT
 from mar.distributed import of_first, share
 from mar.errors import Failure
-from orchestration.backends.base import LOG, PASSES, PULSE
-from orchestration.failures import FILE
 from orchestration.storage.object_store import Remote
+from orchestration.storage.trial_dir import FILE, LOG, PASSES, PULSE
 from orchestration.worker.log import file_of
 
 _EVERY_S = 5.0

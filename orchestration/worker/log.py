@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from mar.data.dataset import Share
-from orchestration.backends.base import LOG, LOGS
+from mar.distributed import Share
+from orchestration.storage.trial_dir import LOG, LOGS
 
 
 class WorkerLog(logging.Handler):

@@ -17,9 +17,10 @@ import torch
 
 from mar.distributed import greatest, share
 from mar.training.step import Wish
-from orchestration.backends.base import PULSE, Assignment
-from orchestration.failures import Reason, write_reason
+from orchestration.failures import Reason
+from orchestration.storage.trial_dir import PULSE, write_reason
 from orchestration.worker.log import file_of, name_of
+from orchestration.worker.spec import Assignment
 
 _PULSE_EVERY_S = 2.0
 _ASK_EVERY_STEPS = 5

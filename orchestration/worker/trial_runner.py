@@ -22,16 +22,18 @@ from mar.config.overrides import build
 from mar.distributed import default_device, share
 from mar.errors import Failure, FailureKind, Stopped
 from mar.safe_input import read_json
+from mar.training.allocator import give_back_freed_memory, keep_freed_memory
 from mar.training.loop import Report, fit, test_again
-from mar.training.memory import give_back_freed_memory, keep_freed_memory
 from mar.training.retention import Keep
 from mar.training.step import Execution, Wish
-from orchestration.backends.base import ATTEMPTS, HOLDER, PASSES, Assignment
-from orchestration.failures import FILE, RETRIED, Reason, read_reason, reason_of, write_reason
-from orchestration.storage.object_store import fetch_cache, remote
+from orchestration.failures import RETRIED, Reason, reason_of
+from orchestration.storage.object_store import remote
+from orchestration.storage.trial_dir import ATTEMPTS, FILE, HOLDER, PASSES, read_reason, write_reason
+from orchestration.storage.trial_sync import fetch_cache
 from orchestration.worker.checkpoint_sync import Copies
 from orchestration.worker.log import WorkerLog
 from orchestration.worker.monitor import Watch
+from orchestration.worker.spec import Assignment
 
 _PREDECESSOR_S = 20.0
 """How long a worker of a killed launch may live on; it is waited for without a word."""

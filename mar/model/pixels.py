@@ -1,0 +1,17 @@
+"""From the uint8 pixels of a video to what the encoder takes."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+
+def to_pixels(clips: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B C T H W"]:
+    """Return pixel values from 0 to 1."""
+    return clips.permute(0, 4, 1, 2, 3).float() / 255
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+
+IMAGENET_STD = (0.229, 0.224, 0.225)

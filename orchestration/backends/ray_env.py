@@ -1,0 +1,37 @@
+"""What Ray reads in the environment, of this process and of its workers."""
+
+from __future__ import annotations
+
+import os
+
+from orchestration.config import LaunchConfig
+
+
+def quiet_environment(launch: LaunchConfig) -> dict[str, str]:
+    """Return what Ray must find in the environment, in this process and in its workers."""
+    if launch.address:
+        reach = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+    else:
+        reach = {
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's default on a Mac: its servers listen on loopback alone
+            # Whoever is on the machine could read the metrics, without a token; nobody collects those of a private Ray.
+            "RAY_enable_metrics_collection": "0",
+            "AUTOSCALER_METRIC_PORT": "-1",
+            "DASHBOARD_METRIC_PORT": "-1",
+        }
+    return {
+        **reach,
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(launch.poll_s),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1" if launch.address else "0",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20" if launch.min_workers else "60",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours has the trials save
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first epoch
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
+    }

@@ -1,0 +1,108 @@
+"""The verbs about recipes: show, diff, cost, mask."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mar.errors import UserError
+from orchestration.cli.options import AsJson, Output, Overrides, RecipeName
+
+
+def show(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print a recipe's settings, all of them, resolved."""
+    import yaml
+
+    from orchestration.studies.recipe import read_recipe
+
+    tree = read_recipe(recipe, overrides or []).model_dump(mode="json")
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    print(json.dumps(tree, indent=1, ensure_ascii=False) if as_json else text.rstrip())
+
+
+def diff(
+    first: RecipeName,
+    second: Annotated[str, typer.Argument(metavar="RECIPE", help="The other recipe.")],
+    as_json: AsJson = False,
+) -> None:
+    """Name every setting in which two recipes differ, and the reason the recipes give."""
+    from orchestration.studies.diff import differences
+
+    found = differences(first, second)
+    if as_json:
+        print(json.dumps([vars(each) for each in found], indent=1, ensure_ascii=False))
+        return
+    width = max((len(each.setting) for each in found), default=0)
+    values = [(f"{each.first}", f"{each.second}") for each in found]
+    widths = [max((len(pair[side]) for pair in values), default=0) for side in (0, 1)]
+    for each, (one, other) in zip(found, values, strict=True):
+        print(f"{each.setting:<{width}}  {one:>{widths[0]}}  {other:>{widths[1]}}  {each.reason}".rstrip())
+    print(f"{len(found)} settings differ" if found else "equal: no setting differs")
+
+
+def cost(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe file or name.")] = None,
+    overrides: Overrides = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Also train a few steps on the CUDA device here.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips in a step, for --memory.")] = 1,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's figures beside ours; needs no recipe.")] = False,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print GFLOPs in the paper's convention, parameters, tokens, and peak training memory."""
+    if paper and (recipe or memory):
+        raise UserError("cost: --paper goes without a recipe and without --memory")
+    if output and not paper:
+        raise UserError("cost: -o is for the page that --paper makes; a recipe's cost is printed")
+    if paper:
+        from orchestration.reporting.paper_costs import cost_frame, write_page
+
+        text = write_page(output)
+        print(cost_frame().to_json(orient="records", indent=1, force_ascii=False) if as_json else output or text)
+        return
+    if recipe is None:
+        raise UserError("cost: which recipe? (or --paper, for the paper's figures beside ours)")
+    from dataclasses import asdict
+
+    from mar.model.flops import cost as cost_of
+    from orchestration.studies.recipe import read_recipe
+
+    settings = read_recipe(recipe, overrides or [])
+    figures: dict[str, float | int] = asdict(cost_of(settings))
+    units = {"gflops": "GFLOPs a view, inference", "train_gflops": "GFLOPs a clip, training step"}
+    units |= {"params_m": "M parameters", "train_params_m": "M parameters with the reconstruction branch"}
+    units |= {"tokens": "tokens a clip", "visible_tokens": "visible tokens a clip, in testing"}
+    if memory:
+        from mar.training.memory import peak_training_memory_gib
+
+        figures["peak_training_gib"] = peak_training_memory_gib(settings, batch_size)
+        units["peak_training_gib"] = f"GiB at the peak of training, {batch_size} clips a step, measured here"
+    lines = (
+        f"{value:>10.2f}  {units[name]}" if isinstance(value, float) else f"{value:>10d}  {units[name]}"
+        for name, value in figures.items()
+    )
+    print(json.dumps(figures, indent=1) if as_json else "\n".join(lines))
+
+
+def mask(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Output = None,
+    clips: Annotated[int, typer.Option(min=0, help="Masks drawn as in training.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a recipe's masks, as in Figs. 3 and 4; with --json print them, 1 where hidden."""
+    from mar.visualization.masks_and_clips import draw_masks, example_masks
+    from orchestration.studies.recipe import read_recipe
+
+    settings = read_recipe(recipe, overrides or [])
+    masks = example_masks(settings, clips)
+    if as_json:
+        print(json.dumps({name: hidden.int().tolist() for name, hidden in masks.items()}))
+        return
+    chosen, file = settings.mask, output or Path("mask.png")
+    draw_masks(masks, f"{chosen.strategy} {chosen.motion}, {chosen.ratio:.0%} hidden (dark)", file)
+    print(file)

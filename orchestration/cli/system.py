@@ -1,0 +1,75 @@
+"""The verbs about this machine and its store: ui, recover, doctor."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mar.errors import UserError
+from orchestration.cli.options import DEFAULT_STORE, AsJson, StoreFolder, TrackingUri
+from orchestration.secrets import without_secrets
+
+if TYPE_CHECKING:
+    from orchestration.tracking.store import Store
+
+
+def _links(address: str, store: Store) -> list[str]:
+    return [f"  {study:<34} {address}{page}" for study, page in store.pages().items()]
+
+
+def ui(
+    store: StoreFolder = DEFAULT_STORE,
+    tracking_uri: TrackingUri = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """Open MLflow on the embedded store, for this machine only (loopback)."""
+    import subprocess
+
+    from orchestration.config import LaunchConfig
+    from orchestration.tracking.embedded import serve
+    from orchestration.tracking.store import Store
+
+    launch = LaunchConfig(store=store, tracking_uri=tracking_uri)
+    if tracking_uri is None and not (store / "mlflow.db").is_file():
+        raise UserError(f"--store {store}: no tracking store there yet; `mar run quickstart` makes one")
+    if tracking_uri and tracking_uri.startswith("http"):
+        links = _links(without_secrets(tracking_uri), Store(launch))
+        print(f"the store is a server already: open {without_secrets(tracking_uri)}", *links, sep="\n")
+        return
+    address = f"http://127.0.0.1:{port}"
+    print(f"MLflow at {address} (stop with Ctrl-C)", *_links(address, Store(launch)), sep="\n", flush=True)
+    command, environment = serve(launch, port)
+    sys.exit(subprocess.call([sys.executable, "-m", *command], env=environment))  # noqa: S603
+
+
+def recover(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None) -> None:
+    """Write runs into MLflow for finished results whose database was lost. Exit code 1 if a result is damaged."""
+    from orchestration.config import LaunchConfig
+    from orchestration.execution.recover import recover as recover_store
+
+    found = recover_store(LaunchConfig(store=store, tracking_uri=tracking_uri))
+    for name in found.names:
+        print(f"recovered  {name}")
+    for damage in found.damaged:
+        print(f"damaged    {damage}")
+    print(f"{len(found.names)} recovered, {found.num_known} known before, {len(found.damaged)} damaged")
+    if found.damaged:
+        sys.exit(1)
+
+
+def doctor(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None, as_json: AsJson = False) -> None:
+    """Try what mar needs here: devices, decoders, Ray, the tracking store. Exit code 1 if something does not work."""
+    from orchestration.config import LaunchConfig
+    from orchestration.diagnostics.doctor import examine
+
+    findings = examine(LaunchConfig(store=store, tracking_uri=tracking_uri))
+    if as_json:
+        print(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.works else 'FAIL'}  {finding.name:<15} {finding.words}")
+    if not all(finding.works for finding in findings):
+        sys.exit(1)

@@ -1,0 +1,81 @@
+"""Recipes: the settings of one training, from a file and from ``path=value`` overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mar.config.overrides import SETTING_PATHS, SettingError, build, merge
+from mar.config.schema import ExperimentConfig
+from mar.errors import UserError
+from mar.safe_input import parse_yaml
+from mar.weights.hub import is_path
+from orchestration.installation import packaged
+from orchestration.studies.yaml_document import Recipe, find
+
+
+def read_recipe(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read a recipe file and apply ``path=value`` overrides."""
+    recipe = Recipe(find(name, "recipe"))
+    if {"axes", "space"} & recipe.content.keys():
+        what = "a search" if "space" in recipe.content else "a study"
+        raise UserError(
+            f"{recipe.documents[-1].path} is {what}, not a recipe; its settings are in {recipe.content.get('recipe')}"
+        )
+    changes = parse_overrides(overrides)
+    try:
+        return build(merge(recipe.content, changes))
+    except SettingError as error:
+        place = "" if touches(error.path, changes) else f"{recipe.place_of_setting(error.path)}: "
+        raise UserError(f"{place}{error}") from None
+
+
+def recipe_tree(name: str) -> dict[str, Any]:
+    """Return what a recipe's files say, nested, without the defaults."""
+    return Recipe(find(name, "recipe")).content
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return dotted paths and YAML values of ``path=value`` words."""
+    changes: dict[str, Any] = {}
+    for word in overrides:
+        path, equals, text = word.partition("=")
+        if word.startswith(("axes.", "rows.")):  # a label may have an equals sign
+            ends = [place for place in range(len(word)) if word[place] == "=" and _SETTING.search(word[:place])]
+            path, text = (word[: ends[0]], word[ends[0] + 1 :]) if ends else (path, text)
+        if not equals or not path:
+            raise UserError(f"{word!r}: expected path=value, as in mask.ratio=0.75")
+        try:
+            changes[path] = parse_yaml(text)[0]
+        except yaml.YAMLError as error:
+            reason = getattr(error, "problem", None) or "not valid YAML"
+            raise UserError(f"{path}={text}: {reason}") from None
+    return changes
+
+
+_SETTING = re.compile(rf"\.(?:{'|'.join(re.escape(path) for path in SETTING_PATHS)}|recipe)$")
+
+
+def in_family(recipe: str, family: str) -> str:
+    """Return the recipe of the same name in another folder (``recipe=released`` for ``recipes/paper``), or itself."""
+    near = packaged("search_spaces") / "recipes" / family / Path(recipe).name
+    return str(near) if near.is_file() else recipe
+
+
+def touches(path: str, changes: Mapping[str, Any]) -> bool:
+    """Whether one of the changes is to this setting, to something in it, or to the branch it is in."""
+    return any(change == path or change.startswith(f"{path}.") or path.startswith(f"{change}.") for change in changes)
+
+
+def absolute_paths(settings: ExperimentConfig) -> ExperimentConfig:
+    """Return the settings with absolute paths to data and weights, for workers whose working folder is another."""
+    data, encoder, weights = settings.data, settings.encoder, settings.encoder.weights
+    cache = str(Path(data.cache).resolve()) if data.cache else None
+    data = data.model_copy(update={"root": str(Path(data.root).resolve()), "cache": cache})
+    if weights and is_path(weights):
+        encoder = encoder.model_copy(update={"weights": str(Path(weights).expanduser().resolve())})
+    return settings.model_copy(update={"data": data, "encoder": encoder})

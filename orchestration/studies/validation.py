@@ -1,0 +1,124 @@
+"""Checks of a study file that need more than its schema; every message names the file and the line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from mar.config.overrides import SETTING_PATHS
+from mar.errors import UserError
+from orchestration.studies.metrics import QUANTITIES
+from orchestration.studies.schema import BETWEEN_LABELS, StudyFile, label_parts
+from orchestration.studies.trial import Study
+from orchestration.studies.yaml_document import Document
+
+
+def parse_study_file(document: Document) -> StudyFile:
+    """Return the file's content, checked against its schema; an axis given as a list of values gets labels."""
+    content = {**document.content}
+    if isinstance(content.get("axes"), dict):
+        content["axes"] = {axis: _labelled(axis, labels, document) for axis, labels in content["axes"].items()}
+    try:
+        file = StudyFile.model_validate(content)
+    except ValidationError as error:
+        raise UserError(mistake_in(document, error, StudyFile)) from None
+    if len(set(file.seeds)) < len(file.seeds):
+        raise UserError(f"{document.place('seeds')}: seeds: each may stand there once")
+    settings = [file.fixed, *(tree for axis in file.axes.values() for tree in axis.values())]
+    if any("seed" in tree for tree in settings):
+        raise UserError(f"{document.path}: the seed is set by 'seeds: [0, 1, …]', not as a setting")
+    return file
+
+
+def _labelled(axis: str, labels: Any, document: Document) -> Any:
+    """Return an axis' labels; of a setting whose values are listed, the values are the labels."""
+    if not isinstance(labels, list):
+        return labels
+    if axis not in SETTING_PATHS:
+        near = difflib.get_close_matches(axis, SETTING_PATHS, n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"{document.place('axes', axis)}: axes.{axis}: a list of values needs a setting's name, as mask.ratio{hint}"
+        )
+    return {_value_text(value): {axis: value} for value in labels}
+
+
+def _value_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def mistake_in(document: Document, error: ValidationError, kind: type[BaseModel]) -> str:
+    """Return where a study or search file is wrong, what is, and which key was meant, perhaps."""
+    found = error.errors()
+    first = next(
+        (each for each in found if each["type"] == "extra_forbidden"), found[0]
+    )  # a misspelt key is missing too
+    names = tuple(str(part) for part in first["loc"])
+    words = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if first["type"] == "extra_forbidden":
+        known = kind.model_fields
+        if len(names) > 1:
+            inner: Any = getattr(known.get(names[0]), "annotation", None)
+            known = getattr(inner, "model_fields", {})
+        near = difflib.get_close_matches(str(names[-1]) if names else "", known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f" (there are: {', '.join(known)})" if known else ""
+        words = f"no such key{hint}"
+    elif first["type"] in ("dict_type", "model_type"):
+        words = f"must be a mapping, 'name: value' line by line, not {first['input']!r}"
+    elif first["type"] == "missing":
+        words = "is missing"
+    return f"{document.place(*names)}: {'.'.join(names)}: {words}"
+
+
+def check_references(study: Study, document: Document) -> None:
+    """Every quantity must be known, and every label that stands for a row must be one's."""
+    file, rows = study.file, sorted({trial.row for trial in study.trials})
+    table, figure = file.table, file.figure
+    named = [("table", name) for name in table.columns] + [("figure", name) for name in figure.y]
+    named += [("figure", figure.x)] if figure.x else []
+    named += [("paper", name) for name in file.paper]
+    named += [("quoted", name) for row in file.quoted.values() for name in row]
+    for part, name in named:
+        if name not in QUANTITIES:
+            known = ", ".join(QUANTITIES)
+            raise UserError(f"{document.place(part)}: {part}: no quantity {name!r} (there are: {known})")
+    if figure.kind == "points" and figure.x is None:
+        raise UserError(f"{document.place('figure')}: figure: kind 'points' needs x")
+    places = [(("paper", name, row), row, rows) for name, values in file.paper.items() for row in values]
+    all_rows = [*rows, *file.quoted]
+    places += [(("about", row), row, all_rows) for row in file.about]
+    places += [(("table", "order"), row, all_rows) for row in table.order]
+    places += [(("table", "reference"), row, rows) for row in [table.reference] if row is not None]
+    places += [(("claims", words), row, rows) for words, pairs in file.claims.items() for row in _sides(words, pairs)]
+    for place, row, known in places:
+        if row not in known:
+            words = f"{'.'.join(place[:2])}: no trial is labelled {row!r} (there are: {', '.join(known)})"
+            raise UserError(f"{document.place(*place)}: {words}")
+    parts = [part for axis in file.axes for part in label_parts(axis, axis)]
+    axes = {"table.across": table.across, "figure.group": figure.group}
+    axes |= {f"table.delta.{axis}": axis for axis in table.delta}
+    for place, axis in axes.items():
+        if axis is not None and axis not in parts:
+            part = place.split(".")[0]
+            raise UserError(f"{document.place(part)}: {place}: no axis {axis!r} (there are: {', '.join(parts)})")
+    for axis, label in table.delta.items():
+        known = {each.split(BETWEEN_LABELS)[parts.index(axis)] for each in rows}
+        if label not in known:
+            words = f"table.delta.{axis}: no label {label!r} (there are: {', '.join(sorted(known))})"
+            raise UserError(f"{document.place('table')}: {words}")
+    for axis, labels in file.axes.items():
+        for label in labels:
+            if len(label_parts(axis, label)) != len(label_parts(axis, axis)):
+                raise UserError(f"{document.place('axes', axis, label)}: {label!r} must have the parts of {axis!r}")
+
+
+def _sides(words: str, pairs: Sequence[str]) -> list[str]:
+    """Return the rows that a claim compares."""
+    sides = [pair.split(" > ") for pair in pairs]
+    if any(len(pair) != 2 for pair in sides):
+        raise UserError(f"claims: {words}: expected 'better row > worse row'")
+    return [row for pair in sides for row in pair]

@@ -1,0 +1,40 @@
+"""A trial's run, as MLflow remembers it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orchestration.tracking.tags import IDENTITY, KEY, TRAINED_BY, WEIGHTS
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A trial as MLflow remembers it."""
+
+    run_id: str
+    experiment: str
+    experiment_id: str
+    status: str
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+    @property
+    def identity(self) -> str:
+        """Which training this is."""
+        return self.tags.get(IDENTITY, "")
+
+    @property
+    def key(self) -> str:
+        """The trial's key: its folder's name."""
+        return self.tags.get(KEY, "")
+
+    @property
+    def has_model(self) -> bool:
+        """Whether its result has a model: it was trained, not tested again."""
+        return TRAINED_BY not in self.tags
+
+    @property
+    def weights(self) -> str | None:
+        """The name of the pre-trained weights it started from, if any."""
+        return self.tags.get(WEIGHTS)

@@ -38,7 +38,9 @@ SEGMENTS, DENSE = ClipConfig(), ClipConfig(sampling="dense", stride=4)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("videos", type=Path)
     parser.add_argument("--files", type=int, default=6, help="of each kind")
     parser.add_argument("--rounds", type=int, default=7)

@@ -54,7 +54,9 @@ RANDAUGMENT = "rand-m7-n4-mstd0.5-inc1"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny models: a rehearsal")
     parser.add_argument("--limit-s", type=float, default=480.0, help="start no part after this")
@@ -284,7 +286,9 @@ def kernels(case: Case) -> Table:
     # Operators' rows repeat the time of the kernels that they launch: kernels alone are counted.
     if case.device == "cuda":
         averages = [each for each in averages if "CUDA" in str(each.device_type)]
-    times = sorted(((float(getattr(each, column)), str(each.key)) for each in averages), reverse=True)
+    times = sorted(
+        ((float(getattr(each, column)), str(each.key)) for each in averages), reverse=True
+    )
     whole = sum(time_us for time_us, _ in times)
     rows = [
         (key[:110].replace("|", "/"), f"{time_us / 1e3:.2f}", f"{100 * time_us / whole:.1f}")
@@ -329,7 +333,9 @@ def processes(case: Case, number: int, is_small: bool) -> Iterator[list[subproce
     if is_small:
         command.append("--small")
     pipe = subprocess.PIPE
-    children = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(number)]
+    children = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(number)
+    ]
     try:
         yield children
     finally:

@@ -37,7 +37,9 @@ LEVEL = 0.05
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--simulations", type=int, default=4000)
     default = Path(f"benchmarks/false_positives_{date.today().isoformat()}.md")
     parser.add_argument("-o", "--output", type=Path, default=default)
@@ -46,7 +48,10 @@ def main() -> None:
     for videos in (2000, 24777):
         for seeds in (1, 2, 3, 5):
             for spread in (0.0, 0.15, 0.3, 0.5):
-                rates = [rejected(videos, seeds, spread, gap, args.simulations) for gap in (0.0, 0.5, 1.0, 2.0)]
+                rates = [
+                    rejected(videos, seeds, spread, gap, args.simulations)
+                    for gap in (0.0, 0.5, 1.0, 2.0)
+                ]
                 cells = [f"{100 * rate:.1f}" for rate in rates]
                 rows.append((f"{videos:,}", str(seeds), f"{spread:g}", *cells))
                 print(" | ".join(rows[-1]), flush=True)

@@ -36,7 +36,9 @@ from mar.data.sampling import Reader
 from mar.model.pixels import to_pixels
 
 FRAMES, STRIDE, SIZE, ROUNDS = 16, 4, 224, 9
-POLICY = "rand-m8-mstd0.5-inc1"  # at 9, timm now and then asks Pillow to keep no bit, which is an error
+POLICY = (
+    "rand-m8-mstd0.5-inc1"  # at 9, timm now and then asks Pillow to keep no bit, which is an error
+)
 
 
 def main() -> None:
@@ -57,7 +59,12 @@ def main() -> None:
 def heading(videos: list[Path]) -> list[str]:
     """Return where and with what it was measured."""
     model = next(
-        (line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
+        (
+            line.split(": ")[1]
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        "",
     )
     with Reader(videos[0]) as reader:
         height, width = reader.frames([0]).shape[1:3]
@@ -76,12 +83,19 @@ def table(videos: list[Path], scratch: Path) -> list[str]:
     """Return a line for each step."""
     root = videos[0].parent
     (scratch / "train.txt").write_text("".join(f"{video.name} 0\n" for video in videos))
-    data = DataConfig(root=str(root), train=str(scratch / "train.txt"), val=str(scratch / "train.txt"), num_classes=1)
+    data = DataConfig(
+        root=str(root),
+        train=str(scratch / "train.txt"),
+        val=str(scratch / "train.txt"),
+        num_classes=1,
+    )
     for kind in ("jpeg", "raw"):
         pack(data, scratch / kind, Packing(kind), 1, lambda *_: None)
     listed = [Video(video.name, video, 0) for video in videos]
     numbers = [STRIDE * frame for frame in range(FRAMES)]
-    caches = {kind: data.model_copy(update={"cache": str(scratch / kind)}) for kind in ("jpeg", "raw")}
+    caches = {
+        kind: data.model_copy(update={"cache": str(scratch / kind)}) for kind in ("jpeg", "raw")
+    }
     clips = [frames_of(video, numbers) for video in videos]
     box = (8, 20, 200, 230)
     small = [crop_and_resize(clip, box, SIZE) for clip in clips]
@@ -106,7 +120,9 @@ def table(videos: list[Path], scratch: Path) -> list[str]:
         "decode: decord alone": lambda index: bare_decord(videos[index], numbers),
         "decode: mar's reader": lambda index: frames_of(videos[index], numbers),
         "decode: torchcodec alone": lambda index: TorchCodec(videos[index]).frames(numbers),
-        "decode: mar's reader, torchcodec": lambda index: frames_of(videos[index], numbers, "torchcodec"),
+        "decode: mar's reader, torchcodec": lambda index: frames_of(
+            videos[index], numbers, "torchcodec"
+        ),
         "decode: PyAV, the whole file": lambda index: decode_with("pyav", videos[index]),
         "read: JPEG cache": lambda index: read(listed[index], caches["jpeg"]),
         "read: raw cache": lambda index: read(listed[index], caches["raw"]),
@@ -124,12 +140,22 @@ def table(videos: list[Path], scratch: Path) -> list[str]:
     }
     if fault_of("torchcodec"):
         steps = {name: step for name, step in steps.items() if "torchcodec" not in name}
-    rounds = [{name: timed(step, len(videos)) for name, step in steps.items()} for _ in range(ROUNDS + 1)][1:]
+    rounds = [
+        {name: timed(step, len(videos)) for name, step in steps.items()} for _ in range(ROUNDS + 1)
+    ][1:]
     lines = [line(name, [each[name] for each in rounds]) for name in steps]
-    for bare, ours_ in (("decord alone", "mar's reader"), ("torchcodec alone", "mar's reader, torchcodec")):
+    for bare, ours_ in (
+        ("decord alone", "mar's reader"),
+        ("torchcodec alone", "mar's reader, torchcodec"),
+    ):
         if f"decode: {bare}" in steps:
-            ratio = statistics.median(each[f"decode: {ours_}"] / each[f"decode: {bare}"] for each in rounds)
-            lines += ["", f"{ours_} takes {ratio:.3f} times what {bare} takes (median of the rounds)."]
+            ratio = statistics.median(
+                each[f"decode: {ours_}"] / each[f"decode: {bare}"] for each in rounds
+            )
+            lines += [
+                "",
+                f"{ours_} takes {ratio:.3f} times what {bare} takes (median of the rounds).",
+            ]
     return lines
 
 
@@ -144,7 +170,9 @@ def timed(step: Callable[[int], object], num_videos: int) -> float:
 def line(name: str, rounds: list[float]) -> str:
     """Return a step's row."""
     median = statistics.median(rounds)
-    return f"| {name} | {median:.2f} | {min(rounds):.2f} to {max(rounds):.2f} | {1000 / median:.0f} |"
+    return (
+        f"| {name} | {median:.2f} | {min(rounds):.2f} to {max(rounds):.2f} | {1000 / median:.0f} |"
+    )
 
 
 def frames_of(video: Path, numbers: list[int], decoder: str = "auto") -> np.ndarray:

@@ -72,33 +72,53 @@ print(json.dumps({"seconds": times, "system_s": system, "ops": ops}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--before", default="6c0f13e")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "step_profile.png")
     told = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         earlier = Path(name) / "earlier"
         git = ["git", "-C", str(ROOT), "worktree"]
-        subprocess.run([*git, "add", "--detach", str(earlier), told.before], check=True, capture_output=True)
+        subprocess.run(
+            [*git, "add", "--detach", str(earlier), told.before], check=True, capture_output=True
+        )
         try:
             rounds = [(profiled(earlier), profiled(ROOT)) for _ in range(2)]
         finally:
-            subprocess.run([*git, "remove", "--force", str(earlier)], check=True, capture_output=True)
-    bars = {f"before ({told.before})": [each[0] for each in rounds], "now": [each[1] for each in rounds]}
+            subprocess.run(
+                [*git, "remove", "--force", str(earlier)], check=True, capture_output=True
+            )
+    bars = {
+        f"before ({told.before})": [each[0] for each in rounds],
+        "now": [each[1] for each in rounds],
+    }
     draw(bars, told.output)
 
 
 def profiled(root: Path) -> dict[str, float]:
     """Return a step's seconds by group, scaled to an unprofiled step; and of the system."""
     env = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", INSIDE], env=env, capture_output=True, text=True, check=True, cwd=root)
+    done = subprocess.run(
+        [sys.executable, "-c", INSIDE],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     groups = dict.fromkeys(GROUPS, 0.0)
     for name, seconds in found["ops"].items():
-        groups[next(group for group, parts in GROUPS.items() if any(part in name for part in parts))] += seconds
+        groups[
+            next(group for group, parts in GROUPS.items() if any(part in name for part in parts))
+        ] += seconds
     step = statistics.median(found["seconds"])
     scale = step / sum(groups.values())
-    print(f"{root.name}: {step:.2f} s a step, {statistics.median(found['system_s']):.2f} s of both cores in the kernel")
+    print(
+        f"{root.name}: {step:.2f} s a step, {statistics.median(found['system_s']):.2f} s of both cores in the kernel"
+    )
     return {group: scale * seconds for group, seconds in groups.items()}
 
 
@@ -108,15 +128,32 @@ def draw(bars: dict[str, list[dict[str, float]]], file: Path) -> None:
         left = 0.0
         for number, group in enumerate(GROUPS):
             seconds = statistics.median(each[group] for each in rounds)
-            axes.barh(place, seconds, left=left, color=f"C{number}", label=group if place == 0 else None)
+            axes.barh(
+                place, seconds, left=left, color=f"C{number}", label=group if place == 0 else None
+            )
             if seconds > 0.12:
-                axes.text(left + seconds / 2, place, f"{seconds:.2f}", ha="center", va="center", color="white")
+                axes.text(
+                    left + seconds / 2,
+                    place,
+                    f"{seconds:.2f}",
+                    ha="center",
+                    va="center",
+                    color="white",
+                )
             left += seconds
         axes.text(left + 0.03, place, f"{left:.2f} s", va="center")
-        print(name, {group: round(statistics.median(each[group] for each in rounds), 3) for group in GROUPS})
+        print(
+            name,
+            {
+                group: round(statistics.median(each[group] for each in rounds), 3)
+                for group in GROUPS
+            },
+        )
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
-    axes.set_xlabel("seconds of a training step: ViT-B, 16 × 224², ρ = 50 %, bf16, 2 clips, 2 cores")
+    axes.set_xlabel(
+        "seconds of a training step: ViT-B, 16 × 224², ρ = 50 %, bf16, 2 clips, 2 cores"
+    )
     figure.legend(ncols=3, loc="outside upper center", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.1)

@@ -41,7 +41,13 @@ from orchestration.tracking import store
 
 HERE = Path(__file__).parent
 RECIPE = {
-    "data": {"format": "ssv2", "videos": "videos", "train": "train.json", "val": "validation.json", "num_classes": 2},
+    "data": {
+        "format": "ssv2",
+        "videos": "videos",
+        "train": "train.json",
+        "val": "validation.json",
+        "num_classes": 2,
+    },
     "clip": {"frames": 8, "size": 16},
     "encoder": {"size": "custom", "width": 16, "depth": 1, "heads": 2, "tubelet": [2, 4, 4]},
     "recipe": {"batch_size": 8, "warmup_epochs": 1},
@@ -67,8 +73,12 @@ class StubActors:
 
     num_total_actors = num_live_actors
 
-    def add_actor(self, cls: object, kwargs: dict[str, Any], resource_request: Any, **on: Any) -> TrackedActor:
-        actor = TrackedActor(len(self.state) + id(kwargs), on["on_start"], on["on_stop"], on["on_error"])
+    def add_actor(
+        self, cls: object, kwargs: dict[str, Any], resource_request: Any, **on: Any
+    ) -> TrackedActor:
+        actor = TrackedActor(
+            len(self.state) + id(kwargs), on["on_start"], on["on_stop"], on["on_error"]
+        )
         self.state[actor] = (kwargs["config"], 0)
         self.live[actor] = resource_request
         self._live_actors_to_ray_actors_resources[actor] = (None, None)
@@ -76,7 +86,12 @@ class StubActors:
         return actor
 
     def schedule_actor_task(
-        self, tracked_actor: TrackedActor, method_name: str, args: Any = None, kwargs: Any = None, **on: Any
+        self,
+        tracked_actor: TrackedActor,
+        method_name: str,
+        args: Any = None,
+        kwargs: Any = None,
+        **on: Any,
     ) -> None:
         def answer() -> None:
             if tracked_actor in self.live and on.get("on_result"):
@@ -108,10 +123,14 @@ class StubActors:
         }
         return {**metrics, **told, "config": config, "time_total_s": 1.0}
 
-    def remove_actor(self, tracked_actor: TrackedActor, kill: bool = False, stop_future: Any = None) -> bool:
+    def remove_actor(
+        self, tracked_actor: TrackedActor, kill: bool = False, stop_future: Any = None
+    ) -> bool:
         if self.live.pop(tracked_actor, None) is None:
             return False
-        self.events.append(lambda: tracked_actor._on_stop(tracked_actor) if tracked_actor._on_stop else None)
+        self.events.append(
+            lambda: tracked_actor._on_stop(tracked_actor) if tracked_actor._on_stop else None
+        )
         return True
 
     def next(self, timeout: float | None = None) -> bool:
@@ -139,7 +158,9 @@ class StubActors:
 def leave_result(folder: Path, metrics: dict[str, float]) -> None:
     """What a trial leaves, but small."""
     told = json.dumps({**metrics, "test/top1": 50.0, "test/num_videos": 8.0})
-    write_sealed(folder / RESULT, {"metrics.json": lambda file: write_text(file, told)}, {"metrics": metrics})
+    write_sealed(
+        folder / RESULT, {"metrics.json": lambda file: write_text(file, told)}, {"metrics": metrics}
+    )
 
 
 class Clock:
@@ -167,8 +188,15 @@ def study_file(folder: Path, trials: int) -> Path:
     make(folder / "data", MotionVerbs(size=32, frames=8, classes=2, train=16, validation=8))
     recipe = {**RECIPE, "data": {**RECIPE["data"], "root": str(folder / "data")}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    rates = {f"{number}": {"recipe.base_lr": 1e-4 * (1 + number)} for number in range(-(-trials // 10))}
-    study = {"title": "Simulated", "recipe": "recipe.yaml", "axes": {"rate": rates}, "seeds": [*range(10)]}
+    rates = {
+        f"{number}": {"recipe.base_lr": 1e-4 * (1 + number)} for number in range(-(-trials // 10))
+    }
+    study = {
+        "title": "Simulated",
+        "recipe": "recipe.yaml",
+        "axes": {"rate": rates},
+        "seeds": [*range(10)],
+    }
     (folder / "simulated.yaml").write_text(
         yaml.safe_dump({**study, "table": {"columns": ["top1"]}}, allow_unicode=True)
     )
@@ -176,7 +204,9 @@ def study_file(folder: Path, trials: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--devices", type=int, default=1_000)
     parser.add_argument("--epochs", type=int, default=10)
@@ -203,17 +233,26 @@ def main() -> None:
     launch = LaunchConfig(backend="inline", tracking_uri=told.tracking_uri)
     os.environ.update(quiet_environment(launch), TUNE_MAX_PENDING_TRIALS_PG=str(told.devices))
     ray.init(
-        num_cpus=told.devices, include_dashboard=False, logging_level=logging.ERROR, object_store_memory=200 * 2**20
+        num_cpus=told.devices,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        object_store_memory=200 * 2**20,
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         launch = launch.model_copy(update={"store": folder / "store"})
         began = time.perf_counter()
-        study = read_study(str(study_file(folder, told.trials)), [f"recipe.epochs={told.epochs}"], [])
+        study = read_study(
+            str(study_file(folder, told.trials)), [f"recipe.epochs={told.epochs}"], []
+        )
         read_s = time.perf_counter() - began
         run_study(study, launch)
         wall_s = time.perf_counter() - began
-        database_mib = (folder / "store" / "mlflow.db").stat().st_size / 2**20 if not told.tracking_uri else 0.0
+        database_mib = (
+            (folder / "store" / "mlflow.db").stat().st_size / 2**20
+            if not told.tracking_uri
+            else 0.0
+        )
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     lines = [
         f"# A simulated study of {len(study.trials):,} trials on {told.devices:,} devices, {time.strftime('%Y-%m-%d')}",

@@ -45,10 +45,16 @@ def write_sealed(
     while True:
         try:
             _write_sealed(path, writers, facts)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch reports a full disk as a RuntimeError
             free_bytes = shutil.disk_usage(_existing(path)).free
             reason = "the disk is full" if free_bytes < _FULL_BYTES else str(error)
-            words = f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). {advice}"
+            words = (
+                f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). {advice}"
+            )
             failure = Failure(words, "disk")
         else:
             return
@@ -65,7 +71,9 @@ def _write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any]) -> Non
             write(unfinished / name)
         files = {name: {"sha256": _sha256(unfinished / name)} for name in writers}
         manifest = {**facts, "files": files, "mar_version": __version__}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+        (unfinished / MANIFEST).write_text(
+            json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
         for name in (*writers, MANIFEST):
             _flush(unfinished / name)
         shutil.rmtree(path, ignore_errors=True)
@@ -84,7 +92,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = read_json(path / MANIFEST)
-        changed = [name for name, facts in manifest["files"].items() if _sha256(below(path, name)) != facts["sha256"]]
+        changed = [
+            name
+            for name, facts in manifest["files"].items()
+            if _sha256(below(path, name)) != facts["sha256"]
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Failure(f"it is not complete: {error}") from None
     if changed:

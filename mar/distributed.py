@@ -54,7 +54,11 @@ def of_first(find: Callable[[], T]) -> T:
 
 def default_device() -> torch.device:
     """Return this process's accelerator, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from typing import Literal
 
 from mar.safe_text import message
 
-FailureKind = Literal["user", "data", "disk", "memory", "shm", "numbers", "hang", "node", "code", "damaged", "stopped"]
+FailureKind = Literal[
+    "user", "data", "disk", "memory", "shm", "numbers", "hang", "node", "code", "damaged", "stopped"
+]
 """What went wrong: the settings, the videos, the disk, out of memory, shared memory (/dev/shm) that is too small, a loss
 that is not finite, no progress, a machine or process that was lost, the code, a result that is not what was written; or
 nothing: somebody stopped it."""

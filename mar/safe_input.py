@@ -35,7 +35,9 @@ def below(folder: Path, name: str) -> Path:
     """
     pure = PurePosixPath(name)
     if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or not pure.parts:
-        raise UserError(f"{folder}: the name {printable(name)!r} leaves this folder; nothing was read or written there")
+        raise UserError(
+            f"{folder}: the name {printable(name)!r} leaves this folder; nothing was read or written there"
+        )
     return folder / pure
 
 
@@ -72,7 +74,9 @@ class PlainLoader(yaml.SafeLoader):
         self._check(node, _DECIMAL)
         value = super().construct_yaml_float(node)
         if not math.isfinite(value):
-            raise yaml.constructor.ConstructorError(None, None, "the number is too large", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "the number is too large", node.start_mark
+            )
         return value
 
     def _check(self, node: yaml.ScalarNode, pattern: re.Pattern[str]) -> None:
@@ -80,9 +84,7 @@ class PlainLoader(yaml.SafeLoader):
         if len(node.value) > _MOST_DIGITS:
             words = f"a number of {len(node.value)} characters"
         elif not pattern.fullmatch(node.value):
-            words = (
-                f"{node.value} is not a plain decimal number: write it as 8, 0.5 or 1e-3, or in quotes if it is a name"
-            )
+            words = f"{node.value} is not a plain decimal number: write it as 8, 0.5 or 1e-3, or in quotes if it is a name"
         if words:
             raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
 
@@ -120,7 +122,9 @@ def parse_yaml(text: str, kind: type[PlainLoader] = PlainLoader) -> tuple[Any, y
 def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
     """Return how many values a node stands for, those of aliases each time they are used."""
     if id(node) in above:
-        raise yaml.constructor.ConstructorError(None, None, "an alias refers to itself", node.start_mark)
+        raise yaml.constructor.ConstructorError(
+            None, None, "an alias refers to itself", node.start_mark
+        )
     if id(node) not in known:
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]

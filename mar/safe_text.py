@@ -32,7 +32,9 @@ def message(text: str) -> str:
 
 
 def _visible(character: str) -> str:
-    is_hidden = unicodedata.category(character) in _HIDDEN_CATEGORIES and character not in _SHOWN_CONTROLS
+    is_hidden = (
+        unicodedata.category(character) in _HIDDEN_CATEGORIES and character not in _SHOWN_CONTROLS
+    )
     if is_hidden or _DIRECTIONS.match(character):
         return character.encode("unicode_escape").decode("ascii")
     return character

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from mar.safe_input import below
 from mar.training.retention import Keep
@@ -81,7 +88,9 @@ class LaunchConfig(BaseModel):
     @model_validator(mode="after")
     def _at_most_workers(self) -> Self:
         if (self.min_workers or 1) > self.workers:
-            raise ValueError(f"min_workers: {self.min_workers} is more than the {self.workers} workers")
+            raise ValueError(
+                f"min_workers: {self.min_workers} is more than the {self.workers} workers"
+            )
         return self
 
     @property

@@ -68,7 +68,9 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether another worker of the same training went away in the middle of what they do together."""
     names = {kind.__name__ for kind in type(error).__mro__}
     words = str(error).lower()
-    return bool(names & {"DistBackendError", "DistNetworkError", "DistStoreError", "RayActorError"}) or any(
+    return bool(
+        names & {"DistBackendError", "DistNetworkError", "DistStoreError", "RayActorError"}
+    ) or any(
         sign in words for sign in ("gloo", "nccl", "closed by peer", "connection reset", "tcpstore")
     )
 
@@ -90,9 +92,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
         "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     )
-    return bool(names & {"OutOfMemoryError", "MemoryError"}) or any(sign in str(error) for sign in signs)
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or any(
+        sign in str(error) for sign in signs
+    )
 
 
 def first_line(error: object) -> str:
     """Return what an error says first."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[
+        :300
+    ]

@@ -33,9 +33,13 @@ def close_token_file() -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        notice(f"others on this machine can read Ray's token, {file}, and it cannot be changed ({error})")
+        notice(
+            f"others on this machine can read Ray's token, {file}, and it cannot be changed ({error})"
+        )
         return
-    notice(f"others on this machine could read Ray's token, {file} (mode {mode:o}); now only you can")
+    notice(
+        f"others on this machine could read Ray's token, {file} (mode {mode:o}); now only you can"
+    )
 
 
 def webhook_of(given: str) -> str:
@@ -51,7 +55,9 @@ def webhook_of(given: str) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--webhook {given}: the file cannot be read: {error}") from None
     if not address.startswith(("http://", "https://")):
-        raise UserError("--webhook: expected an address, as https://example.org/hook, or @FILE with one in it")
+        raise UserError(
+            "--webhook: expected an address, as https://example.org/hook, or @FILE with one in it"
+        )
     return address
 
 

@@ -184,14 +184,22 @@ class Servers:
         self.folder = folder
         self.tracking_port, self.objects_port = _free_port(), _free_port()
         self.tracking: subprocess.Popen[bytes] | None = None
-        self.objects = self._start([BIN / "moto_server", "-p", str(self.objects_port)], "objects.txt")
+        self.objects = self._start(
+            [BIN / "moto_server", "-p", str(self.objects_port)], "objects.txt"
+        )
         self.start_tracking()
         _wait_for_port(self.objects_port)
         _wait_for_port(self.tracking_port)
         import boto3
 
-        there = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
-        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.objects_port}", **there).create_bucket(Bucket="bucket")
+        there = {
+            "aws_access_key_id": "key",
+            "aws_secret_access_key": "secret",
+            "region_name": "us-east-1",
+        }
+        boto3.client(
+            "s3", endpoint_url=f"http://127.0.0.1:{self.objects_port}", **there
+        ).create_bucket(Bucket="bucket")
 
     @property
     def address(self) -> str:
@@ -207,7 +215,16 @@ class Servers:
         }
 
     def start_tracking(self) -> None:
-        words = [BIN / "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.tracking_port), "--workers", "1"]
+        words = [
+            BIN / "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.tracking_port),
+            "--workers",
+            "1",
+        ]
         words += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
         words += ["--artifacts-destination", str(self.folder / "artifacts")]
         self.tracking = self._start(words, "tracking.txt")
@@ -260,8 +277,21 @@ class Round:
 
     @property
     def words(self) -> list[str]:
-        served = ["--tracking-uri", self.servers.address, "--remote", "s3://bucket/mar"] if self.servers else []
-        return [*self.setting.words, *served, "--hang-timeout-s", "60", "--patience-s", "60", "--retries", "2"]
+        served = (
+            ["--tracking-uri", self.servers.address, "--remote", "s3://bucket/mar"]
+            if self.servers
+            else []
+        )
+        return [
+            *self.setting.words,
+            *served,
+            "--hang-timeout-s",
+            "60",
+            "--patience-s",
+            "60",
+            "--retries",
+            "2",
+        ]
 
     @property
     def store(self) -> Path:
@@ -333,11 +363,15 @@ def _stop(at: Round, launch: Launch) -> bool:
 def _second_run(at: Round, launch: Launch) -> bool:
     environment = {**os.environ, **(at.servers.environment() if at.servers else {})}
     words = [BIN / "mar", "run", "study.yaml", *at.words]
-    done = subprocess.run(words, cwd=at.place, env=environment, capture_output=True, text=True, timeout=_LAUNCH_S)
+    done = subprocess.run(
+        words, cwd=at.place, env=environment, capture_output=True, text=True, timeout=_LAUNCH_S
+    )
     if launch.has_ended():  # it may have had its turn
         return False
     if done.returncode != 2 or "is being run already" not in done.stderr:
-        at.problem(f"a second run was not refused: exit code {done.returncode}, {done.stderr[-300:]}")
+        at.problem(
+            f"a second run was not refused: exit code {done.returncode}, {done.stderr[-300:]}"
+        )
     return True
 
 
@@ -398,7 +432,11 @@ def _lost_database(at: Round) -> bool:
 
 def _lost_notes(at: Round) -> bool:
     """Remove what a launch leaves for the next one besides checkpoints and results."""
-    files = [*at.store.glob("trials/*/pulse.json"), *at.store.glob("trials/*/attempts.json"), *at.store.glob("locks/*")]
+    files = [
+        *at.store.glob("trials/*/pulse.json"),
+        *at.store.glob("trials/*/attempts.json"),
+        *at.store.glob("locks/*"),
+    ]
     for file in files:
         file.unlink()
     return bool(files)
@@ -418,7 +456,10 @@ _RAY_SERVERS = (
     _paused("Ray's raylet is paused", "raylet/raylet"),
     _paused("Ray's gcs is paused", "gcs_server"),
 )
-_LOADERS = (_killed("a loader process is killed", "forkserver"), _paused("a loader process is paused", "forkserver"))
+_LOADERS = (
+    _killed("a loader process is killed", "forkserver"),
+    _paused("a loader process is paused", "forkserver"),
+)
 _INLINE = (
     _killed("Tune's trial is killed", "ray::run_inline", "ray::ImplicitFunc"),
     _paused("Tune's trial is paused", "ray::run_inline", "ray::ImplicitFunc"),
@@ -459,10 +500,16 @@ SETTINGS = (
     Setting("local", ("--local",), _DRIVER),
     Setting("inline", _INLINE_BACKEND, (*_DRIVER, *_RAY_SERVERS, *_INLINE)),
     Setting("train", (), (*_DRIVER, *_RAY_SERVERS, *_TRAIN)),
-    Setting("local, loader processes", ("--local", "--loader-processes", "1"), (*_DRIVER, *_LOADERS)),
-    Setting("train, two workers", ("--workers", "2"), (*_DRIVER, *_RAY_SERVERS, *_TRAIN), workers=2),
+    Setting(
+        "local, loader processes", ("--local", "--loader-processes", "1"), (*_DRIVER, *_LOADERS)
+    ),
+    Setting(
+        "train, two workers", ("--workers", "2"), (*_DRIVER, *_RAY_SERVERS, *_TRAIN), workers=2
+    ),
     Setting("local, own disk", ("--local",), (*_DRIVER, *_DISK, *_DISK, *_DISK), own_disk=True),
-    Setting("inline, servers", _INLINE_BACKEND, (*_DRIVER, *_INLINE, *_SERVED, *_SERVED), served=True),
+    Setting(
+        "inline, servers", _INLINE_BACKEND, (*_DRIVER, *_INLINE, *_SERVED, *_SERVED), served=True
+    ),
     Setting("train, own disk", (), (*_DRIVER, *_TRAIN, *_DISK, *_DISK, *_DISK), own_disk=True),
 )
 
@@ -501,14 +548,22 @@ class Tally:
             counts = [self.faults[setting, name] for setting in settings]
             cells = " | ".join(str(count) if count else "" for count in counts)
             lines.append(f"| {name} | {cells} | {sum(counts)} |")
-        for what, counter in (("**rounds**", self.rounds), ("launches", self.launches), ("minutes", self.seconds)):
+        for what, counter in (
+            ("**rounds**", self.rounds),
+            ("launches", self.launches),
+            ("minutes", self.seconds),
+        ):
             counts = [counter[setting] for setting in settings]
             if what == "minutes":
                 counts = [round(count / 60, 1) for count in counts]
             lines.append(f"| {what} | {' | '.join(map(str, counts))} | {round(sum(counts), 1)} |")
         total = sum(self.faults.values())
         summary = f"{total} faults, {sum(self.launches.values())} launches, {sum(self.rounds.values())} studies"
-        lines += ["", f"{summary}; {self.points} points compared; {len(self.problems)} problems.", *self.problems]
+        lines += [
+            "",
+            f"{summary}; {self.points} points compared; {len(self.problems)} problems.",
+            *self.problems,
+        ]
         return "\n".join(lines)
 
 
@@ -525,7 +580,8 @@ def run(
     make(folder / "data", TINY_VERBS)
     tally, until = Tally(), time.monotonic() + seconds
     undisturbed = {
-        workers: _undisturbed(folder, workers) for workers in sorted({setting.workers for setting in settings})
+        workers: _undisturbed(folder, workers)
+        for workers in sorted({setting.workers for setting in settings})
     }
     number = 0
     while time.monotonic() < until and number < most_rounds:
@@ -631,7 +687,9 @@ def _disturb(at: Round, tally: Tally) -> None:
             if not (at.servers and name == "mlflow.db is deleted") and _BETWEEN[name](at):
                 tally.faults[at.setting.name, name] += 1
                 faults -= 1
-    at.problem(f"it is not done after {_MOST_LAUNCHES} launches; the last one said: {at.output[-1500:]}")
+    at.problem(
+        f"it is not done after {_MOST_LAUNCHES} launches; the last one said: {at.output[-1500:]}"
+    )
 
 
 def _judge(at: Round, launch: Launch, code: int | None, done: list[str]) -> None:
@@ -672,15 +730,29 @@ def _compare(at: Round, undisturbed: Outcome, tally: Tally) -> None:
                 words = f"{len(points)} points of {len(wanted)}, {differing} for {missing}"
                 at.problem(f"{trial}: {metric}: {words}")
         files, alike = outcome.files[trial], undisturbed.files.get(trial, {})
-        others = sorted(name for name in files.keys() | alike.keys() if files.get(name) != alike.get(name))
+        others = sorted(
+            name for name in files.keys() | alike.keys() if files.get(name) != alike.get(name)
+        )
         if others:
             at.problem(f"{trial}: its result's {', '.join(others)} are others")
-    kept = [*at.store.glob("trials/*/step_*"), *at.store.rglob("*.unfinished"), *at.store.rglob("*.pulled")]
+    kept = [
+        *at.store.glob("trials/*/step_*"),
+        *at.store.rglob("*.unfinished"),
+        *at.store.rglob("*.pulled"),
+    ]
     kept += [*at.store.glob("trials/*/clearing.json"), *at.store.glob("locks/*.stop")]
-    shared = [file.name for file in Path("/dev/shm").iterdir() if at.pids & {*re.split(r"[-_.]", file.name)}]
+    shared = [
+        file.name
+        for file in Path("/dev/shm").iterdir()
+        if at.pids & {*re.split(r"[-_.]", file.name)}
+    ]
     if kept or shared:
         at.problem(f"left: {[str(path.relative_to(at.store)) for path in kept]} {shared}")
-    with sqlite3.connect(at.store / "mlflow.db") if not at.servers else sqlite3.connect(":memory:") as database:
+    with (
+        sqlite3.connect(at.store / "mlflow.db")
+        if not at.servers
+        else sqlite3.connect(":memory:") as database
+    ):
         (sound,) = database.execute("pragma integrity_check").fetchone()
         if sound != "ok":
             at.problem(f"mlflow.db: {sound}")
@@ -688,7 +760,9 @@ def _compare(at: Round, undisturbed: Outcome, tally: Tally) -> None:
 
 def _outcome(place: Path, servers: Servers | None) -> tuple[Outcome, list[str]]:
     """Return what a study came to, and what is wrong with its records."""
-    store = Store(LaunchConfig(store=place / "mar_store", tracking_uri=servers.address if servers else None))
+    store = Store(
+        LaunchConfig(store=place / "mar_store", tracking_uri=servers.address if servers else None)
+    )
     points: dict[str, dict[str, list[tuple[int, float]]]] = {}
     files: dict[str, dict[str, str]] = {}
     problems: list[str] = []
@@ -701,7 +775,9 @@ def _outcome(place: Path, servers: Servers | None) -> tuple[Outcome, list[str]]:
             problems.append(f"{trial}: finished twice")
         names = sorted(name for name in record.metrics if not name.startswith(_MEASURED))
         history = {name: store.client.get_metric_history(record.run_id, name) for name in names}
-        points[trial] = {name: [(point.step, point.value) for point in each] for name, each in history.items()}
+        points[trial] = {
+            name: [(point.step, point.value) for point in each] for name, each in history.items()
+        }
         result = place / "mar_store" / "trials" / record.key / "result"
         files[trial] = {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -725,7 +801,9 @@ def main() -> None:
     given = parser.parse_args()
     settings = [setting for setting in SETTINGS if not given.only or setting.name in given.only]
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    tally = run(folder, given.seed, given.minutes * 60, settings, lambda words: print(words, flush=True))
+    tally = run(
+        folder, given.seed, given.minutes * 60, settings, lambda words: print(words, flush=True)
+    )
     table = tally.table()
     print(f"\n{table}")
     if given.o:

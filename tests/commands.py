@@ -23,7 +23,11 @@ def run_mar(place: Path, *words: str, code: int = 0) -> tuple[str, str]:
     before = sys.argv
     try:
         sys.argv = ["mar", *words]
-        with contextlib.chdir(place), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        with (
+            contextlib.chdir(place),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(errors),
+        ):
             main()
     except SystemExit as ended:
         assert ended.code == code, errors.getvalue() + output.getvalue()

@@ -9,7 +9,13 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", MLFLOW_DISABLE_TELEMETRY="true", 
 
 from jaxtyping import install_import_hook
 
-_SHAPED = ["mar.model", "mar.augmentation", "mar.data.dataset", "mar.evaluation.evaluator", "mar.training.optim"]
+_SHAPED = [
+    "mar.model",
+    "mar.augmentation",
+    "mar.data.dataset",
+    "mar.evaluation.evaluator",
+    "mar.training.optim",
+]
 install_import_hook(_SHAPED, "beartype.beartype")
 
 import pytest
@@ -43,7 +49,14 @@ def tiny_tree(root: Path) -> dict[str, Any]:
             "num_classes": 2,
         },
         "clip": {"frames": 8, "size": 16},
-        "encoder": {"size": "custom", "width": 16, "depth": 1, "heads": 2, "tubelet": [2, 4, 4], "drop_path": 0.1},
+        "encoder": {
+            "size": "custom",
+            "width": 16,
+            "depth": 1,
+            "heads": 2,
+            "tubelet": [2, 4, 4],
+            "drop_path": 0.1,
+        },
         "classifier": {"width": 16, "depth": 1, "heads": 2, "dropout": 0.1},
         "reconstruction": {"width": 16, "depth": 1, "heads": 2},
         "recipe": {"epochs": 3, "batch_size": 8, "warmup_epochs": 1, "precision": "fp32"},
@@ -63,7 +76,11 @@ def s3() -> Iterator[None]:
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    there = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    there = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+    }
     there |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
     os.environ.update(there)
     boto3.client("s3").create_bucket(Bucket="bucket")

@@ -86,7 +86,9 @@ def edit(file: Path, parts: Sequence[tuple[float, float | None]]) -> None:
     assert movie[1] == len(content), "the index is not at the end"
     movie_scale = struct.unpack(">I", content[header[0] + 20 : header[0] + 24])[0]
     media_scale = struct.unpack(">I", content[media[0] + 20 : media[0] + 24])[0]
-    old = next((each for each in _boxes(content, track[0] + 8, track[1]) if each[0] == "edts"), None)
+    old = next(
+        (each for each in _boxes(content, track[0] + 8, track[1]) if each[0] == "edts"), None
+    )
     # Frames that are shown in another order than decoded begin late: FFmpeg's own list says how late.
     late = 0
     if old:
@@ -99,7 +101,9 @@ def edit(file: Path, parts: Sequence[tuple[float, float | None]]) -> None:
     new = struct.pack(">I4s", 8 + len(inner), b"edts") + inner
     first, last = (old[1], old[2]) if old else (track[0] + 8, track[0] + 8)
     if not old:  # behind the track's header
-        first = last = next(end for kind, _, end in _boxes(content, track[0] + 8, track[1]) if kind == "tkhd")
+        first = last = next(
+            end for kind, _, end in _boxes(content, track[0] + 8, track[1]) if kind == "tkhd"
+        )
     content[first:last] = new
     grown = len(new) - (last - first)
     for start, end in (movie, track):

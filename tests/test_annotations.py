@@ -36,7 +36,11 @@ def labelled(data: DataConfig, split: Any = "train") -> list[tuple[str, int]]:
 @pytest.mark.parametrize(
     "layout",
     [
-        ["-3B32lodo2M_000059_000069.mp4", "_dbcJuKJQNs_000040_000050.mp4", "0zVQ_hjvFQM_000001_000011.mkv"],
+        [
+            "-3B32lodo2M_000059_000069.mp4",
+            "_dbcJuKJQNs_000040_000050.mp4",
+            "0zVQ_hjvFQM_000001_000011.mkv",
+        ],
         ["-3B32lodo2M.mp4", "_dbcJuKJQNs.mp4", "0zVQ_hjvFQM.mp4"],
         [
             "train/abseiling/-3B32lodo2M_000059_000069.mp4",
@@ -69,7 +73,9 @@ def test_kinetics_videos_that_are_not_there_are_named_or_left_out(tmp_path: Path
         write(tmp_path, f"{split}.csv", f"label,youtube_id,time_start,time_end\n{rows}")
     data = DataConfig(format="kinetics", root=str(tmp_path), videos="videos", num_classes=2)
     assert labelled(data)[1] == ("bbbbbbbbbbb_000002_000012.mp4", 1)
-    assert labelled(data.model_copy(update={"missing": "skip"})) == [("aaaaaaaaaaa_000001_000011.mp4", 0)]
+    assert labelled(data.model_copy(update={"missing": "skip"})) == [
+        ("aaaaaaaaaaa_000001_000011.mp4", 0)
+    ]
     shutil.rmtree(tmp_path / "videos")
     (tmp_path / "videos").mkdir()
     with pytest.raises(UserError, match=r"data\.train: none of its 2 videos is there"):
@@ -77,10 +83,16 @@ def test_kinetics_videos_that_are_not_there_are_named_or_left_out(tmp_path: Path
 
 
 @pytest.mark.parametrize("files", ["something-something-v2-{}.json", "labels/{}.json"])
-def test_something_something_is_read_in_both_layouts_with_labels_as_strings(tmp_path: Path, files: str) -> None:
+def test_something_something_is_read_in_both_layouts_with_labels_as_strings(
+    tmp_path: Path, files: str
+) -> None:
     put(tmp_path / "videos", "1.webm", "2.mp4")
     items = [{"id": "1", "label": "pulling a pen", "template": ARROW, "placeholders": ["a pen"]}]
-    write(tmp_path, files.format("labels"), json.dumps({ARROW.replace("[", "").replace("]", ""): "1", "Other": "0"}))
+    write(
+        tmp_path,
+        files.format("labels"),
+        json.dumps({ARROW.replace("[", "").replace("]", ""): "1", "Other": "0"}),
+    )
     write(tmp_path, files.format("train"), json.dumps(items))
     write(tmp_path, files.format("validation"), json.dumps([{**items[0], "id": "2"}]))
     data = DataConfig(format="ssv2", root=str(tmp_path), videos="videos", num_classes=2)
@@ -106,7 +118,11 @@ def ucf101(root: Path) -> DataConfig:
     write(root, "ucfTrainTestlist/classInd.txt", "1 ApplyEyeMakeup\r\n2 HandstandPushups\r\n")
     train = "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\r\nHandstandPushups/v_HandstandPushups_g08_c01.avi 2\r\n"
     write(root, "ucfTrainTestlist/trainlist01.txt", train)
-    write(root, "ucfTrainTestlist/testlist01.txt", "HandstandPushups/v_HandStandPushups_g01_c01.avi\r\n")
+    write(
+        root,
+        "ucfTrainTestlist/testlist01.txt",
+        "HandstandPushups/v_HandStandPushups_g01_c01.avi\r\n",
+    )
     return DataConfig(format="ucf101", root=str(root), videos="videos", num_classes=2)
 
 
@@ -119,8 +135,14 @@ def test_ucf101_is_read_with_crlf_and_its_handstand_pushups(tmp_path: Path) -> N
     assert labelled(data, "val") == [("HandstandPushups/v_HandStandPushups_g01_c01.avi", 1)]
     with pytest.raises(UserError, match=r"data\.train: no annotation file .*trainlist02\.txt or"):
         read_split(data.model_copy(update={"split": 2}), "train")
-    write(tmp_path, "ucfTrainTestlist/trainlist01.txt", "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 2\n")
-    with pytest.raises(UserError, match=r"trainlist01\.txt:1: says class 2, but .* says 1 of ApplyEyeMakeup"):
+    write(
+        tmp_path,
+        "ucfTrainTestlist/trainlist01.txt",
+        "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 2\n",
+    )
+    with pytest.raises(
+        UserError, match=r"trainlist01\.txt:1: says class 2, but .* says 1 of ApplyEyeMakeup"
+    ):
         read_split(data, "train")
 
 
@@ -132,7 +154,11 @@ def test_hmdb51_takes_1_for_training_2_for_testing_and_leaves_0(tmp_path: Path) 
         "wave/c_wave.avi",
     )
     folder = "testTrainMulti_7030_splits"
-    write(tmp_path, f"{folder}/brush_hair_test_split1.txt", "April_09_brush_hair_u_nm_np1_ba_goo_0.avi 1 \n")
+    write(
+        tmp_path,
+        f"{folder}/brush_hair_test_split1.txt",
+        "April_09_brush_hair_u_nm_np1_ba_goo_0.avi 1 \n",
+    )
     write(tmp_path, f"{folder}/wave_test_split1.txt", "a#b_wave.avi 2 \nc_wave.avi 0 \n")
     write(tmp_path, f"{folder}/wave_test_split2.txt", "c_wave.avi 1 \n")
     data = DataConfig(format="hmdb51", root=str(tmp_path), videos="videos", num_classes=2)
@@ -158,7 +184,9 @@ def test_a_file_of_another_format_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.csv:1: expected the columns label, youtube_id"):
         read_split(DataConfig(format="kinetics", root=str(tmp_path), videos="videos"), "train")
     with pytest.raises(UserError, match=r"data\.videos: no folder"):
-        read_split(DataConfig(format="ssv2", root=str(tmp_path), videos="none", train="train.csv"), "train")
+        read_split(
+            DataConfig(format="ssv2", root=str(tmp_path), videos="none", train="train.csv"), "train"
+        )
     with pytest.raises(UserError, match=r"data\.labels: no annotation file .*classInd\.txt"):
         read_split(DataConfig(format="ucf101", root=str(tmp_path), videos="videos"), "train")
 
@@ -204,7 +232,9 @@ def test_a_check_finds_each_kind_of_fault(odd: DataConfig) -> None:
     assert "none of 1" in report_text(report)
 
 
-def test_a_short_video_is_said_but_is_no_fault_and_the_fingerprint_is_the_trials(videos: Path) -> None:
+def test_a_short_video_is_said_but_is_no_fault_and_the_fingerprint_is_the_trials(
+    videos: Path,
+) -> None:
     data = DataConfig(
         format="ssv2", root=str(videos), videos="videos", train="train.json", val="validation.json",
         labels="labels.json", num_classes=2,
@@ -219,14 +249,21 @@ def test_a_short_video_is_said_but_is_no_fault_and_the_fingerprint_is_the_trials
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[[DataConfig], str]:
     def file(data: DataConfig) -> str:
-        write(tmp_path, "recipe.yaml", f"data: {data.model_dump_json()}\nclip: {{frames: 8, size: 64}}\n")
+        write(
+            tmp_path,
+            "recipe.yaml",
+            f"data: {data.model_dump_json()}\nclip: {{frames: 8, size: 64}}\n",
+        )
         return str(tmp_path / "recipe.yaml")
 
     return file
 
 
 def test_the_command_ends_with_1_when_something_is_wrong_and_lists_it(
-    odd: DataConfig, recipe: Callable[[DataConfig], str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    odd: DataConfig,
+    recipe: Callable[[DataConfig], str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     def run(*words: str) -> Any:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
@@ -234,7 +271,17 @@ def test_the_command_ends_with_1_when_something_is_wrong_and_lists_it(
             main()
         return ended.value.code or 0
 
-    assert run(recipe(odd), "encoder.tubelet=[2,16,16]", "--processes", "1", "-o", str(tmp_path / "all.csv")) == 1
+    assert (
+        run(
+            recipe(odd),
+            "encoder.tubelet=[2,16,16]",
+            "--processes",
+            "1",
+            "-o",
+            str(tmp_path / "all.csv"),
+        )
+        == 1
+    )
     out = capfd.readouterr().out
     assert "broken.mp4: not a video that can be decoded" in out
     assert len((tmp_path / "all.csv").read_text().splitlines()) == 7

@@ -19,22 +19,40 @@ from orchestration.cli.jobs import _check as check_submission
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
-FILES = sorted(path for path in CLUSTER.rglob("*") if path.is_file() and path.suffix not in (".md", ".dockerignore"))
+FILES = sorted(
+    path
+    for path in CLUSTER.rglob("*")
+    if path.is_file() and path.suffix not in (".md", ".dockerignore")
+)
 NAMES = [str(path.relative_to(CLUSTER)) for path in FILES]
-PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+PINNED = dict(
+    line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+)
 
 
 def fields(known: dict[str, Any], *required: str) -> dict[str, Any]:
-    return {"type": "object", "properties": known, "required": list(required), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": known,
+        "required": list(required),
+        "additionalProperties": False,
+    }
 
 
-WHOLE, TEXT, YES, ANY = {"type": "integer", "minimum": 0}, {"type": "string"}, {"type": "boolean"}, {}
+WHOLE, TEXT, YES, ANY = (
+    {"type": "integer", "minimum": 0},
+    {"type": "string"},
+    {"type": "boolean"},
+    {},
+)
 WORDS = {"type": "object", "additionalProperties": TEXT}
 GROUP = {"template": ANY, "rayStartParams": WORDS, "resources": WORDS, "labels": WORDS}
 RAY_CLUSTER = fields(
     {
         "rayVersion": TEXT,
-        "authOptions": fields({"mode": {"enum": ["token", "disabled"]}, "secretName": TEXT, "enableK8sTokenAuth": YES}),
+        "authOptions": fields(
+            {"mode": {"enum": ["token", "disabled"]}, "secretName": TEXT, "enableK8sTokenAuth": YES}
+        ),
         "enableInTreeAutoscaling": YES,
         "autoscalerOptions": fields(
             {
@@ -102,11 +120,18 @@ def pods(tree: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_begins_with_what_it_makes_and_how_it_goes_away(name: str) -> None:
-    lines = [line for line in (CLUSTER / name).read_text().splitlines() if not line.startswith("#!")]
-    head = "\n".join(line for line in lines[: next(n for n, line in enumerate(lines) if not line.startswith("#"))])
+    lines = [
+        line for line in (CLUSTER / name).read_text().splitlines() if not line.startswith("#!")
+    ]
+    head = "\n".join(
+        line
+        for line in lines[: next(n for n, line in enumerate(lines) if not line.startswith("#"))]
+    )
     for word in ("# Makes:", "# Up:", "# Down:", "# Forgotten:"):
         assert word in head, f"{name} does not say {word}"
-    assert f"cluster/{name}" in head or f"cluster/{Path(name).parent}" in head, "the command names another file"
+    assert f"cluster/{name}" in head or f"cluster/{Path(name).parent}" in head, (
+        "the command names another file"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("autoscaler/")])
@@ -116,7 +141,11 @@ def test_rays_autoscaler_takes_the_file(name: str) -> None:
     with pytest.raises(jsonschema.ValidationError):
         validate_config(prepare_config({**documents(name)[0], "max_worker": 1}))
     if "available_node_types" in tree:
-        workers = [node for kind, node in tree["available_node_types"].items() if kind != tree["head_node_type"]]
+        workers = [
+            node
+            for kind, node in tree["available_node_types"].items()
+            if kind != tree["head_node_type"]
+        ]
         assert all(node["min_workers"] == 0 for node in workers), "idle workers cost nothing"
         assert "spot" in str(workers).lower()
 
@@ -125,7 +154,10 @@ def test_rays_autoscaler_takes_the_file(name: str) -> None:
 def test_kuberays_operator_takes_the_file(name: str) -> None:
     (tree,) = documents(name)
     schema = {"RayCluster": RAY_CLUSTER, "RayJob": RAY_JOB}[tree["kind"]]
-    assert (tree["apiVersion"], set(tree)) == ("ray.io/v1", {"apiVersion", "kind", "metadata", "spec"})
+    assert (tree["apiVersion"], set(tree)) == (
+        "ray.io/v1",
+        {"apiVersion", "kind", "metadata", "spec"},
+    )
     jsonschema.validate(tree["spec"], schema)
     cluster = tree["spec"].get("rayClusterSpec", tree["spec"])
     assert (cluster["authOptions"]["mode"], cluster["rayVersion"]) == ("token", PINNED["ray"])
@@ -133,7 +165,9 @@ def test_kuberays_operator_takes_the_file(name: str) -> None:
         jsonschema.validate({**tree["spec"], "shutdownAfterFinish": True}, schema)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("kuberay/") or "kubernetes" in name])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.startswith("kuberay/") or "kubernetes" in name]
+)
 def test_kubernetes_takes_every_pod_and_every_object(name: str) -> None:
     checked = 0
     for tree in documents(name):
@@ -143,8 +177,14 @@ def test_kubernetes_takes_every_pod_and_every_object(name: str) -> None:
         for pod in pods(tree):
             whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": pod}
             kubernetes_validate.validate(whole, "1.34", strict=True)
-            mounts = {mount["name"] for each in pod["containers"] for mount in each.get("volumeMounts", [])}
-            claimed = {each["metadata"]["name"] for each in tree["spec"].get("volumeClaimTemplates", [])}
+            mounts = {
+                mount["name"]
+                for each in pod["containers"]
+                for mount in each.get("volumeMounts", [])
+            }
+            claimed = {
+                each["metadata"]["name"] for each in tree["spec"].get("volumeClaimTemplates", [])
+            }
             assert mounts == {volume["name"] for volume in pod.get("volumes", [])} | claimed
             checked += 1
     assert checked
@@ -155,7 +195,9 @@ def test_a_misspelt_field_of_a_pod_would_be_seen() -> None:
     pod["containers"][0]["imagee"] = "x"
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(
-            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": pod}, "1.34", strict=True
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": pod},
+            "1.34",
+            strict=True,
         )
 
 
@@ -178,13 +220,23 @@ def test_images_are_sound_and_of_the_tested_versions(name: str) -> None:
 
 def test_the_server_is_for_loopback_and_its_own_pods_only() -> None:
     services = documents("mlflow/compose.yaml")[0]["services"]
-    assert services["mlflow"]["ports"] == ["127.0.0.1:5000:5000"] and "ports" not in services["database"]
+    assert (
+        services["mlflow"]["ports"] == ["127.0.0.1:5000:5000"]
+        and "ports" not in services["database"]
+    )
     assert "--allowed-hosts" in services["mlflow"]["command"]
-    assert "--app-name basic-auth" in services["mlflow"]["command"] and "SECRET" not in services["mlflow"]["command"]
+    assert (
+        "--app-name basic-auth" in services["mlflow"]["command"]
+        and "SECRET" not in services["mlflow"]["command"]
+    )
     assert all("no-new-privileges:true" in each["security_opt"] for each in services.values())
     objects = documents("mlflow/kubernetes.yaml")
     assert not any(each["spec"].get("type") in ("LoadBalancer", "NodePort") for each in objects)
-    guarded = {each["spec"]["podSelector"]["matchLabels"]["app"] for each in objects if each["kind"] == "NetworkPolicy"}
+    guarded = {
+        each["spec"]["podSelector"]["matchLabels"]["app"]
+        for each in objects
+        if each["kind"] == "NetworkPolicy"
+    }
     assert guarded == {"mlflow", "mlflow-database"}
 
 
@@ -193,16 +245,27 @@ def commands() -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for path in [*FILES, CLUSTER / "README.md"]:
         text = re.sub(r"\\\n\s*", " ", path.read_text())
-        lines = re.findall(r"(?<![\w/.-])(mar (?:run|submit|jobs|plan|status|stop|ui)\b[^\n`|)#']*)", text)
+        lines = re.findall(
+            r"(?<![\w/.-])(mar (?:run|submit|jobs|plan|status|stop|ui)\b[^\n`|)#']*)", text
+        )
         place = str(path.relative_to(CLUSTER))
         told = [line.split("     ")[0].split(" && ")[0].strip() for line in lines]
-        found += [(place, line) for line in told if len(line.split()) > 2]  # a verb alone is a mention
+        found += [
+            (place, line) for line in told if len(line.split()) > 2
+        ]  # a verb alone is a mention
     return found
 
 
 @pytest.mark.parametrize(("name", "line"), commands())
 def test_every_command_in_the_files_is_one_that_mar_has(name: str, line: str) -> None:
-    values = {"study": "quickstart", "store": "/mar/store", "tracking": "", "head": "h", "port": "1", "@": ""}
+    values = {
+        "study": "quickstart",
+        "store": "/mar/store",
+        "tracking": "",
+        "head": "h",
+        "port": "1",
+        "@": "",
+    }
     values |= {"MAR_STORE:-$root/mar_store": "/mar/store", "MAR_TRACKING_URI": "http://mlflow:5000"}
     for variable, value in values.items():
         line = line.replace(f"${{{variable}}}", value).replace(f"${variable}", value)
@@ -210,31 +273,46 @@ def test_every_command_in_the_files_is_one_that_mar_has(name: str, line: str) ->
     group = typer.main.get_command(app)
     command = group.commands[verb]
     command.make_context(verb, words)
-    if verb == "submit" and "--address" in words:  # what mar submit looks at before it asks the cluster
+    if (
+        verb == "submit" and "--address" in words
+    ):  # what mar submit looks at before it asks the cluster
         address = words.index("--address")
         check_submission(words[0], words[1:address] + words[address + 2 :])
     if verb == "run" and "--address" in words and words[0] != "quickstart":
-        assert any(word.startswith("data.root=/") for word in words), "a job's working folder is another"
+        assert any(word.startswith("data.root=/") for word in words), (
+            "a job's working folder is another"
+        )
 
 
 def test_every_study_in_the_files_is_one_that_ships() -> None:
     studies = {path.stem for path in (ROOT / "search_spaces").glob("*.yaml")}
     named = {
-        line.split()[2] for _, line in commands() if line.split()[1] in ("run", "submit") and len(line.split()) > 2
+        line.split()[2]
+        for _, line in commands()
+        if line.split()[1] in ("run", "submit") and len(line.split()) > 2
     }
     assert {name for name in named if re.fullmatch(r"[a-z]+\w+", name)} <= studies
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("kuberay/") or "kubernetes" in name])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.startswith("kuberay/") or "kubernetes" in name]
+)
 def test_no_pod_runs_as_root_or_may_become_it_and_no_secret_is_an_argument(name: str) -> None:
     for tree in documents(name):
         for pod in pods(tree):
             assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"]
             assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
             for each in pod["containers"]:
-                assert each["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+                assert each["securityContext"] == {
+                    "allowPrivilegeEscalation": False,
+                    "capabilities": {"drop": ["ALL"]},
+                }
                 assert "$(PASSWORD)" not in str(each.get("args"))
-                secrets = [entry for entry in each["env"] if "PASSWORD" in entry["name"] or "SECRET" in entry["name"]]
+                secrets = [
+                    entry
+                    for entry in each["env"]
+                    if "PASSWORD" in entry["name"] or "SECRET" in entry["name"]
+                ]
                 assert secrets and all("secretKeyRef" in entry["valueFrom"] for entry in secrets)
 
 

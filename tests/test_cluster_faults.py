@@ -34,7 +34,11 @@ axes: {ρ: {50 %: {}, 75 %: {mask.ratio: 0.75}}}
 table: {columns: [top1]}
 """
 S3_PORT = 29123
-RAY = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}:{os.environ['PATH']}"}
+RAY = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+}
 RAY |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
 RAY |= {"AWS_ENDPOINT_URL": f"http://{HERE}:{S3_PORT}"}
 LOSS = re.compile(r"epoch (\d+)/\d+, loss")
@@ -44,14 +48,21 @@ class Cluster:
     """A head without a place for a trial's worker, and nodes of one; each in a session of its own."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a socket's path has 107 characters at most
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="ray", dir="/tmp")
+        )  # a socket's path has 107 characters at most
         self.nodes: list[str] = []
         self.port = 26379
         ray("get-auth-token", "--generate")
         self.start_head()
 
     def start_head(self) -> None:
-        words = ["--head", f"--port={self.port}", f"--dashboard-host={HERE}", f"--dashboard-port={DASHBOARD}"]
+        words = [
+            "--head",
+            f"--port={self.port}",
+            f"--dashboard-host={HERE}",
+            f"--dashboard-port={DASHBOARD}",
+        ]
         self._start("head", [*words, "--num-cpus=0", f"--node-ip-address={HERE}"])
 
     @property
@@ -61,7 +72,11 @@ class Cluster:
     def join(self, name: str, *before: str) -> str:
         """Start a node with one CPU, behind the command ``before``; returns its id."""
         there = set(self.alive())
-        self._start(name, [f"--address={self.address}", "--num-cpus=1", f"--node-ip-address={HERE}"], *before)
+        self._start(
+            name,
+            [f"--address={self.address}", "--num-cpus=1", f"--node-ip-address={HERE}"],
+            *before,
+        )
         wait_for(lambda: set(self.alive()) - there)
         (node,) = set(self.alive()) - there
         return node
@@ -75,7 +90,9 @@ class Cluster:
     def kill(self, name: str) -> None:
         """End all of a node's processes with SIGKILL, as if its machine had lost its power."""
         for process in psutil.process_iter(["cmdline"]):
-            with_folder = any(str(self.folder / name) in word for word in process.info["cmdline"] or [])
+            with_folder = any(
+                str(self.folder / name) in word for word in process.info["cmdline"] or []
+            )
             if with_folder:
                 for child in [*children(process), process]:
                     kill(child)
@@ -85,8 +102,14 @@ class Cluster:
             self.kill(name)
 
     def alive(self) -> list[str]:
-        told = json.loads(ray("list", "nodes", "--format=json", "--address", f"http://{HERE}:{DASHBOARD}"))
-        return [node["node_id"] for node in told if node["state"] == "ALIVE" and not node["is_head_node"]]
+        told = json.loads(
+            ray("list", "nodes", "--format=json", "--address", f"http://{HERE}:{DASHBOARD}")
+        )
+        return [
+            node["node_id"]
+            for node in told
+            if node["state"] == "ALIVE" and not node["is_head_node"]
+        ]
 
     def processes(self, title: str) -> list[psutil.Process]:
         found = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
@@ -119,7 +142,9 @@ def children(process: psutil.Process) -> list[psutil.Process]:
 
 def ray(*words: str, before: tuple[str, ...] = ()) -> str:
     environment = {**os.environ, **RAY}
-    done = subprocess.run([*before, BIN / "ray", *words], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*before, BIN / "ray", *words], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -142,7 +167,11 @@ def cluster() -> Generator[Cluster]:
 def s3() -> Generator[None]:
     server = ThreadedMotoServer(HERE, S3_PORT, verbose=False)
     server.start()
-    there = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "endpoint_url": RAY["AWS_ENDPOINT_URL"]}
+    there = {
+        "aws_access_key_id": "key",
+        "aws_secret_access_key": "secret",
+        "endpoint_url": RAY["AWS_ENDPOINT_URL"],
+    }
     boto3.client("s3", region_name="us-east-1", **there).create_bucket(Bucket="bucket")
     yield
     server.stop()
@@ -160,7 +189,15 @@ class Running:
 
     def __init__(self, cluster: Cluster, place: Path, *words: str, epochs: int) -> None:
         self.place, self.log = place, place / "out.txt"
-        given = ["run", "tiny.yaml", f"recipe.epochs={epochs}", "--only", "ρ=50 %", "--store", str(place / "store")]
+        given = [
+            "run",
+            "tiny.yaml",
+            f"recipe.epochs={epochs}",
+            "--only",
+            "ρ=50 %",
+            "--store",
+            str(place / "store"),
+        ]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [BIN / "mar", *given, "--address", cluster.address, *words],
@@ -193,7 +230,10 @@ def trial_of(place: Path) -> RunRecord:
 
 def losses_of(place: Path) -> list[tuple[int, float]]:
     client = Store(LaunchConfig(store=place / "store")).client
-    return [(point.step, point.value) for point in client.get_metric_history(trial_of(place).run_id, "train/loss")]
+    return [
+        (point.step, point.value)
+        for point in client.get_metric_history(trial_of(place).run_id, "train/loss")
+    ]
 
 
 def undisturbed(place: Path, epochs: int) -> list[tuple[int, float]]:
@@ -201,12 +241,23 @@ def undisturbed(place: Path, epochs: int) -> list[tuple[int, float]]:
     other.mkdir()
     for name in ("recipe.yaml", "tiny.yaml"):
         shutil.copy(place / name, other)
-    words = ["run", "tiny.yaml", f"recipe.epochs={epochs}", "--only", "ρ=50 %", "--local", "--store", "store"]
+    words = [
+        "run",
+        "tiny.yaml",
+        f"recipe.epochs={epochs}",
+        "--only",
+        "ρ=50 %",
+        "--local",
+        "--store",
+        "store",
+    ]
     subprocess.run([BIN / "mar", *words], cwd=other, check=True, capture_output=True, timeout=250)
     return losses_of(other)
 
 
-def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(cluster: Cluster, place: Path) -> None:
+def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(
+    cluster: Cluster, place: Path
+) -> None:
     cluster.has(1)
     running = Running(cluster, place, "--retries", "2", epochs=30)
     running.gets_on()
@@ -220,7 +271,9 @@ def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(clus
 
 
 @pytest.mark.cluster
-def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure(cluster: Cluster, place: Path) -> None:
+def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure(
+    cluster: Cluster, place: Path
+) -> None:
     cluster.loses_all_nodes()
     node = cluster.join("spot")
     running = Running(cluster, place, "--retries", "0", epochs=40)
@@ -246,7 +299,9 @@ def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure
 def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, place: Path) -> None:
     cluster.has(1)
     cluster.join("third")
-    running = Running(cluster, place, "--workers", "2", "--min-workers", "1", "--resize-s", "5", epochs=600)
+    running = Running(
+        cluster, place, "--workers", "2", "--min-workers", "1", "--resize-s", "5", epochs=600
+    )
     running.gets_on()
     log = next(place.glob("store/trials/*/logs/worker0.txt"))
 
@@ -266,18 +321,26 @@ def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, pl
     assert trial_of(place).status == "KILLED"
     epochs = [epoch for epoch, _ in losses_of(place)]
     assert epochs == list(range(1, len(epochs) + 1)), "each once"
-    progress = json.loads(max(place.glob("store/trials/*/step_*/manifest.json")).read_text())["progress"]
-    assert progress["step"] // 2 == len(progress["history"]), "as many steps an epoch as ever: the batch is the same"
+    progress = json.loads(max(place.glob("store/trials/*/step_*/manifest.json")).read_text())[
+        "progress"
+    ]
+    assert progress["step"] // 2 == len(progress["history"]), (
+        "as many steps an epoch as ever: the batch is the same"
+    )
 
 
 @pytest.mark.cluster
-def test_a_head_that_is_lost_with_all_that_ran_on_it_loses_no_epoch(cluster: Cluster, place: Path) -> None:
+def test_a_head_that_is_lost_with_all_that_ran_on_it_loses_no_epoch(
+    cluster: Cluster, place: Path
+) -> None:
     cluster.has(1)
     running = Running(cluster, place, epochs=40)
     running.gets_on()
     running.process.kill()  # what the head's machine ran: the launch too
     cluster.kill("head")
-    cluster.port += 1  # its raylets live on for a minute, and Ray takes them for a head that is there
+    cluster.port += (
+        1  # its raylets live on for a minute, and Ray takes them for a head that is there
+    )
     cluster.start_head()
     cluster.join("fifth")
     Running(cluster, place, epochs=40).ends_well()
@@ -289,7 +352,14 @@ def test_nodes_that_share_no_disk_train_together_and_another_goes_on_for_one(
     cluster: Cluster, place: Path, s3: None
 ) -> None:
     (place / "store").mkdir()
-    own_disk = ["unshare", "--mount", "bash", "-c", f'mount -t tmpfs none {place}/store && exec "$@"', "--"]
+    own_disk = [
+        "unshare",
+        "--mount",
+        "bash",
+        "-c",
+        f'mount -t tmpfs none {place}/store && exec "$@"',
+        "--",
+    ]
     cluster.loses_all_nodes()
     cluster.join("sixth", *own_disk)
     cluster.join("seventh", *own_disk)
@@ -306,4 +376,7 @@ def test_nodes_that_share_no_disk_train_together_and_another_goes_on_for_one(
     cluster.join("eighth", *own_disk)
     running.ends_well()
     assert [epoch for epoch, _ in losses_of(place)] == list(range(1, 61))
-    assert {path.name for path in place.glob("store/trials/*/logs/*")} == {"worker0.txt", "worker1.txt"}
+    assert {path.name for path in place.glob("store/trials/*/logs/*")} == {
+        "worker0.txt",
+        "worker1.txt",
+    }

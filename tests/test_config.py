@@ -10,7 +10,9 @@ from orchestration.studies.identity import completed, identity
 
 
 def test_an_unknown_setting_names_its_nearest_neighbour() -> None:
-    with pytest.raises(SettingError, match=r"mask\.ration: no such setting; did you mean mask\.ratio\?"):
+    with pytest.raises(
+        SettingError, match=r"mask\.ration: no such setting; did you mean mask\.ratio\?"
+    ):
         build({"mask": {"ration": 0.5}})
 
 
@@ -21,7 +23,11 @@ def test_an_unknown_setting_names_its_nearest_neighbour() -> None:
         ("mask.strategy", "cells", "mask.strategy: must be 'cell', 'random'"),
         ("mask.strategy", "tube", "mask: a tube mask cannot run: set motion: standard"),
         ("mask.cell", [3, 3], "mask.cell: [3, 3] does not divide the 14 x 14 token grid"),
-        ("encoder.tubelet", [3, 16, 16], "encoder.tubelet: [3, 16, 16] does not divide a clip of [16, 224, 224]"),
+        (
+            "encoder.tubelet",
+            [3, 16, 16],
+            "encoder.tubelet: [3, 16, 16] does not divide a clip of [16, 224, 224]",
+        ),
         ("encoder.width", 96, "encoder: size 'base' fixes width"),
         ("classifier.heads", 7, "classifier: width 512 is not divisible by 7 heads"),
         ("classifier", {"kind": "mlp", "depth": 1}, "classifier: an MLP has at least two layers"),
@@ -29,7 +35,9 @@ def test_an_unknown_setting_names_its_nearest_neighbour() -> None:
         ("data.num_classes", "many", "data.num_classes: must be a valid integer"),
     ],
 )
-def test_a_bad_value_names_its_path_and_the_rule_it_breaks(path: str, value: object, words: str) -> None:
+def test_a_bad_value_names_its_path_and_the_rule_it_breaks(
+    path: str, value: object, words: str
+) -> None:
     with pytest.raises(SettingError) as caught:
         build(merge({}, {path: value}))
     assert words in str(caught.value)
@@ -38,8 +46,16 @@ def test_a_bad_value_names_its_path_and_the_rule_it_breaks(path: str, value: obj
 def test_the_papers_defaults_are_the_defaults() -> None:
     settings = ExperimentConfig()
     assert settings.grid == (8, 14, 14)
-    assert (settings.mask.strategy, settings.mask.ratio, settings.mask.cell) == ("cell", 0.5, (2, 2))
-    assert (settings.classifier.width, settings.classifier.depth, settings.reconstruction.weight) == (512, 2, 0.1)
+    assert (settings.mask.strategy, settings.mask.ratio, settings.mask.cell) == (
+        "cell",
+        0.5,
+        (2, 2),
+    )
+    assert (
+        settings.classifier.width,
+        settings.classifier.depth,
+        settings.reconstruction.weight,
+    ) == (512, 2, 0.1)
 
 
 def test_nothing_can_be_changed_after_construction() -> None:
@@ -60,7 +76,15 @@ def test_every_setting_is_explained() -> None:
     assert unexplained(ExperimentConfig) == []
 
 
-@given(st.sampled_from([path for path in SETTING_PATHS if path in flatten(ExperimentConfig().model_dump(mode="json"))]))
+@given(
+    st.sampled_from(
+        [
+            path
+            for path in SETTING_PATHS
+            if path in flatten(ExperimentConfig().model_dump(mode="json"))
+        ]
+    )
+)
 def test_writing_out_a_default_changes_nothing(path: str) -> None:
     default = flatten(ExperimentConfig().model_dump(mode="json"))[path]
     assert build(merge({}, {path: default})) == ExperimentConfig()
@@ -72,7 +96,10 @@ def test_settings_survive_json() -> None:
 
 
 def test_the_place_of_the_data_is_not_part_of_a_trials_identity_and_its_content_is() -> None:
-    here, there = build({"data": {"root": "/here"}}), build({"data": {"root": "/there", "train": "a.txt"}})
+    here, there = (
+        build({"data": {"root": "/here"}}),
+        build({"data": {"root": "/there", "train": "a.txt"}}),
+    )
     assert identity(here, "content") == identity(there, "content")
     assert identity(here, "content") != identity(here, "other content")
 
@@ -86,7 +113,9 @@ def test_a_setting_added_later_and_left_at_its_default_makes_no_difference() -> 
     assert completed(json.dumps(before)) != now
 
 
-def test_a_mask_that_rounds_to_everything_is_refused_and_one_that_rounds_to_nothing_reconstructs_nothing() -> None:
+def test_a_mask_that_rounds_to_everything_is_refused_and_one_that_rounds_to_nothing_reconstructs_nothing() -> (
+    None
+):
     frame = {"mask.strategy": "frame", "mask.motion": "standard"}
     with pytest.raises(SettingError, match=r"mask\.ratio: 0\.95 leaves no token of 1568 visible"):
         build(merge({}, {**frame, "mask.ratio": 0.95}))

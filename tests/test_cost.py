@@ -28,10 +28,15 @@ from mar.weights.export import Inference
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::torch.jit.TracerWarning")
-def test_a_counter_that_is_not_ours_counts_the_same(overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_counter_that_is_not_ours_counts_the_same(
+    overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """fvcore sees matrix products and norms; attention is made explicit for it, and our embedding skips what is hidden."""
     settings = build(
-        merge(merge({}, {"clip.frames": 8, "encoder.size": "small", "reconstruction.weight": 0.0}), overrides)
+        merge(
+            merge({}, {"clip.frames": 8, "encoder.size": "small", "reconstruction.weight": 0.0}),
+            overrides,
+        )
     )
     model = Inference(MAR(settings), settings).eval()
     monkeypatch.setattr(layers, "attention", layers.explicit_attention)
@@ -39,7 +44,9 @@ def test_a_counter_that_is_not_ours_counts_the_same(overrides: dict[str, Any], m
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     counted = FlopCountAnalysis(model, torch.rand(1, 3, clip.frames, clip.size, clip.size)).total()
     hidden = figures.tokens - figures.visible_tokens
-    embedding_of_hidden = hidden * 3 * prod(settings.encoder.tubelet) * settings.encoder.dimensions[0]
+    embedding_of_hidden = (
+        hidden * 3 * prod(settings.encoder.tubelet) * settings.encoder.dimensions[0]
+    )
     assert counted + embedding_of_hidden == round(figures.gflops * 1e9)
 
 
@@ -62,11 +69,15 @@ def test_parameters_are_counted_as_the_model_has_them(
     settings = tiny(overrides)
     model = MAR(settings)
     everything = sum(parameter.numel() for parameter in model.parameters())
-    decoder = sum(parameter.numel() for parameter in model.decoder.parameters()) if model.decoder else 0
+    decoder = (
+        sum(parameter.numel() for parameter in model.decoder.parameters()) if model.decoder else 0
+    )
     figures = cost(settings)
     assert round(figures.train_params_m * 1e6) == everything
     assert round(figures.params_m * 1e6) == everything - decoder
 
 
 def test_testing_with_another_ratio_costs_what_that_ratio_costs() -> None:
-    assert cost(build({"evaluation": {"mask": {"ratio": 0.75}}})).gflops == pytest.approx(40.95, abs=0.01)
+    assert cost(build({"evaluation": {"mask": {"ratio": 0.75}}})).gflops == pytest.approx(
+        40.95, abs=0.01
+    )

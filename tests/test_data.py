@@ -63,10 +63,15 @@ def test_the_demo_data_are_h264_files_in_something_somethings_format(videos: Pat
         assert sum(1 for _ in container.decode(video=0)) == 8
 
 
-def test_the_same_seed_makes_the_same_files_and_another_seed_others(videos: Path, tmp_path: Path) -> None:
+def test_the_same_seed_makes_the_same_files_and_another_seed_others(
+    videos: Path, tmp_path: Path
+) -> None:
     make(tmp_path / "same", TINY_VERBS)
     make(tmp_path / "other", MotionVerbs(**{**vars(TINY_VERBS), "seed": 1}))
-    clips = [sorted((folder / "videos").iterdir()) for folder in (videos, tmp_path / "same", tmp_path / "other")]
+    clips = [
+        sorted((folder / "videos").iterdir())
+        for folder in (videos, tmp_path / "same", tmp_path / "other")
+    ]
     assert [file.read_bytes() for file in clips[0]] == [file.read_bytes() for file in clips[1]]
     assert all(a.read_bytes() != b.read_bytes() for a, b in zip(clips[0], clips[2], strict=True))
 
@@ -78,14 +83,18 @@ def test_training_and_validation_share_no_photo() -> None:
 def test_an_object_moves_right_in_the_first_class_and_left_in_the_second(tmp_path: Path) -> None:
     make(tmp_path / "set", MotionVerbs(size=32, frames=8, classes=2, train=12, validation=2))
     for item in json.loads((tmp_path / "set" / "train.json").read_text()):
-        frames = decode_with("pyav", tmp_path / "set" / "videos" / f"{item['id']}.mp4").astype(float)
+        frames = decode_with("pyav", tmp_path / "set" / "videos" / f"{item['id']}.mp4").astype(
+            float
+        )
         changed = np.abs(frames - np.median(frames, axis=0)).mean(axis=(1, 3))
         centre = (changed * np.arange(32)).sum(axis=1) / changed.sum(axis=1)
         slope = np.polyfit(range(8), centre, 1)[0]
         assert (slope > 0) == (item["template"] == VERBS[0])
 
 
-def test_making_a_set_again_keeps_it_and_never_overwrites_something_else(videos: Path, tmp_path: Path) -> None:
+def test_making_a_set_again_keeps_it_and_never_overwrites_something_else(
+    videos: Path, tmp_path: Path
+) -> None:
     assert not make(videos, TINY_VERBS)
     with pytest.raises(UserError, match="holds something else"):
         make(videos, MotionVerbs())
@@ -125,7 +134,9 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str, wor
     assert words in str(caught.value)
 
 
-def test_a_link_in_the_data_root_is_followed_and_a_path_that_climbs_out_of_it_is_not(tmp_path: Path) -> None:
+def test_a_link_in_the_data_root_is_followed_and_a_path_that_climbs_out_of_it_is_not(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "root" / "deep").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "root" / "out").symlink_to(tmp_path / "elsewhere")
@@ -163,7 +174,15 @@ def test_a_list_reads_quoted_paths_whatever_parts_path_and_class(tmp_path: Path)
         "i.mp4;0",
     ]
     data = list_data(tmp_path, "\n".join(lines))
-    names = ["air drumming/a.mp4", "air drumming/b.mp4", 'c "x".mp4', "d e.mp4", "f.mp4", "g, h.mp4", "i.mp4"]
+    names = [
+        "air drumming/a.mp4",
+        "air drumming/b.mp4",
+        'c "x".mp4',
+        "d e.mp4",
+        "f.mp4",
+        "g, h.mp4",
+        "i.mp4",
+    ]
     assert [(video.name, video.label) for video in read_split(data, "train")] == list(
         zip(names, [0, 1, 1, 1, 0, 1, 0], strict=True)
     )
@@ -181,7 +200,9 @@ def test_a_list_has_class_names_where_data_labels_gives_them(tmp_path: Path) -> 
     assert class_names(data) == ["air drumming", "zumba"]
 
 
-def test_a_file_name_that_is_not_utf_8_is_read_and_fingerprinted(tmp_path: Path, videos: Path) -> None:
+def test_a_file_name_that_is_not_utf_8_is_read_and_fingerprinted(
+    tmp_path: Path, videos: Path
+) -> None:
     source = next((videos / "videos").iterdir())
     for split in (b"train", b"val"):
         folder = os.fsencode(tmp_path) + b"/" + split + b"/up"
@@ -211,7 +232,10 @@ def test_what_a_file_system_hides_is_no_class_and_no_video(
     shutil.copy(source, tmp_path / "train" / "down" / "b.mp4")
     data = DataConfig(format="folders", root=str(tmp_path), num_classes=2)
     assert class_names(data) == ["down", "up"]
-    assert [video.name for video in read_split(data, "train")] == ["train/down/b.mp4", "train/up/a.mp4"]
+    assert [video.name for video in read_split(data, "train")] == [
+        "train/down/b.mp4",
+        "train/up/a.mp4",
+    ]
     assert capsys.readouterr().err.count("notes: not taken for classes") == 1
 
 
@@ -260,7 +284,9 @@ def test_something_somethings_files_are_read_and_their_faults_named(
         read_split(moved, "train")
 
 
-def test_the_fingerprint_follows_the_content_not_the_place(tiny: Settings, videos: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_follows_the_content_not_the_place(
+    tiny: Settings, videos: Path, tmp_path: Path
+) -> None:
     data = tiny().data
     shutil.copytree(videos, tmp_path / "copy")
     copied = data.model_copy(update={"root": str(tmp_path / "copy")})
@@ -277,7 +303,9 @@ def test_both_decoders_give_the_same_frames(videos: Path) -> None:
     file = next((videos / "videos").iterdir())
     np.testing.assert_array_equal(decode_with("decord", file), decode_with("pyav", file))
     with Reader(file) as reader:
-        np.testing.assert_array_equal(reader.frames([5, 0, 5]), decode_with("pyav", file)[[5, 0, 5]])
+        np.testing.assert_array_equal(
+            reader.frames([5, 0, 5]), decode_with("pyav", file)[[5, 0, 5]]
+        )
 
 
 @pytest.mark.parametrize(
@@ -300,7 +328,9 @@ def test_a_video_of_one_frame_fills_a_clip(tmp_path: Path) -> None:
     for sampling in ("segments", "dense"):
         clip = ClipConfig.model_validate({"frames": 8, "sampling": sampling})
         with Reader(tmp_path / "one.mp4") as reader:
-            assert reader.frames(evaluation_frames(clip, len(reader), None, 2)[1].tolist()).shape == (8, 16, 16, 3)
+            assert reader.frames(
+                evaluation_frames(clip, len(reader), None, 2)[1].tolist()
+            ).shape == (8, 16, 16, 3)
 
 
 @given(
@@ -321,11 +351,15 @@ def test_sampled_frames_exist_and_are_in_order(
         assert (np.diff(indices) >= 0).all()
 
 
-REAL = Path(os.environ.get("MAR_REAL_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+REAL = Path(
+    os.environ.get("MAR_REAL_DATA", Path(__file__).parent.parent.parent / "shared" / "data")
+)
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif(not (REAL / "ut_interaction").is_dir(), reason=f"no ut_interaction below {REAL}")
+@pytest.mark.skipif(
+    not (REAL / "ut_interaction").is_dir(), reason=f"no ut_interaction below {REAL}"
+)
 def test_real_avi_files_give_the_same_frames_each_time_and_the_decoders_order() -> None:
     for file in sorted((REAL / "ut_interaction" / "videos").rglob("*.avi"))[::40]:
         whole = decode_with("pyav", file)
@@ -360,7 +394,9 @@ def test_test_views_are_clips_times_crops_and_shuffling_keeps_the_frames(tiny: S
     ordered = EvaluationClips(settings, videos, 1, 1, shuffled=False)[0][0][0]  # type: ignore[index]
     shuffled = EvaluationClips(settings, videos, 1, 1, shuffled=True)[0][0][0]  # type: ignore[index]
     assert not torch.equal(ordered, shuffled)
-    assert sorted(frame.sum().item() for frame in ordered) == sorted(frame.sum().item() for frame in shuffled)
+    assert sorted(frame.sum().item() for frame in ordered) == sorted(
+        frame.sum().item() for frame in shuffled
+    )
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 1000))
@@ -376,7 +412,9 @@ def test_every_epoch_sees_each_video_at_most_once_and_workers_share_a_batch(
 ) -> None:
     settings = ExperimentConfig.model_validate({"recipe": {"epochs": 3, "batch_size": 8}})
     whole = list(TrainingOrder(settings, num_videos, Share()))
-    shares = [list(TrainingOrder(settings, num_videos, Share(rank, world))) for rank in range(world)]
+    shares = [
+        list(TrainingOrder(settings, num_videos, Share(rank, world))) for rank in range(world)
+    ]
     assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
     assert all(len(part) % 2 == 0 for share in shares for part in share)
     per_epoch = num_videos // 8
@@ -394,17 +432,23 @@ def test_smoothed_labels_are_timms() -> None:
     from timm.data.mixup import mixup_target
 
     labels = torch.tensor([0, 3, 1])
-    torch.testing.assert_close(soft_labels(labels, 5, 0.1), mixup_target(labels, 5, lam=1.0, smoothing=0.1))
+    torch.testing.assert_close(
+        soft_labels(labels, 5, 0.1), mixup_target(labels, 5, lam=1.0, smoothing=0.1)
+    )
 
 
 @pytest.mark.parametrize("mixing", [{"mixup": 0.8, "cutmix": 0.0}, {"mixup": 0.0, "cutmix": 1.0}])
-def test_mixing_takes_of_the_neighbours_label_what_it_takes_of_its_pixels(mixing: dict[str, float]) -> None:
+def test_mixing_takes_of_the_neighbours_label_what_it_takes_of_its_pixels(
+    mixing: dict[str, float],
+) -> None:
     config = AugmentConfig.model_validate(mixing)
     pixels = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]).view(5, 1, 1, 1, 1).expand(5, 3, 4, 16, 16)
     labels = soft_labels(torch.arange(5), 5, 0.0)
     for seed in range(20):
         mixed, mixed_labels = mix(pixels, labels, config, np.random.default_rng(seed))
-        torch.testing.assert_close(mixed.mean(dim=(1, 2, 3, 4)), mixed_labels @ torch.arange(5.0), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            mixed.mean(dim=(1, 2, 3, 4)), mixed_labels @ torch.arange(5.0), atol=1e-4, rtol=1e-4
+        )
         torch.testing.assert_close(mixed_labels.sum(dim=1), torch.ones(5))
         assert torch.equal(mixed[4], pixels[4]), "a clip without a neighbour stays as it is"
         assert torch.equal(mixed[:, :, 0], mixed[:, :, 3]), "the same box in every frame"
@@ -429,7 +473,9 @@ def test_erased_boxes_are_the_same_in_all_frames_and_hold_normal_noise() -> None
         inside = torch.zeros(64, 64, dtype=torch.bool)
         inside[box.top : box.top + box.height, box.left : box.left + box.width] = True
         assert torch.equal(changed[clip], inside.expand(3, 4, -1, -1))
-    noise = torch.cat([erase(pixels, boxes)[clip][changed[clip]].view(3, -1) for clip in range(8)], dim=1)
+    noise = torch.cat(
+        [erase(pixels, boxes)[clip][changed[clip]].view(3, -1) for clip in range(8)], dim=1
+    )
     mean, std = torch.tensor(IMAGENET_MEAN)[:, None], torch.tensor(IMAGENET_STD)[:, None]
     normal = (noise - mean) / std
     assert normal.mean().abs() < 0.02
@@ -439,7 +485,11 @@ def test_erased_boxes_are_the_same_in_all_frames_and_hold_normal_noise() -> None
 
 
 def test_erased_boxes_are_drawn_as_timm_draws_them() -> None:
-    ours = [box for box in draw_erased(AugmentConfig(erasing=0.25), 12000, 224, np.random.default_rng(0)) if box]
+    ours = [
+        box
+        for box in draw_erased(AugmentConfig(erasing=0.25), 12000, 224, np.random.default_rng(0))
+        if box
+    ]
     assert len(ours) == pytest.approx(3000, rel=0.05)
     random.seed(0)
     areas, ratios = [], []
@@ -460,13 +510,17 @@ def test_a_mirrored_clip_trades_left_for_right() -> None:
 
 def test_swaps_of_a_class_that_is_not_there_or_stands_twice_are_refused(tiny: Settings) -> None:
     for pairs in ([[0, 2]], [[0, 1], [1, 0]]):
-        with pytest.raises(UserError, match=r"augment\.flip_swaps: each of the 2 classes may stand there once"):
+        with pytest.raises(
+            UserError, match=r"augment\.flip_swaps: each of the 2 classes may stand there once"
+        ):
             tiny({"augment.flip_swaps": pairs})
     with pytest.raises(UserError, match=r"augment\.randaugment: expected timm's notation"):
         tiny({"augment.randaugment": "rand"})
 
 
-def test_repeats_are_other_frames_or_the_same_frames_cropped_anew(tiny: Settings, videos: Path) -> None:
+def test_repeats_are_other_frames_or_the_same_frames_cropped_anew(
+    tiny: Settings, videos: Path
+) -> None:
     whole = {
         "augment.crop_scale": [1.0, 1.0],
         "augment.crop_aspect": [1.0, 1.0],
@@ -482,7 +536,9 @@ def test_repeats_are_other_frames_or_the_same_frames_cropped_anew(tiny: Settings
         assert all(torch.equal(pair[0], pair[1]) for pair in pairs) == are_equal
     settings = tiny({"augment.repeats": 2})
     assert TrainingOrder(settings, 16, Share()).steps_per_epoch == 4
-    batch = one_after_another(collate([TrainingClips(settings, split)[(index, 0)] for index in (0, 1, 2, 3)]))
+    batch = one_after_another(
+        collate([TrainingClips(settings, split)[(index, 0)] for index in (0, 1, 2, 3)])
+    )
     assert batch.videos.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     with pytest.raises(UserError, match=r"recipe\.batch_size: 6 is not an even number of videos"):
         tiny({"augment.repeats": 2, "recipe.batch_size": 6})
@@ -502,10 +558,18 @@ def test_frames_are_converted_to_one_rate_as_the_release_does(
     room = max(num_frames - span, 0)
 
     def released(start: float) -> list[int]:
-        return np.clip(np.linspace(start, start + span - 1, 16), 0, num_frames - 1).astype(int).tolist()
+        return (
+            np.clip(np.linspace(start, start + span - 1, 16), 0, num_frames - 1)
+            .astype(int)
+            .tolist()
+        )
 
     tested = evaluation_frames(clip, num_frames, fps, num_clips)
-    starts = [each * np.floor(room / (num_clips - 1)) for each in range(num_clips)] if num_clips > 1 else [room / 2]
+    starts = (
+        [each * np.floor(room / (num_clips - 1)) for each in range(num_clips)]
+        if num_clips > 1
+        else [room / 2]
+    )
     assert [clip_.tolist() for clip_ in tested] == [released(start) for start in starts]
     drawn = training_frames(clip, num_frames, fps, np.random.default_rng(seed))
     assert drawn.tolist() == released(np.random.default_rng(seed).uniform(0, room))
@@ -574,12 +638,16 @@ def test_what_a_loader_process_fails_at_is_the_same_error_in_the_trainer() -> No
 
 class _Large(Dataset[Any]):
     def __getitem__(self, key: Any) -> Any:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # a file of shared memory may be no larger
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (1000, 1000)
+        )  # a file of shared memory may be no larger
         return Sample(torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8), 0, 0)
 
 
 def test_a_batch_that_does_not_fit_into_shared_memory_is_an_error_with_its_remedy() -> None:
-    with pytest.raises(Failure, match=r"/dev/shm, through which .* a batch of 0 MB does not fit") as raised:
+    with pytest.raises(
+        Failure, match=r"/dev/shm, through which .* a batch of 0 MB does not fit"
+    ) as raised:
         list(loader(_Large(), [[0]], 1, torch.device("cpu"), 1))
     assert raised.value.kind == "shm"
 

@@ -17,7 +17,9 @@ from mar.data.decoders import BrokenVideo, Frames, decode_with, write_video
 from mar.data.sampling import Reader
 from mar.errors import UserError
 
-WITH_TORCHCODEC = pytest.mark.skipif(bool(decoders.fault_of("torchcodec")), reason="torchcodec does not work here")
+WITH_TORCHCODEC = pytest.mark.skipif(
+    bool(decoders.fault_of("torchcodec")), reason="torchcodec does not work here"
+)
 
 
 @pytest.mark.parametrize("decoder", ["decord", pytest.param("torchcodec", marks=WITH_TORCHCODEC)])
@@ -27,11 +29,15 @@ def test_a_common_file_is_read_by_the_decoder_that_was_chosen_and_its_pixels_are
     write_numbered(tmp_path / "a.mp4", "libx264", {"g": "12", "bf": "2"})
     with Reader(tmp_path / "a.mp4", decoder) as reader:
         assert reader.decoder == decoder
-        np.testing.assert_array_equal(reader.frames(range(192)), decode_with("pyav", tmp_path / "a.mp4"))
+        np.testing.assert_array_equal(
+            reader.frames(range(192)), decode_with("pyav", tmp_path / "a.mp4")
+        )
 
 
 def test_a_decoder_is_proved_by_decoding_not_by_importing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decoders.best() == ("decord" if decoders.fault_of("torchcodec") else "torchcodec"), "the faster one"
+    assert decoders.best() == ("decord" if decoders.fault_of("torchcodec") else "torchcodec"), (
+        "the faster one"
+    )
 
     def broken(path: Path) -> Frames:
         raise RuntimeError("libavutil.so.57: cannot open shared object file\nand much more")
@@ -42,7 +48,8 @@ def test_a_decoder_is_proved_by_decoding_not_by_importing(monkeypatch: pytest.Mo
     try:
         assert decoders.best() == "pyav"
         with pytest.raises(
-            UserError, match=r"data\.decoder: torchcodec does not work here .*cannot open shared .*auto"
+            UserError,
+            match=r"data\.decoder: torchcodec does not work here .*cannot open shared .*auto",
         ):
             decoders.check("torchcodec")
         decoders.check("auto")
@@ -59,7 +66,9 @@ def test_a_decoder_that_fails_in_the_middle_is_followed_by_pyav(tmp_path: Path) 
         assert reader.decoder == "pyav"
 
 
-def test_a_failing_disk_is_not_taken_for_a_shorter_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_is_not_taken_for_a_shorter_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_numbered(tmp_path / "a.ts", "libx264", {"g": "12"})
     opened = av.open
 

@@ -45,7 +45,9 @@ def test_a_mistake_is_blamed_on_the_file_that_made_it(recipes: Path) -> None:
     with pytest.raises(UserError, match=r"base\.yaml:2: recipe\.epochs"):
         read_recipe(str(recipes / "other.yaml"))
     (recipes / "other.yaml").write_text("extends: base.yaml\nrecipe: {epochs: 1}\nmask.rato: 1\n")
-    with pytest.raises(UserError, match=r"other\.yaml:3: mask\.rato: no such setting; did you mean mask\.ratio"):
+    with pytest.raises(
+        UserError, match=r"other\.yaml:3: mask\.rato: no such setting; did you mean mask\.ratio"
+    ):
         read_recipe(str(recipes / "other.yaml"))
 
 
@@ -61,7 +63,9 @@ def test_a_recipe_cannot_extend_itself_or_nothing(recipes: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_paper_and_release_differ_in_settings_that_all_have_a_reason(name: str) -> None:
     found = differences(f"paper/{name}", f"released/{name}")
-    assert {"recipe.weight_decay", "recipe.lr_scaling", "recipe.cosine_from"} <= {each.setting for each in found}
+    assert {"recipe.weight_decay", "recipe.lr_scaling", "recipe.cosine_from"} <= {
+        each.setting for each in found
+    }
     assert all(each.reason for each in found), [each.setting for each in found if not each.reason]
 
 
@@ -69,10 +73,15 @@ def test_the_released_files_say_only_what_differs() -> None:
     for name in NAMES:
         own = (packaged("search_spaces") / "recipes" / "released" / f"{name}.yaml").read_text()
         said = {line.split(":")[0].strip() for line in own.splitlines() if line.startswith("  ")}
-        assert said == {each.setting.rsplit(".")[-1] for each in differences(f"paper/{name}", f"released/{name}")}
+        assert said == {
+            each.setting.rsplit(".")[-1]
+            for each in differences(f"paper/{name}", f"released/{name}")
+        }
 
 
-def test_diff_prints_for_people_and_for_programs(recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_prints_for_people_and_for_programs(
+    recipes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [str(recipes / "base.yaml"), str(recipes / "other.yaml")]
     run("diff", *files)
     out = capsys.readouterr().out
@@ -97,7 +106,9 @@ def test_every_cost_that_the_paper_prints_is_reproduced() -> None:
     assert len(printed) == 46
     assert set(printed["agrees"]) == {"within 0.01", "rounded"}
     counted = frame[frame["Param (M), paper"].notna()]
-    assert all(0 <= row["Param (M), paper"] - row["Param (M), ours"] < 1 for _, row in counted.iterrows())
+    assert all(
+        0 <= row["Param (M), paper"] - row["Param (M), ours"] < 1 for _, row in counted.iterrows()
+    )
 
 
 def test_the_page_of_costs_is_what_the_command_makes() -> None:

@@ -34,7 +34,9 @@ def test_the_readmes_tree_lists_every_package_and_nothing_else() -> None:
             listed.add(folder + name)
     for package in ("mar", "orchestration"):
         inside = (ROOT / package).iterdir()
-        parts = [path for path in inside if path.suffix == ".py" or (path / "__init__.py").is_file()]
+        parts = [
+            path for path in inside if path.suffix == ".py" or (path / "__init__.py").is_file()
+        ]
         names = {f"{package}/{path.name}{'/' if path.is_dir() else ''}" for path in parts}
         names -= {f"{package}/__init__.py", f"{package}/__main__.py"}
         assert names <= listed, f"not in the README's tree: {names - listed}"
@@ -42,7 +44,9 @@ def test_the_readmes_tree_lists_every_package_and_nothing_else() -> None:
 
 def test_every_verb_in_the_readme_exists() -> None:
     program = "from orchestration.cli.app import main; main()"
-    done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True
+    )
     verbs = set(re.findall(r"^│ (\w+)", done.stdout, re.MULTILINE))
     used = set(re.findall(r"^(?:\$ )?mar (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert used

@@ -33,7 +33,10 @@ SMALL = {
 def weights_of(settings: ExperimentConfig) -> Weights:
     """A model whose weights are random everywhere, key biases and norms too."""
     torch.manual_seed(0)
-    state = {name: value + 0.1 * torch.randn_like(value) for name, value in MAR(settings).state_dict().items()}
+    state = {
+        name: value + 0.1 * torch.randn_like(value)
+        for name, value in MAR(settings).state_dict().items()
+    }
     return Weights("a test", "mar", state, {}, {})
 
 
@@ -78,11 +81,15 @@ def test_hugging_faces_checkpoint_goes_round_and_transformers_reads_it(tmp_path:
     _, normalised = clips()
     hidden = (torch.arange(32) % 2 == 0).expand(2, -1)
     with torch.no_grad():
-        loss, wanted = (model(normalised, bool_masked_pos=hidden).loss for model in (again, reference))
+        loss, wanted = (
+            model(normalised, bool_masked_pos=hidden).loss for model in (again, reference)
+        )
     torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_linear_classifier_goes_to_transformers_and_a_bridging_one_is_said_to_stay(tmp_path: Path) -> None:
+def test_a_linear_classifier_goes_to_transformers_and_a_bridging_one_is_said_to_stay(
+    tmp_path: Path,
+) -> None:
     reference = classifying()
     weights = read_weights(saved(reference, tmp_path / "theirs"))
     assert write_hugging_face(tmp_path / "back", weights, model_settings(weights)) == []
@@ -108,7 +115,9 @@ def test_a_linear_classifier_goes_to_transformers_and_a_bridging_one_is_said_to_
         {"classifier.mask_tokens": True, "classifier.positions": True},
     ],
 )
-def test_onnxruntime_gives_the_scores_for_any_number_of_clips(overrides: dict[str, object], tmp_path: Path) -> None:
+def test_onnxruntime_gives_the_scores_for_any_number_of_clips(
+    overrides: dict[str, object], tmp_path: Path
+) -> None:
     settings = build(merge(SMALL, overrides))
     weights = weights_of(settings)
     names = ("up", "down, slowly", "<b>", "é", "5")
@@ -165,7 +174,9 @@ def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
     return int(ended.value.code or 0), printed.out, printed.err
 
 
-def test_the_command_shows_converts_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_shows_converts_and_exports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     theirs = saved(classifying(), tmp_path / "theirs")
     capsys.readouterr()
     code, out, _ = command(capsys, "weights", "show", theirs)
@@ -176,12 +187,16 @@ def test_the_command_shows_converts_and_exports(tmp_path: Path, capsys: pytest.C
     assert json.loads(out)["settings"]["classifier.norm"] == "pooled"
     code, out, _ = command(capsys, "weights", "convert", theirs, str(tmp_path / "ours"))
     assert (code, out.splitlines()[-1]) == (0, f"written    {tmp_path / 'ours'}")
-    code, out, _ = command(capsys, "weights", "export", str(tmp_path / "ours"), str(tmp_path / "model.onnx"))
+    code, out, _ = command(
+        capsys, "weights", "export", str(tmp_path / "ours"), str(tmp_path / "model.onnx")
+    )
     assert code == 0
     assert "onnxruntime and PyTorch differ by at most" in out
     code, _, complaint = command(capsys, "weights", "convert", theirs, str(tmp_path / "ours"))
     assert (code, "is there already" in complaint) == (2, True)
-    code, _, complaint = command(capsys, "weights", "convert", theirs, str(tmp_path / "new"), "encoder.heads=5")
+    code, _, complaint = command(
+        capsys, "weights", "convert", theirs, str(tmp_path / "new"), "encoder.heads=5"
+    )
     assert (code, "encoder" in complaint) == (2, True)
     code, _, complaint = command(capsys, "cost", "quickstart", "--memory")
     assert (code, "no CUDA device" in complaint) == (2, True)
@@ -191,7 +206,9 @@ def test_a_model_that_differs_in_onnx_is_not_written(tmp_path: Path) -> None:
     settings = build(SMALL)
     weights = weights_of(settings)
     weights.tensors["classifier.head.bias"][0] = float("nan")
-    with pytest.raises(Failure, match=r"onnxruntime and PyTorch differ by nan; .*model\.onnx was not written"):
+    with pytest.raises(
+        Failure, match=r"onnxruntime and PyTorch differ by nan; .*model\.onnx was not written"
+    ):
         write_onnx(tmp_path / "model.onnx", weights, settings)
     assert list(tmp_path.iterdir()) == []
 
@@ -218,5 +235,7 @@ def test_settings_that_do_not_fit_a_folder_of_ours_are_said(
 def test_a_fine_tuned_model_does_not_lose_its_norm_on_the_way_out(tmp_path: Path) -> None:
     weights = read_weights(saved(classifying(), tmp_path / "theirs"))
     settings = model_settings(weights, {"classifier.norm": "tokens"})
-    with pytest.raises(UserError, match=r"missing: encoder\.norm\.weight, .*too many: classifier\.norm"):
+    with pytest.raises(
+        UserError, match=r"missing: encoder\.norm\.weight, .*too many: classifier\.norm"
+    ):
         write_onnx(tmp_path / "model.onnx", weights, settings)

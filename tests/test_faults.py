@@ -58,7 +58,11 @@ def place(tmp_path: Path, videos: Path) -> Path:
 
 def begin(place: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [BIN / "mar", *words], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [BIN / "mar", *words],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -87,14 +91,18 @@ def losses(place: Path, store: str) -> dict[str, list[tuple[int, float]]]:
     client = Store(LaunchConfig(store=place / store)).client
     found = {record.tags["labels"]: record.run_id for record in records(place, store)}
     return {
-        label: [(point.step, point.value) for point in client.get_metric_history(run_id, "train/loss")]
+        label: [
+            (point.step, point.value) for point in client.get_metric_history(run_id, "train/loss")
+        ]
         for label, run_id in found.items()
     }
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("how", ["mar stop", "SIGTERM"])
-def test_a_study_that_is_stopped_saves_first_and_goes_on_as_if_nothing_had_been(place: Path, how: str) -> None:
+def test_a_study_that_is_stopped_saves_first_and_goes_on_as_if_nothing_had_been(
+    place: Path, how: str
+) -> None:
     words = ["run", "tiny.yaml", "recipe.epochs=90", "--only", "ρ=50 %", "--local"]
     running = begin(place, *words)
     wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
@@ -128,7 +136,10 @@ def test_a_loss_that_is_not_finite_stops_its_trial_before_the_step(place: Path) 
     output = here(place, "run", "tiny.yaml", "--local", "--retry-numbers", code=1)
     assert "✓ 50 % (seed 0)" in output, "the other trial is not touched"
     assert output.count("going on from the last checkpoint") == 1, "as was asked for"
-    assert "the gradient is not finite at or before step" in output and "recipe.base_lr=1e+30" in output
+    assert (
+        "the gradient is not finite at or before step" in output
+        and "recipe.base_lr=1e+30" in output
+    )
     assert "numbers  1 trials: 75 % (seed 0). A smaller recipe.base_lr" in output
     (failed,) = [record for record in records(place) if record.status == "FAILED"]
     assert failed.tags["failure.kind"] == "numbers"
@@ -147,7 +158,9 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight(
             training.model.classifier.head.bias.register_hook(lambda gradient: gradient * torch.nan)
         before = {name: value.clone() for name, value in training.model.state_dict().items()}
         sums = step(training, batch)
-        kept.append((before, {name: value.clone() for name, value in training.model.state_dict().items()}))
+        kept.append(
+            (before, {name: value.clone() for name, value in training.model.state_dict().items()})
+        )
         return sums
 
     monkeypatch.setattr(loop, "train_step", spoiled_third)
@@ -160,7 +173,9 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight(
 
 
 @pytest.mark.cluster
-def test_out_of_memory_goes_on_in_smaller_passes_with_the_same_batch(place: Path, videos: Path) -> None:
+def test_out_of_memory_goes_on_in_smaller_passes_with_the_same_batch(
+    place: Path, videos: Path
+) -> None:
     tree = tiny_tree(videos)
     tree["recipe"] |= {"batch_size": 16, "epochs": 1, "warmup_epochs": 0}
     tree["encoder"]["drop_path"] = tree["classifier"]["dropout"] = 0.0
@@ -183,14 +198,26 @@ main()
     outputs = {}
     for room in (0, _ROOM_MIB):
         done = subprocess.run(
-            [sys.executable, "-c", script.format(room=room)], cwd=place, capture_output=True, text=True, timeout=200
+            [sys.executable, "-c", script.format(room=room)],
+            cwd=place,
+            capture_output=True,
+            text=True,
+            timeout=200,
         )
         outputs[room] = done.stdout + done.stderr
         assert done.returncode == 0, outputs[room]
-    assert re.search(r"out of memory: .*going on from the last checkpoint in passes of \d clips", outputs[_ROOM_MIB])
+    assert re.search(
+        r"out of memory: .*going on from the last checkpoint in passes of \d clips",
+        outputs[_ROOM_MIB],
+    )
     (record,), (whole,) = records(place, f"s{_ROOM_MIB}"), records(place, "s0")
-    assert record.tags["max_clips_per_pass"] in ("8", "4", "2") and "max_clips_per_pass" not in whole.tags
-    assert record.metrics["train/loss"] == pytest.approx(whole.metrics["train/loss"], rel=1e-5), "the same batch"
+    assert (
+        record.tags["max_clips_per_pass"] in ("8", "4", "2")
+        and "max_clips_per_pass" not in whole.tags
+    )
+    assert record.metrics["train/loss"] == pytest.approx(whole.metrics["train/loss"], rel=1e-5), (
+        "the same batch"
+    )
 
 
 @pytest.mark.cluster
@@ -207,7 +234,9 @@ def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(place: Path) -> No
     output = end(running, 1)
     assert "mar: no progress for 8 s" in output and "resumes from the last checkpoint" in output
     log = next(place.glob("mar_store/trials/*/logs/worker0.txt")).read_text()
-    assert "no progress for 8 s" in log and "Thread 0x" in log and "most recent call first" in log, output
+    assert (
+        "no progress for 8 s" in log and "Thread 0x" in log and "most recent call first" in log
+    ), output
     assert "✓ 50 % (seed 0)" in mar(place, *words)
 
 
@@ -217,13 +246,19 @@ def test_a_loader_process_that_is_killed_costs_no_step(place: Path) -> None:
     wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
     for loader in loaders_of(psutil.Process(running.pid)):  # of training and of testing
         loader.kill()
-    assert "going on from the last checkpoint" in end(running, 0)  # lost in the middle of a batch, or between two
+    assert "going on from the last checkpoint" in end(
+        running, 0
+    )  # lost in the middle of a batch, or between two
     here(place, *words, "--store", "undisturbed")
     assert losses(place, "mar_store") == losses(place, "undisturbed")
 
 
-def test_helpers_of_a_trainer_that_is_killed_end_and_whoever_reads_its_output_goes_on(place: Path) -> None:
-    running = begin(place, "run", "tiny.yaml", "recipe.epochs=4000", "--local", "--loader-processes", "2")
+def test_helpers_of_a_trainer_that_is_killed_end_and_whoever_reads_its_output_goes_on(
+    place: Path,
+) -> None:
+    running = begin(
+        place, "run", "tiny.yaml", "recipe.epochs=4000", "--local", "--loader-processes", "2"
+    )
     wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
     trainer = psutil.Process(running.pid)
     wait_for(
@@ -238,11 +273,15 @@ def test_helpers_of_a_trainer_that_is_killed_end_and_whoever_reads_its_output_go
 
 def test_loader_processes_of_one_purpose_end_before_those_of_the_next_begin(place: Path) -> None:
     """Training, validation, testing, and testing with shuffled frames have two each."""
-    running = begin(place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--loader-processes", "2")
+    running = begin(
+        place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--loader-processes", "2"
+    )
     most, trainer = 0, psutil.Process(running.pid)
     while running.poll() is None:
         with suppress(psutil.Error):
-            servers = [each for each in trainer.children() if "forkserver" in " ".join(each.cmdline())]
+            servers = [
+                each for each in trainer.children() if "forkserver" in " ".join(each.cmdline())
+            ]
             most = max([most, *(len(server.children()) for server in servers)])
         time.sleep(0.02)
     end(running, 0)
@@ -250,8 +289,21 @@ def test_loader_processes_of_one_purpose_end_before_those_of_the_next_begin(plac
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a /dev/shm of its own is mounted for it")
-def test_too_little_shared_memory_for_loader_processes_is_said_at_once_with_the_remedy(place: Path) -> None:
-    line = shlex.join([str(BIN / "mar"), "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--loader-processes", "2"])
+def test_too_little_shared_memory_for_loader_processes_is_said_at_once_with_the_remedy(
+    place: Path,
+) -> None:
+    line = shlex.join(
+        [
+            str(BIN / "mar"),
+            "run",
+            "tiny.yaml",
+            "--only",
+            "ρ=50 %",
+            "--local",
+            "--loader-processes",
+            "2",
+        ]
+    )
     line += " clip.size=64 encoder.tubelet=[2,16,16]"
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size=200k tmpfs /dev/shm && {line}"],
@@ -267,18 +319,35 @@ def test_too_little_shared_memory_for_loader_processes_is_said_at_once_with_the_
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("lost", ["ray::TrainController", "ray::Desk"])
-def test_what_ray_runs_beside_a_trials_workers_is_lost_and_the_trial_goes_on(place: Path, lost: str) -> None:
+def test_what_ray_runs_beside_a_trials_workers_is_lost_and_the_trial_goes_on(
+    place: Path, lost: str
+) -> None:
     running = begin(
-        place, "run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--workers", "2", "--retries", "1"
+        place,
+        "run",
+        "tiny.yaml",
+        "recipe.epochs=60",
+        "--only",
+        "ρ=50 %",
+        "--workers",
+        "2",
+        "--retries",
+        "1",
     )
     wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
-    (process,) = [each for each in psutil.process_iter() if each.cmdline() and each.cmdline()[0].startswith(lost)]
+    (process,) = [
+        each
+        for each in psutil.process_iter()
+        if each.cmdline() and each.cmdline()[0].startswith(lost)
+    ]
     process.kill()
     assert "✓ 50 % (seed 0)" in end(running, 0), "the workers' place was free again"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own is mounted for it")
-def test_a_disk_that_is_full_stops_the_trial_with_its_checkpoint_and_room_lets_it_go_on(place: Path) -> None:
+def test_a_disk_that_is_full_stops_the_trial_with_its_checkpoint_and_room_lets_it_go_on(
+    place: Path,
+) -> None:
     disk = place / "mar_store" / "trials"
     disk.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "disk", disk], check=True)
@@ -296,14 +365,20 @@ def test_a_disk_that_is_full_stops_the_trial_with_its_checkpoint_and_room_lets_i
     ]
     try:
         output = here(place, *words, code=1)
-        assert "the disk is full" in output and "disk     1 trials: 50 % (seed 0). Make room" in output
-        assert list(disk.glob("*/step_*")) and not list(disk.glob("*/.step_*")), "what was whole is there, nothing else"
+        assert (
+            "the disk is full" in output and "disk     1 trials: 50 % (seed 0). Make room" in output
+        )
+        assert list(disk.glob("*/step_*")) and not list(disk.glob("*/.step_*")), (
+            "what was whole is there, nothing else"
+        )
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
         assert "✓ 50 % (seed 0)" in here(place, *words)
         here(place, *words, "--store", "undisturbed")
         assert losses(place, "mar_store") == losses(place, "undisturbed")
     finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)  # a process that ends may hold it a moment
+        subprocess.run(
+            ["umount", "--lazy", disk], check=True
+        )  # a process that ends may hold it a moment
 
 
 def test_a_kill_between_a_checkpoints_data_and_its_manifest_leaves_the_one_before(
@@ -340,11 +415,27 @@ def test_a_webhook_hears_how_a_study_ended(place: Path) -> None:
     server = HTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here(
-        place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--webhook", f"http://127.0.0.1:{server.server_port}"
+        place,
+        "run",
+        "tiny.yaml",
+        "--only",
+        "ρ=50 %",
+        "--local",
+        "--webhook",
+        f"http://127.0.0.1:{server.server_port}",
     )
     server.shutdown()
     assert [(each["study"], each["state"]) for each in heard] == [("tiny", "finished")]
-    output = mar(place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--webhook", "http://127.0.0.1:9/SECRET")
+    output = mar(
+        place,
+        "run",
+        "tiny.yaml",
+        "--only",
+        "ρ=50 %",
+        "--local",
+        "--webhook",
+        "http://127.0.0.1:9/SECRET",
+    )
     assert "--webhook: nobody took the message" in output and "SECRET" not in output
 
 
@@ -366,11 +457,15 @@ def test_retries_are_counted_once_whoever_tries_again(
     if is_full:
         monkeypatch.setattr(trial_runner, "write_text", full)
     trial = read_study(str(place / "tiny.yaml")).trials[0]
-    spec = assign(trial, LaunchConfig(store=tmp_path / "store", backend="local", retries=2), 0).plain()
+    spec = assign(
+        trial, LaunchConfig(store=tmp_path / "store", backend="local", retries=2), 0
+    ).plain()
     assert trial_runner.train(spec, lambda *_: None)
     assert len(begun) == 3, "the first and two retries"
     assert trial_runner.train(spec, lambda *_: None)
-    assert len(begun) == (6 if is_full else 4), "what Ray starts again is not tried three times more"
+    assert len(begun) == (6 if is_full else 4), (
+        "what Ray starts again is not tried three times more"
+    )
 
 
 def test_two_first_launches_on_a_new_store_at_once_both_end_well(place: Path) -> None:
@@ -397,11 +492,17 @@ main()
 """
 
 
-def test_checkpoints_of_a_trial_whose_launch_was_killed_before_it_cleared_them_go_at_the_next(place: Path) -> None:
-    killed = subprocess.run([sys.executable, "-c", _KILLED_BEFORE_CLEARING], cwd=place, capture_output=True, text=True)
+def test_checkpoints_of_a_trial_whose_launch_was_killed_before_it_cleared_them_go_at_the_next(
+    place: Path,
+) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED_BEFORE_CLEARING], cwd=place, capture_output=True, text=True
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert list(place.glob("mar_store/trials/*/step_*"))
-    assert "1 finished before, 0 to train" in here(place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local")
+    assert "1 finished before, 0 to train" in here(
+        place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local"
+    )
     assert not list(place.glob("mar_store/trials/*/step_*"))
 
 
@@ -413,7 +514,9 @@ def test_a_row_that_is_only_tested_logs_what_it_measured_once(place: Path) -> No
     found = records(place)
     assert sorted(record.has_model for record in found) == [False, True]
     for record in found:
-        assert [point.step for point in client.get_metric_history(record.run_id, "test/top1")] == [1]
+        assert [point.step for point in client.get_metric_history(record.run_id, "test/top1")] == [
+            1
+        ]
 
 
 def test_who_looks_whether_a_study_runs_keeps_none_from_starting(place: Path) -> None:

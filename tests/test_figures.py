@@ -35,7 +35,10 @@ def results(tmp_path: Path, study: Study) -> Path:
     for place, trial in enumerate(study.trials):
         folder = tmp_path / f"run{place}"
         folder.mkdir()
-        lines = [f"{epoch},{2.0 / epoch},{10.0 * epoch + place if epoch % 2 else ''}" for epoch in (1, 2, 3)]
+        lines = [
+            f"{epoch},{2.0 / epoch},{10.0 * epoch + place if epoch % 2 else ''}"
+            for epoch in (1, 2, 3)
+        ]
         (folder / "history.csv").write_text("\n".join(["epoch,train/loss,val/top1", *lines]))
         labels = draws.integers(trial.settings.data.num_classes, size=(20, 2))
         lines = [f"{number}.mp4,{label},{taken}" for number, (label, taken) in enumerate(labels)]
@@ -50,8 +53,14 @@ def finished(study: Study, *top1: float) -> list[Run]:
     return found
 
 
-def test_learning_curves_are_the_mean_over_seeds_of_what_was_validated(study: Study, results: Path) -> None:
-    info = curves_info(study, finished(study, 70.0, 71.0, 69.0, 69.5), lambda run, name: results / run.run_id / name)
+def test_learning_curves_are_the_mean_over_seeds_of_what_was_validated(
+    study: Study, results: Path
+) -> None:
+    info = curves_info(
+        study,
+        finished(study, 70.0, 71.0, 69.0, 69.5),
+        lambda run, name: results / run.run_id / name,
+    )
     assert info and info.y_title == "Top-1 (%), one view"
     assert [(each.name, each.x, each.y) for each in info.series] == [
         ("50 %", [1, 3], [10.5, 30.5]),
@@ -59,14 +68,22 @@ def test_learning_curves_are_the_mean_over_seeds_of_what_was_validated(study: St
     ]
 
 
-def test_of_many_rows_the_best_curves_are_drawn(study: Study, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_rows_the_best_curves_are_drawn(
+    study: Study, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(training_figures, "_MOST_CURVES", 1)
-    info = curves_info(study, finished(study, 70.0, 71.0, 69.0, 69.5), lambda run, name: results / run.run_id / name)
+    info = curves_info(
+        study,
+        finished(study, 70.0, 71.0, 69.0, 69.5),
+        lambda run, name: results / run.run_id / name,
+    )
     assert info and [each.name for each in info.series] == ["75 %"]
     assert info.title.endswith("learning curves of the best 1 rows of 2")
 
 
-def test_a_result_without_a_history_has_no_curve_and_breaks_no_report(study: Study, tmp_path: Path) -> None:
+def test_a_result_without_a_history_has_no_curve_and_breaks_no_report(
+    study: Study, tmp_path: Path
+) -> None:
     def nowhere(run: Run, name: str) -> Path:
         raise Failure("it is in neither place")
 
@@ -77,8 +94,14 @@ def test_a_result_without_a_history_has_no_curve_and_breaks_no_report(study: Stu
     assert not (tmp_path / "report" / "curves.png").exists()
 
 
-def test_the_confusion_is_the_best_rows_and_counts_as_scikit_learn_does(study: Study, results: Path) -> None:
-    found = confusion(study, finished(study, 60.0, 61.0, 69.0, 69.5), lambda run, name: results / run.run_id / name)
+def test_the_confusion_is_the_best_rows_and_counts_as_scikit_learn_does(
+    study: Study, results: Path
+) -> None:
+    found = confusion(
+        study,
+        finished(study, 60.0, 61.0, 69.0, 69.5),
+        lambda run, name: results / run.run_id / name,
+    )
     assert found and found.title.endswith("75 % (seed 0)")
     lines = list(csv.DictReader((results / "run2" / "predictions.csv").open()))
     labels, taken = [int(line["label"]) for line in lines], [int(line["class_1"]) for line in lines]
@@ -92,10 +115,15 @@ def test_the_pareto_front_has_only_rows_that_no_other_beats(study: Study) -> Non
     assert dearer_but_better.labels == ["75 %", "50 %"]
 
 
-def test_an_html_figure_needs_nothing_else_and_shows_labels_as_text(study: Study, tmp_path: Path) -> None:
+def test_an_html_figure_needs_nothing_else_and_shows_labels_as_text(
+    study: Study, tmp_path: Path
+) -> None:
     renamed = study.file.model_copy(update={"title": "<script>alert(1)</script>"})
     write_figure(
-        Study(study.name, renamed, study.trials), runs(study, 70.0, 71.0), tmp_path / "figure.html", pytest.fail
+        Study(study.name, renamed, study.trials),
+        runs(study, 70.0, 71.0),
+        tmp_path / "figure.html",
+        pytest.fail,
     )
     page = (tmp_path / "figure.html").read_text()
     assert "Plotly.newPlot" in page and "<script>alert" not in page
@@ -104,7 +132,9 @@ def test_an_html_figure_needs_nothing_else_and_shows_labels_as_text(study: Study
         write_figure(study, [], tmp_path / "figure.docx", pytest.fail)
 
 
-def test_a_report_has_every_figure_as_vector_picture_and_numbers(study: Study, results: Path, tmp_path: Path) -> None:
+def test_a_report_has_every_figure_as_vector_picture_and_numbers(
+    study: Study, results: Path, tmp_path: Path
+) -> None:
     records = finished(study, 70.0, 71.0, 69.0, 69.5)
     write_report(study, records, tmp_path / "report", lambda run, name: results / run.run_id / name)
     for name in ("figure", "curves", "confusion"):
@@ -118,5 +148,7 @@ def test_what_keeps_a_trial_from_being_an_old_run_is_named(study: Study) -> None
     wanted = study.trials[2]
     found = Neighbours(finished(study, 70.0, 71.0)).nearest(wanted)
     assert found and found[0] == "run0"
-    assert [(each.setting, each.first, each.second) for each in found[1]] == [("mask.ratio", "0.5", "0.75")]
+    assert [(each.setting, each.first, each.second) for each in found[1]] == [
+        ("mask.ratio", "0.5", "0.75")
+    ]
     assert Neighbours([]).nearest(wanted) is None

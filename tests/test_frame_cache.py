@@ -34,7 +34,9 @@ def test_a_raw_cache_of_small_videos_has_their_very_frames(tiny: Settings, tmp_p
     for video in [*read_split(data, "train"), *read_split(data, "val")]:
         with Reader(video.path) as reader, open_video(cached, video) as other:
             assert len(other) == len(reader)
-            assert np.array_equal(other.frames(range(len(reader))), reader.frames(range(len(reader))))
+            assert np.array_equal(
+                other.frames(range(len(reader))), reader.frames(range(len(reader)))
+            )
     settings = tiny()
     same = settings.model_copy(update={"data": cached})
     videos = read_split(data, "train")
@@ -55,10 +57,14 @@ def test_a_jpeg_cache_is_near_and_a_smaller_one_is_smaller(tiny: Settings, tmp_p
         assert small.frames([0, 7]).shape == (2, 16, 16, 3)
 
 
-def test_training_from_the_cache_equals_training_from_the_videos(tiny: Settings, tmp_path: Path) -> None:
+def test_training_from_the_cache_equals_training_from_the_videos(
+    tiny: Settings, tmp_path: Path
+) -> None:
     settings = tiny({"recipe.epochs": 1})
     cached = settings.model_copy(update={"data": packed(settings.data, tmp_path / "cache")})
-    assert train(settings, tmp_path / "videos") == train(cached, tmp_path / "cached", loader_processes=1)
+    assert train(settings, tmp_path / "videos") == train(
+        cached, tmp_path / "cached", loader_processes=1
+    )
     assert_same_weights(tmp_path / "videos", tmp_path / "cached")
 
 
@@ -75,7 +81,9 @@ def test_a_changed_or_new_video_makes_the_cache_stale_and_packing_again_mends_it
     videos = read_split(copy, "train")
     Index(tmp_path / "cache").check(videos)
     shutil.copy(videos[1].path, videos[0].path)
-    with pytest.raises(UserError, match=r"1 videos have changed since, the first: .*; run mar data pack again"):
+    with pytest.raises(
+        UserError, match=r"1 videos have changed since, the first: .*; run mar data pack again"
+    ):
         Index(tmp_path / "cache").check(videos)
     assert pack(copy, tmp_path / "cache", Packing("raw"), 1, lambda *_: None) == 23
     Index(tmp_path / "cache").check(videos)
@@ -84,7 +92,9 @@ def test_a_changed_or_new_video_makes_the_cache_stale_and_packing_again_mends_it
         assert len(one) == len(other)
 
 
-def test_a_video_that_changes_and_changes_back_is_packed_each_time(copy: DataConfig, tmp_path: Path) -> None:
+def test_a_video_that_changes_and_changes_back_is_packed_each_time(
+    copy: DataConfig, tmp_path: Path
+) -> None:
     packed(copy, tmp_path / "cache")
     videos = read_split(copy, "train")
     first = videos[0].path.read_bytes()
@@ -105,7 +115,9 @@ def test_a_cache_stands_for_videos_that_are_gone(copy: DataConfig, tmp_path: Pat
         assert video.frames([0, 7]).shape == (2, 32, 32, 3)
 
 
-def test_a_cut_off_shard_is_said_before_anything_is_trained(copy: DataConfig, tmp_path: Path) -> None:
+def test_a_cut_off_shard_is_said_before_anything_is_trained(
+    copy: DataConfig, tmp_path: Path
+) -> None:
     packed(copy, tmp_path / "cache")
     file = tmp_path / "cache" / "00000.bin"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -117,14 +129,24 @@ def test_frames_that_cannot_be_decoded_are_a_broken_video(copy: DataConfig, tmp_
     cached = packed(copy, tmp_path / "cache", Packing("jpeg"))
     file = tmp_path / "cache" / "00000.bin"
     file.write_bytes(bytes(2000) + file.read_bytes()[2000:])
-    first = min([*read_split(copy, "train"), *read_split(copy, "val")], key=lambda video: video.name)
-    with open_video(cached, first) as video, pytest.raises(BrokenVideo, match=r"00000\.bin is damaged"):
+    first = min(
+        [*read_split(copy, "train"), *read_split(copy, "val")], key=lambda video: video.name
+    )
+    with (
+        open_video(cached, first) as video,
+        pytest.raises(BrokenVideo, match=r"00000\.bin is damaged"),
+    ):
         video.frames([0])
 
 
-def test_a_folder_that_is_being_packed_is_not_packed_by_another(copy: DataConfig, tmp_path: Path) -> None:
+def test_a_folder_that_is_being_packed_is_not_packed_by_another(
+    copy: DataConfig, tmp_path: Path
+) -> None:
     packed(copy, tmp_path / "cache")
-    with FileLock(tmp_path / "cache" / ".lock"), pytest.raises(UserError, match="is being packed by another process"):
+    with (
+        FileLock(tmp_path / "cache" / ".lock"),
+        pytest.raises(UserError, match="is being packed by another process"),
+    ):
         packed(copy, tmp_path / "cache")
 
 
@@ -139,11 +161,15 @@ def test_prediction_takes_the_users_file_and_not_one_of_its_name_in_the_cache(
     train(tiny({"recipe.epochs": 1}).model_copy(update={"data": cached}), tmp_path / "trial")
     videos = read_split(copy, "train")
     shutil.copy(videos[1].path, tmp_path / "other.mp4")
-    shutil.copy(videos[1].path, tmp_path / videos[0].name)  # its content is another's than that of the cached one
+    shutil.copy(
+        videos[1].path, tmp_path / videos[0].name
+    )  # its content is another's than that of the cached one
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
     for name in ("other.mp4", videos[0].name):
-        monkeypatch.setattr("sys.argv", ["mar", "predict", str(tmp_path / "trial" / "result"), name])
+        monkeypatch.setattr(
+            "sys.argv", ["mar", "predict", str(tmp_path / "trial" / "result"), name]
+        )
         with pytest.raises(SystemExit) as ended:
             main()
         assert not ended.value.code
@@ -153,7 +179,9 @@ def test_prediction_takes_the_users_file_and_not_one_of_its_name_in_the_cache(
 
 def test_packing_goes_on_where_it_was_stopped(copy: DataConfig, tmp_path: Path) -> None:
     packed(copy, tmp_path / "cache")
-    (tmp_path / "cache" / "00000.json").unlink()  # what is written last is not there: the shard is not whole
+    (
+        tmp_path / "cache" / "00000.json"
+    ).unlink()  # what is written last is not there: the shard is not whole
     assert pack(copy, tmp_path / "cache", Packing("raw"), 1, lambda *_: None) == 0
     assert pack(copy, tmp_path / "cache", Packing("raw"), 1, lambda *_: None) == 24
     with pytest.raises(UserError, match="holds a cache of raw 256"):
@@ -181,11 +209,16 @@ def test_a_damaged_shard_is_found(copy: DataConfig, tmp_path: Path) -> None:
     file.write_bytes(content)
     (tmp_path / "cache" / "00000.json").write_text("{")
     assert verify(tmp_path / "cache", lambda *_: None) == ["00000.bin"]
-    with pytest.raises(UserError, match=r"00000\.json: damaged; remove it and its .bin, and run mar data pack again"):
+    with pytest.raises(
+        UserError,
+        match=r"00000\.json: damaged; remove it and its .bin, and run mar data pack again",
+    ):
         Index(tmp_path / "cache")
 
 
-def test_how_frames_are_kept_is_part_of_the_datas_fingerprint_where_is_not(copy: DataConfig, tmp_path: Path) -> None:
+def test_how_frames_are_kept_is_part_of_the_datas_fingerprint_where_is_not(
+    copy: DataConfig, tmp_path: Path
+) -> None:
     one, same = (packed(copy, tmp_path / name) for name in ("one", "same"))
     other = packed(copy, tmp_path / "other", Packing("raw", 16))
     assert fingerprint(one) == fingerprint(same)

@@ -24,7 +24,9 @@ ALL = list(range(192))
 CLOSED = {"g": "48", "bf": "3"}
 OPEN = {"x264-params": "open-gop=1:keyint=24"}
 REFRESHED = {"x264-params": "intra-refresh=1:keyint=24"}
-WITH_TORCHCODEC = pytest.mark.skipif(bool(decoders.fault_of("torchcodec")), reason="torchcodec does not work here")
+WITH_TORCHCODEC = pytest.mark.skipif(
+    bool(decoders.fault_of("torchcodec")), reason="torchcodec does not work here"
+)
 DECODERS = ["auto", "pyav", pytest.param("torchcodec", marks=WITH_TORCHCODEC)]
 Writer = Callable[[Path], Sequence[int]]
 """Writes a file and returns the numbers of the frames that a player shows."""
@@ -45,7 +47,11 @@ def edited(parts: Sequence[tuple[float, float | None]], frames_between: str) -> 
         write_numbered(file, "libx264", {"g": "48", "bf": frames_between})
         edit(file, parts)
         shown = [part for part in parts if part[1] is not None]
-        return [n for long, at in shown for n in range(round(25 * at), min(round(25 * (at + long)), 192))]
+        return [
+            n
+            for long, at in shown
+            for n in range(round(25 * at), min(round(25 * (at + long)), 192))
+        ]
 
     return write
 
@@ -53,7 +59,9 @@ def edited(parts: Sequence[tuple[float, float | None]], frames_between: str) -> 
 def with_hidden_frames(file: Path) -> Sequence[int]:
     """VP8 as two-pass encoders write it: some packets are decoded and not shown."""
     with av.open(str(file), "w") as container:
-        stream: Any = container.add_stream("libvpx", rate=Fraction(25), options={"g": "48", "auto-alt-ref": "0"})
+        stream: Any = container.add_stream(
+            "libvpx", rate=Fraction(25), options={"g": "48", "auto-alt-ref": "0"}
+        )
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
         frames = [av.VideoFrame.from_ndarray(picture(number), format="rgb24") for number in ALL]
@@ -122,13 +130,17 @@ FILES: dict[str, Writer] = {
     "closed groups.avi": written("libx264", CLOSED),
     "index first.mp4": written("libx264", CLOSED, muxer={"movflags": "faststart"}),
     "fragments.mp4": written("libx264", CLOSED, muxer=FRAGMENTS),
-    "a fragment a frame.mp4": written("libx264", CLOSED, muxer={"movflags": "frag_every_frame+empty_moov"}),
+    "a fragment a frame.mp4": written(
+        "libx264", CLOSED, muxer={"movflags": "frag_every_frame+empty_moov"}
+    ),
     "open groups.mp4": written("libx264", OPEN),
     "open groups.mkv": written("libx264", OPEN),
     "open groups.ts": written("libx264", OPEN),
     "intra refresh.mp4": written("libx264", REFRESHED),
     "intra refresh.mkv": written("libx264", REFRESHED),
-    "pyramid of B-frames.mp4": written("libx264", {"x264-params": "bframes=7:b-pyramid=normal:keyint=48"}),
+    "pyramid of B-frames.mp4": written(
+        "libx264", {"x264-params": "bframes=7:b-pyramid=normal:keyint=48"}
+    ),
     "interlaced.mp4": written("libx264", {"x264-params": "tff=1:keyint=48"}),
     "4:4:4.mp4": written("libx264", CLOSED, pixel_format="yuv444p"),
     "10 bits.mp4": written("libx264", CLOSED, pixel_format="yuv420p10le"),
@@ -138,8 +150,12 @@ FILES: dict[str, Writer] = {
     "vp8, hidden frames.webm": with_hidden_frames,
     "vp9.webm": written("libvpx-vp9", {"g": "48", "lag-in-frames": "25", "auto-alt-ref": "1"}),
     "av1.mkv": written("libsvtav1", {"g": "48", "preset": "12"}),
-    "hevc, open groups.mp4": written("libx265", {"x265-params": "log-level=none:keyint=24:open-gop=1"}),
-    "hevc, closed groups.mp4": written("libx265", {"x265-params": "log-level=none:keyint=24:open-gop=0"}),
+    "hevc, open groups.mp4": written(
+        "libx265", {"x265-params": "log-level=none:keyint=24:open-gop=1"}
+    ),
+    "hevc, closed groups.mp4": written(
+        "libx265", {"x265-params": "log-level=none:keyint=24:open-gop=0"}
+    ),
     "mpeg-4.mp4": written("mpeg4", {"g": "24", "bf": "2"}),
     "mpeg-4.avi": written("mpeg4", {"g": "24", "bf": "2"}),
     "mpeg-2.mpg": written("mpeg2video", {"g": "24", "bf": "2"}),
@@ -162,19 +178,25 @@ EDITS: dict[str, Sequence[tuple[float, float | None]]] = {
     "begins late, cut": [(0.5, None), (4.0, 2.0)],
 }
 FILES |= {
-    f"{name}, {between} B-frames.mp4": edited(parts, between) for name, parts in EDITS.items() for between in "03"
+    f"{name}, {between} B-frames.mp4": edited(parts, between)
+    for name, parts in EDITS.items()
+    for between in "03"
 }
 
 
 @pytest.fixture(scope="module", params=FILES)
-def film(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sequence[int]]:
+def film(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Sequence[int]]:
     """A file, and the numbers of the frames that a player shows."""
     file = tmp_path_factory.mktemp("films") / request.param.replace(":", "")
     return file, FILES[request.param](file)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_frame_n_is_the_nth_that_a_player_shows(film: tuple[Path, Sequence[int]], decoder: str) -> None:
+def test_frame_n_is_the_nth_that_a_player_shows(
+    film: tuple[Path, Sequence[int]], decoder: str
+) -> None:
     file, shown = film
     draws = np.random.default_rng(0)
     for _ in range(2):
@@ -186,7 +208,9 @@ def test_frame_n_is_the_nth_that_a_player_shows(film: tuple[Path, Sequence[int]]
         assert numbers_of(np.stack(list(reader))) == list(shown), "gone through from the front"
 
 
-def test_the_frame_cache_has_the_same_frames(film: tuple[Path, Sequence[int]], tmp_path: Path) -> None:
+def test_the_frame_cache_has_the_same_frames(
+    film: tuple[Path, Sequence[int]], tmp_path: Path
+) -> None:
     file, shown = film
     listed = str(tmp_path / "list.txt")
     Path(listed).write_text(f"{file.name} 0\n", encoding="utf-8")
@@ -213,7 +237,9 @@ def test_the_frame_cache_has_the_same_frames(film: tuple[Path, Sequence[int]], t
         ("two streams.mkv", "several video streams"),
     ],
 )
-def test_a_decoder_does_not_jump_where_a_packet_may_not_be_a_frame(tmp_path: Path, name: str, reason: str) -> None:
+def test_a_decoder_does_not_jump_where_a_packet_may_not_be_a_frame(
+    tmp_path: Path, name: str, reason: str
+) -> None:
     file = tmp_path / name
     FILES[name](file)
     with pytest.raises(NotSeekable, match=reason):
@@ -234,7 +260,9 @@ def test_a_decoder_does_not_jump_where_a_packet_may_not_be_a_frame(tmp_path: Pat
         "begins late, 3 B-frames.mp4",
     ],
 )
-def test_decord_jumps_in_ordinary_files_and_in_harmless_edit_lists(tmp_path: Path, name: str) -> None:
+def test_decord_jumps_in_ordinary_files_and_in_harmless_edit_lists(
+    tmp_path: Path, name: str
+) -> None:
     FILES[name](tmp_path / name)
     with Reader(tmp_path / name, "decord") as reader:
         assert reader.decoder == "decord"
@@ -268,17 +296,27 @@ def test_data_check_names_a_decoder_that_gives_other_frames_than_are_shown(
     write_numbered(tmp_path / "right.mp4", "libx264", CLOSED)
     write_numbered(tmp_path / "wrong.mp4", "libx264", OPEN)
     (tmp_path / "list.txt").write_text("right.mp4 0\nwrong.mp4 0\n")
-    data = DataConfig(root=str(tmp_path), train="list.txt", val="list.txt", num_classes=1, decoder="decord")
+    data = DataConfig(
+        root=str(tmp_path), train="list.txt", val="list.txt", num_classes=1, decoder="decord"
+    )
 
     def trusting(decoder: str, path: Path) -> Any:
         return decoders.Decord(path)
 
     sound = check_data(data, ClipConfig(), 1, lambda done, total: None)
     assert "wrong" not in {finding.kind for finding in sound.findings}
-    monkeypatch.setattr(process_pool, "each", lambda look, videos, count, crashed: map(look, videos))
-    monkeypatch.setattr(decoders, "_open_exactly", trusting)  # as a check of the packets that misses it would
+    monkeypatch.setattr(
+        process_pool, "each", lambda look, videos, count, crashed: map(look, videos)
+    )
+    monkeypatch.setattr(
+        decoders, "_open_exactly", trusting
+    )  # as a check of the packets that misses it would
     report = check_data(data, ClipConfig(), 1, lambda done, total: None)
-    found = {(finding.video, finding.kind) for finding in report.findings if finding.kind == "wrong"}
+    found = {
+        (finding.video, finding.kind) for finding in report.findings if finding.kind == "wrong"
+    }
     assert found == {("wrong.mp4", "wrong")}
-    assert "decord gives frame" in next(each.words for each in report.findings if each.kind == "wrong")
+    assert "decord gives frame" in next(
+        each.words for each in report.findings if each.kind == "wrong"
+    )
     assert not report.is_sound

@@ -40,7 +40,12 @@ def closed_form_pixels() -> Tensor:
     return (0.5 + 0.4 * wave).float()
 
 
-GOLDEN_OVERRIDES = {"encoder.heads": 3, "encoder.drop_path": 0.0, "classifier.heads": 4, "classifier.dropout": 0.0}
+GOLDEN_OVERRIDES = {
+    "encoder.heads": 3,
+    "encoder.drop_path": 0.0,
+    "classifier.heads": 4,
+    "classifier.dropout": 0.0,
+}
 
 
 def released_checkpoint(file: Path, shapes: dict[str, list[int]]) -> Path:
@@ -52,11 +57,15 @@ def released_checkpoint(file: Path, shapes: dict[str, list[int]]) -> Path:
 
 @pytest.fixture(scope="module")
 def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return released_checkpoint(tmp_path_factory.mktemp("released") / "mar.pyth", GOLDEN["parameters"])
+    return released_checkpoint(
+        tmp_path_factory.mktemp("released") / "mar.pyth", GOLDEN["parameters"]
+    )
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_the_released_models_numbers_come_out_of_its_checkpoint(ratio: float, golden_checkpoint: Path) -> None:
+def test_the_released_models_numbers_come_out_of_its_checkpoint(
+    ratio: float, golden_checkpoint: Path
+) -> None:
     weights = read_weights(str(golden_checkpoint))
     settings = model_settings(weights, {**GOLDEN_OVERRIDES, "mask.ratio": ratio})
     expected = GOLDEN["by_mask_ratio"][str(ratio)]
@@ -85,8 +94,14 @@ def test_the_released_models_numbers_come_out_of_its_checkpoint(ratio: float, go
         "mse": reconstruction_loss(predicted, target).mean(),
     }
     assert list(predicted.shape) == expected["pixel_pred_shape"]
-    assert set(expected) - set(ours) == {"pixel_pred_shape", "logits_train==eval", "max|MAR-order - VideoMAE-order|"}
-    errors = {key: (value - torch.tensor(expected[key])).abs().max().item() for key, value in ours.items()}
+    assert set(expected) - set(ours) == {
+        "pixel_pred_shape",
+        "logits_train==eval",
+        "max|MAR-order - VideoMAE-order|",
+    }
+    errors = {
+        key: (value - torch.tensor(expected[key])).abs().max().item() for key, value in ours.items()
+    }
     for key, error in errors.items():
         print(f"ρ = {ratio:.0%}  {key:<22} largest absolute error {error:.1e}")
     assert max(errors.values()) <= 1e-5
@@ -97,8 +112,16 @@ def test_other_sizes_are_read_from_the_checkpoint(tmp_path: Path) -> None:
     weights = read_weights(str(released_checkpoint(tmp_path / "other.pyth", shapes)))
     settings = model_settings(weights, {"encoder.heads": 4, "classifier.heads": 3})
     assert settings.encoder.dimensions == (128, 3, 4)
-    assert (settings.classifier.width, settings.classifier.depth, settings.data.num_classes) == (96, 3, 11)
-    assert (settings.reconstruction.width, settings.reconstruction.depth, settings.reconstruction.heads) == (192, 2, 3)
+    assert (settings.classifier.width, settings.classifier.depth, settings.data.num_classes) == (
+        96,
+        3,
+        11,
+    )
+    assert (
+        settings.reconstruction.width,
+        settings.reconstruction.depth,
+        settings.reconstruction.heads,
+    ) == (192, 2, 3)
     model = MAR(settings).eval()
     assert not load(model, weights, settings, EVERYTHING).initialised
     hidden = evaluation_mask(settings).expand(2, -1, -1, -1)
@@ -136,17 +159,23 @@ def resized(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
             "decoder.head.bias": [1536],
         }
         lengths = [
-            length if length in keeps.get(name, []) else LENGTHS.get(part, {}).get(length, length) for length in shape
+            length if length in keeps.get(name, []) else LENGTHS.get(part, {}).get(length, length)
+            for length in shape
         ]
         if ".blocks." not in name:
             others[name] = lengths
         elif ".blocks.0." in name:
-            others |= {name.replace(".blocks.0.", f".blocks.{block}."): lengths for block in range(DEPTHS[part])}
+            others |= {
+                name.replace(".blocks.0.", f".blocks.{block}."): lengths
+                for block in range(DEPTHS[part])
+            }
     return others
 
 
 @pytest.mark.parametrize("width", [768, 384])
 def test_positions_are_the_released_table(width: int) -> None:
     expected, table = GOLDEN["position_embedding"], sin_cos_positions(1568, width)
-    torch.testing.assert_close(table[1567, :4], torch.tensor(expected[f"{width}[0,1567,:4]"]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        table[1567, :4], torch.tensor(expected[f"{width}[0,1567,:4]"]), rtol=0, atol=1e-6
+    )
     assert table.double().sum().item() == pytest.approx(expected[f"{width}.sum"], abs=0.05)

@@ -39,7 +39,9 @@ def cell_states(mask: torch.Tensor) -> list[str]:
 @pytest.mark.parametrize("start", range(4))
 @pytest.mark.parametrize("ratio", RELEASED_STATES)
 def test_the_mask_of_evaluation_runs_through_the_released_states(ratio: float, start: int) -> None:
-    mask = evaluation_mask(build({"mask": {"ratio": ratio}, "evaluation": {"mask": {"start": start}}}))[0]
+    mask = evaluation_mask(
+        build({"mask": {"ratio": ratio}, "evaluation": {"mask": {"start": start}}})
+    )[0]
     states = RELEASED_STATES[ratio]
     assert cell_states(mask) == [states[(slice_ + start) % 4] for slice_ in range(8)]
     assert torch.equal(mask, mask[:, :2, :2].repeat(1, 7, 7))
@@ -48,28 +50,46 @@ def test_the_mask_of_evaluation_runs_through_the_released_states(ratio: float, s
 @pytest.mark.parametrize(("strategy", "motion"), STRATEGIES)
 @given(
     ratio=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.6, 0.75, 0.9]),
-    grid=st.tuples(st.sampled_from([2, 4, 8]), st.sampled_from([4, 8, 14]), st.sampled_from([4, 8, 14])),
+    grid=st.tuples(
+        st.sampled_from([2, 4, 8]), st.sampled_from([4, 8, 14]), st.sampled_from([4, 8, 14])
+    ),
     spatial=st.sampled_from(["repeated", "random"]),
     temporal=st.sampled_from(["shuffled", "fixed"]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=25, deadline=None)
 def test_every_clip_has_the_stated_number_of_hidden_tokens(
-    strategy: str, motion: str, ratio: float, grid: tuple[int, int, int], spatial: str, temporal: str, seed: int
+    strategy: str,
+    motion: str,
+    ratio: float,
+    grid: tuple[int, int, int],
+    spatial: str,
+    temporal: str,
+    seed: int,
 ) -> None:
     mask = MaskConfig.model_validate(
-        {"strategy": strategy, "motion": motion, "ratio": ratio, "spatial": spatial, "temporal": temporal}
+        {
+            "strategy": strategy,
+            "motion": motion,
+            "ratio": ratio,
+            "spatial": spatial,
+            "temporal": temporal,
+        }
     )
     drawn = training_mask(mask, grid, 5, generator(seed))
     assert drawn.shape == (5, *grid)
     assert drawn.flatten(1).sum(dim=1).tolist() == [mask.num_hidden(grid)] * 5
-    assert abs(mask.num_hidden(grid) / drawn[0].numel() - ratio) <= 1 / min(grid[0], grid[1] * grid[2])
+    assert abs(mask.num_hidden(grid) / drawn[0].numel() - ratio) <= 1 / min(
+        grid[0], grid[1] * grid[2]
+    )
     assert torch.equal(drawn, training_mask(mask, grid, 5, generator(seed)))
 
 
 @pytest.mark.parametrize("cell", [(14, 14), (7, 7), (7, 2), (2, 7), (2, 2)])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
-def test_cells_of_every_size_of_table_iv_keep_the_token_count(cell: tuple[int, int], ratio: float) -> None:
+def test_cells_of_every_size_of_table_iv_keep_the_token_count(
+    cell: tuple[int, int], ratio: float
+) -> None:
     mask = MaskConfig(cell=cell, ratio=ratio)
     drawn = training_mask(mask, (8, 14, 14), 4, generator())
     assert drawn.flatten(1).sum(dim=1).tolist() == [int(ratio * 1568)] * 4
@@ -88,7 +108,9 @@ def released_state(area: int, num_hidden: int) -> torch.Tensor | None:
 
 
 @given(
-    cell=st.sampled_from([(14, 14), (7, 7), (7, 2), (2, 7), (1, 4), (4, 2), (2, 14), (7, 1), (4, 4)]),
+    cell=st.sampled_from(
+        [(14, 14), (7, 7), (7, 2), (2, 7), (1, 4), (4, 2), (2, 14), (7, 1), (4, 4)]
+    ),
     num_hidden=st.integers(0, 196),
     slice_=st.integers(0, 7),
     start=st.integers(0, 195),
@@ -123,7 +145,9 @@ def test_half_of_a_2_by_7_cell_is_a_checkerboard_and_of_a_7_by_2_cell_stripes() 
 @pytest.mark.parametrize("ratio", RELEASED_STATES)
 @given(seed=st.integers(0, 10_000), spatial=st.sampled_from(["repeated", "random"]))
 @settings(max_examples=15, deadline=None)
-def test_cells_drawn_in_training_run_through_the_released_states(ratio: float, seed: int, spatial: str) -> None:
+def test_cells_drawn_in_training_run_through_the_released_states(
+    ratio: float, seed: int, spatial: str
+) -> None:
     states = RELEASED_STATES[ratio]
     mask = MaskConfig.model_validate({"ratio": ratio, "spatial": spatial, "temporal": "fixed"})
     clip = training_mask(mask, (8, 14, 14), 1, generator(seed))[0]
@@ -160,10 +184,14 @@ def test_shuffling_permutes_whole_slices_and_starts_are_drawn_for_each_clip() ->
 
 def test_a_mask_at_rest_is_the_same_in_every_slice_and_a_running_one_is_not() -> None:
     for strategy in ("cell", "random", "block", "uniform"):
-        running = training_mask(MaskConfig(strategy=strategy, temporal="fixed"), (8, 14, 14), 2, generator())
+        running = training_mask(
+            MaskConfig(strategy=strategy, temporal="fixed"), (8, 14, 14), 2, generator()
+        )
         assert not torch.equal(running[:, 0], running[:, 1])
     for strategy in ("cell", "block", "uniform", "tube"):
-        resting = training_mask(MaskConfig(strategy=strategy, motion="standard"), (8, 14, 14), 2, generator())
+        resting = training_mask(
+            MaskConfig(strategy=strategy, motion="standard"), (8, 14, 14), 2, generator()
+        )
         assert torch.equal(resting, resting[:, :1].expand_as(resting))
 
 
@@ -174,9 +202,13 @@ def test_a_running_mask_is_the_slice_before_it_moved_one_column() -> None:
 
 
 def test_a_frame_mask_hides_whole_slices_and_a_block_is_one_piece() -> None:
-    frame = training_mask(MaskConfig(strategy="frame", motion="standard"), (8, 4, 4), 8, generator())
+    frame = training_mask(
+        MaskConfig(strategy="frame", motion="standard"), (8, 4, 4), 8, generator()
+    )
     assert set(frame.flatten(2).sum(dim=2).unique().tolist()) == {0, 16}
-    block = training_mask(MaskConfig(strategy="block", motion="standard", ratio=0.25), (8, 14, 14), 8, generator())
+    block = training_mask(
+        MaskConfig(strategy="block", motion="standard", ratio=0.25), (8, 14, 14), 8, generator()
+    )
     for clip in block[:, 0]:
         rows, columns = clip.any(dim=1).nonzero().flatten(), clip.any(dim=0).nonzero().flatten()
         area = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
@@ -196,9 +228,13 @@ def test_another_ratio_in_testing_changes_the_mask_of_evaluation_only() -> None:
 
 
 def test_visible_and_hidden_places_are_in_order_and_complete() -> None:
-    mask = training_mask(MaskConfig(strategy="random", motion="standard"), (4, 4, 4), 3, generator())
+    mask = training_mask(
+        MaskConfig(strategy="random", motion="standard"), (4, 4, 4), 3, generator()
+    )
     visible, hidden = split_places(mask)
     assert torch.equal(visible, visible.sort(dim=1).values)
-    assert torch.equal(torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(64).expand(3, -1))
+    assert torch.equal(
+        torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(64).expand(3, -1)
+    )
     assert mask.flatten(1).gather(1, hidden).all()
     assert not mask.flatten(1).gather(1, visible).any()

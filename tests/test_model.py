@@ -19,7 +19,9 @@ QUIET = {"encoder.drop_path": 0.0, "classifier.dropout": 0.0}
 
 def clips_and_mask(settings: ExperimentConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(4, 3, settings.clip.frames, settings.clip.size, settings.clip.size, generator=generator)
+    pixels = torch.rand(
+        4, 3, settings.clip.frames, settings.clip.size, settings.clip.size, generator=generator
+    )
     labels = F.one_hot(torch.tensor([0, 1, 0, 1]), settings.data.num_classes).float()
     return pixels, training_mask(settings.mask, settings.grid, 4, generator), labels
 
@@ -60,7 +62,11 @@ def test_a_hidden_pixel_cannot_reach_the_classification(tiny: Settings) -> None:
     model = MAR(settings).eval()
     pixels, mask, _ = clips_and_mask(settings)
     frames, height, width = settings.encoder.tubelet
-    hidden = mask.repeat_interleave(frames, 1).repeat_interleave(height, 2).repeat_interleave(width, 3)[:, None]
+    hidden = (
+        mask.repeat_interleave(frames, 1)
+        .repeat_interleave(height, 2)
+        .repeat_interleave(width, 3)[:, None]
+    )
     scores = model.classify(pixels, mask)
     torch.testing.assert_close(model.classify(pixels + 5 * hidden, mask), scores)
     assert not torch.allclose(model.classify(pixels + 5 * ~hidden, mask), scores)
@@ -72,10 +78,14 @@ def test_embedding_visible_tubelets_equals_a_convolution_over_all_of_them(tiny: 
     convolution = torch.nn.Conv3d(3, 16, settings.encoder.tubelet, stride=settings.encoder.tubelet)
     everywhere = convolution(pixels).flatten(2).transpose(1, 2)
     tubelets = patchify(pixels, settings.encoder.tubelet)
-    torch.testing.assert_close(F.linear(tubelets, flat_conv_weight(convolution.weight), convolution.bias), everywhere)
+    torch.testing.assert_close(
+        F.linear(tubelets, flat_conv_weight(convolution.weight), convolution.bias), everywhere
+    )
 
 
-def test_a_raw_target_is_the_pixels_and_a_normalised_one_has_mean_0_and_deviation_1(tiny: Settings) -> None:
+def test_a_raw_target_is_the_pixels_and_a_normalised_one_has_mean_0_and_deviation_1(
+    tiny: Settings,
+) -> None:
     settings = tiny()
     pixels, mask, _ = clips_and_mask(settings)
     _, hidden = split_places(mask)
@@ -84,7 +94,9 @@ def test_a_raw_target_is_the_pixels_and_a_normalised_one_has_mean_0_and_deviatio
     t, h, w = first // 16, first // 4 % 4, first % 4
     block = pixels[0, :, 2 * t : 2 * t + 2, 4 * h : 4 * h + 4, 4 * w : 4 * w + 4]
     torch.testing.assert_close(raw[0, 0], block.permute(1, 2, 3, 0).flatten())
-    channels = reconstruction_target(pixels, hidden, settings.encoder.tubelet, normalize=True).unflatten(-1, (-1, 3))
+    channels = reconstruction_target(
+        pixels, hidden, settings.encoder.tubelet, normalize=True
+    ).unflatten(-1, (-1, 3))
     torch.testing.assert_close(channels.mean(dim=2), torch.zeros(4, 32, 3), atol=1e-5, rtol=0)
     torch.testing.assert_close(channels.std(dim=2), torch.ones(4, 32, 3), atol=1e-4, rtol=0)
 
@@ -95,7 +107,9 @@ def test_the_encoder_is_timms_vit_when_nothing_is_hidden(tiny: Settings) -> None
     model = MAR(settings).eval()
     pixels, mask, _ = clips_and_mask(settings)
     visible, _ = split_places(mask)
-    tokens = model.encoder.embed(patchify(pixels, settings.encoder.tubelet)) + model.encoder.positions
+    tokens = (
+        model.encoder.embed(patchify(pixels, settings.encoder.tubelet)) + model.encoder.positions
+    )
     for block in model.encoder.blocks:
         tokens = block(tokens)
     torch.testing.assert_close(model.encoder(pixels, visible), model.encoder.norm(tokens))
@@ -107,12 +121,20 @@ def test_parts_start_as_the_released_model_and_videomae_start_them() -> None:
     head = model.classifier.blocks[0].mlp.fc1
     assert head.weight.abs().max().item() == pytest.approx((6 / (512 + 2048)) ** 0.5, rel=0.01)
     assert model.classifier.project.weight.abs().max().item() == pytest.approx(768**-0.5, rel=0.01)
-    assert model.encoder.blocks[0].attn.proj.weight.abs().max().item() == pytest.approx((6 / 1536) ** 0.5, rel=0.01)
+    assert model.encoder.blocks[0].attn.proj.weight.abs().max().item() == pytest.approx(
+        (6 / 1536) ** 0.5, rel=0.01
+    )
     assert model.decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
     assert not any(
-        value.any() for name, value in model.named_parameters() if name.endswith(".bias") and "embed" not in name
+        value.any()
+        for name, value in model.named_parameters()
+        if name.endswith(".bias") and "embed" not in name
     )
-    linear = MAR(build(merge({}, {"classifier.kind": "linear", "classifier.norm": "pooled", "mask.ratio": 0.0})))
+    linear = MAR(
+        build(
+            merge({}, {"classifier.kind": "linear", "classifier.norm": "pooled", "mask.ratio": 0.0})
+        )
+    )
     assert linear.classifier.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
     assert isinstance(linear.encoder.norm, torch.nn.Identity)
 

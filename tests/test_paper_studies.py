@@ -40,8 +40,12 @@ def test_every_table_and_figure_of_the_paper_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("recipe", [[], ["recipe=released"], ["recipe=recipes/toy.yaml", "encoder.weights=null"]])
-def test_a_study_of_the_paper_reads_on_each_family_of_recipes_and_prints(name: str, recipe: list[str]) -> None:
+@pytest.mark.parametrize(
+    "recipe", [[], ["recipe=released"], ["recipe=recipes/toy.yaml", "encoder.weights=null"]]
+)
+def test_a_study_of_the_paper_reads_on_each_family_of_recipes_and_prints(
+    name: str, recipe: list[str]
+) -> None:
     study = read_study(name, recipe)
     assert study.trials
     info = table_info(study, [])
@@ -62,18 +66,32 @@ def test_the_papers_numbers_are_those_of_its_costs() -> None:
 
 def test_equal_settings_are_one_training_across_all_studies() -> None:
     planned = Planned()
-    lines = [line for name in ALL for line in plan_trials(read_study(name), [], device("v100"), planned)]
+    lines = [
+        line for name in ALL for line in plan_trials(read_study(name), [], device("v100"), planned)
+    ]
     states = [line.state for line in lines]
-    assert {state: states.count(state) for state in ("new", "test", "same")} == {"new": 70, "test": 15, "same": 43}
-    same = {line.trial.name: line.of for line in lines if line.study == "table9a_loss_weight" and line.state == "same"}
+    assert {state: states.count(state) for state in ("new", "test", "same")} == {
+        "new": 70,
+        "test": 15,
+        "same": 43,
+    }
+    same = {
+        line.trial.name: line.of
+        for line in lines
+        if line.study == "table9a_loss_weight" and line.state == "same"
+    }
     assert same == {"0.1 (seed 0)": "table2_mask_sampling: 50 % / Cell / Running (seed 0)"}
     assert all(
-        line.state == "test" for line in lines if line.study == "table3b_starting_states" and line.trial.row != "ABCD"
+        line.state == "test"
+        for line in lines
+        if line.study == "table3b_starting_states" and line.trial.row != "ABCD"
     )
     text = plan_text(lines, device("v100"))
     assert "128 trials: 0 finished, 70 to train, 15 to test only, 43 the same as another" in text
     default = next(line for line in lines if line.trial.row == "50 % / Cell / Running")
-    assert default.device_hours == pytest.approx(5.9 * 32, rel=0.01), "the profile is made of the paper's own hours"
+    assert default.device_hours == pytest.approx(5.9 * 32, rel=0.01), (
+        "the profile is made of the paper's own hours"
+    )
     with pytest.raises(UserError, match="no such profile"):
         device("tpu")
 
@@ -81,7 +99,9 @@ def test_equal_settings_are_one_training_across_all_studies() -> None:
 @pytest.fixture
 def place(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump({**tiny_tree(videos), "seed": 0, "mask": {"ratio": 0.75}}))
+    (tmp_path / "other.yaml").write_text(
+        yaml.safe_dump({**tiny_tree(videos), "seed": 0, "mask": {"ratio": 0.75}})
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -123,11 +143,15 @@ def test_one_training_is_tested_in_each_way_and_the_default_one_is_trained(place
         teacher = trained[record.tags[TRAINED_BY]]
         assert record.metrics["train/loss"] == teacher.metrics["train/loss"]
         assert not (launch.trial_folder(record.key) / "result" / "model.safetensors").exists()
-    assert json.loads(teacher.tags["labels"])["Testing"] == "test 50 %", "50 % is nearest to the defaults"
+    assert json.loads(teacher.tags["labels"])["Testing"] == "test 50 %", (
+        "50 % is nearest to the defaults"
+    )
 
     again = {record.run_id: record.metrics for record in records}
     run_studies([study], launch)
-    assert {record.run_id: record.metrics for record in store.trials()} == again, "nothing is trained or tested twice"
+    assert {record.run_id: record.metrics for record in store.trials()} == again, (
+        "nothing is trained or tested twice"
+    )
 
     text = to_markdown(table_info(study, records, store.file_of))
     assert "| Testing" in text and "| Backbone" in text
@@ -143,11 +167,15 @@ def test_a_budget_takes_what_fits_in_the_studys_order(place: Path) -> None:
     (place / "crossed.yaml").write_text(CROSSED)
     study = read_study("crossed.yaml")
     slow = device("slow=1e-3")
-    hours = [line.device_hours or 0.0 for line in plan_trials(study, [], slow) if line.state == "new"]
+    hours = [
+        line.device_hours or 0.0 for line in plan_trials(study, [], slow) if line.state == "new"
+    ]
     assert len(hours) == 2
     budget = Budget(hours[0] * 1.01, slow)
     chosen = budget.take(study, study.trials, [])
-    assert [trial.row for trial in chosen] == ["test 25 % / 50 %", "test 50 % / 50 %"], "testing a model again is free"
+    assert [trial.row for trial in chosen] == ["test 25 % / 50 %", "test 50 % / 50 %"], (
+        "testing a model again is free"
+    )
     assert budget.hours == pytest.approx(hours[0] * 0.01)
 
 
@@ -164,7 +192,11 @@ def test_a_labels_own_settings_can_be_changed_from_the_command_line(place: Path)
     [
         ("across: Training", "across: Train", "table.across: no axis 'Train'"),
         ("{Backbone", "{a: b}\n  Nobody: {Backbone", "about.Nobody: no trial is labelled 'Nobody'"),
-        ("test 25 % / 50 % > test 50 % / 50 %", "test 25 % / 50 %", "expected 'better row > worse row'"),
+        (
+            "test 25 % / 50 % > test 50 % / 50 %",
+            "test 25 % / 50 %",
+            "expected 'better row > worse row'",
+        ),
         ("{top1: 12.3}", "{accuracy: 12.3}", "no quantity 'accuracy'"),
     ],
 )
@@ -192,4 +224,6 @@ def test_a_perfect_model_rebuilds_the_original(
     masked, whole = rebuilt(settings, model, pixels, hidden)
     torch.testing.assert_close(whole, pixels, atol=1e-4, rtol=0)
     assert ((masked == 0.5).all(dim=1).float().mean() - settings.mask.ratio).abs() < 0.02
-    torch.testing.assert_close(unpatchify(patchify(pixels, (2, 4, 4)), (4, 4, 4), (2, 4, 4)), pixels)
+    torch.testing.assert_close(
+        unpatchify(patchify(pixels, (2, 4, 4)), (4, 4, 4), (2, 4, 4)), pixels
+    )

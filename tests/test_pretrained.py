@@ -17,7 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
+from transformers import (
+    VideoMAEConfig,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    VideoMAEModel,
+)
 
 from mar.config.overrides import build, merge
 from mar.config.schema import ExperimentConfig
@@ -87,7 +92,10 @@ def ours(name: str, overrides: dict[str, Any] | None = None) -> tuple[MAR, Exper
 def clips() -> tuple[Tensor, Tensor]:
     """Pixels from 0 to 1, axes B, C, T, H, W; and as transformers wants them, normalised, axes B, T, C, H, W."""
     pixels = torch.rand(2, 3, 4, 64, 64, generator=torch.Generator().manual_seed(1))
-    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1, 1)
+        for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     return pixels, ((pixels - mean) / std).transpose(1, 2)
 
 
@@ -114,7 +122,11 @@ def test_the_pretraining_loss_is_that_of_transformers(normalize: bool, tmp_path:
 def test_the_class_scores_are_those_of_transformers(tmp_path: Path) -> None:
     reference = classifying()
     model, settings = ours(saved(reference, tmp_path / "hf"))
-    assert (settings.classifier.norm, settings.test_ratio, settings.data.num_classes) == ("pooled", 0.0, 5)
+    assert (settings.classifier.norm, settings.test_ratio, settings.data.num_classes) == (
+        "pooled",
+        0.0,
+        5,
+    )
     pixels, normalised = clips()
     with torch.no_grad():
         expected = reference(normalised).logits
@@ -122,7 +134,9 @@ def test_the_class_scores_are_those_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_with_the_epsilon_that_transformers_defaults_to_the_scores_are_still_near(tmp_path: Path) -> None:
+def test_with_the_epsilon_that_transformers_defaults_to_the_scores_are_still_near(
+    tmp_path: Path,
+) -> None:
     reference = classifying(layer_norm_eps=1e-12)
     for part in reference.modules():
         if isinstance(part, nn.LayerNorm):
@@ -173,7 +187,10 @@ def official(folder: str) -> dict[str, Tensor]:
             [named.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")]
         )
     if "classifier.weight" in named:
-        named = {key.removeprefix("encoder.").replace("classifier.", "head."): value for key, value in named.items()}
+        named = {
+            key.removeprefix("encoder.").replace("classifier.", "head."): value
+            for key, value in named.items()
+        }
     return named
 
 
@@ -190,7 +207,11 @@ def test_videomaes_own_files_give_the_same_weights(
 ) -> None:
     reference = saved(kind(), tmp_path / "hf")
     state, file = official(reference), tmp_path / "checkpoint.pth"
-    content = {wrapper: state, "epoch": 799, "args": argparse.Namespace(model="vit", lr=1e-3)} if wrapper else state
+    content = (
+        {wrapper: state, "epoch": 799, "args": argparse.Namespace(model="vit", lr=1e-3)}
+        if wrapper
+        else state
+    )
     torch.save(content, file)
     assert_same_tensors(reference, str(file))
     words = "pre-trained" if kind is pretraining else "fine-tuned"
@@ -199,9 +220,14 @@ def test_videomaes_own_files_give_the_same_weights(
 
 def test_half_precision_files_and_wrapped_names_are_read(tmp_path: Path) -> None:
     reference = saved(pretraining(), tmp_path / "hf")
-    wrapped = {f"module._orig_mod.{key}": value.half() for key, value in official(reference).items()}
+    wrapped = {
+        f"module._orig_mod.{key}": value.half() for key, value in official(reference).items()
+    }
     torch.save({"module": wrapped}, tmp_path / "deepspeed.pt")
-    one, other = read_weights(reference).tensors, read_weights(str(tmp_path / "deepspeed.pt")).tensors
+    one, other = (
+        read_weights(reference).tensors,
+        read_weights(str(tmp_path / "deepspeed.pt")).tensors,
+    )
     assert all(torch.equal(one[name].half().float(), other[name]) for name in one)
 
 
@@ -213,7 +239,9 @@ def test_sharded_folders_and_old_ones_are_read(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "config.json").write_text((Path(reference) / "config.json").read_text())
     names = sorted(tensors)
-    where = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(names)}
+    where = {
+        name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(names)
+    }
     for shard in {*where.values()}:
         save_file({name: tensors[name] for name in names if where[name] == shard}, shards / shard)
     (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
@@ -225,13 +253,22 @@ def test_sharded_folders_and_old_ones_are_read(tmp_path: Path) -> None:
         read_weights(str(shards))
 
 
-def test_an_image_vit_inflated_gives_the_image_models_tokens_on_a_still_clip(tmp_path: Path) -> None:
-    image = timm.create_model("vit_tiny_patch16_224", img_size=64, class_token=False, global_pool="avg", fc_norm=False)
+def test_an_image_vit_inflated_gives_the_image_models_tokens_on_a_still_clip(
+    tmp_path: Path,
+) -> None:
+    image = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, class_token=False, global_pool="avg", fc_norm=False
+    )
     image = randomised(image)
     with torch.no_grad():
         image.pos_embed.copy_(sin_cos_positions(16, 192))
     save_file(image.state_dict(), tmp_path / "image.safetensors")
-    tree = {"encoder.size": "tiny", "clip.size": 64, "clip.frames": 2, "reconstruction.init": "random"}
+    tree = {
+        "encoder.size": "tiny",
+        "clip.size": 64,
+        "clip.frames": 2,
+        "reconstruction.init": "random",
+    }
     settings = build(merge({}, {**tree, "encoder.weights": str(tmp_path / "image.safetensors")}))
     model = MAR(settings).eval()
     report = start(model, settings)
@@ -282,29 +319,39 @@ def test_a_fine_tuned_model_lacks_the_last_norm_and_the_report_says_so(tmp_path:
     settings = weights_settings(name, {**overrides, "mask.ratio": 0.5})
     model = MAR(settings)
     report = start(model, settings)
-    assert re.search(r"at random +encoder\.norm\.weight, encoder\.norm\.bias, classifier\.…", report)
     assert re.search(
-        r"left over +classifier\.… \(4 tensors\)|left over +classifier\.norm\.weight, classifier\.norm\.bias", report
+        r"at random +encoder\.norm\.weight, encoder\.norm\.bias, classifier\.…", report
     )
-    reconstructing = weights_settings(name, {**overrides, "mask.ratio": 0.5, "reconstruction.weight": 0.1})
+    assert re.search(
+        r"left over +classifier\.… \(4 tensors\)|left over +classifier\.norm\.weight, classifier\.norm\.bias",
+        report,
+    )
+    reconstructing = weights_settings(
+        name, {**overrides, "mask.ratio": 0.5, "reconstruction.weight": 0.1}
+    )
     with pytest.raises(UserError, match=r"has no decoder: set reconstruction\.init: random"):
         start(MAR(reconstructing), reconstructing)
 
 
 @pytest.mark.parametrize(("frames", "size"), [(4, 96), (8, 64), (16, 32)])
-def test_other_clip_sizes_and_frame_counts_load_exactly(frames: int, size: int, tmp_path: Path) -> None:
+def test_other_clip_sizes_and_frame_counts_load_exactly(
+    frames: int, size: int, tmp_path: Path
+) -> None:
     name = saved(pretraining(), tmp_path / "hf")
     settings = weights_settings(name, {"clip.frames": frames, "clip.size": size})
     model = MAR(settings)
     start(model, settings)
-    assert torch.equal(model.encoder.positions, sin_cos_positions(frames // 2 * (size // 16) ** 2, 48))
+    assert torch.equal(
+        model.encoder.positions, sin_cos_positions(frames // 2 * (size // 16) ** 2, 48)
+    )
 
 
 def test_a_checkpoint_that_fits_badly_is_an_error_that_names_the_first_keys(tmp_path: Path) -> None:
     name = saved(pretraining(), tmp_path / "hf")
     wider = build(merge({}, {"encoder.weights": name, "clip.size": 64, "clip.frames": 4}))
     with pytest.raises(
-        UserError, match=r"missing: encoder\.blocks\.2\.\S+, .* and \d+ more; other shapes: encoder\.embed"
+        UserError,
+        match=r"missing: encoder\.blocks\.2\.\S+, .* and \d+ more; other shapes: encoder\.embed",
     ) as error:
         start(MAR(wider), wider)
     assert "48 × 1536 in the file, 768 × 1536 in the model" in str(error.value)
@@ -330,7 +377,8 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
     file, trace = tmp_path / "evil.pth", tmp_path / "it-ran"
     torch.save({"model": {"weight": torch.zeros(1)}, "args": RunsACommand(trace)}, file)
     with pytest.raises(
-        UserError, match=r"evil\.pth: refused, because opening it could run code: it would call \S*\.system"
+        UserError,
+        match=r"evil\.pth: refused, because opening it could run code: it would call \S*\.system",
     ):
         read_weights(str(file))
     assert not trace.exists()
@@ -350,7 +398,9 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
         (lambda file: torch.save([1, 2], file), "no tensors in it"),
     ],
 )
-def test_what_is_no_checkpoint_is_said(make: Callable[[Path], Any], words: str, tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_said(
+    make: Callable[[Path], Any], words: str, tmp_path: Path
+) -> None:
     file = tmp_path / "some.pth"
     make(file)
     with pytest.raises(UserError, match=words):
@@ -418,9 +468,16 @@ def test_the_fingerprint_is_of_the_content_wherever_it_lies(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "overrides", [{"encoder.heads": 4}, {"reconstruction.heads": 3}, {"encoder.tubelet": [8, 8, 8], "clip.frames": 8}]
+    "overrides",
+    [
+        {"encoder.heads": 4},
+        {"reconstruction.heads": 3},
+        {"encoder.tubelet": [8, 8, 8], "clip.frames": 8},
+    ],
 )
-def test_heads_and_tubelets_that_the_file_contradicts_are_refused(overrides: dict[str, Any], tmp_path: Path) -> None:
+def test_heads_and_tubelets_that_the_file_contradicts_are_refused(
+    overrides: dict[str, Any], tmp_path: Path
+) -> None:
     settings = weights_settings(saved(pretraining(), tmp_path / "hf"), overrides)
     with pytest.raises(UserError, match=f"other settings: {next(iter(overrides))}"):
         start(MAR(settings), settings)
@@ -433,20 +490,34 @@ def test_a_missing_attention_bias_is_missing_unless_the_model_has_none(tmp_path:
     del state["encoder.blocks.0.attn.v_bias"]
     torch.save({"model": state}, tmp_path / "lacks.pth")
     with pytest.raises(UserError, match=r"missing: encoder\.blocks\.0\.attn\.qkv\.bias\b"):
-        ours(str(tmp_path / "lacks.pth"), {"encoder.heads": 3, "reconstruction.heads": 4, "clip.size": 64})
+        ours(
+            str(tmp_path / "lacks.pth"),
+            {"encoder.heads": 3, "reconstruction.heads": 4, "clip.size": 64},
+        )
     without = {key: value for key, value in state.items() if not key.endswith(("q_bias", "v_bias"))}
     torch.save({"model": without}, tmp_path / "none.pth")
-    model, _ = ours(str(tmp_path / "none.pth"), {"encoder.heads": 3, "reconstruction.heads": 4, "clip.size": 64})
+    model, _ = ours(
+        str(tmp_path / "none.pth"), {"encoder.heads": 3, "reconstruction.heads": 4, "clip.size": 64}
+    )
     assert not model.encoder.blocks[0].attn.qkv.bias.any()
 
 
 @pytest.mark.parametrize("options", [{"init_values": 1e-5}, {"qk_norm": True}])
-def test_another_kind_of_block_is_refused_not_half_loaded(options: dict[str, Any], tmp_path: Path) -> None:
+def test_another_kind_of_block_is_refused_not_half_loaded(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     image = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, **options)
     save_file(image.state_dict(), tmp_path / "other.safetensors")
-    overrides = {"encoder.size": "custom", "encoder.width": 192, "encoder.depth": 2, "encoder.heads": 3}
+    overrides = {
+        "encoder.size": "custom",
+        "encoder.width": 192,
+        "encoder.depth": 2,
+        "encoder.heads": 3,
+    }
     name = str(tmp_path / "other.safetensors")
-    settings = build(merge({}, {**overrides, "reconstruction.init": "random", "encoder.weights": name}))
+    settings = build(
+        merge({}, {**overrides, "reconstruction.init": "random", "encoder.weights": name})
+    )
     with pytest.raises(UserError, match=r"too many: blocks\.0\.\S+"):
         start(MAR(settings), settings)
 
@@ -457,12 +528,17 @@ def test_a_checkpoint_deeper_than_the_model_is_not_cut(tmp_path: Path) -> None:
         start(MAR(settings), settings)
 
 
-def test_a_config_that_computes_something_else_is_refused_or_its_classifier_left(tmp_path: Path) -> None:
+def test_a_config_that_computes_something_else_is_refused_or_its_classifier_left(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(UserError, match="its activation is relu"):
         read_weights(saved(classifying(hidden_act="relu"), tmp_path / "relu"))
     first = theirs(VideoMAEForVideoClassification, use_mean_pooling=False, num_labels=5)
     weights = read_weights(saved(first, tmp_path / "first"))
-    assert weights.unused["classifier.head.weight"] == "its classifier reads the first token, and ours the average"
+    assert (
+        weights.unused["classifier.head.weight"]
+        == "its classifier reads the first token, and ours the average"
+    )
     assert not any(name.startswith("classifier.") for name in weights.tensors)
 
 
@@ -498,7 +574,9 @@ def test_a_malicious_pickle_of_any_protocol_is_refused(protocol: int, tmp_path: 
         (b"\x80\x04.", "not a whole PyTorch checkpoint|refused"),
     ],
 )
-def test_files_that_are_often_taken_for_weights_are_named(content: bytes, words: str, tmp_path: Path) -> None:
+def test_files_that_are_often_taken_for_weights_are_named(
+    content: bytes, words: str, tmp_path: Path
+) -> None:
     (tmp_path / "some.pth").write_bytes(content)
     with pytest.raises(UserError, match=words):
         read_weights(str(tmp_path / "some.pth"))
@@ -527,6 +605,8 @@ def test_a_download_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     snapshot.mkdir(parents=True)
     (cache / "models--org--sharded" / "refs").mkdir()
     (cache / "models--org--sharded" / "refs" / "main").write_text("0" * 40)
-    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    (snapshot / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    )
     assert locate("org/sharded") is None
     assert fingerprint("org/sharded") == f"{ABSENT}org/sharded"

@@ -25,7 +25,12 @@ def trials(tmp_path: Path, videos: Path) -> list[Trial]:
 
 
 def figures(elapsed_s: float) -> dict[str, float]:
-    return {"train/loss": 0.5, "val/top1": 60.0, "throughput/clips_per_s": 100.0, "time/elapsed_s": elapsed_s}
+    return {
+        "train/loss": 0.5,
+        "val/top1": 60.0,
+        "throughput/clips_per_s": 100.0,
+        "time/elapsed_s": elapsed_s,
+    }
 
 
 def test_the_board_counts_estimates_and_shows_labels_as_they_are(trials: list[Trial]) -> None:

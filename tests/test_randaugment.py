@@ -16,7 +16,14 @@ from mar.augmentation.randaugment import ARGUMENTS, OPERATIONS, draw_operations,
 from mar.config.randaugment_policy import RandAugmentPolicy
 
 FILL = (124, 116, 104)
-EXACT = {"Invert", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd", "Equalize", "AutoContrast"}
+EXACT = {
+    "Invert",
+    "PosterizeIncreasing",
+    "SolarizeIncreasing",
+    "SolarizeAdd",
+    "Equalize",
+    "AutoContrast",
+}
 MOVING = {"Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"}
 IMAGES = {
     "photo": photos.astronaut()[50:274, 100:340],
@@ -28,13 +35,17 @@ IMAGES = {
 def timms(name: str, image: np.ndarray, argument: float, resample: str = "BILINEAR") -> np.ndarray:
     picture = Image.fromarray(image)
     value = int(argument) if name in ("SolarizeIncreasing", "SolarizeAdd") else argument
-    value = max(1, int(argument)) if name == "PosterizeIncreasing" else value  # PIL refuses to keep no bit
+    value = (
+        max(1, int(argument)) if name == "PosterizeIncreasing" else value
+    )  # PIL refuses to keep no bit
     arguments = () if name in ("AutoContrast", "Equalize", "Invert") else (value,)
     options = {"fillcolor": FILL, "resample": Image.Resampling[resample]}
     return np.asarray(reference.NAME_TO_OP[name](picture, *arguments, **options))
 
 
-def ours(name: str, images: list[np.ndarray], argument: float, interpolation: Any = "bilinear") -> np.ndarray:
+def ours(
+    name: str, images: list[np.ndarray], argument: float, interpolation: Any = "bilinear"
+) -> np.ndarray:
     """The operation on a clip of these frames."""
     pixels = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)[None].float() / 255
     done = rand_augment(pixels, [[(name, argument)]], interpolation)
@@ -53,7 +64,10 @@ def test_an_operation_does_to_each_frame_what_timm_does_to_an_image(name: str, i
             if name in EXACT:
                 assert difference.max() == 0, (level, sign)
             elif name in MOVING:
-                assert np.mean(difference > 1) < 0.005, (level, sign)  # a pixel at the edge may fall on the other side
+                assert np.mean(difference > 1) < 0.005, (
+                    level,
+                    sign,
+                )  # a pixel at the edge may fall on the other side
             else:
                 assert difference.max() <= 1, (level, sign)
 
@@ -79,16 +93,28 @@ def test_clips_of_a_batch_are_augmented_each_in_its_own_way() -> None:
     assert (together[1] - pixels[1]).abs().max() <= 0.5 / 255
 
 
-@pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "rand-m7-n4-mstd0.5-inc1", "rand-m5-inc1"])
+@pytest.mark.parametrize(
+    "text", ["rand-m9-mstd0.5-inc1", "rand-m7-n4-mstd0.5-inc1", "rand-m5-inc1"]
+)
 def test_what_is_drawn_is_distributed_as_timms(text: str) -> None:
     policy, num_clips = RandAugmentPolicy.parse(text), 4000
     drawn = draw_operations(policy, num_clips, np.random.default_rng(0))
     theirs = timm_draws(text, num_clips)
-    assert np.mean([len(chain) for chain in drawn]) == pytest.approx(policy.operations / 2, rel=0.05)
-    flat, other = [each for chain in drawn for each in chain], [each for chain in theirs for each in chain]
+    assert np.mean([len(chain) for chain in drawn]) == pytest.approx(
+        policy.operations / 2, rel=0.05
+    )
+    flat, other = (
+        [each for chain in drawn for each in chain],
+        [each for chain in theirs for each in chain],
+    )
     counts, others = Counter(name for name, _ in flat), Counter(name for name, _ in other)
     assert set(counts) == set(others) == set(OPERATIONS)
-    assert stats.chi2_contingency([[each[name] for name in OPERATIONS] for each in (counts, others)]).pvalue > 1e-3
+    assert (
+        stats.chi2_contingency(
+            [[each[name] for name in OPERATIONS] for each in (counts, others)]
+        ).pvalue
+        > 1e-3
+    )
     for name in ARGUMENTS:
         one, two = ([value for label, value in each if label == name] for each in (flat, other))
         assert stats.ks_2samp(one, two).pvalue > 1e-4, name
@@ -102,7 +128,9 @@ def timm_draws(text: str, num_clips: int) -> list[list[tuple[str, float]]]:
     transform = reference.rand_augment_transform(text, {"img_mean": FILL})
     for operation in transform.ops:
 
-        def note(image: Image.Image, *arguments: float, name: str = operation.name, **_: object) -> Image.Image:
+        def note(
+            image: Image.Image, *arguments: float, name: str = operation.name, **_: object
+        ) -> Image.Image:
             calls.append((name, float(arguments[0]) if arguments else 0.0))
             return image
 
@@ -115,7 +143,9 @@ def timm_draws(text: str, num_clips: int) -> list[list[tuple[str, float]]]:
     return drawn
 
 
-@pytest.mark.parametrize("text", ["rand", "rand-m11-inc1", "rand-m9", "augmix-m3", "rand-m9-mstd0.5-inc1 "])
+@pytest.mark.parametrize(
+    "text", ["rand", "rand-m11-inc1", "rand-m9", "augmix-m3", "rand-m9-mstd0.5-inc1 "]
+)
 def test_another_notation_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="timm's notation"):
         RandAugmentPolicy.parse(text)

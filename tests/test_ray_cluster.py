@@ -36,12 +36,18 @@ recipe: recipe.yaml
 axes: {ρ: {50 %: {}, 75 %: {mask.ratio: 0.75}}}
 table: {columns: [top1]}
 """
-RAY = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}:{os.environ['PATH']}"}
+RAY = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+}
 
 
 def ray(*words: str, **more: str) -> str:
     environment = {**os.environ, **RAY, **more}
-    done = subprocess.run([BIN / "ray", *words], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [BIN / "ray", *words], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -55,9 +61,16 @@ def join(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Generator[Path]:
     """A head without CPUs for trials and a node of two, each with its own raylet; the folder of their sessions."""
-    short = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a socket's path has 107 characters at most
+    short = Path(
+        tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    )  # a socket's path has 107 characters at most
     ray("get-auth-token", "--generate")
-    head = [f"--port={PORT}", "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD}", "--num-cpus=1"]
+    head = [
+        f"--port={PORT}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={DASHBOARD}",
+        "--num-cpus=1",
+    ]
     ray("start", "--head", *head, *NODE, f"--temp-dir={short}")
     join(short / "second")
     yield short
@@ -74,7 +87,9 @@ def place(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def mar(place: Path, *words: str, code: int = 0) -> str:
-    done = subprocess.run([BIN / "mar", *words], cwd=place, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [BIN / "mar", *words], cwd=place, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -88,7 +103,11 @@ def test_rays_own_launcher_of_a_slurm_job_runs_a_command_over_its_node(tmp_path:
         "#!/bin/bash\necho \"mar $*\"\nexec python -c \"import ray; ray.init('$4', log_to_driver=False); print(len(ray.nodes()), 'node')\"\n"
     )
     (tmp_path / "mar").chmod(0o755)
-    script = (ROOT / "cluster/slurm/study.sbatch").read_text().replace('PATH="$root/.venv/bin', f'PATH="{tmp_path}')
+    script = (
+        (ROOT / "cluster/slurm/study.sbatch")
+        .read_text()
+        .replace('PATH="$root/.venv/bin', f'PATH="{tmp_path}')
+    )
     (tmp_path / "job").write_text(script)
     there = {
         "SLURM_SUBMIT_DIR": str(tmp_path),
@@ -98,7 +117,13 @@ def test_rays_own_launcher_of_a_slurm_job_runs_a_command_over_its_node(tmp_path:
     }
     short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a socket's path has 107 characters at most
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, **there, "PATH": path, "SLURM_CPUS_PER_TASK": "1", "RAY_TMPDIR": short}
+    environment = {
+        **os.environ,
+        **there,
+        "PATH": path,
+        "SLURM_CPUS_PER_TASK": "1",
+        "RAY_TMPDIR": short,
+    }
     done = subprocess.run(
         ["bash", tmp_path / "job", "quickstart", "--only", "ρ=50 %"],
         env=environment,
@@ -107,7 +132,10 @@ def test_rays_own_launcher_of_a_slurm_job_runs_a_command_over_its_node(tmp_path:
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"mar run quickstart --address 127.0.0.1:24711 --store {tmp_path}/mar_store --only ρ=50 %" in done.stdout
+    assert (
+        f"mar run quickstart --address 127.0.0.1:24711 --store {tmp_path}/mar_store --only ρ=50 %"
+        in done.stdout
+    )
     assert "1 node" in done.stdout, "the study's process is in the cluster that was started for it"
 
 
@@ -121,14 +149,29 @@ def epochs_of(place: Path) -> list[int]:
     return [point.step for point in client.get_metric_history(trial_of(place).run_id, "train/loss")]
 
 
-def test_a_second_submission_joins_the_first_and_leaving_ends_nothing(cluster: Path, place: Path) -> None:
-    words = ["submit", "tiny.yaml", "--only", "ρ=75 %", "--backend", "inline", "--store", str(place / "store")]
+def test_a_second_submission_joins_the_first_and_leaving_ends_nothing(
+    cluster: Path, place: Path
+) -> None:
+    words = [
+        "submit",
+        "tiny.yaml",
+        "--only",
+        "ρ=75 %",
+        "--backend",
+        "inline",
+        "--store",
+        str(place / "store"),
+    ]
     job = mar(place, *words, "--address", ADDRESS, "--detach").split()[0]
-    assert f"{job} is under way already: joined" in mar(place, *words, "--address", ADDRESS, "--detach")
+    assert f"{job} is under way already: joined" in mar(
+        place, *words, "--address", ADDRESS, "--detach"
+    )
     log = mar(place, "jobs", "follow", job, "--address", ADDRESS)
     assert "| 75 % " in log and "1 trials, 0 finished before, 1 to train" in log
     (found,) = [
-        each for each in json.loads(mar(place, "jobs", "list", "--address", ADDRESS, "--json")) if each["job_id"] == job
+        each
+        for each in json.loads(mar(place, "jobs", "list", "--address", ADDRESS, "--json"))
+        if each["job_id"] == job
     ]
     assert found["status"] == "SUCCEEDED"
     assert trial_of(place).tags.get("mlflow.source.git.commit"), "the packed code has its commit"
@@ -146,7 +189,9 @@ def commands_for_a_cluster() -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     for path in sorted((ROOT / "cluster").rglob("*")):
         if path.is_file():
-            for line in re.findall(r"mar submit [^`|\n]*/\S.*|mar run .*--address auto.*", path.read_text()):
+            for line in re.findall(
+                r"mar submit [^`|\n]*/\S.*|mar run .*--address auto.*", path.read_text()
+            ):
                 found.setdefault(line.strip(), str(path.relative_to(ROOT)))
     return [(file, line) for line, file in found.items()]
 
@@ -156,16 +201,26 @@ def test_the_commands_of_the_cluster_files_run_as_they_stand(
     cluster: Path, place: Path, videos: Path, server: Server, file: str, line: str
 ) -> None:
     """Only the places are this machine's, and the model a tiny one: the words are those of the file."""
-    here = {"/mar/store": f"{place}/store", "http://127.0.0.1:8265": ADDRESS, "http://mlflow:5000": server.address}
+    here = {
+        "/mar/store": f"{place}/store",
+        "http://127.0.0.1:8265": ADDRESS,
+        "http://mlflow:5000": server.address,
+    }
     here |= {"/mar/data/motion-verbs": str(videos), "/mar/data/ssv2": str(videos)}
     for there, instead in here.items():
         line = line.replace(there, instead)
     words = shlex.split(line)[1:]
     tiny = yaml.safe_load((place / "recipe.yaml").read_text())
     small = [
-        f"{group}.{name}={value}" for group, values in tiny.items() if group != "data" for name, value in values.items()
+        f"{group}.{name}={value}"
+        for group, values in tiny.items()
+        if group != "data"
+        for name, value in values.items()
     ]
-    small += [f"data.{name}={tiny['data'][name]}" for name in ("format", "videos", "train", "val", "num_classes")]
+    small += [
+        f"data.{name}={tiny['data'][name]}"
+        for name in ("format", "videos", "train", "val", "num_classes")
+    ]
     small += [
         "data.labels=null",
         "encoder.weights=null",
@@ -173,7 +228,10 @@ def test_the_commands_of_the_cluster_files_run_as_they_stand(
         "clip.size=56",
     ]  # 14 × 14 tokens, which every cell of Table IV divides
     only = ["--only", "ρ=50 %"] if words[1] == "quickstart" else ["--only", "r × q=2 × 2"]
-    environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{PORT}"}  # as in a job, where "auto" is its own cluster
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": f"127.0.0.1:{PORT}",
+    }  # as in a job, where "auto" is its own cluster
     done = subprocess.run(
         [BIN / "mar", *words, *small, *only, "--backend", "inline"],
         cwd=place,
@@ -190,17 +248,35 @@ def test_the_commands_of_the_cluster_files_run_as_they_stand(
 def test_a_trial_trains_on_two_nodes_and_goes_on_after_one_is_killed_and_another_joins(
     cluster: Path, place: Path
 ) -> None:
-    words = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--workers", "2", "--retries", "3"]
+    words = [
+        "run",
+        "tiny.yaml",
+        "recipe.epochs=60",
+        "--only",
+        "ρ=50 %",
+        "--workers",
+        "2",
+        "--retries",
+        "3",
+    ]
     words += ["--store", str(place / "store"), "--address", f"127.0.0.1:{PORT}"]
     running = subprocess.Popen(
-        [BIN / "mar", *words], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [BIN / "mar", *words],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     wait_for(lambda: len(list(place.glob("store/trials/*/step_*"))) > 1)
     raylets = raylets_of(cluster)
     assert len(raylets) == 2
-    assert {parent for parent in parents("ray::RayTrainWorker") if parent in raylets} == set(raylets), "one on each"
+    assert {parent for parent in parents("ray::RayTrainWorker") if parent in raylets} == set(
+        raylets
+    ), "one on each"
     done = len(
-        json.loads(sorted(place.glob("store/trials/*/step_*/manifest.json"))[-1].read_text())["progress"]["history"]
+        json.loads(sorted(place.glob("store/trials/*/step_*/manifest.json"))[-1].read_text())[
+            "progress"
+        ]["history"]
     )
     os.kill(raylets[-1], signal.SIGKILL)
     join(cluster / "third")
@@ -214,13 +290,19 @@ def raylets_of(cluster: Path) -> list[int]:
     """The processes of this cluster's raylets, the head's first."""
     found = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
     raylets = [process for process in found if process.info["cmdline"][0].endswith("raylet/raylet")]
-    return sorted(each.pid for each in raylets if any(str(cluster) in word for word in each.info["cmdline"]))
+    return sorted(
+        each.pid for each in raylets if any(str(cluster) in word for word in each.info["cmdline"])
+    )
 
 
 def parents(title: str) -> set[int]:
     """The parents of the processes that are called so."""
-    found = [process for process in psutil.process_iter(["cmdline", "ppid"]) if process.info["cmdline"]]
-    return {process.info["ppid"] for process in found if process.info["cmdline"][0].startswith(title)}
+    found = [
+        process for process in psutil.process_iter(["cmdline", "ppid"]) if process.info["cmdline"]
+    ]
+    return {
+        process.info["ppid"] for process in found if process.info["cmdline"][0].startswith(title)
+    }
 
 
 def wait_for(there: Callable[[], object], timeout_s: float = 150) -> None:
@@ -243,11 +325,19 @@ def test_a_mistake_is_told_before_anything_is_submitted(
     there = ["--address", ADDRESS, "--store", "/store"]
     assert "mask.ration: no such setting" in told("submit", "tiny.yaml", "mask.ration=1", *there)
     assert "No such option" in told("submit", "tiny.yaml", "--worker", "2", *there)
-    assert "--store mar_store: on a cluster it must be absolute" in told("submit", "tiny.yaml", "--address", ADDRESS)
-    assert "data.root=nearby: on a cluster" in told("submit", "tiny.yaml", "data.root=nearby", *there)
+    assert "--store mar_store: on a cluster it must be absolute" in told(
+        "submit", "tiny.yaml", "--address", ADDRESS
+    )
+    assert "data.root=nearby: on a cluster" in told(
+        "submit", "tiny.yaml", "data.root=nearby", *there
+    )
     # a private Ray of the tests that follow in this process must not hear that there is a token to use
-    assert "nobody answers there" in mar(place, "jobs", "list", "--address", "http://127.0.0.1:9", code=2)
-    assert "expected the dashboard's address" in mar(place, "jobs", "list", "--address", "127.0.0.1:8265", code=2)
+    assert "nobody answers there" in mar(
+        place, "jobs", "list", "--address", "http://127.0.0.1:9", code=2
+    )
+    assert "expected the dashboard's address" in mar(
+        place, "jobs", "list", "--address", "127.0.0.1:8265", code=2
+    )
     assert "no job 'mar-x'" in mar(place, "jobs", "follow", "mar-x", "--address", ADDRESS, code=2)
 
 
@@ -267,13 +357,30 @@ def elsewhere(tmp_path: Path) -> Generator[str]:
     ):
         subprocess.run(["ip", *line.split()], check=True)
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    words = ["--head", "--dashboard-host=10.213.7.2", "--dashboard-port=8265", "--node-ip-address=10.213.7.2"]
+    words = [
+        "--head",
+        "--dashboard-host=10.213.7.2",
+        "--dashboard-port=8265",
+        "--node-ip-address=10.213.7.2",
+    ]
     inside = ["ip", "netns", "exec", "mar-open"]
     open_to_all = {**os.environ, **RAY, "RAY_AUTH_MODE": "disabled"}
-    more = ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats", f"--temp-dir={folder}"]
-    subprocess.run([*inside, BIN / "ray", "start", *words, *more], env=open_to_all, check=True, capture_output=True)
+    more = [
+        "--num-cpus=1",
+        "--object-store-memory=80000000",
+        "--disable-usage-stats",
+        f"--temp-dir={folder}",
+    ]
+    subprocess.run(
+        [*inside, BIN / "ray", "start", *words, *more],
+        env=open_to_all,
+        check=True,
+        capture_output=True,
+    )
     yield "http://10.213.7.2:8265"
-    subprocess.run([*inside, BIN / "ray", "stop", "--force"], env=open_to_all, check=True, capture_output=True)
+    subprocess.run(
+        [*inside, BIN / "ray", "stop", "--force"], env=open_to_all, check=True, capture_output=True
+    )
     subprocess.run(["ip", "netns", "del", "mar-open"], check=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -281,6 +388,16 @@ def elsewhere(tmp_path: Path) -> Generator[str]:
 def test_a_cluster_elsewhere_that_asks_for_no_token_is_refused_unless_told_otherwise(
     elsewhere: str, place: Path
 ) -> None:
-    refused = mar(place, "submit", "quickstart", "data.root=/data", "--store", "/store", "--address", elsewhere, code=2)
+    refused = mar(
+        place,
+        "submit",
+        "quickstart",
+        "data.root=/data",
+        "--store",
+        "/store",
+        "--address",
+        elsewhere,
+        code=2,
+    )
     assert "this cluster answers without a token" in refused and "CVE-2023-48022" in refused
     assert "no jobs of ours" in mar(place, "jobs", "list", "--address", elsewhere, "--open")

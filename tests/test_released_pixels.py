@@ -45,11 +45,19 @@ def film(tmp_path: Path) -> tuple[dict[str, Any], np.ndarray]:
     frames = np.stack([photo[20 + n : 110 + n, 150 + 2 * n : 280 + 2 * n] for n in range(40)])
     write_video(tmp_path / "a.mp4", frames, crf="12")
     (tmp_path / "list.txt").write_text("a.mp4 0\n" * 8)
-    data = {"format": "list", "root": str(tmp_path), "videos": ".", "train": "list.txt", "val": "list.txt"}
+    data = {
+        "format": "list",
+        "root": str(tmp_path),
+        "videos": ".",
+        "train": "list.txt",
+        "val": "list.txt",
+    }
     return data, decode_with("pyav", tmp_path / "a.mp4")
 
 
-def settings_for(tiny: Settings, data: dict[str, Any], overrides: dict[str, Any]) -> ExperimentConfig:
+def settings_for(
+    tiny: Settings, data: dict[str, Any], overrides: dict[str, Any]
+) -> ExperimentConfig:
     base = {"data": data, "clip": {"size": 48, "frames": 8}, "encoder": {"tubelet": [2, 12, 12]}}
     tree = merge(merge(tiny().model_dump(mode="json"), base), {**RELEASED, **overrides})
     return build(tree)
@@ -68,7 +76,9 @@ def test_test_views_are_resized_and_then_cut_at_whole_pixels(
     for number, edge in enumerate((edges[:-1], edges[1:])):
         chosen = frames[np.clip(np.round(edge), 0, len(frames) - 1).astype(int)]
         pixels = torch.from_numpy(chosen).permute(0, 3, 1, 2).float()
-        resized = F.interpolate(pixels, size=(size, int(130 / 90 * size)), mode="bilinear", align_corners=False)
+        resized = F.interpolate(
+            pixels, size=(size, int(130 / 90 * size)), mode="bilinear", align_corners=False
+        )
         long = resized.shape[3]
         starts = (0, (long - size) // 2, long - size) if crops == 3 else ((long - size) // 2,)
         for crop, left in enumerate(starts):
@@ -86,8 +96,14 @@ def test_training_crops_are_resized_without_antialiasing(
     rng = draw(settings.seed, 1, 5, 3)
     numbers = training_frames(settings.clip, len(frames), None, rng)
     top, left, height, width = random_box(90, 130, settings, rng)
-    cut = torch.from_numpy(frames[numbers][:, top : top + height, left : left + width]).permute(0, 3, 1, 2).float()
-    expected = F.interpolate(cut, size=(48, 48), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    cut = (
+        torch.from_numpy(frames[numbers][:, top : top + height, left : left + width])
+        .permute(0, 3, 1, 2)
+        .float()
+    )
+    expected = F.interpolate(cut, size=(48, 48), mode="bilinear", align_corners=False).permute(
+        0, 2, 3, 1
+    )
     assert (sample.clips[0].float() - expected).abs().max() <= 0.51
 
 
@@ -95,11 +111,16 @@ def test_on_kinetics_whole_frames_are_augmented_and_then_cut(
     tiny: Settings, film: tuple[dict[str, Any], np.ndarray]
 ) -> None:
     data, _ = film
-    overrides = {"augment.randaugment": "rand-m9-mstd0.5-inc1", "augment.randaugment_before_crop": True}
+    overrides = {
+        "augment.randaugment": "rand-m9-mstd0.5-inc1",
+        "augment.randaugment_before_crop": True,
+    }
     settings = settings_for(tiny, data, overrides)
     dataset = TrainingClips(settings, read_split(settings.data, "train"))
     plain = TrainingClips(settings_for(tiny, data, {}), read_split(settings.data, "train"))
-    changed = [not torch.equal(dataset[0, epoch].clips, plain[0, epoch].clips) for epoch in range(24)]
+    changed = [
+        not torch.equal(dataset[0, epoch].clips, plain[0, epoch].clips) for epoch in range(24)
+    ]
     assert 8 <= sum(changed) < 24, "each of two operations is applied in half of the cases"
     step = draw_step(settings, 0)
     assert all(not chain for chain in step.operations), "not a second time, on the device"
@@ -110,7 +131,9 @@ def test_on_kinetics_whole_frames_are_augmented_and_then_cut(
 
 def test_training_frames_are_rounded() -> None:
     for seed in range(20):
-        numbers = training_frames(ClipConfig(round_frames=True), 50, None, np.random.default_rng(seed))
+        numbers = training_frames(
+            ClipConfig(round_frames=True), 50, None, np.random.default_rng(seed)
+        )
         drawn = np.linspace(0, 50, 17)[:-1] + np.random.default_rng(seed).random(16) * 50 / 16
         np.testing.assert_array_equal(numbers, np.minimum(np.round(drawn), 49))
 
@@ -118,7 +141,9 @@ def test_training_frames_are_rounded() -> None:
 def test_videomaes_own_test_frames() -> None:
     clip = ClipConfig()
     tick = 40 / 16
-    both = sorted([int(tick * x) for x in range(16)] + [int(tick / 2 + tick * x) for x in range(16)])
+    both = sorted(
+        [int(tick * x) for x in range(16)] + [int(tick / 2 + tick * x) for x in range(16)]
+    )
     first, second = evaluation_frames(clip, 40, 25.0, 2, "videomae")
     assert first.tolist() == both[0::2] and second.tolist() == both[1::2]
     dense = ClipConfig(sampling="dense")
@@ -130,7 +155,9 @@ def test_videomaes_own_test_frames() -> None:
     assert all(found.max() <= 9 and len(found) == 16 for found in short)
 
 
-def test_the_patch_embedding_and_the_decoders_projection_start_as_pytorch_makes_them(tiny: Settings) -> None:
+def test_the_patch_embedding_and_the_decoders_projection_start_as_pytorch_makes_them(
+    tiny: Settings,
+) -> None:
     torch.manual_seed(0)
     model = MAR(tiny({"encoder.init": "torch"}))
     assert model.decoder
@@ -140,7 +167,9 @@ def test_the_patch_embedding_and_the_decoders_projection_start_as_pytorch_makes_
         assert 0.9 * bound < layer.weight.abs().max() <= bound
     assert embed.bias.abs().max() > 0
     convolution = nn.Conv3d(3, embed.out_features, (2, 4, 4), stride=(2, 4, 4))
-    assert convolution.weight.abs().max() <= embed.in_features**-0.5, "PyTorch's bound of the released convolution"
+    assert convolution.weight.abs().max() <= embed.in_features**-0.5, (
+        "PyTorch's bound of the released convolution"
+    )
     other = MAR(tiny())
     assert other.encoder.embed.bias.abs().max() == 0
 
@@ -155,6 +184,6 @@ def test_the_released_recipes_have_these_settings_and_the_difference_says_why(na
     assert tree["augment"]["randaugment_before_crop"] == name.startswith("k400")
     assert tree["clip"]["round_frames"] == name.startswith("ssv2")
     named = {each.setting: each.reason for each in differences(f"paper/{name}", f"released/{name}")}
-    assert all(named[setting] for setting in ("clip.antialias", "evaluation.crop_from", "encoder.init")), json.dumps(
-        named
-    )
+    assert all(
+        named[setting] for setting in ("clip.antialias", "evaluation.crop_from", "encoder.init")
+    ), json.dumps(named)

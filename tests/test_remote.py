@@ -62,10 +62,21 @@ def test_what_is_no_object_store_is_said(s3: None, tmp_path: Path) -> None:
 
 
 def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(place: Path) -> None:
-    words = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local", "--remote", f"{BUCKET}/store"]
+    words = [
+        "run",
+        "tiny.yaml",
+        "recipe.epochs=60",
+        "--only",
+        "ρ=50 %",
+        "--local",
+        "--remote",
+        f"{BUCKET}/store",
+    ]
     remote = Remote(f"{BUCKET}/store")
     running = begin(place, *words)
-    wait_for(lambda: [each for each in remote.names("trials") if len(remote.names(f"trials/{each}")) > 2])
+    wait_for(
+        lambda: [each for each in remote.names("trials") if len(remote.names(f"trials/{each}")) > 2]
+    )
     running.send_signal(signal.SIGKILL)
     running.wait()
     (key,) = remote.names("trials")
@@ -76,7 +87,10 @@ def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(p
     assert f"{there} fetched from {BUCKET}/store" in log
     store = Store(LaunchConfig(store=place / "mar_store"))
     (record,) = store.trials()
-    told = [(point.step, point.value) for point in store.client.get_metric_history(record.run_id, "train/loss")]
+    told = [
+        (point.step, point.value)
+        for point in store.client.get_metric_history(record.run_id, "train/loss")
+    ]
     mar(place, *words[:-2], "--store", "undisturbed")
     other = Store(LaunchConfig(store=place / "undisturbed"))
     (same,) = other.trials()
@@ -84,13 +98,25 @@ def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(p
     assert told == [(point.step, point.value) for point in undisturbed]
     kept = {name for name in remote.names(f"trials/{key}") if name.startswith("step_")}
     every = {40, 80, 120}  # two steps an epoch; what was gone when the policy changed is gone
-    assert kept == {f"step_{step:08d}" for step in every if step >= int(there.removeprefix("step_"))}
+    assert kept == {
+        f"step_{step:08d}" for step in every if step >= int(there.removeprefix("step_"))
+    }
     assert not list((place / "mar_store" / "trials" / key).glob("step_*")), "the disk is for others"
     assert {"manifest.json", "model.safetensors"} <= set(remote.names(f"trials/{key}/result"))
 
 
 def test_a_frame_cache_is_fetched_to_where_the_training_is(place: Path) -> None:
-    output = mar(place, "data", "pack", "recipe.yaml", "cache", "--format", "raw", "--remote", f"{BUCKET}/cache")
+    output = mar(
+        place,
+        "data",
+        "pack",
+        "recipe.yaml",
+        "cache",
+        "--format",
+        "raw",
+        "--remote",
+        f"{BUCKET}/cache",
+    )
     assert f"files copied to {BUCKET}/cache" in output
     shutil.rmtree(place / "cache")
     words = ["run", "tiny.yaml", "--only", "ρ=50 %", "--local", f"data.cache={place / 'cache'}"]
@@ -146,9 +172,19 @@ def server(place: Path) -> Iterator[Server]:
 
 
 @pytest.mark.cluster
-def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(place: Path, server: Server) -> None:
+def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(
+    place: Path, server: Server
+) -> None:
     running = begin(
-        place, "run", "tiny.yaml", "recipe.epochs=120", "--only", "ρ=50 %", "--local", "--tracking-uri", server.address
+        place,
+        "run",
+        "tiny.yaml",
+        "recipe.epochs=120",
+        "--only",
+        "ρ=50 %",
+        "--local",
+        "--tracking-uri",
+        server.address,
     )
     trials: Callable[[], list[Path]] = lambda: list(place.glob("mar_store/trials/*/step_*"))  # noqa: E731
     wait_for(trials)
@@ -156,7 +192,9 @@ def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(p
     before = max(int(path.name.removeprefix("step_")) for path in trials())
     time.sleep(12)
     assert running.poll() is None
-    assert max((int(path.name.removeprefix("step_")) for path in trials()), default=999) > before, "training goes on"
+    assert max((int(path.name.removeprefix("step_")) for path in trials()), default=999) > before, (
+        "training goes on"
+    )
     server.start()
     assert "✓ 50 %" in end(running, 0)
     store = Store(LaunchConfig(store=place / "mar_store", tracking_uri=server.address))
@@ -164,8 +202,12 @@ def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(p
     assert record.status == "FINISHED"
     history = store.client.get_metric_history(record.run_id, "train/loss")
     assert [point.step for point in history] == list(range(1, 121))
-    assert "result/model.safetensors" in {item.path for item in store.client.list_artifacts(record.run_id, "result")}
-    assert "logs/worker0.txt" in {item.path for item in store.client.list_artifacts(record.run_id, "logs")}
+    assert "result/model.safetensors" in {
+        item.path for item in store.client.list_artifacts(record.run_id, "result")
+    }
+    assert "logs/worker0.txt" in {
+        item.path for item in store.client.list_artifacts(record.run_id, "logs")
+    }
 
 
 @pytest.mark.cluster

@@ -17,9 +17,24 @@ from mar.errors import Failure
 from mar.evaluation.correctness import ANSWERS, write_answers
 from orchestration.reporting.figures import draw, figure_info
 from orchestration.reporting.rows import Cell, rows
-from orchestration.reporting.significance import Answers, Comparison, claims, compare, corrected, mcnemar, read_answers
+from orchestration.reporting.significance import (
+    Answers,
+    Comparison,
+    claims,
+    compare,
+    corrected,
+    mcnemar,
+    read_answers,
+)
 from orchestration.reporting.study_report import findings, write_report
-from orchestration.reporting.tables import FORMATS, cell_text, latex_escaped, table_info, to_latex, to_markdown
+from orchestration.reporting.tables import (
+    FORMATS,
+    cell_text,
+    latex_escaped,
+    table_info,
+    to_latex,
+    to_markdown,
+)
 from orchestration.studies.loader import read_study
 from orchestration.studies.matching import match
 from orchestration.studies.plan import plan_json, plan_text, plan_trials
@@ -68,7 +83,10 @@ def study(tmp_path: Path, videos: Path) -> Study:
 
 def runs(study: Study, *top1: float) -> list[Run]:
     values = zip(study.trials, top1, strict=False)
-    return [Run(trial.identity, {"test/top1": value, "throughput/clips_per_s": 50.0}) for trial, value in values]
+    return [
+        Run(trial.identity, {"test/top1": value, "throughput/clips_per_s": 50.0})
+        for trial, value in values
+    ]
 
 
 def test_a_cell_has_the_mean_and_the_t_interval_of_its_seeds(study: Study) -> None:
@@ -128,7 +146,11 @@ def test_latex_is_escaped_and_uses_booktabs(study: Study) -> None:
 
 @pytest.mark.parametrize(
     ("text", "printed"),
-    [("α → ω", "$\\alpha$ $\\to$ $\\omega$"), ("λ < Λ", "$\\lambda$ $<$ $\\Lambda$"), ("a|b", "a$|$b")],
+    [
+        ("α → ω", "$\\alpha$ $\\to$ $\\omega$"),
+        ("λ < Λ", "$\\lambda$ $<$ $\\Lambda$"),
+        ("a|b", "a$|$b"),
+    ],
 )
 def test_latex_has_every_letter_and_sign(text: str, printed: str) -> None:
     assert latex_escaped(text) == printed
@@ -165,7 +187,9 @@ def test_a_partial_row_is_named_in_the_figure(study: Study) -> None:
 def test_videos_that_were_not_counted_are_told_below_the_table(study: Study) -> None:
     (run,) = runs(study, 70.0)
     run.metrics |= {"test/num_broken": 3.0, "test/num_videos": 5.0}
-    assert "50 %: over 5 videos; 3 more could not be decoded." in to_markdown(table_info(study, [run]))
+    assert "50 %: over 5 videos; 3 more could not be decoded." in to_markdown(
+        table_info(study, [run])
+    )
 
 
 def test_a_table_needs_no_videos(study: Study, tmp_path: Path) -> None:
@@ -182,16 +206,27 @@ def test_a_report_leaves_what_else_is_in_the_folder(study: Study, tmp_path: Path
     assert (tmp_path / "thesis.tex").read_text() == "chapter 1"
 
 
-def test_a_finished_study_without_top1_in_its_table_still_reports_it(study: Study, tmp_path: Path) -> None:
-    text = STUDY.replace("columns: [top1, gflops]", "columns: [gflops]").replace("y: [top1]", "y: [params]")
+def test_a_finished_study_without_top1_in_its_table_still_reports_it(
+    study: Study, tmp_path: Path
+) -> None:
+    text = STUDY.replace("columns: [top1, gflops]", "columns: [gflops]").replace(
+        "y: [top1]", "y: [params]"
+    )
     (tmp_path / "study.yaml").write_text(text)
-    assert findings(read_study(str(tmp_path / "study.yaml")), runs(study, 70.0, 70.0))[0].startswith("Best: 50 %")
+    assert findings(read_study(str(tmp_path / "study.yaml")), runs(study, 70.0, 70.0))[
+        0
+    ].startswith("Best: 50 %")
 
 
 def test_the_report_is_complete(study: Study, tmp_path: Path) -> None:
     write_report(study, runs(study, 70.0, 71.0, 69.0, 69.5), tmp_path / "report", no_result)
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert {f"table.{form}" for form in FORMATS} | {"figure.png", "figure.pdf", "report.html", "report.md"} <= names
+    assert {f"table.{form}" for form in FORMATS} | {
+        "figure.png",
+        "figure.pdf",
+        "report.html",
+        "report.md",
+    } <= names
     assert findings(study, runs(study, 70.0, 71.0))[0].startswith("Best: 50 %, 70.50 % top-1")
     assert findings(study, []) == ["No trial is finished yet."]
 
@@ -232,7 +267,9 @@ def test_a_thousand_trials_are_planned_without_torch_or_ray(tmp_path: Path, vide
 
 def test_without_the_weights_at_hand_their_name_decides(study: Study, tmp_path: Path) -> None:
     for name, value in (("a", 0.0), ("b", 1.0)):
-        save_file({"encoder.embed.weight": torch.full((1, 1), value)}, tmp_path / f"{name}.safetensors")
+        save_file(
+            {"encoder.embed.weight": torch.full((1, 1), value)}, tmp_path / f"{name}.safetensors"
+        )
     names = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
     file = str(tmp_path / f"{study.name}.yaml")
     trained = [read_study(file, [f"encoder.weights={name}"]).trials[0] for name in names]
@@ -266,9 +303,14 @@ def test_two_rows_are_compared_over_the_same_videos() -> None:
     gap = compare([answers(*one)], [answers(*other)])
     assert gap
     assert gap.difference == pytest.approx(100 * (one.mean() - other.mean()))
-    reference = stats.bootstrap((one.astype(float) - other,), np.mean, n_resamples=4000, method="percentile", rng=1)
+    reference = stats.bootstrap(
+        (one.astype(float) - other,), np.mean, n_resamples=4000, method="percentile", rng=1
+    )
     low, high = reference.confidence_interval
-    assert (gap.low, gap.high) == (pytest.approx(100 * low, abs=0.15), pytest.approx(100 * high, abs=0.15))
+    assert (gap.low, gap.high) == (
+        pytest.approx(100 * low, abs=0.15),
+        pytest.approx(100 * high, abs=0.15),
+    )
     discordant = int((one & ~other).sum()), int((other & ~one).sum())
     assert gap.p == pytest.approx(stats.binomtest(discordant[0], sum(discordant)).pvalue)
     assert compare([answers(1)], [Answers.of({"another.mp4": True})]) is None
@@ -276,7 +318,10 @@ def test_two_rows_are_compared_over_the_same_videos() -> None:
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
     base, better = answers(*[1] * 50 + [0] * 50), answers(*[1] * 70 + [0] * 30)
-    steady, unsteady = compare([better, better], [base, base]), compare([better, base, better], [base, better, base])
+    steady, unsteady = (
+        compare([better, better], [base, base]),
+        compare([better, base, better], [base, better, base]),
+    )
     assert steady and unsteady
     assert unsteady.high - unsteady.low > steady.high - steady.low
     assert steady.is_told and not unsteady.is_told
@@ -296,12 +341,18 @@ def test_many_rows_need_stronger_evidence() -> None:
 
 
 def test_a_claim_is_supported_contradicted_or_left_open(study: Study, tmp_path: Path) -> None:
-    text = STUDY.replace("seeds: [0, 1]", "seeds: [0]").replace("table: {columns: [top1, gflops]}", CLAIMS)
+    text = STUDY.replace("seeds: [0, 1]", "seeds: [0]").replace(
+        "table: {columns: [top1, gflops]}", CLAIMS
+    )
     (tmp_path / "study.yaml").write_text(text)
     study = read_study(str(tmp_path / "study.yaml"))
     right = {"50 %": 90, "75 %": 50}
     records = [
-        Run(trial.identity, {"test/top1": float(right[trial.row])}, run_id=trial.row.removesuffix(" %"))
+        Run(
+            trial.identity,
+            {"test/top1": float(right[trial.row])},
+            run_id=trial.row.removesuffix(" %"),
+        )
         for trial in study.trials
     ]
 
@@ -322,12 +373,19 @@ def test_a_claim_is_supported_contradicted_or_left_open(study: Study, tmp_path: 
     text = to_markdown(table_info(study, records, file_of))
     assert "-40.00 [" in text and "to 50 %" in text
     right["75 %"] = 89
-    assert [claim.verdict for claim in claims(study, records, file_of)] == ["open in one training"] * 2
+    assert [claim.verdict for claim in claims(study, records, file_of)] == [
+        "open in one training"
+    ] * 2
     assert "≈" in to_markdown(table_info(study, records, file_of))
 
 
-def test_answers_come_back_from_their_file_and_equal_those_of_the_predictions(tmp_path: Path) -> None:
-    right, names = np.random.default_rng(0).random(101) < 0.5, [f"{number}.mp4" for number in range(101)]
+def test_answers_come_back_from_their_file_and_equal_those_of_the_predictions(
+    tmp_path: Path,
+) -> None:
+    right, names = (
+        np.random.default_rng(0).random(101) < 0.5,
+        [f"{number}.mp4" for number in range(101)],
+    )
     write_answers(right, names, tmp_path / ANSWERS)
     lines = [f"{name},0,{int(not each)}" for name, each in zip(names, right, strict=True)]
     (tmp_path / "predictions.csv").write_text("\n".join(["video,label,class_1", *lines]))
@@ -337,7 +395,9 @@ def test_answers_come_back_from_their_file_and_equal_those_of_the_predictions(tm
     predicted = read_answers(run, lambda _, name: tmp_path / name)
     assert np.array_equal(stored.right, right) and np.array_equal(predicted.right, right)
     assert stored.listing == predicted.listing and stored.names() == names
-    other = Answers.of({name: bool(each) for name, each in zip(reversed(names), reversed(right), strict=True)})
+    other = Answers.of(
+        {name: bool(each) for name, each in zip(reversed(names), reversed(right), strict=True)}
+    )
     gap = compare([stored], [other])  # the same videos in another order
     assert gap and gap.difference == 0 and gap.num_videos == 101
 
@@ -349,7 +409,10 @@ def trainings(seeds: Sequence[float], num_videos: int, rng: np.random.Generator)
 
 def test_where_seeds_differ_much_the_test_is_students_over_their_accuracies() -> None:
     rng = np.random.default_rng(0)
-    one, other = trainings((0.60, 0.66, 0.70), 20_000, rng), trainings((0.50, 0.58, 0.61), 20_000, rng)
+    one, other = (
+        trainings((0.60, 0.66, 0.70), 20_000, rng),
+        trainings((0.50, 0.58, 0.61), 20_000, rng),
+    )
     found = compare(one, other)
     assert found
     accuracies = [[each.right.mean() for each in row] for row in (one, other)]
@@ -362,7 +425,10 @@ def test_where_seeds_agree_the_videos_decide() -> None:
     (one,), (other,) = trainings((0.6,), 4000, rng), trainings((0.5,), 4000, rng)
     found, single = compare([one, one, one], [other, other, other]), compare([one], [other])
     assert found and single
-    assert (found.low, found.high) == (pytest.approx(single.low, abs=0.05), pytest.approx(single.high, abs=0.05))
+    assert (found.low, found.high) == (
+        pytest.approx(single.low, abs=0.05),
+        pytest.approx(single.high, abs=0.05),
+    )
 
 
 def test_several_seeds_can_be_told_apart_in_a_table_of_many_rows() -> None:
@@ -383,7 +449,10 @@ def test_settings_that_do_not_differ_are_seldom_told_apart(seeds: int) -> None:
         for _ in range(2):
             setting = ease + 0.3 * rng.standard_normal(800)
             spread = 0.0 if seeds == 1 else 0.02
-            scores = [setting + spread * rng.standard_normal() + 0.4 * rng.standard_normal(800) for _ in range(seeds)]
+            scores = [
+                setting + spread * rng.standard_normal() + 0.4 * rng.standard_normal(800)
+                for _ in range(seeds)
+            ]
             rows.append([Answers(each > 0, "the same videos", list) for each in scores])
         comparison = compare(*rows)
         told += bool(comparison and comparison.is_told)
@@ -391,8 +460,14 @@ def test_settings_that_do_not_differ_are_seldom_told_apart(seeds: int) -> None:
 
 
 def test_a_table_says_the_spread_that_was_asked_for(study: Study, tmp_path: Path) -> None:
-    for spread, words in (("interval", "70.50 ± 6.35"), ("std", "70.50 ± 0.71"), ("range", "70.50 [70.00, 71.00]")):
-        text = STUDY.replace("table: {columns: [top1, gflops]}", f"table: {{columns: [top1], spread: {spread}}}")
+    for spread, words in (
+        ("interval", "70.50 ± 6.35"),
+        ("std", "70.50 ± 0.71"),
+        ("range", "70.50 [70.00, 71.00]"),
+    ):
+        text = STUDY.replace(
+            "table: {columns: [top1, gflops]}", f"table: {{columns: [top1], spread: {spread}}}"
+        )
         (tmp_path / "study.yaml").write_text(text)
         chosen = read_study(str(tmp_path / "study.yaml"))
         assert words in to_markdown(table_info(chosen, runs(chosen, 70.0, 71.0, 69.0, 69.5)))

@@ -72,7 +72,11 @@ def cluster() -> Iterator[None]:
 
 def of_ray() -> dict[int, psutil.Process]:
     processes = psutil.process_iter(["name"])
-    return {process.pid: process for process in processes if "ray" in (process.info["name"] or "").lower()}
+    return {
+        process.pid: process
+        for process in processes
+        if "ray" in (process.info["name"] or "").lower()
+    }
 
 
 @pytest.fixture
@@ -98,12 +102,20 @@ def trial_runs(place: Path, store: str = "mar_store") -> list[RunRecord]:
 
 def learnt(record: RunRecord) -> dict[str, float]:
     """The metrics that no clock measured."""
-    return {name: value for name, value in record.metrics.items() if not name.startswith(("time/", "throughput/"))}
+    return {
+        name: value
+        for name, value in record.metrics.items()
+        if not name.startswith(("time/", "throughput/"))
+    }
 
 
 @pytest.mark.usefixtures("cluster")
 def test_the_same_settings_give_the_same_numbers_on_every_backend(place: Path) -> None:
-    backends = {"plain": ["--local"], "inline": ["--backend", "inline"], "workers": ["--backend", "train"]}
+    backends = {
+        "plain": ["--local"],
+        "inline": ["--backend", "inline"],
+        "workers": ["--backend", "train"],
+    }
     numbers: dict[str, list[dict[str, float]]] = {}
     for name, words in backends.items():
         output = mar(place, "run", "tiny.yaml", "--store", name, "--only", "ρ=50 %", *words)
@@ -131,16 +143,32 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -
     assert (len(runs), parent.info.status) == (3, "FINISHED")
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.params["mask.ratio"] == "0.5"
-    assert {"host", "version.torch", "cost.gflops", "cost.params_m", "labels", "seed"} <= child.data.tags.keys()
-    assert [point.step for point in store.client.get_metric_history(child.info.run_id, "train/loss")] == [1, 2, 3]
+    assert {
+        "host",
+        "version.torch",
+        "cost.gflops",
+        "cost.params_m",
+        "labels",
+        "seed",
+    } <= child.data.tags.keys()
+    assert [
+        point.step for point in store.client.get_metric_history(child.info.run_id, "train/loss")
+    ] == [1, 2, 3]
     files = {item.path for item in store.client.list_artifacts(child.info.run_id, "result")}
     assert files >= {
-        f"result/{name}" for name in ("model.safetensors", "manifest.json", "predictions.csv", "settings.yaml")
+        f"result/{name}"
+        for name in ("model.safetensors", "manifest.json", "predictions.csv", "settings.yaml")
     }
-    assert {item.path for item in store.client.list_artifacts(parent.info.run_id, "report")} >= {"report/figure.png"}
+    assert {item.path for item in store.client.list_artifacts(parent.info.run_id, "report")} >= {
+        "report/figure.png"
+    }
     assert "| 50 %" in parent.data.tags["mlflow.note.content"], "the table is the description"
-    assert f"#/experiments/{experiment.experiment_id}/runs/" in parent.data.tags["mlflow.note.content"]
-    view = json.loads(store.client.get_experiment(experiment.experiment_id).tags["mlflow.sharedViewState.mar"])
+    assert (
+        f"#/experiments/{experiment.experiment_id}/runs/" in parent.data.tags["mlflow.note.content"]
+    )
+    view = json.loads(
+        store.client.get_experiment(experiment.experiment_id).tags["mlflow.sharedViewState.mar"]
+    )
     assert {"metrics.`test/top1`", "params.`mask.ratio`"} <= set(view["selectedColumns"])
     assert "params.`clip.frames`" not in view["selectedColumns"], "only what the trials differ in"
     assert store.pages()["tiny"].endswith(f"/{experiment.experiment_id}/runs?viewStateShareKey=mar")
@@ -148,17 +176,42 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -
     assert {version.run_id for version in versions} == {run.run_id for run in trial_runs(place)}
     assert float(versions[0].tags["test/num_videos"]) == 8
     gone = {"folder": str(place.resolve() / "mar_store" / "trials" / "gone")}
-    store.client.create_run(experiment.experiment_id, run_name="of a driver that is no more", tags=gone)
+    store.client.create_run(
+        experiment.experiment_id, run_name="of a driver that is no more", tags=gone
+    )
     moved = {"folder": "/where/the/store/was/trials/x"}
-    store.client.create_run(experiment.experiment_id, run_name="of the same, before the store was moved", tags=moved)
+    store.client.create_run(
+        experiment.experiment_id, run_name="of the same, before the store was moved", tags=moved
+    )
     mar(place, "run", "tiny.yaml", "--local")
-    running = [run for run in store.client.search_runs([experiment.experiment_id]) if run.info.status == "RUNNING"]
+    running = [
+        run
+        for run in store.client.search_runs([experiment.experiment_id])
+        if run.info.status == "RUNNING"
+    ]
     assert running == [], "an embedded store has no runs but its own"
-    another = store.client.create_run(experiment.experiment_id, tags={"folder": "/someone/else/trials/x"}).info.run_id
-    mar(place, "run", "tiny.yaml", "--local", "--tracking-uri", f"sqlite:///{place.resolve()}/mar_store/mlflow.db")
-    running = [run for run in store.client.search_runs([experiment.experiment_id]) if run.info.status == "RUNNING"]
-    assert [run.info.run_id for run in running] == [another], "another's runs in a common database are another's"
-    assert len(store.client.search_model_versions("name = 'tiny'")) == 2, "a model is registered once"
+    another = store.client.create_run(
+        experiment.experiment_id, tags={"folder": "/someone/else/trials/x"}
+    ).info.run_id
+    mar(
+        place,
+        "run",
+        "tiny.yaml",
+        "--local",
+        "--tracking-uri",
+        f"sqlite:///{place.resolve()}/mar_store/mlflow.db",
+    )
+    running = [
+        run
+        for run in store.client.search_runs([experiment.experiment_id])
+        if run.info.status == "RUNNING"
+    ]
+    assert [run.info.run_id for run in running] == [another], (
+        "another's runs in a common database are another's"
+    )
+    assert len(store.client.search_model_versions("name = 'tiny'")) == 2, (
+        "a model is registered once"
+    )
 
 
 def test_a_finished_trials_checkpoints_go_and_the_policys_stay(place: Path) -> None:
@@ -166,20 +219,28 @@ def test_a_finished_trials_checkpoints_go_and_the_policys_stay(place: Path) -> N
     mar(place, "run", "tiny.yaml", "--local", "--keep", "best,every=2")
     found = {record.tags["labels"]: record for record in trial_runs(place)}
     left = {
-        label: sorted(path.name for path in (place / "mar_store" / "trials" / record.key).glob("step_*"))
+        label: sorted(
+            path.name for path in (place / "mar_store" / "trials" / record.key).glob("step_*")
+        )
         for label, record in found.items()
     }
     gone, kept = left.values()
-    assert gone == [] and "step_00000004" in kept and len(kept) <= 2, "two steps an epoch, three epochs"
+    assert gone == [] and "step_00000004" in kept and len(kept) <= 2, (
+        "two steps an epoch, three epochs"
+    )
     client = Store(LaunchConfig(store=place / "mar_store")).client
     for record in found.values():
-        assert {item.path for item in client.list_artifacts(record.run_id, "logs")} == {"logs/worker0.txt"}
+        assert {item.path for item in client.list_artifacts(record.run_id, "logs")} == {
+            "logs/worker0.txt"
+        }
 
 
 def test_a_trial_finished_in_another_study_is_not_trained_again(place: Path) -> None:
     mar(place, "run", "tiny.yaml", "--local", "--only", "ρ=50 %")
     (place / "other.yaml").write_text(
-        STUDY.replace("ρ:", "ratio:").replace("75 %: {mask.ratio: 0.75}", "25 %: {mask.ratio: 0.25}")
+        STUDY.replace("ρ:", "ratio:").replace(
+            "75 %: {mask.ratio: 0.75}", "25 %: {mask.ratio: 0.25}"
+        )
     )
     output = mar(place, "run", "other.yaml", "--local")
     assert "2 trials, 1 finished before, 1 to train" in output
@@ -199,7 +260,9 @@ def test_tables_and_figures_come_from_mlflow_alone(place: Path) -> None:
     shown = mar(place, "run", "tiny.yaml", "--local", "--only", "ρ=75 %")
     assert f"store    {place.resolve() / 'mar_store'} (new)" in shown
     assert "| 50 %" not in shown, "the terminal shows what was asked for"
-    assert "| 50 %" in (place / "mar_store" / "reports" / "tiny" / "table.md").read_text(), "the report is whole"
+    assert "| 50 %" in (place / "mar_store" / "reports" / "tiny" / "table.md").read_text(), (
+        "the report is whole"
+    )
     for path in (place / "mar_store" / "trials").rglob("*"):
         if path.is_file():
             path.unlink()
@@ -234,7 +297,9 @@ def test_a_killed_study_resumes_without_repeating_a_trial(place: Path) -> None:
         }
 
     try:
-        wait_for(lambda: len(list(store.glob("trials/*/result"))) == 1 and any(checkpoints().values()))
+        wait_for(
+            lambda: len(list(store.glob("trials/*/result"))) == 1 and any(checkpoints().values())
+        )
     finally:
         first.send_signal(signal.SIGKILL)
     first.wait()
@@ -252,10 +317,14 @@ def test_a_killed_study_resumes_without_repeating_a_trial(place: Path) -> None:
     resumed = next(record for record in after.values() if record.run_id != finished.run_id)
     reader = Store(LaunchConfig(store=store))
     history = reader.client.get_metric_history(resumed.run_id, "train/loss")
-    assert sorted(point.step for point in history) == list(range(1, 21)), "every epoch is there, once"
+    assert sorted(point.step for point in history) == list(range(1, 21)), (
+        "every epoch is there, once"
+    )
     assert len(reader.client.get_metric_history(resumed.run_id, "cost/gflops")) == 1
     assert len(reader.client.get_metric_history(resumed.run_id, "test/top1")) == 1
-    undisturbed = mar(place, "run", "tiny.yaml", "recipe.epochs=20", "--store", "undisturbed", "--local")
+    undisturbed = mar(
+        place, "run", "tiny.yaml", "recipe.epochs=20", "--store", "undisturbed", "--local"
+    )
     assert "| 75 %" in undisturbed
     again = {record.tags["mar.key"]: record for record in trial_runs(place, "undisturbed")}
     assert learnt(again[resumed.tags["mar.key"]]) == learnt(resumed)
@@ -280,7 +349,9 @@ print("alive")
 
 
 def test_leaving_ray_does_not_end_the_process_over_another_threads_garbage() -> None:
-    done = subprocess.run([sys.executable, "-c", GARBAGE, "ours"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", GARBAGE, "ours"], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr[-2000:]
 
 
@@ -293,11 +364,18 @@ def test_a_second_run_of_a_study_that_is_alive_is_refused_and_another_study_awai
         first = subprocess.Popen([*MAR, *words], cwd=place, stdout=log, stderr=log)
     try:
         wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
-        assert f"the study tiny is being run already (process {first.pid}" in mar(place, *words, code=2)
+        assert f"the study tiny is being run already (process {first.pid}" in mar(
+            place, *words, code=2
+        )
         (place / "same.yaml").write_text(STUDY)
         output = mar(place, "run", "same.yaml", *words[2:], "--only", "ρ=50 %")
-        assert f"waiting for the study tiny (process {first.pid} on " in output and "✓ 50 % (seed 0)" in output
-        assert sum(record.tags["labels"] == '{"ρ": "50 %"}' for record in trial_runs(place)) == 2, "a run of each study"
+        assert (
+            f"waiting for the study tiny (process {first.pid} on " in output
+            and "✓ 50 % (seed 0)" in output
+        )
+        assert sum(record.tags["labels"] == '{"ρ": "50 %"}' for record in trial_runs(place)) == 2, (
+            "a run of each study"
+        )
     finally:
         first.kill()
         first.wait()
@@ -305,7 +383,9 @@ def test_a_second_run_of_a_study_that_is_alive_is_refused_and_another_study_awai
 
 @pytest.mark.usefixtures("cluster")
 def test_a_trial_that_fails_is_named_and_the_others_go_on(place: Path) -> None:
-    study = STUDY.replace("{mask.ratio: 0.5}", "{mask.ratio: 0.5, recipe.base_lr: 1.0e+30, recipe.warmup_epochs: 0}")
+    study = STUDY.replace(
+        "{mask.ratio: 0.5}", "{mask.ratio: 0.5, recipe.base_lr: 1.0e+30, recipe.warmup_epochs: 0}"
+    )
     (place / "tiny.yaml").write_text(study)
     output = mar(place, "run", "tiny.yaml", "--backend", "inline", "--retries", "0", code=1)
     assert "✗ 50 % (seed 0): the gradient is not finite" in output
@@ -331,7 +411,9 @@ def test_a_damaged_checkpoint_is_passed_over_aloud_in_a_ray_worker(place: Path) 
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_that_hangs_is_started_again_by_ray_and_its_trial_ends_well(place: Path) -> None:
     def logs() -> str:
-        return "".join(file.read_text() for file in place.glob("mar_store/trials/*/logs/worker0.txt"))
+        return "".join(
+            file.read_text() for file in place.glob("mar_store/trials/*/logs/worker0.txt")
+        )
 
     def hang() -> None:
         wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
@@ -412,46 +494,107 @@ def test_workers_go_from_trial_to_trial_also_from_one_that_a_search_ended_early(
     assert (ended, 1) in source.epochs
     assert not (launch.trial_folder(ended) / "result").exists()
     assert "left at step" in (launch.trial_folder(ended) / "failure.json").read_text()
-    logs = [(launch.trial_folder(trial.key) / "logs" / "worker0.txt").read_text() for trial in source.trials]
+    logs = [
+        (launch.trial_folder(trial.key) / "logs" / "worker0.txt").read_text()
+        for trial in source.trials
+    ]
     assert len({re.findall(r"process (\d+)", log)[0] for log in logs}) == 1
 
 
 MISTAKES: list[tuple[list[str], int, str]] = [
     (["run", "absent"], 2, "no study 'absent': neither a file nor one that ships with mar ("),
-    (["run", "tiny.yaml", "mask.ration=0.5"], 2, "mask.ration: no such setting; did you mean mask.ratio?"),
+    (
+        ["run", "tiny.yaml", "mask.ration=0.5"],
+        2,
+        "mask.ration: no such setting; did you mean mask.ratio?",
+    ),
     (["run", "tiny.yaml", "data.root=nowhere"], 2, "data.root: the folder nowhere does not exist"),
     (["run", "tiny.yaml", "--only", "ρ=60 %"], 2, "the axis ρ has no label '60 %'"),
     (["run", "tiny.yaml", "--local", "--workers", "2"], 2, "--local trains with one worker"),
-    (["run", "tiny.yaml", "--workers", "64"], 2, "--workers 64: a trial asks for 64 CPU, the cluster has"),
-    (["run", "tiny.yaml", "--local", "recipe.batch_size=99"], 2, "recipe.batch_size: 99 is more than the 16"),
-    (["run", "tiny.yaml", "--local", "--store", "/proc/store"], 1, "the store /proc/store cannot be written"),
-    (["table", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:9"], 1, "the tracking store http://127.0.0.1:9 cannot"),
-    (["run", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:9"], 1, "the tracking store http://127.0.0.1:9 cannot"),
-    (["run", "tiny.yaml", "--backend", "inline", "--workers", "2"], 2, "--backend inline trains with one worker"),
-    (["figure", "tiny.yaml", "-o", "/proc/f.png", "--tracking-uri", "sqlite:///here.db"], 1, "/proc/f.png"),
+    (
+        ["run", "tiny.yaml", "--workers", "64"],
+        2,
+        "--workers 64: a trial asks for 64 CPU, the cluster has",
+    ),
+    (
+        ["run", "tiny.yaml", "--local", "recipe.batch_size=99"],
+        2,
+        "recipe.batch_size: 99 is more than the 16",
+    ),
+    (
+        ["run", "tiny.yaml", "--local", "--store", "/proc/store"],
+        1,
+        "the store /proc/store cannot be written",
+    ),
+    (
+        ["table", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:9"],
+        1,
+        "the tracking store http://127.0.0.1:9 cannot",
+    ),
+    (
+        ["run", "tiny.yaml", "--tracking-uri", "http://127.0.0.1:9"],
+        1,
+        "the tracking store http://127.0.0.1:9 cannot",
+    ),
+    (
+        ["run", "tiny.yaml", "--backend", "inline", "--workers", "2"],
+        2,
+        "--backend inline trains with one worker",
+    ),
+    (
+        ["figure", "tiny.yaml", "-o", "/proc/f.png", "--tracking-uri", "sqlite:///here.db"],
+        1,
+        "/proc/f.png",
+    ),
     (["run", "tiny.yaml", "--budget", "1h", "--local"], 2, "--budget: nothing tells the hours"),
     (["run", "tiny.yaml", "--budget", "soon"], 2, "--budget soon: expected device-hours, as 200h"),
-    (["plan", "tiny.yaml", "--device", "mine=-4"], 2, "--device mine=-4: expected NAME=GFLOPS_PER_S"),
+    (
+        ["plan", "tiny.yaml", "--device", "mine=-4"],
+        2,
+        "--device mine=-4: expected NAME=GFLOPS_PER_S",
+    ),
     (["plan", "tiny.yaml", "--price-per-h", "2"], 2, "--price-per-h: of which device?"),
-    (["run", "tiny.yaml", "--keep", "newest"], 2, "--keep newest: expected last=N, best, every=N (epochs)"),
-    (["run", "tiny.yaml", "--min-workers", "3", "--workers", "2"], 2, "--min-workers 3: more than --workers 2"),
+    (
+        ["run", "tiny.yaml", "--keep", "newest"],
+        2,
+        "--keep newest: expected last=N, best, every=N (epochs)",
+    ),
+    (
+        ["run", "tiny.yaml", "--min-workers", "3", "--workers", "2"],
+        2,
+        "--min-workers 3: more than --workers 2",
+    ),
     (["run", "tiny.yaml", "--remote", "bucket"], 2, "--remote bucket: expected s3://bucket/folder"),
-    (["run", "tiny.yaml", "--cache-from", "s3://bucket/cache"], 2, "--cache-from: to where? Give data.cache=DIR too"),
+    (
+        ["run", "tiny.yaml", "--cache-from", "s3://bucket/cache"],
+        2,
+        "--cache-from: to where? Give data.cache=DIR too",
+    ),
     (["plan"], 2, "which study? (a file, a name that ships with mar, or --all)"),
-    (["run", "search.yaml", "--only", "ρ=50 %"], 2, "search.yaml is a search: --only and --budget are for studies"),
+    (
+        ["run", "search.yaml", "--only", "ρ=50 %"],
+        2,
+        "search.yaml is a search: --only and --budget are for studies",
+    ),
     (["table", "search.yaml"], 2, "search.yaml is a search, not a study"),
     (["plan", "tiny.yaml", "--all"], 2, "tiny.yaml: a study or --all, not both"),
     (["show", "absent"], 2, "no recipe 'absent'"),
     (["cost", "recipe.yaml", "mask.ratio=2"], 2, "mask.ratio: must be less than 1, not 2"),
     (["mask", "recipe.yaml", "-o", "mask.doc"], 2, "cannot draw a .doc file"),
     (["ui", "--store", "nowhere"], 2, "--store nowhere: no tracking store there yet"),
-    (["data", "make", "motion-verbs", "set", "--classes", "3"], 2, "classes: must be even, from 2 to 12, not 3"),
+    (
+        ["data", "make", "motion-verbs", "set", "--classes", "3"],
+        2,
+        "classes: must be even, from 2 to 12, not 3",
+    ),
 ]
 
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
-    ("words", "code", "message"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+    ("words", "code", "message"),
+    MISTAKES,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_users_mistake_is_answered_with_its_place_and_remedy(
     place: Path, words: list[str], code: int, message: str
@@ -468,13 +611,20 @@ def test_a_video_that_is_no_video_stops_its_trial_and_is_named(place: Path) -> N
     (place / "data" / "a.mp4").write_text("<html>not found</html>")
     (place / "data" / "list.txt").write_text("a.mp4 0\n" * 8)
     recipe = tiny_tree(place / "data")
-    recipe["data"] = {"root": str(place / "data"), "train": "list.txt", "val": "list.txt", "num_classes": 2}
+    recipe["data"] = {
+        "root": str(place / "data"),
+        "train": "list.txt",
+        "val": "list.txt",
+        "num_classes": 2,
+    }
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     output = mar(place, "run", "tiny.yaml", "--local", code=1)
     assert "a.mp4: not a video that can be decoded" in output
     assert "data.broken: skip" in output
     (place / "data" / "list.txt").write_text("a.mp4\n")
-    assert "list.txt:1: expected a path and a class number" in mar(place, "run", "tiny.yaml", "--local", code=2)
+    assert "list.txt:1: expected a path and a class number" in mar(
+        place, "run", "tiny.yaml", "--local", code=2
+    )
 
 
 @pytest.mark.usefixtures("cluster")
@@ -490,7 +640,18 @@ def test_the_small_verbs_print_what_they_promise(place: Path) -> None:
     assert (place / "m.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads(mar(place, "doctor", "--json"))
     assert {finding["name"]: finding["works"] for finding in report} == dict.fromkeys(
-        ["python", "packages", "devices", "decord", "torchcodec", "pyav", "ray", "tracking store", "disk"], True
+        [
+            "python",
+            "packages",
+            "devices",
+            "decord",
+            "torchcodec",
+            "pyav",
+            "ray",
+            "tracking store",
+            "disk",
+        ],
+        True,
     )
 
 
@@ -501,9 +662,20 @@ def test_a_home_that_cannot_be_written_and_a_long_temporary_folder_keep_no_ray_f
     long = tmp_path / ("x" * 90)
     long.mkdir()
     program = "from orchestration.sweep import cluster_words; print(cluster_words())"
-    environment = {**os.environ, "HOME": "/proc/nohome", "TMPDIR": str(long), "RAY_ADDRESS": "127.0.0.1:9"}
+    environment = {
+        **os.environ,
+        "HOME": "/proc/nohome",
+        "TMPDIR": str(long),
+        "RAY_ADDRESS": "127.0.0.1:9",
+    }
     environment |= {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "a task ran" in done.stdout
 
@@ -515,25 +687,35 @@ _KEYS = {
 }
 
 
-def test_a_private_ray_listens_on_loopback_alone_and_its_logs_have_no_keys_of_a_cloud(place: Path) -> None:
+def test_a_private_ray_listens_on_loopback_alone_and_its_logs_have_no_keys_of_a_cloud(
+    place: Path,
+) -> None:
     """Whole clusters were taken over through ports of Ray that listened to everybody (CVE-2023-48022)."""
     temporary = place / "t"
     temporary.mkdir()
     environment = {**os.environ, **_KEYS, "TMPDIR": str(temporary)}
     words = ["run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline"]
     with (place / "output.txt").open("w") as output:
-        running = subprocess.Popen([*MAR, *words], cwd=place, env=environment, stdout=output, stderr=output)
+        running = subprocess.Popen(
+            [*MAR, *words], cwd=place, env=environment, stdout=output, stderr=output
+        )
     seen: set[str] = set()
     while running.poll() is None:
         tree = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
         for process in tree:
             with suppress(psutil.Error):
-                listening = [each for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+                listening = [
+                    each
+                    for each in process.net_connections("inet")
+                    if each.status == psutil.CONN_LISTEN
+                ]
                 seen |= {each.laddr.ip.removeprefix("::ffff:") for each in listening}
         time.sleep(0.2)
     assert running.returncode == 0, (place / "output.txt").read_text()
     assert seen == {"127.0.0.1"}
-    private = next(folder for folder in (temporary, Path("/tmp")) if (folder / f"mar-{os.getuid()}").is_dir())
+    private = next(
+        folder for folder in (temporary, Path("/tmp")) if (folder / f"mar-{os.getuid()}").is_dir()
+    )
     folder = private / f"mar-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
     session = max((folder / "ray").glob("session_2*"), key=lambda each: each.stat().st_mtime)
@@ -546,7 +728,9 @@ def test_a_private_ray_listens_on_loopback_alone_and_its_logs_have_no_keys_of_a_
 
 
 def begin(place: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([*MAR, *words], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [*MAR, *words], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def end(process: subprocess.Popen[str], code: int) -> str:
@@ -572,9 +756,16 @@ def test_with_ray_a_signal_is_a_gentle_stop_and_the_trial_resumes_where_it_was(
     output = end(running, 1)
     assert "stopping: the trials that run are saving" in output
     assert "stopped with 1 trials unfinished; run the same command to go on" in output
-    saved = max(int(path.name.removeprefix("step_")) for path in place.glob("mar_store/trials/*/step_*"))
+    saved = max(
+        int(path.name.removeprefix("step_")) for path in place.glob("mar_store/trials/*/step_*")
+    )
     running = begin(place, *words)
-    wait_for(lambda: f"step_{saved:08d}" not in {path.name for path in place.glob("mar_store/trials/*/step_*")})
+    wait_for(
+        lambda: (
+            f"step_{saved:08d}"
+            not in {path.name for path in place.glob("mar_store/trials/*/step_*")}
+        )
+    )
     running.send_signal(number)
     output = end(running, 1)
     resumed = re.search(r"resumes at epoch (\d+)/400", output)

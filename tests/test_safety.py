@@ -77,14 +77,18 @@ def test_a_manifest_and_an_index_name_no_files_elsewhere(tmp_path: Path) -> None
     manifest.write_text(json.dumps(told))
     with pytest.raises(Failure, match="leaves this folder"):
         read_sealed(tmp_path / "folder")
-    (tmp_path / "folder" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../outside"}}')
+    (tmp_path / "folder" / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../outside"}}'
+    )
     with pytest.raises(UserError, match="leaves this folder"):
         weight_files(tmp_path / "folder")
     with pytest.raises(UserError, match="leaves this folder"):
         LaunchConfig(store=tmp_path).trial_folder("../../home")
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"files": []}', '{"files": {"a": 1}}', "[]", "9" * 5000, "\xff"])
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"files": []}', '{"files": {"a": 1}}', "[]", "9" * 5000, "\xff"]
+)
 def test_a_damaged_manifest_is_said(content: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(Failure, match="it is not complete"):
@@ -93,7 +97,8 @@ def test_a_damaged_manifest_is_said(content: str, tmp_path: Path) -> None:
 
 _TEN = "[" + ", ".join(["*{}"] * 10) + "]"
 _MULTIPLIED = "a: &a [1, 1]\n" + "".join(
-    f"{name}: &{name} {_TEN.replace('{}', before)}\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{name}: &{name} {_TEN.replace('{}', before)}\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
 
@@ -109,12 +114,16 @@ _MULTIPLIED = "a: &a [1, 1]\n" + "".join(
         ("title: 2026-02-30\n", "day is out of range"),
     ],
 )
-def test_a_study_that_is_to_exhaust_the_machine_is_refused_in_words(content: str, words: str, tmp_path: Path) -> None:
+def test_a_study_that_is_to_exhaust_the_machine_is_refused_in_words(
+    content: str, words: str, tmp_path: Path
+) -> None:
     (tmp_path / "study.yaml").write_text(content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _, errors = run_mar(tmp_path, "plan", "study.yaml", code=2)
     assert "study.yaml" in errors and words in errors
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "less than a GiB, in KiB"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, (
+        "less than a GiB, in KiB"
+    )
 
 
 @pytest.mark.parametrize("value", ["[" * 20_000, "9" * 5000, "&a [*a]"])
@@ -143,18 +152,29 @@ def test_a_tensor_asks_for_no_more_memory_than_the_file_has_values_for(tmp_path:
     with pytest.raises(UserError, match=r"encoder\.embed\.weight asks for more memory"):
         read_tensors(tmp_path / "large.pth")
     torch.save({"weight": torch.zeros(2**20)}, tmp_path / "plain.pth")
-    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "small.pth", "w") as packed:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "small.pth", "w") as packed,
+    ):
         for name in plain.namelist():
             packed.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
     with pytest.raises(UserError, match="refused, because it is compressed"):
         read_tensors(tmp_path / "small.pth")
 
 
-_CONFIG = {"model_type": "videomae", "hidden_act": "gelu", "num_attention_heads": 2, "image_size": 16, "num_frames": 8}
+_CONFIG = {
+    "model_type": "videomae",
+    "hidden_act": "gelu",
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "num_frames": 8,
+}
 _WRONG: list[Any] = [[], {}, "x", -1, 10**30, 1.5, True, [[[]]], {"a": {"b": []}}]
 
 
-def test_a_damaged_config_beside_weights_is_refused_in_words(tiny: Settings, tmp_path: Path) -> None:
+def test_a_damaged_config_beside_weights_is_refused_in_words(
+    tiny: Settings, tmp_path: Path
+) -> None:
     from safetensors.torch import save_file
 
     from mar.model.mar import MAR
@@ -162,8 +182,19 @@ def test_a_damaged_config_beside_weights_is_refused_in_words(tiny: Settings, tmp
 
     save_file(MAR(tiny()).state_dict(), tmp_path / "model.safetensors")
     file = tmp_path / "config.json"
-    told = {"model_type": "mar", "settings": tiny().model_dump(mode="json"), "id2label": {"0": "a", "1": "b"}}
-    damaged = ["[" * 100_000, "{", "[]", "9" * 5000, '{"settings": []}', '{"model_type": [], "settings": {"a": {}}}']
+    told = {
+        "model_type": "mar",
+        "settings": tiny().model_dump(mode="json"),
+        "id2label": {"0": "a", "1": "b"},
+    }
+    damaged = [
+        "[" * 100_000,
+        "{",
+        "[]",
+        "9" * 5000,
+        '{"settings": []}',
+        '{"model_type": [], "settings": {"a": {}}}',
+    ]
     damaged += [json.dumps({**told, name: value}) for name in told for value in _WRONG]
     damaged += [json.dumps({**told, "settings": {"encoder": value}}) for value in _WRONG]
     damaged += [json.dumps({**told, "settings": {"encoder": {"width": value}}}) for value in _WRONG]
@@ -182,9 +213,14 @@ def test_a_damaged_index_of_a_frame_cache_is_said(tiny: Settings, tmp_path: Path
     whole, settings = json.loads(shard.read_text()), (folder / "cache.json").read_text()
     wrong = [*_WRONG, None]
     contents = ["[" * 100_000, "{", "[]", "9" * 5000, "null"]
-    contents += [json.dumps({**whole, name: value}) for name in ("bytes", "entries") for value in wrong]
+    contents += [
+        json.dumps({**whole, name: value}) for name in ("bytes", "entries") for value in wrong
+    ]
     for name in whole["entries"][0]:
-        contents += [json.dumps({**whole, "entries": [{**whole["entries"][0], name: value}]}) for value in wrong]
+        contents += [
+            json.dumps({**whole, "entries": [{**whole["entries"][0], name: value}]})
+            for value in wrong
+        ]
     video = read_split(data, "train")[0]
     entry = next(each for each in whole["entries"] if each["name"] == video.name)
     for content in contents:
@@ -193,12 +229,23 @@ def test_a_damaged_index_of_a_frame_cache_is_said(tiny: Settings, tmp_path: Path
             Index(folder)
         except UserError as error:
             assert "damaged" in str(error)
-    for name, value in {"start": 10**6, "ends_at": 0, "height": 10**6, "num_frames": 10**5, "width": 3}.items():
+    for name, value in {
+        "start": 10**6,
+        "ends_at": 0,
+        "height": 10**6,
+        "num_frames": 10**5,
+        "width": 3,
+    }.items():
         shard.write_text(json.dumps({**whole, "entries": [{**entry, name: value}]}))
         with pytest.raises((UserError, BrokenVideo), match="damaged"):
             CachedVideo(Index(folder), video).frames([0, 1, 5])
     shard.write_text(json.dumps(whole))
-    for content in ["[" * 100_000, "{}x", '{"format": "raw", "short_side": -1}', '{"short_side": "a"}']:
+    for content in [
+        "[" * 100_000,
+        "{}x",
+        '{"format": "raw", "short_side": -1}',
+        '{"short_side": "a"}',
+    ]:
         (folder / "cache.json").write_text(content)
         with pytest.raises(UserError, match="not a frame cache's settings"):
             Index(folder)
@@ -254,14 +301,24 @@ def test_a_name_in_a_list_is_a_file_below_the_root_and_never_an_address(
     address, asked = listener
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "good.mp4", np.zeros((8, 32, 32, 3), np.uint8))
-    names = [f"{address}/x.mp4", f"file:{tmp_path}/good.mp4", f"subfile,,start,0,end,0,,:{tmp_path}/good.mp4"]
+    names = [
+        f"{address}/x.mp4",
+        f"file:{tmp_path}/good.mp4",
+        f"subfile,,start,0,end,0,,:{tmp_path}/good.mp4",
+    ]
     names += ["concat:good.mp4|good.mp4", "pipe:0", "data:video/mp4;base64,AAAA"]
     for name in names:
         for decoder in ("auto", "pyav", "decord"):
             with pytest.raises(BrokenVideo, match="no such file"):
                 Reader(Path(name), decoder)
     tree = tiny_tree(tmp_path)
-    tree["data"] |= {"format": "list", "root": ".", "videos": ".", "train": "train.txt", "val": "val.txt"}
+    tree["data"] |= {
+        "format": "list",
+        "root": ".",
+        "videos": ".",
+        "train": "train.txt",
+        "val": "val.txt",
+    }
     (tmp_path / "train.txt").write_text("".join(f"{name} 0\n" for name in names))
     (tmp_path / "val.txt").write_text("good.mp4 0\n")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
@@ -288,10 +345,25 @@ for name in sys.argv[2:]:
 @pytest.mark.parametrize("decoder", ["decord", "pyav"])
 def test_a_small_file_with_an_absurd_header_ends_no_process(decoder: str, tmp_path: Path) -> None:
     """2 KB that state two thousand million frames, or a duration of years, ended the process inside decord."""
-    write_video(tmp_path / "good.mp4", np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), dtype=np.uint8))
+    write_video(
+        tmp_path / "good.mp4",
+        np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), dtype=np.uint8),
+    )
     good = (tmp_path / "good.mp4").read_bytes()
-    fields = {b"stts": (8, 12, 16), b"stsz": (12, 16), b"mdhd": (16, 20), b"mvhd": (16, 20), b"tkhd": (24,)}
-    fields |= {b"elst": (12, 16), b"stsc": (8, 12, 16), b"stco": (8, 12), b"avc1": (24, 28), b"stsd": (12, 16)}
+    fields = {
+        b"stts": (8, 12, 16),
+        b"stsz": (12, 16),
+        b"mdhd": (16, 20),
+        b"mvhd": (16, 20),
+        b"tkhd": (24,),
+    }
+    fields |= {
+        b"elst": (12, 16),
+        b"stsc": (8, 12, 16),
+        b"stco": (8, 12),
+        b"avc1": (24, 28),
+        b"stsd": (12, 16),
+    }
     names: list[str] = []
     for box, places in fields.items():
         for place in places:
@@ -301,19 +373,30 @@ def test_a_small_file_with_an_absurd_header_ends_no_process(decoder: str, tmp_pa
                 (tmp_path / name).write_bytes(good[:at] + struct.pack(">I", value) + good[at + 4 :])
                 names.append(name)
     done = subprocess.run(
-        [sys.executable, "-c", _OPENED, decoder, *names], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", _OPENED, decoder, *names],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == len(names)
 
 
-def test_words_of_others_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert printable("a\x1b]0;title\x07\u202e\x9b31m ρ\n\té") == r"a\x1b]0;title\x07\u202e\x9b31m ρ" + "\n\té"
+def test_words_of_others_are_shown_and_not_obeyed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        printable("a\x1b]0;title\x07\u202e\x9b31m ρ\n\té")
+        == r"a\x1b]0;title\x07\u202e\x9b31m ρ" + "\n\té"
+    )
     assert str(UserError("\x1b[2J")) == str(Failure("\x1b[2J")) == r"\x1b[2J"
     assert str(BrokenVideo(tmp_path / "\x1b[2J.mp4", "x")).endswith(r"\x1b[2J.mp4: x")
     notice("\x1b[2J")
     assert r"\x1b[2J" in capsys.readouterr().err
-    assert [cell(value) for value in ("=1+1", "+a", "-a", "@a", "\ta", "-0.5", "+1e3", "a=1", -1, None)] == [
+    assert [
+        cell(value) for value in ("=1+1", "+a", "-a", "@a", "\ta", "-0.5", "+1e3", "a=1", -1, None)
+    ] == [
         "'=1+1",
         "'+a",
         "'-a",
@@ -330,10 +413,16 @@ def test_words_of_others_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest
     )
 
 
-def test_labels_of_a_study_are_neutral_in_every_file_of_its_report(tmp_path: Path, videos: Path) -> None:
+def test_labels_of_a_study_are_neutral_in_every_file_of_its_report(
+    tmp_path: Path, videos: Path
+) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
     evil = {"=cmd|' /C calc'!A0": {}, "<script>alert(1)</script>": {"mask.ratio": 0.75}}
-    study = {"title": "<img src=x onerror=alert(1)>", "recipe": "recipe.yaml", "axes": {"@axis": evil}}
+    study = {
+        "title": "<img src=x onerror=alert(1)>",
+        "recipe": "recipe.yaml",
+        "axes": {"@axis": evil},
+    }
     (tmp_path / "evil.yaml").write_text(yaml.safe_dump(study))
     run_mar(tmp_path, "run", "evil.yaml", "--local", "recipe.epochs=1", "recipe.warmup_epochs=0")
     folder = tmp_path / "mar_store" / "reports" / "evil"
@@ -349,7 +438,15 @@ def test_names_in_the_csv_of_a_data_check_are_neutral(tmp_path: Path, videos: Pa
     from mar.data.validation import DataReport, Finding, report_text, write_findings
 
     found = Finding("train", "=HYPERLINK(1).mp4", "missing", "\x1b[2Jno such file")
-    counts = {"ok": 0, "missing": 1, "unreadable": 0, "short": 0, "refused": 0, "duplicate": 0, "wrong": 0}
+    counts = {
+        "ok": 0,
+        "missing": 1,
+        "unreadable": 0,
+        "short": 0,
+        "refused": 0,
+        "duplicate": 0,
+        "wrong": 0,
+    }
     report = DataReport({"train": counts}, [found], {"train": {"a": 0}}, None, ())
     write_findings(report, tmp_path / "found.csv")
     assert "'=HYPERLINK" in (tmp_path / "found.csv").read_text()
@@ -358,12 +455,22 @@ def test_names_in_the_csv_of_a_data_check_are_neutral(tmp_path: Path, videos: Pa
 
 def test_a_jobs_command_has_neither_a_webhook_nor_a_password(tmp_path: Path) -> None:
     words = ["recipe.epochs=2", "--webhook", "https://hooks.example/T0/SECRET", "--local"]
-    assert words_to_show(words, tmp_path) == ["recipe.epochs=2", "--webhook", "@webhook.txt", "--local"]
+    assert words_to_show(words, tmp_path) == [
+        "recipe.epochs=2",
+        "--webhook",
+        "@webhook.txt",
+        "--local",
+    ]
     assert (tmp_path / "webhook.txt").read_text() == "https://hooks.example/T0/SECRET"
     assert (tmp_path / "webhook.txt").stat().st_mode & 0o777 == 0o600
-    assert words_to_show(["--webhook=https://hooks.example/x"], tmp_path) == ["--webhook=@webhook.txt"]
+    assert words_to_show(["--webhook=https://hooks.example/x"], tmp_path) == [
+        "--webhook=@webhook.txt"
+    ]
     (tmp_path / "own.txt").write_text("https://hooks.example/own\n")
-    assert words_to_show(["--webhook", f"@{tmp_path / 'own.txt'}"], tmp_path) == ["--webhook", "@webhook.txt"]
+    assert words_to_show(["--webhook", f"@{tmp_path / 'own.txt'}"], tmp_path) == [
+        "--webhook",
+        "@webhook.txt",
+    ]
     assert (tmp_path / "webhook.txt").read_text() == "https://hooks.example/own"
     with pytest.raises(UserError, match="or @FILE with one in it") as caught:
         words_to_show(["--webhook", "hooks.example/T0/SECRET"], tmp_path)
@@ -376,7 +483,9 @@ def test_a_jobs_command_has_neither_a_webhook_nor_a_password(tmp_path: Path) -> 
     assert "hunter2" not in str(caught.value)
 
 
-def test_rays_token_is_readable_by_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rays_token_is_readable_by_its_owner_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     token = tmp_path / "auth_token"
     token.write_text("token")
     token.chmod(0o644)
@@ -400,14 +509,21 @@ def test_the_stores_pages_answer_to_this_machines_names_alone(tmp_path: Path) ->
     command, environment = serve(LaunchConfig(store=tmp_path / "mar_store"), port)
     (tmp_path / "mar_store").mkdir()
     server = subprocess.Popen(
-        [sys.executable, "-m", *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
 
     def answer(host: str, origin: str | None = None) -> int:
         asked = urllib.request.Request(
             f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search",
             b'{"max_results": 1}',
-            {"Host": host, "Content-Type": "application/json", **({"Origin": origin} if origin else {})},
+            {
+                "Host": host,
+                "Content-Type": "application/json",
+                **({"Origin": origin} if origin else {}),
+            },
         )
         try:
             with urllib.request.urlopen(asked, timeout=20) as response:
@@ -420,7 +536,12 @@ def test_the_stores_pages_answer_to_this_machines_names_alone(tmp_path: Path) ->
     try:
         wait_for(lambda: answer(f"127.0.0.1:{port}") == 200, timeout_s=120)
         assert answer("localhost:6000") == 200, "through ssh -L"
-        for host in ("10.evil.example", "192.168.evil.example:5000", "evil.example", "172.16.evil.example"):
+        for host in (
+            "10.evil.example",
+            "192.168.evil.example:5000",
+            "evil.example",
+            "172.16.evil.example",
+        ):
             assert answer(host) == 403
         assert answer(f"127.0.0.1:{port}", "http://evil.example") == 403
         assert answer(f"127.0.0.1:{port}", f"http://127.0.0.1:{port}") == 200
@@ -439,7 +560,10 @@ def test_json_is_read_in_bounded_time(tmp_path: Path) -> None:
 
 
 _LISTS: dict[str, tuple[str, list[str]]] = {
-    "list": ("train.txt", ["a.mp4 " + "9" * 5000, "x" * 300_000 + " 0", "x" + " " * 200_000 + "y", "a\0b.mp4 0", "["]),
+    "list": (
+        "train.txt",
+        ["a.mp4 " + "9" * 5000, "x" * 300_000 + " 0", "x" + " " * 200_000 + "y", "a\0b.mp4 0", "["],
+    ),
     "kinetics": (
         "train.csv",
         [
@@ -450,16 +574,28 @@ _LISTS: dict[str, tuple[str, list[str]]] = {
             '"' * 7,
         ],
     ),
-    "ssv2": ("train.json", ["[" * 100_000, '[{"id": {}, "template": []}]', "[1]", "9" * 5000, '[{"label_idx": -1}]']),
+    "ssv2": (
+        "train.json",
+        ["[" * 100_000, '[{"id": {}, "template": []}]', "[1]", "9" * 5000, '[{"label_idx": -1}]'],
+    ),
     "ucf101": ("classInd.txt", ["9" * 5000 + " a", "x" * 300_000, "\x1b[2J 1"]),
 }
 
 
 @pytest.mark.parametrize("kind", _LISTS)
-def test_a_list_of_videos_that_is_to_exhaust_the_machine_is_refused_in_words(kind: str, tmp_path: Path) -> None:
+def test_a_list_of_videos_that_is_to_exhaust_the_machine_is_refused_in_words(
+    kind: str, tmp_path: Path
+) -> None:
     name, contents = _LISTS[kind]
     for content in contents:
-        for other in ("trainlist01.txt", "testlist01.txt", "validation.json", "val.csv", "val.txt", "labels.json"):
+        for other in (
+            "trainlist01.txt",
+            "testlist01.txt",
+            "validation.json",
+            "val.csv",
+            "val.txt",
+            "labels.json",
+        ):
             (tmp_path / other).write_text("[]")
         (tmp_path / name).write_text(content)
         data = DataConfig(format=kind, root=str(tmp_path), num_classes=2)  # pyright: ignore[reportArgumentType]

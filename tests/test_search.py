@@ -63,8 +63,12 @@ def open_(tmp_path: Path, videos: Path) -> Open:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
 
     def opened(records: list[Run] | None = None, **changes: Any) -> Proposer:
-        (tmp_path / "search.yaml").write_text(yaml.safe_dump({**SEARCH, **changes}, sort_keys=False))
-        return open_search(read_search(str(tmp_path / "search.yaml")), tmp_path / "search.db", records or [])
+        (tmp_path / "search.yaml").write_text(
+            yaml.safe_dump({**SEARCH, **changes}, sort_keys=False)
+        )
+        return open_search(
+            read_search(str(tmp_path / "search.yaml")), tmp_path / "search.db", records or []
+        )
 
     return opened
 
@@ -85,11 +89,18 @@ def answer(proposer: Proposer, most: int = 1000) -> list[Trial]:
     return trained
 
 
-def test_the_papers_point_comes_first_and_what_breaks_a_constraint_is_never_trained(open_: Open) -> None:
+def test_the_papers_point_comes_first_and_what_breaks_a_constraint_is_never_trained(
+    open_: Open,
+) -> None:
     proposer = open_(trials=10)
     trained = answer(proposer)
     first = trained[0].settings
-    assert (first.mask.ratio, first.mask.cell, first.classifier.width, first.reconstruction.weight) == (
+    assert (
+        first.mask.ratio,
+        first.mask.cell,
+        first.classifier.width,
+        first.reconstruction.weight,
+    ) == (
         0.5,
         (2, 2),
         16,
@@ -109,7 +120,9 @@ def test_a_condition_is_kept_and_no_trial_is_trained_twice(open_: Open) -> None:
     assert len({trial.key for trial in trained}) == len(trained)
     for each in proposer.study.trials:
         if "classifier.kind" in each.params:
-            assert ("classifier.width" in each.params) == (each.params["classifier.kind"] == "bridging")
+            assert ("classifier.width" in each.params) == (
+                each.params["classifier.kind"] == "bridging"
+            )
 
 
 def test_a_search_that_was_stopped_goes_on_with_what_it_had_proposed(open_: Open) -> None:
@@ -127,7 +140,9 @@ def test_a_search_that_was_stopped_goes_on_with_what_it_had_proposed(open_: Open
     assert open_().next() is None
 
 
-def test_two_goals_make_a_front_and_the_best_is_a_recipe_ready_to_run(open_: Open, tmp_path: Path) -> None:
+def test_two_goals_make_a_front_and_the_best_is_a_recipe_ready_to_run(
+    open_: Open, tmp_path: Path
+) -> None:
     proposer = open_(trials=12)
     answer(proposer)
     front = [trial.values for trial in best_trials(proposer)]
@@ -140,17 +155,28 @@ def test_two_goals_make_a_front_and_the_best_is_a_recipe_ready_to_run(open_: Ope
     best = read_recipe(str(tmp_path / "report" / "best.yaml"))
     assert accuracy(Trial({}, best, ""))["test/top1"] == front[-1][0]
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    pictures = {"pareto_front.png", "history.png", "slice.png", "parallel_coordinates.png", "importances.png"}
+    pictures = {
+        "pareto_front.png",
+        "history.png",
+        "slice.png",
+        "parallel_coordinates.png",
+        "importances.png",
+    }
     assert pictures | {"best.yaml", "front.csv", "trials.csv", "report.md"} <= names
     assert "Importance of each setting" in found_text(proposer)
 
 
 def test_finished_trials_of_other_studies_are_known_and_not_trained_again(open_: Open) -> None:
     first = open_(constraints=[])
-    known = [first.search.settings({"mask.ratio": ratio, "reconstruction.weight": 0.2}) for ratio in (0.25, 0.75)]
+    known = [
+        first.search.settings({"mask.ratio": ratio, "reconstruction.weight": 0.2})
+        for ratio in (0.25, 0.75)
+    ]
     other = first.search.settings({"mask.ratio": 0.5, "recipe.epochs": 2})
     trials = [Trial({}, settings, first.fingerprint) for settings in (*known, other)]
-    records = [Run(trial.identity, accuracy(trial), f"run{place}") for place, trial in enumerate(trials)]
+    records = [
+        Run(trial.identity, accuracy(trial), f"run{place}") for place, trial in enumerate(trials)
+    ]
     optuna.delete_study(study_name=first.study.study_name, storage=first.study._storage)
     proposer = open_(records, constraints=[])
     offered = [each for each in proposer.study.trials if "run" in each.user_attrs]
@@ -158,7 +184,12 @@ def test_finished_trials_of_other_studies_are_known_and_not_trained_again(open_:
         "run2 has another setting that is not searched"
     )
     assert proposer.num_done == 0
-    params = {"mask.ratio": 0.75, "mask.cell": "[2, 2]", "classifier.kind": "bridging", "classifier.width": 16}
+    params = {
+        "mask.ratio": 0.75,
+        "mask.cell": "[2, 2]",
+        "classifier.kind": "bridging",
+        "classifier.width": 16,
+    }
     proposer.study.enqueue_trial({**params, "reconstruction.weight": 0.2})
     keys = {trial.key for trial in answer(proposer)}
     assert trials[1].key not in keys
@@ -167,11 +198,18 @@ def test_finished_trials_of_other_studies_are_known_and_not_trained_again(open_:
 
 def test_what_is_known_of_other_studies_must_keep_the_constraints_too(open_: Open) -> None:
     first = open_()
-    cheap, dear = (first.search.settings({"mask.ratio": ratio, "reconstruction.weight": 0.2}) for ratio in (0.75, 0.0))
+    cheap, dear = (
+        first.search.settings({"mask.ratio": ratio, "reconstruction.weight": 0.2})
+        for ratio in (0.75, 0.0)
+    )
     trials = [Trial({}, settings, first.fingerprint) for settings in (cheap, dear)]
-    records = [Run(trial.identity, accuracy(trial), f"run{place}") for place, trial in enumerate(trials)]
+    records = [
+        Run(trial.identity, accuracy(trial), f"run{place}") for place, trial in enumerate(trials)
+    ]
     optuna.delete_study(study_name=first.study.study_name, storage=first.study._storage)
-    offered = [each.user_attrs["run"] for each in open_(records).study.trials if "run" in each.user_attrs]
+    offered = [
+        each.user_attrs["run"] for each in open_(records).study.trials if "run" in each.user_attrs
+    ]
     assert offered == ["run0"]
 
 
@@ -184,14 +222,20 @@ def test_another_goal_or_setting_is_another_search(open_: Open, tmp_path: Path) 
 
 
 def test_a_space_of_few_points_is_tried_out_and_then_the_search_ends(open_: Open) -> None:
-    few = {"mask.ratio": {"choices": [0.25, 0.5, 0.75]}, "classifier.kind": {"choices": ["linear", "bridging"]}}
+    few = {
+        "mask.ratio": {"choices": [0.25, 0.5, 0.75]},
+        "classifier.kind": {"choices": ["linear", "bridging"]},
+    }
     proposer = open_(space=few, start=[], constraints=[], trials=20)
     trained = answer(proposer)
     assert len({trial.key for trial in trained}) == len(trained) == 6
     assert proposer.num_done == 6, "what was found trained is not counted as trained"
-    assert len({tuple(trial.values) for trial in best_trials(proposer)}) == len(best_trials(proposer))
-    assert f"6 trials finished, 0 ended early, 0 failed or were asked twice, {proposer.known} were found" in found_text(
-        proposer
+    assert len({tuple(trial.values) for trial in best_trials(proposer)}) == len(
+        best_trials(proposer)
+    )
+    assert (
+        f"6 trials finished, 0 ended early, 0 failed or were asked twice, {proposer.known} were found"
+        in found_text(proposer)
     )
 
 
@@ -211,14 +255,18 @@ def test_a_search_whose_trials_all_fail_ends(open_: Open) -> None:
 
 
 def test_a_condition_may_look_at_what_the_recipe_leaves_at_its_default(open_: Open) -> None:
-    space = {"mask.cell": {"choices": [[2, 2], [4, 4]], "when": {"classifier.mask_tokens": [False]}}}
+    space = {
+        "mask.cell": {"choices": [[2, 2], [4, 4]], "when": {"classifier.mask_tokens": [False]}}
+    }
     trial = open_(space=space, start=[], constraints=[]).next()
     assert trial
     assert "mask.cell" in open_(space=space, start=[], constraints=[]).study.trials[0].params
 
 
 def test_whole_ends_of_a_fraction_are_a_range(open_: Open) -> None:
-    proposer = open_(space={"reconstruction.weight": {"low": 0, "high": 1}}, start=[], constraints=[], trials=4)
+    proposer = open_(
+        space={"reconstruction.weight": {"low": 0, "high": 1}}, start=[], constraints=[], trials=4
+    )
     drawn = [trial.settings.reconstruction.weight for trial in answer(proposer)]
     assert len(drawn) == 4 and any(0 < weight < 1 for weight in drawn)
 
@@ -241,7 +289,9 @@ def test_a_goal_that_was_not_measured_is_named(open_: Open) -> None:
         ("mask.ration=0.5", "mask.ration: no such setting"),
     ],
 )
-def test_a_mistake_on_the_command_line_of_a_search_is_named(open_: Open, tmp_path: Path, word: str, told: str) -> None:
+def test_a_mistake_on_the_command_line_of_a_search_is_named(
+    open_: Open, tmp_path: Path, word: str, told: str
+) -> None:
     open_()
     with pytest.raises(UserError) as caught:
         read_search(str(tmp_path / "search.yaml"), [word])
@@ -253,7 +303,9 @@ def test_a_trial_that_is_worse_than_others_were_is_ended_early(open_: Open) -> N
     for _ in range(6):
         trial = proposer.next()
         assert trial
-        assert not any(proposer.should_end(trial.key, epoch, {"val/top1": 50.0 + epoch}) for epoch in (1, 2, 3))
+        assert not any(
+            proposer.should_end(trial.key, epoch, {"val/top1": 50.0 + epoch}) for epoch in (1, 2, 3)
+        )
         proposer.finished(trial.key, {"test/top1": 53.0}, trial.settings)
     bad = proposer.next()
     assert bad
@@ -280,24 +332,41 @@ def test_a_trial_that_has_only_its_test_before_it_is_not_ended(open_: Open) -> N
     ("changes", "words"),
     [
         ({"goals": {"top2": "max"}}, "no quantity 'top2'"),
-        ({"constraints": ["top1 >= 50"]}, "'top1 >= 50': expected a cost and a bound, as 'gflops <= 90'"),
-        ({"space": {"mask.ration": {"low": 0, "high": 1}}, "start": []}, "mask.ration: no such setting"),
-        ({"space": {"mask.ratio": {"low": 0.1}}, "start": []}, "mask.ratio: expected low and high, or choices"),
+        (
+            {"constraints": ["top1 >= 50"]},
+            "'top1 >= 50': expected a cost and a bound, as 'gflops <= 90'",
+        ),
+        (
+            {"space": {"mask.ration": {"low": 0, "high": 1}}, "start": []},
+            "mask.ration: no such setting",
+        ),
+        (
+            {"space": {"mask.ratio": {"low": 0.1}}, "start": []},
+            "mask.ratio: expected low and high, or choices",
+        ),
         ({"start": [{"clip.frames": 8}]}, "start 1: clip.frames is not in the space"),
         ({"stopper": "asha"}, "an early end needs one goal, there are 2"),
         ({"sampler": "magic"}, "sampler: must be"),
         ({"space": {}, "start": []}, "a search needs a space and goals"),
         ({"goals": {}}, "a search needs a space and goals"),
-        ({"space": {"seed": {"low": 0, "high": 3}}, "start": []}, "seed: no such setting to search"),
+        (
+            {"space": {"seed": {"low": 0, "high": 3}}, "start": []},
+            "seed: no such setting to search",
+        ),
         ({"start": [{"mask.ratio": 0.9}]}, "start 1: mask.ratio cannot be 0.9"),
         ({"start": [{"mask.cell": [3, 3]}]}, "start 1: mask.cell cannot be [3, 3]"),
         (
-            {"space": {"mask.cell": {"choices": [[2, 2]], "when": {"mask.ration": [0.5]}}}, "start": []},
+            {
+                "space": {"mask.cell": {"choices": [[2, 2]], "when": {"mask.ration": [0.5]}}},
+                "start": [],
+            },
             "mask.cell: when: mask.ration: no such setting",
         ),
     ],
 )
-def test_a_mistake_in_a_search_file_is_named(open_: Open, changes: dict[str, Any], words: str) -> None:
+def test_a_mistake_in_a_search_file_is_named(
+    open_: Open, changes: dict[str, Any], words: str
+) -> None:
     with pytest.raises(UserError) as caught:
         open_(**changes)
     assert words in str(caught.value)
@@ -307,7 +376,11 @@ def test_a_mistake_in_a_search_file_is_named(open_: Open, changes: dict[str, Any
 @pytest.mark.parametrize("name", ["search_quickstart", "search_accuracy_and_cost"])
 def test_a_shipped_search_is_sound_and_begins_within_its_constraints(name: str) -> None:
     search = read_search(name)
-    assert all(excess <= 0 for point in search.file.start for excess in search.excess(search.settings(point)))
+    assert all(
+        excess <= 0
+        for point in search.file.start
+        for excess in search.excess(search.settings(point))
+    )
 
 
 @pytest.mark.parametrize("sampler", ["random", "nsga2", "nsga3", "gp", "qmc"])

@@ -50,15 +50,23 @@ def batch_of(settings: ExperimentConfig, device: str = "cpu") -> Batch:
     torch.manual_seed(0)
     size = settings.recipe.batch_size
     shape = (size, 1, settings.clip.frames, settings.clip.size, settings.clip.size, 3)
-    columns = (torch.arange(size) % settings.data.num_classes, torch.arange(size), torch.ones(size, dtype=torch.bool))
+    columns = (
+        torch.arange(size) % settings.data.num_classes,
+        torch.arange(size),
+        torch.ones(size, dtype=torch.bool),
+    )
     clips = torch.randint(0, 256, shape, dtype=torch.uint8)
     return Batch(*(column.to(device) for column in (clips, *columns)))
 
 
-def stepped(settings: ExperimentConfig, execution: Execution, steps: int = 3) -> tuple[list[Any], dict[str, Any]]:
+def stepped(
+    settings: ExperimentConfig, execution: Execution, steps: int = 3
+) -> tuple[list[Any], dict[str, Any]]:
     torch.manual_seed(0)
     model = MAR(settings)
-    learner = Learner(settings, execution, model, build_optimizer(model, settings.recipe), Progress())
+    learner = Learner(
+        settings, execution, model, build_optimizer(model, settings.recipe), Progress()
+    )
     sums: list[Any] = []
     for step in range(steps):
         learner.progress.step = step
@@ -92,16 +100,25 @@ def test_a_step_never_waits_for_its_device(
     """
     settings = tiny(AUGMENTED)
     tokens = prod(settings.grid)
-    places = (torch.zeros(4, tokens // 2, dtype=torch.long), torch.zeros(4, tokens - tokens // 2, dtype=torch.long))
+    places = (
+        torch.zeros(4, tokens // 2, dtype=torch.long),
+        torch.zeros(4, tokens - tokens // 2, dtype=torch.long),
+    )
     monkeypatch.setattr(
         model_module, "split_places", lambda hidden: places
     )  # looks at the mask, while it is on the CPU
-    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at numbers, at the start
+    monkeypatch.setattr(
+        torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor
+    )  # looks at numbers, at the start
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             model = MAR(settings)
         learner = Learner(
-            settings, Execution(torch.device("cuda")), model, build_optimizer(model, settings.recipe), Progress()
+            settings,
+            Execution(torch.device("cuda")),
+            model,
+            build_optimizer(model, settings.recipe),
+            Progress(),
         )
         batch = batch_of(settings, "cuda")
 
@@ -118,9 +135,13 @@ def test_a_step_never_waits_for_its_device(
     assert any("_fused_adamw" in name for name in mode.seen)
 
 
-def test_recomputing_activations_changes_no_bit_of_a_training(tiny: Callable[..., ExperimentConfig]) -> None:
+def test_recomputing_activations_changes_no_bit_of_a_training(
+    tiny: Callable[..., ExperimentConfig],
+) -> None:
     settings = tiny({**AUGMENTED, "encoder.depth": 3})
-    (sums, weights), (others, same) = (stepped(settings, Execution(CPU, recompute=each)) for each in (False, True))
+    (sums, weights), (others, same) = (
+        stepped(settings, Execution(CPU, recompute=each)) for each in (False, True)
+    )
     assert all(torch.equal(*pair) for pair in zip(sums, others, strict=True))
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
@@ -189,7 +210,9 @@ def test_a_process_that_trains_one_model_after_another_compiles_each() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_softmax_of_the_scaled_products_forward_and_backward(dtype: torch.dtype) -> None:
+def test_attention_is_softmax_of_the_scaled_products_forward_and_backward(
+    dtype: torch.dtype,
+) -> None:
     torch.manual_seed(0)
     parts = [torch.randn(2, 3, 20, 8) for _ in range(3)]
     gradient = torch.randn(2, 3, 20, 8)
@@ -198,17 +221,24 @@ def test_attention_is_softmax_of_the_scaled_products_forward_and_backward(dtype:
         leaves = [part.to(kind, copy=True).requires_grad_() for part in parts]
         out = function(*leaves)
         out.backward(gradient.to(kind))
-        return [out.detach().double(), *(leaf.grad.double() for leaf in leaves if leaf.grad is not None)]
+        return [
+            out.detach().double(),
+            *(leaf.grad.double() for leaf in leaves if leaf.grad is not None),
+        ]
 
     with sdpa_kernel(SDPBackend.MATH):
         exact = results(F.scaled_dot_product_attention, torch.float64)
     fused = results(F.scaled_dot_product_attention, dtype)
-    allowed = [4 * (one - other).abs().max() + 1e-6 for one, other in zip(fused, exact, strict=True)]
+    allowed = [
+        4 * (one - other).abs().max() + 1e-6 for one, other in zip(fused, exact, strict=True)
+    ]
     for ours, other, limit in zip(results(attention, dtype), exact, allowed, strict=True):
         assert (ours - other).abs().max() <= limit
 
 
-def test_the_fused_kernel_is_the_one_that_runs_in_float32(tiny: Callable[..., ExperimentConfig]) -> None:
+def test_the_fused_kernel_is_the_one_that_runs_in_float32(
+    tiny: Callable[..., ExperimentConfig],
+) -> None:
     settings = tiny()
     model, pixels = MAR(settings).eval(), torch.rand(1, 3, 8, 16, 16)
     with Recorder() as recorder, torch.no_grad():
@@ -226,9 +256,14 @@ def test_the_last_tokens_alone_come_out_as_they_do_among_all() -> None:
 
 def test_tubelets_that_are_taken_are_those_of_all_tubelets() -> None:
     torch.manual_seed(0)
-    video, places = torch.rand(2, 3, 4, 8, 12), torch.stack([torch.randperm(12)[:7] for _ in range(2)])
+    video, places = (
+        torch.rand(2, 3, 4, 8, 12),
+        torch.stack([torch.randperm(12)[:7] for _ in range(2)]),
+    )
     index = places[..., None].expand(-1, -1, 96)
-    assert torch.equal(take_tubelets(video, (2, 4, 4), places), patchify(video, (2, 4, 4)).gather(1, index))
+    assert torch.equal(
+        take_tubelets(video, (2, 4, 4), places), patchify(video, (2, 4, 4)).gather(1, index)
+    )
 
 
 def test_the_peer_that_computes_as_the_released_code_has_the_same_loss_and_gradient(
@@ -241,15 +276,26 @@ def test_the_peer_that_computes_as_the_released_code_has_the_same_loss_and_gradi
     labels = torch.full((3, 2), 0.5)
     losses: list[torch.Tensor] = []
     gradients: list[dict[str, torch.Tensor]] = []
-    for total in (lambda: model(pixels, hidden, labels).total, lambda: Released(model)(pixels, hidden, labels)):
+    for total in (
+        lambda: model(pixels, hidden, labels).total,
+        lambda: Released(model)(pixels, hidden, labels),
+    ):
         model.zero_grad()
         losses.append(total())
         losses[-1].sum().backward()
-        gradients.append({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
+        gradients.append(
+            {
+                name: each.grad.clone()
+                for name, each in model.named_parameters()
+                if each.grad is not None
+            }
+        )
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
-        torch.testing.assert_close(Released(model).classify(pixels, hidden), model.classify(pixels, hidden))
+        torch.testing.assert_close(
+            Released(model).classify(pixels, hidden), model.classify(pixels, hidden)
+        )
 
 
 def test_the_peer_from_transformers_has_the_same_weights() -> None:
@@ -260,7 +306,10 @@ def test_the_peer_from_transformers_has_the_same_weights() -> None:
     with torch.no_grad():
         scores = theirs(pixel_values=((pixels - model.mean) / model.std).transpose(1, 2)).logits
         torch.testing.assert_close(
-            scores, model.classify(pixels, evaluation_mask(settings).expand(2, -1, -1, -1)), rtol=1e-4, atol=1e-5
+            scores,
+            model.classify(pixels, evaluation_mask(settings).expand(2, -1, -1, -1)),
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
@@ -270,7 +319,11 @@ def test_the_roofline_counts_the_operations_that_pytorch_counts() -> None:
         F.linear(x, weight).sum().backward()
     with FlopCounterMode(display=False) as counter:
         F.linear(x, weight).sum().backward()
-    assert sum(each.operations for each in recorder.work) == counter.get_total_flops() == 2 * 3 * 4 * 8 * 16
+    assert (
+        sum(each.operations for each in recorder.work)
+        == counter.get_total_flops()
+        == 2 * 3 * 4 * 8 * 16
+    )
 
 
 def test_the_benchmark_of_the_step_says_how_each_contestant_did(

@@ -44,23 +44,40 @@ def store(folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def lost(folder: Path, tmp_path: Path) -> Path:
     """A copy of the store without its database."""
-    return Path(shutil.copytree(folder / "store", tmp_path / "lost", ignore=shutil.ignore_patterns("mlflow.db")))
+    return Path(
+        shutil.copytree(
+            folder / "store", tmp_path / "lost", ignore=shutil.ignore_patterns("mlflow.db")
+        )
+    )
 
 
 def table(folder: Path, store: Path | str) -> str:
     return mar(folder, "table", "two.yaml", "--store", str(store))[0]
 
 
-@pytest.mark.parametrize("name", ["what?a", "a%25b#c", "with space", "quote'\"s", "ünï", "a&b=c;d", "st:ore"])
+@pytest.mark.parametrize(
+    "name", ["what?a", "a%25b#c", "with space", "quote'\"s", "ünï", "a&b=c;d", "st:ore"]
+)
 def test_a_store_may_have_any_name(folder: Path, tmp_path: Path, name: str) -> None:
     other = tmp_path / f"{name}x"
     shutil.copytree(folder / "store", tmp_path / name)
     shutil.copytree(folder / "store", other)
-    words = ("--local", "--store", str(tmp_path / name), "--only", "mask=50", "recipe.base_lr=0.005")
+    words = (
+        "--local",
+        "--store",
+        str(tmp_path / name),
+        "--only",
+        "mask=50",
+        "recipe.base_lr=0.005",
+    )
     mar(folder, "run", "two.yaml", *words)
-    records = {place: len(Store(LaunchConfig(store=place)).trials()) for place in (tmp_path / name, other)}
+    records = {
+        place: len(Store(LaunchConfig(store=place)).trials()) for place in (tmp_path / name, other)
+    }
     assert records == {tmp_path / name: 3, other: 2}
-    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([name, other.name]), "nothing beside them"
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([name, other.name]), (
+        "nothing beside them"
+    )
 
 
 def test_an_address_of_a_plain_path_is_plain() -> None:
@@ -68,7 +85,9 @@ def test_an_address_of_a_plain_path_is_plain() -> None:
 
 
 @pytest.mark.parametrize("how", ["moved", "copied", "through a link"])
-def test_a_store_that_is_elsewhere_now_keeps_its_artifacts_below_it(folder: Path, tmp_path: Path, how: str) -> None:
+def test_a_store_that_is_elsewhere_now_keeps_its_artifacts_below_it(
+    folder: Path, tmp_path: Path, how: str
+) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(folder / "store", first)
     table(folder, first)
@@ -79,7 +98,17 @@ def test_a_store_that_is_elsewhere_now_keeps_its_artifacts_below_it(folder: Path
     else:
         second.symlink_to(first)
     before = {file: file.stat().st_mtime_ns for file in first.rglob("*")} if how == "copied" else {}
-    mar(folder, "run", "two.yaml", "--local", "--store", str(second), "--only", "mask=50", "recipe.base_lr=0.005")
+    mar(
+        folder,
+        "run",
+        "two.yaml",
+        "--local",
+        "--store",
+        str(second),
+        "--only",
+        "mask=50",
+        "recipe.base_lr=0.005",
+    )
     shutil.rmtree(second / "trials")
     assert "| 50" in table(folder, second)
     client = Store(LaunchConfig(store=second)).client
@@ -92,16 +121,26 @@ def test_a_store_that_is_elsewhere_now_keeps_its_artifacts_below_it(folder: Path
         assert {file: file.stat().st_mtime_ns for file in first.rglob("*")} == before
 
 
-def test_artifacts_lie_below_the_store_where_an_sqlite_address_is_given(folder: Path, tmp_path: Path) -> None:
+def test_artifacts_lie_below_the_store_where_an_sqlite_address_is_given(
+    folder: Path, tmp_path: Path
+) -> None:
     place = tmp_path / "here"
     place.mkdir()
-    words = ("--local", "--store", str(tmp_path / "store"), "--tracking-uri", f"sqlite:///{tmp_path}/runs.db")
+    words = (
+        "--local",
+        "--store",
+        str(tmp_path / "store"),
+        "--tracking-uri",
+        f"sqlite:///{tmp_path}/runs.db",
+    )
     mar(place, "run", str(folder / "two.yaml"), *words, "--only", "mask=50")
     assert list((tmp_path / "store" / "artifacts").rglob("metrics.json"))
     assert not list(place.iterdir())
 
 
-def test_with_the_trials_folder_lost_everything_is_read_from_mlflow(folder: Path, store: Path) -> None:
+def test_with_the_trials_folder_lost_everything_is_read_from_mlflow(
+    folder: Path, store: Path
+) -> None:
     expected = table(folder, store)
     shutil.rmtree(store / "trials")
     assert table(folder, store) == expected, "the comparison with the reference too"
@@ -124,32 +163,48 @@ def test_with_the_database_lost_recover_writes_the_runs_again(folder: Path, lost
     for key, run in after.items():
         assert run.experiment == "two" and run.status == "FINISHED"
         assert run.identity == before[key].identity
-        known = {name: value for name, value in before[key].metrics.items() if not name.startswith("cost/")}
+        known = {
+            name: value
+            for name, value in before[key].metrics.items()
+            if not name.startswith("cost/")
+        }
         assert {name: run.metrics[name] for name in known} == known
     assert "0 recovered, 2 known before" in mar(folder, "recover", "--store", str(store))[0]
 
 
-def test_a_result_is_not_recovered_under_another_name_than_what_was_trained(folder: Path, lost: Path) -> None:
+def test_a_result_is_not_recovered_under_another_name_than_what_was_trained(
+    folder: Path, lost: Path
+) -> None:
     first, second = sorted((lost / "trials").iterdir())
     (first / "trial.json").write_text("{half")  # its settings and its data tell it all the same
-    first.rename(lost / "trials" / "0123456789ab")  # as another version's key, or other data's, would be
+    first.rename(
+        lost / "trials" / "0123456789ab"
+    )  # as another version's key, or other data's, would be
     (second / "trial.json").unlink()
     output, _ = mar(folder, "recover", "--store", str(lost), code=1)
     assert f"recovered  {second.name} (recovered)" in output
     assert "0123456789ab/result: what was trained cannot be told" in output
 
 
-def test_with_the_database_lost_a_run_takes_the_results_and_trains_nothing(folder: Path, lost: Path) -> None:
+def test_with_the_database_lost_a_run_takes_the_results_and_trains_nothing(
+    folder: Path, lost: Path
+) -> None:
     store = lost
     expected = table(folder, folder / "store")
-    models = {file: file.stat().st_mtime_ns for file in (store / "trials").rglob("model.safetensors")}
+    models = {
+        file: file.stat().st_mtime_ns for file in (store / "trials").rglob("model.safetensors")
+    }
     _, error = mar(folder, "run", "two.yaml", "--store", str(store), "--local")
     assert "2 finished results" in error and "mar recover" in error
     assert table(folder, store) == expected
-    assert {file: file.stat().st_mtime_ns for file in (store / "trials").rglob("model.safetensors")} == models
+    assert {
+        file: file.stat().st_mtime_ns for file in (store / "trials").rglob("model.safetensors")
+    } == models
 
 
-def test_a_damaged_result_is_named_and_not_trained_again(folder: Path, lost: Path, tmp_path: Path) -> None:
+def test_a_damaged_result_is_named_and_not_trained_again(
+    folder: Path, lost: Path, tmp_path: Path
+) -> None:
     store = lost
     model = next((store / "trials").rglob("model.safetensors"))
     model.write_bytes(model.read_bytes() + b"x")
@@ -161,7 +216,9 @@ def test_a_damaged_result_is_named_and_not_trained_again(folder: Path, lost: Pat
     assert model.read_bytes().endswith(b"x")
 
 
-def test_two_studies_of_one_file_name_are_told_apart(folder: Path, store: Path, tmp_path: Path) -> None:
+def test_two_studies_of_one_file_name_are_told_apart(
+    folder: Path, store: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(folder / "recipe.yaml", other)
@@ -207,7 +264,14 @@ def test_no_password_is_printed(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["clip.frames=010", "recipe.base_lr=1:30", "recipe.base_lr=.inf", "recipe.epochs=1_0", "recipe.epochs=0x10"]
+    "word",
+    [
+        "clip.frames=010",
+        "recipe.base_lr=1:30",
+        "recipe.base_lr=.inf",
+        "recipe.epochs=1_0",
+        "recipe.epochs=0x10",
+    ],
 )
 def test_a_number_that_a_person_did_not_mean_is_refused(folder: Path, word: str) -> None:
     _, error = mar(folder, "plan", "two.yaml", word, code=2)
@@ -229,10 +293,18 @@ def test_one_name_means_one_file_in_every_verb_and_every_file(folder: Path, tmp_
     (tmp_path / "s.yaml").write_text("title: S\nrecipe: mine\naxes: {x: {a: {}}}\n")
     shown = {
         mar(tmp_path, "show", name)[0]
-        for name in ("recipes/quickstart", "recipes/quickstart.yaml", "quickstart", "mine", "mine.yaml")
+        for name in (
+            "recipes/quickstart",
+            "recipes/quickstart.yaml",
+            "quickstart",
+            "mine",
+            "mine.yaml",
+        )
     }
     assert len(shown) == 2 and any("seed: 3" in text for text in shown)
-    planned = {mar(tmp_path, "plan", name)[0] for name in ("recipes/quickstart", "recipes/quickstart.yaml")}
+    planned = {
+        mar(tmp_path, "plan", name)[0] for name in ("recipes/quickstart", "recipes/quickstart.yaml")
+    }
     assert len(planned) == 1
     assert mar(tmp_path, "plan", "s")[0] == mar(tmp_path, "plan", "s.yaml")[0]
 
@@ -243,19 +315,30 @@ def test_listed_values_of_a_setting_are_an_axis(folder: Path, tmp_path: Path) ->
         "title: S\nrecipe: recipe\naxes:\n  mask.ratio: [0.25, 0.5]\n  mask.cell: [[2, 2], [1, 2]]\n"
     )
     planned, _ = mar(tmp_path, "plan", "s")
-    assert all(row in planned for row in ("0.25 / [2, 2]", "0.25 / [1, 2]", "0.5 / [2, 2]", "0.5 / [1, 2]"))
+    assert all(
+        row in planned for row in ("0.25 / [2, 2]", "0.25 / [1, 2]", "0.5 / [2, 2]", "0.5 / [1, 2]")
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("title: T\nrecipe: recipe\naxis: {x: {a: {}}}\n", "s.yaml:3: axis: no such key; did you mean axes?"),
+        (
+            "title: T\nrecipe: recipe\naxis: {x: {a: {}}}\n",
+            "s.yaml:3: axis: no such key; did you mean axes?",
+        ),
         (
             "title: T\nrecipe: recipe\naxes: {x: {a: {}}}\ntabel: {}\n",
             "s.yaml:4: tabel: no such key; did you mean table?",
         ),
-        ("title: T\nrecipe: recipe\naxes: {x: {a: {}}}\ntable: {colums: [top1]}\n", "did you mean columns?"),
-        ("title: T\nrecipe: recipe\naxes:\n  mask.ratoi: [0.5]\n", "s.yaml:4: axes.mask.ratoi: a list of values needs"),
+        (
+            "title: T\nrecipe: recipe\naxes: {x: {a: {}}}\ntable: {colums: [top1]}\n",
+            "did you mean columns?",
+        ),
+        (
+            "title: T\nrecipe: recipe\naxes:\n  mask.ratoi: [0.5]\n",
+            "s.yaml:4: axes.mask.ratoi: a list of values needs",
+        ),
         ("title: T\nrecipe: recipe\naxes: [0.5]\n", "axes: must be a mapping"),
         ("title: T\naxes: {x: {a: {}}}\n", "recipe: is missing"),
     ],
@@ -274,7 +357,11 @@ def test_other_mistakes_have_words_too(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "two.yaml", tmp_path)
     said = {
         ("plan", "two.yaml", "mask.cell=4,4"): "mask.cell: must be a list, as [2, 2], not '4,4'",
-        ("plan", "two.yaml", "mask=0.5"): "mask: is a group of settings, set one of them (mask.strategy",
+        (
+            "plan",
+            "two.yaml",
+            "mask=0.5",
+        ): "mask: is a group of settings, set one of them (mask.strategy",
         ("show", "two.yaml"): "is a study, not a recipe; its settings are in recipe.yaml",
         ("plan", str(tmp_path)): "is a folder (recipe.yaml, two.yaml); name a file",
         ("plan", "twoo.yaml"): "no study 'twoo.yaml'",
@@ -293,7 +380,9 @@ def test_a_search_is_planned_by_its_first_points(tmp_path: Path) -> None:
     assert "that it will propose" in error
 
 
-def test_a_model_has_its_classes_names_and_predict_says_them(folder: Path, tmp_path: Path, videos: Path) -> None:
+def test_a_model_has_its_classes_names_and_predict_says_them(
+    folder: Path, tmp_path: Path, videos: Path
+) -> None:
     import json
 
     model = next((folder / "store" / "trials").glob("*/result"))
@@ -302,7 +391,10 @@ def test_a_model_has_its_classes_names_and_predict_says_them(folder: Path, tmp_p
     assert "Moving something to the right" in output and "Moving something to the left" in output
     mar(folder, "weights", "convert", str(model), str(tmp_path / "converted"))
     config = json.loads((tmp_path / "converted" / "config.json").read_text())
-    assert config["id2label"] == {"0": "Moving something to the right", "1": "Moving something to the left"}
+    assert config["id2label"] == {
+        "0": "Moving something to the right",
+        "1": "Moving something to the left",
+    }
     assert "Moving something to the right" in (tmp_path / "converted" / "README.md").read_text()
     again, _ = mar(folder, "predict", str(tmp_path / "converted"), str(film))
     assert again == output

@@ -46,7 +46,9 @@ def write(tmp_path: Path, videos: Path) -> Callable[[str], str]:
     return study
 
 
-def test_trials_come_in_the_order_of_the_file_last_axis_fastest_then_seeds(write: Callable[[str], str]) -> None:
+def test_trials_come_in_the_order_of_the_file_last_axis_fastest_then_seeds(
+    write: Callable[[str], str],
+) -> None:
     study = read_study(write(STUDY))
     assert [trial.name for trial in study.trials][:5] == [
         "50 % / 0.0 (seed 0)",
@@ -63,7 +65,9 @@ def test_the_later_word_wins_recipe_fixed_axes_command_line(write: Callable[[str
     file = write(STUDY)
     assert {trial.settings.recipe.epochs for trial in read_study(file).trials} == {2}
     chosen = read_study(file, ["mask.ratio=0.25", "seed=7", "recipe.epochs=5"]).trials
-    assert {(t.settings.mask.ratio, t.settings.seed, t.settings.recipe.epochs) for t in chosen} == {(0.25, 7, 5)}
+    assert {(t.settings.mask.ratio, t.settings.seed, t.settings.recipe.epochs) for t in chosen} == {
+        (0.25, 7, 5)
+    }
     assert len(chosen) == 4
 
 
@@ -75,7 +79,11 @@ def test_another_recipe_can_be_put_under_a_study(write: Callable[[str], str]) ->
 
 def test_labels_are_what_is_written_and_may_hold_anything(write: Callable[[str], str]) -> None:
     study = read_study(
-        write(STUDY.replace("0.0: {", "off: {").replace("    0.1: {", "    w / o: {").replace("0.1: 70", "w / o: 70"))
+        write(
+            STUDY.replace("0.0: {", "off: {")
+            .replace("    0.1: {", "    w / o: {")
+            .replace("0.1: 70", "w / o: 70")
+        )
     )
     assert [trial.labels["λ"] for trial in study.trials][::2] == ["off", "w / o", "off", "w / o"]
     assert len(read_study(str(study_file(write)), only=["λ=0.0", "λ=0.1", "ρ=50 %"]).trials) == 4
@@ -85,11 +93,18 @@ def study_file(write: Callable[[str], str]) -> str:
     return write(STUDY)
 
 
-def test_a_missing_data_set_is_absent_and_a_faulty_one_is_named(write: Callable[[str], str], tmp_path: Path) -> None:
+def test_a_missing_data_set_is_absent_and_a_faulty_one_is_named(
+    write: Callable[[str], str], tmp_path: Path
+) -> None:
     assert read_study(write(STUDY), ["data.root=nowhere"]).trials[0].fingerprint == "absent"
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.txt").write_bytes(b"caf\xe9.mp4 0\n")
-    words = [f"data.root={tmp_path / 'data'}", "data.format=list", "data.train=train.txt", "data.val=train.txt"]
+    words = [
+        f"data.root={tmp_path / 'data'}",
+        "data.format=list",
+        "data.train=train.txt",
+        "data.val=train.txt",
+    ]
     with pytest.raises(UserError, match=r"train\.txt:1: .* is not UTF-8 text"):
         read_study(write(STUDY), words)
 
@@ -106,19 +121,47 @@ def test_only_keeps_the_named_trials(write: Callable[[str], str]) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("mask.ratio: 0.75", "mask.ration: 0.75", "study.yaml:8: ρ = 75 %: mask.ration: no such setting; did you mean"),
-        ("mask.ratio: 0.75", "mask.ratio: 1.5", "study.yaml:8: ρ = 75 %: mask.ratio: must be less than 1, not 1.5"),
-        ("recipe.epochs: 2", "recipe.epochs: two", "study.yaml:4: recipe.epochs: must be a valid integer"),
-        ("50 % / 0.1: 70.97", "60 % / 0.1: 70.97", "study.yaml:13: paper.top1: no trial is labelled '60 % / 0.1'"),
-        ("recipe: recipe.yaml", "recipe: absent.yaml", "study.yaml:2: recipe: no recipe 'absent.yaml'"),
+        (
+            "mask.ratio: 0.75",
+            "mask.ration: 0.75",
+            "study.yaml:8: ρ = 75 %: mask.ration: no such setting; did you mean",
+        ),
+        (
+            "mask.ratio: 0.75",
+            "mask.ratio: 1.5",
+            "study.yaml:8: ρ = 75 %: mask.ratio: must be less than 1, not 1.5",
+        ),
+        (
+            "recipe.epochs: 2",
+            "recipe.epochs: two",
+            "study.yaml:4: recipe.epochs: must be a valid integer",
+        ),
+        (
+            "50 % / 0.1: 70.97",
+            "60 % / 0.1: 70.97",
+            "study.yaml:13: paper.top1: no trial is labelled '60 % / 0.1'",
+        ),
+        (
+            "recipe: recipe.yaml",
+            "recipe: absent.yaml",
+            "study.yaml:2: recipe: no recipe 'absent.yaml'",
+        ),
         (
             "mask.ratio: 0.75",
             "mask.cell: [3, 3]",
             "study.yaml:8: ρ = 75 %: mask.cell: [3, 3] does not divide the 4 x 4",
         ),
-        ("paper:", "table: {columns: [top_1]}\npaper:", "study.yaml:12: table: no quantity 'top_1' (there are: top1, "),
+        (
+            "paper:",
+            "table: {columns: [top_1]}\npaper:",
+            "study.yaml:12: table: no quantity 'top_1' (there are: top1, ",
+        ),
         ("top1: {50 %", "topp1: {50 %", "study.yaml:12: paper: no quantity 'topp1'"),
-        ("paper:", "figure: {kind: points}\npaper:", "study.yaml:12: figure: kind 'points' needs x"),
+        (
+            "paper:",
+            "figure: {kind: points}\npaper:",
+            "study.yaml:12: figure: kind 'points' needs x",
+        ),
         ("seeds: [0, 1]", "seeds: [0, 0]", "study.yaml:3: seeds: each may stand there once"),
         ("seeds: [0, 1]", "seeds: []", "no trial in it"),
         ("fixed: {recipe.epochs: 2}", "fixed: {seed: 2}", "the seed is set by 'seeds: [0, 1, …]'"),
@@ -158,7 +201,9 @@ def test_a_fault_in_the_recipe_is_named_there(write: Callable[[str], str], tmp_p
     file = write(STUDY)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("num_classes: 2", "num_classes: 0"))
-    with pytest.raises(UserError, match=r"recipe\.yaml:\d+: data\.num_classes: must be greater than 0"):
+    with pytest.raises(
+        UserError, match=r"recipe\.yaml:\d+: data\.num_classes: must be greater than 0"
+    ):
         read_study(file)
 
 
@@ -167,16 +212,22 @@ def test_an_unknown_study_is_answered_with_those_there_are() -> None:
         find("quickstrat", "study")
 
 
-def test_equal_settings_are_one_training_wherever_they_stand(write: Callable[[str], str], tmp_path: Path) -> None:
+def test_equal_settings_are_one_training_wherever_they_stand(
+    write: Callable[[str], str], tmp_path: Path
+) -> None:
     here = read_study(write(STUDY), only=["ρ=50 %", "λ=0.1"]).trials[0]
     other = STUDY.replace("ρ:", "ratio:").replace(
         "50 %: {mask.ratio: 0.5}", "half: {mask.ratio: 0.5, mask.cell: [2, 2]}"
     )
-    there = read_study(write(other.replace("50 % / 0.1", "half / 0.1")), only=["ratio=half", "λ=0.1"]).trials[0]
+    there = read_study(
+        write(other.replace("50 % / 0.1", "half / 0.1")), only=["ratio=half", "λ=0.1"]
+    ).trials[0]
     assert here.key == there.key
 
 
-@pytest.mark.parametrize("file", sorted(packaged("search_spaces").glob("[!s]*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted(packaged("search_spaces").glob("[!s]*.yaml")), ids=lambda file: file.stem
+)
 def test_every_shipped_study_is_sound(file: Path) -> None:
     assert read_study(str(file)).trials
 
@@ -193,7 +244,9 @@ def test_a_trial_is_told_by_the_content_of_its_weights_not_by_their_place(
     write: Callable[[str], str], tmp_path: Path
 ) -> None:
     for name, value in (("one", 0.0), ("same", 0.0), ("other", 1.0)):
-        save_file({"encoder.embed.weight": torch.full((1, 1), value)}, tmp_path / f"{name}.safetensors")
+        save_file(
+            {"encoder.embed.weight": torch.full((1, 1), value)}, tmp_path / f"{name}.safetensors"
+        )
 
     def key(weights: Path | str) -> str:
         return read_study(write(STUDY), [f"encoder.weights={weights}"]).trials[0].key
@@ -204,11 +257,15 @@ def test_a_trial_is_told_by_the_content_of_its_weights_not_by_their_place(
     assert key("none.safetensors") != key("nobody.safetensors")
 
 
-def test_weights_that_are_not_there_are_said_before_anything_runs(write: Callable[[str], str]) -> None:
+def test_weights_that_are_not_there_are_said_before_anything_runs(
+    write: Callable[[str], str],
+) -> None:
     study = read_study(write(STUDY), ["encoder.weights=none.pth"])
     lines = plan_trials(study, [])
     assert "the weights are not here yet: none.pth" in plan_text(lines)
-    with pytest.raises(UserError, match=r"encoder\.weights: none\.pth: no such file or folder of weights"):
+    with pytest.raises(
+        UserError, match=r"encoder\.weights: none\.pth: no such file or folder of weights"
+    ):
         fetch_weights(study)
 
 
@@ -230,14 +287,23 @@ def test_a_recipe_is_a_study_of_one_trial(write: Callable[[str], str], tmp_path:
     assert (trial.settings.mask.ratio, trial.settings.seed) == (0.25, 3)
     assert study.name.endswith("_recipe")
     assert study.file.table.columns == ("top1", "top5", "gflops", "time_s")
-    assert read_study("recipes/pretrain/quickstart").file.table.columns[0] == "test_reconstruction_loss"
+    assert (
+        read_study("recipes/pretrain/quickstart").file.table.columns[0]
+        == "test_reconstruction_loss"
+    )
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ({"classifier.kind": "linear", "classifier.width": 32}, {"classifier.kind": "linear", "classifier.depth": 2}),
-        ({"mask.ratio": 0.0, "mask.cell": [4, 4]}, {"mask.ratio": 0.0, "reconstruction.weight": 0.5}),
+        (
+            {"classifier.kind": "linear", "classifier.width": 32},
+            {"classifier.kind": "linear", "classifier.depth": 2},
+        ),
+        (
+            {"mask.ratio": 0.0, "mask.cell": [4, 4]},
+            {"mask.ratio": 0.0, "reconstruction.weight": 0.5},
+        ),
         ({"reconstruction.weight": 0.0, "reconstruction.depth": 2}, {"reconstruction.weight": 0.0}),
         ({"mask.strategy": "uniform"}, {"mask.cell": [4, 4]}),
     ],
@@ -255,16 +321,26 @@ def test_settings_that_do_something_do_make_one(tiny: Callable[..., ExperimentCo
         {"mask.strategy": "uniform"},
         {"mask.ratio": 0.0},
     ]
-    told += [{"mask.ratio": 0.0, "classifier.width": 32}, {"mask.ratio": 0.0, "evaluation.mask.ratio": 0.5}]
+    told += [
+        {"mask.ratio": 0.0, "classifier.width": 32},
+        {"mask.ratio": 0.0, "evaluation.mask.ratio": 0.5},
+    ]
     told += [{"mask.ratio": 0.0, "evaluation.mask.ratio": 0.5, "mask.cell": [4, 4]}]
     lines = [identity(tiny(each), "data") for each in told]
     assert len(set(lines)) == len(told)
-    assert training_of(lines[-1]) == training_of(lines[-2]) == training_of(lines[3]), "tested otherwise, trained alike"
+    assert training_of(lines[-1]) == training_of(lines[-2]) == training_of(lines[3]), (
+        "tested otherwise, trained alike"
+    )
 
 
 def test_a_row_or_a_label_with_an_equals_sign_takes_its_own_settings() -> None:
-    words = ["rows.MAR, ρ = 50 % / HMDB51.encoder.weights=/w=1.pth", "axes.Method.VideoMAE.recipe.epochs=3"]
-    trials = {trial.row: trial.settings for trial in read_study("table13_ucf101_hmdb51", words).trials}
+    words = [
+        "rows.MAR, ρ = 50 % / HMDB51.encoder.weights=/w=1.pth",
+        "axes.Method.VideoMAE.recipe.epochs=3",
+    ]
+    trials = {
+        trial.row: trial.settings for trial in read_study("table13_ucf101_hmdb51", words).trials
+    }
     assert trials["MAR, ρ = 50 % / HMDB51"].encoder.weights == "/w=1.pth"
     assert trials["MAR, ρ = 50 % / UCF101"].encoder.weights is None
     assert [trials[f"VideoMAE / {name}"].recipe.epochs for name in ("UCF101", "HMDB51")] == [3, 3]

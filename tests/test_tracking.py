@@ -23,7 +23,9 @@ def store(tmp_path: Path) -> Store:
 def writer(store: Store) -> Iterator[Writer]:
     experiment = store.experiment("study's name")
     writer = Writer(store, patience_s=1.0)
-    writer.open("a", lambda: store.run(experiment, "trial a", {"mar.kind": "trial", "mar.key": "a"}, {}))
+    writer.open(
+        "a", lambda: store.run(experiment, "trial a", {"mar.kind": "trial", "mar.key": "a"}, {})
+    )
     yield writer
     writer._abandoned.set()
 
@@ -60,7 +62,9 @@ def test_a_store_that_was_away_gets_everything_once(
     assert run.status == "FINISHED"
     history = store.client.get_metric_history(run.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
-    assert [item.path for item in store.client.list_artifacts(run.run_id, "result")] == ["result/metrics.json"]
+    assert [item.path for item in store.client.list_artifacts(run.run_id, "result")] == [
+        "result/metrics.json"
+    ]
 
 
 def test_a_run_is_never_finished_before_all_of_it_is_written(
@@ -74,12 +78,16 @@ def test_a_run_is_never_finished_before_all_of_it_is_written(
     assert [run.status for run in store.trials()] == ["RUNNING"]
 
 
-def test_epochs_that_an_earlier_launch_logged_are_not_logged_again(store: Store, writer: Writer) -> None:
+def test_epochs_that_an_earlier_launch_logged_are_not_logged_again(
+    store: Store, writer: Writer
+) -> None:
     writer.metrics("a", 1, {"train/loss": 1.0})
     writer.metrics("a", 2, {"train/loss": 0.5})
     writer.close()
     later = Writer(store)
-    later.open("a", lambda: store.run(store.experiment("study's name"), "trial a", {"mar.key": "a"}, {}))
+    later.open(
+        "a", lambda: store.run(store.experiment("study's name"), "trial a", {"mar.key": "a"}, {})
+    )
     for epoch in (1, 2, 3):
         later.metrics("a", epoch, {"train/loss": 0.25})
     later.close()
@@ -117,7 +125,9 @@ def test_points_that_are_refused_do_not_hold_back_those_of_other_runs(
     store: Store, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = store.experiment("study's name")
-    writer.open("b", lambda: store.run(experiment, "trial b", {"mar.kind": "trial", "mar.key": "b"}, {}))
+    writer.open(
+        "b", lambda: store.run(experiment, "trial b", {"mar.kind": "trial", "mar.key": "b"}, {})
+    )
     real = writer.client.log_batch
 
     def log_batch(run_id: str, metrics: Any = (), **more: Any) -> None:

@@ -41,12 +41,16 @@ CPU = torch.device("cpu")
 CLOCKS = ("time/", "throughput/")
 
 
-def train(settings: ExperimentConfig, folder: Path, **execution: Any) -> list[tuple[int, dict[str, float]]]:
+def train(
+    settings: ExperimentConfig, folder: Path, **execution: Any
+) -> list[tuple[int, dict[str, float]]]:
     """Train and return what was reported, without what a clock measured."""
     reports: list[tuple[int, dict[str, float]]] = []
 
     def report(epoch: int, metrics: dict[str, float], _: Path | None) -> None:
-        reports.append((epoch, {name: value for name, value in metrics.items() if not name.startswith(CLOCKS)}))
+        reports.append(
+            (epoch, {name: value for name, value in metrics.items() if not name.startswith(CLOCKS)})
+        )
 
     fit(settings, folder, report, Execution(CPU, **{"say": lambda _: None, **execution}))
     return reports
@@ -116,22 +120,31 @@ fit(build(json.loads(sys.argv[1])), Path(sys.argv[2]), lambda *_: None,
 """
 
 
-def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_with_the_next_step(tiny: Settings, tmp_path: Path) -> None:
+def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_with_the_next_step(
+    tiny: Settings, tmp_path: Path
+) -> None:
     settings = tiny(AUGMENTED)
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, settings.model_dump_json(), str(tmp_path / "killed")], check=False
+        [sys.executable, "-c", KILLED, settings.model_dump_json(), str(tmp_path / "killed")],
+        check=False,
     )
     assert killed.returncode == -signal.SIGKILL
     newest = latest(tmp_path / "killed", settings, print)
     assert newest
-    assert newest.progress.step == 3, "two steps an epoch: killed after the first step of the second"
+    assert newest.progress.step == 3, (
+        "two steps an epoch: killed after the first step of the second"
+    )
     assert newest.progress.sums[3] == 8, "the clips of the half epoch"
-    assert train(settings, tmp_path / "killed", checkpoint_every_steps=1) == train(settings, tmp_path / "undisturbed")
+    assert train(settings, tmp_path / "killed", checkpoint_every_steps=1) == train(
+        settings, tmp_path / "undisturbed"
+    )
     assert_same_weights(tmp_path / "undisturbed", tmp_path / "killed")
 
 
 def test_accumulated_gradients_give_the_same_training(tiny: Settings, tmp_path: Path) -> None:
-    settings = tiny({"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "augment.cutmix": 0.0, **AUGMENTED})
+    settings = tiny(
+        {"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "augment.cutmix": 0.0, **AUGMENTED}
+    )
     train(settings, tmp_path / "whole")
     train(settings, tmp_path / "parts", max_clips_per_pass=2)
     for name, tensor in weights(tmp_path / "whole").items():
@@ -147,7 +160,9 @@ def _work(rank: int, world: int, settings: str, folder: str, port: int) -> None:
 
 
 def test_two_workers_train_what_one_does(tiny: Settings, tmp_path: Path) -> None:
-    settings = tiny({"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "recipe.epochs": 2, **AUGMENTED})
+    settings = tiny(
+        {"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "recipe.epochs": 2, **AUGMENTED}
+    )
     alone = train(settings, tmp_path / "one")
     arguments = (2, settings.model_dump_json(), str(tmp_path / "two"), 29511)
     multiprocessing.spawn(_work, args=arguments, nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
@@ -175,11 +190,15 @@ def test_two_workers_train_what_one_does_with_repeated_sampling_too(
 
 def test_other_processes_decode_the_same_clips(tiny: Settings, tmp_path: Path) -> None:
     settings = tiny({"recipe.epochs": 1})
-    assert train(settings, tmp_path / "here") == train(settings, tmp_path / "there", loader_processes=1)
+    assert train(settings, tmp_path / "here") == train(
+        settings, tmp_path / "there", loader_processes=1
+    )
 
 
 def test_the_result_is_complete_and_says_what_it_is(tiny: Settings, tmp_path: Path) -> None:
-    settings = tiny({"evaluation.shuffled_frames": True, "evaluation.clips": 2, "evaluation.crops": 3})
+    settings = tiny(
+        {"evaluation.shuffled_frames": True, "evaluation.clips": 2, "evaluation.crops": 3}
+    )
     final = train(settings, tmp_path)[-1][1]
     manifest = read_sealed(tmp_path / RESULT)
     assert build(manifest["settings"]) == settings
@@ -195,9 +214,15 @@ def test_the_result_is_complete_and_says_what_it_is(tiny: Settings, tmp_path: Pa
 
 def test_a_confusion_matrix_is_scikit_learns() -> None:
     generator = torch.Generator().manual_seed(0)
-    labels, probabilities = torch.randint(5, (60,), generator=generator), torch.rand(60, 5, generator=generator)
+    labels, probabilities = (
+        torch.randint(5, (60,), generator=generator),
+        torch.rand(60, 5, generator=generator),
+    )
     counts = Predictions(torch.arange(60), labels, probabilities, ()).confusion()
-    assert counts.tolist() == confusion_matrix(labels, probabilities.argmax(dim=1), labels=range(5)).tolist()
+    assert (
+        counts.tolist()
+        == confusion_matrix(labels, probabilities.argmax(dim=1), labels=range(5)).tolist()
+    )
 
 
 def test_a_damaged_checkpoint_is_passed_over_aloud(tiny: Settings, tmp_path: Path) -> None:
@@ -219,16 +244,23 @@ def test_a_checkpoint_of_other_settings_is_not_used(tiny: Settings, tmp_path: Pa
     assert "other settings" in said[0]
 
 
-def test_moved_data_does_not_make_a_checkpoint_stale(tiny: Settings, videos: Path, tmp_path: Path) -> None:
+def test_moved_data_does_not_make_a_checkpoint_stale(
+    tiny: Settings, videos: Path, tmp_path: Path
+) -> None:
     undisturbed = train(tiny(), tmp_path / "undisturbed")
     stop_after(tiny(), tmp_path / "moved", epochs=2)
     (tmp_path / "elsewhere").symlink_to(videos)
     said: list[str] = []
-    assert train(tiny({"data.root": str(tmp_path / "elsewhere")}), tmp_path / "moved", say=said.append) == undisturbed
+    assert (
+        train(tiny({"data.root": str(tmp_path / "elsewhere")}), tmp_path / "moved", say=said.append)
+        == undisturbed
+    )
     assert said == []
 
 
-def test_new_checkpoints_replace_newer_ones_that_cannot_be_used(tiny: Settings, tmp_path: Path) -> None:
+def test_new_checkpoints_replace_newer_ones_that_cannot_be_used(
+    tiny: Settings, tmp_path: Path
+) -> None:
     train(tiny(), tmp_path)
     for stale in tmp_path.glob("step_*"):
         (stale / "model.safetensors").write_bytes(b"bits have flipped")
@@ -240,7 +272,9 @@ def test_new_checkpoints_replace_newer_ones_that_cannot_be_used(tiny: Settings, 
     assert found.progress.step == 2
 
 
-def test_a_disk_that_refuses_leaves_the_earlier_checkpoint_and_says_what_to_do(tiny: Settings, tmp_path: Path) -> None:
+def test_a_disk_that_refuses_leaves_the_earlier_checkpoint_and_says_what_to_do(
+    tiny: Settings, tmp_path: Path
+) -> None:
     stop_after(tiny(), tmp_path, epochs=1)
     before = sorted(path.name for path in tmp_path.iterdir())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -317,9 +351,17 @@ def test_a_broken_training_video_stops_the_training_and_is_named(
         train(tiny({"data.root": str(half_broken)}), tmp_path / "trial")
 
 
-def test_broken_videos_can_be_left_out_and_are_counted(tiny: Settings, half_broken: Path, tmp_path: Path) -> None:
-    final = train(tiny({"data.root": str(half_broken), "data.broken": "skip"}), tmp_path / "trial")[-1][1]
-    assert (final["train/num_broken"], final["test/num_broken"], final["test/num_videos"]) == (1, 1, 7)
+def test_broken_videos_can_be_left_out_and_are_counted(
+    tiny: Settings, half_broken: Path, tmp_path: Path
+) -> None:
+    final = train(tiny({"data.root": str(half_broken), "data.broken": "skip"}), tmp_path / "trial")[
+        -1
+    ][1]
+    assert (final["train/num_broken"], final["test/num_broken"], final["test/num_videos"]) == (
+        1,
+        1,
+        7,
+    )
     assert "2000005.mp4" in (tmp_path / "trial" / RESULT / "broken_videos.txt").read_text()
 
 
@@ -336,7 +378,12 @@ def test_a_batch_without_one_good_video_counts_nothing_and_training_goes_on(
     tiny: Settings, mostly_broken: Path, tmp_path: Path
 ) -> None:
     settings = tiny(
-        {"data.root": str(mostly_broken), "data.broken": "skip", "recipe.batch_size": 2, "recipe.epochs": 6}
+        {
+            "data.root": str(mostly_broken),
+            "data.broken": "skip",
+            "recipe.batch_size": 2,
+            "recipe.epochs": 6,
+        }
     )
     final = train(settings, tmp_path / "trial")[-1][1]
     assert final["train/num_broken"] == 8
@@ -347,25 +394,36 @@ def test_a_broken_videos_neighbour_is_not_mixed_with_it_and_keeps_its_place(tiny
     pixels, labels = torch.rand(4, 3, 8, 16, 16), torch.eye(4)
     for seed in range(4):
         mixed, targets = mix(
-            pixels, labels, AugmentConfig(), np.random.default_rng(seed), torch.tensor([True, False, True, True])
+            pixels,
+            labels,
+            AugmentConfig(),
+            np.random.default_rng(seed),
+            torch.tensor([True, False, True, True]),
         )
         assert torch.equal(targets[0], labels[0]) and torch.allclose(mixed[0], pixels[0])
         assert not torch.equal(targets[2], labels[2])
 
 
 def test_a_batch_larger_than_the_split_is_refused(tiny: Settings, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recipe\.batch_size: 32 is more than the 16 training videos"):
+    with pytest.raises(
+        UserError, match=r"recipe\.batch_size: 32 is more than the 16 training videos"
+    ):
         train(tiny({"recipe.batch_size": 32}), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tiny: Settings, tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"the gradient is not finite at or before step 2 .* recipe\.base_lr=1e\+30"):
+    with pytest.raises(
+        Failure, match=r"the gradient is not finite at or before step 2 .* recipe\.base_lr=1e\+30"
+    ):
         train(tiny({"recipe.base_lr": 1e30, "recipe.warmup_epochs": 0}), tmp_path)
     assert not list((tmp_path / "beside").glob("step_*"))
 
 
 def test_bfloat16_trains_too(tiny: Settings, tmp_path: Path) -> None:
-    assert train(tiny({"recipe.precision": "bf16", "recipe.epochs": 1}), tmp_path)[-1][1]["train/loss"] > 0
+    assert (
+        train(tiny({"recipe.precision": "bf16", "recipe.epochs": 1}), tmp_path)[-1][1]["train/loss"]
+        > 0
+    )
 
 
 @pytest.fixture
@@ -378,14 +436,18 @@ def pretrained(tiny: Settings, tmp_path: Path) -> Path:
     return folder
 
 
-def test_training_starts_from_pretrained_weights_and_says_so(tiny: Settings, pretrained: Path, tmp_path: Path) -> None:
+def test_training_starts_from_pretrained_weights_and_says_so(
+    tiny: Settings, pretrained: Path, tmp_path: Path
+) -> None:
     said: list[str] = []
     chosen = tiny({"encoder.weights": str(pretrained), "recipe.epochs": 1, "recipe.base_lr": 1e-9})
     train(chosen, tmp_path / "run", say=said.append)
     there, trained = load_file(pretrained / "model.safetensors"), weights(tmp_path / "run")
     for name in there:
         is_kept = torch.allclose(trained[name], there[name], atol=1e-5)
-        assert is_kept == name.startswith(("encoder.", "decoder.")) or "norm" in name or "bias" in name, name
+        assert (
+            is_kept == name.startswith(("encoder.", "decoder.")) or "norm" in name or "bias" in name
+        ), name
     assert len(said) == 1
     assert "encoder: 16 tensors" in said[0]
     assert "at random" in said[0]
@@ -426,7 +488,10 @@ def test_a_trials_result_is_tested_and_used_from_the_command_line(
     clip = sorted((videos / "videos").iterdir())[0]
     (tmp_path / "names.txt").write_text("right\nleft\n")
     code, out, _ = run("predict", result, str(clip), "--labels", str(tmp_path / "names.txt"))
-    assert (code, re.fullmatch(rf"{clip}: (right|left) \d+\.\d%, (right|left) \d+\.\d%\n", out) is not None) == (
+    assert (
+        code,
+        re.fullmatch(rf"{clip}: (right|left) \d+\.\d%, (right|left) \d+\.\d%\n", out) is not None,
+    ) == (
         0,
         True,
     )
@@ -455,18 +520,28 @@ PRETRAINING = {
 }
 
 
-def test_pretraining_reconstructs_alone_and_its_result_is_fine_tuned(tiny: Settings, tmp_path: Path) -> None:
-    reports = train(tiny({**PRETRAINING, "recipe.epochs": 6, "recipe.base_lr": 0.05}), tmp_path / "first")
+def test_pretraining_reconstructs_alone_and_its_result_is_fine_tuned(
+    tiny: Settings, tmp_path: Path
+) -> None:
+    reports = train(
+        tiny({**PRETRAINING, "recipe.epochs": 6, "recipe.base_lr": 0.05}), tmp_path / "first"
+    )
     losses = [metrics["train/reconstruction_loss"] for _, metrics in reports[:-1]]
     assert losses[-1] < losses[0]
     final = reports[-1][1]
     assert final["test/reconstruction_loss"] > 0
     assert not any("top1" in name or "classification" in name for name in final)
     result = tmp_path / "first" / RESULT
-    assert not any(name.startswith("classifier.") for name in load_file(result / "model.safetensors"))
+    assert not any(
+        name.startswith("classifier.") for name in load_file(result / "model.safetensors")
+    )
     assert not (result / "predictions.csv").exists()
     said: list[str] = []
-    train(tiny({"encoder.weights": str(result), "recipe.epochs": 1}), tmp_path / "second", say=said.append)
+    train(
+        tiny({"encoder.weights": str(result), "recipe.epochs": 1}),
+        tmp_path / "second",
+        say=said.append,
+    )
     assert "at random  classifier.…" in said[0]
     assert "decoder: 18 tensors" in said[0]
 

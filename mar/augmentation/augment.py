@@ -54,7 +54,12 @@ class Drawn:
         """Return what is drawn for some of the clips."""
         chosen = torch.tensor(places)
         operations = [self.operations[place] for place in places]
-        return Drawn(self.hidden[chosen], self.mirrored[chosen], operations, [self.erased[place] for place in places])
+        return Drawn(
+            self.hidden[chosen],
+            self.mirrored[chosen],
+            operations,
+            [self.erased[place] for place in places],
+        )
 
 
 def draw_step(settings: ExperimentConfig, step: int) -> Drawn:
@@ -72,7 +77,10 @@ def draw_step(settings: ExperimentConfig, step: int) -> Drawn:
 
 
 def augmented(
-    clips: UInt8[Tensor, "B T H W C"], labels: Int[Tensor, " B"], drawn: Drawn, settings: ExperimentConfig
+    clips: UInt8[Tensor, "B T H W C"],
+    labels: Int[Tensor, " B"],
+    drawn: Drawn,
+    settings: ExperimentConfig,
 ) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B classes"]]:
     """Return pixels and class probabilities: RandAugment, erasing, mirroring, label smoothing; ``mix`` comes after."""
     config, pixels = settings.augment, to_pixels(clips)
@@ -86,7 +94,9 @@ def augmented(
     return pixels, soft_labels(labels, settings.data.num_classes, config.smoothing)
 
 
-def soft_labels(labels: Int[Tensor, " B"], num_classes: int, smoothing: float) -> Float[Tensor, "B classes"]:
+def soft_labels(
+    labels: Int[Tensor, " B"], num_classes: int, smoothing: float
+) -> Float[Tensor, "B classes"]:
     """Return class probabilities: 1 - ε + ε/C for the label, ε/C for the others."""
     return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
@@ -106,7 +116,9 @@ def swapped(
     return labels
 
 
-def draw_erased(config: AugmentConfig, num_clips: int, size: int, rng: np.random.Generator) -> list[Erased | None]:
+def draw_erased(
+    config: AugmentConfig, num_clips: int, size: int, rng: np.random.Generator
+) -> list[Erased | None]:
     """Draw each clip's box, or none: area and aspect ratio (in its logarithm) uniform, its place too."""
     low, high = np.log(_ERASED_ASPECT[0]), np.log(_ERASED_ASPECT[1])
     boxes: list[Erased | None] = []
@@ -114,16 +126,24 @@ def draw_erased(config: AugmentConfig, num_clips: int, size: int, rng: np.random
         box = None
         for _ in range(config.erasing_attempts if is_erased else 0):
             area, aspect = size**2 * rng.uniform(*_ERASED_AREA), np.exp(rng.uniform(low, high))
-            height, width = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+            height, width = (
+                round(float(np.sqrt(area * aspect))),
+                round(float(np.sqrt(area / aspect))),
+            )
             if 0 < height < size and 0 < width < size:
-                top, left = int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1))
+                top, left = (
+                    int(rng.integers(size - height + 1)),
+                    int(rng.integers(size - width + 1)),
+                )
                 box = Erased(top, left, height, width, int(rng.integers(2**62)))
                 break
         boxes.append(box)
     return boxes
 
 
-def erase(pixels: Float[Tensor, "B C T H W"], boxes: list[Erased | None]) -> Float[Tensor, "B C T H W"]:
+def erase(
+    pixels: Float[Tensor, "B C T H W"], boxes: list[Erased | None]
+) -> Float[Tensor, "B C T H W"]:
     """Put noise into each clip's box: the same box in all frames, fresh noise in each, normal after normalisation."""
     erased = pixels.clone()
     mean, std = (
@@ -135,7 +155,9 @@ def erase(pixels: Float[Tensor, "B C T H W"], boxes: list[Erased | None]) -> Flo
             generator = torch.Generator(pixels.device).manual_seed(box.noise)
             shape = (pixels.shape[1], pixels.shape[2], box.height, box.width)
             noise = torch.randn(shape, generator=generator, device=pixels.device)
-            erased[clip, :, :, box.top : box.top + box.height, box.left : box.left + box.width] = mean + std * noise
+            erased[clip, :, :, box.top : box.top + box.height, box.left : box.left + box.width] = (
+                mean + std * noise
+            )
     return erased
 
 
@@ -155,9 +177,13 @@ def mix(
     if not alpha:
         return pixels, labels
     kept = float(rng.beta(alpha, alpha))
-    partner = (torch.arange(len(pixels), device=pixels.device) ^ 1).clamp(max=len(pixels) - 1)  # the last may be alone
+    partner = (torch.arange(len(pixels), device=pixels.device) ^ 1).clamp(
+        max=len(pixels) - 1
+    )  # the last may be alone
     if good is not None:
-        partner = torch.where(good[partner], partner, torch.arange(len(pixels), device=pixels.device))
+        partner = torch.where(
+            good[partner], partner, torch.arange(len(pixels), device=pixels.device)
+        )
     if use_cutmix:
         height, width = pixels.shape[-2:]
         (top, bottom), (left, right) = _cut(height, kept, rng), _cut(width, kept, rng)

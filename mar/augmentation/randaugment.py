@@ -34,19 +34,30 @@ _FILL = (124.0, 116.0, 104.0)
 """ImageNet's mean: what comes in from outside the picture."""
 
 
-def draw_operations(policy: RandAugmentPolicy, num_clips: int, rng: np.random.Generator) -> Operations:
+def draw_operations(
+    policy: RandAugmentPolicy, num_clips: int, rng: np.random.Generator
+) -> Operations:
     """Draw each clip's operations and their arguments, with replacement; those that are not applied are left out."""
     names = list(OPERATIONS)
     drawn: Operations = []
     for _ in range(num_clips):
         chosen = [names[place] for place in rng.integers(len(names), size=policy.operations)]
         applied = rng.random(policy.operations) < _APPLIED
-        levels = np.clip(rng.normal(policy.magnitude, policy.deviation, policy.operations), 0, MAX_MAGNITUDE)
+        levels = np.clip(
+            rng.normal(policy.magnitude, policy.deviation, policy.operations), 0, MAX_MAGNITUDE
+        )
         signs = np.where(rng.random(policy.operations) > 0.5, -1.0, 1.0)
         drawn.append(
             [
-                (name, ARGUMENTS[name](float(level) / MAX_MAGNITUDE, float(sign)) if name in ARGUMENTS else 0.0)
-                for name, is_applied, level, sign in zip(chosen, applied, levels, signs, strict=True)
+                (
+                    name,
+                    ARGUMENTS[name](float(level) / MAX_MAGNITUDE, float(sign))
+                    if name in ARGUMENTS
+                    else 0.0,
+                )
+                for name, is_applied, level, sign in zip(
+                    chosen, applied, levels, signs, strict=True
+                )
                 if is_applied
             ]
         )
@@ -54,17 +65,25 @@ def draw_operations(policy: RandAugmentPolicy, num_clips: int, rng: np.random.Ge
 
 
 def rand_augment(
-    pixels: Float[Tensor, "B C T H W"], operations: Operations, interpolation: Interpolation = "bilinear"
+    pixels: Float[Tensor, "B C T H W"],
+    operations: Operations,
+    interpolation: Interpolation = "bilinear",
 ) -> Float[Tensor, "B C T H W"]:
     """Apply each clip's operations, in order, to all its frames; pixel values from 0 to 1."""
     num_frames = pixels.shape[2]
     images = (pixels * 255).round().transpose(1, 2).contiguous()
     for turn in range(max(map(len, operations), default=0)):
         for name, apply in OPERATIONS.items():
-            clips = [clip for clip, chain in enumerate(operations) if len(chain) > turn and chain[turn][0] == name]
+            clips = [
+                clip
+                for clip, chain in enumerate(operations)
+                if len(chain) > turn and chain[turn][0] == name
+            ]
             if clips:
                 where = torch.tensor(clips).to(images.device, non_blocking=True)
-                level = torch.tensor([operations[clip][turn][1] for clip in clips], dtype=torch.float64)
+                level = torch.tensor(
+                    [operations[clip][turn][1] for clip in clips], dtype=torch.float64
+                )
                 level = level.repeat_interleave(num_frames).to(images.device, non_blocking=True)
                 chosen = images[where].flatten(0, 1)
                 if name in MATRICES:
@@ -146,20 +165,28 @@ def _sharpness(images: Images, factor: Levels) -> Images:
     return _blend(images, smooth, factor)
 
 
-def moved(images: Images, matrix: Float[Tensor, "n 2 3"], interpolation: Interpolation = "bilinear") -> Images:
+def moved(
+    images: Images, matrix: Float[Tensor, "n 2 3"], interpolation: Interpolation = "bilinear"
+) -> Images:
     """Sample each image where ``matrix`` sends a pixel's centre, in pixels; fill where that lies outside."""
     height, width = images.shape[2:]
     y, x = torch.meshgrid(
-        torch.arange(height, device=images.device) + 0.5, torch.arange(width, device=images.device) + 0.5, indexing="ij"
+        torch.arange(height, device=images.device) + 0.5,
+        torch.arange(width, device=images.device) + 0.5,
+        indexing="ij",
     )
     places = torch.einsum("nij,jhw->nhwi", matrix, torch.stack([x, y, torch.ones_like(x)]))
     size = torch.tensor([width, height]).to(images.device, non_blocking=True)
     if interpolation == "bicubic":
         sampled = _bicubic(images, places)
     else:
-        sampled = F.grid_sample(images, places / size * 2 - 1, padding_mode="border", align_corners=False).round()
+        sampled = F.grid_sample(
+            images, places / size * 2 - 1, padding_mode="border", align_corners=False
+        ).round()
     inside = ((places >= 0) & (places < size)).all(-1)[:, None]
-    return torch.where(inside, sampled, torch.tensor(_FILL).to(images.device, non_blocking=True).view(1, 3, 1, 1))
+    return torch.where(
+        inside, sampled, torch.tensor(_FILL).to(images.device, non_blocking=True).view(1, 3, 1, 1)
+    )
 
 
 def _bicubic(images: Images, places: Float[Tensor, "n H W 2"]) -> Images:

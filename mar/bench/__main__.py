@@ -24,8 +24,12 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="timed in each round")
-    parser.add_argument("--videos", type=Path, help="folder of videos for the loader; none: videos that are made")
-    parser.add_argument("--output", type=Path, help="none: a file of this machine and date below benchmarks/")
+    parser.add_argument(
+        "--videos", type=Path, help="folder of videos for the loader; none: videos that are made"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="none: a file of this machine and date below benchmarks/"
+    )
     told = parser.parse_args()
     try:
         case = case_of(told.size, told.ratio, told.clips, told.precision, told.steps)

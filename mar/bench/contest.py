@@ -53,7 +53,9 @@ def contest(cases: Sequence[Case], machine: Machine, rounds: int, say: Say) -> l
 
 def _in_a_process(case: Case, machine: Machine | None) -> Timed | str:
     told = json.dumps({"case": asdict(case), "machine": asdict(machine) if machine else None})
-    done = subprocess.run([sys.executable, "-m", "mar.bench.steps", told], capture_output=True, text=True)  # noqa: S603
+    done = subprocess.run(
+        [sys.executable, "-m", "mar.bench.steps", told], capture_output=True, text=True
+    )  # noqa: S603
     if done.returncode:  # killed for its memory, mostly
         last = done.stderr.strip().splitlines()[-1:] or [""]
         return f"its process ended with {done.returncode} {last[0][:100]}".rstrip()
@@ -72,7 +74,13 @@ def name_of(case: Case) -> str:
     return ", ".join([CONTESTANTS[case.contestant], *extras])
 
 
-def table(title: str, command: str, results: Sequence[Timed | str], cases: Sequence[Case], machine: Machine) -> Table:
+def table(
+    title: str,
+    command: str,
+    results: Sequence[Timed | str],
+    cases: Sequence[Case],
+    machine: Machine,
+) -> Table:
     """Return the table of a contest; the first row is ours, to which the others are held.
 
     Raises:
@@ -90,7 +98,11 @@ def _row(case: Case, timed: Timed | str, ours_s: float, machine: Machine) -> tup
     if isinstance(timed, str):
         return (name_of(case), timed, *[""] * (len(COLUMNS) - 2))
     seconds = statistics.median(timed.seconds)
-    roofline = [f"{1e3 * timed.floor_s:.1f}", f"{100 * timed.memory_share:.0f}", f"{100 * timed.floor_s / seconds:.0f}"]
+    roofline = [
+        f"{1e3 * timed.floor_s:.1f}",
+        f"{100 * timed.memory_share:.0f}",
+        f"{100 * timed.floor_s / seconds:.0f}",
+    ]
     bandwidth = f"{100 * timed.bytes / seconds / machine.copy_gb_s / 1e9:.0f}"
     return (
         name_of(case),

@@ -107,7 +107,13 @@ def augmentation_table(case: Case, machine: Machine, rounds: int, command: str) 
         "mixup, cutmix": {"mixup": 0.8, "cutmix": 1.0},
         "random erasing": {"erasing": 0.25},
         f"RandAugment {_RANDAUGMENT}": {"randaugment": _RANDAUGMENT},
-        "all of Table I": {"flip": True, "mixup": 0.8, "cutmix": 1.0, "erasing": 0.25, "randaugment": _RANDAUGMENT},
+        "all of Table I": {
+            "flip": True,
+            "mixup": 0.8,
+            "cutmix": 1.0,
+            "erasing": 0.25,
+            "randaugment": _RANDAUGMENT,
+        },
     }
     batch = random_batch(case, device)
     times: dict[str, list[float]] = {name: [] for name in kinds}
@@ -115,7 +121,10 @@ def augmentation_table(case: Case, machine: Machine, rounds: int, command: str) 
         for name, switched in kinds.items():
             settings = _with(case.settings, {"augment": nothing | switched})
             times[name].append(
-                _seconds(lambda settings=settings, number=number: _augment(batch, settings, number), device)
+                _seconds(
+                    lambda settings=settings, number=number: _augment(batch, settings, number),
+                    device,
+                )
             )
     pixels = 4.0 * batch.clips.numel()
     rows: list[tuple[str, ...]] = []
@@ -143,23 +152,36 @@ def checkpoint_table(case: Case, rounds: int, command: str) -> Table:
     train_step(learner, batch)
     model, optimizer, device = learner.model, learner.optimizer, torch.device(case.device)
     waited: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as name, Saver(Path(name) / "beside", case.settings, Keep(last=1)) as saver:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        Saver(Path(name) / "beside", case.settings, Keep(last=1)) as saver,
+    ):
         folder = Path(name)
         state = State(model.state_dict(), optimizer.state_dict(), Progress(step=1))
         content = {"model": state.model, "optimizer": state.optimizer}
         ways: dict[str, Callable[[int], object]] = {
-            "beside the training (ours)": lambda step: saver.save(model, optimizer, Progress(step=step)),
+            "beside the training (ours)": lambda step: saver.save(
+                model, optimizer, Progress(step=step)
+            ),
             "the same, until it is on the disk": lambda _: saver.wait(),
             "in its place": lambda step: save(
-                folder / "placed", case.settings, State(state.model, state.optimizer, Progress(step=step)), Keep(last=1)
+                folder / "placed",
+                case.settings,
+                State(state.model, state.optimizer, Progress(step=step)),
+                Keep(last=1),
             ),
             "torch.save, unsealed, not synced": lambda _: torch.save(content, folder / "peer.pt"),
         }
         for number in range(rounds + 2):
             for way, work in ways.items():
-                waited.setdefault(way, []).append(_seconds(lambda work=work, number=number: work(number), device))
+                waited.setdefault(way, []).append(
+                    _seconds(lambda work=work, number=number: work(number), device)
+                )
         size_gib = (folder / "peer.pt").stat().st_size / 2**30
-    rows = [(way, spread(each[2:], 3), f"{size_gib / statistics.median(each[2:]):.2f}") for way, each in waited.items()]
+    rows = [
+        (way, spread(each[2:], 3), f"{size_gib / statistics.median(each[2:]):.2f}")
+        for way, each in waited.items()
+    ]
     note = f"{size_gib:.2f} GiB: weights and AdamW's moments of ViT-{case.size} with both branches."
     return Table("Checkpoint", command, ("checkpoint", "the step waits, s", "GiB/s"), rows, (note,))
 
@@ -170,13 +192,19 @@ def _augment(batch: Batch, settings: ExperimentConfig, step: int) -> object:
     return mix(pixels, labels, settings.augment, draw(settings.seed, 3, step), batch.good)
 
 
-def _fed(case: Case, settings: ExperimentConfig, rounds: int) -> tuple[list[float], list[float], float]:
+def _fed(
+    case: Case, settings: ExperimentConfig, rounds: int
+) -> tuple[list[float], list[float], float]:
     """Return seconds of each step on random data and fed, and the clips/s that the loader alone gives."""
     device = torch.device(case.device)
-    settings = _with(case.settings, {"data": settings.data.model_dump(), "recipe": {"batch_size": case.clips}})
+    settings = _with(
+        case.settings, {"data": settings.data.model_dump(), "recipe": {"batch_size": case.clips}}
+    )
     learner, random = learner_of(case), random_batch(case, device)
     videos = [Video(*each) for each in _listed(settings.data)]
-    batches = training_batches(settings, videos, TrainingOrder(settings, len(videos), share()), 1, device)
+    batches = training_batches(
+        settings, videos, TrainingOrder(settings, len(videos), share()), 1, device
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads - 1, 1) if device.type == "cpu" else threads)
     times: tuple[list[float], list[float]] = ([], [])
@@ -236,7 +264,9 @@ def _data(scratch: Path, videos: Path | None) -> DataConfig:
         UserError: there are no videos in the folder.
     """
     root = videos or _films(scratch / "films")
-    files = sorted(file for file in root.rglob("*") if file.suffix in (".mp4", ".avi", ".webm", ".mkv"))[:24]
+    files = sorted(
+        file for file in root.rglob("*") if file.suffix in (".mp4", ".avi", ".webm", ".mkv")
+    )[:24]
     if not files:
         raise UserError(f"{root}: no video (.mp4, .avi, .webm, .mkv) in it")
     listed = scratch / "train.txt"
@@ -262,7 +292,11 @@ def _listed(data: DataConfig) -> list[tuple[str, Path, int]]:
 
 
 def _said(videos: Path | None) -> str:
-    return f"Videos of {videos.name}." if videos else "Videos that are made: H.264, 256 × 256, 48 frames."
+    return (
+        f"Videos of {videos.name}."
+        if videos
+        else "Videos that are made: H.264, 256 × 256, 48 frames."
+    )
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

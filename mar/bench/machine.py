@@ -42,7 +42,11 @@ class Machine:
     def convention(self) -> str:
         """How the shares of a step are counted."""
         known = self.peak_tflops != self.matmul_tflops
-        peak = f"the data sheet's {self.peak_tflops:.0f}" if known else f"the measured {self.matmul_tflops:.2f}"
+        peak = (
+            f"the data sheet's {self.peak_tflops:.0f}"
+            if known
+            else f"the measured {self.matmul_tflops:.2f}"
+        )
         return (
             f"MFU: useful operations (two for each multiply-add of the paper's formula; training three times the forward "
             f"pass, reconstruction branch included) over {peak} TFLOP/s. Measured here: matrix product "

@@ -29,7 +29,10 @@ class Released(nn.Module):
         self.mar = model
 
     def forward(
-        self, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"], labels: Float[Tensor, "B classes"]
+        self,
+        pixels: Float[Tensor, "B C T H W"],
+        hidden: Bool[Tensor, "B t h w"],
+        labels: Float[Tensor, "B classes"],
     ) -> Float[Tensor, " B"]:
         """Return L of each clip (Eq. 5)."""
         hidden = hidden.to(pixels.device).flatten(1)
@@ -50,7 +53,11 @@ class Released(nn.Module):
         encoder = self.mar.encoder
         kernel = encoder.embed.weight.unflatten(1, (3, *encoder.tubelet))
         video = (pixels - self.mar.mean) / self.mar.std
-        tokens = F.conv3d(video, kernel, encoder.embed.bias, stride=encoder.tubelet).flatten(2).transpose(1, 2)
+        tokens = (
+            F.conv3d(video, kernel, encoder.embed.bias, stride=encoder.tubelet)
+            .flatten(2)
+            .transpose(1, 2)
+        )
         visible = (tokens + encoder.positions)[~hidden].unflatten(0, (len(pixels), -1))
         outputs: list[Tensor] = []
         for block in encoder.blocks:
@@ -69,7 +76,9 @@ class Released(nn.Module):
         decoder = self.mar.decoder
         assert decoder is not None
         positions = decoder.positions.expand(len(tokens), -1, -1)
-        seen, unseen = (positions[where].unflatten(0, (len(tokens), -1)) for where in (~hidden, hidden))
+        seen, unseen = (
+            positions[where].unflatten(0, (len(tokens), -1)) for where in (~hidden, hidden)
+        )
         seen = decoder.project(tokens) + seen
         everywhere = torch.cat([seen, (decoder.mask_token + unseen).to(seen.dtype)], dim=1)
         for block in decoder.blocks:
@@ -77,7 +86,11 @@ class Released(nn.Module):
         return decoder.head(decoder.norm(everywhere))[:, seen.shape[1] :]
 
     def _target(self, pixels: Tensor, hidden: Tensor) -> Tensor:
-        tubelets = patchify(pixels, self.mar.encoder.tubelet).unflatten(-1, (pixels.shape[1], -1)).transpose(-1, -2)
+        tubelets = (
+            patchify(pixels, self.mar.encoder.tubelet)
+            .unflatten(-1, (pixels.shape[1], -1))
+            .transpose(-1, -2)
+        )
         if self.mar.reconstruction.normalize_target:
             mean, std = tubelets.mean(dim=-2, keepdim=True), tubelets.std(dim=-2, keepdim=True)
             tubelets = (tubelets - mean) / (std + 1e-6)
@@ -90,7 +103,9 @@ def _block(block: Any, x: Tensor) -> Tensor:
 
 
 def _attention(layer: Attention, x: Tensor) -> Tensor:
-    queries, keys, values = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    queries, keys, values = (
+        layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    )
     weights = torch.softmax(queries * layer.scale @ keys.transpose(-2, -1), dim=-1)
     return layer.proj((weights @ values).transpose(1, 2).flatten(2))
 
@@ -119,11 +134,18 @@ def videomae(model: MAR, settings: ExperimentConfig) -> Any:
     )
     config.num_labels = settings.data.num_classes
     theirs = VideoMAEForVideoClassification(config)
-    named = hugging_face_names(model.state_dict(), settings.encoder.tubelet)  # as checkpoints have them, not the module
-    renamed = {name.replace("q_bias", "query.bias").replace("v_bias", "value.bias"): named[name] for name in named}
+    named = hugging_face_names(
+        model.state_dict(), settings.encoder.tubelet
+    )  # as checkpoints have them, not the module
+    renamed = {
+        name.replace("q_bias", "query.bias").replace("v_bias", "value.bias"): named[name]
+        for name in named
+    }
     expected = theirs.state_dict()
     for name, value in expected.items():
-        if name.endswith("key.bias") and name not in renamed:  # transformers 5.17 has it, of zeros; 5.23 has not
+        if (
+            name.endswith("key.bias") and name not in renamed
+        ):  # transformers 5.17 has it, of zeros; 5.23 has not
             renamed[name] = torch.zeros_like(value)
     theirs.load_state_dict(renamed)
     return theirs

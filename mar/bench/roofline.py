@@ -32,11 +32,15 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.work: list[Work] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view and "empty" not in str(func):
             name = func._overloadpacket
-            tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
+            tensors = [
+                each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)
+            ]
             moved = sum(each.numel() * each.element_size() for each in tensors)
             self.work.append(Work(str(name), _operations(name, args, kwargs or {}, out), moved))
         return out
@@ -73,7 +77,10 @@ def floor(work: list[Work], machine: Machine) -> Floor:
     """Return the least time on a machine, at the rates that were measured on it."""
     arithmetic_s = memory_s = 0.0
     for each in work:
-        computing, moving = each.operations / machine.matmul_tflops / 1e12, each.bytes / machine.copy_gb_s / 1e9
+        computing, moving = (
+            each.operations / machine.matmul_tflops / 1e12,
+            each.bytes / machine.copy_gb_s / 1e9,
+        )
         if computing > moving:
             arithmetic_s += computing
         else:

@@ -27,9 +27,13 @@ def _step(case: Case, machine: Machine, rounds: int, videos: Path | None, comman
     return table(title, command, contest(cases, machine, rounds, _say), cases, machine)
 
 
-def _inference(case: Case, machine: Machine, rounds: int, videos: Path | None, command: str) -> Table:
+def _inference(
+    case: Case, machine: Machine, rounds: int, videos: Path | None, command: str
+) -> Table:
     cases = step_cases(replace(case, training=False))
-    return table(f"Inference, {_what(case)}", command, contest(cases, machine, rounds, _say), cases, machine)
+    return table(
+        f"Inference, {_what(case)}", command, contest(cases, machine, rounds, _say), cases, machine
+    )
 
 
 def _what(case: Case) -> str:
@@ -40,17 +44,29 @@ def _what(case: Case) -> str:
 PARTS: dict[str, Part] = {
     "step": _step,
     "inference": _inference,
-    "loader": lambda case, machine, rounds, videos, command: data.loader_table(machine, rounds, videos, command),
-    "fed": lambda case, machine, rounds, videos, command: data.fed_table(case, rounds, videos, command),
+    "loader": lambda case, machine, rounds, videos, command: data.loader_table(
+        machine, rounds, videos, command
+    ),
+    "fed": lambda case, machine, rounds, videos, command: data.fed_table(
+        case, rounds, videos, command
+    ),
     "augmentation": lambda case, machine, rounds, videos, command: data.augmentation_table(
         case, machine, rounds, command
     ),
-    "checkpoint": lambda case, machine, rounds, videos, command: data.checkpoint_table(case, rounds, command),
+    "checkpoint": lambda case, machine, rounds, videos, command: data.checkpoint_table(
+        case, rounds, command
+    ),
 }
 
 
 def measure(
-    part: str, case: Case, machine: Machine, rounds: int, videos: Path | None, file: Path, command: str
+    part: str,
+    case: Case,
+    machine: Machine,
+    rounds: int,
+    videos: Path | None,
+    file: Path,
+    command: str,
 ) -> None:
     """Measure one of ``PARTS``, print it and put it into the file."""
     model = f"--size {case.size} --ratio {case.ratio:g} --clips {case.clips} --precision {case.precision}"

@@ -149,7 +149,11 @@ def time_case(case: Case, machine: Machine | None = None) -> Timed:
         step()
         synchronise(device)
         times.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else _held_gib("VmHWM") - before_gib
+    peak = (
+        torch.cuda.max_memory_allocated(device) / 2**30
+        if device.type == "cuda"
+        else _held_gib("VmHWM") - before_gib
+    )
     costs = cost(case.settings)
     useful = 2e9 * case.clips * (costs.train_gflops if case.training else costs.gflops)
     timed = Timed(case, times[1 + case.warm_up :], times[0], peak, useful)
@@ -158,7 +162,9 @@ def time_case(case: Case, machine: Machine | None = None) -> Timed:
     with Recorder() as recorder:
         step()
     least = floor(recorder.work, machine)
-    return replace(timed, floor_s=least.seconds, memory_share=least.memory_s / least.seconds, bytes=least.bytes)
+    return replace(
+        timed, floor_s=least.seconds, memory_share=least.memory_s / least.seconds, bytes=least.bytes
+    )
 
 
 def _training(case: Case, device: torch.device) -> Callable[[], object]:
@@ -167,7 +173,9 @@ def _training(case: Case, device: torch.device) -> Callable[[], object]:
         learner = learner_of(case)
         return lambda: train_step(learner, batch)
     losses = _losses(case, MAR(case.settings), device)
-    optimizer = torch.optim.AdamW(losses.parameters(), lr=1e-4, weight_decay=0.05, fused="videomae" in case.contestant)
+    optimizer = torch.optim.AdamW(
+        losses.parameters(), lr=1e-4, weight_decay=0.05, fused="videomae" in case.contestant
+    )
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -183,7 +191,9 @@ def learner_of(case: Case) -> Learner:
     """Return our own model of a case, ready for its first step."""
     settings, device = case.settings, torch.device(case.device)
     model = MAR(settings).to(device)
-    learner = Learner(settings, Execution(device), model, build_optimizer(model, settings.recipe), Progress())
+    learner = Learner(
+        settings, Execution(device), model, build_optimizer(model, settings.recipe), Progress()
+    )
     execute(model, case.compiles, case.recomputes)
     return learner
 
@@ -209,7 +219,11 @@ def _losses(case: Case, model: MAR, device: torch.device) -> nn.Module:
             return released(pixels, hidden, soft_labels(labels, _CLASSES, 0.1))
 
         return _Losses(released, loss)
-    theirs, mean, std = videomae(model, settings).to(device), model.mean.to(device), model.std.to(device)
+    theirs, mean, std = (
+        videomae(model, settings).to(device),
+        model.mean.to(device),
+        model.std.to(device),
+    )
 
     def loss_of(pixels: Tensor, labels: Tensor) -> Tensor:
         return theirs(pixel_values=((pixels - mean) / std).transpose(1, 2), labels=labels).loss
@@ -228,7 +242,9 @@ def _inference(case: Case, device: torch.device) -> Callable[[], object]:
         scores = lambda pixels: released.classify(pixels, hidden)  # noqa: E731
     elif "videomae" in case.contestant:
         theirs = videomae(model, settings).to(device).eval()
-        scores = lambda pixels: theirs(pixel_values=((pixels - model.mean) / model.std).transpose(1, 2)).logits  # noqa: E731
+        scores = lambda pixels: (
+            theirs(pixel_values=((pixels - model.mean) / model.std).transpose(1, 2)).logits
+        )  # noqa: E731
 
     @torch.no_grad()
     def step() -> None:
@@ -247,13 +263,19 @@ def _forget_peak() -> float:
 
 def _held_gib(field: str) -> float:
     status = Path("/proc/self/status")
-    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
+    found = (
+        re.search(rf"{field}:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        if status.exists()
+        else None
+    )
     return int(found[1]) / 2**20 if found else 0.0
 
 
 def _autocast(case: Case) -> Any:
     is_on = case.precision == "bf16" and case.contestant != "videomae-fp32"
-    return torch.autocast(torch.device(case.device).type, torch.bfloat16) if is_on else nullcontext()
+    return (
+        torch.autocast(torch.device(case.device).type, torch.bfloat16) if is_on else nullcontext()
+    )
 
 
 def random_batch(case: Case, device: torch.device) -> Batch:
@@ -261,7 +283,12 @@ def random_batch(case: Case, device: torch.device) -> Batch:
     shape = (case.clips, 1, case.frames, case.pixels, case.pixels, 3)
     clips = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
     labels = (torch.arange(case.clips) % _CLASSES).to(device)
-    return Batch(clips, labels, torch.arange(case.clips), torch.ones(case.clips, dtype=torch.bool, device=device))
+    return Batch(
+        clips,
+        labels,
+        torch.arange(case.clips),
+        torch.ones(case.clips, dtype=torch.bool, device=device),
+    )
 
 
 def main() -> None:

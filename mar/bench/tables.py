@@ -22,7 +22,10 @@ class Table:
 
     def __str__(self) -> str:
         lines = [f"## {self.title}", "", f"    {self.command}", ""]
-        lines += ["| " + " | ".join(row) + " |" for row in (self.columns, ("---",) * len(self.columns), *self.rows)]
+        lines += [
+            "| " + " | ".join(row) + " |"
+            for row in (self.columns, ("---",) * len(self.columns), *self.rows)
+        ]
         return "\n".join([*lines, "", *(f"{note}\n" for note in self.notes)])
 
 

@@ -41,7 +41,10 @@ def merge(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
 
 def _branches_copied(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy whose branches may be changed; leaves are shared, nobody changes those."""
-    return {name: _branches_copied(value) if isinstance(value, Mapping) else value for name, value in tree.items()}  # pyright: ignore[reportUnknownArgumentType]
+    return {
+        name: _branches_copied(value) if isinstance(value, Mapping) else value
+        for name, value in tree.items()
+    }  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _paths(model: type[Node], prefix: str = "") -> Iterator[str]:
@@ -76,19 +79,29 @@ def build(tree: Mapping[str, Any]) -> ExperimentConfig:
         path, message = ".".join(str(part) for part in first["loc"]), _rule(first["msg"])
         if not path:  # a rule between branches: its message begins with the setting to blame
             path, message = message.split(": ", 1)
-        known = [candidate for candidate in SETTING_PATHS if path == candidate or path.startswith(f"{candidate}.")]
+        known = [
+            candidate
+            for candidate in SETTING_PATHS
+            if path == candidate or path.startswith(f"{candidate}.")
+        ]
         if first["type"] == "extra_forbidden":
             nearest = difflib.get_close_matches(path, SETTING_PATHS, n=1, cutoff=0.4)
-            raise SettingError(path, "no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")) from None
+            raise SettingError(
+                path, "no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")
+            ) from None
         place = max(known, key=len, default=path)
         if first["type"] in ("tuple_type", "list_type"):
             message = "must be a list, as [2, 2]"
         elif first["type"] in ("model_type", "model_attributes_type", "dict_type"):
-            inside = [each.removeprefix(f"{place}.") for each in SETTING_PATHS if each.startswith(f"{place}.")]
-            message = (
-                f"is a group of settings, set one of them ({', '.join(f'{place}.{each}' for each in inside[:4])}, …)"
-            )
-        value = "" if isinstance(first["input"], (Mapping, BaseModel)) else f", not {first['input']!r}"
+            inside = [
+                each.removeprefix(f"{place}.")
+                for each in SETTING_PATHS
+                if each.startswith(f"{place}.")
+            ]
+            message = f"is a group of settings, set one of them ({', '.join(f'{place}.{each}' for each in inside[:4])}, …)"
+        value = (
+            "" if isinstance(first["input"], (Mapping, BaseModel)) else f", not {first['input']!r}"
+        )
         raise SettingError(place, f"{message}{value}") from None
 
 

@@ -30,5 +30,7 @@ class RandAugmentPolicy:
         """
         match = _RANDAUGMENT.fullmatch(text)
         if not match or float(match.group(1)) > MAX_MAGNITUDE:
-            raise ValueError("expected timm's notation, as rand-m9-mstd0.5-inc1 or rand-m7-n4-mstd0.5-inc1")
+            raise ValueError(
+                "expected timm's notation, as rand-m9-mstd0.5-inc1 or rand-m7-n4-mstd0.5-inc1"
+            )
         return cls(float(match.group(1)), int(match.group(2) or 2), float(match.group(3) or 0))

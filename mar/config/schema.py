@@ -54,7 +54,9 @@ _MOST_TOKENS = 2**18
 class Node(BaseModel):
     """A branch of the settings tree: immutable, and closed to names it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class DataConfig(Node):
@@ -131,9 +133,13 @@ class EncoderConfig(Node):
         if self.size == "custom" and None in given:
             raise ValueError("size 'custom' needs width, depth and heads")
         if self.size != "custom" and given != (None, None, None):
-            raise ValueError(f"size '{self.size}' fixes width, depth and heads; set size: custom to choose them")
+            raise ValueError(
+                f"size '{self.size}' fixes width, depth and heads; set size: custom to choose them"
+            )
         if self.dimensions[0] % self.dimensions[2]:
-            raise ValueError(f"width {self.dimensions[0]} is not divisible by {self.dimensions[2]} heads")
+            raise ValueError(
+                f"width {self.dimensions[0]} is not divisible by {self.dimensions[2]} heads"
+            )
         return self
 
     @property
@@ -172,7 +178,9 @@ class MaskConfig(Node):
         t, h, w = grid
         if self.strategy == "frame":
             return round(self.ratio * t) * h * w
-        if self.strategy in ("tube", "block") or (self.strategy == "random" and self.motion == "running"):
+        if self.strategy in ("tube", "block") or (
+            self.strategy == "random" and self.motion == "running"
+        ):
             return t * int(self.ratio * h * w)
         return int(self.ratio * t * h * w)
 
@@ -202,7 +210,9 @@ class ClassifierConfig(Node):
         if self.kind == "bridging" and self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         if self.kind == "mlp" and self.depth < 2:
-            raise ValueError("an MLP has at least two layers: set depth: 2 or more, or kind: linear")
+            raise ValueError(
+                "an MLP has at least two layers: set depth: 2 or more, or kind: linear"
+            )
         if self.kind != "bridging" and (self.positions or self.mask_tokens):
             raise ValueError("positions and mask_tokens need kind: bridging (Table VII)")
         if self.kind != "linear" and self.norm == "pooled":
@@ -356,7 +366,9 @@ class ExperimentConfig(Node):
     def _shapes_fit(self) -> Self:
         shape = (self.clip.frames, self.clip.size, self.clip.size)
         if any(length % patch for length, patch in zip(shape, self.encoder.tubelet, strict=True)):
-            raise ValueError(f"encoder.tubelet: {list(self.encoder.tubelet)} does not divide a clip of {list(shape)}")
+            raise ValueError(
+                f"encoder.tubelet: {list(self.encoder.tubelet)} does not divide a clip of {list(shape)}"
+            )
         if prod(self.grid) > _MOST_TOKENS:
             raise ValueError(
                 f"clip: {list(shape)} makes {prod(self.grid)} tokens; at most {_MOST_TOKENS} can be attended to"
@@ -365,7 +377,9 @@ class ExperimentConfig(Node):
         if self.mask.strategy == "cell" and any(ratios):
             _, h, w = self.grid
             if h % self.mask.cell[0] or w % self.mask.cell[1]:
-                raise ValueError(f"mask.cell: {list(self.mask.cell)} does not divide the {h} x {w} token grid")
+                raise ValueError(
+                    f"mask.cell: {list(self.mask.cell)} does not divide the {h} x {w} token grid"
+                )
         if self.augment.repeats > 1 and self.recipe.batch_size % (2 * self.augment.repeats):
             raise ValueError(
                 f"recipe.batch_size: {self.recipe.batch_size} is not an even number of videos, each "
@@ -373,9 +387,13 @@ class ExperimentConfig(Node):
             )
         swapped = [label for pair in self.augment.flip_swaps for label in pair]
         if max(swapped, default=0) >= self.data.num_classes or len({*swapped}) < len(swapped):
-            raise ValueError(f"augment.flip_swaps: each of the {self.data.num_classes} classes may stand there once")
+            raise ValueError(
+                f"augment.flip_swaps: each of the {self.data.num_classes} classes may stand there once"
+            )
         if self.pretrains and not self.reconstructs:
-            raise ValueError("recipe.objective: 'reconstruction' needs mask.ratio and reconstruction.weight above 0")
+            raise ValueError(
+                "recipe.objective: 'reconstruction' needs mask.ratio and reconstruction.weight above 0"
+            )
         if self.classifier.norm == "pooled" and self.reconstructs:
             raise ValueError(
                 "classifier.norm: 'pooled' leaves the decoder tokens without a norm; set it to tokens, or "
@@ -383,7 +401,9 @@ class ExperimentConfig(Node):
             )
         for path, mask in (("mask.ratio", self.mask), ("evaluation.mask.ratio", self.test_mask)):
             if mask.num_hidden(self.grid) >= prod(self.grid):
-                raise ValueError(f"{path}: {mask.ratio} leaves no token of {prod(self.grid)} visible")
+                raise ValueError(
+                    f"{path}: {mask.ratio} leaves no token of {prod(self.grid)} visible"
+                )
         return self
 
     @property

@@ -22,13 +22,30 @@ from mar.errors import UserError, notice
 from mar.safe_input import parse_json
 
 Split = Literal["train", "val"]
-VIDEO_ENDINGS = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".ts", ".3gp", ".wmv")
+VIDEO_ENDINGS = (
+    ".mp4",
+    ".avi",
+    ".webm",
+    ".mkv",
+    ".mov",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".flv",
+    ".ts",
+    ".3gp",
+    ".wmv",
+)
 _OFFICIAL: dict[str, dict[str, tuple[str, ...]]] = {
     "list": {"train": ("train.txt", "train.csv"), "val": ("val.txt", "val.csv", "test.csv")},
     "folders": {"train": ("train",), "val": ("val", "validation", "test")},
     "ssv2": {
         "train": ("labels/train.json", "something-something-v2-train.json", "train.json"),
-        "val": ("labels/validation.json", "something-something-v2-validation.json", "validation.json"),
+        "val": (
+            "labels/validation.json",
+            "something-something-v2-validation.json",
+            "validation.json",
+        ),
         "labels": ("labels/labels.json", "something-something-v2-labels.json", "labels.json"),
     },
     "kinetics": {
@@ -93,7 +110,11 @@ class _Folder:
             found = self.by_stem.get(stem.lower(), [])
             found = [path for path in found if _stem(path) == stem] or found
             found = [path for path in found if near.lower() in _folders(path)] or found
-            found = [path for path in found if any(each.startswith(near.lower()) for each in _folders(path))] or found
+            found = [
+                path
+                for path in found
+                if any(each.startswith(near.lower()) for each in _folders(path))
+            ] or found
             if len(found) > 1:
                 raise UserError(
                     f"data.videos: {stem} is {' and '.join(found[:3])}, below {self.root}: which one is it?"
@@ -149,10 +170,16 @@ def annotation_file(data: DataConfig, what: Literal["train", "val", "labels"]) -
         UserError: there is none.
     """
     root, given = Path(data.root), getattr(data, what)
-    names = [given] if given else [name.format(split=data.split) for name in _OFFICIAL[data.format].get(what, ())]
+    names = (
+        [given]
+        if given
+        else [name.format(split=data.split) for name in _OFFICIAL[data.format].get(what, ())]
+    )
     found = next((root / name for name in names if (root / name).exists()), None)
     if found is None:
-        raise UserError(f"data.{what}: no annotation file {' or '.join(str(root / name) for name in names)}")
+        raise UserError(
+            f"data.{what}: no annotation file {' or '.join(str(root / name) for name in names)}"
+        )
     return found
 
 
@@ -185,11 +212,19 @@ def _read_list(data: DataConfig, split: Split) -> Annotations:
             continue
         found = _LINE.fullmatch(text) if len(text) <= _LONGEST_LINE else None
         if not found:
-            raise UserError(f"{place}: expected a path and a class number, as in 'clips/a.mp4 3', not {text!r}")
+            raise UserError(
+                f"{place}: expected a path and a class number, as in 'clips/a.mp4 3', not {text!r}"
+            )
         quoted = found["quoted"]
         name = quoted.replace('""', '"') if quoted else found["plain"]
-        if not name.isprintable() and "\udc80" <= max(name) <= "\udcff" and not (folder / name).exists():
-            raise UserError(f"{place}: {name!r} is not UTF-8 text, and no such file is there; save the list as UTF-8")
+        if (
+            not name.isprintable()
+            and "\udc80" <= max(name) <= "\udcff"
+            and not (folder / name).exists()
+        ):
+            raise UserError(
+                f"{place}: {name!r} is not UTF-8 text, and no such file is there; save the list as UTF-8"
+            )
         if "\\" in name and not (folder / name).exists():
             raise UserError(f"{place}: {name!r} has Windows' backslashes; write / between folders")
         rows.append(Row(name, int(found["label"]), place))
@@ -217,19 +252,30 @@ def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
     """
     file, folder = annotation_file(data, split), _Folder(data)
     items = _read_json(file, list)
-    has_numbers = bool(items) and all(isinstance(item, dict) and "label_idx" in item for item in items)
+    has_numbers = bool(items) and all(
+        isinstance(item, dict) and "label_idx" in item for item in items
+    )
     labels: dict[str, int] = {} if has_numbers else _labels(annotation_file(data, "labels"))
     rows: list[Row] = []
     for number, item in enumerate(items, start=1):
         place = f"{file}: item {number}"
-        if not isinstance(item, dict) or not {"id", "label_idx" if has_numbers else "template"} <= item.keys():
-            raise UserError(f"{place}: expected an object with 'id' and 'template', not {json.dumps(item)[:80]}")
+        if (
+            not isinstance(item, dict)
+            or not {"id", "label_idx" if has_numbers else "template"} <= item.keys()
+        ):
+            raise UserError(
+                f"{place}: expected an object with 'id' and 'template', not {json.dumps(item)[:80]}"
+            )
         entry: dict[str, Any] = item
         template = str(entry.get("template", "")).replace("[", "").replace("]", "")
         if not has_numbers and template not in labels:
-            raise UserError(f"{place}: the class {template!r} is not in {annotation_file(data, 'labels')}")
+            raise UserError(
+                f"{place}: the class {template!r} is not in {annotation_file(data, 'labels')}"
+            )
         if has_numbers and not _NUMBER.fullmatch(str(entry["label_idx"])):
-            raise UserError(f"{place}: 'label_idx' must be a class number, not {json.dumps(entry['label_idx'])}")
+            raise UserError(
+                f"{place}: 'label_idx' must be a class number, not {json.dumps(entry['label_idx'])}"
+            )
         label = int(entry["label_idx"]) if has_numbers else labels[template]
         stem = str(entry["id"])
         rows.append(Row(folder.find(stem, default=f"{stem}.webm"), label, place))
@@ -266,15 +312,21 @@ def _kinetics_table(data: DataConfig, split: str) -> list[tuple[str, dict[str, s
     except csv.Error as error:
         raise UserError(f"{file}:{reader.line_num + 1}: not a line of csv: {error}") from None
     if not set(needed) <= {*columns}:
-        raise UserError(f"{file}:1: expected the columns {', '.join(needed)}, not {', '.join(columns)}")
+        raise UserError(
+            f"{file}:1: expected the columns {', '.join(needed)}, not {', '.join(columns)}"
+        )
     lines: list[tuple[str, dict[str, str]]] = []
     for number, line in numbered:
         place = f"{file}:{number}"
         seconds = (line["time_start"] or "", line["time_end"] or "")
-        if not all(line[name] for name in needed) or not all(_NUMBER.fullmatch(each) for each in seconds):
+        if not all(line[name] for name in needed) or not all(
+            _NUMBER.fullmatch(each) for each in seconds
+        ):
             raise UserError(f"{place}: expected a class, an id and two whole seconds")
         said = line.get("split") or split
-        if said == split or said[:3] == split[:3]:  # some copies hold all splits, and say "validate"
+        if (
+            said == split or said[:3] == split[:3]
+        ):  # some copies hold all splits, and say "validate"
             lines.append((place, line))
     return lines
 
@@ -307,7 +359,11 @@ def _read_ucf101(data: DataConfig, split: Split) -> Annotations:
             raise UserError(
                 f"{place}: says class {line.split()[1]}, but {index} says {label + 1} of {path.parent.name}"
             )
-        rows.append(Row(folder.find(path.stem, near=path.parent.name, default=path.as_posix()), label, place))
+        rows.append(
+            Row(
+                folder.find(path.stem, near=path.parent.name, default=path.as_posix()), label, place
+            )
+        )
     return Annotations(rows, names)
 
 
@@ -327,7 +383,9 @@ def _read_hmdb51(data: DataConfig, split: Split) -> Annotations:
             if flag == wanted:
                 stem = Path(video.strip()).stem
                 default = f"{name}/{video.strip()}"
-                rows.append(Row(folder.find(stem, near=name, default=default), label, f"{file}:{number}"))
+                rows.append(
+                    Row(folder.find(stem, near=name, default=default), label, f"{file}:{number}")
+                )
     return Annotations(rows, classes)
 
 
@@ -342,8 +400,12 @@ def _read_folders(data: DataConfig, split: Split) -> Annotations:
     for part, folder in folders.items():
         place = _absolute(folder)
         if not place.is_dir() or not place.is_relative_to(videos):
-            raise UserError(f"data.{part}: {folder} must be a folder of class folders, below data.videos, {videos}")
-        members = sorted(each for each in place.iterdir() if each.is_dir() and not _is_hidden(each.name))
+            raise UserError(
+                f"data.{part}: {folder} must be a folder of class folders, below data.videos, {videos}"
+            )
+        members = sorted(
+            each for each in place.iterdir() if each.is_dir() and not _is_hidden(each.name)
+        )
         found[part] = {each.name: sorted(_videos_below(each)) for each in members}
     classes = sorted({name for part in found.values() for name, inside in part.items() if inside})
     empty = sorted({name for part in found.values() for name in part} - {*classes})

@@ -56,7 +56,9 @@ def _read_split(settings: str, split: Split, _: _State) -> list[Video]:
     there = [video for video in videos if data.missing == "error" or _size(data, video) >= 0]
     if not there:
         state = f"none of its {len(videos)} videos is there" if videos else "no videos in it"
-        raise UserError(f"data.{split}: {state}; it must name at least one below {Path(data.root) / data.videos}")
+        raise UserError(
+            f"data.{split}: {state}; it must name at least one below {Path(data.root) / data.videos}"
+        )
     return there
 
 
@@ -66,13 +68,17 @@ def _state(data: DataConfig) -> _State:
     for what in ("train", "val", "labels"):
         with suppress(UserError):
             found = annotation_file(data, what)
-            within = found.iterdir() if found.is_dir() else ()  # a list for each class, or the classes' folders
+            within = (
+                found.iterdir() if found.is_dir() else ()
+            )  # a list for each class, or the classes' folders
             places += [found, *within]
     there = [place.stat() for place in places if place.exists()]
     return tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in there)
 
 
-def videos_of(data: DataConfig, split: Split, refuse: Callable[[Row, str], None]) -> Iterator[Video]:
+def videos_of(
+    data: DataConfig, split: Split, refuse: Callable[[Row, str], None]
+) -> Iterator[Video]:
     """Yield the videos of a split; ``refuse`` is told of rows that cannot be used, and why."""
     check_root(data)
     # From the root on: what a decoder is given must be a file's path, also where a name looks like an address.
@@ -83,7 +89,9 @@ def videos_of(data: DataConfig, split: Split, refuse: Callable[[Row, str], None]
         if name is None:
             refuse(row, f"{row.name} leaves the video folder {folder}; paths must stay below it")
         elif not 0 <= row.label < data.num_classes:
-            refuse(row, f"class {row.label} is outside 0 … {data.num_classes - 1} (data.num_classes)")
+            refuse(
+                row, f"class {row.label} is outside 0 … {data.num_classes - 1} (data.num_classes)"
+            )
         else:
             yield Video(name, folder / name, row.label)
 
@@ -118,13 +126,18 @@ def check_root(data: DataConfig) -> None:
     root = Path(data.root)
     if not root.is_dir() or not any(root.iterdir()):
         state = "is empty" if root.is_dir() else "does not exist"
-        raise UserError(f"data.root: the folder {root} {state}; put the data set there or set data.root")
+        raise UserError(
+            f"data.root: the folder {root} {state}; put the data set there or set data.root"
+        )
 
 
 def class_names(data: DataConfig) -> list[str]:
     """Return the classes' names by number; their numbers, where the format has no names or not that many."""
     names = _read_classes(data.model_dump_json(), _state(data))
-    return [*names[: data.num_classes], *(str(number) for number in range(len(names), data.num_classes))]
+    return [
+        *names[: data.num_classes],
+        *(str(number) for number in range(len(names), data.num_classes)),
+    ]
 
 
 @lru_cache(maxsize=4)
@@ -142,7 +155,9 @@ def fingerprint(data: DataConfig) -> str:
     for split in ("train", "val"):
         videos = read_split(data, split)
         digest.update(
-            "".join(f"{split}\t{video.name}\t{video.label}\n" for video in videos).encode(errors="surrogateescape")
+            "".join(f"{split}\t{video.name}\t{video.label}\n" for video in videos).encode(
+                errors="surrogateescape"
+            )
         )
         for video in videos[:: max(1, len(videos) // _FINGERPRINTED_FILES)]:
             digest.update(f"{video.name}\t{_size(data, video)}\n".encode(errors="surrogateescape"))

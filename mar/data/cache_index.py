@@ -36,7 +36,9 @@ class Packing:
     @property
     def name(self) -> str:
         """What stands for it in a fingerprint."""
-        return f"{self.format} {self.short_side}" + (f" q{self.quality}" if self.format == "jpeg" else "")
+        return f"{self.format} {self.short_side}" + (
+            f" q{self.quality}" if self.format == "jpeg" else ""
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,9 @@ class Index:
     def check(self, videos: Sequence[Named]) -> None:
         """Raise a UserError unless all videos are in it, as they are now."""
         absent = [video.name for video in videos if video.name not in self.places]
-        stale = [video.name for video in videos if video.name in self.places and not self.is_fresh(video)]
+        stale = [
+            video.name for video in videos if video.name in self.places and not self.is_fresh(video)
+        ]
         for words, names in (("are not in it", absent), ("have changed since", stale)):
             if names:
                 raise UserError(
@@ -118,7 +122,9 @@ def packing_of(folder: Path) -> Packing:
     try:
         return _PACKING.validate_python(read_json(folder / SETTINGS))
     except FileNotFoundError:
-        raise UserError(f"data.cache: no frame cache in {folder}; make one: mar data pack RECIPE {folder}") from None
+        raise UserError(
+            f"data.cache: no frame cache in {folder}; make one: mar data pack RECIPE {folder}"
+        ) from None
     except (OSError, ValueError, TypeError):
         raise UserError(
             f"{folder / SETTINGS}: not a frame cache's settings; remove the folder and pack again"
@@ -127,7 +133,11 @@ def packing_of(folder: Path) -> Packing:
 
 def shard_files(folder: Path) -> list[Path]:
     """Return the ``.json`` of every whole shard, in order."""
-    return [file for file in sorted(folder.glob("*.json")) if file.name != SETTINGS and not file.name.startswith(".")]
+    return [
+        file
+        for file in sorted(folder.glob("*.json"))
+        if file.name != SETTINGS and not file.name.startswith(".")
+    ]
 
 
 def told(file: Path) -> dict[str, Any]:
@@ -148,7 +158,10 @@ def _entries(file: Path) -> list[Entry]:
     except ValueError:
         raise _damaged(file) from None
     for entry in entries:
-        if entry.start > said["bytes"] or entry.ends_at + BYTES_PER_END * entry.num_frames > said["bytes"]:
+        if (
+            entry.start > said["bytes"]
+            or entry.ends_at + BYTES_PER_END * entry.num_frames > said["bytes"]
+        ):
             raise _damaged(file)
     return entries
 

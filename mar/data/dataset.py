@@ -77,12 +77,21 @@ class TrainingClips(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, epoch = key
         video, settings = self.videos[index], self.settings
-        rng, repeats, size = draw(settings.seed, 1, epoch, index), settings.augment.repeats, settings.clip.size
+        rng, repeats, size = (
+            draw(settings.seed, 1, epoch, index),
+            settings.augment.repeats,
+            settings.clip.size,
+        )
         times = repeats if settings.augment.repeat == "clips" else 1
         try:
             with open_video(settings.data, video) as reader:
-                numbers = [training_frames(settings.clip, len(reader), reader.fps, rng).tolist() for _ in range(times)]
-                frames = np.split(reader.frames([number for clip in numbers for number in clip]), times)
+                numbers = [
+                    training_frames(settings.clip, len(reader), reader.fps, rng).tolist()
+                    for _ in range(times)
+                ]
+                frames = np.split(
+                    reader.frames([number for clip in numbers for number in clip]), times
+                )
         except BrokenVideo as broken:
             return Sample(_black(repeats, settings), video.label, index, broken)
         height, width = frames[0].shape[1:3]
@@ -91,7 +100,9 @@ class TrainingClips(Dataset[Sample]):
         for each, box in enumerate(boxes):
             whole = frames[each % times]
             if settings.augment.randaugment and settings.augment.randaugment_before_crop:
-                whole = _rand_augmented(whole, settings.augment, draw(settings.seed, 7, epoch, index, each))
+                whole = _rand_augmented(
+                    whole, settings.augment, draw(settings.seed, 7, epoch, index, each)
+                )
             clips.append(crop_and_resize(whole, box, size, settings.clip.antialias))
         return Sample(torch.stack(clips), video.label, index)
 
@@ -99,25 +110,38 @@ class TrainingClips(Dataset[Sample]):
 class EvaluationClips(Dataset[Sample]):
     """All views of a video as one stack of clips: ``views`` × T × H × W × C; indexed by video."""
 
-    def __init__(self, settings: ExperimentConfig, videos: list[Video], clips: int, crops: int, shuffled: bool) -> None:
+    def __init__(
+        self,
+        settings: ExperimentConfig,
+        videos: list[Video],
+        clips: int,
+        crops: int,
+        shuffled: bool,
+    ) -> None:
         self.settings, self.videos = settings, videos
         self.clips, self.crops, self.shuffled = clips, crops, shuffled
 
     def __getitem__(self, index: int) -> Sample:
         video, settings = self.videos[index], self.settings
-        order = draw(0, 2, index).permutation(settings.clip.frames) if self.shuffled else slice(None)
+        order = (
+            draw(0, 2, index).permutation(settings.clip.frames) if self.shuffled else slice(None)
+        )
         try:
             with open_video(settings.data, video) as reader:
                 how = settings.evaluation.segment_frames
                 wanted = evaluation_frames(settings.clip, len(reader), reader.fps, self.clips, how)
                 numbers = [number for indices in wanted for number in indices[order].tolist()]
-                clips = np.split(reader.frames(numbers), len(wanted))  # one call: a long file is gone through once
+                clips = np.split(
+                    reader.frames(numbers), len(wanted)
+                )  # one call: a long file is gone through once
         except BrokenVideo as broken:
             return Sample(_black(self.clips * self.crops, settings), video.label, index, broken)
         size, antialias = settings.clip.size, settings.clip.antialias
         if settings.evaluation.crop_from == "resized":
             clips = [resize_short_side(frames, size, antialias) for frames in clips]
-        boxes = test_boxes(clips[0].shape[1], clips[0].shape[2], self.crops, settings.evaluation.crop_from)
+        boxes = test_boxes(
+            clips[0].shape[1], clips[0].shape[2], self.crops, settings.evaluation.crop_from
+        )
         views = [crop_and_resize(frames, box, size, antialias) for frames in clips for box in boxes]
         return Sample(torch.stack(views), video.label, index)
 
@@ -132,7 +156,9 @@ def _black(views: int, settings: ExperimentConfig) -> UInt8[Tensor, "views T H W
     return torch.zeros(views, settings.clip.frames, size, size, 3, dtype=torch.uint8)
 
 
-def random_box(height: int, width: int, settings: ExperimentConfig, rng: np.random.Generator) -> Box:
+def random_box(
+    height: int, width: int, settings: ExperimentConfig, rng: np.random.Generator
+) -> Box:
     """Draw a random-resized crop: area and aspect ratio uniform (the latter in its logarithm), ten tries."""
     augment = settings.augment
     low, high = np.log(augment.crop_aspect)
@@ -160,13 +186,18 @@ def test_boxes(height: int, width: int, crops: int, crop_from: str = "frame") ->
     side = min(height, width)
     shares = (0.5,) if crops == 1 else (0.0, 0.5, 1.0)
     whole = math.floor if crop_from == "resized" else round
-    return [(whole((height - side) * share), whole((width - side) * share), side, side) for share in shares]
+    return [
+        (whole((height - side) * share), whole((width - side) * share), side, side)
+        for share in shares
+    ]
 
 
 test_boxes.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def crop_and_resize(frames: Frames, box: Box, size: int, antialias: bool = True) -> UInt8[Tensor, "T size size C"]:
+def crop_and_resize(
+    frames: Frames, box: Box, size: int, antialias: bool = True
+) -> UInt8[Tensor, "T size size C"]:
     """Cut ``box`` from every frame and resize it to ``size`` × ``size`` (bilinear), in uint8."""
     top, left, height, width = box
     cut = torch.from_numpy(np.ascontiguousarray(frames[:, top : top + height, left : left + width]))
@@ -179,17 +210,25 @@ def resize_short_side(frames: Frames, size: int, antialias: bool) -> Frames:
     """Resize frames so that the short side has ``size`` pixels and the long side as many as fit, rounded down."""
     height, width = frames.shape[1:3]
     short = min(height, width)
-    new = (size, int(width / short * size)) if height == short else (int(height / short * size), size)
+    new = (
+        (size, int(width / short * size)) if height == short else (int(height / short * size), size)
+    )
     return _resized(torch.from_numpy(np.ascontiguousarray(frames)), new, antialias).numpy()
 
 
-def _resized(frames: UInt8[Tensor, "T H W C"], size: tuple[int, int], antialias: bool) -> UInt8[Tensor, "T h w C"]:
+def _resized(
+    frames: UInt8[Tensor, "T H W C"], size: tuple[int, int], antialias: bool
+) -> UInt8[Tensor, "T h w C"]:
     """Resize by PyTorch's bilinear interpolation; without antialiasing in floats, rounded at the end."""
     channels_first = frames.permute(0, 3, 1, 2)
     if antialias:
         resized = F.interpolate(channels_first, size=size, mode="bilinear", antialias=True)
     else:
-        resized = F.interpolate(channels_first.float(), size=size, mode="bilinear").round().to(torch.uint8)
+        resized = (
+            F.interpolate(channels_first.float(), size=size, mode="bilinear")
+            .round()
+            .to(torch.uint8)
+        )
     return resized.permute(0, 2, 3, 1)
 
 
@@ -209,14 +248,22 @@ def one_after_another(batch: Batch) -> Batch:
     """
     repeats = batch.clips.shape[1]
     clips = batch.clips.transpose(0, 1).flatten(0, 1)
-    columns = (batch.labels.repeat(repeats), batch.videos.repeat(repeats), batch.good.repeat(repeats))
+    columns = (
+        batch.labels.repeat(repeats),
+        batch.videos.repeat(repeats),
+        batch.good.repeat(repeats),
+    )
     return Batch(clips, *columns, batch.broken)
 
 
 def places(settings: ExperimentConfig, share: Share) -> list[int]:
     """Return where a worker's clips stand in the whole batch, in the order of :func:`one_after_another`."""
     num_videos = settings.videos_per_batch
-    return [each * num_videos + video for each in range(settings.augment.repeats) for video in share.of(num_videos)]
+    return [
+        each * num_videos + video
+        for each in range(settings.augment.repeats)
+        for video in share.of(num_videos)
+    ]
 
 
 class TrainingOrder:
@@ -228,13 +275,24 @@ class TrainingOrder:
         UserError: the batch is larger than the split, or too small for so many workers.
     """
 
-    def __init__(self, settings: ExperimentConfig, num_videos: int, share: Share, first_step: int = 0) -> None:
+    def __init__(
+        self, settings: ExperimentConfig, num_videos: int, share: Share, first_step: int = 0
+    ) -> None:
         size = settings.videos_per_batch
         if size > num_videos:
-            raise UserError(f"recipe.batch_size: {size} is more than the {num_videos} training videos; make it smaller")
+            raise UserError(
+                f"recipe.batch_size: {size} is more than the {num_videos} training videos; make it smaller"
+            )
         if size < 2 * share.world:
-            raise UserError(f"recipe.batch_size: {size} gives {share.world} workers less than two videos each")
-        self.settings, self.num_videos, self.share, self.first_step = settings, num_videos, share, first_step
+            raise UserError(
+                f"recipe.batch_size: {size} gives {share.world} workers less than two videos each"
+            )
+        self.settings, self.num_videos, self.share, self.first_step = (
+            settings,
+            num_videos,
+            share,
+            first_step,
+        )
         self.steps_per_epoch = num_videos // settings.videos_per_batch
         self.pieces_per_step = -(-len(share.of(size)) // VIDEOS_PER_PIECE)
 
@@ -267,13 +325,17 @@ def collate(samples: list[Sample]) -> Batch:
             for tensor in (batch.clips, batch.labels, batch.videos, batch.good):
                 tensor.share_memory_()
         except RuntimeError as error:
-            raise _shared_memory_full(f"a batch of {_mb(stacked.nbytes)} does not fit: {error}") from None
+            raise _shared_memory_full(
+                f"a batch of {_mb(stacked.nbytes)} does not fit: {error}"
+            ) from None
     torch.stack(clips, out=stacked)
     return batch
 
 
 def _shared_memory_full(words: str) -> Failure:
-    return Failure(f"{_SHARED_MEMORY}, through which loader processes send clips, is too small: {words}", "shm")
+    return Failure(
+        f"{_SHARED_MEMORY}, through which loader processes send clips, is too small: {words}", "shm"
+    )
 
 
 def _mb(size: int) -> str:
@@ -376,22 +438,34 @@ class _Loading:
         except (EOFError, ConnectionError, RuntimeError) as error:
             if "Bus error" in str(error):  # a page of shared memory that could not be had
                 raise _shared_memory_full(str(error)) from error
-            is_cut_off = not isinstance(error, RuntimeError) or str(error).startswith("Pin memory thread exited")
-            is_ours = str(error).startswith("Caught ")  # raised by our code in such a process: it would come again
+            is_cut_off = not isinstance(error, RuntimeError) or str(error).startswith(
+                "Pin memory thread exited"
+            )
+            is_ours = str(error).startswith(
+                "Caught "
+            )  # raised by our code in such a process: it would come again
             if is_ours or not is_cut_off:
                 raise
             raise Failure(f"a loader process was lost: {type(error).__name__}", "node") from error
 
 
 def training_batches(
-    settings: ExperimentConfig, videos: list[Video], order: TrainingOrder, processes: int, device: torch.device
+    settings: ExperimentConfig,
+    videos: list[Video],
+    order: TrainingOrder,
+    processes: int,
+    device: torch.device,
 ) -> Generator[Batch]:
     """Yield this worker's share of each step, on the device.
 
     A share is loaded in pieces, so that all processes work on the first one and none holds more than a few megabytes
     ahead. On an accelerator the pieces are copied beside the step that is under way.
     """
-    size = min(VIDEOS_PER_PIECE, settings.videos_per_batch) * settings.augment.repeats * bytes_per_clip(settings)
+    size = (
+        min(VIDEOS_PER_PIECE, settings.videos_per_batch)
+        * settings.augment.repeats
+        * bytes_per_clip(settings)
+    )
     pieces = loader(TrainingClips(settings, videos), _Pieces(order), processes, device, size)
     beside = torch.cuda.Stream(device) if device.type == "cuda" else None
     loaded = iter(pieces)
@@ -400,13 +474,17 @@ def training_batches(
             clips = torch.cat([piece.clips.to(device, non_blocking=True) for piece in step])
             labels, places, good = (
                 torch.cat([column.to(device, non_blocking=True) for column in columns])
-                for columns in zip(*((piece.labels, piece.videos, piece.good) for piece in step), strict=True)
+                for columns in zip(
+                    *((piece.labels, piece.videos, piece.good) for piece in step), strict=True
+                )
             )
         if beside:
             torch.cuda.current_stream(device).wait_stream(beside)
             for column in (clips, labels, places, good):
                 column.record_stream(torch.cuda.current_stream(device))
-        yield Batch(clips, labels, places, good, tuple(reason for piece in step for reason in piece.broken))
+        yield Batch(
+            clips, labels, places, good, tuple(reason for piece in step for reason in piece.broken)
+        )
 
 
 class _Pieces:

@@ -44,7 +44,9 @@ _KEPT_BYTES = 256 * 2**20
 _BYTES_PER_PIXEL = 3
 """Of a decoded frame at the most, but for more than 8 bits: 1.5 bytes in 4:2:0, 3 in 4:4:4."""
 _TOO_LARGE = f"at most {MOST_PIXELS} are read"
-os.environ.setdefault("DECORD_EOF_RETRY_MAX", "4096")  # of 0.2 ms: the default, 10240, waits long on damaged files
+os.environ.setdefault(
+    "DECORD_EOF_RETRY_MAX", "4096"
+)  # of 0.2 ms: the default, 10240, waits long on damaged files
 
 
 class BrokenVideo(Exception):
@@ -110,7 +112,9 @@ class TorchCodec:
 
     def __init__(self, path: Path) -> None:
         decoders = importlib.import_module("torchcodec.decoders")
-        self.reader = decoders.VideoDecoder(str(path.absolute()), dimension_order="NHWC", num_ffmpeg_threads=1)
+        self.reader = decoders.VideoDecoder(
+            str(path.absolute()), dimension_order="NHWC", num_ffmpeg_threads=1
+        )
         self.fps: float | None = self.reader.metadata.average_fps
 
     def __len__(self) -> int:
@@ -170,7 +174,11 @@ class FromFront:
             chosen = {index: pixels_of(self.kept[index]) for index in set(indices)}
         else:
             wanted = set(indices)
-            chosen = {index: pixels_of(frame) for index, frame in enumerate(walk(self.path)) if index in wanted}
+            chosen = {
+                index: pixels_of(frame)
+                for index, frame in enumerate(walk(self.path))
+                if index in wanted
+            }
         return np.stack([chosen[index] for index in indices])
 
 
@@ -182,7 +190,9 @@ def open_with(decoder: str, path: Path) -> Decoder:
     """
     chosen = best() if decoder == "auto" else decoder
     if chosen != "pyav":
-        with suppress(Exception):  # decord's DECORDError, torchcodec's RuntimeError: PyAV may know more
+        with suppress(
+            Exception
+        ):  # decord's DECORDError, torchcodec's RuntimeError: PyAV may know more
             opened = _open_exactly(chosen, path)
             if opened:
                 return opened
@@ -237,7 +247,9 @@ def decode_with(decoder: str, path: Path) -> Frames:
         opened = _JUMPING[decoder](path)
         return opened.frames(range(len(opened)))
     except Exception as error:
-        raise BrokenVideo(path, f"{decoder} cannot decode it, or is not installed ({_first_line(error)})") from None
+        raise BrokenVideo(
+            path, f"{decoder} cannot decode it, or is not installed ({_first_line(error)})"
+        ) from None
 
 
 @lru_cache
@@ -250,7 +262,9 @@ def check(decoder: str) -> None:
     """Raise a UserError if a decoder that was asked for by name does not work here."""
     fault = fault_of(decoder) if decoder != "auto" else ""
     if fault:
-        raise UserError(f"data.decoder: {decoder} does not work here ({fault}); repair it (mar doctor), or set auto")
+        raise UserError(
+            f"data.decoder: {decoder} does not work here ({fault}); repair it (mar doctor), or set auto"
+        )
 
 
 @lru_cache
@@ -267,8 +281,16 @@ def fault_of(decoder: str) -> str:
             seen = decode_with(decoder, file)
         except BrokenVideo as broken:
             return broken.reason
-    difference = float(np.abs(seen.astype(int) - frames.astype(int)).mean()) if seen.shape == frames.shape else np.inf
-    return f"it decodes wrongly: {seen.shape}, mean difference {difference:.1f}" if difference > 4 else ""
+    difference = (
+        float(np.abs(seen.astype(int) - frames.astype(int)).mean())
+        if seen.shape == frames.shape
+        else np.inf
+    )
+    return (
+        f"it decodes wrongly: {seen.shape}, mean difference {difference:.1f}"
+        if difference > 4
+        else ""
+    )
 
 
 def write_video(file: Path, frames: Frames, frames_per_s: int = 12, **options: str) -> None:
@@ -306,7 +328,9 @@ def walk(path: Path, told: dict[str, float] | None = None) -> Iterator[Any]:
                 raise BrokenVideo(path, "no video stream in it")
             context = stream.codec_context
             if context.width * context.height > MOST_PIXELS:
-                raise BrokenVideo(path, f"frames of {context.width} × {context.height} pixels: {_TOO_LARGE}")
+                raise BrokenVideo(
+                    path, f"frames of {context.width} × {context.height} pixels: {_TOO_LARGE}"
+                )
             context.options = {"max_pixels": str(MOST_PIXELS)}  # a file may grow in the middle
             if told is not None and stream.average_rate:
                 told["fps"] = float(stream.average_rate)
@@ -321,7 +345,9 @@ def walk(path: Path, told: dict[str, float] | None = None) -> Iterator[Any]:
                         frame = frame.reformat(width=size[0], height=size[1])
                     yield frame
     except (OSError, FFmpegError, ValueError) as error:
-        if size is None or isinstance(error, OSError):  # damage ends a file early; a failing disk is another thing
+        if size is None or isinstance(
+            error, OSError
+        ):  # damage ends a file early; a failing disk is another thing
             raise BrokenVideo(path, f"not a video that can be decoded ({_reason(error)})") from None
     if size is None:
         raise BrokenVideo(path, "no frame could be decoded")

@@ -43,7 +43,13 @@ from mar.errors import Failure, UserError
 _VIDEOS_PER_SHARD = 64
 
 
-def pack(data: DataConfig, folder: Path, packing: Packing, processes: int, progress: Callable[[int, int], None]) -> int:
+def pack(
+    data: DataConfig,
+    folder: Path,
+    packing: Packing,
+    processes: int,
+    progress: Callable[[int, int], None],
+) -> int:
     """Write the videos of both splits into ``folder``; returns how many were there already.
 
     A video that gave no frames is tried again.
@@ -57,7 +63,9 @@ def pack(data: DataConfig, folder: Path, packing: Packing, processes: int, progr
     videos = {video.name: video for split in ("train", "val") for video in read_split(data, split)}
     settings = folder / SETTINGS
     if settings.is_file() and packing_of(folder) != packing:
-        raise UserError(f"{folder} holds a cache of {packing_of(folder).name}: choose another folder, or remove it")
+        raise UserError(
+            f"{folder} holds a cache of {packing_of(folder).name}: choose another folder, or remove it"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
@@ -67,22 +75,40 @@ def pack(data: DataConfig, folder: Path, packing: Packing, processes: int, progr
             finally:
                 opened.cache_clear()
     except Timeout:
-        raise UserError(f"{folder} is being packed by another process: wait for it, or choose another folder") from None
+        raise UserError(
+            f"{folder} is being packed by another process: wait for it, or choose another folder"
+        ) from None
     except OSError as error:
-        raise Failure(f"could not write {folder}: {error.strerror or error}; choose another folder") from None
+        raise Failure(
+            f"could not write {folder}: {error.strerror or error}; choose another folder"
+        ) from None
 
 
 def _pack(
-    data: DataConfig, videos: dict[str, Video], index: Index, processes: int, progress: Callable[[int, int], None]
+    data: DataConfig,
+    videos: dict[str, Video],
+    index: Index,
+    processes: int,
+    progress: Callable[[int, int], None],
 ) -> int:
-    fresh = {name for name, video in videos.items() if index.is_fresh(video) and not index.places[name][1].broken}
+    fresh = {
+        name
+        for name, video in videos.items()
+        if index.is_fresh(video) and not index.places[name][1].broken
+    }
     todo = [video for name, video in sorted(videos.items()) if name not in fresh]
-    parts = [todo[first : first + _VIDEOS_PER_SHARD] for first in range(0, len(todo), _VIDEOS_PER_SHARD)]
+    parts = [
+        todo[first : first + _VIDEOS_PER_SHARD] for first in range(0, len(todo), _VIDEOS_PER_SHARD)
+    ]
     done = len(fresh)
     progress(done, len(videos))
     write = partial(_pack_shard, index.folder, index.packing, data.decoder)
     numbered = list(enumerate(parts, start=index.last_shard + 1))
-    for count in map(write, numbered) if processes == 1 else others.each(write, numbered, processes, _crashed):
+    for count in (
+        map(write, numbered)
+        if processes == 1
+        else others.each(write, numbered, processes, _crashed)
+    ):
         done += count
         progress(done, len(videos))
     return len(fresh)
@@ -90,7 +116,9 @@ def _pack(
 
 def _crashed(part: tuple[int, list[Video]]) -> int:
     first, last = part[1][0].name, part[1][-1].name
-    raise Failure(f"a decoder ended its process over a video from {first} to {last}: mar data check finds which one")
+    raise Failure(
+        f"a decoder ended its process over a video from {first} to {last}: mar data check finds which one"
+    )
 
 
 def verify(folder: Path, progress: Callable[[int, int], None]) -> list[str]:
@@ -151,7 +179,9 @@ class CachedVideo:
         try:
             return np.stack([self._frame(min(index, last)) for index in indices])
         except (RuntimeError, ValueError, IndexError) as error:
-            raise BrokenVideo(self.path, f"{self.file} is damaged ({error}): mar data pack --verify") from None
+            raise BrokenVideo(
+                self.path, f"{self.file} is damaged ({error}): mar data pack --verify"
+            ) from None
 
     def _frame(self, index: int) -> Frames:
         start = int(self.ends[index - 1]) if index else self.entry.start
@@ -174,7 +204,9 @@ def check(data: DataConfig, videos: Sequence[Video]) -> None:
 
 def open_video(data: DataConfig, video: Video) -> Reader | CachedVideo:
     """Return a video's reader: from the cache where there is one, else from its file."""
-    return CachedVideo(opened(data.cache), video) if data.cache else Reader(video.path, data.decoder)
+    return (
+        CachedVideo(opened(data.cache), video) if data.cache else Reader(video.path, data.decoder)
+    )
 
 
 @lru_cache(maxsize=256)
@@ -207,13 +239,17 @@ def _pack_shard(folder: Path, packing: Packing, decoder: str, part: tuple[int, l
         _write(folder / f"{number:05}.json", json.dumps(said).encode())
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise Failure(f"could not write {folder}: {error.strerror or error}; what is packed is kept") from None
+        raise Failure(
+            f"could not write {folder}: {error.strerror or error}; what is packed is kept"
+        ) from None
     return len(videos)
 
 
 def _packed(file: Any, video: Video, packing: Packing, decoder: str) -> tuple[Entry, list[int]]:
     """Write one video's frames; returns its entry, and where each frame ends."""
-    entry = Entry(video.name, video.path.stat().st_size if video.path.is_file() else -1, start=file.tell())
+    entry = Entry(
+        video.name, video.path.stat().st_size if video.path.is_file() else -1, start=file.tell()
+    )
     ends: list[int] = []
     try:
         with Reader(video.path, decoder) as reader:
@@ -234,7 +270,11 @@ def _small(frame: Frames, short_side: int) -> Frames:
         return frame
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
-    return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    return (
+        F.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
 
 
 def _encoded(frame: Frames, packing: Packing) -> bytes:

@@ -51,7 +51,14 @@ PHOTOS = {
         "brick.png",
         "grass.png",
     ),
-    "validation": ("china.jpg", "rocket.jpg", "motorcycle_left.png", "ihc.png", "gravel.png", "moon.png"),
+    "validation": (
+        "china.jpg",
+        "rocket.jpg",
+        "motorcycle_left.png",
+        "ihc.png",
+        "gravel.png",
+        "moon.png",
+    ),
 }
 _FIRST_VALIDATION_DIGIT = 1300
 _INK = 90
@@ -84,7 +91,9 @@ class MotionVerbs:
         if self.size % 2 or self.size < 16:
             raise UserError(f"size: must be even and at least 16 pixels, not {self.size}")
         if min(self.frames, self.train, self.validation) < 2 or self.clutter < 0 or self.shake < 0:
-            raise UserError("frames, train and validation must be at least 2, clutter and shake not negative")
+            raise UserError(
+                "frames, train and validation must be at least 2, clutter and shake not negative"
+            )
 
 
 DIFFICULTIES = {
@@ -106,7 +115,9 @@ class _Pose:
     angle: float = 0.0
 
 
-def make(folder: Path, options: MotionVerbs, say: Callable[[int, int], None] = lambda done, total: None) -> bool:
+def make(
+    folder: Path, options: MotionVerbs, say: Callable[[int, int], None] = lambda done, total: None
+) -> bool:
     """Write the set to ``folder``; returns False if just this set is there already.
 
     ``say`` is told how many videos are done, of how many. The folder appears when it is complete.
@@ -120,7 +131,9 @@ def make(folder: Path, options: MotionVerbs, say: Callable[[int, int], None] = l
     if facts.is_file() and facts.read_text(encoding="utf-8") == _facts(options):
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already and holds something else; choose another folder or remove it")
+        raise UserError(
+            f"{folder} is there already and holds something else; choose another folder or remove it"
+        )
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -146,15 +159,27 @@ def _write(folder: Path, options: MotionVerbs, say: Callable[[int, int], None]) 
         items: list[dict[str, Any]] = []
         for index in range(count):
             identifier, label = str(1_000_000 * (part + 1) + index), index % options.classes
-            scene = _Scene(options, split, label, np.random.default_rng([options.seed, part, index]))
+            scene = _Scene(
+                options, split, label, np.random.default_rng([options.seed, part, index])
+            )
             file = folder / "videos" / f"{identifier}.mp4"
             write_video(file, np.stack(list(scene.frames())), FRAMES_PER_S, **_X264)
             sentence = VERBS[label].replace("[something]", "a digit")
-            items.append({"id": identifier, "label": sentence, "template": VERBS[label], "placeholders": ["a digit"]})
+            items.append(
+                {
+                    "id": identifier,
+                    "label": sentence,
+                    "template": VERBS[label],
+                    "placeholders": ["a digit"],
+                }
+            )
             done += 1
             say(done, total)
         _write_json(folder / f"{split}.json", items)
-    names = {verb.replace("[", "").replace("]", ""): str(label) for label, verb in enumerate(VERBS[: options.classes])}
+    names = {
+        verb.replace("[", "").replace("]", ""): str(label)
+        for label, verb in enumerate(VERBS[: options.classes])
+    }
     _write_json(folder / "labels.json", names)
 
 
@@ -165,23 +190,32 @@ def _write_json(file: Path, content: Any) -> None:
 class _Scene:
     """One clip: a background, objects that stand, and one or two that move."""
 
-    def __init__(self, options: MotionVerbs, split: str, label: int, rng: np.random.Generator) -> None:
+    def __init__(
+        self, options: MotionVerbs, split: str, label: int, rng: np.random.Generator
+    ) -> None:
         self.options, self.rng, self.backwards = options, rng, label % 2 == 1
         margin = round(3 * options.shake * options.size) + 1
         self.background = _photo_crop(split, options.size + 2 * margin, rng)
         self.margin = margin
         self.objects = [_object(split, options.size, rng) for _ in range(2 + options.clutter)]
         self.standing = [
-            _Pose(rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9), rng.uniform(0.2, 0.35)) for _ in range(options.clutter)
+            _Pose(rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9), rng.uniform(0.2, 0.35))
+            for _ in range(options.clutter)
         ]
         self.moving = list(_MOTIONS[label // 2](np.linspace(0, 1, options.frames), rng))
 
     def frames(self) -> Iterator[Frames]:
         order = reversed(self.moving) if self.backwards else iter(self.moving)
         for poses in order:
-            shake = np.clip(self.rng.normal(0, self.options.shake, 2), -3 * self.options.shake, 3 * self.options.shake)
+            shake = np.clip(
+                self.rng.normal(0, self.options.shake, 2),
+                -3 * self.options.shake,
+                3 * self.options.shake,
+            )
             left, top = np.round(self.margin + shake * self.options.size).astype(int)
-            canvas = self.background.crop((left, top, left + self.options.size, top + self.options.size))
+            canvas = self.background.crop(
+                (left, top, left + self.options.size, top + self.options.size)
+            )
             for picture, pose in zip(self.objects, [*poses, *self.standing], strict=False):
                 _paste(canvas, picture, pose)
             yield np.asarray(canvas)
@@ -210,15 +244,26 @@ def _turn_clockwise(time: Array, rng: np.random.Generator) -> Iterator[list[_Pos
 
 
 def _move_together(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
-    y, size, far, near = rng.uniform(0.3, 0.7), rng.uniform(0.25, 0.35), rng.uniform(0.32, 0.4), rng.uniform(0.1, 0.16)
-    return ([_Pose(0.5 - far + (far - near) * t, y, size), _Pose(0.5 + far - (far - near) * t, y, size)] for t in time)
+    y, size, far, near = (
+        rng.uniform(0.3, 0.7),
+        rng.uniform(0.25, 0.35),
+        rng.uniform(0.32, 0.4),
+        rng.uniform(0.1, 0.16),
+    )
+    return (
+        [_Pose(0.5 - far + (far - near) * t, y, size), _Pose(0.5 + far - (far - near) * t, y, size)]
+        for t in time
+    )
 
 
 def _cover(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
     x, y, size = rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6), rng.uniform(0.35, 0.45)
     direction, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.45)
     away = far * np.array([np.cos(direction), np.sin(direction)])
-    return ([_Pose(x, y, size), _Pose(x + away[0] * (1 - t), y + away[1] * (1 - t), 1.5 * size)] for t in time)
+    return (
+        [_Pose(x, y, size), _Pose(x + away[0] * (1 - t), y + away[1] * (1 - t), 1.5 * size)]
+        for t in time
+    )
 
 
 _MOTIONS = (_move_right, _move_down, _move_closer, _turn_clockwise, _move_together, _cover)
@@ -236,10 +281,16 @@ def _paste(canvas: Image.Image, picture: Image.Image, pose: _Pose) -> None:
 def _object(split: str, size: int, rng: np.random.Generator) -> Image.Image:
     """A digit's outline, filled with a brightened or darkened photo texture; RGBA."""
     digits = _digits()
-    first, last = (0, _FIRST_VALIDATION_DIGIT) if split == "train" else (_FIRST_VALIDATION_DIGIT, len(digits))
-    outline = Image.fromarray(digits[rng.integers(first, last)]).resize((size, size), Image.Resampling.BICUBIC)
+    first, last = (
+        (0, _FIRST_VALIDATION_DIGIT) if split == "train" else (_FIRST_VALIDATION_DIGIT, len(digits))
+    )
+    outline = Image.fromarray(digits[rng.integers(first, last)]).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
     shade = int(rng.choice([0, 255]))
-    texture = Image.blend(_photo_crop(split, size, rng), Image.new("RGB", (size, size), (shade,) * 3), 0.5)
+    texture = Image.blend(
+        _photo_crop(split, size, rng), Image.new("RGB", (size, size), (shade,) * 3), 0.5
+    )
     texture.putalpha(Image.fromarray((np.asarray(outline) > _INK).astype(np.uint8) * 255))
     return texture
 

@@ -41,7 +41,10 @@ def _end_after_parent() -> None:
 
 
 def each(
-    work: Callable[[Item], Result], items: Iterable[Item], processes: int, crashed: Callable[[Item], Result]
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    processes: int,
+    crashed: Callable[[Item], Result],
 ) -> Iterator[Result]:
     """Yield what ``work`` returns for each item, in order; what decoders print in those processes is dropped.
 
@@ -69,7 +72,9 @@ def each(
         pool.shutdown(cancel_futures=True)
 
 
-def _submitted(pool: ProcessPoolExecutor, work: Callable[[Item], Result], item: Item) -> Future[Result]:
+def _submitted(
+    pool: ProcessPoolExecutor, work: Callable[[Item], Result], item: Item
+) -> Future[Result]:
     """Submit an item; to a pool that has died meanwhile too, as one that failed with it."""
     try:
         return pool.submit(work, item)

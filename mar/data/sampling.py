@@ -53,7 +53,11 @@ class Reader:
         index = 0
         while index < len(self):
             if isinstance(self._decoder, FromFront) and self._decoder.kept is None:
-                yield from (pixels_of(frame) for place, frame in enumerate(walk(self.path)) if place >= index)
+                yield from (
+                    pixels_of(frame)
+                    for place, frame in enumerate(walk(self.path))
+                    if place >= index
+                )
                 return
             part = self.frames(range(index, min(index + _FRAMES_AT_ONCE, len(self))))
             yield from part
@@ -70,7 +74,9 @@ class Reader:
         if not isinstance(self._decoder, FromFront):
             try:
                 return self._decoder.frames(indices)
-            except Exception:  # decord raises its own DECORDError and, on odd files, bare RuntimeErrors
+            except (
+                Exception
+            ):  # decord raises its own DECORDError and, on odd files, bare RuntimeErrors
                 self._opened = FromFront.of(self.path)
         last = len(self) - 1
         return self._decoder.frames([min(index, last) for index in indices])
@@ -95,7 +101,11 @@ def training_frames(
 
 
 def evaluation_frames(
-    clip: ClipConfig, num_frames: int, fps: float | None, num_clips: int, segment_frames: str = "even"
+    clip: ClipConfig,
+    num_frames: int,
+    fps: float | None,
+    num_clips: int,
+    segment_frames: str = "even",
 ) -> list[npt.NDArray[np.int64]]:
     """Return the frame numbers of each test clip: spread evenly over the video, or over each segment."""
     if segment_frames == "videomae":
@@ -104,12 +114,23 @@ def evaluation_frames(
         if clip.fps and fps:
             span = _converted_span(clip, fps)
             room = max(num_frames - span, 0.0)
-            firsts = np.floor(room / (num_clips - 1)) * np.arange(num_clips) if num_clips > 1 else [room / 2]
+            firsts = (
+                np.floor(room / (num_clips - 1)) * np.arange(num_clips)
+                if num_clips > 1
+                else [room / 2]
+            )
             return [_converted(clip, num_frames, span, float(first)) for first in firsts]
         span = (clip.frames - 1) * clip.stride + 1
         room = max(num_frames - span, 0)
-        starts = np.linspace(0, room, num_clips).astype(np.int64) if num_clips > 1 else np.array([room // 2])
-        return [np.minimum(start + clip.stride * np.arange(clip.frames), num_frames - 1) for start in starts]
+        starts = (
+            np.linspace(0, room, num_clips).astype(np.int64)
+            if num_clips > 1
+            else np.array([room // 2])
+        )
+        return [
+            np.minimum(start + clip.stride * np.arange(clip.frames), num_frames - 1)
+            for start in starts
+        ]
     edges = np.linspace(0, num_frames, clip.frames + 1)
     parts = (np.arange(num_clips) + 0.5) / num_clips
     if segment_frames == "ends" and num_clips > 1:
@@ -118,7 +139,9 @@ def evaluation_frames(
     return [_within(edges[:-1] + part * np.diff(edges), num_frames) for part in parts]
 
 
-def _videomae_frames(clip: ClipConfig, num_frames: int, num_clips: int) -> list[npt.NDArray[np.int64]]:
+def _videomae_frames(
+    clip: ClipConfig, num_frames: int, num_clips: int
+) -> list[npt.NDArray[np.int64]]:
     """Return the frame numbers of VideoMAE's own test.
 
     With ``dense``: of every ``stride``-th frame of the video T neighbours, from starts that are spread evenly and rounded
@@ -134,7 +157,9 @@ def _videomae_frames(clip: ClipConfig, num_frames: int, num_clips: int) -> list[
     tick = num_frames / clip.frames
     places = tick * np.arange(clip.frames)
     both = np.sort(np.floor(np.concatenate([places, places + tick / 2])))
-    return [_within(both[number::num_clips][: clip.frames], num_frames) for number in range(num_clips)]
+    return [
+        _within(both[number::num_clips][: clip.frames], num_frames) for number in range(num_clips)
+    ]
 
 
 def frames_wanted(clip: ClipConfig, fps: float | None) -> int:
@@ -152,7 +177,9 @@ def _converted_span(clip: ClipConfig, fps: float) -> float:
     return clip.frames * clip.stride * fps / clip.fps
 
 
-def _converted(clip: ClipConfig, num_frames: int, span: float, start: float) -> npt.NDArray[np.int64]:
+def _converted(
+    clip: ClipConfig, num_frames: int, span: float, start: float
+) -> npt.NDArray[np.int64]:
     return _within(np.linspace(start, start + span - 1, clip.frames), num_frames)
 
 

@@ -72,11 +72,16 @@ class DataReport:
     def is_sound(self) -> bool:
         """Whether training would meet no fault."""
         return not any(
-            count for counts in self.counts.values() for kind, count in counts.items() if kind in self.faults
+            count
+            for counts in self.counts.values()
+            for kind, count in counts.items()
+            if kind in self.faults
         )
 
 
-def check_data(data: DataConfig, clip: ClipConfig, processes: int, progress: Callable[[int, int], None]) -> DataReport:
+def check_data(
+    data: DataConfig, clip: ClipConfig, processes: int, progress: Callable[[int, int], None]
+) -> DataReport:
     """Open every video of both splits and decode one clip of it; ``progress`` is told (done, of how many).
 
     Raises:
@@ -96,19 +101,28 @@ def check_data(data: DataConfig, clip: ClipConfig, processes: int, progress: Cal
     everything = [_Listed(split, video) for split in _SPLITS for video in videos[split]]
     findings += _listed_twice(everything)
     good: set[tuple[str, str]] = set()
-    looked = others.each(partial(_look, clip, data.decoder), [video for _, video in everything], processes, _crashed)
-    for done, ((split, video), (kind, words)) in enumerate(zip(everything, looked, strict=True), start=1):
+    looked = others.each(
+        partial(_look, clip, data.decoder), [video for _, video in everything], processes, _crashed
+    )
+    for done, ((split, video), (kind, words)) in enumerate(
+        zip(everything, looked, strict=True), start=1
+    ):
         progress(done, len(everything))
         if kind != "ok":
             findings.append(Finding(split, video.name, kind, words))
         if kind in ("ok", "short"):
             good.add((split, video.name))
-    findings += _same_content([each for each in everything if (each.split, each.video.name) in good])
+    findings += _same_content(
+        [each for each in everything if (each.split, each.video.name) in good]
+    )
     return _report(data, videos, findings, good)
 
 
 def _report(
-    data: DataConfig, videos: dict[Split, list[Video]], findings: list[Finding], good: set[tuple[str, str]]
+    data: DataConfig,
+    videos: dict[Split, list[Video]],
+    findings: list[Finding],
+    good: set[tuple[str, str]],
 ) -> DataReport:
     names = class_names(data)
     counts: dict[Split, dict[str, int]] = {}
@@ -116,30 +130,56 @@ def _report(
     for split, members in videos.items():
         found = Counter(finding.kind for finding in findings if finding.split == split)
         faulty = {finding.video for finding in findings if finding.split == split}
-        counts[split] = {"ok": sum(video.name not in faulty for video in members), **{k: found[k] for k in KINDS[1:]}}
+        counts[split] = {
+            "ok": sum(video.name not in faulty for video in members),
+            **{k: found[k] for k in KINDS[1:]},
+        }
         labels = Counter(video.label for video in members if (split, video.name) in good)
         per_class[split] = {names[label]: labels[label] for label in range(data.num_classes)}
     is_readable = not any(finding.kind == "refused" for finding in findings)
-    has_videos = all(videos.values()) and (data.missing == "error" or all(sum(c.values()) for c in per_class.values()))
+    has_videos = all(videos.values()) and (
+        data.missing == "error" or all(sum(c.values()) for c in per_class.values())
+    )
     faults = ("refused", "duplicate", "wrong", *(["missing"] * (data.missing == "error")))
     faults += ("unreadable",) * (data.broken == "error")
-    return DataReport(counts, findings, per_class, fingerprint(data) if is_readable and has_videos else None, faults)
+    return DataReport(
+        counts,
+        findings,
+        per_class,
+        fingerprint(data) if is_readable and has_videos else None,
+        faults,
+    )
 
 
 def report_text(report: DataReport, num_named: int = 10) -> str:
     """Return the counts as a table, the first findings, what is known of the classes, and the fingerprint."""
     lines = [f"{'':<7}" + "".join(f"{kind:>12}" for kind in KINDS)]
     lines += [
-        f"{split:<7}" + "".join(f"{counts[kind]:>12}" for kind in KINDS) for split, counts in report.counts.items()
+        f"{split:<7}" + "".join(f"{counts[kind]:>12}" for kind in KINDS)
+        for split, counts in report.counts.items()
     ]
-    named = [f"{each.kind:<11}{each.split}  {each.video}: {each.words}" for each in report.findings[:num_named]]
+    named = [
+        f"{each.kind:<11}{each.split}  {each.video}: {each.words}"
+        for each in report.findings[:num_named]
+    ]
     more = len(report.findings) - len(named)
-    lines += ["", *named, *([f"… and {more} more (-o FILE.csv has them all)"] if more > 0 else [])] if named else []
+    lines += (
+        ["", *named, *([f"… and {more} more (-o FILE.csv has them all)"] if more > 0 else [])]
+        if named
+        else []
+    )
     lines.append("")
     for split, classes in report.per_class.items():
-        sizes, empty = sorted(classes.values()), [name for name, count in classes.items() if not count]
-        spread = f"{sizes[0]} to {sizes[-1]} videos each, {sizes[len(sizes) // 2]} in the middle one"
-        nothing = f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else ""
+        sizes, empty = (
+            sorted(classes.values()),
+            [name for name, count in classes.items() if not count],
+        )
+        spread = (
+            f"{sizes[0]} to {sizes[-1]} videos each, {sizes[len(sizes) // 2]} in the middle one"
+        )
+        nothing = (
+            f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else ""
+        )
         lines.append(f"{split:<7}{len(sizes)} classes, {spread}{nothing}")
     words = report.fingerprint or "none: the annotations cannot be used as they are"
     return printable("\n".join([*lines, f"fingerprint {words}"]))
@@ -150,7 +190,9 @@ def write_findings(report: DataReport, file: Path) -> None:
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as output:
         writer = csv.writer(output)
         writer.writerow(["split", "video", "kind", "words"])
-        writer.writerows([each.split, cell(each.video), each.kind, cell(each.words)] for each in report.findings)
+        writer.writerows(
+            [each.split, cell(each.video), each.kind, cell(each.words)] for each in report.findings
+        )
 
 
 def _look(clip: ClipConfig, decoder: str, video: Video) -> tuple[str, str]:
@@ -215,7 +257,9 @@ def _listed_twice(videos: list[_Listed]) -> list[Finding]:
     twice: list[Finding] = []
     for split, video in videos:
         if video.name in first:
-            twice.append(Finding(split, video.name, "duplicate", f"listed in {first[video.name]} already"))
+            twice.append(
+                Finding(split, video.name, "duplicate", f"listed in {first[video.name]} already")
+            )
         first.setdefault(video.name, split)
     return twice
 
@@ -236,6 +280,10 @@ def _same_content(videos: list[_Listed]) -> list[Finding]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest in first:
             other = first[digest]
-            same.append(Finding(split, video.name, "duplicate", f"the same bytes as {other[1]} ({other[0]})"))
+            same.append(
+                Finding(
+                    split, video.name, "duplicate", f"the same bytes as {other[1]} ({other[0]})"
+                )
+            )
         first.setdefault(digest, (split, video.name))
     return same

@@ -22,13 +22,20 @@ def listing(names: Iterable[str]) -> str:
 def write_answers(right: npt.NDArray[np.bool_], names: Iterable[str], file: Path) -> None:
     """Write which of the named videos were right."""
     with file.open("wb") as output:
-        np.savez(output, listing=np.array(listing(names)), right=np.packbits(right), num_videos=np.array(len(right)))
+        np.savez(
+            output,
+            listing=np.array(listing(names)),
+            right=np.packbits(right),
+            num_videos=np.array(len(right)),
+        )
 
 
 def read_answers(file: Path) -> tuple[npt.NDArray[np.bool_], str]:
     """Return which videos were right, and the digest of their names."""
     with np.load(file) as stored:
-        return np.unpackbits(stored["right"], count=int(stored["num_videos"])).astype(bool), str(stored["listing"])
+        return np.unpackbits(stored["right"], count=int(stored["num_videos"])).astype(bool), str(
+            stored["listing"]
+        )
 
 
 def read_history(result: Path) -> list[dict[str, float]]:
@@ -38,4 +45,7 @@ def read_history(result: Path) -> list[dict[str, float]]:
         return []
     with file.open(encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
-    return [{name: float(value) for name, value in row.items() if value and name != "epoch"} for row in rows]
+    return [
+        {name: float(value) for name, value in row.items() if value and name != "epoch"}
+        for row in rows
+    ]

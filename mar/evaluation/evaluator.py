@@ -45,11 +45,16 @@ class Predictions:
         """Return how many videos of each class (rows) were taken for each class (columns)."""
         num_classes = self.probabilities.shape[1]
         taken_for = self.probabilities.argmax(dim=1)
-        return torch.bincount(self.labels * num_classes + taken_for, minlength=num_classes**2).view(num_classes, -1)
+        return torch.bincount(self.labels * num_classes + taken_for, minlength=num_classes**2).view(
+            num_classes, -1
+        )
 
     def metrics(self, stage: str) -> dict[str, float]:
         """Return accuracies and counts, named ``stage/…``."""
-        counts = {f"{stage}/num_videos": float(len(self.labels)), f"{stage}/num_broken": float(len(self.broken))}
+        counts = {
+            f"{stage}/num_videos": float(len(self.labels)),
+            f"{stage}/num_broken": float(len(self.broken)),
+        }
         return {f"{stage}/top1": self.accuracy(1), f"{stage}/top5": self.accuracy(5), **counts}
 
 
@@ -63,7 +68,10 @@ class Reconstruction:
 
     def metrics(self, stage: str) -> dict[str, float]:
         """Return the mean loss and counts, named ``stage/…``."""
-        counts = {f"{stage}/num_videos": float(len(self.losses)), f"{stage}/num_broken": float(len(self.broken))}
+        counts = {
+            f"{stage}/num_videos": float(len(self.losses)),
+            f"{stage}/num_broken": float(len(self.broken)),
+        }
         return {f"{stage}/reconstruction_loss": self.loss, **counts}
 
     @property
@@ -135,30 +143,47 @@ class Evaluator:
             broken.extend(str(video) for video in batch.broken)
             if batch.good.any():
                 chosen = batch.good
-                seen.append((batch.videos[chosen], batch.labels[chosen], measure(model, batch.clips[chosen])))
+                seen.append(
+                    (
+                        batch.videos[chosen],
+                        batch.labels[chosen],
+                        measure(model, batch.clips[chosen]),
+                    )
+                )
         model.train()
         parts = distributed.gathered((seen, broken))
         rows = [row for part, _ in parts for row in part]
         failed = tuple(sorted(reason for _, part in parts for reason in part))
         if not rows:
-            raise Failure(f"not one video of the evaluation split could be decoded; the first: {failed[0]}", "data")
+            raise Failure(
+                f"not one video of the evaluation split could be decoded; the first: {failed[0]}",
+                "data",
+            )
         videos, labels, measured = (torch.cat(column) for column in zip(*rows, strict=True))
         return (videos, labels, measured), failed
 
-    def _reconstruction(self, model: MAR, clips: UInt8[Tensor, "B views T H W C"]) -> Float[Tensor, " B"]:
+    def _reconstruction(
+        self, model: MAR, clips: UInt8[Tensor, "B views T H W C"]
+    ) -> Float[Tensor, " B"]:
         num_videos, views = clips.shape[:2]
         pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
         hidden = evaluation_mask(self.settings).expand(len(pixels), -1, -1, -1)
         labels = torch.zeros(len(pixels), self.settings.data.num_classes, device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"):
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"
+        ):
             losses = model(pixels, hidden, labels).reconstruction
         return losses.view(num_videos, views).mean(dim=1).cpu()
 
-    def _probabilities(self, model: MAR, clips: UInt8[Tensor, "B views T H W C"]) -> Float[Tensor, "B classes"]:
+    def _probabilities(
+        self, model: MAR, clips: UInt8[Tensor, "B views T H W C"]
+    ) -> Float[Tensor, "B classes"]:
         num_videos, views = clips.shape[:2]
         pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
         hidden = evaluation_mask(self.settings).expand(len(pixels), -1, -1, -1)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"):
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"
+        ):
             scores = model.classify(pixels, hidden)
         return scores.float().softmax(dim=1).view(num_videos, views, -1).mean(dim=1).cpu()
 
@@ -177,6 +202,8 @@ def write_predictions(predictions: Predictions, videos: list[Video], file: Path)
         ):
             own = f"{predictions.probabilities[row, label].item():.6f}"
             line: list[object] = [cell(videos[place].name), label, own]
-            for name, probability in zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True):
+            for name, probability in zip(
+                best.indices[row].tolist(), best.values[row].tolist(), strict=True
+            ):
                 line += [name, f"{probability:.6f}"]
             writer.writerow(line)

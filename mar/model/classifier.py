@@ -10,7 +10,9 @@ from mar.config.schema import ClassifierConfig
 from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
 
 
-def build_classifier(config: ClassifierConfig, encoder_width: int, num_tokens: int, num_classes: int) -> nn.Module:
+def build_classifier(
+    config: ClassifierConfig, encoder_width: int, num_tokens: int, num_classes: int
+) -> nn.Module:
     """Return the classifier that ``config.kind`` names; each maps tokens and their places to scores."""
     if config.kind == "bridging":
         return BridgingClassifier(config, encoder_width, num_tokens, num_classes)
@@ -24,26 +26,39 @@ class BridgingClassifier(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, config: ClassifierConfig, encoder_width: int, num_tokens: int, num_classes: int) -> None:
+    def __init__(
+        self, config: ClassifierConfig, encoder_width: int, num_tokens: int, num_classes: int
+    ) -> None:
         super().__init__()
         self.num_tokens = num_tokens
         self.project = nn.Linear(encoder_width, config.width, bias=False)
-        self.register_buffer("positions", sin_cos_positions(num_tokens, config.width), persistent=False)
+        self.register_buffer(
+            "positions", sin_cos_positions(num_tokens, config.width), persistent=False
+        )
         self.add_positions = config.positions
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.mask_tokens else None
+        self.mask_token = (
+            nn.Parameter(torch.zeros(1, 1, config.width)) if config.mask_tokens else None
+        )
         self.blocks = transformer_blocks(config.width, config.depth, config.heads)
         self.norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.width, num_classes)
-        for part in (self.blocks, self.head):  # the projection keeps torch's default, as in the release
+        for part in (
+            self.blocks,
+            self.head,
+        ):  # the projection keeps torch's default, as in the release
             initialise(part)
 
-    def forward(self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B classes"]:
+    def forward(
+        self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]
+    ) -> Float[Tensor, "B classes"]:
         """Return the class scores of each clip."""
         bridged = self.blocks(self._input(self.project(tokens), visible))
         return self.head(self.dropout(self.norm(bridged.mean(dim=1))))
 
-    def _input(self, tokens: Float[Tensor, "B K W"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B N W"]:
+    def _input(
+        self, tokens: Float[Tensor, "B K W"], visible: Int[Tensor, "B K"]
+    ) -> Float[Tensor, "B N W"]:
         """Table VII: optionally all N tokens instead of the K visible ones, optionally with positions."""
         places = visible
         if self.mask_token is not None:
@@ -65,7 +80,9 @@ class LinearClassifier(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B classes"]:
+    def forward(
+        self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]
+    ) -> Float[Tensor, "B classes"]:
         """Return the class scores of each clip."""
         return self.head(self.dropout(self.norm(tokens.mean(dim=1))))
 
@@ -79,12 +96,17 @@ class MLPClassifier(nn.Module):
     def __init__(self, config: ClassifierConfig, encoder_width: int, num_classes: int) -> None:
         super().__init__()
         self.project = nn.Linear(encoder_width, config.width)
-        hidden = [nn.Sequential(nn.GELU(), nn.Linear(config.width, config.width)) for _ in range(config.depth - 2)]
+        hidden = [
+            nn.Sequential(nn.GELU(), nn.Linear(config.width, config.width))
+            for _ in range(config.depth - 2)
+        ]
         self.hidden = nn.Sequential(*hidden, nn.GELU())
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.width, num_classes)
         initialise(self)
 
-    def forward(self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B classes"]:
+    def forward(
+        self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]
+    ) -> Float[Tensor, "B classes"]:
         """Return the class scores of each clip."""
         return self.head(self.dropout(self.hidden(self.project(tokens).mean(dim=1))))

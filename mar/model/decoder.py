@@ -21,12 +21,19 @@ class Decoder(nn.Module):
     positions: Tensor
 
     def __init__(
-        self, config: ReconstructionConfig, encoder_width: int, num_tokens: int, patch_values: int, init: str = "xavier"
+        self,
+        config: ReconstructionConfig,
+        encoder_width: int,
+        num_tokens: int,
+        patch_values: int,
+        init: str = "xavier",
     ) -> None:
         super().__init__()
         self.project = nn.Linear(encoder_width, config.width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.register_buffer("positions", sin_cos_positions(num_tokens, config.width), persistent=False)
+        self.register_buffer(
+            "positions", sin_cos_positions(num_tokens, config.width), persistent=False
+        )
         self.blocks = transformer_blocks(config.width, config.depth, config.heads)
         self.norm = LayerNorm(config.width)
         self.head = nn.Linear(config.width, patch_values)
@@ -34,17 +41,25 @@ class Decoder(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"], hidden: Int[Tensor, "B M"]
+        self,
+        tokens: Float[Tensor, "B K D"],
+        visible: Int[Tensor, "B K"],
+        hidden: Int[Tensor, "B M"],
     ) -> Float[Tensor, "B M P"]:
         """Return predicted values of the hidden tubelets, pixel by pixel with the channel last."""
         seen = self.project(tokens) + self.positions[visible]
         unseen = self.mask_token + self.positions[hidden]
-        decoded = self.blocks(torch.cat([seen, unseen.to(seen.dtype)], dim=1), num_out=hidden.shape[1])
+        decoded = self.blocks(
+            torch.cat([seen, unseen.to(seen.dtype)], dim=1), num_out=hidden.shape[1]
+        )
         return self.head(self.norm(decoded))
 
 
 def reconstruction_target(
-    pixels: Float[Tensor, "B C T H W"], hidden: Int[Tensor, "B M"], tubelet: tuple[int, int, int], normalize: bool
+    pixels: Float[Tensor, "B C T H W"],
+    hidden: Int[Tensor, "B M"],
+    tubelet: tuple[int, int, int],
+    normalize: bool,
 ) -> Float[Tensor, "B M P"]:
     """Return x_M of Eq. 3: hidden tubelets of ``pixels`` (0 to 1), normalised by channel within each tubelet."""
     tubelets = take_tubelets(pixels, tubelet, hidden)
@@ -55,6 +70,8 @@ def reconstruction_target(
     return channels.flatten(-2)
 
 
-def reconstruction_loss(predicted: Float[Tensor, "B M P"], target: Float[Tensor, "B M P"]) -> Float[Tensor, " B"]:
+def reconstruction_loss(
+    predicted: Float[Tensor, "B M P"], target: Float[Tensor, "B M P"]
+) -> Float[Tensor, " B"]:
     """L_r, Eq. 3: mean squared error over the hidden tubelets of each clip."""
     return (predicted.float() - target).square().mean(dim=(1, 2))

@@ -10,7 +10,9 @@ from mar.config.schema import EncoderConfig
 from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
 
 
-def patchify(video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int]) -> Float[Tensor, "B N P"]:
+def patchify(
+    video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int]
+) -> Float[Tensor, "B N P"]:
     """Cut clips into tubelets, tokens in order t, h, w; within one, channel, frame, row, column (P values)."""
     return _tubelets(video, tubelet).flatten(1, 3).flatten(2)
 
@@ -59,7 +61,9 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(width) if last_norm else nn.Identity()
         initialise(self, [self.embed] if config.init == "torch" else [])
 
-    def forward(self, video: Float[Tensor, "B C T H W"], visible: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+    def forward(
+        self, video: Float[Tensor, "B C T H W"], visible: Int[Tensor, "B K"]
+    ) -> Float[Tensor, "B K D"]:
         """Embed the visible tubelets, add their positions, run the blocks and the final norm."""
         tokens = self.embed(take_tubelets(video, self.tubelet, visible)) + self.positions[visible]
         return self.norm(self.blocks(tokens))

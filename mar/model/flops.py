@@ -36,7 +36,11 @@ def cost(settings: ExperimentConfig) -> Cost:
     tokens = prod(settings.grid)
     test = tokens - settings.test_mask.num_hidden(settings.grid)
     train = tokens - settings.mask.num_hidden(settings.grid)
-    forward = _encoder_flops(settings, train) + _classifier_flops(settings, train) + _decoder_flops(settings, train)
+    forward = (
+        _encoder_flops(settings, train)
+        + _classifier_flops(settings, train)
+        + _decoder_flops(settings, train)
+    )
     inference_params = _encoder_params(settings) + _classifier_params(settings)
     return Cost(
         gflops=(_encoder_flops(settings, test) + _classifier_flops(settings, test)) / 1e9,
@@ -49,7 +53,9 @@ def cost(settings: ExperimentConfig) -> Cost:
 
 
 def _blocks_flops(num_tokens: int, width: int, depth: int) -> int:
-    return depth * (12 * width**2 * num_tokens + 2 * num_tokens**2 * width + 10 * num_tokens * width)
+    return depth * (
+        12 * width**2 * num_tokens + 2 * num_tokens**2 * width + 10 * num_tokens * width
+    )
 
 
 def _encoder_flops(settings: ExperimentConfig, visible: int) -> int:
@@ -62,14 +68,23 @@ def _encoder_flops(settings: ExperimentConfig, visible: int) -> int:
 def _classifier_flops(settings: ExperimentConfig, visible: int) -> int:
     if settings.pretrains:
         return 0
-    config, width, classes = settings.classifier, settings.encoder.dimensions[0], settings.data.num_classes
+    config, width, classes = (
+        settings.classifier,
+        settings.encoder.dimensions[0],
+        settings.data.num_classes,
+    )
     if config.kind == "linear":
         return 5 * width * (config.norm == "pooled") + width * classes
     project = visible * width * config.width
     if config.kind == "mlp":
         return project + max(config.depth - 2, 0) * config.width**2 + config.width * classes
     inside = prod(settings.grid) if config.mask_tokens else visible
-    return project + _blocks_flops(inside, config.width, config.depth) + 5 * config.width + config.width * classes
+    return (
+        project
+        + _blocks_flops(inside, config.width, config.depth)
+        + 5 * config.width
+        + config.width * classes
+    )
 
 
 def _decoder_flops(settings: ExperimentConfig, visible: int) -> int:
@@ -77,7 +92,9 @@ def _decoder_flops(settings: ExperimentConfig, visible: int) -> int:
         return 0
     config, tokens = settings.reconstruction, prod(settings.grid)
     unseen = tokens - visible
-    ends = visible * settings.encoder.dimensions[0] * config.width + unseen * config.width * _patch_values(settings)
+    ends = visible * settings.encoder.dimensions[
+        0
+    ] * config.width + unseen * config.width * _patch_values(settings)
     return ends + _blocks_flops(tokens, config.width, config.depth) + 5 * unseen * config.width
 
 
@@ -101,14 +118,28 @@ def _encoder_params(settings: ExperimentConfig) -> int:
 def _classifier_params(settings: ExperimentConfig) -> int:
     if settings.pretrains:
         return 0
-    config, width, classes = settings.classifier, settings.encoder.dimensions[0], settings.data.num_classes
+    config, width, classes = (
+        settings.classifier,
+        settings.encoder.dimensions[0],
+        settings.data.num_classes,
+    )
     if config.kind == "linear":
         return 2 * width * (config.norm == "pooled") + (width + 1) * classes
     head = (config.width + 1) * classes
     if config.kind == "mlp":
-        return (width + 1) * config.width + max(config.depth - 2, 0) * (config.width + 1) * config.width + head
+        return (
+            (width + 1) * config.width
+            + max(config.depth - 2, 0) * (config.width + 1) * config.width
+            + head
+        )
     mask_token = config.width if config.mask_tokens else 0
-    return width * config.width + _blocks_params(config.width, config.depth) + 2 * config.width + mask_token + head
+    return (
+        width * config.width
+        + _blocks_params(config.width, config.depth)
+        + 2 * config.width
+        + mask_token
+        + head
+    )
 
 
 def _decoder_params(settings: ExperimentConfig) -> int:
@@ -116,4 +147,8 @@ def _decoder_params(settings: ExperimentConfig) -> int:
         return 0
     config = settings.reconstruction
     ends = settings.encoder.dimensions[0] * config.width + config.width + 2 * config.width
-    return ends + _blocks_params(config.width, config.depth) + (config.width + 1) * _patch_values(settings)
+    return (
+        ends
+        + _blocks_params(config.width, config.depth)
+        + (config.width + 1) * _patch_values(settings)
+    )

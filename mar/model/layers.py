@@ -34,7 +34,9 @@ def sin_cos_positions(num_tokens: int, width: int) -> Float[Tensor, "N D"]:
 
 
 def attention(
-    queries: Float[Tensor, "B heads Q d"], keys: Float[Tensor, "B heads N d"], values: Float[Tensor, "B heads N d"]
+    queries: Float[Tensor, "B heads Q d"],
+    keys: Float[Tensor, "B heads N d"],
+    values: Float[Tensor, "B heads N d"],
 ) -> Float[Tensor, "B heads Q d"]:
     """Return softmax(QKᵀ/√d)V by the fastest way on the device.
 
@@ -45,12 +47,16 @@ def attention(
         if torch.is_grad_enabled():
             return explicit_attention(queries, keys, values)
         pieces = zip(*(each.split(_CLIPS_AT_ONCE) for each in (queries, keys, values)), strict=True)
-        return torch.cat([explicit_attention(*piece) for piece in pieces])  # what is kept for nobody may be small
+        return torch.cat(
+            [explicit_attention(*piece) for piece in pieces]
+        )  # what is kept for nobody may be small
     return F.scaled_dot_product_attention(queries, keys, values)
 
 
 def explicit_attention(
-    queries: Float[Tensor, "B heads Q d"], keys: Float[Tensor, "B heads N d"], values: Float[Tensor, "B heads N d"]
+    queries: Float[Tensor, "B heads Q d"],
+    keys: Float[Tensor, "B heads N d"],
+    values: Float[Tensor, "B heads N d"],
 ) -> Float[Tensor, "B heads Q d"]:
     """Return softmax(QKᵀ/√d)V by two matrix products."""
     return torch.softmax(queries * queries.shape[-1] ** -0.5 @ keys.mT, dim=-1) @ values
@@ -69,7 +75,9 @@ class Attention(TimmAttention):
         """Return what each token, or each of the last ones, gathers from all."""
         assert attn_mask is None and not is_causal, "every token sees every token here"
         if num_queries is None:
-            queries, keys, values = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            queries, keys, values = (
+                self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            )
         else:
             width = x.shape[-1]
             weight, bias = self.qkv.weight, self.qkv.bias
@@ -91,7 +99,9 @@ class Block(TimmBlock):
         x = kept + self.drop_path1(self.attended(x, num_out))
         return x + self.drop_path2(self.fed(x))
 
-    def attended(self, x: Float[Tensor, "B N D"], num_out: int | None = None) -> Float[Tensor, "B Q D"]:
+    def attended(
+        self, x: Float[Tensor, "B N D"], num_out: int | None = None
+    ) -> Float[Tensor, "B Q D"]:
         """Return what attention adds."""
         return self.attn(self.norm1(x), num_queries=num_out)
 
@@ -111,7 +121,9 @@ class Blocks(nn.Sequential):
     recompute = False
     """Keep no activations inside a block: compute them again in the backward pass. Less memory, a third more work."""
 
-    def forward(self, input: Float[Tensor, "B N D"], num_out: int | None = None) -> Float[Tensor, "B Q D"]:
+    def forward(
+        self, input: Float[Tensor, "B N D"], num_out: int | None = None
+    ) -> Float[Tensor, "B Q D"]:
         """Return all tokens, or the last ``num_out``."""
         x = input
         for number, block in enumerate(self, start=1):
@@ -127,14 +139,21 @@ def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.
     """Return ``depth`` pre-norm blocks (MLP ratio 4, GELU); stochastic depth rises linearly to ``drop_path``."""
     rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
     block = partial(
-        Block, width, heads, qkv_bias=True, norm_layer=cast("type[nn.Module]", LayerNorm), attn_layer=Attention
+        Block,
+        width,
+        heads,
+        qkv_bias=True,
+        norm_layer=cast("type[nn.Module]", LayerNorm),
+        attn_layer=Attention,
     )
     return Blocks(*(block(drop_path=rate) for rate in rates))
 
 
 def execute(model: nn.Module, compiled: str = "", recompute: bool = False) -> None:
     """Set how a model's blocks run: compiled in a mode of ``torch.compile`` (empty: not), activations recomputed."""
-    if compiled:  # what an earlier trial in this process compiled counts against PyTorch's limit of eight
+    if (
+        compiled
+    ):  # what an earlier trial in this process compiled counts against PyTorch's limit of eight
         torch.compiler.reset()
     for part in model.modules():
         if isinstance(part, Blocks):

@@ -51,8 +51,12 @@ class MAR(nn.Module):
         t, h, w = settings.grid
         num_tokens, width = t * h * w, settings.encoder.dimensions[0]
         self.reconstruction = settings.reconstruction
-        self.encoder = Encoder(settings.encoder, num_tokens, last_norm=settings.classifier.norm == "tokens")
-        classifier = build_classifier(settings.classifier, width, num_tokens, settings.data.num_classes)
+        self.encoder = Encoder(
+            settings.encoder, num_tokens, last_norm=settings.classifier.norm == "tokens"
+        )
+        classifier = build_classifier(
+            settings.classifier, width, num_tokens, settings.data.num_classes
+        )
         self.classifier = None if settings.pretrains else classifier
         patch_values = self.encoder.embed.in_features
         has_decoder = settings.reconstructs
@@ -79,7 +83,11 @@ class MAR(nn.Module):
             reconstruction = reconstruction_loss(predicted, self._target(pixels, hidden_places))
         if self.classifier is None:
             return Losses(reconstruction, nothing, reconstruction)
-        return Losses(self.reconstruction.weight * reconstruction + classification, classification, reconstruction)
+        return Losses(
+            self.reconstruction.weight * reconstruction + classification,
+            classification,
+            reconstruction,
+        )
 
     def classify(
         self, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"]
@@ -87,7 +95,9 @@ class MAR(nn.Module):
         """Return the class scores; the reconstruction branch is not run (Fig. 2)."""
         assert self.classifier is not None
         visible_places, _ = self._places(hidden)
-        return self.classifier(self.encoder((pixels - self.mean) / self.std, visible_places), visible_places)
+        return self.classifier(
+            self.encoder((pixels - self.mean) / self.std, visible_places), visible_places
+        )
 
     def reconstruct(
         self, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"]
@@ -98,9 +108,17 @@ class MAR(nn.Module):
         tokens = self.encoder((pixels - self.mean) / self.std, visible_places)
         return self.decoder(tokens, visible_places, hidden_places)
 
-    def _target(self, pixels: Float[Tensor, "B C T H W"], hidden: Int[Tensor, "B M"]) -> Float[Tensor, "B M P"]:
-        return reconstruction_target(pixels, hidden, self.encoder.tubelet, self.reconstruction.normalize_target)
+    def _target(
+        self, pixels: Float[Tensor, "B C T H W"], hidden: Int[Tensor, "B M"]
+    ) -> Float[Tensor, "B M P"]:
+        return reconstruction_target(
+            pixels, hidden, self.encoder.tubelet, self.reconstruction.normalize_target
+        )
 
-    def _places(self, hidden: Bool[Tensor, "B t h w"]) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
+    def _places(
+        self, hidden: Bool[Tensor, "B t h w"]
+    ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
         visible, hidden_places = split_places(hidden)
-        return visible.to(self.mean.device, non_blocking=True), hidden_places.to(self.mean.device, non_blocking=True)
+        return visible.to(self.mean.device, non_blocking=True), hidden_places.to(
+            self.mean.device, non_blocking=True
+        )

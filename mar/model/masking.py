@@ -23,14 +23,18 @@ from torch import Tensor
 from mar.config.schema import ExperimentConfig, Grid, MaskConfig
 
 
-def training_mask(mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator) -> Bool[Tensor, "B t h w"]:
+def training_mask(
+    mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator
+) -> Bool[Tensor, "B t h w"]:
     """Draw an independent mask for each clip, on the generator's device."""
     if mask.ratio == 0:
         return torch.zeros(num_clips, *grid, dtype=torch.bool, device=generator.device)
     return _STRATEGIES[mask.strategy](mask, grid, num_clips, generator)
 
 
-def evaluation_mask(settings: ExperimentConfig, device: torch.device | None = None) -> Bool[Tensor, "1 t h w"]:
+def evaluation_mask(
+    settings: ExperimentConfig, device: torch.device | None = None
+) -> Bool[Tensor, "1 t h w"]:
     """Return the one mask that all clips of an evaluation share (section III-B, last paragraph).
 
     Cells run in order from ``evaluation.mask.start``; strategies that are random in testing too are
@@ -46,11 +50,15 @@ def evaluation_mask(settings: ExperimentConfig, device: torch.device | None = No
     return training_mask(mask, settings.grid, 1, generator).to(device)
 
 
-def _cell(mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator) -> Bool[Tensor, "B t h w"]:
+def _cell(
+    mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator
+) -> Bool[Tensor, "B t h w"]:
     return _cells(mask, grid, mask.cell, num_clips, generator)
 
 
-def _uniform(mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator) -> Bool[Tensor, "B t h w"]:
+def _uniform(
+    mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator
+) -> Bool[Tensor, "B t h w"]:
     return _cells(mask, grid, (grid[1], grid[2]), num_clips, generator)
 
 
@@ -62,9 +70,13 @@ def _cells(
     device = generator.device
     rows, columns = h // r, w // q
     if mask.spatial == "repeated":
-        starts = torch.randint(r * q, (num_clips, 1, 1), generator=generator, device=device).expand(-1, rows, columns)
+        starts = torch.randint(r * q, (num_clips, 1, 1), generator=generator, device=device).expand(
+            -1, rows, columns
+        )
     else:
-        starts = torch.randint(r * q, (num_clips, rows, columns), generator=generator, device=device)
+        starts = torch.randint(
+            r * q, (num_clips, rows, columns), generator=generator, device=device
+        )
     hidden = _run_cells(mask, grid, cell, starts)
     if mask.temporal == "fixed":
         return hidden
@@ -96,7 +108,9 @@ def _cell_states(
     """
     few, area = hidden_total // num_cells, cell[0] * cell[1]
     edges = torch.arange(num_cells + 1) * hidden_total // num_cells
-    table = torch.stack([torch.stack([_state_a(cell, m).roll(i) for i in range(area)]) for m in (few, few + 1)])
+    table = torch.stack(
+        [torch.stack([_state_a(cell, m).roll(i) for i in range(area)]) for m in (few, few + 1)]
+    )
     return table, edges.diff() - few
 
 
@@ -117,7 +131,9 @@ def _state_a(cell: tuple[int, int], num_hidden: int) -> Bool[Tensor, " area"]:
     return spread if num_hidden == rarer else ~spread
 
 
-def _random(mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator) -> Bool[Tensor, "B t h w"]:
+def _random(
+    mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator
+) -> Bool[Tensor, "B t h w"]:
     t, h, w = grid
     if mask.motion == "running":
         noise = torch.rand(num_clips, h * w, generator=generator, device=generator.device)
@@ -126,7 +142,9 @@ def _random(mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Gener
     return _smallest(noise, mask.num_hidden(grid)).view(num_clips, t, h, w)
 
 
-def _block(mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator) -> Bool[Tensor, "B t h w"]:
+def _block(
+    mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator
+) -> Bool[Tensor, "B t h w"]:
     """A rectangle of random place and shape: the tokens nearest to its centre, by the larger of two scaled distances."""
     t, h, w = grid
     device = generator.device
@@ -134,17 +152,25 @@ def _block(mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Genera
     stretch = torch.exp((2 * shape[:, 0] - 1) * torch.log(torch.tensor(3.0)) / 2)[..., None]
     dy = (torch.arange(h, device=device)[None] + 0.5 - centre[:, 0] * h).abs()[:, :, None] * stretch
     dx = (torch.arange(w, device=device)[None] + 0.5 - centre[:, 1] * w).abs()[:, None, :] / stretch
-    block = _smallest(torch.maximum(dy, dx).flatten(1), int(mask.ratio * h * w)).view(num_clips, h, w)
-    return _run_across(block, t) if mask.motion == "running" else block[:, None].expand(-1, t, -1, -1)
+    block = _smallest(torch.maximum(dy, dx).flatten(1), int(mask.ratio * h * w)).view(
+        num_clips, h, w
+    )
+    return (
+        _run_across(block, t) if mask.motion == "running" else block[:, None].expand(-1, t, -1, -1)
+    )
 
 
-def _tube(mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator) -> Bool[Tensor, "B t h w"]:
+def _tube(
+    mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator
+) -> Bool[Tensor, "B t h w"]:
     t, h, w = grid
     noise = torch.rand(num_clips, h * w, generator=generator, device=generator.device)
     return _smallest(noise, int(mask.ratio * h * w)).view(num_clips, 1, h, w).expand(-1, t, -1, -1)
 
 
-def _frame(mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator) -> Bool[Tensor, "B t h w"]:
+def _frame(
+    mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator
+) -> Bool[Tensor, "B t h w"]:
     t, h, w = grid
     noise = torch.rand(num_clips, t, generator=generator, device=generator.device)
     return _smallest(noise, round(mask.ratio * t))[:, :, None, None].expand(-1, -1, h, w)

@@ -73,7 +73,9 @@ def save(
     facts = {"settings": settings.model_dump(mode="json"), "progress": asdict(state.progress)}
     write_sealed(path, writers, facts, try_again=try_again)
     there = sorted(folder.glob("step_*"))
-    older = [each for each in there if each.name <= path.name]  # newer ones were found to be damaged
+    older = [
+        each for each in there if each.name <= path.name
+    ]  # newer ones were found to be damaged
     for old in {*there, *folder.glob(".step_*.unfinished")} - keep.of(older):
         shutil.rmtree(old, ignore_errors=True)
     return path
@@ -106,7 +108,9 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish what was begun."""
         try:
-            with suppress(*(() if kind is None else (Failure,))):  # the first failure is the one to tell of
+            with suppress(
+                *(() if kind is None else (Failure,))
+            ):  # the first failure is the one to tell of
                 self.wait()
         finally:
             self._thread.shutdown()
@@ -118,7 +122,10 @@ class Saver:
             Failure: the checkpoint before this one could not be written.
         """
         self.wait()
-        weights, moments = self._copy("model", model.state_dict()), self._copy("optimizer", optimizer.state_dict())
+        weights, moments = (
+            self._copy("model", model.state_dict()),
+            self._copy("optimizer", optimizer.state_dict()),
+        )
         copied = Progress(progress.step, [*progress.sums], progress.elapsed_s, [*progress.history])
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # the copies are under way
@@ -142,7 +149,9 @@ class Saver:
         if isinstance(value, Mapping):
             return {key: self._copy(f"{name}.{key}", each) for key, each in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self._copy(f"{name}.{place}", each) for place, each in enumerate(value))
+            return type(value)(
+                self._copy(f"{name}.{place}", each) for place, each in enumerate(value)
+            )
         if not isinstance(value, Tensor):
             return value
         buffer = self._buffers.get(name)
@@ -157,7 +166,9 @@ def path_for(folder: Path, progress: Progress) -> Path:
     return folder / f"step_{progress.step:08d}"
 
 
-def latest(folder: Path, settings: ExperimentConfig, say: Callable[[str], None]) -> Checkpoint | None:
+def latest(
+    folder: Path, settings: ExperimentConfig, say: Callable[[str], None]
+) -> Checkpoint | None:
     """Return the newest checkpoint below ``folder`` that is whole and has these settings; tell of others."""
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
@@ -175,5 +186,7 @@ def latest(folder: Path, settings: ExperimentConfig, say: Callable[[str], None])
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Load weights and optimiser state; returns the progress to go on from."""
     model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
-    optimizer.load_state_dict(torch.load(checkpoint.path / "training.pt", weights_only=True, map_location="cpu"))
+    optimizer.load_state_dict(
+        torch.load(checkpoint.path / "training.pt", weights_only=True, map_location="cpu")
+    )
     return checkpoint.progress

@@ -54,7 +54,9 @@ class Training(Learner):
         return len(self.progress.history)
 
 
-def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Execution) -> dict[str, float]:
+def fit(
+    settings: ExperimentConfig, folder: Path, report: Report, execution: Execution
+) -> dict[str, float]:
     """Train from the newest checkpoint in ``folder`` (or from the start), test, and return the final metrics.
 
     Reports every epoch, those before the resumption included, so that a listener that lost some gets all.
@@ -85,15 +87,24 @@ def fit(settings: ExperimentConfig, folder: Path, report: Report, execution: Exe
     processes = execution.loader_processes
     batches = training_batches(settings, train, order, processes, execution.device)
     validate = Evaluator(
-        settings, val, execution.device, loader_processes=processes, is_kept=True, alive=execution.alive
+        settings,
+        val,
+        execution.device,
+        loader_processes=processes,
+        is_kept=True,
+        alive=execution.alive,
     )
     with Saver(folder, settings, execution.keep, execution.stored, execution.try_again) as saver:
-        training = Training(settings, execution, model, optimizer, progress, folder, order.steps_per_epoch, saver)
+        training = Training(
+            settings, execution, model, optimizer, progress, folder, order.steps_per_epoch, saver
+        )
         while training.epoch < settings.recipe.epochs:
             metrics = _train_epoch(training, batches)
             if (training.epoch + 1) % settings.evaluation.every_epochs == 0:
                 clock = _Clock(progress)
-                metrics |= (validate.reconstruction if settings.pretrains else validate)(model).metrics("val")
+                metrics |= (validate.reconstruction if settings.pretrains else validate)(
+                    model
+                ).metrics("val")
                 clock.stop()
             metrics["time/elapsed_s"] = progress.elapsed_s
             progress.history.append(metrics)
@@ -126,7 +137,11 @@ def test_again(
     facts = read_sealed(result)
     model = MAR(settings).to(execution.device)
     model.load_state_dict(load_file(result / "model.safetensors"))
-    history = {name: value for name, value in facts["metrics"].items() if not name.startswith(("val/", "test/"))}
+    history = {
+        name: value
+        for name, value in facts["metrics"].items()
+        if not name.startswith(("val/", "test/"))
+    }
     return _finish(Trained(settings, folder, execution, model, [history], result), val, report)
 
 
@@ -144,7 +159,9 @@ def _finished(settings: ExperimentConfig, folder: Path) -> list[dict[str, float]
     try:
         manifest = read_sealed(result)
     except Failure as damage:
-        raise Failure(f"{result} is damaged: {damage}. To train it again, remove that folder", "damaged") from None
+        raise Failure(
+            f"{result} is damaged: {damage}. To train it again, remove that folder", "damaged"
+        ) from None
     if placeless(build(manifest["settings"])) != placeless(settings):
         return None
     final = {name: float(value) for name, value in manifest["metrics"].items()}
@@ -173,8 +190,13 @@ class _Clock:
 def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, float]:
     """Finish the epoch that the progress stands in; returns its metrics and starts new sums."""
     settings, progress, device = training.settings, training.progress, training.execution.device
-    end, every = (training.epoch + 1) * training.steps_per_epoch, training.execution.checkpoint_every_steps
-    sums = torch.tensor(progress.sums, dtype=torch.float64, device=device) * (training.share.rank == 0)
+    end, every = (
+        (training.epoch + 1) * training.steps_per_epoch,
+        training.execution.checkpoint_every_steps,
+    )
+    sums = torch.tensor(progress.sums, dtype=torch.float64, device=device) * (
+        training.share.rank == 0
+    )
     clock, first_step, elapsed_s, rate = _Clock(progress), progress.step, progress.elapsed_s, 0.0
     while progress.step < end:
         batch = next(batches)
@@ -185,7 +207,9 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
         progress.step += 1
         if device.type == "cpu" or progress.step == end:  # elsewhere to look is to wait
             _check_numbers(training, rate)
-        wish = training.execution.step(progress.step, training.steps_per_epoch * settings.recipe.epochs)
+        wish = training.execution.step(
+            progress.step, training.steps_per_epoch * settings.recipe.epochs
+        )
         if wish == "leave":
             raise Stopped(f"left at step {progress.step}, not saved")
         training.is_to_stop = training.is_to_stop or wish == "stop"
@@ -203,14 +227,20 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
     clock.stop()
     progress.sums = Progress().sums
     if not clips:
-        raise Failure(f"not one video of epoch {training.epoch + 1} could be decoded: run mar data check", "data")
+        raise Failure(
+            f"not one video of epoch {training.epoch + 1} could be decoded: run mar data check",
+            "data",
+        )
     metrics = {"train/loss": total / clips, "train/lr": rate}
     if not settings.pretrains:
         metrics["train/classification_loss"] = classification / clips
     if settings.reconstructs:
         metrics["train/reconstruction_loss"] = reconstruction / clips
     trained = (progress.step - first_step) * settings.recipe.batch_size
-    return metrics | {"train/num_broken": broken, "throughput/clips_per_s": trained / (progress.elapsed_s - elapsed_s)}
+    return metrics | {
+        "train/num_broken": broken,
+        "throughput/clips_per_s": trained / (progress.elapsed_s - elapsed_s),
+    }
 
 
 def _check_numbers(training: Training, rate: float) -> None:
@@ -233,7 +263,8 @@ def _count_broken(training: Training, batch: Batch) -> int:
     """Return the number of broken videos in the batch, if the settings allow any."""
     if batch.broken and training.settings.data.broken == "error":
         raise Failure(
-            f"{batch.broken[0]}. Repair or remove it, or set data.broken: skip to leave such videos out", "data"
+            f"{batch.broken[0]}. Repair or remove it, or set data.broken: skip to leave such videos out",
+            "data",
         )
     return len(batch.broken)
 
@@ -250,12 +281,20 @@ def _finish(trained: Trained, val: list[Video], report: Report) -> dict[str, flo
     settings, execution, model = trained.settings, trained.execution, trained.model
     views, device, processes = settings.evaluation, execution.device, execution.loader_processes
     test = Evaluator(
-        settings, val, device, clips=views.clips, crops=views.crops, loader_processes=processes, alive=execution.alive
+        settings,
+        val,
+        device,
+        clips=views.clips,
+        crops=views.crops,
+        loader_processes=processes,
+        alive=execution.alive,
     )
     predictions = (test.reconstruction if settings.pretrains else test)(model)
     if predictions.broken:
         first = f"the first: {predictions.broken[0]}"
-        execution.say(f"{len(predictions.broken)} of {len(val)} test videos could not be decoded, {first}")
+        execution.say(
+            f"{len(predictions.broken)} of {len(val)} test videos could not be decoded, {first}"
+        )
     metrics = trained.history[-1] | predictions.metrics("test")
     one_view = Evaluator(settings, val, device, loader_processes=processes, alive=execution.alive)
     if settings.redraws_in_testing and not settings.pretrains:
@@ -273,7 +312,9 @@ def _finish(trained: Trained, val: list[Video], report: Report) -> dict[str, flo
         )
         metrics["test/top1_shuffled_frames"] = shuffle(model).accuracy(1)
     if device.type == "cuda" and not trained.by:
-        with suppress(UserError):  # no room beside the model: a trial does not fail over this figure
+        with suppress(
+            UserError
+        ):  # no room beside the model: a trial does not fail over this figure
             metrics["memory/batch_of_1_gib"] = peak_training_memory_gib(settings, 1)
     if distributed.share().rank == 0:
         write_result(trained, val, predictions, metrics)

@@ -22,10 +22,14 @@ def peak_training_memory_gib(settings: ExperimentConfig, num_clips: int) -> floa
         UserError: there is no CUDA device here, or it has too little memory.
     """
     if not torch.cuda.is_available():
-        raise UserError("--memory: there is no CUDA device here, and peak memory is measured, not guessed")
+        raise UserError(
+            "--memory: there is no CUDA device here, and peak memory is measured, not guessed"
+        )
     device, generator = torch.device("cuda"), torch.Generator().manual_seed(0)
     torch.cuda.empty_cache()
-    held_bytes = torch.cuda.memory_allocated(device)  # by others in this process: a training that is over
+    held_bytes = torch.cuda.memory_allocated(
+        device
+    )  # by others in this process: a training that is over
     torch.cuda.reset_peak_memory_stats(device)
     model = MAR(settings).to(device)
     optimizer = build_optimizer(model, settings.recipe)
@@ -35,7 +39,9 @@ def peak_training_memory_gib(settings: ExperimentConfig, num_clips: int) -> floa
     try:
         for _ in range(_STEPS):
             hidden = training_mask(settings.mask, settings.grid, num_clips, generator)
-            with torch.autocast("cuda", torch.bfloat16, enabled=settings.recipe.precision == "bf16"):
+            with torch.autocast(
+                "cuda", torch.bfloat16, enabled=settings.recipe.precision == "bf16"
+            ):
                 losses = model(pixels, hidden, labels)
             losses.total.mean().backward()
             optimizer.step()

@@ -28,7 +28,10 @@ def learning_rate(recipe: RecipeConfig, epoch: float) -> float:
 def _cosine(recipe: RecipeConfig, epoch: float) -> float:
     start = recipe.warmup_epochs if recipe.cosine_from == "warmup" else 0.0
     progress = (epoch - start) / max(recipe.epochs - start, 1e-9)
-    return recipe.min_lr + (peak_lr(recipe) - recipe.min_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+    return (
+        recipe.min_lr
+        + (peak_lr(recipe) - recipe.min_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+    )
 
 
 def layer_scale(name: str, depth: int, recipe: RecipeConfig) -> float:
@@ -65,14 +68,18 @@ def parameter_groups(model: MAR, recipe: RecipeConfig) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         scale = layer_scale(name, depth, recipe)
         decay = recipe.weight_decay if is_decayed(name, recipe) else 0.0
-        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        group = groups.setdefault(
+            (scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay}
+        )
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def build_optimizer(model: MAR, recipe: RecipeConfig) -> torch.optim.AdamW:
     """Return AdamW (Table I) over the model's parameter groups."""
-    return torch.optim.AdamW(parameter_groups(model, recipe), lr=peak_lr(recipe), betas=recipe.betas, fused=True)
+    return torch.optim.AdamW(
+        parameter_groups(model, recipe), lr=peak_lr(recipe), betas=recipe.betas, fused=True
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -85,7 +92,9 @@ def gradient_norm(model: nn.Module, limit: float | None) -> Tensor:
     """Return the gradient's norm; where there is a ``limit``, shorten the gradient to it."""
     if limit is not None:
         return nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+    return nn.utils.get_total_norm(
+        [each.grad for each in model.parameters() if each.grad is not None]
+    )
 
 
 def step_unless(optimizer: torch.optim.Optimizer, spoiled: Tensor) -> None:

@@ -39,7 +39,10 @@ class Trained:
 
 
 def write_result(
-    trained: Trained, val: list[Video], predictions: Predictions | Reconstruction, metrics: dict[str, float]
+    trained: Trained,
+    val: list[Video],
+    predictions: Predictions | Reconstruction,
+    metrics: dict[str, float],
 ) -> None:
     """Write the result folder of a training or a test, as a whole or not at all."""
     settings = trained.settings.model_dump(mode="json")
@@ -58,15 +61,25 @@ def write_result(
         writers["curves.png"] = lambda file: draw_curves(trained.history, file)
     if isinstance(predictions, Predictions):
         names = class_names(trained.settings.data)
-        writers[CLASSES] = lambda file: write_text(file, json.dumps({"classes": names}, ensure_ascii=False, indent=1))
+        writers[CLASSES] = lambda file: write_text(
+            file, json.dumps({"classes": names}, ensure_ascii=False, indent=1)
+        )
         writers["predictions.csv"] = lambda file: write_predictions(predictions, val, file)
         right = (predictions.probabilities.argmax(dim=1) == predictions.labels).numpy()
         tested = [val[place].name for place in predictions.videos.tolist()]
         writers[ANSWERS] = lambda file: write_answers(right, tested, file)
-        writers["confusion.png"] = lambda file: draw_confusion(predictions.confusion().numpy(), names, file)
+        writers["confusion.png"] = lambda file: draw_confusion(
+            predictions.confusion().numpy(), names, file
+        )
     if trained.settings.redraws_in_testing:
-        shown = [video for video in val if not any(str(video.path) in reason for reason in predictions.broken)][:_SHOWN]
-        writers["reconstructions.png"] = lambda file: draw_reconstructions(trained.settings, trained.model, shown, file)
+        shown = [
+            video
+            for video in val
+            if not any(str(video.path) in reason for reason in predictions.broken)
+        ][:_SHOWN]
+        writers["reconstructions.png"] = lambda file: draw_reconstructions(
+            trained.settings, trained.model, shown, file
+        )
     sealed: Writers = writers
     facts = {"settings": settings, "metrics": metrics}
     write_sealed(trained.folder / RESULT, sealed, facts, try_again=trained.execution.try_again)
@@ -78,7 +91,9 @@ def _write_history(history: list[dict[str, float]], file: Path) -> None:
     with file.open("w", newline="", encoding="utf-8") as output:
         writer = csv.DictWriter(output, ["epoch", *names])
         writer.writeheader()
-        writer.writerows({"epoch": number, **epoch} for number, epoch in enumerate(history, start=1))
+        writer.writerows(
+            {"epoch": number, **epoch} for number, epoch in enumerate(history, start=1)
+        )
 
 
 _SHOWN = 3

@@ -35,8 +35,14 @@ class Keep:
         """
         parts = [each.strip().partition("=") for each in text.split(",")]
         told = {name: value for name, _, value in parts}
-        counts = {name: int(value) for name, value in told.items() if value.isdecimal() and int(value)}
-        if told.keys() - counts.keys() - {"best"} or counts.keys() - {"last", "every"} or told.get("best"):
+        counts = {
+            name: int(value) for name, value in told.items() if value.isdecimal() and int(value)
+        }
+        if (
+            told.keys() - counts.keys() - {"best"}
+            or counts.keys() - {"last", "every"}
+            or told.get("best")
+        ):
             raise ValueError(_EXPECTED)
         return cls(counts.get("last", cls.last), "best" in told, counts.get("every"))
 
@@ -71,4 +77,6 @@ def _epochs(path: Path) -> list[Mapping[str, float]]:
 
 
 def _merit(metrics: Mapping[str, float]) -> float:
-    return metrics.get("val/top1", -metrics.get("val/reconstruction_loss", metrics.get("train/loss", 0.0)))
+    return metrics.get(
+        "val/top1", -metrics.get("val/reconstruction_loss", metrics.get("train/loss", 0.0))
+    )

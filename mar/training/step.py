@@ -93,7 +93,9 @@ def train_step(learner: Learner, batch: Batch) -> Tensor:
     settings, device, share = learner.settings, learner.execution.device, learner.share
     step, batch = learner.progress.step, one_after_another(batch)
     drawn = draw_step(settings, step).of(places(settings, share))
-    torch.manual_seed(int(draw(settings.seed, 4, step, share.rank).integers(2**62)))  # dropout, stochastic depth
+    torch.manual_seed(
+        int(draw(settings.seed, 4, step, share.rank).integers(2**62))
+    )  # dropout, stochastic depth
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     learner.optimizer.zero_grad(set_to_none=True)
     passes = _passes(len(batch.labels), learner.execution.max_clips_per_pass)
@@ -101,13 +103,24 @@ def train_step(learner: Learner, batch: Batch) -> Tensor:
         chosen, good = drawn.of(range(len(drawn.erased))[part]), batch.good[part]
         pixels, targets = augmented(batch.clips[part], batch.labels[part], chosen, settings)
         pixels, targets = mix(pixels, targets, settings.augment, draw(settings.seed, 3, step), good)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"):
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"
+        ):
             losses: Losses = learner.wrapped(pixels, chosen.hidden, targets)
-        scale = share.world / settings.recipe.batch_size  # DistributedDataParallel averages over the workers
+        scale = (
+            share.world / settings.recipe.batch_size
+        )  # DistributedDataParallel averages over the workers
         with _no_sync(learner.wrapped) if part is not passes[-1] else nullcontext():
             ((losses.total * good).sum() * scale).backward()
-        columns = (losses.total, losses.classification, losses.reconstruction, torch.ones_like(losses.total))
-        sums += torch.stack([(column.detach() * good).sum(dtype=torch.float64) for column in columns])
+        columns = (
+            losses.total,
+            losses.classification,
+            losses.reconstruction,
+            torch.ones_like(losses.total),
+        )
+        sums += torch.stack(
+            [(column.detach() * good).sum(dtype=torch.float64) for column in columns]
+        )
     norm = gradient_norm(learner.model, settings.recipe.clip_grad)
     learner.spoiled |= ~norm.isfinite()
     step_unless(learner.optimizer, learner.spoiled)
@@ -117,7 +130,10 @@ def train_step(learner: Learner, batch: Batch) -> Tensor:
 def _passes(num_clips: int, limit: int | None) -> list[slice]:
     """Return the forward-backward passes of a share: of even length, so that clips keep their mixing partners."""
     length = max(2, limit - limit % 2) if limit else num_clips
-    return [slice(first, min(first + length, num_clips)) for first in range(0, num_clips, max(length, 1))]
+    return [
+        slice(first, min(first + length, num_clips))
+        for first in range(0, num_clips, max(length, 1))
+    ]
 
 
 def _no_sync(model: nn.Module) -> AbstractContextManager[None]:

@@ -15,7 +15,9 @@ _NAMED_CLASSES = 40
 """Up to so many classes have their names and counts in a confusion matrix."""
 
 
-def draw_confusion(counts: Int[np.ndarray, "classes classes"], names: list[str], file: Path) -> None:
+def draw_confusion(
+    counts: Int[np.ndarray, "classes classes"], names: list[str], file: Path
+) -> None:
     """Draw which classes (rows) are taken for which (columns), shares of each row."""
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     is_named = len(names) <= _NAMED_CLASSES
@@ -32,23 +34,40 @@ def draw_confusion(counts: Int[np.ndarray, "classes classes"], names: list[str],
             for column, count in enumerate(line):
                 if count:
                     color = "white" if shares[row, column] > 0.5 else "black"
-                    panel.text(column, row, str(count), ha="center", va="center", fontsize=7, color=color)
+                    panel.text(
+                        column, row, str(count), ha="center", va="center", fontsize=7, color=color
+                    )
     save(figure, file)
 
 
 def draw_curves(history: list[dict[str, float]], file: Path) -> None:
     """Draw the losses and, where there are any, the accuracies of each epoch."""
-    groups = [["train/loss", "train/reconstruction_loss", "val/reconstruction_loss"], ["val/top1", "val/top5"]]
-    shown = [[name for name in group if any(name in epoch for epoch in history)] for group in groups]
+    groups = [
+        ["train/loss", "train/reconstruction_loss", "val/reconstruction_loss"],
+        ["val/top1", "val/top5"],
+    ]
+    shown = [
+        [name for name in group if any(name in epoch for epoch in history)] for group in groups
+    ]
     shown = [group for group in shown if group]
     width = 4.6 * len(shown)
     figure = Figure(figsize=(width, 3.2))
     # Margins of our own: a layout that is found costs a trial forty milliseconds more.
-    margins = {"left": 0.65 / width, "right": 1 - 0.15 / width, "bottom": 0.15, "top": 0.97, "wspace": 0.18}
+    margins = {
+        "left": 0.65 / width,
+        "right": 1 - 0.15 / width,
+        "bottom": 0.15,
+        "top": 0.97,
+        "wspace": 0.18,
+    }
     panels: Any = figure.subplots(1, len(shown), squeeze=False, gridspec_kw=margins)
     for panel, names in zip(panels[0], shown, strict=True):
         for name in names:
-            points = [(number, epoch[name]) for number, epoch in enumerate(history, start=1) if name in epoch]
+            points = [
+                (number, epoch[name])
+                for number, epoch in enumerate(history, start=1)
+                if name in epoch
+            ]
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         panel.set(xlabel="epoch", ylabel="%" if names[0].startswith("val/top") else "loss")
         panel.grid(alpha=0.3)
@@ -63,9 +82,13 @@ def save(figure: Figure, file: Path) -> None:
         UserError: matplotlib does not write that format.
     """
     if file.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
-        raise UserError(f"-o {file}: cannot draw a {file.suffix or 'nameless'} file; use .png, .pdf or .svg")
+        raise UserError(
+            f"-o {file}: cannot draw a {file.suffix or 'nameless'} file; use .png, .pdf or .svg"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {}
     if file.suffix.lower() == ".png":
-        options["pil_kwargs"] = {"compress_level": 1}  # of frames: half the time, a sixth more bytes
+        options["pil_kwargs"] = {
+            "compress_level": 1
+        }  # of frames: half the time, a sixth more bytes
     figure.savefig(file, dpi=160, **options)

@@ -47,9 +47,16 @@ def draw_clips(settings: ExperimentConfig, num_clips: int, num_frames: int, file
     row, shown_clips = one_after_another(batch), slice(min(num_clips, settings.recipe.batch_size))
     drawn = draw_step(settings, 0).of(range(settings.recipe.batch_size)[shown_clips])
     pixels, targets = augmented(row.clips[shown_clips], row.labels[shown_clips], drawn, settings)
-    pixels, targets = mix(pixels, targets, settings.augment, draw(settings.seed, 3, 0), row.good[shown_clips])
-    names, shown = class_names(settings.data), torch.linspace(0, pixels.shape[2] - 1, num_frames).long()
-    figure = Figure(figsize=(4 * num_frames * 0.9, 1.05 * (-(-len(pixels) // 4))), layout="constrained")
+    pixels, targets = mix(
+        pixels, targets, settings.augment, draw(settings.seed, 3, 0), row.good[shown_clips]
+    )
+    names, shown = (
+        class_names(settings.data),
+        torch.linspace(0, pixels.shape[2] - 1, num_frames).long(),
+    )
+    figure = Figure(
+        figsize=(4 * num_frames * 0.9, 1.05 * (-(-len(pixels) // 4))), layout="constrained"
+    )
     columns = 4 * num_frames
     panels: Any = figure.subplots(-(-len(pixels) // 4), columns, squeeze=False)
     for panel in panels.flat:
@@ -59,7 +66,10 @@ def draw_clips(settings: ExperimentConfig, num_clips: int, num_frames: int, file
         for panel, frame in zip(line, shown.tolist(), strict=False):
             panel.imshow(clip[:, frame].clamp(0, 1).permute(1, 2, 0).numpy())
         best = target.topk(min(2, len(target)))
-        words = [f"{names[label][:18]} {share:.0%}" for label, share in zip(best.indices, best.values, strict=True)]
+        words = [
+            f"{names[label][:18]} {share:.0%}"
+            for label, share in zip(best.indices, best.values, strict=True)
+        ]
         line[0].set_title("\n".join(words), fontsize=5, loc="left", pad=2)
     save(figure, file)
 

@@ -29,7 +29,10 @@ _LABEL_IN = 0.3
 
 @torch.no_grad()
 def rebuilt(
-    settings: ExperimentConfig, model: MAR, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"]
+    settings: ExperimentConfig,
+    model: MAR,
+    pixels: Float[Tensor, "B C T H W"],
+    hidden: Bool[Tensor, "B t h w"],
 ) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B C T H W"]]:
     """Return the masked videos (hidden patches grey) and the rebuilt ones (hidden patches as the model draws them).
 
@@ -39,11 +42,18 @@ def rebuilt(
     patches, places = patchify(pixels, tubelet), split_places(hidden)[1].to(pixels.device)
     index = places[..., None].expand(-1, -1, patches.shape[-1])
     original = patches.gather(1, index)
-    drawn = model.reconstruct(pixels, hidden).float().unflatten(-1, (-1, channels)).transpose(-1, -2)
+    drawn = (
+        model.reconstruct(pixels, hidden).float().unflatten(-1, (-1, channels)).transpose(-1, -2)
+    )
     if settings.reconstruction.normalize_target:
         values = original.unflatten(-1, (channels, -1))
-        drawn = drawn * (values.std(dim=-1, keepdim=True) + 1e-6) + values.mean(dim=-1, keepdim=True)
-    lines = (patches.scatter(1, index, part) for part in (torch.full_like(original, _GREY), drawn.flatten(-2)))
+        drawn = drawn * (values.std(dim=-1, keepdim=True) + 1e-6) + values.mean(
+            dim=-1, keepdim=True
+        )
+    lines = (
+        patches.scatter(1, index, part)
+        for part in (torch.full_like(original, _GREY), drawn.flatten(-2))
+    )
     masked, redrawn = (unpatchify(line, settings.grid, tubelet) for line in lines)
     return masked, redrawn.clamp(0, 1)
 
@@ -58,7 +68,9 @@ def draw_reconstructions(
         Failure: a video is broken.
     """
     if not settings.redraws_in_testing:
-        raise UserError("no reconstruction: this model has no reconstruction branch, or nothing is hidden in testing")
+        raise UserError(
+            "no reconstruction: this model has no reconstruction branch, or nothing is hidden in testing"
+        )
     check(settings.data, videos)
     clips = EvaluationClips(settings, videos, 1, 1, shuffled=False)
     batch = collate([clips[number] for number in range(len(videos))])
@@ -67,7 +79,12 @@ def draw_reconstructions(
     pixels = to_pixels(batch.clips[:, 0].to(model.mean.device))
     was_training = model.training
     model.eval()
-    lines = (pixels, *rebuilt(settings, model, pixels, evaluation_mask(settings).expand(len(pixels), -1, -1, -1)))
+    lines = (
+        pixels,
+        *rebuilt(
+            settings, model, pixels, evaluation_mask(settings).expand(len(pixels), -1, -1, -1)
+        ),
+    )
     model.train(was_training)
     shown = torch.linspace(0, pixels.shape[2] - 1, num_frames).long()
     tiled = torch.stack([line[:, :, shown].cpu() for line in lines], dim=1)  # B 3 C frames H W
@@ -76,10 +93,14 @@ def draw_reconstructions(
     tiled = pad(tiled, (0, gap, 0, gap), value=1.0)
     picture = tiled.permute(0, 1, 4, 3, 5, 2).flatten(0, 2).flatten(1, 2)[:-gap, :-gap]
     figure = Figure(figsize=(_LABEL_IN + 1.1 * num_frames, 1.1 * height / width * 3 * len(videos)))
-    panel: Any = figure.add_axes((_LABEL_IN / figure.get_figwidth(), 0, 1 - _LABEL_IN / figure.get_figwidth(), 1))
+    panel: Any = figure.add_axes(
+        (_LABEL_IN / figure.get_figwidth(), 0, 1 - _LABEL_IN / figure.get_figwidth(), 1)
+    )
     panel.imshow(picture.numpy(), aspect="auto")
     rows = [(height + gap) * row + height / 2 for row in range(3 * len(videos))]
-    panel.set_yticks(rows, ["original", "masked", "rebuilt"] * len(videos), fontsize=8, rotation=90, va="center")
+    panel.set_yticks(
+        rows, ["original", "masked", "rebuilt"] * len(videos), fontsize=8, rotation=90, va="center"
+    )
     panel.set_xticks([])
     panel.tick_params(length=0)
     panel.set_frame_on(False)

@@ -82,14 +82,22 @@ def write_hugging_face(folder: Path, weights: Weights, settings: ExperimentConfi
     check_fit(weights, settings)
     frames, height, width = settings.encoder.tubelet
     if height != width:
-        raise UserError(f"encoder.tubelet: Hugging Face's VideoMAE has square patches, not {height} × {width}")
+        raise UserError(
+            f"encoder.tubelet: Hugging Face's VideoMAE has square patches, not {height} × {width}"
+        )
     pooled = settings.classifier.norm == "pooled" and "classifier.head.weight" in weights.tensors
     kept = {
         name: tensor
         for name, tensor in weights.tensors.items()
         if name.startswith("encoder.") or name.startswith("classifier." if pooled else "decoder.")
     }
-    kind = "VideoClassification" if pooled else "PreTraining" if "decoder.project.weight" in kept else "Model"
+    kind = (
+        "VideoClassification"
+        if pooled
+        else "PreTraining"
+        if "decoder.project.weight" in kept
+        else "Model"
+    )
     architecture = f"VideoMAEFor{kind}" if kind != "Model" else "VideoMAEModel"
     dimensions, decoder = settings.encoder.dimensions, settings.reconstruction
     config = {
@@ -181,7 +189,9 @@ def write_onnx(file: Path, weights: Weights, settings: ExperimentConfig) -> floa
         UserError: the file is there already, onnx is not installed, or the weights have no classifier.
     """
     if not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
-        raise UserError("ONNX needs onnx, onnxscript and onnxruntime: pip install 'mar-on-ray[onnx]'")
+        raise UserError(
+            "ONNX needs onnx, onnxscript and onnxruntime: pip install 'mar-on-ray[onnx]'"
+        )
     import onnxruntime
 
     if file.exists():
@@ -189,7 +199,9 @@ def write_onnx(file: Path, weights: Weights, settings: ExperimentConfig) -> floa
     model = MAR(settings).eval()
     load(model, weights, settings, ("encoder.", "classifier."))
     clip = settings.clip
-    pixels = torch.rand(2, 3, clip.frames, clip.size, clip.size, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(
+        2, 3, clip.frames, clip.size, clip.size, generator=torch.Generator().manual_seed(0)
+    )
     inference = Inference(model, settings).eval()
     with torch.no_grad():
         expected = inference(pixels)
@@ -206,16 +218,25 @@ def write_onnx(file: Path, weights: Weights, settings: ExperimentConfig) -> floa
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if weights.classes:
-            program.model.metadata_props["classes"] = json.dumps(weights.classes, ensure_ascii=False)
+            program.model.metadata_props["classes"] = json.dumps(
+                weights.classes, ensure_ascii=False
+            )
         program.save(unfinished, external_data=False)
-        session: Any = onnxruntime.InferenceSession(str(unfinished), providers=["CPUExecutionProvider"])
+        session: Any = onnxruntime.InferenceSession(
+            str(unfinished), providers=["CPUExecutionProvider"]
+        )
         differences = [
-            (torch.from_numpy(session.run(None, {"pixels": part.numpy()})[0]) - wanted).abs().max().item()
+            (torch.from_numpy(session.run(None, {"pixels": part.numpy()})[0]) - wanted)
+            .abs()
+            .max()
+            .item()
             for part, wanted in ((pixels, expected), (pixels[:1], expected[:1]))
         ]
         limit = _ONNX_TOLERANCE * max(1.0, expected.abs().max().item())
         if not max(differences) <= limit:  # NaN is not
-            raise Failure(f"onnxruntime and PyTorch differ by {max(differences):.1e}; {file} was not written")
+            raise Failure(
+                f"onnxruntime and PyTorch differ by {max(differences):.1e}; {file} was not written"
+            )
         unfinished.rename(file)
     except OSError as error:
         raise Failure(f"could not write {file}: {error.strerror or error}") from None
@@ -225,7 +246,9 @@ def write_onnx(file: Path, weights: Weights, settings: ExperimentConfig) -> floa
     return max(differences)
 
 
-def _write(folder: Path, tensors: Mapping[str, Tensor], configs: Mapping[str, dict[str, Any]], card: str) -> None:
+def _write(
+    folder: Path, tensors: Mapping[str, Tensor], configs: Mapping[str, dict[str, Any]], card: str
+) -> None:
     if folder.exists():
         raise UserError(f"{folder} is there already: choose another name, or remove it")
     contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
@@ -242,15 +265,30 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], configs: Mapping[str, di
 
 def _classes_text(weights: Weights, settings: ExperimentConfig) -> str:
     """Return the number of classes and their names, harmless in Markdown."""
-    names = [re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(name.split())) for name in weights.classes]
-    return f"{settings.data.num_classes}: {', '.join(names)}" if names else str(settings.data.num_classes)
+    names = [
+        re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(name.split())) for name in weights.classes
+    ]
+    return (
+        f"{settings.data.num_classes}: {', '.join(names)}"
+        if names
+        else str(settings.data.num_classes)
+    )
 
 
 def _card(
-    folder: Path, weights: Weights, settings: ExperimentConfig, kept: Mapping[str, Tensor], library: str, how: str
+    folder: Path,
+    weights: Weights,
+    settings: ExperimentConfig,
+    kept: Mapping[str, Tensor],
+    library: str,
+    how: str,
 ) -> str:
     figures, (width, depth, heads) = cost(settings), settings.encoder.dimensions
-    parts = [part for part in ("encoder", "decoder", "classifier") if any(name.startswith(f"{part}.") for name in kept)]
+    parts = [
+        part
+        for part in ("encoder", "decoder", "classifier")
+        if any(name.startswith(f"{part}.") for name in kept)
+    ]
     return _CARD.format(
         library=library,
         title=folder.name,
@@ -266,8 +304,12 @@ def _card(
         tokens=figures.tokens,
         visible=figures.visible_tokens,
         ratio=settings.test_ratio,
-        classes=_classes_text(weights, settings) if "classifier" in parts else "none: it has no classifier",
-        as_what="" if "classifier" in parts else f", with a {settings.classifier.kind} classifier put on",
+        classes=_classes_text(weights, settings)
+        if "classifier" in parts
+        else "none: it has no classifier",
+        as_what=""
+        if "classifier" in parts
+        else f", with a {settings.classifier.kind} classifier put on",
         gflops=figures.gflops,
         params=figures.params_m,
         how=how.replace("DIR", folder.name),

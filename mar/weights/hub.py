@@ -34,7 +34,9 @@ def fetch(name: str) -> Path:
         return folder if any(folder.glob("*.safetensors")) else _snapshot(repository, _OLD)
     except Exception as error:  # the hub's own errors, its HTTP client's, and a misspelt endpoint's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: no such file here, and Hugging Face gave no {repository}: {reason}") from None
+        raise UserError(
+            f"{name}: no such file here, and Hugging Face gave no {repository}: {reason}"
+        ) from None
 
 
 def locate(name: str) -> Path | None:
@@ -48,7 +50,12 @@ def locate(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if path.is_absolute() or name.startswith(("./", "../", "~")) or path.suffix in _FILE_ENDINGS or name.count("/") > 1:
+    if (
+        path.is_absolute()
+        or name.startswith(("./", "../", "~"))
+        or path.suffix in _FILE_ENDINGS
+        or name.count("/") > 1
+    ):
         raise UserError(f"{name}: no such file or folder of weights")
     try:
         folder = _snapshot(_repository(name), _SAFE, local_files_only=True)
@@ -75,12 +82,16 @@ def weight_files(path: Path) -> list[Path]:
     """
     files = [path] if path.is_file() else _weight_files(path)
     if not files:
-        raise UserError(f"{path}: no weights in it (model.safetensors, its shards' index, or pytorch_model.bin)")
+        raise UserError(
+            f"{path}: no weights in it (model.safetensors, its shards' index, or pytorch_model.bin)"
+        )
     return files
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    single, index, old = (folder / name for name in ("model.safetensors", "model.safetensors.index.json", _OLD[1]))
+    single, index, old = (
+        folder / name for name in ("model.safetensors", "model.safetensors.index.json", _OLD[1])
+    )
     if single.is_file():
         return [single]
     if index.is_file():
@@ -90,7 +101,9 @@ def _weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{index}: not an index of shards") from None
         missing = [shard for shard in shards if not below(folder, shard).is_file()]
         if missing:
-            raise UserError(f"{folder}: the shard {missing[0]} is missing ({len(missing)} of {len(shards)})")
+            raise UserError(
+                f"{folder}: the shard {missing[0]} is missing ({len(missing)} of {len(shards)})"
+            )
         return [below(folder, shard) for shard in shards]
     return [old] if old.is_file() else []
 
@@ -108,7 +121,10 @@ def fingerprint(name: str) -> str:
         path = None
     if path is None:
         return f"{ABSENT}{name}"
-    digests = [_sha256(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
+    digests = [
+        _sha256(str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in weight_files(path)
+    ]
     return _DIGEST + hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -125,4 +141,8 @@ def _repository(name: str) -> str:
 def _snapshot(repository: str, patterns: tuple[str, ...], local_files_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(repository, allow_patterns=list(patterns), local_files_only=local_files_only))
+    return Path(
+        snapshot_download(
+            repository, allow_patterns=list(patterns), local_files_only=local_files_only
+        )
+    )

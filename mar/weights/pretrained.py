@@ -72,7 +72,10 @@ class Loaded:
     def text(self, weights: Weights) -> str:
         """Return a line each for what was loaded, initialised and left over."""
         reasons = sorted({*self.left_over.values()})
-        left = (f"{_grouped([key for key, why in self.left_over.items() if why == r])}: {r}" for r in reasons)
+        left = (
+            f"{_grouped([key for key, why in self.left_over.items() if why == r])}: {r}"
+            for r in reasons
+        )
         lines = [
             f"weights    {weights.source} ({weights.layout})",
             f"loaded     {_counted(self.loaded, weights.tensors)}",
@@ -100,10 +103,18 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
     layout, kept, unused = translated.layout.name, translated.tensors, dict(translated.unused)
     config = _config_beside(path, translated.layout)
     if layout == "ViT":
-        layout = "image ViT" if "cls_token" in tensors or _is_flat(tensors) else "VideoMAE, fine-tuned"
+        layout = (
+            "image ViT" if "cls_token" in tensors or _is_flat(tensors) else "VideoMAE, fine-tuned"
+        )
     if config.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{name}: its activation is {config['hidden_act']}; mar's blocks have GELU, and no other")
-    reads_first = "classifier.head.weight" in kept and "encoder.norm.weight" in kept and translated.layout is not OURS
+        raise UserError(
+            f"{name}: its activation is {config['hidden_act']}; mar's blocks have GELU, and no other"
+        )
+    reads_first = (
+        "classifier.head.weight" in kept
+        and "encoder.norm.weight" in kept
+        and translated.layout is not OURS
+    )
     if reads_first and "classifier.project.weight" not in kept:
         heads = [key for key in kept if key.startswith("classifier.")]
         unused |= dict.fromkeys(heads, "its classifier reads the first token, and ours the average")
@@ -112,7 +123,9 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
     return Weights(name, layout, kept, unused, settings, stated, _classes_beside(path, kept))
 
 
-def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
+def model_settings(
+    weights: Weights, overrides: Mapping[str, Any] | None = None
+) -> ExperimentConfig:
     """Return settings whose model has the sizes of the file.
 
     Raises:
@@ -120,7 +133,12 @@ def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None)
     """
     known = {**weights.settings, **flatten(overrides or {})}
     needs = [("encoder.heads", known.get("encoder.size") == "custom")]
-    needs += [("classifier.heads", "classifier.project.weight" in weights.tensors and _is_bridging(weights.tensors))]
+    needs += [
+        (
+            "classifier.heads",
+            "classifier.project.weight" in weights.tensors and _is_bridging(weights.tensors),
+        )
+    ]
     needs += [("reconstruction.heads", "decoder.project.weight" in weights.tensors)]
     for path, is_needed in needs:
         if is_needed and path not in known:
@@ -140,7 +158,9 @@ def read_model(
     """
     weights = read_weights(name)
     if "classifier.head.weight" not in weights.tensors:
-        raise UserError(f"{name} ({weights.layout}) has no classifier: it was pre-trained only; fine-tune it first")
+        raise UserError(
+            f"{name} ({weights.layout}) has no classifier: it was pre-trained only; fine-tune it first"
+        )
     settings = model_settings(weights, {**flatten(shared), **flatten(overrides)})
     model = MAR(settings).eval()
     load(model, weights, settings, ("encoder.", "classifier."))
@@ -172,12 +192,18 @@ def _to_start_from(model: MAR, settings: ExperimentConfig) -> tuple[Weights, tup
     weights = read_weights(settings.encoder.weights, settings.encoder.tubelet[0])
     has_decoder = model.decoder is not None and settings.reconstruction.init == "pretrained"
     if has_decoder and not any(name.startswith("decoder.") for name in weights.tensors):
-        raise UserError(f"encoder.weights: {weights.source} has no decoder: set reconstruction.init: random")
+        raise UserError(
+            f"encoder.weights: {weights.source} has no decoder: set reconstruction.init: random"
+        )
     return weights, ("encoder.", "decoder.") if has_decoder else ("encoder.",)
 
 
 def load(
-    model: MAR, weights: Weights, settings: ExperimentConfig, parts: Sequence[str], lends_norm: bool = False
+    model: MAR,
+    weights: Weights,
+    settings: ExperimentConfig,
+    parts: Sequence[str],
+    lends_norm: bool = False,
 ) -> Loaded:
     """Load the parts of a model whose names begin so.
 
@@ -186,13 +212,21 @@ def load(
     """
     names, ours = fitting(model, weights, settings, parts, lends_norm), model.state_dict()
     model.load_state_dict({name: weights.tensors[name] for name in names}, strict=False)
-    left_over = {name: "not asked for" if name in ours else "not of this model" for name in weights.tensors}
+    left_over = {
+        name: "not asked for" if name in ours else "not of this model" for name in weights.tensors
+    }
     left_over = {name: why for name, why in left_over.items() if name not in names}
-    return Loaded(names, tuple(name for name in ours if name not in names), weights.unused | left_over)
+    return Loaded(
+        names, tuple(name for name in ours if name not in names), weights.unused | left_over
+    )
 
 
 def fitting(
-    model: MAR, weights: Weights, settings: ExperimentConfig, parts: Sequence[str], lends_norm: bool = False
+    model: MAR,
+    weights: Weights,
+    settings: ExperimentConfig,
+    parts: Sequence[str],
+    lends_norm: bool = False,
 ) -> tuple[str, ...]:
     """Return the tensors of those parts; model and file must have the same ones, in the same shapes.
 
@@ -213,10 +247,14 @@ def fitting(
         "other shapes": [
             name
             for name in of_parts
-            if name in ours and name in weights.tensors and weights.tensors[name].shape != ours[name].shape
+            if name in ours
+            and name in weights.tensors
+            and weights.tensors[name].shape != ours[name].shape
         ],
         "other settings": [
-            path for path in _STATED if path in weights.stated and _contradicts(path, weights, settings)
+            path
+            for path in _STATED
+            if path in weights.stated and _contradicts(path, weights, settings)
         ],
     }
     if any(faults.values()):
@@ -227,13 +265,19 @@ def fitting(
             theirs, own = (" × ".join(str(length) for length in shape) for shape in shapes)
             words.append(f"{name} is {theirs} in the file, {own} in the model")
         advice = _advice(weights, settings)
-        raise UserError(f"{weights.source} ({weights.layout}) does not fit. {'; '.join(words)}{advice}")
+        raise UserError(
+            f"{weights.source} ({weights.layout}) does not fit. {'; '.join(words)}{advice}"
+        )
     return tuple(name for name in of_parts if name in ours and name in weights.tensors)
 
 
 def _contradicts(path: str, weights: Weights, settings: ExperimentConfig) -> bool:
     """Whether the file states another value than the settings have, for a part that both have."""
-    part = {"encoder": "encoder.", "classifier": "classifier.blocks.", "reconstruction": "decoder."}[path.split(".")[0]]
+    part = {
+        "encoder": "encoder.",
+        "classifier": "classifier.blocks.",
+        "reconstruction": "decoder.",
+    }[path.split(".")[0]]
     if not any(name.startswith(part) for name in weights.tensors):
         return False
     here: dict[str, Any] = {
@@ -247,9 +291,19 @@ def _contradicts(path: str, weights: Weights, settings: ExperimentConfig) -> boo
 
 def _advice(weights: Weights, settings: ExperimentConfig) -> str:
     here = flatten(settings.model_dump(mode="json"))
-    sizes = {path: value for path, value in weights.settings.items() if path.split(".")[-1] in _SIZES}
-    other = {path: value for path, value in sizes.items() if path.startswith(tuple(_BRANCH_OF)) and here[path] != value}
-    return f". The file has {', '.join(f'{key}={value}' for key, value in other.items())}" if other else ""
+    sizes = {
+        path: value for path, value in weights.settings.items() if path.split(".")[-1] in _SIZES
+    }
+    other = {
+        path: value
+        for path, value in sizes.items()
+        if path.startswith(tuple(_BRANCH_OF)) and here[path] != value
+    }
+    return (
+        f". The file has {', '.join(f'{key}={value}' for key, value in other.items())}"
+        if other
+        else ""
+    )
 
 
 def _is_flat(tensors: Mapping[str, Tensor]) -> bool:
@@ -278,7 +332,11 @@ def _settings_of(
     width, depth = len(tensors["encoder.embed.weight"]), _depth(tensors, "encoder")
     sizes = {(each[0], each[1]): (name, each[2]) for name, each in ENCODER_SIZES.items()}
     heads: int | None = config.get("num_attention_heads")
-    known: dict[str, Any] = {"encoder.size": "custom", "encoder.width": width, "encoder.depth": depth}
+    known: dict[str, Any] = {
+        "encoder.size": "custom",
+        "encoder.width": width,
+        "encoder.depth": depth,
+    }
     if (width, depth) in sizes and heads in (None, sizes[width, depth][1]):
         known = {"encoder.size": sizes[width, depth][0]}
     told = {"encoder.heads": heads if known["encoder.size"] == "custom" else None}
@@ -300,12 +358,23 @@ def _classifier_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         width = len(tensors["classifier.project.weight"])
         known |= {"classifier.kind": "bridging", "classifier.width": width}
         known |= {"classifier.depth": _depth(tensors, "classifier")}
-        return known | ({"classifier.heads": heads} if (heads := _KNOWN_CLASSIFIER_HEADS.get(width)) else {})
+        return known | (
+            {"classifier.heads": heads} if (heads := _KNOWN_CLASSIFIER_HEADS.get(width)) else {}
+        )
     if "classifier.project.weight" in tensors:
-        return known | {"classifier.kind": "mlp", "classifier.width": len(tensors["classifier.project.weight"])}
+        return known | {
+            "classifier.kind": "mlp",
+            "classifier.width": len(tensors["classifier.project.weight"]),
+        }
     pooled = "classifier.norm.weight" in tensors
-    sees_all = {"mask.ratio": 0.0, "reconstruction.weight": 0.0} if pooled else {}  # as VideoMAE is fine-tuned
-    return known | {"classifier.kind": "linear", "classifier.norm": "pooled" if pooled else "tokens"} | sees_all
+    sees_all = (
+        {"mask.ratio": 0.0, "reconstruction.weight": 0.0} if pooled else {}
+    )  # as VideoMAE is fine-tuned
+    return (
+        known
+        | {"classifier.kind": "linear", "classifier.norm": "pooled" if pooled else "tokens"}
+        | sees_all
+    )
 
 
 def _decoder_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -313,7 +382,9 @@ def _decoder_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {}
     width = len(tensors["decoder.project.weight"])
     known = {"reconstruction.width": width, "reconstruction.depth": _depth(tensors, "decoder")}
-    return known | ({"reconstruction.heads": heads} if (heads := _KNOWN_DECODER_HEADS.get(width)) else {})
+    return known | (
+        {"reconstruction.heads": heads} if (heads := _KNOWN_DECODER_HEADS.get(width)) else {}
+    )
 
 
 def _config_beside(path: Path, layout: Layout) -> dict[str, Any]:
@@ -351,7 +422,11 @@ def _classes_beside(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...
     told: Any = read_mapping(folder / CLASSES).get("classes")
     if told is None:
         labels: Any = read_mapping(folder / "config.json").get("id2label")
-        told = [labels.get(str(number)) for number in range(len(labels))] if isinstance(labels, dict) else []
+        told = (
+            [labels.get(str(number)) for number in range(len(labels))]
+            if isinstance(labels, dict)
+            else []
+        )
     names = tuple(str(name) for name in told) if isinstance(told, list) else ()
     return names if len(names) == len(tensors["classifier.head.weight"]) else ()
 
@@ -368,14 +443,17 @@ def _grouped(names: Sequence[str]) -> str:
     for name in names:
         parts.setdefault(name.split(".")[0], []).append(name)
     return ", ".join(
-        f"{part}.… ({len(own)} tensors)" if len(own) > _MAX_NAMED else ", ".join(own) for part, own in parts.items()
+        f"{part}.… ({len(own)} tensors)" if len(own) > _MAX_NAMED else ", ".join(own)
+        for part, own in parts.items()
     )
 
 
 def _counted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
     """Return how many tensors and values of each part."""
     words: list[str] = []
-    for part in sorted({name.split(".")[0] for name in names}, key=["encoder", "decoder", "classifier"].index):
+    for part in sorted(
+        {name.split(".")[0] for name in names}, key=["encoder", "decoder", "classifier"].index
+    ):
         own = [tensors[name] for name in names if name.startswith(f"{part}.")]
         values_m = sum(prod(tensor.shape) for tensor in own) / 1e6
         words.append(f"{part}: {len(own)} tensors, {values_m:.2f} M values")
@@ -387,13 +465,26 @@ def contents(weights: Weights) -> str:
     by_reason: dict[str, list[str]] = {}
     for key, why in weights.unused.items():
         by_reason.setdefault(why, []).append(key)
-    branches = [branch for branch, part in _BRANCH_OF.items() if any(name.startswith(part) for name in weights.tensors)]
-    sizes = {path: value for path, value in weights.settings.items() if path.startswith((*branches, "clip."))}
+    branches = [
+        branch
+        for branch, part in _BRANCH_OF.items()
+        if any(name.startswith(part) for name in weights.tensors)
+    ]
+    sizes = {
+        path: value
+        for path, value in weights.settings.items()
+        if path.startswith((*branches, "clip."))
+    }
     in_order = sorted(sizes.items(), key=lambda each: SETTING_PATHS.index(each[0]))
-    told = ", ".join(f"{path}={value}" for path, value in in_order if path.split(".")[-1] in _SIZES and value)
+    told = ", ".join(
+        f"{path}={value}" for path, value in in_order if path.split(".")[-1] in _SIZES and value
+    )
     lines = [
         f"weights    {weights.source} ({weights.layout})",
         f"has        {_counted(list(weights.tensors), weights.tensors)}",
     ]
-    lines += [f"settings   {told}", *(f"not used   {_grouped(keys)}: {why}" for why, keys in by_reason.items())]
+    lines += [
+        f"settings   {told}",
+        *(f"not used   {_grouped(keys)}: {why}" for why, keys in by_reason.items()),
+    ]
     return printable("\n".join(lines))

@@ -41,9 +41,13 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             raise UserError(f"{file}: not a whole safetensors file: {error}") from None
     start = _first_bytes(file)
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{file}: a git-LFS pointer, not the weights themselves: fetch them with git lfs pull")
+        raise UserError(
+            f"{file}: a git-LFS pointer, not the weights themselves: fetch them with git lfs pull"
+        )
     if start[:1] == b"<" or start[8:9] == b"{":
-        what = "a web page" if start[:1] == b"<" else "a safetensors file: name it so (.safetensors)"
+        what = (
+            "a web page" if start[:1] == b"<" else "a safetensors file: name it so (.safetensors)"
+        )
         raise UserError(f"{file}: not a PyTorch checkpoint but {what}")
     is_archive = zipfile.is_zipfile(file)
     if is_archive and _is_compressed(file):
@@ -51,7 +55,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             f"{file}: refused, because it is compressed, which PyTorch does not do: it may be larger than memory"
         )
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's arguments
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):  # VideoMAE's arguments
             warnings.simplefilter("ignore")  # on pickles of other protocols, which it then refuses
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # what a damaged file makes of the reader is anybody's guess
@@ -80,7 +87,9 @@ def _why_not(error: Exception) -> str:
     advice = "If you trust where it comes from, open it apart from here and save its tensors alone, as safetensors"
     named = re.search(r"GLOBAL (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and named:
-        return f"refused, because opening it could run code: it would call {named.group(1)}. {advice}"
+        return (
+            f"refused, because opening it could run code: it would call {named.group(1)}. {advice}"
+        )
     operand = re.search(r"Unsupported operand (\d+)", str(error))
     if operand and int(operand.group(1)) in _NEWER_PICKLE:
         return f"refused, because it is pickled in a way that cannot be checked (protocol 4 or later). {advice}"
@@ -90,13 +99,24 @@ def _why_not(error: Exception) -> str:
 def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint, out of their wrapping."""
     if isinstance(content, Mapping):
-        wrapped = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
+        wrapped = next(
+            (content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content
+        )
         found = {str(key): value for key, value in wrapped.items() if isinstance(value, Tensor)}
-        if any(value.is_meta or value.layout is not torch.strided or value.is_quantized for value in found.values()):
-            raise UserError(f"{file}: some of its tensors are sparse, quantised or empty; mar reads dense ones")
-        larger = next((key for key, value in found.items() if _is_larger_than_its_data(value)), None)
+        if any(
+            value.is_meta or value.layout is not torch.strided or value.is_quantized
+            for value in found.values()
+        ):
+            raise UserError(
+                f"{file}: some of its tensors are sparse, quantised or empty; mar reads dense ones"
+            )
+        larger = next(
+            (key for key, value in found.items() if _is_larger_than_its_data(value)), None
+        )
         if larger is not None:
-            raise UserError(f"{file}: the tensor {larger} asks for more memory than the file has values for")
+            raise UserError(
+                f"{file}: the tensor {larger} asks for more memory than the file has values for"
+            )
         if found:
             return found
     raise UserError(f"{file}: no tensors in it, by name or under {', '.join(_WRAPPERS)}")
@@ -108,8 +128,14 @@ def _is_larger_than_its_data(tensor: Tensor) -> bool:
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    named = {key: value for key, value in tensors.items() if key != "n_averaged"}  # an average's count
-    while named and (prefix := next((each for each in _PREFIXES if all(key.startswith(each) for key in named)), None)):
+    named = {
+        key: value for key, value in tensors.items() if key != "n_averaged"
+    }  # an average's count
+    while named and (
+        prefix := next(
+            (each for each in _PREFIXES if all(key.startswith(each) for key in named)), None
+        )
+    ):
         named = {key.removeprefix(prefix): value for key, value in named.items()}
     return named
 

@@ -58,7 +58,10 @@ _TORCH_BLOCK = (
 
 
 def _blocks(old: str, new: str) -> tuple[tuple[str, str], ...]:
-    return tuple((pattern.replace("{old}", old), ours.replace("{new}", new)) for pattern, ours in _TORCH_BLOCK)
+    return tuple(
+        (pattern.replace("{old}", old), ours.replace("{new}", new))
+        for pattern, ours in _TORCH_BLOCK
+    )
 
 
 def _hugging_face_blocks(old: str, new: str) -> tuple[tuple[str, str], ...]:
@@ -70,9 +73,15 @@ def _hugging_face_blocks(old: str, new: str) -> tuple[tuple[str, str], ...]:
         r"output\.dense": "mlp.fc2",
     }
     return (
-        (rf"{old}(\d+)\.attention\.attention\.([qkv])(?:uery|ey|alue)\.(weight|bias)", rf"{new}\1.attn.\2.\3"),
+        (
+            rf"{old}(\d+)\.attention\.attention\.([qkv])(?:uery|ey|alue)\.(weight|bias)",
+            rf"{new}\1.attn.\2.\3",
+        ),
         (rf"{old}(\d+)\.attention\.attention\.([qv])_bias", rf"{new}\1.attn.\2_bias"),
-        *((rf"{old}(\d+)\.{theirs}\.(weight|bias)", rf"{new}\1.{ours}.\2") for theirs, ours in parts.items()),
+        *(
+            (rf"{old}(\d+)\.{theirs}\.(weight|bias)", rf"{new}\1.{ours}.\2")
+            for theirs, ours in parts.items()
+        ),
     )
 
 
@@ -83,7 +92,9 @@ _DECODER = (
     (r"decoder\.(norm|head)\.(weight|bias)", r"decoder.\1.\2"),
 )
 
-OURS = Layout("mar", (r"encoder\.embed\.weight",), ((r"((encoder|decoder|classifier)\..+)", r"\1"),))
+OURS = Layout(
+    "mar", (r"encoder\.embed\.weight",), ((r"((encoder|decoder|classifier)\..+)", r"\1"),)
+)
 LAYOUTS = (
     OURS,
     Layout(
@@ -97,10 +108,22 @@ LAYOUTS = (
             (r"encoder_to_cls_decoder\.weight", "classifier.project.weight"),
             (r"cls_head\.blocks\.(\d+)\.norm\.(weight|bias)", r"classifier.blocks.\1.norm1.\2"),
             (r"cls_head\.blocks\.(\d+)\.norm_ffn\.(weight|bias)", r"classifier.blocks.\1.norm2.\2"),
-            (r"cls_head\.blocks\.(\d+)\.attn\.to_qkv\.(weight|bias)", r"classifier.blocks.\1.attn.qkv.\2"),
-            (r"cls_head\.blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"classifier.blocks.\1.attn.proj.\2"),
-            (r"cls_head\.blocks\.(\d+)\.ffn\.net\.0\.(weight|bias)", r"classifier.blocks.\1.mlp.fc1.\2"),
-            (r"cls_head\.blocks\.(\d+)\.ffn\.net\.3\.(weight|bias)", r"classifier.blocks.\1.mlp.fc2.\2"),
+            (
+                r"cls_head\.blocks\.(\d+)\.attn\.to_qkv\.(weight|bias)",
+                r"classifier.blocks.\1.attn.qkv.\2",
+            ),
+            (
+                r"cls_head\.blocks\.(\d+)\.attn\.proj\.(weight|bias)",
+                r"classifier.blocks.\1.attn.proj.\2",
+            ),
+            (
+                r"cls_head\.blocks\.(\d+)\.ffn\.net\.0\.(weight|bias)",
+                r"classifier.blocks.\1.mlp.fc1.\2",
+            ),
+            (
+                r"cls_head\.blocks\.(\d+)\.ffn\.net\.3\.(weight|bias)",
+                r"classifier.blocks.\1.mlp.fc2.\2",
+            ),
             (r"cls_head\.(norm|head)\.(weight|bias)", r"classifier.\1.\2"),
         ),
         (
@@ -124,7 +147,10 @@ LAYOUTS = (
         "Hugging Face VideoMAE",
         (r"(?:videomae\.)?embeddings\.patch_embeddings\.projection\.weight",),
         (
-            (r"(?:videomae\.)?embeddings\.patch_embeddings\.projection\.(weight|bias)", r"encoder.embed.\1"),
+            (
+                r"(?:videomae\.)?embeddings\.patch_embeddings\.projection\.(weight|bias)",
+                r"encoder.embed.\1",
+            ),
             *_hugging_face_blocks(r"(?:videomae\.)?encoder\.layer\.", "encoder.blocks."),
             (r"(?:videomae\.)?layernorm\.(weight|bias)", r"encoder.norm.\1"),
             *_hugging_face_blocks(r"decoder\.decoder_layers\.", "decoder.blocks."),
@@ -159,7 +185,9 @@ def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
     A 2D patch embedding is inflated over ``inflate_frames`` frames: repeated, and divided by their number, so that
     a still clip has the tokens of its image.
     """
-    layout = next((layout for layout in LAYOUTS if all(_fits(mark, tensors) for mark in layout.marks)), None)
+    layout = next(
+        (layout for layout in LAYOUTS if all(_fits(mark, tensors) for mark in layout.marks)), None
+    )
     if layout is None:
         return None
     renamed: dict[str, Tensor] = {}
@@ -169,7 +197,9 @@ def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
         if ours:
             renamed[ours] = value.float()
         else:
-            reason = next((why for pattern, why in layout.unused if re.fullmatch(pattern, key)), NOT_KNOWN)
+            reason = next(
+                (why for pattern, why in layout.unused if re.fullmatch(pattern, key)), NOT_KNOWN
+            )
             unused[key] = reason
     tubelet = None
     embedding = renamed.get("encoder.embed.weight")
@@ -196,13 +226,22 @@ def hugging_face_names(tensors: Tensors, tubelet: tuple[int, int, int]) -> dict[
         if name == "encoder.embed.weight":
             value = value.unflatten(1, (3, *tubelet))
         if ".attn.qkv." in name:
-            prefix, kind = _first(_THEIRS, name.split(".attn.")[0] + ".") or "", name.rpartition(".")[2]
+            prefix, kind = (
+                _first(_THEIRS, name.split(".attn.")[0] + ".") or "",
+                name.rpartition(".")[2],
+            )
             query, key, third = value.chunk(3)
             if kind == "bias":
-                named |= {f"{prefix}attention.attention.q_bias": query, f"{prefix}attention.attention.v_bias": third}
+                named |= {
+                    f"{prefix}attention.attention.q_bias": query,
+                    f"{prefix}attention.attention.v_bias": third,
+                }
             else:
                 parts = {"query": query, "key": key, "value": third}
-                named |= {f"{prefix}attention.attention.{part}.weight": each for part, each in parts.items()}
+                named |= {
+                    f"{prefix}attention.attention.{part}.weight": each
+                    for part, each in parts.items()
+                }
             continue
         theirs = _first(_THEIRS, name)
         assert theirs, name
@@ -218,7 +257,10 @@ def _their_blocks(ours: str, theirs: str) -> tuple[tuple[str, str], ...]:
         r"mlp\.fc1": "intermediate.dense",
         r"mlp\.fc2": "output.dense",
     }
-    named = ((rf"{ours}(\d+)\.{part}\.(weight|bias)", rf"{theirs}\1.{other}.\2") for part, other in parts.items())
+    named = (
+        (rf"{ours}(\d+)\.{part}\.(weight|bias)", rf"{theirs}\1.{other}.\2")
+        for part, other in parts.items()
+    )
     return ((rf"{ours}(\d+)\.", rf"{theirs}\1."), *named)
 
 
@@ -250,19 +292,36 @@ def _joined(renamed: dict[str, Tensor], may_lack_biases: bool) -> dict[str, Tens
     Where no block of a part has an attention bias, the model has none (``qkv_bias: false``), and all are zero.
     Where some have and one lacks it, a tensor is missing, and stays so.
     """
-    joined = {name: value for name, value in renamed.items() if not re.search(r"\.attn\.[qkv](\.|_)", name)}
-    biased = {name.split(".")[0] for name in renamed if re.search(r"\.attn\.(qkv\.bias|[qv]_bias|[qv]\.bias)", name)}
+    joined = {
+        name: value
+        for name, value in renamed.items()
+        if not re.search(r"\.attn\.[qkv](\.|_)", name)
+    }
+    biased = {
+        name.split(".")[0]
+        for name in renamed
+        if re.search(r"\.attn\.(qkv\.bias|[qv]_bias|[qv]\.bias)", name)
+    }
     for stem in sorted({name.split(".attn.")[0] for name in renamed if ".attn." in name}):
         attention = f"{stem}.attn."
-        weights = [renamed[key] for part in "qkv" if (key := f"{attention}{part}.weight") in renamed]
+        weights = [
+            renamed[key] for part in "qkv" if (key := f"{attention}{part}.weight") in renamed
+        ]
         if len(weights) == 3:
             joined[f"{attention}qkv.weight"] = torch.cat(weights)
         query, key, value = (
-            renamed.get(f"{attention}{part}_bias", renamed.get(f"{attention}{part}.bias")) for part in "qkv"
+            renamed.get(f"{attention}{part}_bias", renamed.get(f"{attention}{part}.bias"))
+            for part in "qkv"
         )
         if query is not None and value is not None:
-            joined[f"{attention}qkv.bias"] = torch.cat([query, torch.zeros_like(query) if key is None else key, value])
-        elif may_lack_biases and stem.split(".")[0] not in biased and f"{attention}qkv.weight" in joined:
+            joined[f"{attention}qkv.bias"] = torch.cat(
+                [query, torch.zeros_like(query) if key is None else key, value]
+            )
+        elif (
+            may_lack_biases
+            and stem.split(".")[0] not in biased
+            and f"{attention}qkv.weight" in joined
+        ):
             weight = joined[f"{attention}qkv.weight"]
             joined[f"{attention}qkv.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
     return joined

@@ -49,7 +49,9 @@ EARLIER = "earlier"
 """In a report to Ray: what was reported before this trial went on from a checkpoint, an epoch each."""
 
 
-def one_by_one(send: Callable[[dict[str, Any]], None]) -> Callable[[int, dict[str, float], Path | None], None]:
+def one_by_one(
+    send: Callable[[dict[str, Any]], None],
+) -> Callable[[int, dict[str, float], Path | None], None]:
     """Return a report function that sends each epoch as it ends, and those of earlier attempts along with the first.
 
     Ray answers a report when it next looks, so a hundred of them in a row would take a minute.

@@ -17,7 +17,9 @@ from orchestration.worker.spec import Assignment, assign
 from orchestration.worker.trial_runner import train
 
 
-def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, trained: Trained) -> None:
+def run(
+    trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, trained: Trained
+) -> None:
     """Train (or test) the trials in order; one that fails does not stop the next.
 
     Raises:
@@ -30,14 +32,20 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, train
         _one(trial, assign(trial, launch, gpus, trained.get(trial.key)), launch, listener, _never)
 
 
-def run_search(source: Source, launch: LaunchConfig, listener: Listener, announce: Callable[[Trial], None]) -> None:
+def run_search(
+    source: Source, launch: LaunchConfig, listener: Listener, announce: Callable[[Trial], None]
+) -> None:
     """Train what ``source`` proposes, one after the other; ``announce`` hears of each before it starts.
 
     Raises:
         UserError: more than one worker asked for.
     """
     gpus = _gpus(launch)
-    while not launch.stop_file.exists() and not listener.is_over() and (trial := source.next()) is not None:
+    while (
+        not launch.stop_file.exists()
+        and not listener.is_over()
+        and (trial := source.next()) is not None
+    ):
         announce(trial)
         _one(trial, assign(trial, launch, gpus), launch, listener, source.should_end)
 
@@ -45,7 +53,9 @@ def run_search(source: Source, launch: LaunchConfig, listener: Listener, announc
 def _gpus(launch: LaunchConfig) -> int:
     if launch.workers > 1:
         raise UserError("--local trains with one worker; leave out --local to use --workers")
-    return int(torch.cuda.is_available()) if launch.gpus_per_worker is None else launch.gpus_per_worker
+    return (
+        int(torch.cuda.is_available()) if launch.gpus_per_worker is None else launch.gpus_per_worker
+    )
 
 
 def _never(key: str, epoch: int, metrics: dict[str, float]) -> bool:

@@ -45,7 +45,9 @@ class Guard:
         os.environ.pop(MARK, None)
         servers = _servers_of(os.getpid())
         if servers:
-            threading.Thread(target=self._watch, args=(servers,), name="ray-guard", daemon=True).start()
+            threading.Thread(
+                target=self._watch, args=(servers,), name="ray-guard", daemon=True
+            ).start()
 
     def ray_is_to_stop(self) -> None:
         """Take its servers' end for what it is from now on."""
@@ -62,7 +64,9 @@ class Guard:
     def _watch(self, servers: dict[int, str]) -> None:
         while not self._over.wait(_LOOKS_S):
             lost = [name for pid, name in servers.items() if not _is_alive(pid)]
-            if lost and not self._over.wait(_LOOKS_S):  # the launch may be stopping it in this moment
+            if lost and not self._over.wait(
+                _LOOKS_S
+            ):  # the launch may be stopping it in this moment
                 print(
                     f"mar: Ray's {lost[0]} has ended, and with it all that ran (out of memory? killed?). "
                     "Checkpoints are safe; the same command resumes from them",
@@ -70,7 +74,9 @@ class Guard:
                     flush=True,
                 )
                 sys.stdout.flush()
-                os._exit(1)  # Ray would wait for a server that does not come back; the guard ends the rest
+                os._exit(
+                    1
+                )  # Ray would wait for a server that does not come back; the guard ends the rest
 
 
 def _servers_of(parent: int) -> dict[int, str]:
@@ -90,7 +96,9 @@ def _is_alive(pid: int) -> bool:
 def _facts(folder: Path) -> tuple[str, str, int]:
     """Return a process's name, its state (``Z``: ended, nobody has asked how) and its parent; empty for none."""
     try:
-        name, _, rest = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
+        name, _, rest = (
+            (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
+        )
     except OSError:
         return "", "", 0
     state, parent = rest.split()[:2]
@@ -102,7 +110,12 @@ def _processes() -> dict[int, tuple[int, str]]:
     found: dict[int, tuple[int, str]] = {}
     for folder in _PROC.glob("[0-9]*"):
         with suppress(OSError, ValueError, IndexError):
-            rest = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            rest = (
+                (folder / "stat")
+                .read_text(encoding="utf-8", errors="replace")
+                .rpartition(")")[2]
+                .split()
+            )
             found[int(folder.name)] = int(rest[1]), rest[19]
     return found
 
@@ -117,7 +130,11 @@ def _of_ray(launch: int, mark: str) -> dict[int, str]:
             if is_server or wanted in (_PROC / str(pid) / "environ").read_bytes().split(b"\0"):
                 found[pid] = began
     while True:
-        more = {pid: began for pid, (parent, began) in processes.items() if parent in found and pid not in found}
+        more = {
+            pid: began
+            for pid, (parent, began) in processes.items()
+            if parent in found and pid not in found
+        }
         if not more:
             return found
         found |= more
@@ -128,7 +145,9 @@ def _guard(launch: int, mark: str) -> None:
         signal.signal(number, signal.SIG_IGN)  # it ends with its launch, not before
     own, known = os.getpid(), dict[int, str]()
     while not select.select([sys.stdin], [], [], _LOOKS_S)[0]:
-        known |= _of_ray(launch, mark)  # some write over their environment, and lose their parent before they end
+        known |= _of_ray(
+            launch, mark
+        )  # some write over their environment, and lose their parent before they end
     for _ in range(2):  # a process may start another meanwhile
         time.sleep(_RAY_CLEANS_UP_S / 2)
         known |= _of_ray(launch, mark)

@@ -30,7 +30,13 @@ from urllib.parse import urlsplit
 from mar.errors import Failure, UserError
 from orchestration.failures import first_line
 from orchestration.installation import CODE, package_folders, packaged
-from orchestration.secrets import close_token_file, has_secrets, webhook_of, without_secrets, write_private
+from orchestration.secrets import (
+    close_token_file,
+    has_secrets,
+    webhook_of,
+    without_secrets,
+    write_private,
+)
 from orchestration.studies.yaml_document import Document, find
 from orchestration.tracking.provenance import tags
 
@@ -62,8 +68,13 @@ class Jobs:
 
     def __init__(self, address: str, is_open_allowed: bool = False) -> None:
         self.address = address.rstrip("/")
-        if urlsplit(self.address).scheme not in ("http", "https") or not urlsplit(self.address).hostname:
-            raise UserError(f"--address {address}: expected the dashboard's address, as http://127.0.0.1:8265")
+        if (
+            urlsplit(self.address).scheme not in ("http", "https")
+            or not urlsplit(self.address).hostname
+        ):
+            raise UserError(
+                f"--address {address}: expected the dashboard's address, as http://127.0.0.1:8265"
+            )
         is_open = _answers_without_a_token(self.address)
         if is_open and not is_open_allowed and not _is_loopback(self.address):
             raise UserError(
@@ -79,10 +90,14 @@ class Jobs:
         try:
             self.client = JobSubmissionClient(self.address)
         except Exception as error:  # of several kinds, Ray's authentication errors among them
-            advice = "is the token right? (~/.ray/auth_token, or RAY_AUTH_TOKEN) " if not is_open else ""
+            advice = (
+                "is the token right? (~/.ray/auth_token, or RAY_AUTH_TOKEN) " if not is_open else ""
+            )
             raise UserError(f"--address {address}: {advice}{first_line(error)}") from None
 
-    def submit(self, study: str, words: Sequence[str], environment: Mapping[str, str]) -> tuple[str, bool]:
+    def submit(
+        self, study: str, words: Sequence[str], environment: Mapping[str, str]
+    ) -> tuple[str, bool]:
         """Submit ``mar run STUDY WORDS``, or join it where it is under way; returns its id and whether it is new."""
         asked = json.dumps([study, *words])
         base = f"mar-{Path(study).stem}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
@@ -111,7 +126,9 @@ class Jobs:
     def list(self) -> list[Job]:
         """Return mar's jobs on the cluster, the newest first."""
         found: list[Any] = [
-            each for each in self.client.list_jobs() if str(each.submission_id or "").startswith("mar-")
+            each
+            for each in self.client.list_jobs()
+            if str(each.submission_id or "").startswith("mar-")
         ]
         found.sort(key=lambda each: each.start_time or 0, reverse=True)
         return [_job(each) for each in found]
@@ -140,7 +157,9 @@ class Jobs:
     def _known(self, job_id: str) -> None:
         known = [job.job_id for job in self.list()]
         if job_id not in known:
-            raise UserError(f"no job {job_id!r} on {self.address} ({', '.join(known[:5]) or 'it has none of ours'})")
+            raise UserError(
+                f"no job {job_id!r} on {self.address} ({', '.join(known[:5]) or 'it has none of ours'})"
+            )
 
 
 def words_to_show(words: Sequence[str], folder: Path) -> list[str]:
@@ -170,7 +189,11 @@ def words_to_show(words: Sequence[str], folder: Path) -> list[str]:
 
 def _told(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the job's environment: what was asked for, and where its code comes from."""
-    commit = {name: value for name, value in tags().items() if name in ("mlflow.source.git.commit", "git.dirty")}
+    commit = {
+        name: value
+        for name, value in tags().items()
+        if name in ("mlflow.source.git.commit", "git.dirty")
+    }
     return {**environment, CODE: json.dumps(commit), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
 
 
@@ -197,8 +220,14 @@ def _packed(study: str, folder: Path) -> str:
 def _files_of(path: Path) -> list[Path]:
     """Return a study's or a recipe's file and all that it names, its own folder first."""
     content = Document(path).content
-    labels = [settings for axis in (content.get("axes") or {}).values() for settings in axis.values()]
-    named = [content.get("recipe"), content.get("extends"), *((each or {}).get("recipe") for each in labels)]
+    labels = [
+        settings for axis in (content.get("axes") or {}).values() for settings in axis.values()
+    ]
+    named = [
+        content.get("recipe"),
+        content.get("extends"),
+        *((each or {}).get("recipe") for each in labels),
+    ]
     files = [path.resolve()]
     for name in dict.fromkeys(each for each in named if isinstance(each, str)):
         near = path.parent / name
@@ -227,13 +256,27 @@ def _is_loopback(address: str) -> bool:
 
 
 def _job(info: Any) -> Job:
-    began = "" if not info.start_time else time.strftime("%Y-%m-%d %H:%M", time.localtime(info.start_time / 1000))
+    began = (
+        ""
+        if not info.start_time
+        else time.strftime("%Y-%m-%d %H:%M", time.localtime(info.start_time / 1000))
+    )
     end = info.end_time or time.time() * 1000
     minutes = (end - info.start_time) / 60_000 if info.start_time else None
     study = (info.metadata or {}).get("study", "")
-    return Job(str(info.submission_id), study, str(info.status), began, minutes, first_line(info.message or ""))
+    return Job(
+        str(info.submission_id),
+        study,
+        str(info.status),
+        began,
+        minutes,
+        first_line(info.message or ""),
+    )
 
 
 def leave(job_id: str, address: str) -> None:
     """Say how to come back to a job that runs on."""
-    print(f"\n{job_id} runs on. mar jobs follow {job_id} --address {address}; mar jobs stop …", file=sys.stderr)
+    print(
+        f"\n{job_id} runs on. mar jobs follow {job_id} --address {address}; mar jobs stop …",
+        file=sys.stderr,
+    )

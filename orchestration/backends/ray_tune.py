@@ -45,7 +45,9 @@ _OBJECT_STORE_BYTES = 200 * 2**20
 """Nothing but reports and settings passes through it."""
 
 
-def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, trained: Trained) -> None:
+def run(
+    trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, trained: Trained
+) -> None:
     """Train (or test) the trials; returns when each is finished or given up.
 
     Raises:
@@ -57,7 +59,9 @@ def run(trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, train
     _run(lambda: next(waiting, None), None, launch, listener, trained)
 
 
-def run_search(source: Source, launch: LaunchConfig, listener: Listener, announce: Callable[[Trial], None]) -> None:
+def run_search(
+    source: Source, launch: LaunchConfig, listener: Listener, announce: Callable[[Trial], None]
+) -> None:
     """Train what ``source`` proposes, as many trials at a time as fit; ``announce`` hears of each before it starts.
 
     Raises:
@@ -97,7 +101,9 @@ def _run(
             trial = None if launch.stop_file.exists() or listener.is_over() else following()
             if trial is None:
                 return None
-            assignment = assign(trial, launch, gpus, trained.get(trial.key), quiet_environment(launch))
+            assignment = assign(
+                trial, launch, gpus, trained.get(trial.key), quiet_environment(launch)
+            )
             _clean(assignment, launch)
             return {"assignment": assignment.plain()}
 
@@ -110,7 +116,14 @@ def _run(
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         )
-        _fit(tune.Tuner(_trainable(launch, gpus), tune_config=config, run_config=_run_config(launch, listener)), launch)
+        _fit(
+            tune.Tuner(
+                _trainable(launch, gpus),
+                tune_config=config,
+                run_config=_run_config(launch, listener),
+            ),
+            launch,
+        )
 
 
 def _keep_keys_out_of_logs() -> None:
@@ -167,8 +180,14 @@ def _ending(source: Source) -> Any:
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
             for told in [*result.get(EARLIER, []), result]:
-                metrics = {name: value for name, value in told.items() if "/" in name and isinstance(value, float)}
-                if "epoch" in told and self.source.should_end(_trial_name(trial), int(told["epoch"]), metrics):
+                metrics = {
+                    name: value
+                    for name, value in told.items()
+                    if "/" in name and isinstance(value, float)
+                }
+                if "epoch" in told and self.source.should_end(
+                    _trial_name(trial), int(told["epoch"]), metrics
+                ):
                     return TrialScheduler.STOP
             return TrialScheduler.CONTINUE
 
@@ -191,7 +210,9 @@ def _trainable(launch: LaunchConfig, gpus: int) -> Any:
     from ray import tune
 
     if launch.backend == "inline":
-        return tune.with_resources(run_inline, {"CPU": float(launch.cpus_per_worker), "GPU": float(gpus)})
+        return tune.with_resources(
+            run_inline, {"CPU": float(launch.cpus_per_worker), "GPU": float(gpus)}
+        )
     from orchestration.backends.worker_pool import LaneTrial
 
     return LaneTrial
@@ -228,7 +249,9 @@ def started(launch: LaunchConfig) -> Generator[None]:
     if ray.is_initialized():
         yield
         return
-    guard = Guard(secrets.token_hex(16)) if launch.address is None and sys.platform == "linux" else None
+    guard = (
+        Guard(secrets.token_hex(16)) if launch.address is None and sys.platform == "linux" else None
+    )
     try:
         _start(launch)
         if guard:
@@ -247,7 +270,11 @@ def started(launch: LaunchConfig) -> Generator[None]:
 def _start(launch: LaunchConfig) -> None:
     import ray
 
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    options: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+        "configure_logging": True,
+    }
     if launch.address is None:
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         options["_temp_dir"] = str(_private_folder() / "ray")
@@ -260,7 +287,9 @@ def _start(launch: LaunchConfig) -> None:
     try:
         ray.init(address=launch.address or "local", **options)
     except ConnectionError as error:
-        raise UserError(f"--address {launch.address}: no Ray cluster answers there ({error})") from None
+        raise UserError(
+            f"--address {launch.address}: no Ray cluster answers there ({error})"
+        ) from None
     except OSError as error:
         raise Failure(
             f"Ray does not start: {error}. It needs a temporary folder that can be written, with a short path (TMPDIR); "
@@ -280,13 +309,19 @@ def _private_folder() -> Path:
     """
     parent = Path(tempfile.gettempdir())
     if len(str(parent)) > _LONGEST_TEMPORARY and os.access("/tmp", os.W_OK):  # noqa: S108
-        notice(f"Ray's sockets are below /tmp: the path of TMPDIR ({parent}) is too long for a socket's")
+        notice(
+            f"Ray's sockets are below /tmp: the path of TMPDIR ({parent}) is too long for a socket's"
+        )
         parent = Path("/tmp")  # noqa: S108
     folder = parent / f"mar-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         state = folder.lstat()
-        if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o077:
+        if (
+            stat.S_ISDIR(state.st_mode)
+            and state.st_uid == os.getuid()
+            and not state.st_mode & 0o077
+        ):
             return folder
         return Path(tempfile.mkdtemp(prefix="mar-", dir=parent))  # somebody else was there first
     except OSError as error:
@@ -381,7 +416,9 @@ def _listening(listener: Listener) -> Any:
             """Tune pickles its callbacks into a snapshot that nobody reads: leave threads and locks out."""
             return {"listener": None}
 
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        def on_trial_start(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
             if self.listener:
                 self.listener.started(_trial_name(trial))
 
@@ -393,7 +430,9 @@ def _listening(listener: Listener) -> Any:
                 if self.listener and metrics:
                     self.listener.epoch(_trial_name(trial), int(told["epoch"]), metrics)
 
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        def on_trial_complete(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
             key, folder = _trial_name(trial), _left_by(trial)
             reason = reported(trial.last_result or {}) or read_reason(folder)
             if self.listener and (folder / RESULT / MANIFEST).is_file():
@@ -401,7 +440,9 @@ def _listening(listener: Listener) -> Any:
             elif self.listener and not _was_stopped(trial, reason):
                 self.listener.failed(key, reason or Reason("it ended without a result"))
 
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        def on_trial_error(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
             key = _trial_name(trial)
             error = trial.get_error() if hasattr(trial, "get_error") else "Ray lost the trial"
             folder = _left_by(trial)

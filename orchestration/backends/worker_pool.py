@@ -23,7 +23,11 @@ import ray
 from ray import train, tune
 from ray.exceptions import RayActorError
 from ray.train import TrainingFailedError
-from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mar.errors import Failure
@@ -87,7 +91,9 @@ class Desk:
         if rank == 0 and after == 0:
             self.groups, self.place = self.groups + 1, place
         async with self.changed:
-            await self.changed.wait_for(lambda: self.is_closed or (self.number > after and not self.is_done))
+            await self.changed.wait_for(
+                lambda: self.is_closed or (self.number > after and not self.is_done)
+            )
         self.taken = self.number
         return self.number, None if self.is_closed else self.assignment
 
@@ -123,7 +129,14 @@ class Desk:
             except TimeoutError:
                 pass
         reports, self.reports = self.reports, []
-        return News(reports, self.taken == self.number, self.is_done, self.reason, self.groups > 1, self.place)
+        return News(
+            reports,
+            self.taken == self.number,
+            self.is_done,
+            self.reason,
+            self.groups > 1,
+            self.place,
+        )
 
     async def _tell(self) -> None:
         async with self.changed:
@@ -136,7 +149,9 @@ class Lane:
     def __init__(self, assignment: Assignment) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(Desk)
-        self.desk = actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()
+        self.desk = actor.options(
+            num_cpus=0, max_concurrency=1000, scheduling_strategy=here
+        ).remote()
         self.error: Exception | None = None
         self.news: News | None = None
         """The last."""
@@ -162,7 +177,9 @@ class Lane:
         """
         ray.get(self.desk.put.remote(assignment.plain()))
         while True:
-            is_alive = self.thread.is_alive()  # before the news: what was reported before its end is among them
+            is_alive = (
+                self.thread.is_alive()
+            )  # before the news: what was reported before its end is among them
             news = self._ask()
             yield from news.reports
             if news.is_done:
@@ -181,7 +198,9 @@ class Lane:
             raise self.error
         folder = Path(assignment.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_reason(folder, read_reason(folder, self.error) or Reason("Ray lost the trial", "node"))
+        write_reason(
+            folder, read_reason(folder, self.error) or Reason("Ray lost the trial", "node")
+        )
 
     def drop(self) -> None:
         """Have the trial under way, if there is one, left after its next step; its workers are ended if they do not."""
@@ -287,7 +306,9 @@ def _trainer(assignment: Assignment, desk: Any) -> Any:
         work,
         train_loop_config={"desk": desk},
         scaling_config=train.ScalingConfig(
-            num_workers=(assignment.min_workers, assignment.workers) if is_elastic else assignment.workers,
+            num_workers=(assignment.min_workers, assignment.workers)
+            if is_elastic
+            else assignment.workers,
             use_gpu=assignment.gpus_per_worker > 0,
             resources_per_worker=resources,
             elastic_resize_monitor_interval_s=assignment.resize_s,
@@ -298,7 +319,9 @@ def _trainer(assignment: Assignment, desk: Any) -> Any:
             storage_filesystem=files,
             failure_config=train.FailureConfig(
                 max_failures=assignment.retries,
-                controller_failure_limit=-1 if assignment.waits_for_nodes else 1,  # another node may come
+                controller_failure_limit=-1
+                if assignment.waits_for_nodes
+                else 1,  # another node may come
             ),
         ),
     )
@@ -317,7 +340,9 @@ def work(config: dict[str, Any]) -> None:
             ray.get(desk.report.remote(metrics))
 
     def wished() -> Wish:
-        is_to_go = train.get_preemption_info() is not None  # workers meet in it: all of them must ask
+        is_to_go = (
+            train.get_preemption_info() is not None
+        )  # workers meet in it: all of them must ask
         wish: Wish = ray.get(desk.wish.remote()) if rank == 0 else "go on"
         return "save" if is_to_go and wish == "go on" else wish
 
@@ -329,4 +354,6 @@ def work(config: dict[str, Any]) -> None:
         if rank == 0:
             ray.get(desk.done.remote(reason.plain() if reason else None))
         if reason and reason.kind == "code" and assignment["gpus_per_worker"]:
-            raise Failure(f"{reason.words}: a new process for the next trial, the device may be spoilt")
+            raise Failure(
+                f"{reason.words}: a new process for the next trial, the device may be spoilt"
+            )

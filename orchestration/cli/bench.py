@@ -15,17 +15,25 @@ OUTER = ("tracking", "planning", "report", "search")
 
 def bench(
     parts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PART]...", help=f"{', '.join(INNER + OUTER)}; default: all.")
+        list[str] | None,
+        typer.Argument(metavar="[PART]...", help=f"{', '.join(INNER + OUTER)}; default: all."),
     ] = None,
-    size: Annotated[str, typer.Option(help="The encoder: tiny, small, base, large, huge.")] = "base",
+    size: Annotated[
+        str, typer.Option(help="The encoder: tiny, small, base, large, huge.")
+    ] = "base",
     ratio: Annotated[float, typer.Option(min=0, max=0.99, help="Mask ratio ρ.")] = 0.5,
-    clips: Annotated[int | None, typer.Option(min=1, help="Of a step. Default: 2 on the CPU, 32 on a GPU.")] = None,
+    clips: Annotated[
+        int | None, typer.Option(min=1, help="Of a step. Default: 2 on the CPU, 32 on a GPU.")
+    ] = None,
     precision: Annotated[Literal["bf16", "fp32"], typer.Option()] = "bf16",
     rounds: Annotated[int, typer.Option(min=1, help="Each runs every contestant in turn.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1, help="Timed in each round.")] = None,
-    videos: Annotated[Path | None, typer.Option(help="Videos for the loader; default: some are made.")] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="Videos for the loader; default: some are made.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Default: below benchmarks/, by machine and date.")
+        Path | None,
+        typer.Option("-o", "--output", help="Default: below benchmarks/, by machine and date."),
     ] = None,
 ) -> None:
     """Measure the training step and all around it, beside their peers; print tables and keep them in a dated file."""
@@ -48,5 +56,7 @@ def bench(
         if part in INNER:
             run.measure(part, case, machine, rounds, videos, file, "mar bench")
         else:
-            run.keep(around.PARTS[part](rounds, f"mar bench {part} --rounds {rounds}"), machine, file)
+            run.keep(
+                around.PARTS[part](rounds, f"mar bench {part} --rounds {rounds}"), machine, file
+            )
     print(f"written: {file}")

@@ -19,10 +19,15 @@ from orchestration.cli.options import RemotePlace
 data_app = typer.Typer(no_args_is_help=True, help="Make, check and pack data sets.")
 
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships with mar.")
+    str,
+    typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships with mar."),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[path=value …]", help="Settings, as data.root=DIR.")]
-Processes = Annotated[int, typer.Option(min=1, help="Processes that decode; default: one for each core.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[path=value …]", help="Settings, as data.root=DIR.")
+]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes that decode; default: one for each core.")
+]
 _CORES = len(os.sched_getaffinity(0))
 
 
@@ -62,7 +67,9 @@ def data_check(
     recipe: RecipeName,
     overrides: Overrides = None,
     processes: Processes = _CORES,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="csv file for all findings.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="csv file for all findings.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Read a data set as training would; exit code 1 if training would meet a fault."""
@@ -74,7 +81,9 @@ def data_check(
         report = check_data(settings.data, settings.clip, processes, advance)
     if output:
         write_findings(report, output)
-    print(json.dumps(asdict(report), indent=1, ensure_ascii=False) if as_json else report_text(report))
+    print(
+        json.dumps(asdict(report), indent=1, ensure_ascii=False) if as_json else report_text(report)
+    )
     if not report.is_sound:
         sys.exit(1)
 
@@ -83,7 +92,9 @@ def data_check(
 def data_show(
     recipe: RecipeName,
     overrides: Overrides = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("clips.png"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path(
+        "clips.png"
+    ),
     clips: Annotated[int, typer.Option(min=1, help="How many.")] = 16,
     frames: Annotated[int, typer.Option(min=1, help="Frames of each.")] = 3,
 ) -> None:
@@ -98,13 +109,21 @@ def data_show(
 @data_app.command("pack")
 def data_pack(
     recipe: RecipeName,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the cache: then data.cache=DIR.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of the cache: then data.cache=DIR.")
+    ],
     overrides: Overrides = None,
-    kind: Annotated[Literal["jpeg", "raw"], typer.Option("--format", help="JPEG is small, raw is quick.")] = "jpeg",
-    short_side: Annotated[int, typer.Option(min=16, help="Pixels; smaller videos keep their size.")] = 256,
+    kind: Annotated[
+        Literal["jpeg", "raw"], typer.Option("--format", help="JPEG is small, raw is quick.")
+    ] = "jpeg",
+    short_side: Annotated[
+        int, typer.Option(min=16, help="Pixels; smaller videos keep their size.")
+    ] = 256,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG.")] = 90,
     processes: Processes = _CORES,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare every shard with its checksum.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every shard with its checksum.")
+    ] = False,
     remote: RemotePlace = None,
 ) -> None:
     """Write each video's frames once, small, for all trials to read; goes on where it was stopped."""
@@ -129,7 +148,9 @@ def data_pack(
         with _bar("shards") as advance:
             damaged = damaged_shards(folder, advance)
         if damaged:
-            raise Failure(f"{folder}: damaged: {', '.join(damaged)}; remove them and their .json, and pack again")
+            raise Failure(
+                f"{folder}: damaged: {', '.join(damaged)}; remove them and their .json, and pack again"
+            )
         print("every shard is what was written")
     if remote:
         from orchestration.storage.object_store import remote as at
@@ -145,7 +166,11 @@ def _bar(unit: str) -> Generator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-    columns = (*Progress.get_default_columns()[:2], TextColumn(f"{{task.completed}} {unit}"), TimeRemainingColumn())
+    columns = (
+        *Progress.get_default_columns()[:2],
+        TextColumn(f"{{task.completed}} {unit}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("")
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -21,20 +21,31 @@ from orchestration.cli.options import (
     say_store,
 )
 
-jobs_app = typer.Typer(no_args_is_help=True, help="Jobs that mar submit started: list, follow, stop.")
+jobs_app = typer.Typer(
+    no_args_is_help=True, help="Jobs that mar submit started: list, follow, stop."
+)
 
-Address = Annotated[str, typer.Option(help="The cluster's dashboard, as http://127.0.0.1:8265.", envvar="MAR_ADDRESS")]
-IsOpen = Annotated[bool, typer.Option("--open", help="Take a cluster that answers without a token.")]
+Address = Annotated[
+    str,
+    typer.Option(help="The cluster's dashboard, as http://127.0.0.1:8265.", envvar="MAR_ADDRESS"),
+]
+IsOpen = Annotated[
+    bool, typer.Option("--open", help="Take a cluster that answers without a token.")
+]
 JobId = Annotated[str, typer.Argument(metavar="JOB")]
 
 
 def submit(
     context: typer.Context,
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="As of mar run, whose options follow.")],
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY", help="As of mar run, whose options follow.")
+    ],
     address: Address,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow the job's log.")] = False,
     is_open: IsOpen = False,
-    any_versions: Annotated[bool, typer.Option("--any-versions", help="Run in whatever versions are there.")] = False,
+    any_versions: Annotated[
+        bool, typer.Option("--any-versions", help="Run in whatever versions are there.")
+    ] = False,
 ) -> None:
     """Run a study on a Ray cluster, through its Jobs API: packs code and study, not data. Takes mar run's options."""
     from orchestration.backends.ray_jobs import Jobs, leave
@@ -62,7 +73,9 @@ def list_jobs(address: Address, is_open: IsOpen = False, as_json: AsJson = False
         return
     for job in found:
         minutes = "" if job.minutes is None else f"{job.minutes:.1f} min"
-        print(f"{job.job_id:<44} {job.status:<10} {job.began:<17} {minutes:>10}  {printable(job.message)}".rstrip())
+        print(
+            f"{job.job_id:<44} {job.status:<10} {job.began:<17} {minutes:>10}  {printable(job.message)}".rstrip()
+        )
     print(f"{len(found)} jobs" if found else "no jobs of ours")
 
 
@@ -96,11 +109,17 @@ def status(
 
     say_store(store, tracking_uri)
     found = status_of(LaunchConfig(store=store, tracking_uri=tracking_uri, remote=remote))
-    print(json.dumps([asdict(each) for each in found], indent=1) if as_json else printable(status_text(found, store)))
+    print(
+        json.dumps([asdict(each) for each in found], indent=1)
+        if as_json
+        else printable(status_text(found, store))
+    )
 
 
 def stop_study(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study that is being run from the store.")],
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY", help="A study that is being run from the store.")
+    ],
     store: StoreFolder = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
     remote: RemotePlace = None,
@@ -141,7 +160,9 @@ def _check(study: str, words: list[str]) -> None:
         raise UserError("mar submit: --address is the dashboard's, and --local is for here")
     store = Path(given["store"])
     if not store.is_absolute():
-        raise UserError(f"--store {store}: on a cluster it must be absolute, on storage that every node sees")
+        raise UserError(
+            f"--store {store}: on a cluster it must be absolute, on storage that every node sees"
+        )
     if given.get("is_all"):
         raise UserError("mar submit: one study at a time")
     if is_search_file(study):
@@ -155,4 +176,6 @@ def _check(study: str, words: list[str]) -> None:
         roots = {trial.settings.data.root for trial in trials}
     near = sorted(str(root) for root in roots if not Path(root).is_absolute())
     if near:
-        raise UserError(f"data.root={near[0]}: on a cluster it must be absolute, where every node sees it")
+        raise UserError(
+            f"data.root={near[0]}: on a cluster it must be absolute, where every node sees it"
+        )

@@ -32,12 +32,22 @@ StudyName = Annotated[
     ),
 ]
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships with mar.")
+    str,
+    typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships with mar."),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[path=value …]", help="Settings, as mask.ratio=0.75.")]
-Only = Annotated[list[str] | None, typer.Option("--only", metavar="AXIS=LABEL", help="Only these trials; repeatable.")]
-StoreFolder = Annotated[Path, typer.Option("--store", envvar="MAR_STORE", help="Folder of checkpoints and tracking.")]
-TrackingUri = Annotated[str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[path=value …]", help="Settings, as mask.ratio=0.75.")
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="AXIS=LABEL", help="Only these trials; repeatable."),
+]
+StoreFolder = Annotated[
+    Path, typer.Option("--store", envvar="MAR_STORE", help="Folder of checkpoints and tracking.")
+]
+TrackingUri = Annotated[
+    str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server.")
+]
 RemotePlace = Annotated[
     str | None,
     typer.Option(
@@ -64,7 +74,9 @@ def say_store(store: Path, tracking_uri: str | None, may_be_new: bool = False) -
     is_there = bool(tracking_uri) or (store / "mlflow.db").is_file()
     if not is_there and not may_be_new:
         has_results = any((store / "trials").glob("*/result/manifest.json"))
-        advice = f"it has results: mar recover --store {store}" if has_results else "mar run makes one"
+        advice = (
+            f"it has results: mar recover --store {store}" if has_results else "mar run makes one"
+        )
         raise UserError(f"--store {store}: no tracking store in {place} ({advice})")
     print(f"store    {place}{'' if is_there else ' (new)'}", file=sys.stderr)
     return is_there
@@ -105,7 +117,9 @@ def studies_of(
         words = [*([name] if name else []), *(overrides or [])]
         if name and "=" not in name:
             raise UserError(f"{name}: a study or --all, not both")
-        return [_named(read_study(each, words, only or []), store, claims) for each in paper_studies()]
+        return [
+            _named(read_study(each, words, only or []), store, claims) for each in paper_studies()
+        ]
     if name is None:
         raise UserError("which study? (a file, a name that ships with mar, or --all)")
     if is_search_file(name):

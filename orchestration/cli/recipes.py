@@ -39,16 +39,24 @@ def diff(
     values = [(f"{each.first}", f"{each.second}") for each in found]
     widths = [max((len(pair[side]) for pair in values), default=0) for side in (0, 1)]
     for each, (one, other) in zip(found, values, strict=True):
-        print(f"{each.setting:<{width}}  {one:>{widths[0]}}  {other:>{widths[1]}}  {each.reason}".rstrip())
+        print(
+            f"{each.setting:<{width}}  {one:>{widths[0]}}  {other:>{widths[1]}}  {each.reason}".rstrip()
+        )
     print(f"{len(found)} settings differ" if found else "equal: no setting differs")
 
 
 def cost(
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe file or name.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A recipe file or name.")
+    ] = None,
     overrides: Overrides = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Also train a few steps on the CUDA device here.")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also train a few steps on the CUDA device here.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips in a step, for --memory.")] = 1,
-    paper: Annotated[bool, typer.Option("--paper", help="The paper's figures beside ours; needs no recipe.")] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's figures beside ours; needs no recipe.")
+    ] = False,
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
@@ -61,7 +69,11 @@ def cost(
         from orchestration.reporting.paper_costs import cost_frame, write_page
 
         text = write_page(output)
-        print(cost_frame().to_json(orient="records", indent=1, force_ascii=False) if as_json else output or text)
+        print(
+            cost_frame().to_json(orient="records", indent=1, force_ascii=False)
+            if as_json
+            else output or text
+        )
         return
     if recipe is None:
         raise UserError("cost: which recipe? (or --paper, for the paper's figures beside ours)")
@@ -73,15 +85,22 @@ def cost(
     settings = read_recipe(recipe, overrides or [])
     figures: dict[str, float | int] = asdict(cost_of(settings))
     units = {"gflops": "GFLOPs a view, inference", "train_gflops": "GFLOPs a clip, training step"}
-    units |= {"params_m": "M parameters", "train_params_m": "M parameters with the reconstruction branch"}
+    units |= {
+        "params_m": "M parameters",
+        "train_params_m": "M parameters with the reconstruction branch",
+    }
     units |= {"tokens": "tokens a clip", "visible_tokens": "visible tokens a clip, in testing"}
     if memory:
         from mar.training.memory import peak_training_memory_gib
 
         figures["peak_training_gib"] = peak_training_memory_gib(settings, batch_size)
-        units["peak_training_gib"] = f"GiB at the peak of training, {batch_size} clips a step, measured here"
+        units["peak_training_gib"] = (
+            f"GiB at the peak of training, {batch_size} clips a step, measured here"
+        )
     lines = (
-        f"{value:>10.2f}  {units[name]}" if isinstance(value, float) else f"{value:>10d}  {units[name]}"
+        f"{value:>10.2f}  {units[name]}"
+        if isinstance(value, float)
+        else f"{value:>10d}  {units[name]}"
         for name, value in figures.items()
     )
     print(json.dumps(figures, indent=1) if as_json else "\n".join(lines))

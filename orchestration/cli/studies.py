@@ -46,48 +46,83 @@ def run(
         Literal["train", "inline"] | None,
         typer.Option(help="Ray Train workers (the default), or inside Tune's trial."),
     ] = None,
-    is_local: Annotated[bool, typer.Option("--local", help="One trial after the other, here, without Ray.")] = False,
+    is_local: Annotated[
+        bool, typer.Option("--local", help="One trial after the other, here, without Ray.")
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Data-parallel workers of a trial.")] = 1,
     min_workers: Annotated[
-        int | None, typer.Option(min=1, help="Elastic: go on with as few where there are no more, and grow again.")
+        int | None,
+        typer.Option(
+            min=1, help="Elastic: go on with as few where there are no more, and grow again."
+        ),
     ] = None,
     cpus_per_worker: Annotated[int, typer.Option(min=1)] = 1,
-    gpus_per_worker: Annotated[int | None, typer.Option(min=0, help="Default: one where there are any.")] = None,
-    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Default: as many trials as fit.")] = None,
-    loader_processes: Annotated[int, typer.Option(min=0, help="Decoding processes of a worker.")] = 0,
-    max_clips_per_pass: Annotated[int | None, typer.Option(min=2, help="Accumulate gradients above this.")] = None,
+    gpus_per_worker: Annotated[
+        int | None, typer.Option(min=0, help="Default: one where there are any.")
+    ] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Default: as many trials as fit.")
+    ] = None,
+    loader_processes: Annotated[
+        int, typer.Option(min=0, help="Decoding processes of a worker.")
+    ] = 0,
+    max_clips_per_pass: Annotated[
+        int | None, typer.Option(min=2, help="Accumulate gradients above this.")
+    ] = None,
     recompute_activations: Annotated[
-        bool, typer.Option("--recompute-activations", help="Where memory is short: a third more work.")
+        bool,
+        typer.Option("--recompute-activations", help="Where memory is short: a third more work."),
     ] = False,
     is_compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the model: slower to start; does it pay? mar bench.")
+        bool,
+        typer.Option(
+            "--compile", help="Compile the model: slower to start; does it pay? mar bench."
+        ),
     ] = False,
-    checkpoint_every_steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint inside epochs too.")] = None,
-    resize_s: Annotated[float, typer.Option(min=1, help="How often an elastic trial looks for more workers.")] = 60.0,
+    checkpoint_every_steps: Annotated[
+        int | None, typer.Option(min=1, help="Checkpoint inside epochs too.")
+    ] = None,
+    resize_s: Annotated[
+        float, typer.Option(min=1, help="How often an elastic trial looks for more workers.")
+    ] = 60.0,
     keep: Annotated[
         str, typer.Option(metavar="POLICY", help="Checkpoints that stay: last=N,best,every=EPOCHS.")
     ] = "last=2",
     retries: Annotated[int, typer.Option(min=0, help="Times a failed trial goes on.")] = 1,
     retry_numbers: Annotated[
-        bool, typer.Option("--retry-numbers", help="Go on after a gradient that is not finite, too.")
+        bool,
+        typer.Option("--retry-numbers", help="Go on after a gradient that is not finite, too."),
     ] = False,
     remote: RemotePlace = None,
     cache_from: Annotated[
-        str | None, typer.Option(metavar="URI", help="Object store to fetch data.cache from, once on each node.")
+        str | None,
+        typer.Option(
+            metavar="URI", help="Object store to fetch data.cache from, once on each node."
+        ),
     ] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a private one here.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; default: a private one here.")
+    ] = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="HOURS", help="Device-hours, as 200h: train what fits, in order.")
+        str | None,
+        typer.Option(metavar="HOURS", help="Device-hours, as 200h: train what fits, in order."),
     ] = None,
     device: Annotated[str | None, typer.Option(help=_DEVICE)] = None,
     hang_timeout_s: Annotated[
-        float, typer.Option(min=0, help="End and restart a worker that did nothing for so long; 0: never.")
+        float,
+        typer.Option(
+            min=0, help="End and restart a worker that did nothing for so long; 0: never."
+        ),
     ] = 1800.0,
     patience_s: Annotated[
-        float, typer.Option(min=1, help="How long to wait for room on a full disk, or for an MLflow server.")
+        float,
+        typer.Option(
+            min=1, help="How long to wait for room on a full disk, or for an MLflow server."
+        ),
     ] = 300.0,
     webhook: Annotated[
-        str | None, typer.Option(help="Address that hears when a study ends, as JSON; or @FILE, which has it.")
+        str | None,
+        typer.Option(help="Address that hears when a study ends, as JSON; or @FILE, which has it."),
     ] = None,
     is_all: IsAll = False,
 ) -> None:
@@ -102,7 +137,9 @@ def run(
     if is_local and backend:
         raise UserError(f"--local --backend {backend}: one or the other; --local is without Ray")
     if device and budget is None:
-        raise UserError(f"--device {device}: it tells what --budget is spent on; give --budget too, or leave it out")
+        raise UserError(
+            f"--device {device}: it tells what --budget is spent on; give --budget too, or leave it out"
+        )
     if (min_workers or 1) > workers:
         raise UserError(f"--min-workers {min_workers}: more than --workers {workers}")
     if cache_from:
@@ -146,11 +183,18 @@ def run(
 
         search = read_search(study, overrides or [])
         say_store(store, tracking_uri, may_be_new=True)
-        run_search(replace(search, name=name_in_store(search.name, search.path, store, claims=True)), launch)
+        run_search(
+            replace(search, name=name_in_store(search.name, search.path, store, claims=True)),
+            launch,
+        )
         return
     studies = _studies_to_run(study, overrides, only, is_all, store)
     say_store(store, tracking_uri, may_be_new=True)
-    limit = Budget(_hours(budget), profile_of(device) if device else None) if budget is not None else None
+    limit = (
+        Budget(_hours(budget), profile_of(device) if device else None)
+        if budget is not None
+        else None
+    )
     if is_all:
         run_studies(studies, launch, limit)
     else:
@@ -168,7 +212,10 @@ def _studies_to_run(
         return whole
     chosen = studies_of(name, overrides, only, is_all, store)
     pairs = zip(whole, chosen, strict=True)
-    return [replace(study, chosen=frozenset(trial.key for trial in part.trials)) for study, part in pairs]
+    return [
+        replace(study, chosen=frozenset(trial.key for trial in part.trials))
+        for study, part in pairs
+    ]
 
 
 def _fetch(cache_from: str, overrides: list[str]) -> None:
@@ -180,7 +227,9 @@ def _fetch(cache_from: str, overrides: list[str]) -> None:
     if not places:
         raise UserError("--cache-from: to where? Give data.cache=DIR too")
     if not fetch_cache(at(cache_from), Path(places[-1])) and not Path(places[-1]).is_dir():
-        raise UserError(f"--cache-from {cache_from}: there is no frame cache; mar data pack RECIPE DIR --remote URI")
+        raise UserError(
+            f"--cache-from {cache_from}: there is no frame cache; mar data pack RECIPE DIR --remote URI"
+        )
 
 
 def _kept(words: str) -> Keep:
@@ -209,7 +258,9 @@ def plan(
     store: StoreFolder = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
     device: Annotated[str | None, typer.Option(help=_DEVICE)] = None,
-    price_per_h: Annotated[float | None, typer.Option(min=0, help="Of such a device, in your money.")] = None,
+    price_per_h: Annotated[
+        float | None, typer.Option(min=0, help="Of such a device, in your money.")
+    ] = None,
     is_all: IsAll = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say what keeps each new trial from being an old run.")
@@ -225,9 +276,15 @@ def plan(
     from orchestration.studies.plan import device as profile_of
 
     if price_per_h is not None and device is None:
-        raise UserError("--price-per-h: of which device? Give --device too (v100, h200, NAME=GFLOPS_PER_S)")
+        raise UserError(
+            "--price-per-h: of which device? Give --device too (v100, h200, NAME=GFLOPS_PER_S)"
+        )
     profile = profile_of(device) if device else None
-    profile = replace(profile, price_per_h=price_per_h) if profile and price_per_h is not None else profile
+    profile = (
+        replace(profile, price_per_h=price_per_h)
+        if profile and price_per_h is not None
+        else profile
+    )
     if study and not is_all and is_search_file(study):
         from orchestration.search.initial_points import as_study
         from orchestration.search.schema import read_search
@@ -235,14 +292,21 @@ def plan(
         search = read_search(study, overrides or [])
         studies = [as_study(search)]
         left = search.file.trials - len(studies[0].trials)
-        print(f"a search: its first points, and {max(left, 0)} more that it will propose", file=sys.stderr)
+        print(
+            f"a search: its first points, and {max(left, 0)} more that it will propose",
+            file=sys.stderr,
+        )
     else:
         studies = studies_of(study, overrides, only, is_all, store)
     records, planned = records_of(store, tracking_uri, may_be_new=True), Planned()
     check_data([trial for each in studies for trial in each.trials], only_present=True)
     lines = [line for each in studies for line in plan_trials(each, records, profile, planned)]
     neighbours = Neighbours(records) if explain else None
-    print(plan_json(lines, neighbours) if as_json else printable(plan_text(lines, profile, neighbours)))
+    print(
+        plan_json(lines, neighbours)
+        if as_json
+        else printable(plan_text(lines, profile, neighbours))
+    )
 
 
 def table(
@@ -257,7 +321,12 @@ def table(
     from orchestration.reporting.tables import FORMATS, table_info
 
     (read,) = studies_of(study, overrides, only, False, store)
-    print(FORMATS[form](table_info(read, records_of(store, tracking_uri), file_finder(store, tracking_uri))), end="")
+    print(
+        FORMATS[form](
+            table_info(read, records_of(store, tracking_uri), file_finder(store, tracking_uri))
+        ),
+        end="",
+    )
 
 
 def figure(
@@ -305,5 +374,7 @@ def report(
             f"-o {output}: a study's report is a folder of files, its page is report.html in it; name a folder"
         )
     folder = output or launch.report_folder(studies[0].name)
-    write_report(studies[0], records_of(store, tracking_uri), folder, file_finder(store, tracking_uri))
+    write_report(
+        studies[0], records_of(store, tracking_uri), folder, file_finder(store, tracking_uri)
+    )
     print(folder)

@@ -34,13 +34,22 @@ def ui(
 
     launch = LaunchConfig(store=store, tracking_uri=tracking_uri)
     if tracking_uri is None and not (store / "mlflow.db").is_file():
-        raise UserError(f"--store {store}: no tracking store there yet; `mar run quickstart` makes one")
+        raise UserError(
+            f"--store {store}: no tracking store there yet; `mar run quickstart` makes one"
+        )
     if tracking_uri and tracking_uri.startswith("http"):
         links = _links(without_secrets(tracking_uri), Store(launch))
-        print(f"the store is a server already: open {without_secrets(tracking_uri)}", *links, sep="\n")
+        print(
+            f"the store is a server already: open {without_secrets(tracking_uri)}", *links, sep="\n"
+        )
         return
     address = f"http://127.0.0.1:{port}"
-    print(f"MLflow at {address} (stop with Ctrl-C)", *_links(address, Store(launch)), sep="\n", flush=True)
+    print(
+        f"MLflow at {address} (stop with Ctrl-C)",
+        *_links(address, Store(launch)),
+        sep="\n",
+        flush=True,
+    )
     command, environment = serve(launch, port)
     sys.exit(subprocess.call([sys.executable, "-m", *command], env=environment))  # noqa: S603
 
@@ -55,12 +64,16 @@ def recover(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None
         print(f"recovered  {name}")
     for damage in found.damaged:
         print(f"damaged    {damage}")
-    print(f"{len(found.names)} recovered, {found.num_known} known before, {len(found.damaged)} damaged")
+    print(
+        f"{len(found.names)} recovered, {found.num_known} known before, {len(found.damaged)} damaged"
+    )
     if found.damaged:
         sys.exit(1)
 
 
-def doctor(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None, as_json: AsJson = False) -> None:
+def doctor(
+    store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None, as_json: AsJson = False
+) -> None:
     """Try what mar needs here: devices, decoders, Ray, the tracking store. Exit code 1 if something does not work."""
     from orchestration.config import LaunchConfig
     from orchestration.diagnostics.doctor import examine

@@ -11,24 +11,38 @@ import typer
 from mar.errors import Failure, UserError
 from mar.safe_text import printable
 
-weights_app = typer.Typer(no_args_is_help=True, help="Look at pre-trained weights, convert and export them.")
+weights_app = typer.Typer(
+    no_args_is_help=True, help="Look at pre-trained weights, convert and export them."
+)
 
 Source = Annotated[
     str,
-    typer.Argument(metavar="SRC", help="A file, a folder, organisation/model on Hugging Face, or a timm model's name."),
+    typer.Argument(
+        metavar="SRC",
+        help="A file, a folder, organisation/model on Hugging Face, or a timm model's name.",
+    ),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[path=value …]", help="Settings, as encoder.heads=3.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[path=value …]", help="Settings, as encoder.heads=3.")
+]
 
 
 @weights_app.command("show")
-def weights_show(source: Source, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def weights_show(
+    source: Source, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
     """Print whose layout a checkpoint has, its sizes, and what the model has no use for."""
     from mar.weights.pretrained import contents, read_weights
 
     weights = read_weights(source)
     if as_json:
         shapes = {name: list(tensor.shape) for name, tensor in weights.tensors.items()}
-        told = {"layout": weights.layout, "settings": weights.settings, "tensors": shapes, "unused": weights.unused}
+        told = {
+            "layout": weights.layout,
+            "settings": weights.settings,
+            "tensors": shapes,
+            "unused": weights.unused,
+        }
         print(json.dumps(told, indent=1, ensure_ascii=False))
         return
     print(contents(weights))
@@ -49,11 +63,15 @@ def weights_convert(
     weights = read_weights(source)
     settings = model_settings(weights, parse_overrides(overrides or []))
     left = (
-        write_hugging_face(folder, weights, settings) if to == "huggingface" else write_model(folder, weights, settings)
+        write_hugging_face(folder, weights, settings)
+        if to == "huggingface"
+        else write_model(folder, weights, settings)
     )
     print(contents(weights))
     if left:
-        print(f"left out   {len(left)} tensors that this format has no place for, the first: {printable(left[0])}")
+        print(
+            f"left out   {len(left)} tensors that this format has no place for, the first: {printable(left[0])}"
+        )
     print(f"written    {folder}")
 
 
@@ -69,7 +87,9 @@ def weights_export(
     from orchestration.studies.recipe import parse_overrides
 
     weights = read_weights(source)
-    difference = write_onnx(file, weights, model_settings(weights, parse_overrides(overrides or [])))
+    difference = write_onnx(
+        file, weights, model_settings(weights, parse_overrides(overrides or []))
+    )
     print(f"{file}: input pixels (clips, 3, T, H, W) from 0 to 1, output scores (clips, classes)")
     print(f"onnxruntime and PyTorch differ by at most {difference:.1e} on two random clips")
 
@@ -79,13 +99,19 @@ _TEST_SETTINGS = ("data", "clip", "mask", "evaluation")
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Weights of any layout: a trial's result folder, a file …")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Weights of any layout: a trial's result folder, a file …"
+        ),
     ],
     overrides: Overrides = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe whose data, clip, mask and evaluation settings to take.")
+        str | None,
+        typer.Option(help="Recipe whose data, clip, mask and evaluation settings to take."),
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="csv file for the predictions.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="csv file for the predictions.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Test a model on a data set's evaluation split, with all views; nothing is trained."""
@@ -96,16 +122,18 @@ def evaluate(
     from orchestration.studies.recipe import parse_overrides, recipe_tree
 
     changes = parse_overrides(overrides or [])
-    shared = {name: tree for name, tree in recipe_tree(recipe).items() if name in _TEST_SETTINGS} if recipe else {}
+    shared = (
+        {name: tree for name, tree in recipe_tree(recipe).items() if name in _TEST_SETTINGS}
+        if recipe
+        else {}
+    )
     settings, trained, _ = read_model(model, shared, changes)
     videos = read_split(settings.data, "val")
     predictions = _tested(trained, settings, videos, default_device())
     metrics = predictions.metrics("test")
     if output:
         write_predictions(predictions, videos, output)
-    words = (
-        f"top-1 {metrics['test/top1']:.2f} %, top-5 {metrics['test/top5']:.2f} % of {len(predictions.labels)} videos"
-    )
+    words = f"top-1 {metrics['test/top1']:.2f} %, top-5 {metrics['test/top5']:.2f} % of {len(predictions.labels)} videos"
     broken = f"; {len(predictions.broken)} more could not be decoded" if predictions.broken else ""
     views = f"{settings.evaluation.clips} clips × {settings.evaluation.crops} crops, {settings.test_ratio:.0%} hidden"
     print(json.dumps(metrics, indent=1) if as_json else f"{words} ({views}){broken}")
@@ -113,7 +141,10 @@ def evaluate(
 
 def predict(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Weights of any layout: a trial's result folder, a file …")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Weights of any layout: a trial's result folder, a file …"
+        ),
     ],
     videos: Annotated[list[Path], typer.Argument(metavar="VIDEO…")],
     setting: Annotated[
@@ -121,7 +152,11 @@ def predict(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Class names, one a line; default: those that the model has."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Class names, one a line; default: those that the model has.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -134,7 +169,9 @@ def predict(
     absent = [str(video) for video in videos if not video.is_file()]
     if absent:
         raise UserError(f"no such video: {', '.join(absent[:3])}")
-    settings, trained, known = read_model(model, {"data.cache": None}, parse_overrides(setting or []))
+    settings, trained, known = read_model(
+        model, {"data.cache": None}, parse_overrides(setting or [])
+    )
     names = labels.read_text(encoding="utf-8").splitlines() if labels else list(known)
     listed = [Video(str(path), path, 0) for path in videos]
     predictions = _tested(trained, settings, listed, default_device())
@@ -142,24 +179,39 @@ def predict(
     told = {
         listed[video].name: {
             names[label] if label < len(names) else str(label): round(share, 4)
-            for label, share in zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
+            for label, share in zip(
+                best.indices[row].tolist(), best.values[row].tolist(), strict=True
+            )
         }
         for row, video in enumerate(predictions.videos.tolist())
     }
     if as_json:
-        print(json.dumps({"predictions": told, "broken": list(predictions.broken)}, indent=1, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"predictions": told, "broken": list(predictions.broken)},
+                indent=1,
+                ensure_ascii=False,
+            )
+        )
     else:
         for video, shares in told.items():
             words = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
             print(printable(f"{video}: {words}"))
     if predictions.broken:
-        raise Failure(f"{len(predictions.broken)} could not be decoded; the first: {predictions.broken[0]}")
+        raise Failure(
+            f"{len(predictions.broken)} could not be decoded; the first: {predictions.broken[0]}"
+        )
 
 
 def reconstruct(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A trial's result folder, or weights with a decoder.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A trial's result folder, or weights with a decoder."),
+    ],
     videos: Annotated[list[Path], typer.Argument(metavar="VIDEO…")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("reconstructions.png"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path(
+        "reconstructions.png"
+    ),
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Settings; repeatable.")
     ] = None,
@@ -172,7 +224,12 @@ def reconstruct(
     from orchestration.studies.recipe import parse_overrides
 
     settings, trained, _ = read_model(model, {"data.cache": None}, parse_overrides(setting or []))
-    draw_reconstructions(settings, trained.to(default_device()), [Video(str(path), path, 0) for path in videos], output)
+    draw_reconstructions(
+        settings,
+        trained.to(default_device()),
+        [Video(str(path), path, 0) for path in videos],
+        output,
+    )
     print(output)
 
 
@@ -180,4 +237,6 @@ def _tested(model: Any, settings: Any, videos: list[Any], device: Any) -> Any:
     from mar.evaluation.evaluator import Evaluator
 
     views = settings.evaluation
-    return Evaluator(settings, videos, device, clips=views.clips, crops=views.crops)(model.to(device))
+    return Evaluator(settings, videos, device, clips=views.clips, crops=views.crops)(
+        model.to(device)
+    )

@@ -63,13 +63,21 @@ def tracking_table(rounds: int, command: str) -> Table:
         for way, times in ways.items():
             points = _WAYS[way][1] * len(_METRICS)
             rows.append(
-                (place, way, str(_WAYS[way][1]), spread(times[1:], 0), f"{1e3 * points / median(times[1:]):.0f}")
+                (
+                    place,
+                    way,
+                    str(_WAYS[way][1]),
+                    spread(times[1:], 0),
+                    f"{1e3 * points / median(times[1:]):.0f}",
+                )
             )
     note = (
         f"A trial: a run with its tags, epochs of {len(_METRICS)} metrics, its end. Ray's own MLflow logger does the second, in "
         "the driver."
     )
-    return Table("Tracking", command, ("store", "way", "epochs", "ms a trial", "metrics/s"), rows, (note,))
+    return Table(
+        "Tracking", command, ("store", "way", "epochs", "ms a trial", "metrics/s"), rows, (note,)
+    )
 
 
 def planning_table(rounds: int, command: str) -> Table:
@@ -77,12 +85,22 @@ def planning_table(rounds: int, command: str) -> Table:
     rows: list[tuple[str, ...]] = []
     with tempfile.TemporaryDirectory() as name:
         large = _study_file(Path(name), 2_000)
-        for title, names in (("the paper's studies", paper_studies()), ("2,000 settings × 5 seeds", [str(large)])):
+        for title, names in (
+            ("the paper's studies", paper_studies()),
+            ("2,000 settings × 5 seeds", [str(large)]),
+        ):
             planned = [_planned(names) for _ in range(rounds + 1)][1:]
-            columns = [spread(column) for column in zip(*(each[:2] for each in planned), strict=True)]
+            columns = [
+                spread(column) for column in zip(*(each[:2] for each in planned), strict=True)
+            ]
             rate = planned[0][2] / median([sum(each[:2]) for each in planned])
             rows.append((title, str(planned[0][2]), *columns, f"{rate:.0f}"))
-    return Table("Planning", command, ("what", "trials", "read and checked, s", "planned, s", "trials/s"), rows)
+    return Table(
+        "Planning",
+        command,
+        ("what", "trials", "read and checked, s", "planned, s", "trials/s"),
+        rows,
+    )
 
 
 def _planned(names: Sequence[str]) -> tuple[float, float, int]:
@@ -112,7 +130,9 @@ def report_table(rounds: int, command: str, num_rows: int = ROWS) -> Table:
     return Table("Read-out", command, ("store", "what", "s"), rows, (note,))
 
 
-def _read_out(study: Study, launch: LaunchConfig, folder: Path, rounds: int) -> list[tuple[str, str]]:
+def _read_out(
+    study: Study, launch: LaunchConfig, folder: Path, rounds: int
+) -> list[tuple[str, str]]:
     once = [_read_once(study, launch, folder) for _ in range(rounds)]
     return [(name, spread([each[name] for each in once])) for name in once[0]]
 
@@ -139,7 +159,15 @@ def search_table(rounds: int, command: str) -> Table:
                 cells.append("-")  # fits a Gaussian process anew for each: minutes
                 continue
             with tempfile.TemporaryDirectory() as name:
-                cells.append(spread([1e3 * each for each in _proposals(sampler, known, 10 * rounds, Path(name))], 0))
+                cells.append(
+                    spread(
+                        [
+                            1e3 * each
+                            for each in _proposals(sampler, known, 10 * rounds, Path(name))
+                        ],
+                        0,
+                    )
+                )
         rows.append((sampler, *cells))
     note = "The paper's search (search_accuracy_and_cost.yaml: six settings, two conditional, gflops <= 90), SQLite storage."
     columns = ("sampler", "ms a proposal at 10 trials", "at 100", "at 1,000")
@@ -149,7 +177,12 @@ def search_table(rounds: int, command: str) -> Table:
 def _proposals(sampler: str, known: int, count: int, folder: Path) -> list[float]:
     """Return seconds of each of some proposals, where so many trials are known."""
     make(folder / "data", MotionVerbs(size=32, frames=8, classes=2, train=16, validation=8))
-    data = {"root": folder / "data", "videos": "videos", "train": "train.json", "val": "validation.json"}
+    data = {
+        "root": folder / "data",
+        "videos": "videos",
+        "train": "train.json",
+        "val": "validation.json",
+    }
     shared = [
         f"trials={known + count}",
         "encoder.weights=null",
@@ -182,7 +215,9 @@ def _batched(store: Store, experiment: str, epochs: int) -> None:
     writer = Writer(store)
     for number in range(_TRACKED):
         key = f"trial {number}"
-        writer.open(key, lambda key=key: store.run(experiment, key, {"mar.key": key}, {"mar.kind": "trial"}))
+        writer.open(
+            key, lambda key=key: store.run(experiment, key, {"mar.key": key}, {"mar.kind": "trial"})
+        )
         for epoch in range(1, epochs + 1):
             writer.metrics(key, epoch, dict.fromkeys(_METRICS, 1.0))
         writer.end(key, "FINISHED")
@@ -191,7 +226,9 @@ def _batched(store: Store, experiment: str, epochs: int) -> None:
 
 def _one_by_one(store: Store, experiment: str, epochs: int) -> None:
     for number in range(_TRACKED):
-        run_id = store.run(experiment, f"peer {number}", {"mar.key": f"peer {number}"}, {"mar.kind": "trial"})
+        run_id = store.run(
+            experiment, f"peer {number}", {"mar.key": f"peer {number}"}, {"mar.kind": "trial"}
+        )
         for epoch in range(1, epochs + 1):
             for name in _METRICS:
                 store.client.log_metric(run_id, name, 1.0, step=epoch)
@@ -210,7 +247,13 @@ _WAYS: Mapping[str, tuple[Callable[[Store, str, int], None], int]] = {
 def _study_file(folder: Path, num_rows: int) -> Path:
     if not (folder / "data").exists():
         make(folder / "data", MotionVerbs(size=32, frames=8, classes=2, train=16, validation=8))
-    data = {"format": "ssv2", "videos": "videos", "train": "train.json", "val": "validation.json", "num_classes": 2}
+    data = {
+        "format": "ssv2",
+        "videos": "videos",
+        "train": "train.json",
+        "val": "validation.json",
+        "num_classes": 2,
+    }
     recipe = {
         "data": {**data, "root": str(folder / "data")},
         "clip": {"frames": 8, "size": 16},
@@ -240,7 +283,13 @@ def fill(study: Study, launch: LaunchConfig) -> None:
     labels, base = rng.integers(2, size=VIDEOS), rng.random(VIDEOS) < 0.6
     shared = launch.store / "shared"
     shared.mkdir()
-    rows: dict[str, list[tuple[Any, ...]]] = {"runs": [], "metrics": [], "latest_metrics": [], "params": [], "tags": []}
+    rows: dict[str, list[tuple[Any, ...]]] = {
+        "runs": [],
+        "metrics": [],
+        "latest_metrics": [],
+        "params": [],
+        "tags": [],
+    }
     now = int(time.time() * 1000)
     for number, trial in enumerate(study.trials):
         run = f"{number:032x}"
@@ -249,15 +298,36 @@ def fill(study: Study, launch: LaunchConfig) -> None:
         curve = top1 * (1 - np.exp(-np.arange(1, EPOCHS + 1) / 20))
         where = f"{launch.artifacts}/{experiment}/{run}/artifacts"
         rows["runs"].append(
-            (run, trial.name, "LOCAL", "mar", "", "mar", "FINISHED", now, now + 1000, "", "active", where, experiment)
+            (
+                run,
+                trial.name,
+                "LOCAL",
+                "mar",
+                "",
+                "mar",
+                "FINISHED",
+                now,
+                now + 1000,
+                "",
+                "active",
+                where,
+                experiment,
+            )
         )
         points = [(name, float(curve[epoch]) if "top1" in name else 1.0, now, run, epoch + 1, 0)
                   for epoch in range(EPOCHS) for name in _METRICS]  # fmt: skip
-        last = [(name, value, at, run, step, nan) for name, value, at, _, step, nan in points[-len(_METRICS) :]]
-        last += [(name, top1 if name == "test/top1" else 90.0, now, run, EPOCHS, 0) for name in _FINAL]
+        last = [
+            (name, value, at, run, step, nan)
+            for name, value, at, _, step, nan in points[-len(_METRICS) :]
+        ]
+        last += [
+            (name, top1 if name == "test/top1" else 90.0, now, run, EPOCHS, 0) for name in _FINAL
+        ]
         rows["metrics"] += points + last[-len(_FINAL) :]
         rows["latest_metrics"] += last
-        rows["params"] += [(name, str(value), run) for name, value in flatten(placeless(trial.settings)).items()]
+        rows["params"] += [
+            (name, str(value), run) for name, value in flatten(placeless(trial.settings)).items()
+        ]
         tags = {"mar.identity": trial.identity, "mar.key": trial.key, "mar.kind": "trial", "mar.study": study.name,
                 "mlflow.runName": trial.name, "mar.version": __version__}  # fmt: skip
         rows["tags"] += [(name, value, run) for name, value in tags.items()]
@@ -276,7 +346,9 @@ def fill(study: Study, launch: LaunchConfig) -> None:
             database.executemany(f"INSERT INTO {table} ({names_}) VALUES ({marks})", rows[table])  # noqa: S608  (names are ours)
 
 
-def _leave(result: Path, shared: Path, right: Any, names: Sequence[str], labels: Any, curve: Any) -> None:
+def _leave(
+    result: Path, shared: Path, right: Any, names: Sequence[str], labels: Any, curve: Any
+) -> None:
     """Leave what a trial leaves; predictions are of two megabytes, so one file stands for all of them."""
     result.mkdir(parents=True)
     predictions = shared / "predictions.csv"
@@ -284,13 +356,33 @@ def _leave(result: Path, shared: Path, right: Any, names: Sequence[str], labels:
         with predictions.open("w", newline="", encoding="utf-8") as output:
             writer = csv.writer(output)
             writer.writerow(
-                ["video", "label", "probability_of_label", "class_1", "probability_1", "class_2", "probability_2"]
+                [
+                    "video",
+                    "label",
+                    "probability_of_label",
+                    "class_1",
+                    "probability_1",
+                    "class_2",
+                    "probability_2",
+                ]
             )
             for name, label, is_right in zip(names, labels.tolist(), right.tolist(), strict=True):
-                writer.writerow([name, label, "0.600000", label if is_right else 1 - label, "0.600000", 0, "0.400000"])
+                writer.writerow(
+                    [
+                        name,
+                        label,
+                        "0.600000",
+                        label if is_right else 1 - label,
+                        "0.600000",
+                        0,
+                        "0.400000",
+                    ]
+                )
     os.link(predictions, result / "predictions.csv")
     write_answers(right, names, result / ANSWERS)
-    lines = [f"{epoch},1.0,{value:.6f},1.0,2.0\n" for epoch, value in enumerate(curve.tolist(), start=1)]
+    lines = [
+        f"{epoch},1.0,{value:.6f},1.0,2.0\n" for epoch, value in enumerate(curve.tolist(), start=1)
+    ]
     (result / "history.csv").write_text(
         "epoch,train/loss,val/top1,train/lr,time/elapsed_s\n" + "".join(lines), encoding="utf-8"
     )
@@ -310,7 +402,10 @@ def _launch(folder: Path, place: str) -> Generator[LaunchConfig]:
         port = int(probe.getsockname()[1])
     command, environment = serve(embedded, port)
     with subprocess.Popen(  # noqa: S603
-        [sys.executable, "-m", *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as server:
         try:
             _wait_for(f"http://127.0.0.1:{port}/health")

@@ -40,12 +40,18 @@ def examine(launch: LaunchConfig) -> list[Finding]:
         try:
             findings.append(Finding(name, True, check()))
         except Exception as error:
-            findings.append(Finding(name, False, str(error).strip().splitlines()[0] if str(error) else repr(error)))
+            findings.append(
+                Finding(
+                    name, False, str(error).strip().splitlines()[0] if str(error) else repr(error)
+                )
+            )
     return findings
 
 
 def _packages() -> str:
-    return ", ".join(f"{name} {version or 'missing'}" for name, version in package_versions().items())
+    return ", ".join(
+        f"{name} {version or 'missing'}" for name, version in package_versions().items()
+    )
 
 
 def _devices() -> str:
@@ -80,7 +86,11 @@ def _tracking(launch: LaunchConfig) -> str:
 
 
 def _disk(launch: LaunchConfig) -> str:
-    place = next(parent for parent in (launch.store.resolve(), *launch.store.resolve().parents) if parent.exists())
+    place = next(
+        parent
+        for parent in (launch.store.resolve(), *launch.store.resolve().parents)
+        if parent.exists()
+    )
     free_gib = shutil.disk_usage(place).free / 2**30
     if free_gib < 1:
         raise Failure(f"{free_gib:.2f} GiB free at {place}: too little for checkpoints")

@@ -33,7 +33,9 @@ def only_one(study: Study, launch: LaunchConfig) -> Generator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Failure(f"the store {launch.store} cannot be written: {error}; choose another with --store") from None
+        raise Failure(
+            f"the store {launch.store} cannot be written: {error}; choose another with --store"
+        ) from None
     lock, note = filelock.FileLock(folder / f"{study.name}.lock"), folder / f"{study.name}.txt"
     try:
         held = lock.acquire(timeout=_LOOKED_AT_S, poll_interval=0.02)

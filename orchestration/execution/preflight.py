@@ -36,12 +36,20 @@ def check_weights(trials: Sequence[Trial]) -> None:
     Raises:
         UserError: one does not.
     """
-    pairs = {trial.settings.model_dump_json(): trial for trial in trials if trial.settings.encoder.weights}
+    pairs = {
+        trial.settings.model_dump_json(): trial
+        for trial in trials
+        if trial.settings.encoder.weights
+    }
     checked: set[str] = set()
     for trial in pairs.values():
-        model = trial.settings.model_dump_json(include={"clip", "encoder", "classifier", "reconstruction", "mask"})
+        model = trial.settings.model_dump_json(
+            include={"clip", "encoder", "classifier", "reconstruction", "mask"}
+        )
         if model not in checked:
-            from mar.weights.pretrained import check_start  # torch, which only a study with weights needs here
+            from mar.weights.pretrained import (
+                check_start,
+            )  # torch, which only a study with weights needs here
 
             check_start(trial.settings)
             checked.add(model)

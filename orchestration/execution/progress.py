@@ -37,7 +37,9 @@ class Board:
         self.states = {trial.key: _State(trial) for trial in trials}
         self.have, self.console = have, console
         self.widest = 1
-        self.live = Live(console=console, get_renderable=self.table, refresh_per_second=2, transient=True)
+        self.live = Live(
+            console=console, get_renderable=self.table, refresh_per_second=2, transient=True
+        )
         self.is_live = console.is_terminal
 
     def __enter__(self) -> Board:
@@ -55,7 +57,11 @@ class Board:
         state.status, state.began = "running", time.monotonic()
         state.epoch = epochs_done
         self.widest = max(self.widest, self.counts()["running"])
-        word = f"resumes at epoch {epochs_done + 1}/{trial.settings.recipe.epochs}" if epochs_done else "started"
+        word = (
+            f"resumes at epoch {epochs_done + 1}/{trial.settings.recipe.epochs}"
+            if epochs_done
+            else "started"
+        )
         if epochs_done >= trial.settings.recipe.epochs:
             word = "resumes with its test"
         self._line(f"▶ {trial.name}: {word}   [{self.summary()}]")
@@ -64,7 +70,9 @@ class Board:
         """It finished an epoch."""
         state = self.states[trial.key]
         if "time/elapsed_s" not in state.metrics:
-            state.start_s = max(0.0, time.monotonic() - state.began - metrics.get("time/elapsed_s", 0.0))
+            state.start_s = max(
+                0.0, time.monotonic() - state.began - metrics.get("time/elapsed_s", 0.0)
+            )
         state.epoch, state.metrics = epoch, {**state.metrics, **metrics}
         if "test/num_videos" not in metrics:
             self._line(f"  {trial.name}: {self._figures(state)}   [{self.summary()}]")
@@ -94,18 +102,26 @@ class Board:
 
     def says(self, trial: Trial, words: str) -> None:
         """It has a message for a person."""
-        self.console.print(Text(printable(f"! {trial.name}: {words}"), style="yellow"), soft_wrap=True)
+        self.console.print(
+            Text(printable(f"! {trial.name}: {words}"), style="yellow"), soft_wrap=True
+        )
 
     def counts(self) -> dict[str, int]:
         """Return how many trials are in which state; those finished in earlier launches count as done."""
-        states = [state.status for state in tuple(self.states.values())]  # the live view has a thread of its own
-        counted = {status: states.count(status) for status in ("done", "running", "queued", "failed")}
+        states = [
+            state.status for state in tuple(self.states.values())
+        ]  # the live view has a thread of its own
+        counted = {
+            status: states.count(status) for status in ("done", "running", "queued", "failed")
+        }
         return {**counted, "done": counted["done"] + self.have}
 
     def summary(self) -> str:
         """Return the counts and the time left, in words."""
         counts, left = self.counts(), self.seconds_left()
-        words = [f"{count} {status}" for status, count in counts.items() if count or status != "failed"]
+        words = [
+            f"{count} {status}" for status, count in counts.items() if count or status != "failed"
+        ]
         return ", ".join(words) + (f", about {_duration(left)} left" if left is not None else "")
 
     def seconds_left(self) -> float | None:
@@ -122,8 +138,13 @@ class Board:
             return None
         per_epoch = [state.metrics["time/elapsed_s"] / state.epoch for state in running]
         epochs = [state.trial.settings.recipe.epochs for state in running]
-        left = max(pace * (all_ - state.epoch) for pace, all_, state in zip(per_epoch, epochs, running, strict=True))
-        whole = sum(pace * all_ for pace, all_ in zip(per_epoch, epochs, strict=True)) / len(running)
+        left = max(
+            pace * (all_ - state.epoch)
+            for pace, all_, state in zip(per_epoch, epochs, running, strict=True)
+        )
+        whole = sum(pace * all_ for pace, all_ in zip(per_epoch, epochs, strict=True)) / len(
+            running
+        )
         start = sum(state.start_s for state in running) / len(running)
         return left + math.ceil(self.counts()["queued"] / self.widest) * (whole + start)
 

@@ -27,7 +27,16 @@ from orchestration.studies.metrics import QUANTITIES
 from orchestration.studies.trial import Study, Trial
 from orchestration.tracking import provenance
 from orchestration.tracking.store import Store
-from orchestration.tracking.tags import EXPECTED, IDENTITY, KEY, KIND, PARENT_RUN, STUDY, TRAINED_BY, WEIGHTS
+from orchestration.tracking.tags import (
+    EXPECTED,
+    IDENTITY,
+    KEY,
+    KIND,
+    PARENT_RUN,
+    STUDY,
+    TRAINED_BY,
+    WEIGHTS,
+)
 from orchestration.tracking.writer import Writer
 
 _MOST_NOTE = 4900
@@ -61,7 +70,9 @@ class View(Protocol):
 class Launch:
     """Hears from the backend; tells MLflow and the view. It is the only writer of its study's runs."""
 
-    def __init__(self, study: Study, store: Store, view: View, parameters: Sequence[str] = ()) -> None:
+    def __init__(
+        self, study: Study, store: Store, view: View, parameters: Sequence[str] = ()
+    ) -> None:
         self.study, self.store, self.view = study, store, view
         self.trials = {trial.key: trial for trial in study.trials}
         self.shared = {STUDY: study.name, **provenance.tags()}
@@ -94,12 +105,16 @@ class Launch:
             clear(self.store.launch.trial_folder(ended), self.store.launch.keep)
         figures = cost(self.trials[key].settings)
         self.writer.open(key, lambda: self._run_of(self.trials[key]))
-        self.writer.metrics(key, 0, {"cost/gflops": figures.gflops, "cost/params_m": figures.params_m})
+        self.writer.metrics(
+            key, 0, {"cost/gflops": figures.gflops, "cost/params_m": figures.params_m}
+        )
         log = self.store.launch.trial_folder(key) / LOG
         self._relayed[key] = log.stat().st_size if log.is_file() else 0
         self._write_record(self.trials[key])
         epochs_done = _epochs_done(self.store.launch.trial_folder(key))
-        self._shown[key] = epochs_done + 1  # what the trial reports of earlier epochs is for MLflow, not for a person
+        self._shown[key] = (
+            epochs_done + 1
+        )  # what the trial reports of earlier epochs is for MLflow, not for a person
         self.view.started(self.trials[key], epochs_done)
 
     def expect(self, trials: Sequence[Trial], there: int = 0) -> None:
@@ -122,9 +137,13 @@ class Launch:
     def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
         """Log an epoch."""
         trained = {name: value for name, value in metrics.items() if not name.startswith("test/")}
-        self.writer.metrics(key, epoch, trained)  # what testing measured is logged when it is finished
+        self.writer.metrics(
+            key, epoch, trained
+        )  # what testing measured is logged when it is finished
         self._relay(key)
-        if epoch >= self._shown.get(key, 0):  # a trial that goes on tells the epochs before that again
+        if epoch >= self._shown.get(
+            key, 0
+        ):  # a trial that goes on tells the epochs before that again
             self._shown[key] = epoch
             self.view.epoch(self.trials[key], epoch, metrics)
 
@@ -147,7 +166,9 @@ class Launch:
             told = {name: f"{value:.4f}" for name, value in final.items()}
             self.writer.register(key, self.study.name, {"trial": trial.name, **told})
         with suppress(OSError):
-            (folder / CLEARED).write_text(json.dumps(asdict(self.store.launch.keep)), encoding="utf-8")
+            (folder / CLEARED).write_text(
+                json.dumps(asdict(self.store.launch.keep)), encoding="utf-8"
+            )
         self.writer.end(key, "FINISHED")
         self.writer.then(lambda: self._clear(folder, self.store.launch.keep))
         self.done.add(key)
@@ -171,7 +192,9 @@ class Launch:
     @property
     def unfinished(self) -> list[str]:
         """Trials that were started and neither finished nor failed: somebody stopped the launch."""
-        return [key for key in self.begun if key not in self.done | self.stopped | self.failures.keys()]
+        return [
+            key for key in self.begun if key not in self.done | self.stopped | self.failures.keys()
+        ]
 
     @property
     def num_left(self) -> int:
@@ -198,10 +221,16 @@ class Launch:
         ``note`` is what MLflow shows as the run's description: the table.
         """
         found = match(self.study.trials, records)
-        runs = {trial.name: found[trial.key].run_id for trial in self.study.trials if trial.key in found}
+        runs = {
+            trial.name: found[trial.key].run_id for trial in self.study.trials if trial.key in found
+        }
         listed = json.dumps(runs, ensure_ascii=False)
         (reports / "runs.json").write_text(listed, encoding="utf-8")
-        self.writer.tag(_PARENT, "runs", listed if len(listed) <= _MOST_NOTE else "in the artifact report/runs.json")
+        self.writer.tag(
+            _PARENT,
+            "runs",
+            listed if len(listed) <= _MOST_NOTE else "in the artifact report/runs.json",
+        )
         place = f"#/experiments/{self.experiment}/runs/{self.parent}/artifacts/report"
         link = f"[Figures, claims, LaTeX: the report]({place})\n\n"
         self.writer.tag(_PARENT, "mlflow.note.content", (link + note)[:_MOST_NOTE])
@@ -213,7 +242,9 @@ class Launch:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """End the study's run, whatever happened."""
         is_whole = kind is None and not self.failures and not self.unfinished
-        self.writer.end(_PARENT, "FINISHED" if is_whole else "FAILED" if self.failures else "KILLED")
+        self.writer.end(
+            _PARENT, "FINISHED" if is_whole else "FAILED" if self.failures else "KILLED"
+        )
         self.writer.close()
 
     def _keep_log(self, key: str) -> None:
@@ -284,7 +315,9 @@ class Launch:
         record = {"study": self.study.name, "name": trial.name, "tags": tags}
         with suppress(OSError):  # on a full disk the trial itself has more to say
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+            (folder / RECORD).write_text(
+                json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8"
+            )
 
 
 def _epochs_done(folder: Path) -> int:
@@ -298,7 +331,9 @@ def _epochs_done(folder: Path) -> int:
 def _columns(study: Study) -> tuple[list[str], list[str]]:
     """Return the metrics of the study's table and the settings in which its trials differ: what a person looks for."""
     sources = [QUANTITIES[name].source for name in study.file.table.columns]
-    metrics = list(dict.fromkeys(name.replace("cost.", "cost/") for name in sources if name != "views"))
+    metrics = list(
+        dict.fromkeys(name.replace("cost.", "cost/") for name in sources if name != "views")
+    )
     trees = [flatten(placeless(trial.settings)) for trial in study.trials]
     names = list(dict.fromkeys(name for tree in trees for name in tree))
     return metrics, [name for name in names if len({str(tree.get(name)) for tree in trees}) > 1]

@@ -84,7 +84,9 @@ def recover(launch: LaunchConfig) -> Recovered:
             except (Failure, UserError) as reason:
                 found.damaged.append(f"{folder / RESULT}: {reason}")
                 continue
-            found.names.append(_write_run(store, writer, folder, settings, manifest["metrics"], record))
+            found.names.append(
+                _write_run(store, writer, folder, settings, manifest["metrics"], record)
+            )
     finally:
         writer.close()
     return found
@@ -135,5 +137,7 @@ def _record(folder: Path, settings: ExperimentConfig) -> dict[str, Any]:
         data = fingerprint(settings.data)
     line = identity(settings, data)
     if key_of(line) != folder.name:
-        raise Failure("what was trained cannot be told: its data is not at hand, or another version of mar trained it")
+        raise Failure(
+            "what was trained cannot be told: its data is not at hand, or another version of mar trained it"
+        )
     return {"study": _UNKNOWN_STUDY, "name": folder.name, "tags": {IDENTITY: line}}

@@ -33,11 +33,17 @@ def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
     """
     store = launched.store
     records = store.trials()
-    own = {record.key for record in records if record.experiment == launched.study.name and record.status == "FINISHED"}
+    own = {
+        record.key
+        for record in records
+        if record.experiment == launched.study.name and record.status == "FINISHED"
+    }
     launched.expect(trials, len(own))
     teachers, known = shared_trainings(trials, records)
     untrained = [
-        trial for trial in trials if teachers.get(trial.key, trial.key) == trial.key and trial.key not in known
+        trial
+        for trial in trials
+        if teachers.get(trial.key, trial.key) == trial.key and trial.key not in known
     ]
     if untrained:
         _run(launched, untrained, {})
@@ -49,7 +55,9 @@ def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
             trained[key] = store.launch.trial_folder(teacher) / RESULT
         elif teacher in launched.failures:
             kind = launched.failures[teacher].kind
-            launched.failed(key, Reason(f"its training failed: {launched.trials[teacher].name}", kind))
+            launched.failed(
+                key, Reason(f"its training failed: {launched.trials[teacher].name}", kind)
+            )
     tests = [trial for trial in trials if trial.key in trained]
     for trial in tests:
         launched.tested(trial.key, teachers.get(trial.key) or known[trial.key].key)
@@ -87,7 +95,9 @@ def shared_trainings(
 def _unusual(trial: Trial) -> int:
     """Return how many settings of the mask of testing are not the defaults, as the identity has them."""
     mask = json.loads(trial.identity)["evaluation"]["mask"]
-    return sum(mask[name] != default for name, default in EvaluationMaskConfig().model_dump().items())
+    return sum(
+        mask[name] != default for name, default in EvaluationMaskConfig().model_dump().items()
+    )
 
 
 def _run(launched: Launch, trials: Sequence[Trial], trained: dict[str, Path]) -> None:

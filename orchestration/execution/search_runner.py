@@ -34,24 +34,35 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
         Failure: trials failed, or nothing keeps the constraints; what was found is printed.
     """
     console, launch = Console(soft_wrap=True), launch.model_copy(update={"study": search.name})
-    study = Study(search.name, StudyFile(title=search.file.title, recipe=search.file.recipe, axes={"trial": {}}), [])
+    study = Study(
+        search.name,
+        StudyFile(title=search.file.title, recipe=search.file.recipe, axes={"trial": {}}),
+        [],
+    )
     with only_one(study, launch):
         store = Store(launch)
         sample = Trial({"trial": "–"}, search.settings({}), "")
         fetch_weights(Study(search.name, study.file, [sample]))
         check_data([sample])
         check_weights([sample])
-        proposer = open_search(search, launch.store.resolve() / "searches" / f"{search.name}.db", store.trials())
+        proposer = open_search(
+            search, launch.store.resolve() / "searches" / f"{search.name}.db", store.trials()
+        )
         counts = f"{search.file.trials} trials wanted, {proposer.num_done} there"
         console.print(f"{search.file.title}: {counts}", markup=False)
         board = Board([], proposer.num_done, console)
-        with Launch(study, store, board, list(search.file.space)) as launched, stopping_gently(launch):
+        with (
+            Launch(study, store, board, list(search.file.space)) as launched,
+            stopping_gently(launch),
+        ):
             try:
                 with board:
                     _train(_Searching(launched, proposer, board), launch)
             finally:
                 launched.settle()
-            was_stopped = launched.was_stopped or (launch.stop_file.exists() and proposer.num_left > 0)
+            was_stopped = launched.was_stopped or (
+                launch.stop_file.exists() and proposer.num_left > 0
+            )
             folder = launch.report_folder(search.name)
             write_search_report(proposer, folder)
             launched.keep(folder, [], found_text(proposer))
@@ -65,7 +76,9 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
     if was_stopped:
         raise Failure("stopped; run the same command to go on", "stopped")
     if launched.failures:
-        raise Failure(f"{len(launched.failures)} trials failed, the first: {next(iter(launched.failures.values()))}")
+        raise Failure(
+            f"{len(launched.failures)} trials failed, the first: {next(iter(launched.failures.values()))}"
+        )
 
 
 def _train(searching: _Searching, launch: LaunchConfig) -> None:

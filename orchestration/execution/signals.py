@@ -29,7 +29,11 @@ def stopping_gently(launch: LaunchConfig) -> Generator[None]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
-        again = "; Ctrl-C again ends at once, from the last checkpoint" if number == signal.SIGINT else ""
+        again = (
+            "; Ctrl-C again ends at once, from the last checkpoint"
+            if number == signal.SIGINT
+            else ""
+        )
         print(f"stopping: the trials that run are saving{again}", file=sys.stderr, flush=True)
         with suppress(Failure):  # the object store is away: who looks here stops all the same
             ask_to_stop(launch)

@@ -79,7 +79,10 @@ def stop(launch: LaunchConfig) -> None:
     """
     is_running = bool(_holder(launch)) or (
         launch.remote  # its lock may be on another machine
-        and any(each.experiment == launch.study and each.status == "RUNNING" for each in Store(launch).trials())
+        and any(
+            each.experiment == launch.study and each.status == "RUNNING"
+            for each in Store(launch).trials()
+        )
     )
     if not is_running:
         raise UserError(f"the study {launch.study} is not being run from the store {launch.store}")
@@ -119,12 +122,18 @@ def _study(name: str, records: list[RunRecord], launch: LaunchConfig, expected: 
         counts["lost"] = counts.pop("running")
     ended = sum(counts.get(state, 0) for state in ("finished", "failed"))
     queued = max(expected - ended - len(running), 0) if is_running else 0
-    return StudyStatus(name, holder, there.stop_file.exists(), counts, running, queued, _left_s(running, queued))
+    return StudyStatus(
+        name, holder, there.stop_file.exists(), counts, running, queued, _left_s(running, queued)
+    )
 
 
 def _left_s(running: list[RunningTrial], queued: int) -> float | None:
     """Return the seconds that all steps left take at the rate of now."""
-    known = [each for each in running if each.steps is not None and each.step is not None and each.steps_per_s]
+    known = [
+        each
+        for each in running
+        if each.steps is not None and each.step is not None and each.steps_per_s
+    ]
     if not known:
         return None
     rate = sum(each.steps_per_s or 0.0 for each in known)
@@ -159,15 +168,29 @@ def status_text(found: list[StudyStatus], store: Path) -> str:
     lines: list[str] = []
     for each in found:
         counts = ", ".join(f"{count} {word}" for word, count in sorted(each.counts.items()))
-        state = f"{'stopping' if each.is_stopping else 'running'}: {each.launch}" if each.launch else "not running"
+        state = (
+            f"{'stopping' if each.is_stopping else 'running'}: {each.launch}"
+            if each.launch
+            else "not running"
+        )
         waiting = f", {each.queued} queued" if each.queued else ""
         left = f", about {each.left_s / 60:.1f} min left" if each.left_s is not None else ""
         lines.append(f"{each.study:<34} {counts or 'no trial yet':<40} {state}{waiting}{left}")
         for trial in each.running:
-            steps = f"step {trial.step}/{trial.steps}" if trial.step is not None else "between steps"
-            rate = f", {trial.steps_per_s:.2f} steps/s, {trial.clips_per_s:.1f} clips/s" if trial.clips_per_s else ""
+            steps = (
+                f"step {trial.step}/{trial.steps}" if trial.step is not None else "between steps"
+            )
+            rate = (
+                f", {trial.steps_per_s:.2f} steps/s, {trial.clips_per_s:.1f} clips/s"
+                if trial.clips_per_s
+                else ""
+            )
             left = f", about {trial.left_s / 60:.1f} min left" if trial.left_s is not None else ""
-            silent = f", silent for {trial.silent_s:.0f} s" if trial.silent_s and trial.silent_s > 30 else ""
+            silent = (
+                f", silent for {trial.silent_s:.0f} s"
+                if trial.silent_s and trial.silent_s > 30
+                else ""
+            )
             workers = f"{trial.workers} workers, " if (trial.workers or 0) > 1 else ""
             host = f" ({workers}{trial.device} on {trial.host})" if trial.host else ""
             lines.append(f"  {trial.name}: {steps}{rate}{left}{host}{silent}")

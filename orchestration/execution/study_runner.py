@@ -66,11 +66,17 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
             records = store.trials()
             table, lines = write_report(study, records, folder, store.file_of)
             launched.keep(folder, records, table)
-    if study.chosen is not None:  # the report is of all rows, the terminal shows those that were asked for
-        table = FORMATS["md"](table_info(replace(study, trials=study.to_run), records, store.file_of))
+    if (
+        study.chosen is not None
+    ):  # the report is of all rows, the terminal shows those that were asked for
+        table = FORMATS["md"](
+            table_info(replace(study, trials=study.to_run), records, store.file_of)
+        )
     print(f"\n{table}")
     print("\n".join([*lines, ""]))
-    print(f"figure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)")
+    print(
+        f"figure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)"
+    )
     served = "mar ui"
     if launch.tracking_uri:
         served = launch.shown_tracking
@@ -80,13 +86,20 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
     tell_webhook(study, launched)
     if launched.failures:
         for kind, names in by_kind(launched).items():
-            print(f"{kind:<8} {len(names)} trials: {', '.join(names)}. {REMEDIES[kind].capitalize()}.")
-        left = f", {launched.num_left} not begun" if launched.is_over() and launched.num_left else ""
+            print(
+                f"{kind:<8} {len(names)} trials: {', '.join(names)}. {REMEDIES[kind].capitalize()}."
+            )
+        left = (
+            f", {launched.num_left} not begun" if launched.is_over() and launched.num_left else ""
+        )
         raise Failure(
             f"{len(launched.failures)} of {len(study.trials)} trials failed{left}; run the same command to go on"
         )
     if launched.was_stopped:
-        raise Failure(f"stopped with {launched.num_left} trials unfinished; run the same command to go on", "stopped")
+        raise Failure(
+            f"stopped with {launched.num_left} trials unfinished; run the same command to go on",
+            "stopped",
+        )
 
 
 def _settle(launched: Launch) -> None:
@@ -115,7 +128,9 @@ def _mention_unrecorded(launch: LaunchConfig, store: Store) -> None:
         )
 
 
-def run_studies(studies: Sequence[Study], launch: LaunchConfig, budget: Budget | None = None) -> None:
+def run_studies(
+    studies: Sequence[Study], launch: LaunchConfig, budget: Budget | None = None
+) -> None:
     """Run studies one after the other in one Ray; what one of them trained, the next ones find.
 
     Raises:
@@ -137,8 +152,15 @@ def run_studies(studies: Sequence[Study], launch: LaunchConfig, budget: Budget |
                 is_stopped = isinstance(error, Failure) and error.kind == "stopped"
             if is_stopped:
                 break
-    new = [record for record in Store(launch).trials() if record.run_id not in before and record.status == "FINISHED"]
-    trained, trials = sum(record.has_model for record in new), [trial for study in studies for trial in study.trials]
+    new = [
+        record
+        for record in Store(launch).trials()
+        if record.run_id not in before and record.status == "FINISHED"
+    ]
+    trained, trials = (
+        sum(record.has_model for record in new),
+        [trial for study in studies for trial in study.trials],
+    )
     there = len(match(trials, Store(launch).trials()))
     absent = len({trial.key for trial in trials}) - there if trials else 0
     minutes = (time.monotonic() - began) / 60

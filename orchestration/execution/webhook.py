@@ -32,4 +32,6 @@ def tell_webhook(study: Study, launched: Launch) -> None:
         urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
     except (OSError, ValueError) as error:
         # Not its own words: they may have the address in them, and whoever knows that may write there.
-        print(f"--webhook: nobody took the message ({getattr(error, 'reason', None) or type(error).__name__})")
+        print(
+            f"--webhook: nobody took the message ({getattr(error, 'reason', None) or type(error).__name__})"
+        )

@@ -69,7 +69,9 @@ class FigureInfo:
         return pd.DataFrame(
             {"series": series.name, "row": label, "x": x, "y": y, "half_width": error}
             for series in self.series
-            for label, x, y, error in zip(series.labels, series.x, series.y, series.error, strict=True)
+            for label, x, y, error in zip(
+                series.labels, series.x, series.y, series.error, strict=True
+            )
         )
 
 
@@ -77,11 +79,17 @@ def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
     """Return the study's figure as it stands in MLflow."""
     layout, all_rows = study.file.figure, [row for row in rows(study, records) if not row.is_quoted]
     part = axis_parts(study).index(layout.group) if layout.group else None
-    groups = list(dict.fromkeys(row.labels[part] for row in all_rows)) if part is not None else [None]
+    groups = (
+        list(dict.fromkeys(row.labels[part] for row in all_rows)) if part is not None else [None]
+    )
     series: list[Series] = []
     for name in layout.y:
         for group in groups:
-            places = [(place, row) for place, row in enumerate(all_rows) if part is None or row.labels[part] == group]
+            places = [
+                (place, row)
+                for place, row in enumerate(all_rows)
+                if part is None or row.labels[part] == group
+            ]
             title = QUANTITIES[name].title if group is None else group
             series.append(_series(title, places, name, layout.x, part))
             series += [_papers(f"{title}, paper", places, name, layout.x)] if layout.x else []
@@ -93,12 +101,23 @@ def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
         directions = [QUANTITIES[name].higher_is_better for name in (layout.x, layout.y[0])]
         for each in [each for each in series if not each.is_papers]:
             name = "Pareto front" if groups == [None] else f"Pareto front, {each.name}"
-            series.append(_front(name, each, is_low_x_better=not directions[0], is_high_y_better=bool(directions[1])))
+            series.append(
+                _front(
+                    name,
+                    each,
+                    is_low_x_better=not directions[0],
+                    is_high_y_better=bool(directions[1]),
+                )
+            )
     return FigureInfo(
         title=study.file.title,
         kind=layout.kind,
         x_title=QUANTITIES[layout.x].title if layout.x else ", ".join(study.file.axes),
-        y_title=QUANTITIES[layout.y[0]].title if len(layout.y) == 1 else "Top-1 (%)" if "top1" in layout.y else "",
+        y_title=QUANTITIES[layout.y[0]].title
+        if len(layout.y) == 1
+        else "Top-1 (%)"
+        if "top1" in layout.y
+        else "",
         series=series,
         chance=100 / study.trials[0].settings.data.num_classes if layout.chance else None,
         rows=[row.label for row in all_rows],
@@ -107,13 +126,18 @@ def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
     )
 
 
-def _series(title: str, places: Sequence[tuple[int, Row]], name: str, x: str | None, part: int | None) -> Series:
+def _series(
+    title: str, places: Sequence[tuple[int, Row]], name: str, x: str | None, part: int | None
+) -> Series:
     """Return a quantity of some rows; ``part`` of their labels is in the title already."""
     there = [(place, row) for place, row in places if row.cells[name].mean is not None]
     there = [(place, row) for place, row in there if x is None or row.cells[x].mean is not None]
     return Series(
         title,
-        [BETWEEN_LABELS.join(each for place, each in enumerate(row.labels) if place != part) for _, row in there],
+        [
+            BETWEEN_LABELS.join(each for place, each in enumerate(row.labels) if place != part)
+            for _, row in there
+        ],
         [(row.cells[x].mean or 0.0) if x else float(place) for place, row in there],
         [row.cells[name].mean or 0.0 for _, row in there],
         [row.cells[name].half_width or 0.0 for _, row in there],
@@ -128,7 +152,11 @@ def _front(name: str, series: Series, is_low_x_better: bool, is_high_y_better: b
     for point in sorted(points, key=lambda point: (x_sign * point[1], y_sign * point[2])):
         if not front or y_sign * point[2] < y_sign * front[-1][2]:
             front.append(point)
-    labels, x, y = [each[0] for each in front], [each[1] for each in front], [each[2] for each in front]
+    labels, x, y = (
+        [each[0] for each in front],
+        [each[1] for each in front],
+        [each[2] for each in front],
+    )
     return Series(name, labels, x, y, [0.0] * len(front), is_line=True)
 
 
@@ -152,7 +180,10 @@ def _papers(title: str, places: Sequence[tuple[int, Row]], name: str, x: str) ->
 
 
 def draw_figure(
-    study: Study, records: Sequence[AnyRecord], file: Path, file_of: Callable[[AnyRecord, str], Path]
+    study: Study,
+    records: Sequence[AnyRecord],
+    file: Path,
+    file_of: Callable[[AnyRecord, str], Path],
 ) -> None:
     """Draw a study's figure, of whatever kind; ``file_of`` finds a file of a run's result.
 
@@ -165,7 +196,10 @@ def draw_figure(
     if kind == "masks":
         from mar.visualization.masks_and_clips import draw_masks, example_masks
 
-        drawn = {trial.row: example_masks(trial.settings, 1)["training, clip 1"] for trial in study.trials}
+        drawn = {
+            trial.row: example_masks(trial.settings, 1)["training, clip 1"]
+            for trial in study.trials
+        }
         draw_masks(drawn, study.file.title, file)
     elif kind == "reconstructions":
         runs = list(match(study.trials, records).values())
@@ -223,7 +257,13 @@ def _line(axes: Any, series: Series, place: int, alone: bool) -> None:
     if alone:
         style = "-" if place < len(COLOURS) else "--" if place < 2 * len(COLOURS) else ":"
         axes.plot(
-            series.x, series.y, style, marker=".", color=COLOURS[place % len(COLOURS)], label=series.name, linewidth=1.4
+            series.x,
+            series.y,
+            style,
+            marker=".",
+            color=COLOURS[place % len(COLOURS)],
+            label=series.name,
+            linewidth=1.4,
         )
     else:
         axes.plot(series.x, series.y, "-", color="0.6", label=series.name, linewidth=1, zorder=1)
@@ -233,9 +273,19 @@ def _points(axes: Any, series: Series, colour: str) -> None:
     if series.is_papers:
         axes.plot(series.x, series.y, "o", color=colour, markerfacecolor="none", label=series.name)
     else:
-        axes.errorbar(series.x, series.y, yerr=series.error, fmt="o", color=colour, label=series.name, capsize=3)
+        axes.errorbar(
+            series.x,
+            series.y,
+            yerr=series.error,
+            fmt="o",
+            color=colour,
+            label=series.name,
+            capsize=3,
+        )
     many = len(series.labels) > _FEW
-    style: dict[str, Any] = {"ha": "left", "rotation": 35, "fontsize": 6} if many else {"ha": "center", "fontsize": 8}
+    style: dict[str, Any] = (
+        {"ha": "left", "rotation": 35, "fontsize": 6} if many else {"ha": "center", "fontsize": 8}
+    )
     style |= {"color": "0.45", "fontsize": 6} if series.is_papers else {}
     for label, x, y in zip(series.labels, series.x, series.y, strict=True):
         axes.annotate(label, (x, y), textcoords="offset points", xytext=_ABOVE, **style)
@@ -245,7 +295,13 @@ def _bars(axes: Any, info: FigureInfo, series: Series, place: int, colour: str) 
     width = 0.8 / len(info.series)
     shift = (place - (len(info.series) - 1) / 2) * width
     axes.bar(
-        [x + shift for x in series.x], series.y, width, yerr=series.error, color=colour, label=series.name, capsize=3
+        [x + shift for x in series.x],
+        series.y,
+        width,
+        yerr=series.error,
+        color=colour,
+        label=series.name,
+        capsize=3,
     )
     if place == 0:
         slanting: dict[str, Any] = {"rotation": 30, "ha": "right", "fontsize": 7}

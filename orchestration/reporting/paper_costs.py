@@ -82,7 +82,9 @@ def write_page(file: Path | None) -> str:
         part = rows.drop(columns="table")
         for name, form in _FORMS.items():
             part[name] = [_printed(value, form) for value in rows[name]]
-        text += f"\n## {table}\n\n{part.fillna('–').to_markdown(index=False, disable_numparse=True)}\n"
+        text += (
+            f"\n## {table}\n\n{part.fillna('–').to_markdown(index=False, disable_numparse=True)}\n"
+        )
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")

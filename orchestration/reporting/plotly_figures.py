@@ -34,7 +34,9 @@ _LOOK: dict[str, Any] = {
 }
 
 
-def write_figure(study: Study, records: Sequence[AnyRecord], file: Path, file_of: FileOf[AnyRecord]) -> None:
+def write_figure(
+    study: Study, records: Sequence[AnyRecord], file: Path, file_of: FileOf[AnyRecord]
+) -> None:
     """Write a study's figure: png, pdf, svg, or html, a page that answers the mouse and needs nothing else.
 
     Raises:
@@ -54,11 +56,11 @@ def write_html(file: Path, title: str, parts: str, script: str | None = None) ->
     told, script = html.escape(title), plotly_script() if script is None else script
     file.parent.mkdir(parents=True, exist_ok=True)
     style = f"<style>{PAGE_STYLE}</style>"
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{told}</title>{style}{script}'
-    )
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{told}</title>{style}{script}'
     body = f"<body><h1>{told}</h1>{parts}</body>"
-    file.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n', encoding="utf-8")
+    file.write_text(
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n', encoding="utf-8"
+    )
 
 
 def study_chart(study: Study, records: Sequence[AnyRecord]) -> str:
@@ -134,7 +136,9 @@ def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
         if info.kind == "curves":
             number = [each.name for each in info.series].index(series.name)
             line["dash"] = ("solid", "dash", "dot")[number // len(COLOURS) % 3]
-        return go.Scatter(x=x, y=y, text=labels, mode="lines+markers", line=line, name=name, hovertemplate=hover)
+        return go.Scatter(
+            x=x, y=y, text=labels, mode="lines+markers", line=line, name=name, hovertemplate=hover
+        )
     marker = {"color": colour, "size": 9, "symbol": "circle-open" if series.is_papers else "circle"}
     hover = "%{text}<br>%{x}, %{y}<extra>%{fullData.name}</extra>"
     mode = "markers+text" if len(labels) <= _LABELLED else "markers"
@@ -155,7 +159,9 @@ def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
 
 def part_of_page(figure: Any) -> str:
     """Return one of plotly's figures as a part of a page that has its script."""
-    return figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False})
+    return figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}
+    )
 
 
 def picture(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]) -> str:

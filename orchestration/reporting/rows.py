@@ -38,7 +38,11 @@ class Cell:
         """Half the 95 % confidence interval of the mean (Student's t); none with fewer than two seeds."""
         if len(self.values) < 2:
             return None
-        return statistics.stdev(self.values) / len(self.values) ** 0.5 * _quantile(len(self.values) - 1)
+        return (
+            statistics.stdev(self.values)
+            / len(self.values) ** 0.5
+            * _quantile(len(self.values) - 1)
+        )
 
     @property
     def deviation(self) -> float | None:
@@ -80,14 +84,24 @@ def rows(study: Study, records: Sequence[Record]) -> list[Row]:
     """Return the study's rows in its order, with every quantity of its table, its figure and its report."""
     found = match(study.trials, records)
     figure = study.file.figure
-    wanted = {*study.file.table.columns, *figure.y, *([figure.x] if figure.x else []), "top1", "shuffled_top1"}
+    wanted = {
+        *study.file.table.columns,
+        *figure.y,
+        *([figure.x] if figure.x else []),
+        "top1",
+        "shuffled_top1",
+    }
     grouped: dict[tuple[str, ...], list[Trial]] = {}
     for trial in study.trials:
         grouped.setdefault(tuple(trial.labels.values()), []).append(trial)
     about = study.file.about
     ours = [
         Row(
-            tuple(part for each in zip(study.file.axes, labels, strict=True) for part in label_parts(*each)),
+            tuple(
+                part
+                for each in zip(study.file.axes, labels, strict=True)
+                for part in label_parts(*each)
+            ),
             {name: _cell(study, name, trials, found) for name in wanted},
             len(trials),
             sum(trial.key in found for trial in trials),
@@ -129,7 +143,10 @@ def _notes(trials: Sequence[Trial], found: Mapping[str, Record]) -> tuple[str, .
         if metrics.get("test/num_broken")
     }
     row = trials[0].row
-    return tuple(f"{row}: over {whole} videos; {lost} more could not be decoded." for lost, whole in sorted(broken))
+    return tuple(
+        f"{row}: over {whole} videos; {lost} more could not be decoded."
+        for lost, whole in sorted(broken)
+    )
 
 
 def _cell(study: Study, name: str, trials: Sequence[Trial], found: Mapping[str, Record]) -> Cell:
@@ -142,7 +159,11 @@ def _cell(study: Study, name: str, trials: Sequence[Trial], found: Mapping[str, 
     if source.startswith("cost."):
         return Cell("complete", (cost_figure(cost(trials[0].settings), source),), paper)
     runs = [found[trial.key] for trial in trials if trial.key in found]
-    values = tuple(quantity.scale * run.metrics[source] + quantity.offset for run in runs if source in run.metrics)
+    values = tuple(
+        quantity.scale * run.metrics[source] + quantity.offset
+        for run in runs
+        if source in run.metrics
+    )
     if len(values) == len(trials):
         return Cell("complete", values, paper)
     return Cell("partial" if values else "missing", values, paper)

@@ -29,7 +29,11 @@ def best_trials(proposer: Proposer) -> list[FrozenTrial]:
     """Return the Pareto front, by its first goal; with one goal, the best trial."""
     if not _complete(proposer):
         return []
-    front = proposer.study.best_trials if len(proposer.search.file.goals) > 1 else [proposer.study.best_trial]
+    front = (
+        proposer.study.best_trials
+        if len(proposer.search.file.goals) > 1
+        else [proposer.study.best_trial]
+    )
     front = [trial for trial in front if "copy" not in trial.user_attrs] or front
     return sorted(front, key=lambda trial: trial.values[0])
 
@@ -42,9 +46,7 @@ def _counts_text(proposer: Proposer) -> str:
     copies = proposer.known
     rejected = sum("infeasible" in each.user_attrs for each in trials)
     counts[TrialState.PRUNED] -= rejected
-    words = (
-        f"{counts[TrialState.COMPLETE] - others - copies} trials finished, {counts[TrialState.PRUNED]} ended early, "
-    )
+    words = f"{counts[TrialState.COMPLETE] - others - copies} trials finished, {counts[TrialState.PRUNED]} ended early, "
     words += f"{counts[TrialState.FAIL]} failed or were asked twice, {copies} were found trained; {rejected} proposals broke a rule or a constraint and were not trained; "
     return words + f"{others} finished trials of other studies were known before."
 
@@ -55,10 +57,23 @@ def found_text(proposer: Proposer) -> str:
     words = _counts_text(proposer)
     kind = "Pareto front" if len(search.file.goals) > 1 else "Best"
     shown = frame.map(_shown)
-    lines = [f"**{markdown(search.file.title)}**", "", words, "", f"{kind}:", "", shown.to_markdown(index=False)]
+    lines = [
+        f"**{markdown(search.file.title)}**",
+        "",
+        words,
+        "",
+        f"{kind}:",
+        "",
+        shown.to_markdown(index=False),
+    ]
     importances = importance_frame(proposer)
     if not importances.empty:
-        lines += ["", "Importance of each setting (fANOVA):", "", importances.to_markdown(index=False, floatfmt=".2f")]
+        lines += [
+            "",
+            "Importance of each setting (fANOVA):",
+            "",
+            importances.to_markdown(index=False, floatfmt=".2f"),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -67,7 +82,9 @@ def front_frame(proposer: Proposer) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for trial in best_trials(proposer):
         goals = zip(proposer.search.file.goals, trial.values, strict=True)
-        values = {QUANTITIES[name].title: round(value, QUANTITIES[name].digits) for name, value in goals}
+        values = {
+            QUANTITIES[name].title: round(value, QUANTITIES[name].digits) for name, value in goals
+        }
         rows.append({"trial": trial.number, **values, **trial.params})
     return pd.DataFrame(rows)
 
@@ -100,17 +117,19 @@ def write_search_report(proposer: Proposer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(found_text(proposer), encoding="utf-8")
     write_text(folder / "front.csv", csv_text(front_frame(proposer)))
-    frame: pd.DataFrame = proposer.study.trials_dataframe(attrs=("number", "state", "values", "params", "user_attrs"))
+    frame: pd.DataFrame = proposer.study.trials_dataframe(
+        attrs=("number", "state", "values", "params", "user_attrs")
+    )
     write_text(folder / "trials.csv", csv_text(frame))
     best = best_trials(proposer)
     if best:
         chosen = best[-1] if next(iter(proposer.search.file.goals.values())) == "max" else best[0]
         goals = dict(zip(proposer.search.file.goals, chosen.values or [], strict=True))
         tree = proposer.search.settings(chosen.params).model_dump(mode="json")
-        head = (
-            f"# {proposer.search.file.title}: trial {chosen.number}, {json.dumps(goals)}. Run it: mar run best.yaml\n"
+        head = f"# {proposer.search.file.title}: trial {chosen.number}, {json.dumps(goals)}. Run it: mar run best.yaml\n"
+        text = head + yaml.safe_dump(
+            tree, sort_keys=False, allow_unicode=True, default_flow_style=None
         )
-        text = head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=None)
         (folder / "best.yaml").write_text(text, encoding="utf-8")
         _draw(proposer, folder)
 
@@ -130,7 +149,9 @@ def _draw(proposer: Proposer, folder: Path) -> None:
         if pyplot.get_fignums():
             pyplot.gcf().savefig(folder / f"{name}.png", dpi=140, bbox_inches="tight")
         pyplot.close("all")
-    charts = [part_of_page(figure) for draw in parts.values() if (figure := _quietly(draw)) is not None]
+    charts = [
+        part_of_page(figure) for draw in parts.values() if (figure := _quietly(draw)) is not None
+    ]
     page = _found_html(proposer) + "".join(charts) + footer(["mar", "run", proposer.search.name])
     write_html(folder / "report.html", proposer.search.file.title, page)
 
@@ -150,7 +171,9 @@ def _found_html(proposer: Proposer) -> str:
 def _pictures(proposer: Proposer, library: Any) -> dict[str, Callable[[], Any]]:
     """Return what draws each picture, by its name, with either of Optuna's libraries of them."""
     goals = [QUANTITIES[name].title for name in proposer.search.file.goals]
-    first: dict[str, Any] = {"target": _value_of(0), "target_name": goals[0]} if len(goals) > 1 else {}
+    first: dict[str, Any] = (
+        {"target": _value_of(0), "target_name": goals[0]} if len(goals) > 1 else {}
+    )
     study = proposer.study
     drawn: dict[str, Callable[[], Any]] = {
         "history": lambda: library.plot_optimization_history(study, **first),

@@ -50,7 +50,11 @@ class Answers:
     @classmethod
     def of(cls, correct: Mapping[str, bool]) -> Answers:
         """Return the answers that a mapping of names gives."""
-        return cls(np.array([*correct.values()], dtype=bool), correctness.listing(correct), lambda: [*correct])
+        return cls(
+            np.array([*correct.values()], dtype=bool),
+            correctness.listing(correct),
+            lambda: [*correct],
+        )
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,12 @@ def read_answers(run: AnyRecord, file_of: FileOf[AnyRecord]) -> Answers:
     """Return a run's answers; of one that an earlier version tested, from its predictions."""
 
     def correct() -> dict[str, bool]:
-        with file_of(run, "predictions.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
-            return {line["video"]: line["label"] == line["class_1"] for line in csv.DictReader(lines)}
+        with file_of(run, "predictions.csv").open(
+            newline="", encoding="utf-8", errors="surrogateescape"
+        ) as lines:
+            return {
+                line["video"]: line["label"] == line["class_1"] for line in csv.DictReader(lines)
+            }
 
     try:
         right, listing = correctness.read_answers(file_of(run, correctness.ANSWERS))
@@ -162,9 +170,13 @@ def _over_the_same(
     """Return the answers on the videos that all have, in one order."""
     if len({each.listing for each in (*ours, *theirs)}) == 1:
         return [each.right for each in ours], [each.right for each in theirs]
-    named = [[dict(zip(each.names(), each.right, strict=True)) for each in row] for row in (ours, theirs)]
+    named = [
+        [dict(zip(each.names(), each.right, strict=True)) for each in row] for row in (ours, theirs)
+    ]
     videos = sorted(set.intersection(*(set(each) for row in named for each in row)))
-    one, other = ([np.array([each[video] for video in videos], dtype=bool) for each in row] for row in named)
+    one, other = (
+        [np.array([each[video] for video in videos], dtype=bool) for each in row] for row in named
+    )
     return one, other
 
 
@@ -172,7 +184,11 @@ def mcnemar(only_one: int, only_other: int) -> float:
     """Return the p of McNemar's exact test, from the videos that one model alone gets right."""
     from scipy import stats  # slow to import, and a plan needs none
 
-    return float(stats.binomtest(only_one, only_one + only_other).pvalue) if only_one + only_other else 1.0
+    return (
+        float(stats.binomtest(only_one, only_one + only_other).pvalue)
+        if only_one + only_other
+        else 1.0
+    )
 
 
 def corrected(comparisons: Mapping[str, Comparison | None]) -> dict[str, Comparison | None]:
@@ -187,7 +203,9 @@ def corrected(comparisons: Mapping[str, Comparison | None]) -> dict[str, Compari
     return result
 
 
-def against_reference(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]) -> dict[str, Comparison]:
+def against_reference(
+    study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]
+) -> dict[str, Comparison]:
     """Return, by row, each finished row less the table's reference row, corrected for the number of rows."""
     reference, rows = study.file.table.reference, _right_answers(study, records, file_of)
     if reference not in rows:
@@ -196,7 +214,9 @@ def against_reference(study: Study, records: Sequence[AnyRecord], file_of: FileO
     return {row: gap for row, gap in corrected(gaps).items() if gap is not None}
 
 
-def tells_apart(study: Study, row: str, other: str, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]) -> bool:
+def tells_apart(
+    study: Study, row: str, other: str, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]
+) -> bool:
     """Whether the videos tell two rows' top-1 apart, at 5 %; not where one has no predictions."""
     try:
         rows = _right_answers(study, records, file_of, {row, other})
@@ -230,7 +250,9 @@ def _judged(words: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Answer
     gaps: dict[str, Comparison | None] = {}
     for pair in pairs:
         better, worse = pair.split(" > ")
-        gaps[pair] = compare(rows[better], rows[worse]) if better in rows and worse in rows else None
+        gaps[pair] = (
+            compare(rows[better], rows[worse]) if better in rows and worse in rows else None
+        )
     gaps = corrected(gaps)
     there = [gap for gap in gaps.values() if gap is not None]
     told = [gap for gap in there if gap.is_told]
@@ -246,7 +268,10 @@ def _judged(words: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Answer
 
 
 def _right_answers(
-    study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord], only: set[str] | None = None
+    study: Study,
+    records: Sequence[AnyRecord],
+    file_of: FileOf[AnyRecord],
+    only: set[str] | None = None,
 ) -> dict[str, list[Answers]]:
     """Return, by row with all its seeds, which videos each seed's model gets right; of ``only`` some rows."""
     found = match(study.trials, records)
@@ -262,5 +287,9 @@ def _right_answers(
             read[run.run_id] = read_answers(run, file_of)
         return read[run.run_id]
 
-    whole = {row: trials for row, trials in grouped.items() if all(trial.key in found for trial in trials)}
+    whole = {
+        row: trials
+        for row, trials in grouped.items()
+        if all(trial.key in found for trial in trials)
+    }
     return {row: [answers_of(trial) for trial in trials] for row, trials in whole.items()}

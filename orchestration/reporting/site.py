@@ -11,7 +11,13 @@ from pathlib import Path
 import jinja2
 
 from mar.errors import UserError
-from orchestration.reporting.plotly_figures import chart, confusion_chart, picture, plotly_script, study_chart
+from orchestration.reporting.plotly_figures import (
+    chart,
+    confusion_chart,
+    picture,
+    plotly_script,
+    study_chart,
+)
 from orchestration.reporting.significance import IN_ONE, ONE_TRAINING, Claim, claims
 from orchestration.reporting.study_report import findings
 from orchestration.reporting.tables import table_info, to_html
@@ -77,7 +83,9 @@ class Section:
         return _counted({each.key: each.state for each in self.trials})
 
 
-def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str], file: Path) -> None:
+def write_site(
+    studies: Sequence[Study], store: Store, overrides: Sequence[str], file: Path
+) -> None:
     """Write the page.
 
     Raises:
@@ -85,9 +93,16 @@ def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str],
     """
     records = store.trials()
     sections = [_section(study, records, store, overrides) for study in studies]
-    verdicts = Counter(claim.verdict.removesuffix(IN_ONE) for section in sections for claim in section.claims)
+    verdicts = Counter(
+        claim.verdict.removesuffix(IN_ONE) for section in sections for claim in section.claims
+    )
     states = _counted({trial.key: trial.state for section in sections for trial in section.trials})
-    spent = {trial.run_id: trial.hours for section in sections for trial in section.trials if trial.state == "finished"}
+    spent = {
+        trial.run_id: trial.hours
+        for section in sections
+        for trial in section.trials
+        if trial.state == "finished"
+    }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_PAGE).render(
         sections=sections,
@@ -106,17 +121,28 @@ def write_site(studies: Sequence[Study], store: Store, overrides: Sequence[str],
 
 def _failures(sections: Sequence[Section]) -> Counter[str]:
     """Return how often each reason ended a trial, each trial once."""
-    return Counter({each.key: each.reason for part in sections for each in part.trials if each.reason}.values())
+    return Counter(
+        {each.key: each.reason for part in sections for each in part.trials if each.reason}.values()
+    )
 
 
 def _to_come(studies: Sequence[Study], records: Sequence[RunRecord]) -> str:
     """Return what is still to be trained, and the device-hours at the throughput of each study's finished trials."""
     earlier = Planned()
-    new = [line for study in studies for line in plan_trials(study, records, None, earlier) if line.state == "new"]
+    new = [
+        line
+        for study in studies
+        for line in plan_trials(study, records, None, earlier)
+        if line.state == "new"
+    ]
     hours = [line.device_hours for line in new if line.device_hours is not None]
     if not new:
         return "nothing is left to train"
-    known = f", {len(hours)} of them about {sum(hours):.2f} hours at the throughput so far" if hours else ""
+    known = (
+        f", {len(hours)} of them about {sum(hours):.2f} hours at the throughput so far"
+        if hours
+        else ""
+    )
     return f"{len(new)} trainings to come{known}"
 
 
@@ -126,11 +152,14 @@ def _counted(states: Mapping[str, str]) -> str:
     return ", ".join(f"{counts[state]} {state}" for state in _STATES if counts[state])
 
 
-def _section(study: Study, records: Sequence[RunRecord], store: Store, overrides: Sequence[str]) -> Section:
+def _section(
+    study: Study, records: Sequence[RunRecord], store: Store, overrides: Sequence[str]
+) -> Section:
     found, neighbours = match(study.trials, records), Neighbours(records)
     newest = {record.key: record for record in reversed(records)}
     trials = [
-        _state(study, trial, found.get(trial.key) or newest.get(trial.key), store, neighbours) for trial in study.trials
+        _state(study, trial, found.get(trial.key) or newest.get(trial.key), store, neighbours)
+        for trial in study.trials
     ]
     words = findings(study, records) if "top1" in study.file.table.columns else []
     return Section(
@@ -149,20 +178,34 @@ def _section(study: Study, records: Sequence[RunRecord], store: Store, overrides
     )
 
 
-def _state(study: Study, trial: Trial, run: RunRecord | None, store: Store, neighbours: Neighbours) -> TrialState:
+def _state(
+    study: Study, trial: Trial, run: RunRecord | None, store: Store, neighbours: Neighbours
+) -> TrialState:
     own = "; ".join(
-        f"{path}: {value}" for axis, label in trial.labels.items() for path, value in _of_label(study.file, axis, label)
+        f"{path}: {value}"
+        for axis, label in trial.labels.items()
+        for path, value in _of_label(study.file, axis, label)
     )
     if run is None:
         near = neighbours.nearest(trial)
-        words = [f"{each.setting}: {each.first} → {each.second}" for each in near[1]] if near else []
+        words = (
+            [f"{each.setting}: {each.first} → {each.second}" for each in near[1]] if near else []
+        )
         unlike = f"unlike run {near[0][:8]}: {'; '.join(words)}" if near else ""
-        return TrialState(trial.name, trial.key, "not there yet", "", "", "", "", None, "", own, unlike)
-    state = {"FINISHED": "finished" if run.has_model else "tested"}.get(run.status, run.status.lower())
+        return TrialState(
+            trial.name, trial.key, "not there yet", "", "", "", "", None, "", own, unlike
+        )
+    state = {"FINISHED": "finished" if run.has_model else "tested"}.get(
+        run.status, run.status.lower()
+    )
     seconds = run.metrics.get("time/elapsed_s")
-    server = store.launch.shown_tracking if store.launch.tracking.startswith("http") else _OWN_SERVER
+    server = (
+        store.launch.shown_tracking if store.launch.tracking.startswith("http") else _OWN_SERVER
+    )
     link = f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
-    made = ", ".join(f"{name.split('.')[-1]} {run.tags[name][:12]}" for name in _SHOWN_TAGS if name in run.tags)
+    made = ", ".join(
+        f"{name.split('.')[-1]} {run.tags[name][:12]}" for name in _SHOWN_TAGS if name in run.tags
+    )
     log = store.launch.trial_folder(run.key) / "log.txt"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     is_bad = state in ("failed", "killed")

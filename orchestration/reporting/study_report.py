@@ -15,7 +15,13 @@ from mar.visualization.charts import draw_confusion
 from orchestration.reporting.csv_text import csv_text
 from orchestration.reporting.figures import draw, draw_figure, figure_info
 from orchestration.reporting.page_footer import experiments_of, footer
-from orchestration.reporting.plotly_figures import PAGE_STYLE, chart, confusion_chart, plotly_script, study_chart
+from orchestration.reporting.plotly_figures import (
+    PAGE_STYLE,
+    chart,
+    confusion_chart,
+    plotly_script,
+    study_chart,
+)
 from orchestration.reporting.rows import Row, rows
 from orchestration.reporting.significance import Claim, FileOf, claims
 from orchestration.reporting.tables import FORMATS, TableInfo, table_info, to_html
@@ -54,7 +60,9 @@ def write_report(
     charts = [study_chart(study, records) or '<img src="figure.png" alt="">']
     charts += [f"<h2>Learning curves</h2>\n{chart(curves)}"] if curves else []
     charts += (
-        [f"<h2>{html.escape(mistaken.title)}: what it takes for what</h2>\n{confusion_chart(mistaken)}"]
+        [
+            f"<h2>{html.escape(mistaken.title)}: what it takes for what</h2>\n{confusion_chart(mistaken)}"
+        ]
         if mistaken
         else []
     )
@@ -94,21 +102,33 @@ def _findings(study: Study, all_rows: Sequence[Row]) -> list[str]:
     ]
     shuffled = best.cells["shuffled_top1"].mean
     if shuffled is not None:
-        words.append(f"With each clip's frames in random order the same model has {shuffled:.2f} %.")
+        words.append(
+            f"With each clip's frames in random order the same model has {shuffled:.2f} %."
+        )
     return words
 
 
 def _shared_settings(study: Study) -> list[tuple[str, str]]:
     trees = [flatten(trial.settings.model_dump(mode="json")) for trial in study.trials]
     first = trees[0]
-    return [(path, str(value)) for path, value in first.items() if all(tree[path] == value for tree in trees)]
+    return [
+        (path, str(value))
+        for path, value in first.items()
+        if all(tree[path] == value for tree in trees)
+    ]
 
 
 def _markdown(study: Study, table: TableInfo, judged: Sequence[str]) -> str:
-    shared = "\n".join(f"| `{path}` | {markdown(value)} |" for path, value in _shared_settings(study))
+    shared = "\n".join(
+        f"| `{path}` | {markdown(value)} |" for path, value in _shared_settings(study)
+    )
     found = "\n".join(markdown(words) for words in _findings(study, table.rows))
     title = markdown(study.file.title)
-    claimed = "## The paper's claims\n\n" + "".join(f"- {markdown(line)}\n" for line in judged) + "\n" if judged else ""
+    claimed = (
+        "## The paper's claims\n\n" + "".join(f"- {markdown(line)}\n" for line in judged) + "\n"
+        if judged
+        else ""
+    )
     return (
         f"# {title}\n\n{found}\n\n{FORMATS['md'](table)}\n![{title}](figure.png)\n\n{claimed}"
         f"## Settings that all trials share\n\n| setting | value |\n|---|---|\n{shared}\n"
@@ -119,7 +139,9 @@ def _differing_settings(study: Study) -> str:
     """Return the settings in which trials differ, a row each, in HTML."""
     trees = {trial.name: flatten(placeless(trial.settings)) for trial in study.trials}
     paths = list(dict.fromkeys(path for tree in trees.values() for path in tree))
-    differing = [path for path in paths if len({str(tree.get(path)) for tree in trees.values()}) > 1]
+    differing = [
+        path for path in paths if len({str(tree.get(path)) for tree in trees.values()}) > 1
+    ]
     if not differing:
         return ""
     heads = "".join(f"<th><code>{html.escape(path)}</code></th>" for path in differing)
@@ -132,11 +154,14 @@ def _differing_settings(study: Study) -> str:
     return f"<h2>Settings in which trials differ</h2>\n<table><tr><th>trial</th>{heads}</tr>\n{lines}</table>\n"
 
 
-def _html(study: Study, table: TableInfo, judged: Sequence[str], charts: Sequence[str], end: str) -> str:
+def _html(
+    study: Study, table: TableInfo, judged: Sequence[str], charts: Sequence[str], end: str
+) -> str:
     title = html.escape(study.file.title)
     shared = _shared_settings(study)
     rows_text = "".join(
-        f"<tr><td><code>{html.escape(path)}</code></td><td>{html.escape(value)}</td></tr>\n" for path, value in shared
+        f"<tr><td><code>{html.escape(path)}</code></td><td>{html.escape(value)}</td></tr>\n"
+        for path, value in shared
     )
     lines = "".join(f"<li>{html.escape(line)}</li>\n" for line in judged)
     claimed = f"<h2>The paper's claims</h2>\n<ul>{lines}</ul>\n" if judged else ""

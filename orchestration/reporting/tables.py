@@ -78,12 +78,19 @@ class TableInfo:
     @property
     def notes(self) -> list[str]:
         """What a reader must know: how many trials are missing, which videos were not counted, what is quoted."""
-        finished, wanted = sum(row.finished for row in self.rows), sum(row.seeds for row in self.rows)
+        finished, wanted = (
+            sum(row.finished for row in self.rows),
+            sum(row.seeds for row in self.rows),
+        )
         missing = (
-            [] if finished == wanted else [f"{finished} of {wanted} trials are finished; {MISSING}: not there yet."]
+            []
+            if finished == wanted
+            else [f"{finished} of {wanted} trials are finished; {MISSING}: not there yet."]
         )
         quoted = (
-            [f"{_QUOTED}: as the paper quotes it; not run here."] if any(row.is_quoted for row in self.rows) else []
+            [f"{_QUOTED}: as the paper quotes it; not run here."]
+            if any(row.is_quoted for row in self.rows)
+            else []
         )
         told = (
             [
@@ -114,7 +121,9 @@ class TableInfo:
         return [f"{number}beside a mean: {' or '.join(sorted(meanings))}."]
 
 
-def table_info(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord] | None = None) -> TableInfo:
+def table_info(
+    study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord] | None = None
+) -> TableInfo:
     """Return the study's table as it stands in MLflow; with ``file_of``, rows are compared with the reference row."""
     layout, axes = study.file.table, axis_parts(study)
     across = axes.index(layout.across) if layout.across else None
@@ -138,7 +147,11 @@ def table_info(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRe
 
 
 def _is_best_told(
-    study: Study, name: str, found: Sequence[Row], records: Sequence[AnyRecord], file_of: FileOf[AnyRecord] | None
+    study: Study,
+    name: str,
+    found: Sequence[Row],
+    records: Sequence[AnyRecord],
+    file_of: FileOf[AnyRecord] | None,
 ) -> bool:
     """Whether a quantity's best row is told apart from the next: by the videos for top-1, by the seeds for what is measured.
 
@@ -157,20 +170,28 @@ def _is_best_told(
 def to_markdown(info: TableInfo) -> str:
     """Return a Markdown table with its title."""
     text = _frame(info, best="**{}**".format, plain=markdown)
-    lines = [f"**{markdown(info.title)}**", "", text.to_markdown(index=False, disable_numparse=True)]
+    lines = [
+        f"**{markdown(info.title)}**",
+        "",
+        text.to_markdown(index=False, disable_numparse=True),
+    ]
     return "\n".join([*lines, *(f"\n{markdown(note)}" for note in info.notes)]) + "\n"
 
 
 def to_latex(info: TableInfo) -> str:
     r"""Return a LaTeX ``table`` with booktabs rules; needs ``\\usepackage{booktabs,amssymb,graphicx}``."""
     frame = _frame(info, best="\\textbf{{{}}}".format, plain=latex_escaped)
-    frame.iloc[:, 0] = ["{}" + text if text[:1] in ("[", "*") else text for text in frame.iloc[:, 0]]
+    frame.iloc[:, 0] = [
+        "{}" + text if text[:1] in ("[", "*") else text for text in frame.iloc[:, 0]
+    ]
     words = len(info.axes) - (info.across is not None) + len(_words(info))
     columns = "l" * words + "r" * (frame.shape[1] - words)
     body: str = frame.to_latex(index=False, escape=False, column_format=columns)
     if frame.shape[1] > _WIDE:
         body = f"\\resizebox{{\\linewidth}}{{!}}{{%\n{body}}}\n"
-    caption = latex_escaped(". ".join(words.rstrip(".") for words in [info.title, *info.notes]) + ".")
+    caption = latex_escaped(
+        ". ".join(words.rstrip(".") for words in [info.title, *info.notes]) + "."
+    )
     return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\\end{{table}}\n"
 
 
@@ -191,7 +212,10 @@ def to_csv(info: TableInfo) -> str:
 
 def to_json(info: TableInfo) -> str:
     """Return the same as CSV, as JSON, with the title."""
-    return json.dumps({"title": info.title, "cells": _plain_rows(info)}, indent=1, ensure_ascii=False) + "\n"
+    return (
+        json.dumps({"title": info.title, "cells": _plain_rows(info)}, indent=1, ensure_ascii=False)
+        + "\n"
+    )
 
 
 FORMATS: dict[str, Callable[[TableInfo], str]] = {
@@ -212,7 +236,15 @@ def latex_escaped(text: str) -> str:
         "×": "$\\times$",
         "±": "$\\pm$",
         **{letter: f"${name}$" for letter, name in _GREEK.items()},
-        **{"<": "$<$", ">": "$>$", "|": "$|$", "→": "$\\to$", "≥": "$\\geq$", "≤": "$\\leq$", "·": "$\\cdot$"},
+        **{
+            "<": "$<$",
+            ">": "$>$",
+            "|": "$|$",
+            "→": "$\\to$",
+            "≥": "$\\geq$",
+            "≤": "$\\leq$",
+            "·": "$\\cdot$",
+        },
         "–": "--",
         "−": "$-$",
         "≈": "$\\approx$",
@@ -231,7 +263,9 @@ _GREEK = {
 } | {letter: f"\\{name}" for letter, name in zip("ΓΔΘΛΞΠΣΦΨΩ", _CAPITALS, strict=True)}
 
 
-def cell_text(cell: Cell, digits: int, seeds: int, spread: Spread = "interval", is_number_said: bool = False) -> str:
+def cell_text(
+    cell: Cell, digits: int, seeds: int, spread: Spread = "interval", is_number_said: bool = False
+) -> str:
     """Return "70.97", "70.97 ± 0.12", "70.97 [70.90, 71.05]" (a range), "70.97 (1 of 3)" or "–".
 
     How many trainings it is the mean of stands behind it, "(n = 3)", unless that is said for the whole table.
@@ -253,7 +287,9 @@ def _spread_text(cell: Cell, digits: int, spread: Spread) -> str:
     return f" ± {reach:.{digits}f}"
 
 
-def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], str]) -> pd.DataFrame:
+def _frame(
+    info: TableInfo, best: Callable[[str], str], plain: Callable[[str], str]
+) -> pd.DataFrame:
     """Return the table as text: labels, words, and of each quantity ours, the paper's and the difference."""
     lines, heads = _lines(info)
     firsts = [next(row for row in line if row is not None) for line in lines]
@@ -261,7 +297,13 @@ def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], s
     for place, axis in enumerate(info.axes):
         if place != info.across:
             columns.append(
-                (axis, [row.labels[place] + f" {_QUOTED}" * (row.is_quoted and not place) for row in firsts])
+                (
+                    axis,
+                    [
+                        row.labels[place] + f" {_QUOTED}" * (row.is_quoted and not place)
+                        for row in firsts
+                    ],
+                )
             )
     columns += [(name, [row.about.get(name, "") for row in firsts]) for name in _words(info)]
     columns = [(title, [plain(text) for text in texts]) for title, texts in columns]
@@ -269,15 +311,31 @@ def _frame(info: TableInfo, best: Callable[[str], str], plain: Callable[[str], s
         quantity, leader = QUANTITIES[name], _leader(info, name)
         for place, head in enumerate([""] if _is_same_across(lines, name) else heads):
             rows_of = [line[place] for line in lines]
-            title = quantity.title if not head else head if len(info.columns) == 1 else f"{quantity.title}, {head}"
-            columns.append((title, [_text(info, row, name, leader, best, plain) for row in rows_of]))
-            columns += [(key, [plain(text) for text in texts]) for key, texts in _beside(rows_of, name)]
+            title = (
+                quantity.title
+                if not head
+                else head
+                if len(info.columns) == 1
+                else f"{quantity.title}, {head}"
+            )
+            columns.append(
+                (title, [_text(info, row, name, leader, best, plain) for row in rows_of])
+            )
+            columns += [
+                (key, [plain(text) for text in texts]) for key, texts in _beside(rows_of, name)
+            ]
         if name == "top1" and info.comparisons:
             told = [info.comparisons.get(row.label) for row in firsts]
-            columns.append((f"to {info.reference}", [plain(_gap(each)) if each else "" for each in told]))
+            columns.append(
+                (f"to {info.reference}", [plain(_gap(each)) if each else "" for each in told])
+            )
         if name == "top1" and info.delta:
-            columns.append(("Δ", [plain(_gain(info, row, lambda cell: cell.mean)) for row in firsts]))
-            columns.append(("Δ, paper", [plain(_gain(info, row, lambda cell: cell.paper)) for row in firsts]))
+            columns.append(
+                ("Δ", [plain(_gain(info, row, lambda cell: cell.mean)) for row in firsts])
+            )
+            columns.append(
+                ("Δ, paper", [plain(_gain(info, row, lambda cell: cell.paper)) for row in firsts])
+            )
     frame = pd.DataFrame({place: texts for place, (_, texts) in enumerate(columns)})
     frame.columns = [plain(title) for title, _ in columns]
     return frame
@@ -324,7 +382,9 @@ def _text(
         return ""
     cell = row.cells[name]
     spread = info.spread_of(len(cell.values))
-    text = plain(cell_text(cell, QUANTITIES[name].digits, row.seeds, spread, info.common_seeds is not None))
+    text = plain(
+        cell_text(cell, QUANTITIES[name].digits, row.seeds, spread, info.common_seeds is not None)
+    )
     return best(text) if row is leader else text
 
 
@@ -337,7 +397,10 @@ def _beside(rows_of: Sequence[Row | None], name: str) -> list[tuple[str, list[st
     digits = max(len(f"{value:g}".partition(".")[2]) for value in papers if value is not None)
     printed = [MISSING if value is None else f"{value:.{digits}f}" for value in papers]
     there = [(cell.mean, cell.paper) if cell else (None, None) for cell in cells]
-    gaps = [MISSING if ours is None or paper is None else f"{ours - paper:+.2f}" for ours, paper in there]
+    gaps = [
+        MISSING if ours is None or paper is None else f"{ours - paper:+.2f}"
+        for ours, paper in there
+    ]
     is_accuracy = name in ("top1", "top5") and any(gap != MISSING for gap in gaps)
     return [("paper", printed), *([("− paper", gaps)] if is_accuracy else [])]
 

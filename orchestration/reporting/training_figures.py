@@ -20,7 +20,11 @@ from orchestration.studies.trial import Study, Trial
 
 _MOST_CURVES = 20
 """In one picture."""
-_CURVES = {"val/top1": "Top-1 (%), one view", "val/reconstruction_loss": "L_r, validation", "train/loss": "Loss"}
+_CURVES = {
+    "val/top1": "Top-1 (%), one view",
+    "val/reconstruction_loss": "L_r, validation",
+    "train/loss": "Loss",
+}
 """Shown is the first that any training has."""
 
 
@@ -35,10 +39,14 @@ class Confusion:
 
     def frame(self) -> pd.DataFrame:
         """Return the counts, to travel with the picture."""
-        return pd.DataFrame(self.counts, index=pd.Index(self.names, name="class"), columns=list(self.names))
+        return pd.DataFrame(
+            self.counts, index=pd.Index(self.names, name="class"), columns=list(self.names)
+        )
 
 
-def curves_info(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]) -> FigureInfo | None:
+def curves_info(
+    study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]
+) -> FigureInfo | None:
     """Return the learning curve of each row, the mean over its seeds; none: no finished training has one."""
     found = match(study.trials, records)
     histories: dict[str, list[dict[str, dict[int, float]]]] = {}
@@ -49,16 +57,33 @@ def curves_info(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyR
     shown = next((name for name in _CURVES if name in there), None)
     if shown is None:
         return None
-    series = [_curve(row, [each[shown] for each in several if shown in each]) for row, several in histories.items()]
+    series = [
+        _curve(row, [each[shown] for each in several if shown in each])
+        for row, several in histories.items()
+    ]
     series = [each for each in series if each.x]
     title = f"{study.file.title}: learning curves"
     if len(series) > _MOST_CURVES:
         title = f"{title} of the best {_MOST_CURVES} rows of {len(series)}"
-        series = sorted(series, key=lambda each: each.y[-1], reverse=shown == "val/top1")[:_MOST_CURVES]
-    return FigureInfo(title, "curves", "epoch", _CURVES[shown], series, None, [each.name for each in series], [], [])
+        series = sorted(series, key=lambda each: each.y[-1], reverse=shown == "val/top1")[
+            :_MOST_CURVES
+        ]
+    return FigureInfo(
+        title,
+        "curves",
+        "epoch",
+        _CURVES[shown],
+        series,
+        None,
+        [each.name for each in series],
+        [],
+        [],
+    )
 
 
-def confusion(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]) -> Confusion | None:
+def confusion(
+    study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]
+) -> Confusion | None:
     """Return the confusion matrix of the row with the best top-1 (its first seed); none: no predictions are there."""
     found = match(study.trials, records)
     best = max(rows(study, records), key=lambda row: row.cells["top1"].mean or -1.0, default=None)
@@ -92,7 +117,9 @@ def _history(run: AnyRecord, file_of: FileOf[AnyRecord]) -> dict[str, dict[int, 
         return {}
     names, *lines = csv.reader(text.splitlines())
     epochs = [int(line[names.index("epoch")]) for line in lines]
-    columns = {name: [line[place] for line in lines] for place, name in enumerate(names) if name in _CURVES}
+    columns = {
+        name: [line[place] for line in lines] for place, name in enumerate(names) if name in _CURVES
+    }
     return {
         name: {epoch: float(value) for epoch, value in zip(epochs, values, strict=True) if value}
         for name, values in columns.items()
@@ -100,11 +127,15 @@ def _history(run: AnyRecord, file_of: FileOf[AnyRecord]) -> dict[str, dict[int, 
 
 
 def _read(file: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()))
+    return list(
+        csv.DictReader(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+    )
 
 
 def _curve(name: str, seeds: Sequence[dict[int, float]]) -> Series:
     """Return the mean over seeds at each epoch that all of them have."""
     epochs = sorted(set.intersection(*(set(each) for each in seeds))) if seeds else []
     means = [sum(each[epoch] for each in seeds) / len(seeds) for epoch in epochs]
-    return Series(name, [f"epoch {each}" for each in epochs], epochs, means, [0.0] * len(epochs), is_line=True)
+    return Series(
+        name, [f"epoch {each}" for each in epochs], epochs, means, [0.0] * len(epochs), is_line=True
+    )

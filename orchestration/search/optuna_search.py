@@ -64,7 +64,9 @@ class Proposer:
     def __post_init__(self) -> None:
         data = self.search.settings({}).data
         self.fingerprint = fingerprint(data)
-        for lost in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # a killed launch proposed it
+        for lost in self.study.get_trials(
+            deepcopy=False, states=(TrialState.RUNNING,)
+        ):  # a killed launch proposed it
             self.study.enqueue_trial(lost.params, user_attrs={_AGAIN: lost.number})
             self.study.tell(lost.number, state=TrialState.FAIL)
 
@@ -92,11 +94,18 @@ class Proposer:
             Failure: no point of the space keeps the constraints.
         """
         rejected = 0
-        while self.num_done + len(self.asked) < self.search.file.trials and self.failures_in_a_row < _MOST_FAILURES:
+        while (
+            self.num_done + len(self.asked) < self.search.file.trials
+            and self.failures_in_a_row < _MOST_FAILURES
+        ):
             asked = self.study.ask()
             trial = self._trial(asked)
             values = self._reached(trial) if trial else None
-            if trial and values is None and trial.key not in self.asked.keys() | self.failures | self.ended:
+            if (
+                trial
+                and values is None
+                and trial.key not in self.asked.keys() | self.failures | self.ended
+            ):
                 self.asked[trial.key], self.epochs[trial.key] = asked, trial.settings.recipe.epochs
                 return trial
             if values is None:
@@ -183,7 +192,9 @@ class Proposer:
             self.reached[key] = self.values(settings, metrics)
         except KeyError as error:
             self.failed(key)
-            raise Failure(f"a goal was not measured: there is no {error.args[0]} (memory needs a GPU)") from None
+            raise Failure(
+                f"a goal was not measured: there is no {error.args[0]} (memory needs a GPU)"
+            ) from None
         self.failures_in_a_row = 0
         self.study.tell(self.asked.pop(key), self.reached[key])
 
@@ -199,10 +210,17 @@ class Proposer:
         It is not at the last one: what is left is the test.
         """
         is_tested = any(name.startswith("test/") for name in metrics)
-        if self.search.file.stopper == "none" or is_tested or "val/top1" not in metrics or key not in self.asked:
+        if (
+            self.search.file.stopper == "none"
+            or is_tested
+            or "val/top1" not in metrics
+            or key not in self.asked
+        ):
             return False
         trial, value = self.asked[key], metrics["val/top1"]
-        trial.report(value if next(iter(self.search.file.goals.values())) == "max" else -value, epoch)
+        trial.report(
+            value if next(iter(self.search.file.goals.values())) == "max" else -value, epoch
+        )
         if epoch >= self.epochs[key] or not trial.should_prune():
             return False
         self.ended.add(key)
@@ -232,7 +250,9 @@ def suggested(asked: optuna.Trial, search: Search) -> dict[str, Any]:
 def open_search(search: Search, file: Path, records: Sequence[Record]) -> Proposer:
     """Open a search's Optuna study below the store; makes it, with its start points and what is known, if there is none."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # names of goals, some samplers
+    warnings.simplefilter(
+        "ignore", optuna.exceptions.ExperimentalWarning
+    )  # names of goals, some samplers
     file.parent.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.RDBStorage(sqlite_address(file))
     data_fingerprint = fingerprint(search.settings({}).data)
@@ -241,7 +261,9 @@ def open_search(search: Search, file: Path, records: Sequence[Record]) -> Propos
     study = optuna.create_study(
         study_name=name,
         storage=storage,
-        directions=["maximize" if end == "max" else "minimize" for end in search.file.goals.values()],
+        directions=[
+            "maximize" if end == "max" else "minimize" for end in search.file.goals.values()
+        ],
         load_if_exists=True,
     )
     seed = search.file.seed + len(
@@ -253,7 +275,9 @@ def open_search(search: Search, file: Path, records: Sequence[Record]) -> Propos
     if is_new:
         study.set_metric_names([QUANTITIES[name].title for name in search.file.goals])
         for point in search.file.start:
-            study.enqueue_trial({path: _value(search, path, value) for path, value in point.items()})
+            study.enqueue_trial(
+                {path: _value(search, path, value) for path, value in point.items()}
+            )
         if search.file.prior:
             _offer_known(proposer, records)
     return proposer
@@ -283,7 +307,10 @@ def _offer_known(proposer: Proposer, records: Sequence[Record]) -> None:
             continue
         try:
             tree = flatten(json.loads(completed(record.identity)))
-        except (ValueError, KeyError):  # written by a version whose settings this one does not understand
+        except (
+            ValueError,
+            KeyError,
+        ):  # written by a version whose settings this one does not understand
             continue
         moved = {path for path in {*base, *tree} if base.get(path) != tree.get(path)}
         if not moved <= set(search.file.space):
@@ -301,13 +328,20 @@ def _offer_known(proposer: Proposer, records: Sequence[Record]) -> None:
                 continue
             proposer.study.add_trial(
                 optuna.trial.create_trial(
-                    params=active, distributions=distributions, values=values, user_attrs={_RUN: record.run_id}
+                    params=active,
+                    distributions=distributions,
+                    values=values,
+                    user_attrs={_RUN: record.run_id},
                 )
             )
 
 
 def _active(search: Search, params: Mapping[str, Any]) -> dict[str, Any]:
-    return {path: value for path, value in params.items() if search.applies(search.file.space[path], params)}
+    return {
+        path: value
+        for path, value in params.items()
+        if search.applies(search.file.space[path], params)
+    }
 
 
 def _value(search: Search, path: str, value: Any) -> Any:

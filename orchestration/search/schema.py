@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from mar.config.overrides import SETTING_PATHS, SettingError, build, flatten, merge
@@ -53,7 +58,10 @@ class Dimension(_Part):
         if isinstance(self.low, int) and isinstance(self.high, int):
             return IntDistribution(self.low, self.high, self.log, int(self.step or 1))
         return FloatDistribution(
-            float(self.low), float(self.high), self.log, None if self.step is None else float(self.step)
+            float(self.low),
+            float(self.high),
+            self.log,
+            None if self.step is None else float(self.step),
         )
 
     def suggested(self, asked: optuna.Trial, path: str) -> Any:
@@ -72,7 +80,11 @@ class Dimension(_Part):
         if isinstance(kind, CategoricalDistribution):
             return value in kind.choices
         assert isinstance(kind, IntDistribution | FloatDistribution)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not kind.low <= value <= kind.high:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not kind.low <= value <= kind.high
+        ):
             return False
         return kind.step is None or abs((value - kind.low) / kind.step % 1) < _ROUNDING
 
@@ -183,8 +195,14 @@ def _typed(space: Mapping[str, Dimension], whole: Mapping[str, Any]) -> dict[str
     """Return the space with fractions where the setting has them: ``low: 0, high: 1`` of λ is a range, not two points."""
     typed: dict[str, Dimension] = {}
     for path, dimension in space.items():
-        ends = {name: float(value) for name in ("low", "high") if (value := getattr(dimension, name)) is not None}
-        typed[path] = dimension.model_copy(update=ends) if isinstance(whole.get(path), float) else dimension
+        ends = {
+            name: float(value)
+            for name in ("low", "high")
+            if (value := getattr(dimension, name)) is not None
+        }
+        typed[path] = (
+            dimension.model_copy(update=ends) if isinstance(whole.get(path), float) else dimension
+        )
     return typed
 
 
@@ -202,15 +220,21 @@ def _check(file: SearchFile, document: Document) -> None:
         for other in dimension.when:
             if other not in SETTING_PATHS or (other in file.space and other not in above):
                 reason = "stands below it" if other in file.space else "no such setting"
-                raise UserError(f"{document.place('space', path, 'when')}: {path}: when: {other}: {reason}")
+                raise UserError(
+                    f"{document.place('space', path, 'when')}: {path}: when: {other}: {reason}"
+                )
         above.add(path)
     for name in file.goals:
         if name not in QUANTITIES:
-            raise UserError(f"{document.place('goals')}: no quantity {name!r} (there are: {', '.join(QUANTITIES)})")
+            raise UserError(
+                f"{document.place('goals')}: no quantity {name!r} (there are: {', '.join(QUANTITIES)})"
+            )
     for words in file.constraints:
         told = CONSTRAINT.fullmatch(words)
         if not told or not QUANTITIES.get(told[1], QUANTITIES["top1"]).source.startswith("cost."):
-            known = ", ".join(name for name, each in QUANTITIES.items() if each.source.startswith("cost."))
+            known = ", ".join(
+                name for name, each in QUANTITIES.items() if each.source.startswith("cost.")
+            )
             raise UserError(
                 f"{document.place('constraints')}: {words!r}: expected a cost and a bound, as 'gflops <= 90' ({known})"
             )
@@ -222,7 +246,9 @@ def _check(file: SearchFile, document: Document) -> None:
             )
         for path, value in point.items():
             if not file.space[path].holds(as_text(value)):
-                raise UserError(f"{document.place('start')}: start {number + 1}: {path} cannot be {value!r}")
+                raise UserError(
+                    f"{document.place('start')}: start {number + 1}: {path} cannot be {value!r}"
+                )
     if file.stopper != "none" and len(file.goals) > 1:
         raise UserError(
             f"{document.place('stopper')}: stopper: an early end needs one goal, there are {len(file.goals)}"

@@ -45,12 +45,18 @@ class Remote:
         try:
             self.files, root = pyarrow.fs.FileSystem.from_uri(uri)
         except (ValueError, OSError, NotImplementedError) as error:
-            raise UserError(f"--remote {uri}: {error}; expected s3://bucket/folder or gs://bucket/folder") from None
+            raise UserError(
+                f"--remote {uri}: {error}; expected s3://bucket/folder or gs://bucket/folder"
+            ) from None
         self.uri, self.root = uri, str(root).rstrip("/")
 
     def push(self, file: Path, name: str) -> None:
         """Copy a file there, whole or not at all."""
-        with self._explained(name), file.open("rb") as source, self.files.open_output_stream(self._at(name)) as target:
+        with (
+            self._explained(name),
+            file.open("rb") as source,
+            self.files.open_output_stream(self._at(name)) as target,
+        ):
             shutil.copyfileobj(source, target, _CHUNK_BYTES)
 
     def pull(self, name: str, file: Path) -> bool:
@@ -58,7 +64,9 @@ class Remote:
         if not self.exists(name):
             return False
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}.pulled")  # workers of a node share its disk
+        unfinished = file.with_name(
+            f".{file.name}.{os.getpid()}.pulled"
+        )  # workers of a node share its disk
         with self._explained(name), self.files.open_input_stream(self._at(name)) as source:
             with unfinished.open("wb") as target:
                 shutil.copyfileobj(source, target, _CHUNK_BYTES)
@@ -79,7 +87,10 @@ class Remote:
             shutil.rmtree(unfinished, ignore_errors=True)
             if not self.pull(f"{name}/{MANIFEST}", unfinished / MANIFEST):
                 return False
-            if _is_whole(folder) and (folder / MANIFEST).read_bytes() == (unfinished / MANIFEST).read_bytes():
+            if (
+                _is_whole(folder)
+                and (folder / MANIFEST).read_bytes() == (unfinished / MANIFEST).read_bytes()
+            ):
                 shutil.rmtree(unfinished)
                 return True
             try:
@@ -95,8 +106,16 @@ class Remote:
 
     def pull_missing(self, name: str, folder: Path) -> int:
         """Copy those files of a folder that are not here, or here with another size; returns how many."""
-        here = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-        wanted = {each: below(folder, each) for each, size in self._sizes(name).items() if here.get(each) != size}
+        here = {
+            str(file.relative_to(folder)): file.stat().st_size
+            for file in folder.rglob("*")
+            if file.is_file()
+        }
+        wanted = {
+            each: below(folder, each)
+            for each, size in self._sizes(name).items()
+            if here.get(each) != size
+        }
         for each, file in wanted.items():
             self.pull("/".join(part for part in (name, each) if part), file)
         return len(wanted)
@@ -104,10 +123,20 @@ class Remote:
     def push_missing(self, folder: Path, name: str) -> int:
         """Copy those files of a folder that are not there, or there with another size; returns how many."""
         there = self._sizes(name)
-        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
-        wanted = [file for file in files if there.get(str(file.relative_to(folder))) != file.stat().st_size]
+        files = [
+            file
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and not file.name.startswith(".")
+        ]
+        wanted = [
+            file
+            for file in files
+            if there.get(str(file.relative_to(folder))) != file.stat().st_size
+        ]
         for file in wanted:
-            self.push(file, "/".join(part for part in (name, str(file.relative_to(folder))) if part))
+            self.push(
+                file, "/".join(part for part in (name, str(file.relative_to(folder))) if part)
+            )
         return len(wanted)
 
     def names(self, name: str) -> list[str]:
@@ -116,7 +145,9 @@ class Remote:
 
     def sealed(self, name: str) -> set[str]:
         """Return the folders directly in a folder that are whole: those with a manifest."""
-        return {each.split("/")[0] for each in self._sizes(name) if each.split("/")[1:] == [MANIFEST]}
+        return {
+            each.split("/")[0] for each in self._sizes(name) if each.split("/")[1:] == [MANIFEST]
+        }
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -160,7 +191,9 @@ class Remote:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise Failure(f"{self.uri}/{name} cannot be used: {first_line(error)}", "node") from None
+            raise Failure(
+                f"{self.uri}/{name} cannot be used: {first_line(error)}", "node"
+            ) from None
 
 
 def _is_whole(folder: Path) -> bool:

@@ -19,7 +19,9 @@ class Budget:
     device: Device | None
     """None: by the throughput of finished trials."""
 
-    def take(self, study: Study, missing: Sequence[Trial], records: Sequence[Record]) -> list[Trial]:
+    def take(
+        self, study: Study, missing: Sequence[Trial], records: Sequence[Record]
+    ) -> list[Trial]:
         """Return the missing trials that fit, in order; a test of another's model costs next to nothing."""
         planned = {line.trial.key: line for line in plan_trials(study, records, self.device)}
         chosen: list[Trial] = []

@@ -49,7 +49,9 @@ class Neighbours:
     """Finished runs, to find the one nearest to a trial: why a training counts as new."""
 
     def __init__(self, records: Sequence[AnyRecord]) -> None:
-        newest = {record.identity: record for record in reversed(records) if record.status == "FINISHED"}
+        newest = {
+            record.identity: record for record in reversed(records) if record.status == "FINISHED"
+        }
         self._runs = [(record.run_id, _leaves(line)) for line, record in newest.items() if line]
 
     def nearest(self, trial: Trial) -> tuple[str, list[Difference]] | None:
@@ -67,4 +69,7 @@ class Neighbours:
 
 
 def _leaves(identity_line: str) -> dict[str, str]:
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in flatten(json.loads(identity_line)).items()}
+    return {
+        name: json.dumps(value, ensure_ascii=False)
+        for name, value in flatten(json.loads(identity_line)).items()
+    }

@@ -28,11 +28,21 @@ def key_of(identity_line: str) -> str:
 def identity(settings: ExperimentConfig, data_fingerprint: str) -> str:
     """Return one line that is equal for equal trainings: settings with the data's content instead of its place."""
     settings = canonical(settings)
-    tree: dict[str, Any] = {**placeless(settings), "fingerprint": data_fingerprint, "results": RESULTS}
+    tree: dict[str, Any] = {
+        **placeless(settings),
+        "fingerprint": data_fingerprint,
+        "results": RESULTS,
+    }
     if settings.evaluation.mask.ratio == settings.mask.ratio:  # the same as to leave it out
-        tree["evaluation"] = {**tree["evaluation"], "mask": {**tree["evaluation"]["mask"], "ratio": None}}
+        tree["evaluation"] = {
+            **tree["evaluation"],
+            "mask": {**tree["evaluation"]["mask"], "ratio": None},
+        }
     if settings.encoder.weights:
-        tree["encoder"] = {**tree["encoder"], "weights": weights_fingerprint(settings.encoder.weights)}
+        tree["encoder"] = {
+            **tree["encoder"],
+            "weights": weights_fingerprint(settings.encoder.weights),
+        }
     return json.dumps(tree, sort_keys=True, ensure_ascii=False)
 
 
@@ -69,7 +79,9 @@ def training_of(identity_line: str) -> str:
     return json.dumps(tree, sort_keys=True, ensure_ascii=False)
 
 
-def completed(identity_line: str, data_fingerprint: str | None = None, weights: str | None = None) -> str:
+def completed(
+    identity_line: str, data_fingerprint: str | None = None, weights: str | None = None
+) -> str:
     """Return an identity that an earlier version wrote, with the settings it did not know yet at their defaults.
 
     ``data_fingerprint`` is put in the place of its own: where the data is not at hand, settings alone must do. So

@@ -60,17 +60,26 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     file = _with_changed_axes(parse_study_file(document), changes)
     of_rows = _of_rows(file, changes)
     another = changes.pop("recipe") if isinstance(changes.get("recipe"), str) else None
-    family = another if another and (packaged("search_spaces") / "recipes" / another).is_dir() else None
+    family = (
+        another if another and (packaged("search_spaces") / "recipes" / another).is_dir() else None
+    )
     another = None if family else another
     recipes: dict[str, Recipe] = {}
     seeds = (changes.pop("seed"),) if "seed" in changes else file.seeds
     fingerprints: dict[str, str] = {}
     trials: list[Trial] = []
     for labels in itertools.product(*(axis.items() for axis in file.axes.values())):
-        own = [(label, {path: value for path, value in tree.items() if path != "recipe"}) for label, tree in labels]
-        name = another or next((tree["recipe"] for _, tree in labels if "recipe" in tree), file.recipe)
+        own = [
+            (label, {path: value for path, value in tree.items() if path != "recipe"})
+            for label, tree in labels
+        ]
+        name = another or next(
+            (tree["recipe"] for _, tree in labels if "recipe" in tree), file.recipe
+        )
         name = in_family(name, family) if family else name
-        recipe = recipes.get(name) or Recipe(find(name if another else _beside(document, name), "recipe"))
+        recipe = recipes.get(name) or Recipe(
+            find(name if another else _beside(document, name), "recipe")
+        )
         recipes[name] = recipe
         tree = _override(recipe.content, file.fixed, document, ("fixed",))
         for axis, (label, settings) in zip(file.axes, own, strict=True):
@@ -78,12 +87,16 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
         row = BETWEEN_LABELS.join(label for label, _ in own)
         tree = _override(tree, of_rows.get(row, {}), document, ("axes",))
         for seed in seeds:
-            settings = _build(merge(tree, {**changes, "seed": seed}), recipe, document, own, file, changes)
+            settings = _build(
+                merge(tree, {**changes, "seed": seed}), recipe, document, own, file, changes
+            )
             named = dict(zip(file.axes, (label for label, _ in own), strict=True))
             trials.append(Trial(named, settings, _fingerprint(settings, fingerprints)))
     study = Study(document.path.stem, file, trials, document.path)
     if not trials:
-        raise UserError(f"{document.path}: no trial in it; every axis needs a label, and seeds a seed")
+        raise UserError(
+            f"{document.path}: no trial in it; every axis needs a label, and seeds a seed"
+        )
     check_references(study, document)
     return replace(study, trials=_select(trials, file, only))
 
@@ -96,20 +109,34 @@ def _is_recipe(document: Document) -> bool:
 
 def paper_studies() -> list[str]:
     """Return the files of the paper's tables and figures that ship with mar, in the paper's order."""
-    files = [file for kind in ("table", "figure") for file in packaged("search_spaces").glob(f"{kind}*.yaml")]
+    files = [
+        file
+        for kind in ("table", "figure")
+        for file in packaged("search_spaces").glob(f"{kind}*.yaml")
+    ]
     order = {str(file): re.findall(r"^([a-z]+)(\d+)([a-z]?)", file.stem)[0] for file in files}
-    return sorted(order, key=lambda file: (order[file][0] == "figure", int(order[file][1]), order[file][2]))
+    return sorted(
+        order, key=lambda file: (order[file][0] == "figure", int(order[file][1]), order[file][2])
+    )
 
 
 def _with_changed_axes(file: StudyFile, changes: dict[str, Any]) -> StudyFile:
     """Take ``axes.AXIS.LABEL.path`` out of the command line's changes: they are one label's own settings."""
     axes = {axis: dict(labels) for axis, labels in file.axes.items()}
     for path in [path for path in changes if path.startswith("axes.")]:
-        places = [(axis, label) for axis in axes for label in axes[axis] if path.startswith(f"axes.{axis}.{label}.")]
+        places = [
+            (axis, label)
+            for axis in axes
+            for label in axes[axis]
+            if path.startswith(f"axes.{axis}.{label}.")
+        ]
         if not places:
             raise UserError(f"{path}: the study has no such axis and label ({', '.join(axes)})")
         axis, label = max(places, key=lambda place: len(place[1]))
-        axes[axis][label] = {**axes[axis][label], path.removeprefix(f"axes.{axis}.{label}."): changes.pop(path)}
+        axes[axis][label] = {
+            **axes[axis][label],
+            path.removeprefix(f"axes.{axis}.{label}."): changes.pop(path),
+        }
     return file.model_copy(update={"axes": axes})
 
 
@@ -160,7 +187,9 @@ def _build(
             raise UserError(str(error)) from None
         for axis, (label, settings) in zip(file.axes, labels, strict=True):
             if error.path and touches(error.path, settings):
-                raise UserError(f"{document.place('axes', axis, label)}: {axis} = {label}: {error}") from None
+                raise UserError(
+                    f"{document.place('axes', axis, label)}: {axis} = {label}: {error}"
+                ) from None
         if error.path and touches(error.path, file.fixed):
             raise UserError(f"{document.place('fixed')}: {error}") from None
         raise UserError(f"{recipe.place_of_setting(error.path)}: {error}") from None
@@ -170,7 +199,11 @@ def _fingerprint(settings: ExperimentConfig, known: dict[str, str]) -> str:
     data = settings.data
     place = data.model_dump_json()
     if place not in known:
-        known[place] = fingerprint(data) if Path(data.root).is_dir() and any(Path(data.root).iterdir()) else ABSENT
+        known[place] = (
+            fingerprint(data)
+            if Path(data.root).is_dir() and any(Path(data.root).iterdir())
+            else ABSENT
+        )
     return known[place]
 
 
@@ -180,12 +213,20 @@ def _select(trials: list[Trial], file: StudyFile, only: Sequence[str]) -> list[T
     for word in only:
         axis, equals, label = word.partition("=")
         if not equals or axis not in file.axes:
-            raise UserError(f"--only {word}: expected axis=label with an axis of the study ({', '.join(file.axes)})")
+            raise UserError(
+                f"--only {word}: expected axis=label with an axis of the study ({', '.join(file.axes)})"
+            )
         if label not in file.axes[axis]:
             known = ", ".join(file.axes[axis])
-            raise UserError(f"--only {word}: the axis {axis} has no label {label!r} (it has: {known})")
+            raise UserError(
+                f"--only {word}: the axis {axis} has no label {label!r} (it has: {known})"
+            )
         wanted.setdefault(axis, []).append(label)
-    return [trial for trial in trials if all(trial.labels[axis] in labels for axis, labels in wanted.items())]
+    return [
+        trial
+        for trial in trials
+        if all(trial.labels[axis] in labels for axis, labels in wanted.items())
+    ]
 
 
 def fetch_weights(study: Study) -> None:

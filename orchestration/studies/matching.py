@@ -62,11 +62,15 @@ def match_training(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dic
     return _match(trials, [record for record in records if record.has_model], training_of)
 
 
-def _match(trials: Sequence[Trial], records: Sequence[AnyRecord], part: Callable[[str], str]) -> dict[str, AnyRecord]:
+def _match(
+    trials: Sequence[Trial], records: Sequence[AnyRecord], part: Callable[[str], str]
+) -> dict[str, AnyRecord]:
     """Match trials and records by a part of their identities."""
     finished = [record for record in records if record.status == "FINISHED" and record.identity]
     exact = {part(record.identity): record for record in reversed(finished)}
-    found = {trial.key: exact[part(trial.identity)] for trial in trials if part(trial.identity) in exact}
+    found = {
+        trial.key: exact[part(trial.identity)] for trial in trials if part(trial.identity) in exact
+    }
     missing: dict[str, list[Trial]] = {}
     for trial in trials:
         if trial.key not in found:
@@ -85,5 +89,8 @@ def _match(trials: Sequence[Trial], records: Sequence[AnyRecord], part: Callable
 def _completed(identity_line: str, data_fingerprint: str | None, weights: str | None) -> str:
     try:
         return completed(identity_line, data_fingerprint, weights)
-    except (ValueError, KeyError):  # written by a version whose settings this one does not understand
+    except (
+        ValueError,
+        KeyError,
+    ):  # written by a version whose settings this one does not understand
         return ""

@@ -28,13 +28,19 @@ QUANTITIES = {
     "gflops": Quantity("GFLOPs", "cost.gflops", digits=4),
     "params": Quantity("Param (M)", "cost.params_m"),
     "loss": Quantity("Loss", "train/loss", digits=4, higher_is_better=False),
-    "reconstruction_loss": Quantity("L_r", "train/reconstruction_loss", digits=4, higher_is_better=False),
-    "test_reconstruction_loss": Quantity("L_r, test", "test/reconstruction_loss", digits=4, higher_is_better=False),
+    "reconstruction_loss": Quantity(
+        "L_r", "train/reconstruction_loss", digits=4, higher_is_better=False
+    ),
+    "test_reconstruction_loss": Quantity(
+        "L_r, test", "test/reconstruction_loss", digits=4, higher_is_better=False
+    ),
     "clips_per_s": Quantity("Clips/s", "throughput/clips_per_s", digits=1, higher_is_better=True),
     "error": Quantity("Error (%)", "test/top1", higher_is_better=False, scale=-1.0, offset=100.0),
     "views": Quantity("Crops × clips", "views", digits=0),
     "memory_gib": Quantity("GPU Mem. (GiB)", "memory/batch_of_1_gib", higher_is_better=False),
-    "time_h": Quantity("Training time (h)", "time/elapsed_s", higher_is_better=False, scale=1 / 3600),
+    "time_h": Quantity(
+        "Training time (h)", "time/elapsed_s", higher_is_better=False, scale=1 / 3600
+    ),
     "time_s": Quantity("Training time (s)", "time/elapsed_s", digits=0, higher_is_better=False),
 }
 

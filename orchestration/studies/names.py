@@ -40,7 +40,9 @@ def _keep(note: Path, owner: str, store: Path) -> None:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(owner, encoding="utf-8", errors="surrogateescape")
     except OSError as error:
-        raise Failure(f"the store {store} cannot be written: {error}; choose another with --store") from None
+        raise Failure(
+            f"the store {store} cannot be written: {error}; choose another with --store"
+        ) from None
 
 
 def name_of(given: str, store: Path) -> str:

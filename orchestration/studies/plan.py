@@ -66,7 +66,10 @@ class Planned:
 
 
 def plan_trials(
-    study: Study, records: Sequence[AnyRecord], device: Device | None = None, earlier: Planned | None = None
+    study: Study,
+    records: Sequence[AnyRecord],
+    device: Device | None = None,
+    earlier: Planned | None = None,
 ) -> list[PlannedTrial]:
     """Return a line for each trial in the study's order; ``earlier`` studies train what they train."""
     earlier = earlier if earlier is not None else Planned()
@@ -76,7 +79,11 @@ def plan_trials(
     sizes: dict[str, int | None] = {}
     lines: list[PlannedTrial] = []
     for trial in trials:
-        figures, recipe, name = cost(trial.settings), trial.settings.recipe, f"{study.name}: {trial.name}"
+        figures, recipe, name = (
+            cost(trial.settings),
+            trial.settings.recipe,
+            f"{study.name}: {trial.name}",
+        )
         size = _num_training_videos(trial, sizes)
         steps = size // trial.settings.videos_per_batch if size is not None else 0
         clips = None if size is None else steps * recipe.batch_size * recipe.epochs
@@ -87,7 +94,9 @@ def plan_trials(
         storage_gib = figures.train_params_m * 1e6 * _BYTES_PER_PARAMETER / 2**30
         run_id = found[trial.key].run_id if trial.key in found else None
         costs = (figures.gflops, figures.params_m, figures.train_gflops / 1e3)
-        lines.append(PlannedTrial(study.name, trial, state, of, *costs, clips, hours, storage_gib, run_id))
+        lines.append(
+            PlannedTrial(study.name, trial, state, of, *costs, clips, hours, storage_gib, run_id)
+        )
     return lines
 
 
@@ -122,26 +131,42 @@ def device(name: str) -> Device:
             raise UserError(f"--device {name}: expected NAME=GFLOPS_PER_S, as mine=50000") from None
     profiles = _known()["devices"]
     if name not in profiles:
-        raise UserError(f"--device {name}: no such profile ({', '.join(profiles)}); or NAME=GFLOPS_PER_S")
+        raise UserError(
+            f"--device {name}: no such profile ({', '.join(profiles)}); or NAME=GFLOPS_PER_S"
+        )
     return Device(name, **profiles[name])
 
 
 @lru_cache
 def _known() -> dict[str, Any]:
-    return yaml.safe_load((packaged("search_spaces") / "paper" / "planning.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(
+        (packaged("search_spaces") / "paper" / "planning.yaml").read_text(encoding="utf-8")
+    )
 
 
-def plan_text(lines: Sequence[PlannedTrial], device: Device | None = None, neighbours: Neighbours | None = None) -> str:
+def plan_text(
+    lines: Sequence[PlannedTrial],
+    device: Device | None = None,
+    neighbours: Neighbours | None = None,
+) -> str:
     """Return the plan as a table, by study, with a line of totals; with ``neighbours``, why what is new is new."""
     width = max([len(line.trial.name) for line in lines], default=0) + 2
-    header = f"{'':<5}{'trial':<{width}}{'GFLOPs':>9}{'Param (M)':>11}{'clips':>12}{'device-hours':>14}"
+    header = (
+        f"{'':<5}{'trial':<{width}}{'GFLOPs':>9}{'Param (M)':>11}{'clips':>12}{'device-hours':>14}"
+    )
     text = [header]
     studies = list(dict.fromkeys(line.study for line in lines))
     for study in studies:
         text += [study] if len(studies) > 1 else []
         for line in (line for line in lines if line.study == study):
             runs = line.state == "new"
-            of = f"  = {line.of}" if line.state == "same" else f"  model of {line.of}" if line.state == "test" else ""
+            of = (
+                f"  = {line.of}"
+                if line.state == "same"
+                else f"  model of {line.of}"
+                if line.state == "test"
+                else ""
+            )
             text.append(
                 f"{line.state:<5}{line.trial.name:<{width}}{line.gflops:>9.4g}{line.params_m:>11.2f}"
                 f"{_or_dash(line.num_clips if runs else None, ','):>12}"
@@ -163,28 +188,41 @@ def _explained(line: PlannedTrial, neighbours: Neighbours) -> list[str]:
 
 
 def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
-    counts = {state: sum(line.state == state for line in lines) for state in ("have", "new", "test", "same")}
+    counts = {
+        state: sum(line.state == state for line in lines)
+        for state in ("have", "new", "test", "same")
+    }
     new = [line for line in lines if line.state == "new"]
     words = f"{len(lines)} trials: {counts['have']} finished, {counts['new']} to train"
     words += f", {counts['test']} to test only" if counts["test"] else ""
     words += f", {counts['same']} the same as another" if counts["same"] else ""
     hours = [line.device_hours for line in new if line.device_hours is not None]
     if new and len(hours) == len(new):
-        where = f"on {device.name} ({device.source})" if device else "at the throughput of this study's finished trials"
+        where = (
+            f"on {device.name} ({device.source})"
+            if device
+            else "at the throughput of this study's finished trials"
+        )
         words += f", about {sum(hours):.2f} device-hours {where}"
         if device and device.price_per_h:
             words += f", {sum(hours) * device.price_per_h:,.0f} in money"
     elif new:
-        words += "; device-hours are known once a trial of this study is finished here, or with --device"
+        words += (
+            "; device-hours are known once a trial of this study is finished here, or with --device"
+        )
     notes = [words]
     if new:
         notes.append(
             f"storage about {sum(line.storage_gib for line in new):.1f} GiB for their models, and for each that "
             f"runs {_CHECKPOINTS * max(line.storage_gib for line in new):.1f} GiB at most for its checkpoints"
         )
-    absent = {line.trial.settings.data.root: None for line in lines if line.trial.fingerprint == ABSENT}
+    absent = {
+        line.trial.settings.data.root: None for line in lines if line.trial.fingerprint == ABSENT
+    }
     notes += [f"the data is not there yet: {root}" for root in absent]
-    weights = {line.trial.settings.encoder.weights for line in lines if line.trial.lacks_weights} - {None}
+    weights = {
+        line.trial.settings.encoder.weights for line in lines if line.trial.lacks_weights
+    } - {None}
     return notes + [f"the weights are not here yet: {name}" for name in sorted(map(str, weights))]
 
 
@@ -196,7 +234,10 @@ def plan_json(lines: Sequence[PlannedTrial], neighbours: Neighbours | None = Non
         if near is None:
             return {}
         return {
-            "unlike": {"run_id": near[0], "settings": {each.setting: [each.first, each.second] for each in near[1]}}
+            "unlike": {
+                "run_id": near[0],
+                "settings": {each.setting: [each.first, each.second] for each in near[1]},
+            }
         }
 
     return json.dumps(
@@ -240,7 +281,9 @@ def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | No
 
 def _measured_rate(study: Study, found: dict[str, AnyRecord]) -> float | None:
     """Return the training GFLOPs a second that finished trials of this study reached, their mean; none without one."""
-    runs: list[tuple[Trial, Record]] = [(trial, found[trial.key]) for trial in study.trials if trial.key in found]
+    runs: list[tuple[Trial, Record]] = [
+        (trial, found[trial.key]) for trial in study.trials if trial.key in found
+    ]
     rates = [
         run.metrics["throughput/clips_per_s"] * cost(trial.settings).train_gflops
         for trial, run in runs

@@ -45,7 +45,11 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for word in overrides:
         path, equals, text = word.partition("=")
         if word.startswith(("axes.", "rows.")):  # a label may have an equals sign
-            ends = [place for place in range(len(word)) if word[place] == "=" and _SETTING.search(word[:place])]
+            ends = [
+                place
+                for place in range(len(word))
+                if word[place] == "=" and _SETTING.search(word[:place])
+            ]
             path, text = (word[: ends[0]], word[ends[0] + 1 :]) if ends else (path, text)
         if not equals or not path:
             raise UserError(f"{word!r}: expected path=value, as in mask.ratio=0.75")
@@ -68,7 +72,10 @@ def in_family(recipe: str, family: str) -> str:
 
 def touches(path: str, changes: Mapping[str, Any]) -> bool:
     """Whether one of the changes is to this setting, to something in it, or to the branch it is in."""
-    return any(change == path or change.startswith(f"{path}.") or path.startswith(f"{change}.") for change in changes)
+    return any(
+        change == path or change.startswith(f"{path}.") or path.startswith(f"{change}.")
+        for change in changes
+    )
 
 
 def absolute_paths(settings: ExperimentConfig) -> ExperimentConfig:

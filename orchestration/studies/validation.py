@@ -21,7 +21,9 @@ def parse_study_file(document: Document) -> StudyFile:
     """Return the file's content, checked against its schema; an axis given as a list of values gets labels."""
     content = {**document.content}
     if isinstance(content.get("axes"), dict):
-        content["axes"] = {axis: _labelled(axis, labels, document) for axis, labels in content["axes"].items()}
+        content["axes"] = {
+            axis: _labelled(axis, labels, document) for axis, labels in content["axes"].items()
+        }
     try:
         file = StudyFile.model_validate(content)
     except ValidationError as error:
@@ -65,7 +67,13 @@ def mistake_in(document: Document, error: ValidationError, kind: type[BaseModel]
             inner: Any = getattr(known.get(names[0]), "annotation", None)
             known = getattr(inner, "model_fields", {})
         near = difflib.get_close_matches(str(names[-1]) if names else "", known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else f" (there are: {', '.join(known)})" if known else ""
+        hint = (
+            f"; did you mean {near[0]}?"
+            if near
+            else f" (there are: {', '.join(known)})"
+            if known
+            else ""
+        )
         words = f"no such key{hint}"
     elif first["type"] in ("dict_type", "model_type"):
         words = f"must be a mapping, 'name: value' line by line, not {first['input']!r}"
@@ -85,15 +93,23 @@ def check_references(study: Study, document: Document) -> None:
     for part, name in named:
         if name not in QUANTITIES:
             known = ", ".join(QUANTITIES)
-            raise UserError(f"{document.place(part)}: {part}: no quantity {name!r} (there are: {known})")
+            raise UserError(
+                f"{document.place(part)}: {part}: no quantity {name!r} (there are: {known})"
+            )
     if figure.kind == "points" and figure.x is None:
         raise UserError(f"{document.place('figure')}: figure: kind 'points' needs x")
-    places = [(("paper", name, row), row, rows) for name, values in file.paper.items() for row in values]
+    places = [
+        (("paper", name, row), row, rows) for name, values in file.paper.items() for row in values
+    ]
     all_rows = [*rows, *file.quoted]
     places += [(("about", row), row, all_rows) for row in file.about]
     places += [(("table", "order"), row, all_rows) for row in table.order]
     places += [(("table", "reference"), row, rows) for row in [table.reference] if row is not None]
-    places += [(("claims", words), row, rows) for words, pairs in file.claims.items() for row in _sides(words, pairs)]
+    places += [
+        (("claims", words), row, rows)
+        for words, pairs in file.claims.items()
+        for row in _sides(words, pairs)
+    ]
     for place, row, known in places:
         if row not in known:
             words = f"{'.'.join(place[:2])}: no trial is labelled {row!r} (there are: {', '.join(known)})"
@@ -104,16 +120,22 @@ def check_references(study: Study, document: Document) -> None:
     for place, axis in axes.items():
         if axis is not None and axis not in parts:
             part = place.split(".")[0]
-            raise UserError(f"{document.place(part)}: {place}: no axis {axis!r} (there are: {', '.join(parts)})")
+            raise UserError(
+                f"{document.place(part)}: {place}: no axis {axis!r} (there are: {', '.join(parts)})"
+            )
     for axis, label in table.delta.items():
         known = {each.split(BETWEEN_LABELS)[parts.index(axis)] for each in rows}
         if label not in known:
-            words = f"table.delta.{axis}: no label {label!r} (there are: {', '.join(sorted(known))})"
+            words = (
+                f"table.delta.{axis}: no label {label!r} (there are: {', '.join(sorted(known))})"
+            )
             raise UserError(f"{document.place('table')}: {words}")
     for axis, labels in file.axes.items():
         for label in labels:
             if len(label_parts(axis, label)) != len(label_parts(axis, axis)):
-                raise UserError(f"{document.place('axes', axis, label)}: {label!r} must have the parts of {axis!r}")
+                raise UserError(
+                    f"{document.place('axes', axis, label)}: {label!r} must have the parts of {axis!r}"
+                )
 
 
 def _sides(words: str, pairs: Sequence[str]) -> list[str]:

@@ -29,12 +29,16 @@ def find(name: str, kind: str) -> Path:
     if found:
         return found.resolve()
     if given.is_dir():
-        inside = ", ".join(sorted(path.name for path in given.glob("*.yaml"))[:5]) or "no .yaml file"
+        inside = (
+            ", ".join(sorted(path.name for path in given.glob("*.yaml"))[:5]) or "no .yaml file"
+        )
         raise UserError(f"{name} is a folder ({inside}); name a file")
     pattern = "**/*.yaml" if kind == "recipe" else "*.yaml"
     known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob(pattern))
     near = difflib.get_close_matches(given.stem, known, n=3, cutoff=0.3) or known
-    raise UserError(f"no {kind} {name!r}: neither a file nor one that ships with mar ({', '.join(near)})")
+    raise UserError(
+        f"no {kind} {name!r}: neither a file nor one that ships with mar ({', '.join(near)})"
+    )
 
 
 class _KeysAsWritten(PlainLoader):
@@ -55,13 +59,17 @@ class Document:
         self.lines: dict[tuple[str, ...], int] = {}
         try:
             if path.stat().st_size > MOST_YAML_BYTES:
-                raise UserError(f"{path}: larger than {MOST_YAML_BYTES // 2**20} MiB: not a study or a recipe")
+                raise UserError(
+                    f"{path}: larger than {MOST_YAML_BYTES // 2**20} MiB: not a study or a recipe"
+                )
             text = path.read_text(encoding="utf-8")
             content, node = parse_yaml(text, _KeysAsWritten)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
-            raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+            raise UserError(
+                f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}"
+            ) from None
         if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: expected settings, 'name: value' line by line")
         self.content: dict[str, Any] = content
@@ -95,7 +103,9 @@ class Document:
         for key, value in node.value:
             name = (*above, str(key.value))
             if name in self.lines:
-                raise UserError(f"{self.path}:{key.start_mark.line + 1}: {'.'.join(name)} stands here a second time")
+                raise UserError(
+                    f"{self.path}:{key.start_mark.line + 1}: {'.'.join(name)} stands here a second time"
+                )
             self.lines[name] = key.start_mark.line + 1
             if isinstance(value, yaml.MappingNode):
                 self._read_lines(value, name)
@@ -109,7 +119,9 @@ def _comments(text: str) -> dict[int, str]:
         if token.start_mark.index < end.index:
             ends[end.line] = max(ends.get(end.line, 0), end.column)
     lines = text.splitlines()
-    behind = {line + 1: lines[line][column:].strip() for line, column in ends.items() if line < len(lines)}
+    behind = {
+        line + 1: lines[line][column:].strip() for line, column in ends.items() if line < len(lines)
+    }
     return {line: words.lstrip("# ") for line, words in behind.items() if words.startswith("#")}
 
 
@@ -150,4 +162,6 @@ class Recipe:
         return self._owner(path).comment(path)
 
     def _owner(self, path: str) -> Document:
-        return next((each for each in reversed(self.documents) if each.has(path)), self.documents[-1])
+        return next(
+            (each for each in reversed(self.documents) if each.has(path)), self.documents[-1]
+        )

@@ -47,7 +47,11 @@ def follow_move(launch: LaunchConfig, locations: Sequence[str]) -> None:
     store would read from, and write to, the place where it was.
     """
     now = launch.artifacts
-    moved = {each for each in locations if each != now and each.startswith("file://") and each.endswith("/artifacts")}
+    moved = {
+        each
+        for each in locations
+        if each != now and each.startswith("file://") and each.endswith("/artifacts")
+    }
     if not moved or now is None:
         return
     engine = sqlalchemy.create_engine(launch.tracking)

@@ -19,8 +19,15 @@ PACKAGES = ("mar-on-ray", "torch", "timm", "ray", "mlflow", "decord", "av", "num
 
 def tags() -> dict[str, str]:
     """Return what is the same for every trial of a launch, as tags."""
-    versions = {f"version.{name}": version for name, version in package_versions().items() if version}
-    return {**versions, "version.python": platform.python_version(), "host": platform.node(), **_git()}
+    versions = {
+        f"version.{name}": version for name, version in package_versions().items() if version
+    }
+    return {
+        **versions,
+        "version.python": platform.python_version(),
+        "host": platform.node(),
+        **_git(),
+    }
 
 
 def package_versions() -> dict[str, str | None]:
@@ -44,10 +51,15 @@ def _git() -> dict[str, str]:
         return {}
 
     def ask(*words: str) -> str:
-        answer = subprocess.run([program, "-C", str(root), *words], capture_output=True, text=True, check=False)  # noqa: S603
+        answer = subprocess.run(
+            [program, "-C", str(root), *words], capture_output=True, text=True, check=False
+        )  # noqa: S603
         return answer.stdout.strip()
 
-    return {"mlflow.source.git.commit": ask("rev-parse", "HEAD"), "git.dirty": str(bool(ask("status", "--porcelain")))}
+    return {
+        "mlflow.source.git.commit": ask("rev-parse", "HEAD"),
+        "git.dirty": str(bool(ask("status", "--porcelain"))),
+    }
 
 
 def check_pinned() -> None:
@@ -59,7 +71,9 @@ def check_pinned() -> None:
     pinned: dict[str, str | None] = json.loads(os.environ.get(PINNED, "{}"))
     here = package_versions()
     others = [
-        f"{name} {here.get(name)} (yours: {version})" for name, version in pinned.items() if here.get(name) != version
+        f"{name} {here.get(name)} (yours: {version})"
+        for name, version in pinned.items()
+        if here.get(name) != version
     ]
     if others:
         raise UserError(

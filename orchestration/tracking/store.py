@@ -29,7 +29,12 @@ from orchestration.tracking.embedded import follow_move, one_at_a_time
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.tags import EXPECTED, KIND
 
-_NO_REGISTRY = ("INVALID_PARAMETER_VALUE", "FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "PERMISSION_DENIED")
+_NO_REGISTRY = (
+    "INVALID_PARAMETER_VALUE",
+    "FEATURE_DISABLED",
+    "ENDPOINT_NOT_FOUND",
+    "PERMISSION_DENIED",
+)
 """What a store answers that keeps no models, or not such: a run is whole without."""
 VIEW = "mar"
 """The name of the view that a study's page opens with: columns and order."""
@@ -63,7 +68,10 @@ class Store:
     def trials(self) -> list[RunRecord]:
         """Return every trial's run, of all studies, newest first."""
         with explained(self.launch), _uncollected():
-            names = {item.experiment_id: item.name for item in self._pages(self.client.search_experiments)}
+            names = {
+                item.experiment_id: item.name
+                for item in self._pages(self.client.search_experiments)
+            }
             runs: list[Run] = []
             token = None
             while names:
@@ -89,8 +97,15 @@ class Store:
     def expected(self) -> dict[str, int]:
         """Return how many trials each study had, or was to have, at its last launch."""
         with explained(self.launch):
-            names = {item.experiment_id: item.name for item in self._pages(self.client.search_experiments)}
-            runs = self.client.search_runs(list(names), f"tags.`{KIND}` = 'study'", max_results=1000) if names else []
+            names = {
+                item.experiment_id: item.name
+                for item in self._pages(self.client.search_experiments)
+            }
+            runs = (
+                self.client.search_runs(list(names), f"tags.`{KIND}` = 'study'", max_results=1000)
+                if names
+                else []
+            )
         return {names[run.info.experiment_id]: int(run.data.tags.get(EXPECTED, 0)) for run in runs}
 
     def result_of(self, record: RunRecord) -> Path:
@@ -121,7 +136,9 @@ class Store:
         if not (fetched / name).is_file():
             fetched.mkdir(parents=True, exist_ok=True)
             with explained(self.launch):
-                return Path(self.client.download_artifacts(record.run_id, f"{RESULT}/{name}", str(fetched)))
+                return Path(
+                    self.client.download_artifacts(record.run_id, f"{RESULT}/{name}", str(fetched))
+                )
         return fetched / name
 
     def experiment(self, study: str) -> str:
@@ -132,22 +149,36 @@ class Store:
                 self.client.restore_experiment(found.experiment_id)
             if found:
                 return found.experiment_id
-            kind = {"mlflow.experimentKind": "custom_model_development"}  # its pages show runs first, not LLM traces
-            return self.client.create_experiment(study, artifact_location=self.launch.artifacts, tags=kind)
+            kind = {
+                "mlflow.experimentKind": "custom_model_development"
+            }  # its pages show runs first, not LLM traces
+            return self.client.create_experiment(
+                study, artifact_location=self.launch.artifacts, tags=kind
+            )
 
-    def show_columns(self, experiment_id: str, metrics: Sequence[str], params: Sequence[str]) -> None:
+    def show_columns(
+        self, experiment_id: str, metrics: Sequence[str], params: Sequence[str]
+    ) -> None:
         """Make the view of an experiment's page (``VIEW``) with these columns, the first metric's best runs on top."""
         columns = ["attributes.`Created`", "attributes.`Duration`"]
-        columns += [f"metrics.`{name}`" for name in metrics] + [f"params.`{name}`" for name in params]
+        columns += [f"metrics.`{name}`" for name in metrics] + [
+            f"params.`{name}`" for name in params
+        ]
         order = {"orderByKey": f"metrics.`{metrics[0]}`", "orderByAsc": False} if metrics else {}
         shown = {**_WHOLE_VIEW, **order, "selectedColumns": columns}
         with explained(self.launch):
-            self.client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(shown))
+            self.client.set_experiment_tag(
+                experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(shown)
+            )
 
     def pages(self) -> dict[str, str]:
         """Return each study's page below the server's address: its runs, in the view that ``show_columns`` made."""
         with explained(self.launch):
-            studies = [item for item in self._pages(self.client.search_experiments) if item.experiment_id != "0"]
+            studies = [
+                item
+                for item in self._pages(self.client.search_experiments)
+                if item.experiment_id != "0"
+            ]
         return {
             item.name: f"/#/experiments/{item.experiment_id}/runs?viewStateShareKey={VIEW}"
             for item in sorted(studies, key=lambda item: item.name)
@@ -156,12 +187,18 @@ class Store:
     def close_stale(self, experiment_id: str) -> int:
         """Mark as killed the trials of this store that a driver that is no more left running; returns how many."""
         ours = f"{self.launch.store.resolve()}/"
-        is_embedded = self.launch.tracking_uri is None  # then all are of this store, wherever it was
+        is_embedded = (
+            self.launch.tracking_uri is None
+        )  # then all are of this store, wherever it was
         with explained(self.launch):
-            running = self.client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
+            running = self.client.search_runs(
+                [experiment_id], "attributes.status = 'RUNNING'", max_results=1000
+            )
             folders = {run.info.run_id: run.data.tags.get("folder", "") for run in running}
             stale = [
-                run_id for run_id, folder in folders.items() if folder and (is_embedded or folder.startswith(ours))
+                run_id
+                for run_id, folder in folders.items()
+                if folder and (is_embedded or folder.startswith(ours))
             ]
             for run_id in stale:
                 self.client.set_terminated(run_id, "KILLED")
@@ -179,13 +216,17 @@ class Store:
             if error.error_code not in _NO_REGISTRY:  # the store may be away: try again
                 raise
 
-    def run(self, experiment_id: str, name: str, find: Mapping[str, str], tags: Mapping[str, str]) -> str:
+    def run(
+        self, experiment_id: str, name: str, find: Mapping[str, str], tags: Mapping[str, str]
+    ) -> str:
         """Return the id of the run that has the tags ``find``, running again; makes it if there is none."""
         with explained(self.launch):
             query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in find.items())
             runs = self.client.search_runs([experiment_id], query, max_results=1)
             if not runs:
-                return self.client.create_run(experiment_id, tags={**find, **tags}, run_name=name).info.run_id
+                return self.client.create_run(
+                    experiment_id, tags={**find, **tags}, run_name=name
+                ).info.run_id
             run_id = runs[0].info.run_id
             self.client.update_run(run_id, status="RUNNING")
             self.client.log_batch(run_id, tags=[RunTag(tag, value) for tag, value in tags.items()])

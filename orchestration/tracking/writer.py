@@ -46,14 +46,18 @@ class Writer:
         """Let ``key`` name the run whose id ``find_or_make`` returns."""
         self._orders.put(lambda: self._runs.update({key: find_or_make()}))
 
-    def metrics(self, key: str, epoch: int, metrics: Mapping[str, float], again: bool = False) -> None:
+    def metrics(
+        self, key: str, epoch: int, metrics: Mapping[str, float], again: bool = False
+    ) -> None:
         """Log an epoch's metrics, unless an attempt before this one has; ``again`` logs those of them that it has not."""
         now = int(time.time() * 1000)
         self._orders.put(lambda: self._collect(key, epoch, metrics, now, again))
 
     def artifacts(self, key: str, folder: Path, below: str) -> None:
         """Upload a folder's files."""
-        self._orders.put(lambda: self.client.log_artifacts(self._runs[key], str(folder), artifact_path=below))
+        self._orders.put(
+            lambda: self.client.log_artifacts(self._runs[key], str(folder), artifact_path=below)
+        )
 
     def artifact(self, key: str, file: Path) -> None:
         """Upload one file."""
@@ -124,7 +128,9 @@ class Writer:
         while not self._abandoned.is_set():
             try:
                 order()
-            except Exception as error:  # whatever it was, the order stands until it is carried out or given up
+            except (
+                Exception
+            ) as error:  # whatever it was, the order stands until it is carried out or given up
                 if is_permanent(error):
                     mention_refusal(error)
                     self._failure = None
@@ -136,7 +142,9 @@ class Writer:
                 self._failure = None
                 return
 
-    def _collect(self, key: str, epoch: int, metrics: Mapping[str, float], now: int, again: bool) -> None:
+    def _collect(
+        self, key: str, epoch: int, metrics: Mapping[str, float], now: int, again: bool
+    ) -> None:
         if key not in self._logged:
             history = self.client.get_metric_history(self._runs[key], "epoch")
             self._logged[key] = max((point.step for point in history), default=-1)
@@ -144,13 +152,19 @@ class Writer:
             self._logged[key] = max(epoch, self._logged[key])
             named = {**metrics, "epoch": epoch}
             if again:
-                named = {name: value for name, value in metrics.items() if not self._has(key, name, epoch)}
+                named = {
+                    name: value
+                    for name, value in metrics.items()
+                    if not self._has(key, name, epoch)
+                }
             points = [Metric(name, value, now, epoch) for name, value in named.items()]
             self._pending.setdefault(key, []).extend(points)
 
     def _has(self, key: str, name: str, epoch: int) -> bool:
         """Whether a launch that was killed before it could say so has logged it."""
-        return any(point.step == epoch for point in self.client.get_metric_history(self._runs[key], name))
+        return any(
+            point.step == epoch for point in self.client.get_metric_history(self._runs[key], name)
+        )
 
     def _flush(self) -> None:
         for key, points in list(self._pending.items()):

@@ -25,7 +25,12 @@ class Copies:
     """
 
     def __init__(self, place: Remote, key: str, folder: Path, stop_file: Path) -> None:
-        self.place, self.name, self.folder, self.stop_file = place, f"trials/{key}", folder, stop_file
+        self.place, self.name, self.folder, self.stop_file = (
+            place,
+            f"trials/{key}",
+            folder,
+            stop_file,
+        )
         self._pushed: dict[str, tuple[int, float]] = {}
         self._known: set[str] = set()
         self._over = threading.Event()
@@ -36,7 +41,10 @@ class Copies:
         if not self.place.exists(f"locks/{self.stop_file.name}"):
             self.stop_file.unlink(missing_ok=True)
         for file in self._small():
-            if not self.place.pull(f"{self.name}/{file.relative_to(self.folder)}", file) and file.suffix == ".json":
+            if (
+                not self.place.pull(f"{self.name}/{file.relative_to(self.folder)}", file)
+                and file.suffix == ".json"
+            ):
                 file.unlink(missing_ok=True)
         self._thread.start()
         return self
@@ -118,4 +126,8 @@ class Copies:
     def _small(self) -> list[Path]:
         """Files of this worker's own: its log and what it failed over; of the first one, what is the trial's too."""
         own = [self.folder / FILE, file_of(self.folder, share())]
-        return own + [self.folder / name for name in (LOG, PULSE, PASSES)] if share().rank == 0 else own
+        return (
+            own + [self.folder / name for name in (LOG, PULSE, PASSES)]
+            if share().rank == 0
+            else own
+        )

@@ -58,7 +58,10 @@ class WorkerLog(logging.Handler):
         self.note(f"{record.levelname} {record.name}: {record.getMessage()}")
 
     def _write(self, file: Path, words: str) -> None:
-        with suppress(OSError), file.open("a", encoding="utf-8") as stream:  # a full disk is told of elsewhere
+        with (
+            suppress(OSError),
+            file.open("a", encoding="utf-8") as stream,
+        ):  # a full disk is told of elsewhere
             stream.write(f"{words}\n")
 
 

@@ -48,7 +48,9 @@ class Watch:
         self.pulsed = self.asked = self.beat = time.monotonic()
         self._over = threading.Event()
         if told.hang_timeout_s:
-            threading.Thread(target=self._guard, args=(told.hang_timeout_s,), name="watchdog", daemon=True).start()
+            threading.Thread(
+                target=self._guard, args=(told.hang_timeout_s,), name="watchdog", daemon=True
+            ).start()
 
     def __enter__(self) -> Watch:
         return self
@@ -119,5 +121,9 @@ class Watch:
                     log.flush()
                     faulthandler.dump_traceback(file=log, all_threads=True)
                 write_reason(self.folder, Reason(words, "hang"))
-            print(f"mar: {words}; the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
+            print(
+                f"mar: {words}; the same command resumes from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(1)

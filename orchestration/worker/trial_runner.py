@@ -28,7 +28,14 @@ from mar.training.retention import Keep
 from mar.training.step import Execution, Wish
 from orchestration.failures import RETRIED, Reason, reason_of
 from orchestration.storage.object_store import remote
-from orchestration.storage.trial_dir import ATTEMPTS, FILE, HOLDER, PASSES, read_reason, write_reason
+from orchestration.storage.trial_dir import (
+    ATTEMPTS,
+    FILE,
+    HOLDER,
+    PASSES,
+    read_reason,
+    write_reason,
+)
 from orchestration.storage.trial_sync import fetch_cache
 from orchestration.worker.checkpoint_sync import Copies
 from orchestration.worker.log import WorkerLog
@@ -41,7 +48,9 @@ _LOOKS_S = 2.0
 """How often it is seen whether what is waited for is there."""
 
 
-def train(assignment: dict[str, Any], report: Report, wished: Callable[[], Wish] = lambda: "go on") -> Reason | None:
+def train(
+    assignment: dict[str, Any], report: Report, wished: Callable[[], Wish] = lambda: "go on"
+) -> Reason | None:
     """Train one trial in this process (as one of several, if a process group is up).
 
     Returns why it was given up, or none when it is finished. What would come again is returned and not raised, so that
@@ -89,7 +98,9 @@ def _try(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reason | 
     told, folder, reason = trial.told, trial.folder, None
     for here in range(1, told.retries + 2):
         begun = here
-        if share().rank == 0 and not told.remote:  # on a disk of a node's own, another launch's count may lie
+        if (
+            share().rank == 0 and not told.remote
+        ):  # on a disk of a node's own, another launch's count may lie
             begun = max(here, _count_attempt(folder))
         reason = _attempt(trial, report, wished)
         if reason is None or reason.kind == "stopped":
@@ -147,7 +158,10 @@ def _attempt(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reaso
     try:
         with Watch(told, settings.recipe.batch_size, trial.device, trial.say, wished) as watch:
             execution = replace(
-                execution, step=watch.step, alive=watch.alive, try_again=_WaitingForRoom(trial, watch.alive)
+                execution,
+                step=watch.step,
+                alive=watch.alive,
+                try_again=_WaitingForRoom(trial, watch.alive),
             )
             with _alone_in(trial, watch.alive) if share().rank == 0 else nullcontext():
                 if told.trained:
@@ -171,7 +185,11 @@ def _attempt(trial: _Trial, report: Report, wished: Callable[[], Wish]) -> Reaso
 
 
 def _copies(told: Assignment, folder: Path) -> AbstractContextManager[Copies | None]:
-    return Copies(remote(told.remote), told.key, folder, Path(told.stop_file)) if told.remote else nullcontext()
+    return (
+        Copies(remote(told.remote), told.key, folder, Path(told.stop_file))
+        if told.remote
+        else nullcontext()
+    )
 
 
 def _result_of(told: Assignment) -> Path:
@@ -237,7 +255,10 @@ class _WaitingForRoom:
 
     def __call__(self, failure: Failure) -> bool:
         """Wait a little; false when it has been long enough, or somebody stops the study."""
-        told, words = self.trial.told, str(failure).partition(" (")[0]  # what follows is how much is free
+        told, words = (
+            self.trial.told,
+            str(failure).partition(" (")[0],
+        )  # what follows is how much is free
         now = time.monotonic()
         if "the disk is full" not in words:
             return False
@@ -269,7 +290,9 @@ def _alone_in(trial: _Trial, alive: Callable[[], None]) -> Generator[None]:
             alive()
         if not is_said and time.monotonic() - began > _PREDECESSOR_S:
             is_said = True
-            trial.say(f"waiting for {_holder(folder)}, which trains it now; then its result is taken")
+            trial.say(
+                f"waiting for {_holder(folder)}, which trains it now; then its result is taken"
+            )
         if Path(told.stop_file).exists():
             raise Stopped(f"stopped while it waited for {_holder(folder)}")
     with lock, _named_holder(told, folder):

@@ -30,7 +30,7 @@ from mar.bench.run import heading
 from mar.bench.tables import Table, spread, write
 from mar.config.schema import ClipConfig
 from mar.data import decoders
-from mar.data.decoders import Decord, FromFront, TorchCodec, fault_of
+from mar.data.decoders import Decord, SequentialReader, TorchCodec, probe_decoder
 from mar.data.sampling import Reader, training_frames
 
 COMMAND = "python benchmarks/decoders.py VIDEOS"
@@ -75,7 +75,7 @@ def kinds_of(folder: Path) -> dict[str, list[Path]]:
                 name = stream.codec_context.name
                 size = "small" if min(stream.width, stream.height) < 128 else "large"
                 form = container.format.name.split(",")[0]
-            if len(FromFront.of(file)) >= 16:
+            if len(SequentialReader.of(file)) >= 16:
                 kinds.setdefault(f"{form}, {name}, {size}", []).append(file)
         except (av.FFmpegError, OSError, ValueError, IndexError, decoders.BrokenVideo):
             continue
@@ -83,11 +83,11 @@ def kinds_of(folder: Path) -> dict[str, list[Path]]:
 
 
 def measure(kind: str, files: list[Path], rounds: int) -> tuple[str, ...]:
-    bare: dict[str, Callable[[Path], object]] = {"decord": Decord, "pyav": FromFront.of}
-    if not fault_of("torchcodec"):
+    bare: dict[str, Callable[[Path], object]] = {"decord": Decord, "pyav": SequentialReader.of}
+    if not probe_decoder("torchcodec"):
         bare["torchcodec"] = TorchCodec
     times: dict[str, list[float]] = {name: [] for name in (*bare, "first", "again")}
-    lengths = [len(FromFront.of(file)) for file in files]
+    lengths = [len(SequentialReader.of(file)) for file in files]
     taken = Reader(files[0]).decoder
     wrong = {name for name in bare if not all(is_right(bare[name], file) for file in files)}
     for number in range(rounds + 1):
@@ -132,7 +132,7 @@ def timed(make: Callable[[Path], object], file: Path, indices: list[list[int]]) 
 
 
 def is_right(make: Callable[[Path], object], file: Path) -> bool:
-    shown = FromFront.of(file)
+    shown = SequentialReader.of(file)
     try:
         opened = make(file)
         for indices in wanted(len(shown), 0):

@@ -33,7 +33,7 @@ import torch
 from mar.bench.data import augmentation_table, checkpoint_table
 from mar.bench.machine import Machine, synchronise, this_machine
 from mar.bench.run import heading
-from mar.bench.steps import Case, Timed, learner_of, random_batch, time_case
+from mar.bench.steps import Case, Timed, random_batch, time_case, train_state_of
 from mar.bench.tables import Table, spread, write
 from mar.training.memory import peak_training_memory_gib
 from mar.training.step import train_step
@@ -237,7 +237,7 @@ def memory(case: Case) -> Table:
 
 def waits(case: Case) -> Table:
     """Whether a step waits for the device: by PyTorch's own check, and by the profiler."""
-    learner = learner_of(case)
+    learner = train_state_of(case)
     batch = random_batch(case, torch.device(case.device))
     for _ in range(3):
         train_step(learner, batch)
@@ -270,7 +270,7 @@ def kernels(case: Case) -> Table:
     """Name the kernels that take most of a step, attention's among them."""
     from torch.profiler import ProfilerActivity, profile
 
-    learner = learner_of(case)
+    learner = train_state_of(case)
     batch = random_batch(case, torch.device(case.device))
     for _ in range(3):
         train_step(learner, batch)
@@ -357,7 +357,7 @@ def run_trial(case: Case) -> None:
     """Train when told to, for a while; the other end is :func:`beside`."""
     case = small_trial(case)
     device = torch.device(case.device)
-    learner = learner_of(case)
+    learner = train_state_of(case)
     batch = random_batch(case, device)
     for _ in range(3):
         train_step(learner, batch)

@@ -27,7 +27,7 @@ import numpy as np
 from scipy import stats
 
 from mar.bench.tables import Table, write
-from orchestration.reporting.significance import Answers, compare
+from orchestration.reporting.significance import Correctness, compare
 
 COMMAND = "python benchmarks/false_positives.py"
 EASE, SETTING, BOTH = 1.0, 0.25, 0.45
@@ -77,16 +77,16 @@ def rejected(videos: int, seeds: int, spread: float, gap: float, simulations: in
     whole = (EASE**2 + SETTING**2 + BOTH**2) ** 0.5
     mean = whole * stats.norm.ppf(ACCURACY)
     slope = 100 * stats.norm.pdf(mean / whole) / whole  # points of accuracy for each unit of score
-    told = 0
+    output = 0
     for _ in range(simulations):
         ease = mean + EASE * rng.standard_normal(videos, dtype=np.float32)
-        rows: list[list[Answers]] = []
+        rows: list[list[Correctness]] = []
         for shift in (gap / 2, -gap / 2):
             setting = ease + shift / slope + SETTING * rng.standard_normal(videos, dtype=np.float32)
             own = spread / slope * rng.standard_normal(seeds)
             rows.append(
                 [
-                    Answers(
+                    Correctness(
                         setting + seed + BOTH * rng.standard_normal(videos, dtype=np.float32) > 0,
                         "the same videos",
                         list,
@@ -96,8 +96,8 @@ def rejected(videos: int, seeds: int, spread: float, gap: float, simulations: in
             )
         comparison = compare(*rows)
         assert comparison
-        told += comparison.p < LEVEL
-    return told / simulations
+        output += comparison.p < LEVEL
+    return output / simulations
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from mar.config.schema import DataConfig
 from mar.data.annotations import Video
 from mar.data.cache_index import Packing
 from mar.data.dataset import crop_and_resize
-from mar.data.decoders import TorchCodec, decode_with, fault_of
+from mar.data.decoders import TorchCodec, decode_with, probe_decoder
 from mar.data.frame_cache import open_video, pack
 from mar.data.sampling import Reader
 from mar.model.pixels import to_pixels
@@ -46,14 +46,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("videos", nargs="+", type=Path)
     parser.add_argument("-o", "--output", type=Path)
-    told = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        lines = table(told.videos, Path(scratch))
-    text = "\n".join([*heading(told.videos), *lines, ""])
+        lines = table(args.videos, Path(scratch))
+    text = "\n".join([*heading(args.videos), *lines, ""])
     print(text)
-    if told.output:
-        told.output.write_text(text, encoding="utf-8")
+    if args.output:
+        args.output.write_text(text, encoding="utf-8")
 
 
 def heading(videos: list[Path]) -> list[str]:
@@ -138,7 +138,7 @@ def table(videos: list[Path], scratch: Path) -> list[str]:
         "mar's loader: JPEG cache, crop": lambda index: ours(listed[index], caches["jpeg"]),
         "mar's loader: raw cache, crop": lambda index: ours(listed[index], caches["raw"]),
     }
-    if fault_of("torchcodec"):
+    if probe_decoder("torchcodec"):
         steps = {name: step for name, step in steps.items() if "torchcodec" not in name}
     rounds = [
         {name: timed(step, len(videos)) for name, step in steps.items()} for _ in range(ROUNDS + 1)

@@ -77,12 +77,12 @@ def main() -> None:
     )
     parser.add_argument("--before", default="6c0f13e")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "step_profile.png")
-    told = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         earlier = Path(name) / "earlier"
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run(
-            [*git, "add", "--detach", str(earlier), told.before], check=True, capture_output=True
+            [*git, "add", "--detach", str(earlier), args.before], check=True, capture_output=True
         )
         try:
             rounds = [(profiled(earlier), profiled(ROOT)) for _ in range(2)]
@@ -91,10 +91,10 @@ def main() -> None:
                 [*git, "remove", "--force", str(earlier)], check=True, capture_output=True
             )
     bars = {
-        f"before ({told.before})": [each[0] for each in rounds],
+        f"before ({args.before})": [each[0] for each in rounds],
         "now": [each[1] for each in rounds],
     }
-    draw(bars, told.output)
+    draw(bars, args.output)
 
 
 def profiled(root: Path) -> dict[str, float]:
@@ -124,24 +124,24 @@ def profiled(root: Path) -> dict[str, float]:
 
 def draw(bars: dict[str, list[dict[str, float]]], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
-    for place, (name, rounds) in enumerate(bars.items()):
+    for output, (name, rounds) in enumerate(bars.items()):
         left = 0.0
         for number, group in enumerate(GROUPS):
             seconds = statistics.median(each[group] for each in rounds)
             axes.barh(
-                place, seconds, left=left, color=f"C{number}", label=group if place == 0 else None
+                output, seconds, left=left, color=f"C{number}", label=group if output == 0 else None
             )
             if seconds > 0.12:
                 axes.text(
                     left + seconds / 2,
-                    place,
+                    output,
                     f"{seconds:.2f}",
                     ha="center",
                     va="center",
                     color="white",
                 )
             left += seconds
-        axes.text(left + 0.03, place, f"{left:.2f} s", va="center")
+        axes.text(left + 0.03, output, f"{left:.2f} s", va="center")
         print(
             name,
             {

@@ -29,8 +29,8 @@ import yaml
 from ray.air.execution._internal.tracked_actor import TrackedActor
 from ray.tune.execution import tune_controller
 
-from mar import RESULT
-from mar.atomic_dir import write_sealed, write_text
+from mar import RESULT_DIR
+from mar.atomic_dir import write_atomic_dir, write_text
 from mar.data.motion_verbs import MotionVerbs, make
 from orchestration.backends.ray_env import quiet_environment
 from orchestration.config import LaunchConfig
@@ -115,13 +115,13 @@ class StubActors:
         }
         if epoch + 1 == self.num_epochs:
             leave_result(Path(config["assignment"]["folder"]), metrics)
-        told = {
+        output = {
             "training_iteration": epoch + 1,
             "trial_id": "",
             "done": epoch + 1 == self.num_epochs,
             "epoch": epoch + 1,
         }
-        return {**metrics, **told, "config": config, "time_total_s": 1.0}
+        return {**metrics, **output, "config": config, "time_total_s": 1.0}
 
     def remove_actor(
         self, tracked_actor: TrackedActor, kill: bool = False, stop_future: Any = None
@@ -157,9 +157,11 @@ class StubActors:
 
 def leave_result(folder: Path, metrics: dict[str, float]) -> None:
     """What a trial leaves, but small."""
-    told = json.dumps({**metrics, "test/top1": 50.0, "test/num_videos": 8.0})
-    write_sealed(
-        folder / RESULT, {"metrics.json": lambda file: write_text(file, told)}, {"metrics": metrics}
+    output = json.dumps({**metrics, "test/top1": 50.0, "test/num_videos": 8.0})
+    write_atomic_dir(
+        folder / RESULT_DIR,
+        {"metrics.json": lambda file: write_text(file, output)},
+        {"metrics": metrics},
     )
 
 
@@ -173,10 +175,10 @@ class Clock:
     def around(self, owner: Any, name: str, label: str) -> None:
         real = getattr(owner, name)
 
-        def timed(*words: Any, **more: Any) -> Any:
+        def timed(*arguments: Any, **more: Any) -> Any:
             began = time.perf_counter()
             try:
-                return real(*words, **more)
+                return real(*arguments, **more)
             finally:
                 self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - began
                 self.calls[label] = self.calls.get(label, 0) + 1
@@ -211,8 +213,8 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1_000)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--tracking-uri", help="an MLflow server; default: SQLite")
-    told = parser.parse_args()
-    clock, StubActors.num_epochs = Clock(), told.epochs
+    args = parser.parse_args()
+    clock, StubActors.num_epochs = Clock(), args.epochs
     tune_controller.RayActorManager = StubActors
     client = store.mlflow.MlflowClient
     for name in (
@@ -230,10 +232,10 @@ def main() -> None:
     clock.around(tune_controller.TuneController, "checkpoint", "Tune's own snapshot")
     clock.around(launching.Writer, "flush", "waiting for MLflow at the end")
     clock.around(launching, "train_missing", "from the first trial to the last")
-    launch = LaunchConfig(backend="inline", tracking_uri=told.tracking_uri)
-    os.environ.update(quiet_environment(launch), TUNE_MAX_PENDING_TRIALS_PG=str(told.devices))
+    launch = LaunchConfig(backend="inline", tracking_uri=args.tracking_uri)
+    os.environ.update(quiet_environment(launch), TUNE_MAX_PENDING_TRIALS_PG=str(args.devices))
     ray.init(
-        num_cpus=told.devices,
+        num_cpus=args.devices,
         include_dashboard=False,
         logging_level=logging.ERROR,
         object_store_memory=200 * 2**20,
@@ -243,25 +245,25 @@ def main() -> None:
         launch = launch.model_copy(update={"store": folder / "store"})
         began = time.perf_counter()
         study = read_study(
-            str(study_file(folder, told.trials)), [f"recipe.epochs={told.epochs}"], []
+            str(study_file(folder, args.trials)), [f"recipe.epochs={args.epochs}"], []
         )
         read_s = time.perf_counter() - began
         run_study(study, launch)
         wall_s = time.perf_counter() - began
         database_mib = (
             (folder / "store" / "mlflow.db").stat().st_size / 2**20
-            if not told.tracking_uri
+            if not args.tracking_uri
             else 0.0
         )
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     lines = [
-        f"# A simulated study of {len(study.trials):,} trials on {told.devices:,} devices, {time.strftime('%Y-%m-%d')}",
+        f"# A simulated study of {len(study.trials):,} trials on {args.devices:,} devices, {time.strftime('%Y-%m-%d')}",
         "",
-        f"`python benchmarks/simulated_study.py --trials {told.trials} --devices {told.devices} --epochs {told.epochs}`"
+        f"`python benchmarks/simulated_study.py --trials {args.trials} --devices {args.devices} --epochs {args.epochs}`"
         f"; {platform.processor() or platform.machine()}, {psutil.cpu_count()} cores; Python {platform.python_version()}, "
-        f"Ray {version('ray')}, MLflow {version('mlflow')}, {'a server' if told.tracking_uri else 'SQLite'}.",
+        f"Ray {version('ray')}, MLflow {version('mlflow')}, {'a server' if args.tracking_uri else 'SQLite'}.",
         "",
-        f"{wall_s:.0f} s in all, {len(study.trials) / wall_s:.1f} trials/s, {len(study.trials) * told.epochs / wall_s:.0f} "
+        f"{wall_s:.0f} s in all, {len(study.trials) / wall_s:.1f} trials/s, {len(study.trials) * args.epochs / wall_s:.0f} "
         f"epochs/s; driver's peak memory {peak_mib:.0f} MiB; database {database_mib:.0f} MiB; study read in {read_s:.1f} s.",
         "",
         "| what | calls | seconds | ms a call |",
@@ -274,7 +276,7 @@ def main() -> None:
     ]
     text = "\n".join(lines)
     print(text)
-    (HERE / f"simulated_study_{time.strftime('%Y-%m-%d')}_{told.trials}.md").write_text(text)
+    (HERE / f"simulated_study_{time.strftime('%Y-%m-%d')}_{args.trials}.md").write_text(text)
 
 
 if __name__ == "__main__":

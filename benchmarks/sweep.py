@@ -56,19 +56,19 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=HERE / f"sweep_{date.today().isoformat()}.md"
     )
-    told = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         earlier = scratch / "earlier"
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run(
-            [*git, "add", "--detach", str(earlier), told.before], check=True, capture_output=True
+            [*git, "add", "--detach", str(earlier), args.before], check=True, capture_output=True
         )
         try:
             found = {
-                (backend, when, number): one(scratch, root, backend, told.trials)
-                for number in range(told.rounds)
-                for backend in told.backends
+                (backend, when, number): one(scratch, root, backend, args.trials)
+                for number in range(args.rounds)
+                for backend in args.backends
                 for when, root in (("before", earlier), ("now", ROOT))
             }
             helps = {when: helped(root) for when, root in (("before", earlier), ("now", ROOT))}
@@ -76,8 +76,8 @@ def main() -> None:
             subprocess.run(
                 [*git, "remove", "--force", str(earlier)], check=True, capture_output=True
             )
-    text = table(found, helps, told)
-    told.output.write_text(text, encoding="utf-8")
+    text = table(found, helps, args)
+    args.output.write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -178,19 +178,19 @@ def helped(root: Path) -> float:
 def table(
     found: dict[tuple[str, str, int], tuple[float, float, float, float]],
     helps: dict[str, float],
-    told: argparse.Namespace,
+    args: argparse.Namespace,
 ) -> str:
     """Return what the file says."""
     lines = [
         f"# A sweep's own time, {date.today().isoformat()}",
         "",
-        f"`python benchmarks/sweep.py --before {told.before} --trials {told.trials} --rounds {told.rounds}`: medians of the "
+        f"`python benchmarks/sweep.py --before {args.before} --trials {args.trials} --rounds {args.rounds}`: medians of the "
         f"rounds, seconds; {os.cpu_count()} cores, Python {platform.python_version()}.",
         "",
         "| backend | | to the first trial's code | a trial, end to end | of that, not training | the whole command |",
         "|:--|:--|--:|--:|--:|--:|",
     ]
-    for backend in told.backends:
+    for backend in args.backends:
         for when in ("before", "now"):
             rounds = [
                 values for (one_, at, _), values in found.items() if (one_, at) == (backend, when)

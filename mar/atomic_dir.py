@@ -28,10 +28,10 @@ _FULL_BYTES = 64 * 2**20
 _ADVICE = "Earlier checkpoints are kept: make room or choose another --store, and run the same command again"
 
 
-def write_sealed(
+def write_atomic_dir(
     path: Path,
     writers: Writers,
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     advice: str = _ADVICE,
     try_again: Callable[[Failure], bool] = lambda failure: False,
 ) -> None:
@@ -44,7 +44,7 @@ def write_sealed(
     """
     while True:
         try:
-            _write_sealed(path, writers, facts)
+            _write_atomic_dir(path, writers, metadata)
         except (
             OSError,
             RuntimeError,
@@ -52,17 +52,17 @@ def write_sealed(
         ) as error:  # torch reports a full disk as a RuntimeError
             free_bytes = shutil.disk_usage(_existing(path)).free
             reason = "the disk is full" if free_bytes < _FULL_BYTES else str(error)
-            words = (
+            message = (
                 f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). {advice}"
             )
-            failure = Failure(words, "disk")
+            failure = Failure(message, "disk")
         else:
             return
         if not try_again(failure):
             raise failure
 
 
-def _write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any]) -> None:
+def _write_atomic_dir(path: Path, writers: Writers, metadata: Mapping[str, Any]) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -70,7 +70,7 @@ def _write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any]) -> Non
         for name, write in writers.items():
             write(unfinished / name)
         files = {name: {"sha256": _sha256(unfinished / name)} for name in writers}
-        manifest = {**facts, "files": files, "mar_version": __version__}
+        manifest = {**metadata, "files": files, "mar_version": __version__}
         (unfinished / MANIFEST).write_text(
             json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8"
         )
@@ -84,7 +84,7 @@ def _write_sealed(path: Path, writers: Writers, facts: Mapping[str, Any]) -> Non
         raise
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_atomic_dir(path: Path) -> dict[str, Any]:
     """Return the manifest of a folder whose files are what the manifest says.
 
     Raises:
@@ -94,8 +94,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = read_json(path / MANIFEST)
         changed = [
             name
-            for name, facts in manifest["files"].items()
-            if _sha256(below(path, name)) != facts["sha256"]
+            for name, metadata in manifest["files"].items()
+            if _sha256(below(path, name)) != metadata["sha256"]
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Failure(f"it is not complete: {error}") from None

@@ -13,33 +13,33 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def share() -> Share:
+def worker_rank() -> WorkerRank:
     """Return which worker this is, of how many."""
     if dist.is_available() and dist.is_initialized():
-        return Share(dist.get_rank(), dist.get_world_size())
-    return Share()
+        return WorkerRank(dist.get_rank(), dist.get_world_size())
+    return WorkerRank()
 
 
-def summed(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """Return the sum of ``values`` over all workers."""
-    if share().world > 1:
+    if worker_rank().world > 1:
         values = values.clone()
         dist.all_reduce(values)
     return values
 
 
-def greatest(value: int, device: torch.device) -> int:
+def all_reduce_max(value: int, device: torch.device) -> int:
     """Return the greatest of all workers' values."""
-    if share().world == 1:
+    if worker_rank().world == 1:
         return value
     values = torch.tensor(value, device=device)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return int(values)
 
 
-def gathered(item: Any) -> list[Any]:
+def all_gather(item: Any) -> list[Any]:
     """Return every worker's ``item``, in the order of ranks."""
-    workers = share()
+    workers = worker_rank()
     if workers.world == 1:
         return [item]
     items: list[Any] = [None] * workers.world
@@ -47,9 +47,9 @@ def gathered(item: Any) -> list[Any]:
     return items
 
 
-def of_first(find: Callable[[], T]) -> T:
+def broadcast_from_rank0(find: Callable[[], T]) -> T:
     """Return what the first worker finds, on every worker; the others wait for it."""
-    return gathered(find() if share().rank == 0 else None)[0]
+    return all_gather(find() if worker_rank().rank == 0 else None)[0]
 
 
 def default_device() -> torch.device:
@@ -62,7 +62,7 @@ def default_device() -> torch.device:
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerRank:
     """Which part of a batch or split is this worker's: the ``rank``-th of ``world`` contiguous parts."""
 
     rank: int = 0

@@ -25,8 +25,8 @@ class UserError(ValueError):
 class Failure(RuntimeError):
     """The input was right but the work could not be done (disk, network, broken data). Exit code 1."""
 
-    def __init__(self, words: str, kind: FailureKind = "code") -> None:
-        super().__init__(words)
+    def __init__(self, message: str, kind: FailureKind = "code") -> None:
+        super().__init__(message)
         self.kind: FailureKind = kind
 
     def __str__(self) -> str:
@@ -37,11 +37,11 @@ class Stopped(Exception):
     """A training was asked to stop, and has saved."""
 
 
-def notice(words: str) -> None:
+def notice(text: str) -> None:
     """Tell the user something that is no error, on the error stream, once in a process."""
-    if words not in _noticed:
-        _noticed.add(words)
-        print(f"mar: note: {message(words)}", file=sys.stderr, flush=True)
+    if text not in _noticed:
+        _noticed.add(text)
+        print(f"mar: note: {message(text)}", file=sys.stderr, flush=True)
 
 
 _noticed: set[str] = set()

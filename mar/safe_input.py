@@ -80,13 +80,13 @@ class PlainLoader(yaml.SafeLoader):
         return value
 
     def _check(self, node: yaml.ScalarNode, pattern: re.Pattern[str]) -> None:
-        words = ""
+        problem = ""
         if len(node.value) > _MOST_DIGITS:
-            words = f"a number of {len(node.value)} characters"
+            problem = f"a number of {len(node.value)} characters"
         elif not pattern.fullmatch(node.value):
-            words = f"{node.value} is not a plain decimal number: write it as 8, 0.5 or 1e-3, or in quotes if it is a name"
-        if words:
-            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+            problem = f"{node.value} is not a plain decimal number: write it as 8, 0.5 or 1e-3, or in quotes if it is a name"
+        if problem:
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
@@ -132,6 +132,6 @@ def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
             parts = node.value if isinstance(node, yaml.SequenceNode) else []
         known[id(node)] = 1 + sum(_count(part, known, above | {id(node)}) for part in parts)
         if known[id(node)] > _MOST_YAML_VALUES:
-            words = f"its aliases stand for more than {_MOST_YAML_VALUES} values"
-            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+            problem = f"its aliases stand for more than {_MOST_YAML_VALUES} values"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     return known[id(node)]

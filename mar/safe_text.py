@@ -47,7 +47,7 @@ def cell(value: Any) -> Any:
     return f"'{value}"
 
 
-def markdown(words: str) -> str:
+def markdown(text: str) -> str:
     """Return words that Markdown shows as they stand: no HTML, no links, no further columns of a table."""
-    safe = re.sub(r"<(?=[A-Za-z/!?])", r"\\<", printable(words).replace("|", "\\|"))
+    safe = re.sub(r"<(?=[A-Za-z/!?])", r"\\<", printable(text).replace("|", "\\|"))
     return safe.replace("](", "]\\(").replace("\n", " ")

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from mar.safe_input import below
-from mar.training.retention import Keep
+from mar.training.retention import RetentionPolicy
 from orchestration.secrets import without_secrets
 
 
@@ -54,15 +54,15 @@ class LaunchConfig(BaseModel):
     """None: as many as the cluster holds."""
     loader_processes: NonNegativeInt = 0
     """Decoding processes of a worker; 0: the worker decodes itself."""
-    max_clips_per_pass: PositiveInt | None = None
+    max_microbatch_clips: PositiveInt | None = None
     """Gradient accumulation: largest forward-backward pass of one worker, clips."""
-    recompute_activations: bool = False
+    activation_checkpointing: bool = False
     """Where memory is short: compute activations again in the backward pass; a third more work."""
     compile: bool = False
     """Compile the model's blocks: half a minute and more at a trial's start; ``mar bench`` on a GPU says whether it pays."""
     checkpoint_every_steps: PositiveInt | None = None
     """Checkpoint inside an epoch too; an epoch's end always has one."""
-    keep: Keep = Keep()
+    keep: RetentionPolicy = RetentionPolicy()
     """Which checkpoints of a trial stay."""
     remote: str | None = None
     """Object store (``s3://…``, ``gs://…``) for checkpoints and results, where the nodes share no disk."""

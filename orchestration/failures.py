@@ -27,51 +27,51 @@ REMEDIES: dict[FailureKind, str] = {
 
 
 @dataclass(frozen=True)
-class Reason:
+class FailureReason:
     """Why a trial was given up."""
 
-    words: str
+    message: str
     kind: FailureKind = "code"
 
     def __str__(self) -> str:
-        return self.words
+        return self.message
 
     def plain(self) -> dict[str, str]:
         """Return it as a trial's process reports it; ``reported`` reads that."""
-        return {"failure": self.words, "failure_kind": self.kind}
+        return {"failure": self.message, "failure_kind": self.kind}
 
 
-def reported(result: Mapping[str, Any]) -> Reason | None:
+def reason_in_report(result: Mapping[str, Any]) -> FailureReason | None:
     """Return the reason in what a trial reported last, if there is one."""
     if "failure" not in result:
         return None
-    return Reason(result["failure"], result["failure_kind"])
+    return FailureReason(result["failure"], result["failure_kind"])
 
 
-def reason_of(error: BaseException) -> Reason:
+def classify_error(error: BaseException) -> FailureReason:
     """Return what kind of failure an error is."""
     if isinstance(error, UserError):
-        return Reason(str(error), "user")
+        return FailureReason(str(error), "user")
     if isinstance(error, Failure):
-        return Reason(str(error), error.kind)
+        return FailureReason(str(error), error.kind)
     if is_full_disk(error):
-        return Reason(f"the disk is full: {first_line(error)}", "disk")
+        return FailureReason(f"the disk is full: {first_line(error)}", "disk")
     if is_out_of_memory(error):
-        return Reason(f"out of memory: {first_line(error)}", "memory")
+        return FailureReason(f"out of memory: {first_line(error)}", "memory")
     if "DataLoader worker (pid" in str(error):
-        return Reason(f"a loader process was lost: {first_line(error)}", "node")
+        return FailureReason(f"a loader process was lost: {first_line(error)}", "node")
     kind: FailureKind = "node" if is_lost_peer(error) else "code"
-    return Reason(f"{type(error).__name__}: {first_line(error)}", kind)
+    return FailureReason(f"{type(error).__name__}: {first_line(error)}", kind)
 
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether another worker of the same training went away in the middle of what they do together."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    words = str(error).lower()
+    text = str(error).lower()
     return bool(
         names & {"DistBackendError", "DistNetworkError", "DistStoreError", "RayActorError"}
     ) or any(
-        sign in words for sign in ("gloo", "nccl", "closed by peer", "connection reset", "tcpstore")
+        sign in text for sign in ("gloo", "nccl", "closed by peer", "connection reset", "tcpstore")
     )
 
 

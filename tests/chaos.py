@@ -70,15 +70,15 @@ _FILES_WITH_TIMES = {"manifest.json", "metrics.json", "history.csv"}
 class Launch:
     """One ``mar run`` and all processes that it starts."""
 
-    def __init__(self, place: Path, words: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(self, workdir: Path, arguments: Sequence[str], environment: dict[str, str]) -> None:
         self.mark = f"{os.getpid()}-{time.monotonic_ns()}"
-        self.place, self.began = place, time.time()
+        self.workdir, self.began = workdir, time.time()
         self.known: set[psutil.Process] = set()
-        self.file = place / "output.txt"
+        self.file = workdir / "output.txt"
         with self.file.open("w") as output:
             self.process = subprocess.Popen(
-                [BIN / "mar", "run", "study.yaml", *words],
-                cwd=place,
+                [BIN / "mar", "run", "study.yaml", *arguments],
+                cwd=workdir,
                 env={**os.environ, **environment, _MARK: self.mark},
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -141,7 +141,7 @@ class Launch:
         """Wait for the first sign of a training; false: it ended before."""
         until = time.monotonic() + _LAUNCH_S
         while not self.has_ended() and time.monotonic() < until:
-            for pulse in self.place.glob("mar_store/trials/*/pulse.json"):
+            for pulse in self.workdir.glob("mar_store/trials/*/pulse.json"):
                 with suppress(OSError):
                     if pulse.stat().st_mtime > self.began:
                         return True
@@ -169,12 +169,12 @@ class Launch:
         while self.alive() and time.monotonic() < until:
             self.look()
             time.sleep(_LOOK_S)
-        words: list[str] = []
+        left_over: list[str] = []
         for process in self.alive():
             with suppress(psutil.Error):
-                words.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
+                left_over.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
                 process.kill()
-        return words
+        return left_over
 
 
 class Servers:
@@ -215,7 +215,7 @@ class Servers:
         }
 
     def start_tracking(self) -> None:
-        words = [
+        arguments = [
             BIN / "mlflow",
             "server",
             "--host",
@@ -225,9 +225,9 @@ class Servers:
             "--workers",
             "1",
         ]
-        words += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
-        words += ["--artifacts-destination", str(self.folder / "artifacts")]
-        self.tracking = self._start(words, "tracking.txt")
+        arguments += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        arguments += ["--artifacts-destination", str(self.folder / "artifacts")]
+        self.tracking = self._start(arguments, "tracking.txt")
 
     def kill_tracking(self) -> None:
         if self.tracking:
@@ -239,9 +239,9 @@ class Servers:
         os.killpg(self.objects.pid, signal.SIGKILL)
         self.objects.wait()
 
-    def _start(self, words: list[str | Path], log: str) -> subprocess.Popen[bytes]:
+    def _start(self, arguments: list[str | Path], log: str) -> subprocess.Popen[bytes]:
         with (self.folder / log).open("a") as file:
-            return subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
+            return subprocess.Popen(arguments, stdout=file, stderr=file, start_new_session=True)
 
 
 def _free_port() -> int:
@@ -264,7 +264,7 @@ class Round:
     """One study in one setting."""
 
     setting: Setting
-    place: Path
+    workdir: Path
     random: random.Random
     most_faults: int
     until: float
@@ -276,14 +276,14 @@ class Round:
     problems: list[str] = field(default_factory=list)
 
     @property
-    def words(self) -> list[str]:
+    def arguments(self) -> list[str]:
         served = (
             ["--tracking-uri", self.servers.address, "--remote", "s3://bucket/mar"]
             if self.servers
             else []
         )
         return [
-            *self.setting.words,
+            *self.setting.arguments,
             *served,
             "--hang-timeout-s",
             "60",
@@ -295,14 +295,14 @@ class Round:
 
     @property
     def store(self) -> Path:
-        return self.place / "mar_store"
+        return self.workdir / "mar_store"
 
     @property
     def output(self) -> str:
-        return (self.place / "output.txt").read_text(errors="replace")
+        return (self.workdir / "output.txt").read_text(errors="replace")
 
-    def problem(self, words: str) -> None:
-        self.problems.append(f"{self.setting.name}: {words}")
+    def problem(self, message: str) -> None:
+        self.problems.append(f"{self.setting.name}: {message}")
 
 
 @dataclass(frozen=True)
@@ -355,16 +355,16 @@ def _paused(name: str, *titles: str) -> Fault:
 def _stop(at: Round, launch: Launch) -> bool:
     served = ["--remote", "s3://bucket/mar"] if at.servers else []
     environment = {**os.environ, **(at.servers.environment() if at.servers else {})}
-    words = [BIN / "mar", "stop", "study", "--store", str(at.store), *served]
-    done = subprocess.run(words, cwd=at.place, env=environment, capture_output=True, text=True)
+    arguments = [BIN / "mar", "stop", "study", "--store", str(at.store), *served]
+    done = subprocess.run(arguments, cwd=at.workdir, env=environment, capture_output=True, text=True)
     return done.returncode == 0
 
 
 def _second_run(at: Round, launch: Launch) -> bool:
     environment = {**os.environ, **(at.servers.environment() if at.servers else {})}
-    words = [BIN / "mar", "run", "study.yaml", *at.words]
+    arguments = [BIN / "mar", "run", "study.yaml", *at.arguments]
     done = subprocess.run(
-        words, cwd=at.place, env=environment, capture_output=True, text=True, timeout=_LAUNCH_S
+        arguments, cwd=at.workdir, env=environment, capture_output=True, text=True, timeout=_LAUNCH_S
     )
     if launch.has_ended():  # it may have had its turn
         return False
@@ -488,7 +488,7 @@ class Setting:
     """How a study is launched, and what may happen to it."""
 
     name: str
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     faults: tuple[Fault, ...]
     workers: int = 1
     own_disk: bool = False
@@ -590,8 +590,8 @@ def run(
             number += 1
             continue
         began = time.monotonic()
-        place = _make_place(folder, f"round{number}")
-        at = Round(setting, place, random.Random(f"{seed} {number}"), faults_a_round, until)
+        workdir = _make_place(folder, f"round{number}")
+        at = Round(setting, workdir, random.Random(f"{seed} {number}"), faults_a_round, until)
         problems = _round(at, undisturbed[setting.workers], tally)
         tally.rounds[setting.name] += 1
         tally.seconds[setting.name] += round(time.monotonic() - began)
@@ -605,25 +605,25 @@ def run(
 
 
 def _undisturbed(folder: Path, workers: int) -> Outcome:
-    place = _make_place(folder, f"undisturbed{workers}")
-    launch = Launch(place, ["--local"] if workers == 1 else ["--workers", str(workers)], {})
+    workdir = _make_place(folder, f"undisturbed{workers}")
+    launch = Launch(workdir, ["--local"] if workers == 1 else ["--workers", str(workers)], {})
     code = launch.end()
     if code != 0 or launch.left():
         raise RuntimeError(f"the undisturbed study ended with {code}: {launch.output}")
-    return _outcome(place, None)[0]
+    return _outcome(workdir, None)[0]
 
 
 def _make_place(folder: Path, name: str) -> Path:
-    place = folder / name
-    place.mkdir()
-    (place / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(folder / "data")))
-    (place / "study.yaml").write_text(_STUDY)
-    return place
+    workdir = folder / name
+    workdir.mkdir()
+    (workdir / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(folder / "data")))
+    (workdir / "study.yaml").write_text(_STUDY)
+    return workdir
 
 
 @contextmanager
-def _disk(place: Path) -> Generator[None]:
-    store = place / "mar_store"
+def _disk(workdir: Path) -> Generator[None]:
+    store = workdir / "mar_store"
     store.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK_MIB}m", "chaos", store], check=True)
     try:
@@ -633,12 +633,12 @@ def _disk(place: Path) -> Generator[None]:
 
 
 def _round(at: Round, undisturbed: Outcome, tally: Tally) -> list[str]:
-    place, setting = at.place, at.setting
+    workdir, setting = at.workdir, at.setting
     if setting.served:
-        at.servers = Servers(place)
+        at.servers = Servers(workdir)
     try:
         if setting.own_disk:
-            with _disk(place):
+            with _disk(workdir):
                 _disturb(at, tally)
                 _compare(at, undisturbed, tally)
         else:
@@ -648,7 +648,7 @@ def _round(at: Round, undisturbed: Outcome, tally: Tally) -> list[str]:
         if at.servers:
             at.servers.close()
     if not at.problems:
-        shutil.rmtree(place)
+        shutil.rmtree(workdir)
     return at.problems
 
 
@@ -656,7 +656,7 @@ def _disturb(at: Round, tally: Tally) -> None:
     """Launch and disturb the study until it is done."""
     faults, until = at.most_faults, at.until
     for _ in range(_MOST_LAUNCHES):
-        launch = Launch(at.place, at.words, at.servers.environment() if at.servers else {})
+        launch = Launch(at.workdir, at.arguments, at.servers.environment() if at.servers else {})
         tally.launches[at.setting.name] += 1
         done: list[str] = []
         while faults and time.monotonic() < until:
@@ -714,9 +714,9 @@ def _judge(at: Round, launch: Launch, code: int | None, done: list[str]) -> None
 
 
 def _compare(at: Round, undisturbed: Outcome, tally: Tally) -> None:
-    outcome, problems = _outcome(at.place, at.servers)
-    for words in problems:
-        at.problem(words)
+    outcome, problems = _outcome(at.workdir, at.servers)
+    for problem in problems:
+        at.problem(problem)
     if outcome.points.keys() != undisturbed.points.keys():
         at.problem(f"trials finished: {sorted(outcome.points)}")
     for trial, metrics in outcome.points.items():
@@ -727,8 +727,8 @@ def _compare(at: Round, undisturbed: Outcome, tally: Tally) -> None:
             if points != wanted:
                 differing = [each for each in points if each not in wanted][:3]
                 missing = [each for each in wanted if each not in points][:3]
-                words = f"{len(points)} points of {len(wanted)}, {differing} for {missing}"
-                at.problem(f"{trial}: {metric}: {words}")
+                problem = f"{len(points)} points of {len(wanted)}, {differing} for {missing}"
+                at.problem(f"{trial}: {metric}: {problem}")
         files, alike = outcome.files[trial], undisturbed.files.get(trial, {})
         others = sorted(
             name for name in files.keys() | alike.keys() if files.get(name) != alike.get(name)
@@ -758,10 +758,10 @@ def _compare(at: Round, undisturbed: Outcome, tally: Tally) -> None:
             at.problem(f"mlflow.db: {sound}")
 
 
-def _outcome(place: Path, servers: Servers | None) -> tuple[Outcome, list[str]]:
+def _outcome(workdir: Path, servers: Servers | None) -> tuple[Outcome, list[str]]:
     """Return what a study came to, and what is wrong with its records."""
     store = Store(
-        LaunchConfig(store=place / "mar_store", tracking_uri=servers.address if servers else None)
+        LaunchConfig(store=workdir / "mar_store", tracking_uri=servers.address if servers else None)
     )
     points: dict[str, dict[str, list[tuple[int, float]]]] = {}
     files: dict[str, dict[str, str]] = {}
@@ -778,7 +778,7 @@ def _outcome(place: Path, servers: Servers | None) -> tuple[Outcome, list[str]]:
         points[trial] = {
             name: [(point.step, point.value) for point in each] for name, each in history.items()
         }
-        result = place / "mar_store" / "trials" / record.key / "result"
+        result = workdir / "mar_store" / "trials" / record.key / "result"
         files[trial] = {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest()
             for file in sorted(result.iterdir())
@@ -802,7 +802,7 @@ def main() -> None:
     settings = [setting for setting in SETTINGS if not given.only or setting.name in given.only]
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     tally = run(
-        folder, given.seed, given.minutes * 60, settings, lambda words: print(words, flush=True)
+        folder, given.seed, given.minutes * 60, settings, lambda line: print(line, flush=True)
     )
     table = tally.table()
     print(f"\n{table}")

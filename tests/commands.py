@@ -17,14 +17,14 @@ def loaders_of(launch: psutil.Process) -> list[psutil.Process]:
     return [each for each in below if each.ppid() in servers]
 
 
-def run_mar(place: Path, *words: str, code: int = 0) -> tuple[str, str]:
+def run_mar(workdir: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
     """Run ``mar`` in a folder; return what it printed, and its errors. It must exit with ``code``."""
     output, errors = io.StringIO(), io.StringIO()
     before = sys.argv
     try:
-        sys.argv = ["mar", *words]
+        sys.argv = ["mar", *arguments]
         with (
-            contextlib.chdir(place),
+            contextlib.chdir(workdir),
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(errors),
         ):

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from mar.config.overrides import build, merge
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.data.motion_verbs import MotionVerbs, make
 
 torch.set_num_threads(1)
@@ -91,10 +91,10 @@ def s3() -> Iterator[None]:
 
 
 @pytest.fixture
-def tiny(videos: Path) -> Callable[..., ExperimentConfig]:
+def tiny(videos: Path) -> Callable[..., TrainingConfig]:
     """Tiny settings, with overrides: ``tiny({"mask.ratio": 0.75})``."""
 
-    def settings(overrides: dict[str, Any] | None = None) -> ExperimentConfig:
+    def settings(overrides: dict[str, Any] | None = None) -> TrainingConfig:
         return build(merge(tiny_tree(videos), overrides or {}))
 
     return settings

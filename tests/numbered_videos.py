@@ -63,10 +63,10 @@ def write_numbered(
         stream.bit_rate = 1_000_000
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
-        for place, number in enumerate(numbers):
+        for workdir, number in enumerate(numbers):
             frame = av.VideoFrame.from_ndarray(picture(number, side), format="rgb24")
             if times is not None:
-                frame.pts = times[place]
+                frame.pts = times[workdir]
                 frame.time_base = Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

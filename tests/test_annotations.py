@@ -212,8 +212,8 @@ CLIP = ClipConfig(frames=8, size=16)
 
 
 def test_a_check_finds_each_kind_of_fault(odd: DataConfig) -> None:
-    told: list[tuple[int, int]] = []
-    report = check_data(odd, CLIP, 2, lambda done, total: told.append((done, total)))
+    output: list[tuple[int, int]] = []
+    report = check_data(odd, CLIP, 2, lambda done, total: output.append((done, total)))
     assert {(each.split, each.video, each.kind) for each in report.findings} == {
         ("train", "broken.mp4", "unreadable"),
         ("train", "gone.mp4", "missing"),
@@ -228,7 +228,7 @@ def test_a_check_finds_each_kind_of_fault(odd: DataConfig) -> None:
     assert report.per_class == {"train": {"0": 1, "1": 0}, "val": {"0": 2, "1": 1}}
     assert not report.is_sound
     assert report.fingerprint is None
-    assert told[-1] == (6, 6)
+    assert output[-1] == (6, 6)
     assert "none of 1" in report_text(report)
 
 
@@ -242,7 +242,7 @@ def test_a_short_video_is_said_but_is_no_fault_and_the_fingerprint_is_the_trials
     report = check_data(data, ClipConfig(frames=16, size=16), 1, lambda *_: None)
     assert report.is_sound
     assert report.counts["val"]["short"] == 8
-    assert report.findings[0].words == "8 frames, a clip takes 16"
+    assert report.findings[0].message == "8 frames, a clip takes 16"
     assert report.fingerprint == fingerprint(data)
 
 
@@ -265,9 +265,9 @@ def test_the_command_ends_with_1_when_something_is_wrong_and_lists_it(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def run(*words: str) -> Any:
+    def run(*arguments: str) -> Any:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr("sys.argv", ["mar", "data", "check", *words])
+            patch.setattr("sys.argv", ["mar", "data", "check", *arguments])
             main()
         return ended.value.code or 0
 

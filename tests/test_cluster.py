@@ -248,10 +248,10 @@ def commands() -> list[tuple[str, str]]:
         lines = re.findall(
             r"(?<![\w/.-])(mar (?:run|submit|jobs|plan|status|stop|ui)\b[^\n`|)#']*)", text
         )
-        place = str(path.relative_to(CLUSTER))
-        told = [line.split("     ")[0].split(" && ")[0].strip() for line in lines]
+        workdir = str(path.relative_to(CLUSTER))
+        output = [line.split("     ")[0].split(" && ")[0].strip() for line in lines]
         found += [
-            (place, line) for line in told if len(line.split()) > 2
+            (workdir, line) for line in output if len(line.split()) > 2
         ]  # a verb alone is a mention
     return found
 
@@ -269,17 +269,17 @@ def test_every_command_in_the_files_is_one_that_mar_has(name: str, line: str) ->
     values |= {"MAR_STORE:-$root/mar_store": "/mar/store", "MAR_TRACKING_URI": "http://mlflow:5000"}
     for variable, value in values.items():
         line = line.replace(f"${{{variable}}}", value).replace(f"${variable}", value)
-    _, verb, *words = [word for word in shlex.split(line) if word]
+    _, verb, *arguments = [word for word in shlex.split(line) if word]
     group = typer.main.get_command(app)
     command = group.commands[verb]
-    command.make_context(verb, words)
+    command.make_context(verb, arguments)
     if (
-        verb == "submit" and "--address" in words
+        verb == "submit" and "--address" in arguments
     ):  # what mar submit looks at before it asks the cluster
-        address = words.index("--address")
-        check_submission(words[0], words[1:address] + words[address + 2 :])
-    if verb == "run" and "--address" in words and words[0] != "quickstart":
-        assert any(word.startswith("data.root=/") for word in words), (
+        address = arguments.index("--address")
+        check_submission(arguments[0], arguments[1:address] + arguments[address + 2 :])
+    if verb == "run" and "--address" in arguments and arguments[0] != "quickstart":
+        assert any(word.startswith("data.root=/") for word in arguments), (
             "a job's working folder is another"
         )
 

@@ -57,13 +57,13 @@ class Cluster:
         self.start_head()
 
     def start_head(self) -> None:
-        words = [
+        arguments = [
             "--head",
             f"--port={self.port}",
             f"--dashboard-host={HERE}",
             f"--dashboard-port={DASHBOARD}",
         ]
-        self._start("head", [*words, "--num-cpus=0", f"--node-ip-address={HERE}"])
+        self._start("head", [*arguments, "--num-cpus=0", f"--node-ip-address={HERE}"])
 
     @property
     def address(self) -> str:
@@ -102,12 +102,12 @@ class Cluster:
             self.kill(name)
 
     def alive(self) -> list[str]:
-        told = json.loads(
+        output = json.loads(
             ray("list", "nodes", "--format=json", "--address", f"http://{HERE}:{DASHBOARD}")
         )
         return [
             node["node_id"]
-            for node in told
+            for node in output
             if node["state"] == "ALIVE" and not node["is_head_node"]
         ]
 
@@ -122,9 +122,9 @@ class Cluster:
                 kill(process)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, name: str, words: list[str], *before: str) -> None:
+    def _start(self, name: str, arguments: list[str], *before: str) -> None:
         (self.folder / name).mkdir(exist_ok=True)
-        ray("start", *words, *NODE, f"--temp-dir={self.folder / name}", before=before)
+        ray("start", *arguments, *NODE, f"--temp-dir={self.folder / name}", before=before)
         self.nodes.append(name)
 
 
@@ -140,10 +140,14 @@ def children(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def ray(*words: str, before: tuple[str, ...] = ()) -> str:
+def ray(*arguments: str, before: tuple[str, ...] = ()) -> str:
     environment = {**os.environ, **RAY}
     done = subprocess.run(
-        [*before, BIN / "ray", *words], env=environment, capture_output=True, text=True, timeout=120
+        [*before, BIN / "ray", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -178,7 +182,7 @@ def s3() -> Generator[None]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, videos: Path) -> Path:
+def workdir(tmp_path: Path, videos: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
     (tmp_path / "tiny.yaml").write_text(STUDY)
     return tmp_path
@@ -187,8 +191,8 @@ def place(tmp_path: Path, videos: Path) -> Path:
 class Running:
     """``mar run`` of the study's first trial in the background."""
 
-    def __init__(self, cluster: Cluster, place: Path, *words: str, epochs: int) -> None:
-        self.place, self.log = place, place / "out.txt"
+    def __init__(self, cluster: Cluster, workdir: Path, *arguments: str, epochs: int) -> None:
+        self.workdir, self.log = workdir, workdir / "out.txt"
         given = [
             "run",
             "tiny.yaml",
@@ -196,12 +200,12 @@ class Running:
             "--only",
             "ρ=50 %",
             "--store",
-            str(place / "store"),
+            str(workdir / "store"),
         ]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [BIN / "mar", *given, "--address", cluster.address, *words],
-                cwd=place,
+                [BIN / "mar", *given, "--address", cluster.address, *arguments],
+                cwd=workdir,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **RAY},
@@ -223,25 +227,25 @@ class Running:
         return self.log.read_text()
 
 
-def trial_of(place: Path) -> RunRecord:
-    (record,) = Store(LaunchConfig(store=place / "store")).trials()
+def trial_of(workdir: Path) -> RunRecord:
+    (record,) = Store(LaunchConfig(store=workdir / "store")).trials()
     return record
 
 
-def losses_of(place: Path) -> list[tuple[int, float]]:
-    client = Store(LaunchConfig(store=place / "store")).client
+def losses_of(workdir: Path) -> list[tuple[int, float]]:
+    client = Store(LaunchConfig(store=workdir / "store")).client
     return [
         (point.step, point.value)
-        for point in client.get_metric_history(trial_of(place).run_id, "train/loss")
+        for point in client.get_metric_history(trial_of(workdir).run_id, "train/loss")
     ]
 
 
-def undisturbed(place: Path, epochs: int) -> list[tuple[int, float]]:
-    other = place / "undisturbed"
+def undisturbed(workdir: Path, epochs: int) -> list[tuple[int, float]]:
+    other = workdir / "undisturbed"
     other.mkdir()
     for name in ("recipe.yaml", "tiny.yaml"):
-        shutil.copy(place / name, other)
-    words = [
+        shutil.copy(workdir / name, other)
+    arguments = [
         "run",
         "tiny.yaml",
         f"recipe.epochs={epochs}",
@@ -251,15 +255,17 @@ def undisturbed(place: Path, epochs: int) -> list[tuple[int, float]]:
         "--store",
         "store",
     ]
-    subprocess.run([BIN / "mar", *words], cwd=other, check=True, capture_output=True, timeout=250)
+    subprocess.run(
+        [BIN / "mar", *arguments], cwd=other, check=True, capture_output=True, timeout=250
+    )
     return losses_of(other)
 
 
 def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(
-    cluster: Cluster, place: Path
+    cluster: Cluster, workdir: Path
 ) -> None:
     cluster.has(1)
-    running = Running(cluster, place, "--retries", "2", epochs=30)
+    running = Running(cluster, workdir, "--retries", "2", epochs=30)
     running.gets_on()
     (worker,) = cluster.processes("ray::RayTrainWorker")
     worker.kill()
@@ -267,16 +273,16 @@ def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(
     (driver,) = cluster.processes("ray::LaneTrial")
     driver.kill()
     running.ends_well()
-    assert losses_of(place) == undisturbed(place, 30)
+    assert losses_of(workdir) == undisturbed(workdir, 30)
 
 
 @pytest.mark.cluster
 def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure(
-    cluster: Cluster, place: Path
+    cluster: Cluster, workdir: Path
 ) -> None:
     cluster.loses_all_nodes()
     node = cluster.join("spot")
-    running = Running(cluster, place, "--retries", "0", epochs=40)
+    running = Running(cluster, workdir, "--retries", "0", epochs=40)
     running.gets_on()
     reason = [
         "--reason",
@@ -287,23 +293,23 @@ def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure
         "8",
     ]
     ray("drain-node", "--address", cluster.address, "--node-id", node, *reason)
-    log = next(place.glob("store/trials/*/logs/worker0.txt"))
+    log = next(workdir.glob("store/trials/*/logs/worker0.txt"))
     wait_for(lambda: "a node of this trial is to go: saving at step" in log.read_text())
     cluster.kill("spot")
     cluster.join("another")
     running.ends_well()
-    assert losses_of(place) == undisturbed(place, 40)
+    assert losses_of(workdir) == undisturbed(workdir, 40)
 
 
 @pytest.mark.cluster
-def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, place: Path) -> None:
+def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, workdir: Path) -> None:
     cluster.has(1)
     cluster.join("third")
     running = Running(
-        cluster, place, "--workers", "2", "--min-workers", "1", "--resize-s", "5", epochs=600
+        cluster, workdir, "--workers", "2", "--min-workers", "1", "--resize-s", "5", epochs=600
     )
     running.gets_on()
-    log = next(place.glob("store/trials/*/logs/worker0.txt"))
+    log = next(workdir.glob("store/trials/*/logs/worker0.txt"))
 
     def sizes() -> list[str]:
         return re.findall(r"worker 0 of (\d)", log.read_text())
@@ -316,12 +322,12 @@ def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, pl
     cluster.join("fourth")
     wait_for(lambda: sizes()[-1] == "2")
     running.gets_on()
-    subprocess.run([BIN / "mar", "stop", "tiny", "--store", place / "store"], check=True)
+    subprocess.run([BIN / "mar", "stop", "tiny", "--store", workdir / "store"], check=True)
     assert running.process.wait(timeout=120) == 1, running.log.read_text()
-    assert trial_of(place).status == "KILLED"
-    epochs = [epoch for epoch, _ in losses_of(place)]
+    assert trial_of(workdir).status == "KILLED"
+    epochs = [epoch for epoch, _ in losses_of(workdir)]
     assert epochs == list(range(1, len(epochs) + 1)), "each once"
-    progress = json.loads(max(place.glob("store/trials/*/step_*/manifest.json")).read_text())[
+    progress = json.loads(max(workdir.glob("store/trials/*/step_*/manifest.json")).read_text())[
         "progress"
     ]
     assert progress["step"] // 2 == len(progress["history"]), (
@@ -331,10 +337,10 @@ def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, pl
 
 @pytest.mark.cluster
 def test_a_head_that_is_lost_with_all_that_ran_on_it_loses_no_epoch(
-    cluster: Cluster, place: Path
+    cluster: Cluster, workdir: Path
 ) -> None:
     cluster.has(1)
-    running = Running(cluster, place, epochs=40)
+    running = Running(cluster, workdir, epochs=40)
     running.gets_on()
     running.process.kill()  # what the head's machine ran: the launch too
     cluster.kill("head")
@@ -343,40 +349,40 @@ def test_a_head_that_is_lost_with_all_that_ran_on_it_loses_no_epoch(
     )
     cluster.start_head()
     cluster.join("fifth")
-    Running(cluster, place, epochs=40).ends_well()
-    assert losses_of(place) == undisturbed(place, 40)
+    Running(cluster, workdir, epochs=40).ends_well()
+    assert losses_of(workdir) == undisturbed(workdir, 40)
 
 
 @pytest.mark.cluster
 def test_nodes_that_share_no_disk_train_together_and_another_goes_on_for_one(
-    cluster: Cluster, place: Path, s3: None
+    cluster: Cluster, workdir: Path, s3: None
 ) -> None:
-    (place / "store").mkdir()
+    (workdir / "store").mkdir()
     own_disk = [
         "unshare",
         "--mount",
         "bash",
         "-c",
-        f'mount -t tmpfs none {place}/store && exec "$@"',
+        f'mount -t tmpfs none {workdir}/store && exec "$@"',
         "--",
     ]
     cluster.loses_all_nodes()
     cluster.join("sixth", *own_disk)
     cluster.join("seventh", *own_disk)
-    words = ["--workers", "2", "--retries", "3", "--remote", "s3://bucket/store"]
-    running = Running(cluster, place, *words, epochs=60)
+    arguments = ["--workers", "2", "--retries", "3", "--remote", "s3://bucket/store"]
+    running = Running(cluster, workdir, *arguments, epochs=60)
     running.gets_on()
-    assert not list(place.glob("store/trials/*/step_*")), "its disk is another"
-    stop = ["stop", "tiny", "--store", place / "store", "--remote", "s3://bucket/store"]
+    assert not list(workdir.glob("store/trials/*/step_*")), "its disk is another"
+    stop = ["stop", "tiny", "--store", workdir / "store", "--remote", "s3://bucket/store"]
     subprocess.run([BIN / "mar", *stop], check=True, env={**os.environ, **RAY})
     assert running.process.wait(timeout=120) == 1, running.log.read_text()
-    running = Running(cluster, place, *words, epochs=60)  # no node's disk remembers that wish
+    running = Running(cluster, workdir, *arguments, epochs=60)  # no node's disk remembers that wish
     running.gets_on()
     cluster.kill("sixth")
     cluster.join("eighth", *own_disk)
     running.ends_well()
-    assert [epoch for epoch, _ in losses_of(place)] == list(range(1, 61))
-    assert {path.name for path in place.glob("store/trials/*/logs/*")} == {
+    assert [epoch for epoch, _ in losses_of(workdir)] == list(range(1, 61))
+    assert {path.name for path in workdir.glob("store/trials/*/logs/*")} == {
         "worker0.txt",
         "worker1.txt",
     }

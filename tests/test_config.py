@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mar.config.overrides import SETTING_PATHS, SettingError, build, flatten, merge
-from mar.config.schema import ExperimentConfig
-from orchestration.studies.identity import completed, identity
+from mar.config.schema import TrainingConfig
+from orchestration.studies.identity import identity, with_defaults_filled
 
 
 def test_an_unknown_setting_names_its_nearest_neighbour() -> None:
@@ -17,7 +17,7 @@ def test_an_unknown_setting_names_its_nearest_neighbour() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "words"),
+    ("path", "value", "message"),
     [
         ("mask.ratio", 1.0, "mask.ratio: must be less than 1, not 1.0"),
         ("mask.strategy", "cells", "mask.strategy: must be 'cell', 'random'"),
@@ -36,15 +36,15 @@ def test_an_unknown_setting_names_its_nearest_neighbour() -> None:
     ],
 )
 def test_a_bad_value_names_its_path_and_the_rule_it_breaks(
-    path: str, value: object, words: str
+    path: str, value: object, message: str
 ) -> None:
     with pytest.raises(SettingError) as caught:
         build(merge({}, {path: value}))
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_the_papers_defaults_are_the_defaults() -> None:
-    settings = ExperimentConfig()
+    settings = TrainingConfig()
     assert settings.grid == (8, 14, 14)
     assert (settings.mask.strategy, settings.mask.ratio, settings.mask.cell) == (
         "cell",
@@ -60,7 +60,7 @@ def test_the_papers_defaults_are_the_defaults() -> None:
 
 def test_nothing_can_be_changed_after_construction() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        ExperimentConfig().mask.ratio = 0.75  # pyright: ignore[reportAttributeAccessIssue]
+        TrainingConfig().mask.ratio = 0.75  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_every_setting_is_explained() -> None:
@@ -73,7 +73,7 @@ def test_every_setting_is_explained() -> None:
                 missing.append(f"{prefix}{name}")
         return missing
 
-    assert unexplained(ExperimentConfig) == []
+    assert unexplained(TrainingConfig) == []
 
 
 @given(
@@ -81,13 +81,13 @@ def test_every_setting_is_explained() -> None:
         [
             path
             for path in SETTING_PATHS
-            if path in flatten(ExperimentConfig().model_dump(mode="json"))
+            if path in flatten(TrainingConfig().model_dump(mode="json"))
         ]
     )
 )
 def test_writing_out_a_default_changes_nothing(path: str) -> None:
-    default = flatten(ExperimentConfig().model_dump(mode="json"))[path]
-    assert build(merge({}, {path: default})) == ExperimentConfig()
+    default = flatten(TrainingConfig().model_dump(mode="json"))[path]
+    assert build(merge({}, {path: default})) == TrainingConfig()
 
 
 def test_settings_survive_json() -> None:
@@ -105,12 +105,12 @@ def test_the_place_of_the_data_is_not_part_of_a_trials_identity_and_its_content_
 
 
 def test_a_setting_added_later_and_left_at_its_default_makes_no_difference() -> None:
-    now = identity(ExperimentConfig(), "content")
+    now = identity(TrainingConfig(), "content")
     before = json.loads(now)
     del before["mask"]["spatial"]
-    assert completed(json.dumps(before)) == now
+    assert with_defaults_filled(json.dumps(before)) == now
     before["mask"]["ratio"] = 0.25
-    assert completed(json.dumps(before)) != now
+    assert with_defaults_filled(json.dumps(before)) != now
 
 
 def test_a_mask_that_rounds_to_everything_is_refused_and_one_that_rounds_to_nothing_reconstructs_nothing() -> (

@@ -8,7 +8,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 
 from mar.config.overrides import build, merge
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.model import layers
 from mar.model.flops import cost
 from mar.model.mar import MAR
@@ -64,7 +64,7 @@ def test_a_counter_that_is_not_ours_counts_the_same(
     ],
 )
 def test_parameters_are_counted_as_the_model_has_them(
-    tiny: Callable[..., ExperimentConfig], overrides: dict[str, Any]
+    tiny: Callable[..., TrainingConfig], overrides: dict[str, Any]
 ) -> None:
     settings = tiny(overrides)
     model = MAR(settings)

@@ -18,7 +18,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset
 
 from mar.augmentation.augment import draw_erased, erase, flip, mix, soft_labels, swapped
-from mar.config.schema import AugmentConfig, ClipConfig, DataConfig, ExperimentConfig
+from mar.config.schema import AugmentConfig, ClipConfig, DataConfig, TrainingConfig
 from mar.data.annotations import class_names, fingerprint, read_split
 from mar.data.dataset import (
     EvaluationClips,
@@ -34,11 +34,11 @@ from mar.data.dataset import (
 from mar.data.decoders import BrokenVideo, decode_with, write_video
 from mar.data.motion_verbs import FRAMES_PER_S, PHOTOS, VERBS, MotionVerbs, make
 from mar.data.sampling import Reader, evaluation_frames, training_frames
-from mar.distributed import Share
+from mar.distributed import WorkerRank
 from mar.errors import Failure, UserError
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 
-Settings = Callable[..., ExperimentConfig]
+Settings = Callable[..., TrainingConfig]
 
 
 def list_data(root: Path, text: str, num_classes: int = 2) -> DataConfig:
@@ -119,7 +119,7 @@ def test_a_list_file_is_read_with_commas_spaces_and_a_path_with_spaces(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("b.mp4", "train.txt:2: expected a path and a class number"),
         ("b.mp4 one", "train.txt:2: expected a path and a class number"),
@@ -128,10 +128,10 @@ def test_a_list_file_is_read_with_commas_spaces_and_a_path_with_spaces(tmp_path:
         ("/etc/passwd 1", "train.txt:2: /etc/passwd leaves the video folder"),
     ],
 )
-def test_a_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str, words: str) -> None:
+def test_a_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         read_split(list_data(tmp_path, f"a.mp4 0\n{line}\n"), "train")
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_link_in_the_data_root_is_followed_and_a_path_that_climbs_out_of_it_is_not(
@@ -401,7 +401,7 @@ def test_test_views_are_clips_times_crops_and_shuffling_keeps_the_frames(tiny: S
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 1000))
 def test_a_random_crop_lies_in_the_frame(height: int, width: int, seed: int) -> None:
-    top, left, h, w = random_box(height, width, ExperimentConfig(), np.random.default_rng(seed))
+    top, left, h, w = random_box(height, width, TrainingConfig(), np.random.default_rng(seed))
     assert top >= 0 and left >= 0 and h > 0 and w > 0
     assert top + h <= height and left + w <= width
 
@@ -410,19 +410,19 @@ def test_a_random_crop_lies_in_the_frame(height: int, width: int, seed: int) -> 
 def test_every_epoch_sees_each_video_at_most_once_and_workers_share_a_batch(
     num_videos: int, world: int, first_step: int
 ) -> None:
-    settings = ExperimentConfig.model_validate({"recipe": {"epochs": 3, "batch_size": 8}})
-    whole = list(TrainingOrder(settings, num_videos, Share()))
+    settings = TrainingConfig.model_validate({"recipe": {"epochs": 3, "batch_size": 8}})
+    whole = list(TrainingOrder(settings, num_videos, WorkerRank()))
     shares = [
-        list(TrainingOrder(settings, num_videos, Share(rank, world))) for rank in range(world)
+        list(TrainingOrder(settings, num_videos, WorkerRank(rank, world))) for rank in range(world)
     ]
     assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
-    assert all(len(part) % 2 == 0 for share in shares for part in share)
+    assert all(len(part) % 2 == 0 for worker_rank in shares for part in worker_rank)
     per_epoch = num_videos // 8
     for epoch in range(3):
         keys = sum(whole[epoch * per_epoch : (epoch + 1) * per_epoch], [])
         assert len(set(keys)) == per_epoch * 8
         assert {key[1] for key in keys} == {epoch}
-    assert list(TrainingOrder(settings, num_videos, Share(), first_step)) == whole[first_step:]
+    assert list(TrainingOrder(settings, num_videos, WorkerRank(), first_step)) == whole[first_step:]
 
 
 # Augmentation
@@ -535,7 +535,7 @@ def test_repeats_are_other_frames_or_the_same_frames_cropped_anew(
         assert all(pair.shape == (2, 4, 16, 16, 3) for pair in pairs)
         assert all(torch.equal(pair[0], pair[1]) for pair in pairs) == are_equal
     settings = tiny({"augment.repeats": 2})
-    assert TrainingOrder(settings, 16, Share()).steps_per_epoch == 4
+    assert TrainingOrder(settings, 16, WorkerRank()).steps_per_epoch == 4
     batch = one_after_another(
         collate([TrainingClips(settings, split)[(index, 0)] for index in (0, 1, 2, 3)])
     )

@@ -18,7 +18,7 @@ from mar.data.sampling import Reader
 from mar.errors import UserError
 
 WITH_TORCHCODEC = pytest.mark.skipif(
-    bool(decoders.fault_of("torchcodec")), reason="torchcodec does not work here"
+    bool(decoders.probe_decoder("torchcodec")), reason="torchcodec does not work here"
 )
 
 
@@ -35,15 +35,15 @@ def test_a_common_file_is_read_by_the_decoder_that_was_chosen_and_its_pixels_are
 
 
 def test_a_decoder_is_proved_by_decoding_not_by_importing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decoders.best() == ("decord" if decoders.fault_of("torchcodec") else "torchcodec"), (
-        "the faster one"
-    )
+    assert decoders.best() == (
+        "decord" if decoders.probe_decoder("torchcodec") else "torchcodec"
+    ), "the faster one"
 
     def broken(path: Path) -> Frames:
         raise RuntimeError("libavutil.so.57: cannot open shared object file\nand much more")
 
     decoders.best.cache_clear()
-    decoders.fault_of.cache_clear()
+    decoders.probe_decoder.cache_clear()
     monkeypatch.setattr(decoders, "_JUMPING", {"decord": broken, "torchcodec": broken})
     try:
         assert decoders.best() == "pyav"
@@ -55,7 +55,7 @@ def test_a_decoder_is_proved_by_decoding_not_by_importing(monkeypatch: pytest.Mo
         decoders.check("auto")
     finally:
         decoders.best.cache_clear()
-        decoders.fault_of.cache_clear()
+        decoders.probe_decoder.cache_clear()
 
 
 def test_a_decoder_that_fails_in_the_middle_is_followed_by_pyav(tmp_path: Path) -> None:
@@ -73,8 +73,8 @@ def test_a_failing_disk_is_not_taken_for_a_shorter_video(
     opened = av.open
 
     class Failing:
-        def __init__(self, *words: Any, **options: Any) -> None:
-            self.container = opened(*words, **options)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self.container = opened(*arguments, **options)
 
         def __enter__(self) -> "Failing":
             return self
@@ -111,11 +111,11 @@ def test_a_pool_that_has_died_meanwhile_is_made_anew(monkeypatch: pytest.MonkeyP
     """Between two results it may die while nobody waits for it: the next item cannot be submitted then."""
     submit, calls = ProcessPoolExecutor.submit, [0]
 
-    def dying(pool: ProcessPoolExecutor, *words: Any) -> Any:
+    def dying(pool: ProcessPoolExecutor, *arguments: Any) -> Any:
         calls[0] += 1
         if calls[0] == 6:
             raise BrokenProcessPool("a child process terminated abruptly")
-        return submit(pool, *words)
+        return submit(pool, *arguments)
 
     monkeypatch.setattr(ProcessPoolExecutor, "submit", dying)
     assert list(process_pool.each(abs, range(10), 2, lambda number: -1)) == list(range(10))

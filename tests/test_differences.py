@@ -93,9 +93,9 @@ def test_diff_prints_for_people_and_for_programs(
     assert capsys.readouterr().out == "equal: no setting differs\n"
 
 
-def run(*words: str) -> None:
+def run(*arguments: str) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr("sys.argv", ["mar", *words])
+        patch.setattr("sys.argv", ["mar", *arguments])
         main()
     assert not ended.value.code
 

@@ -11,8 +11,8 @@ import torch
 from test_pretrained import classifying, clips, pretraining, saved
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
-from mar.config.overrides import build, merge, placeless
-from mar.config.schema import ExperimentConfig
+from mar.config.overrides import build, merge, without_paths
+from mar.config.schema import TrainingConfig
 from mar.errors import Failure, UserError
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask
@@ -30,7 +30,7 @@ SMALL = {
 }
 
 
-def weights_of(settings: ExperimentConfig) -> Weights:
+def weights_of(settings: TrainingConfig) -> Weights:
     """A model whose weights are random everywhere, key biases and norms too."""
     torch.manual_seed(0)
     state = {
@@ -58,7 +58,7 @@ def test_a_written_model_comes_back_exactly(overrides: dict[str, object], tmp_pa
     back = read_weights(str(tmp_path / "model"))
     assert back.tensors.keys() == weights.tensors.keys()
     assert all(torch.equal(back.tensors[name], weights.tensors[name]) for name in back.tensors)
-    assert placeless(model_settings(back)) == placeless(settings)
+    assert without_paths(model_settings(back)) == without_paths(settings)
     assert not load(MAR(settings), back, settings, EVERYTHING).initialised
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"{settings.test_ratio:.0%}" in card
@@ -165,10 +165,10 @@ def test_a_models_folder_says_what_it_is(tmp_path: Path) -> None:
     assert "root" not in config["settings"]["data"]
 
 
-def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Run the command; returns its exit code, what it printed and what it complained of."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr("sys.argv", ["mar", *words])
+        patch.setattr("sys.argv", ["mar", *arguments])
         main()
     printed = capsys.readouterr()
     return int(ended.value.code or 0), printed.out, printed.err
@@ -214,7 +214,7 @@ def test_a_model_that_differs_in_onnx_is_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
         ({"encoder.depth": 1}, r"too many: encoder\.blocks\.1\."),
         ({"encoder.depth": 3}, r"missing: encoder\.blocks\.2\..* The file has encoder\.depth=2"),
@@ -223,12 +223,12 @@ def test_a_model_that_differs_in_onnx_is_not_written(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_do_not_fit_a_folder_of_ours_are_said(
-    overrides: dict[str, object], words: str, tmp_path: Path
+    overrides: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     settings = build(SMALL)
     write_model(tmp_path / "model", weights_of(settings), settings)
     weights = read_weights(str(tmp_path / "model"))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         write_model(tmp_path / "new", weights, model_settings(weights, overrides))
 
 

@@ -23,20 +23,20 @@ from commands import loaders_of
 from conftest import tiny_tree
 from test_run import mar as here
 
-from mar.atomic_dir import write_sealed, write_text
-from mar.config.schema import ExperimentConfig
+from mar.atomic_dir import write_atomic_dir, write_text
+from mar.config.schema import TrainingConfig
 from mar.errors import Failure, UserError
 from mar.training import checkpoint
 from mar.training.loop import fit
 from mar.training.step import Execution
 from orchestration.config import LaunchConfig
-from orchestration.execution.lock import only_one
+from orchestration.execution.lock import study_lock
 from orchestration.execution.status import stop
 from orchestration.studies.loader import read_study
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
 from orchestration.worker import trial_runner
-from orchestration.worker.spec import assign
+from orchestration.worker.spec import build_trial_spec
 
 BIN = Path(sys.executable).parent
 _ROOM_MIB = 13 * 1024
@@ -50,16 +50,16 @@ table: {columns: [top1]}
 
 
 @pytest.fixture
-def place(tmp_path: Path, videos: Path) -> Path:
+def workdir(tmp_path: Path, videos: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
     (tmp_path / "tiny.yaml").write_text(STUDY)
     return tmp_path
 
 
-def begin(place: Path, *words: str) -> subprocess.Popen[str]:
+def begin(workdir: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [BIN / "mar", *words],
-        cwd=place,
+        [BIN / "mar", *arguments],
+        cwd=workdir,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -72,12 +72,12 @@ def end(process: subprocess.Popen[str], code: int) -> str:
     return output
 
 
-def mar(place: Path, *words: str, code: int = 0) -> str:
-    return end(begin(place, *words), code)
+def mar(workdir: Path, *arguments: str, code: int = 0) -> str:
+    return end(begin(workdir, *arguments), code)
 
 
-def records(place: Path, store: str = "mar_store") -> list[RunRecord]:
-    return Store(LaunchConfig(store=place / store)).trials()
+def records(workdir: Path, store: str = "mar_store") -> list[RunRecord]:
+    return Store(LaunchConfig(store=workdir / store)).trials()
 
 
 def wait_for(there: Callable[[], object], timeout_s: float = 60) -> None:
@@ -87,9 +87,9 @@ def wait_for(there: Callable[[], object], timeout_s: float = 60) -> None:
         time.sleep(0.05)
 
 
-def losses(place: Path, store: str) -> dict[str, list[tuple[int, float]]]:
-    client = Store(LaunchConfig(store=place / store)).client
-    found = {record.tags["labels"]: record.run_id for record in records(place, store)}
+def losses(workdir: Path, store: str) -> dict[str, list[tuple[int, float]]]:
+    client = Store(LaunchConfig(store=workdir / store)).client
+    found = {record.tags["labels"]: record.run_id for record in records(workdir, store)}
     return {
         label: [
             (point.step, point.value) for point in client.get_metric_history(run_id, "train/loss")
@@ -101,39 +101,39 @@ def losses(place: Path, store: str) -> dict[str, list[tuple[int, float]]]:
 @pytest.mark.cluster
 @pytest.mark.parametrize("how", ["mar stop", "SIGTERM"])
 def test_a_study_that_is_stopped_saves_first_and_goes_on_as_if_nothing_had_been(
-    place: Path, how: str
+    workdir: Path, how: str
 ) -> None:
-    words = ["run", "tiny.yaml", "recipe.epochs=90", "--only", "ρ=50 %", "--local"]
-    running = begin(place, *words)
-    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+    arguments = ["run", "tiny.yaml", "recipe.epochs=90", "--only", "ρ=50 %", "--local"]
+    running = begin(workdir, *arguments)
+    wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     if how == "mar stop":
-        wait_for(lambda: list(place.glob("mar_store/trials/*/pulse.json")))
-        told = here(place, "status")
-        assert re.search(rf"running: process {running.pid} on .*, about \d+\.\d min left", told)
-        assert re.search(r"50 % \(seed 0\): step \d+/180, .* clips/s, about .* \(CPU on ", told)
-        assert "tiny stops as soon as its trials have saved" in here(place, "stop", "tiny")
+        wait_for(lambda: list(workdir.glob("mar_store/trials/*/pulse.json")))
+        output = here(workdir, "status")
+        assert re.search(rf"running: process {running.pid} on .*, about \d+\.\d min left", output)
+        assert re.search(r"50 % \(seed 0\): step \d+/180, .* clips/s, about .* \(CPU on ", output)
+        assert "tiny stops as soon as its trials have saved" in here(workdir, "stop", "tiny")
     else:
         running.send_signal(signal.SIGTERM)
     assert "stopped with 1 trials unfinished; run the same command to go on" in end(running, 1)
-    assert {record.status for record in records(place)} == {"KILLED"}
-    assert "not running" in here(place, "status")
+    assert {record.status for record in records(workdir)} == {"KILLED"}
+    assert "not running" in here(workdir, "status")
     if how == "SIGTERM":
         return
-    here(place, *words)
-    here(place, *words, "--store", "undisturbed")
-    assert losses(place, "mar_store") == losses(place, "undisturbed")
+    here(workdir, *arguments)
+    here(workdir, *arguments, "--store", "undisturbed")
+    assert losses(workdir, "mar_store") == losses(workdir, "undisturbed")
 
 
-def test_nobody_to_stop_is_said(place: Path) -> None:
-    assert "the study tiny is not being run" in here(place, "stop", "tiny", code=2)
-    assert "no tracking store in" in here(place, "status", code=2)
+def test_nobody_to_stop_is_said(workdir: Path) -> None:
+    assert "the study tiny is not being run" in here(workdir, "stop", "tiny", code=2)
+    assert "no tracking store in" in here(workdir, "status", code=2)
 
 
-def test_a_loss_that_is_not_finite_stops_its_trial_before_the_step(place: Path) -> None:
-    (place / "tiny.yaml").write_text(
+def test_a_loss_that_is_not_finite_stops_its_trial_before_the_step(workdir: Path) -> None:
+    (workdir / "tiny.yaml").write_text(
         STUDY.replace("{mask.ratio: 0.75}", "{recipe.base_lr: 1.0e+30, recipe.clip_grad: null}")
     )
-    output = here(place, "run", "tiny.yaml", "--local", "--retry-numbers", code=1)
+    output = here(workdir, "run", "tiny.yaml", "--local", "--retry-numbers", code=1)
     assert "✓ 50 % (seed 0)" in output, "the other trial is not touched"
     assert output.count("going on from the last checkpoint") == 1, "as was asked for"
     assert (
@@ -141,12 +141,12 @@ def test_a_loss_that_is_not_finite_stops_its_trial_before_the_step(place: Path) 
         and "recipe.base_lr=1e+30" in output
     )
     assert "numbers  1 trials: 75 % (seed 0). A smaller recipe.base_lr" in output
-    (failed,) = [record for record in records(place) if record.status == "FAILED"]
+    (failed,) = [record for record in records(workdir) if record.status == "FAILED"]
     assert failed.tags["failure.kind"] == "numbers"
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight(
-    tiny: Callable[..., ExperimentConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mar.training import loop
 
@@ -174,12 +174,12 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight(
 
 @pytest.mark.cluster
 def test_out_of_memory_goes_on_in_smaller_passes_with_the_same_batch(
-    place: Path, videos: Path
+    workdir: Path, videos: Path
 ) -> None:
     tree = tiny_tree(videos)
     tree["recipe"] |= {"batch_size": 16, "epochs": 1, "warmup_epochs": 0}
     tree["encoder"]["drop_path"] = tree["classifier"]["dropout"] = 0.0
-    (place / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    (workdir / "recipe.yaml").write_text(yaml.safe_dump(tree))
     script = """
 import resource, sys, torch
 from mar.model import MAR
@@ -199,7 +199,7 @@ main()
     for room in (0, _ROOM_MIB):
         done = subprocess.run(
             [sys.executable, "-c", script.format(room=room)],
-            cwd=place,
+            cwd=workdir,
             capture_output=True,
             text=True,
             timeout=200,
@@ -210,7 +210,7 @@ main()
         r"out of memory: .*going on from the last checkpoint in passes of \d clips",
         outputs[_ROOM_MIB],
     )
-    (record,), (whole,) = records(place, f"s{_ROOM_MIB}"), records(place, "s0")
+    (record,), (whole,) = records(workdir, f"s{_ROOM_MIB}"), records(workdir, "s0")
     assert (
         record.tags["max_clips_per_pass"] in ("8", "4", "2")
         and "max_clips_per_pass" not in whole.tags
@@ -221,10 +221,10 @@ main()
 
 
 @pytest.mark.cluster
-def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(place: Path) -> None:
-    words = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local"]
-    running = begin(place, *words, "--loader-processes", "1", "--hang-timeout-s", "8")
-    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(workdir: Path) -> None:
+    arguments = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local"]
+    running = begin(workdir, *arguments, "--loader-processes", "1", "--hang-timeout-s", "8")
+    wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     stuck = loaders_of(psutil.Process(running.pid))
     for loader in stuck:  # as one that waits for a disk that does not answer
         loader.suspend()
@@ -233,33 +233,33 @@ def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(place: Path) -> No
         loader.kill()
     output = end(running, 1)
     assert "mar: no progress for 8 s" in output and "resumes from the last checkpoint" in output
-    log = next(place.glob("mar_store/trials/*/logs/worker0.txt")).read_text()
+    log = next(workdir.glob("mar_store/trials/*/logs/worker0.txt")).read_text()
     assert (
         "no progress for 8 s" in log and "Thread 0x" in log and "most recent call first" in log
     ), output
-    assert "✓ 50 % (seed 0)" in mar(place, *words)
+    assert "✓ 50 % (seed 0)" in mar(workdir, *arguments)
 
 
-def test_a_loader_process_that_is_killed_costs_no_step(place: Path) -> None:
-    words = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local"]
-    running = begin(place, *words, "--loader-processes", "1")
-    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+def test_a_loader_process_that_is_killed_costs_no_step(workdir: Path) -> None:
+    arguments = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local"]
+    running = begin(workdir, *arguments, "--loader-processes", "1")
+    wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     for loader in loaders_of(psutil.Process(running.pid)):  # of training and of testing
         loader.kill()
     assert "going on from the last checkpoint" in end(
         running, 0
     )  # lost in the middle of a batch, or between two
-    here(place, *words, "--store", "undisturbed")
-    assert losses(place, "mar_store") == losses(place, "undisturbed")
+    here(workdir, *arguments, "--store", "undisturbed")
+    assert losses(workdir, "mar_store") == losses(workdir, "undisturbed")
 
 
 def test_helpers_of_a_trainer_that_is_killed_end_and_whoever_reads_its_output_goes_on(
-    place: Path,
+    workdir: Path,
 ) -> None:
     running = begin(
-        place, "run", "tiny.yaml", "recipe.epochs=4000", "--local", "--loader-processes", "2"
+        workdir, "run", "tiny.yaml", "recipe.epochs=4000", "--local", "--loader-processes", "2"
     )
-    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+    wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     trainer = psutil.Process(running.pid)
     wait_for(
         lambda: len(trainer.children(recursive=True)) >= 4
@@ -271,10 +271,10 @@ def test_helpers_of_a_trainer_that_is_killed_end_and_whoever_reads_its_output_go
     assert gone and not alive
 
 
-def test_loader_processes_of_one_purpose_end_before_those_of_the_next_begin(place: Path) -> None:
+def test_loader_processes_of_one_purpose_end_before_those_of_the_next_begin(workdir: Path) -> None:
     """Training, validation, testing, and testing with shuffled frames have two each."""
     running = begin(
-        place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--loader-processes", "2"
+        workdir, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--loader-processes", "2"
     )
     most, trainer = 0, psutil.Process(running.pid)
     while running.poll() is None:
@@ -290,7 +290,7 @@ def test_loader_processes_of_one_purpose_end_before_those_of_the_next_begin(plac
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a /dev/shm of its own is mounted for it")
 def test_too_little_shared_memory_for_loader_processes_is_said_at_once_with_the_remedy(
-    place: Path,
+    workdir: Path,
 ) -> None:
     line = shlex.join(
         [
@@ -307,7 +307,7 @@ def test_too_little_shared_memory_for_loader_processes_is_said_at_once_with_the_
     line += " clip.size=64 encoder.tubelet=[2,16,16]"
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size=200k tmpfs /dev/shm && {line}"],
-        cwd=place,
+        cwd=workdir,
         capture_output=True,
         text=True,
         timeout=60,
@@ -320,10 +320,10 @@ def test_too_little_shared_memory_for_loader_processes_is_said_at_once_with_the_
 @pytest.mark.cluster
 @pytest.mark.parametrize("lost", ["ray::TrainController", "ray::Desk"])
 def test_what_ray_runs_beside_a_trials_workers_is_lost_and_the_trial_goes_on(
-    place: Path, lost: str
+    workdir: Path, lost: str
 ) -> None:
     running = begin(
-        place,
+        workdir,
         "run",
         "tiny.yaml",
         "recipe.epochs=60",
@@ -334,7 +334,7 @@ def test_what_ray_runs_beside_a_trials_workers_is_lost_and_the_trial_goes_on(
         "--retries",
         "1",
     )
-    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+    wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     (process,) = [
         each
         for each in psutil.process_iter()
@@ -346,12 +346,12 @@ def test_what_ray_runs_beside_a_trials_workers_is_lost_and_the_trial_goes_on(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own is mounted for it")
 def test_a_disk_that_is_full_stops_the_trial_with_its_checkpoint_and_room_lets_it_go_on(
-    place: Path,
+    workdir: Path,
 ) -> None:
-    disk = place / "mar_store" / "trials"
+    disk = workdir / "mar_store" / "trials"
     disk.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "disk", disk], check=True)
-    words = [
+    arguments = [
         "run",
         "tiny.yaml",
         "recipe.epochs=8",
@@ -364,7 +364,7 @@ def test_a_disk_that_is_full_stops_the_trial_with_its_checkpoint_and_room_lets_i
         "2",
     ]
     try:
-        output = here(place, *words, code=1)
+        output = here(workdir, *arguments, code=1)
         assert (
             "the disk is full" in output and "disk     1 trials: 50 % (seed 0). Make room" in output
         )
@@ -372,9 +372,9 @@ def test_a_disk_that_is_full_stops_the_trial_with_its_checkpoint_and_room_lets_i
             "what was whole is there, nothing else"
         )
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
-        assert "✓ 50 % (seed 0)" in here(place, *words)
-        here(place, *words, "--store", "undisturbed")
-        assert losses(place, "mar_store") == losses(place, "undisturbed")
+        assert "✓ 50 % (seed 0)" in here(workdir, *arguments)
+        here(workdir, *arguments, "--store", "undisturbed")
+        assert losses(workdir, "mar_store") == losses(workdir, "undisturbed")
     finally:
         subprocess.run(
             ["umount", "--lazy", disk], check=True
@@ -382,7 +382,7 @@ def test_a_disk_that_is_full_stops_the_trial_with_its_checkpoint_and_room_lets_i
 
 
 def test_a_kill_between_a_checkpoints_data_and_its_manifest_leaves_the_one_before(
-    tiny: Callable[..., ExperimentConfig], tmp_path: Path
+    tiny: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
     fit(tiny(), tmp_path, lambda *_: None, Execution(torch.device("cpu")))
     there = sorted(path.name for path in tmp_path.glob("step_*"))
@@ -393,14 +393,14 @@ def test_a_kill_between_a_checkpoints_data_and_its_manifest_leaves_the_one_befor
             write_text(file, "half")
             os.kill(os.getpid(), signal.SIGKILL)
 
-        write_sealed(tmp_path / "step_00000099", {"model.safetensors": killed}, {})
+        write_atomic_dir(tmp_path / "step_00000099", {"model.safetensors": killed}, {})
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert (tmp_path / ".step_00000099.unfinished").is_dir(), "it was in the middle of it"
     found = checkpoint.latest(tmp_path, tiny(), pytest.fail)
     assert found and found.path.name == there[-1]
 
 
-def test_a_webhook_hears_how_a_study_ended(place: Path) -> None:
+def test_a_webhook_hears_how_a_study_ended(workdir: Path) -> None:
     heard: list[dict[str, Any]] = []
 
     class Hook(BaseHTTPRequestHandler):
@@ -415,7 +415,7 @@ def test_a_webhook_hears_how_a_study_ended(place: Path) -> None:
     server = HTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here(
-        place,
+        workdir,
         "run",
         "tiny.yaml",
         "--only",
@@ -427,7 +427,7 @@ def test_a_webhook_hears_how_a_study_ended(place: Path) -> None:
     server.shutdown()
     assert [(each["study"], each["state"]) for each in heard] == [("tiny", "finished")]
     output = mar(
-        place,
+        workdir,
         "run",
         "tiny.yaml",
         "--only",
@@ -441,7 +441,7 @@ def test_a_webhook_hears_how_a_study_ended(place: Path) -> None:
 
 @pytest.mark.parametrize("is_full", [False, True])
 def test_retries_are_counted_once_whoever_tries_again(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_full: bool
+    workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_full: bool
 ) -> None:
     """Ray starts a lost process again, which must not begin to count anew; and a count that cannot be kept ends too."""
     begun: list[int] = []
@@ -456,8 +456,8 @@ def test_retries_are_counted_once_whoever_tries_again(
     monkeypatch.setattr(trial_runner, "fit", lost)
     if is_full:
         monkeypatch.setattr(trial_runner, "write_text", full)
-    trial = read_study(str(place / "tiny.yaml")).trials[0]
-    spec = assign(
+    trial = read_study(str(workdir / "tiny.yaml")).trials[0]
+    spec = build_trial_spec(
         trial, LaunchConfig(store=tmp_path / "store", backend="local", retries=2), 0
     ).plain()
     assert trial_runner.train(spec, lambda *_: None)
@@ -468,18 +468,18 @@ def test_retries_are_counted_once_whoever_tries_again(
     )
 
 
-def test_two_first_launches_on_a_new_store_at_once_both_end_well(place: Path) -> None:
+def test_two_first_launches_on_a_new_store_at_once_both_end_well(workdir: Path) -> None:
     """Each made the database's tables, and one of the two ended on "duplicate column name"."""
-    (place / "other.yaml").write_text(STUDY.replace("50 %: {}", "60 %: {mask.ratio: 0.625}"))
-    words = ["recipe.epochs=1", "recipe.warmup_epochs=0", "--local"]
-    both = [begin(place, "run", name, *words) for name in ("tiny.yaml", "other.yaml")]
-    looking = [begin(place, "status") for _ in range(2)]
+    (workdir / "other.yaml").write_text(STUDY.replace("50 %: {}", "60 %: {mask.ratio: 0.625}"))
+    arguments = ["recipe.epochs=1", "recipe.warmup_epochs=0", "--local"]
+    both = [begin(workdir, "run", name, *arguments) for name in ("tiny.yaml", "other.yaml")]
+    looking = [begin(workdir, "status") for _ in range(2)]
     outputs = [end(running, 0) for running in both]
     for each in looking:
         output = each.communicate(timeout=200)[0]
         assert each.returncode in (0, 2) and "Traceback" not in output, output
     assert all("Top-1 (%)" in output for output in outputs)
-    assert len({record.key for record in records(place)}) == 3, "75 % is trained once"
+    assert len({record.key for record in records(workdir)}) == 3, "75 % is trained once"
 
 
 _KILLED_BEFORE_CLEARING = """
@@ -493,25 +493,25 @@ main()
 
 
 def test_checkpoints_of_a_trial_whose_launch_was_killed_before_it_cleared_them_go_at_the_next(
-    place: Path,
+    workdir: Path,
 ) -> None:
     killed = subprocess.run(
-        [sys.executable, "-c", _KILLED_BEFORE_CLEARING], cwd=place, capture_output=True, text=True
+        [sys.executable, "-c", _KILLED_BEFORE_CLEARING], cwd=workdir, capture_output=True, text=True
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert list(place.glob("mar_store/trials/*/step_*"))
+    assert list(workdir.glob("mar_store/trials/*/step_*"))
     assert "1 finished before, 0 to train" in here(
-        place, "run", "tiny.yaml", "--only", "ρ=50 %", "--local"
+        workdir, "run", "tiny.yaml", "--only", "ρ=50 %", "--local"
     )
-    assert not list(place.glob("mar_store/trials/*/step_*"))
+    assert not list(workdir.glob("mar_store/trials/*/step_*"))
 
 
-def test_a_row_that_is_only_tested_logs_what_it_measured_once(place: Path) -> None:
+def test_a_row_that_is_only_tested_logs_what_it_measured_once(workdir: Path) -> None:
     study = STUDY.replace("75 %: {mask.ratio: 0.75}", "twice: {evaluation.clips: 2}")
-    (place / "tiny.yaml").write_text(study)
-    here(place, "run", "tiny.yaml", "recipe.epochs=1", "recipe.warmup_epochs=0", "--local")
-    client = Store(LaunchConfig(store=place / "mar_store")).client
-    found = records(place)
+    (workdir / "tiny.yaml").write_text(study)
+    here(workdir, "run", "tiny.yaml", "recipe.epochs=1", "recipe.warmup_epochs=0", "--local")
+    client = Store(LaunchConfig(store=workdir / "mar_store")).client
+    found = records(workdir)
     assert sorted(record.has_model for record in found) == [False, True]
     for record in found:
         assert [point.step for point in client.get_metric_history(record.run_id, "test/top1")] == [
@@ -519,10 +519,10 @@ def test_a_row_that_is_only_tested_logs_what_it_measured_once(place: Path) -> No
         ]
 
 
-def test_who_looks_whether_a_study_runs_keeps_none_from_starting(place: Path) -> None:
+def test_who_looks_whether_a_study_runs_keeps_none_from_starting(workdir: Path) -> None:
     """Of 3,169 starts 573 were refused while ``mar status`` looked without a pause."""
-    study = read_study(str(place / "tiny.yaml"), [])
-    launch = LaunchConfig(store=place / "mar_store", study=study.name)
+    study = read_study(str(workdir / "tiny.yaml"), [])
+    launch = LaunchConfig(store=workdir / "mar_store", study=study.name)
     over, looks = threading.Event(), list[int]()
 
     def look() -> None:
@@ -535,7 +535,7 @@ def test_who_looks_whether_a_study_runs_keeps_none_from_starting(place: Path) ->
     watcher.start()
     try:
         for _ in range(200):
-            with only_one(study, launch):
+            with study_lock(study, launch):
                 pass
     finally:
         over.set()

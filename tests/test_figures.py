@@ -32,11 +32,11 @@ def study(tmp_path: Path, videos: Path) -> Study:
 def results(tmp_path: Path, study: Study) -> Path:
     """A folder with each trial's history and predictions; the model is right of the first ``right`` videos."""
     draws = np.random.default_rng(0)
-    for place, trial in enumerate(study.trials):
-        folder = tmp_path / f"run{place}"
+    for workdir, trial in enumerate(study.trials):
+        folder = tmp_path / f"run{workdir}"
         folder.mkdir()
         lines = [
-            f"{epoch},{2.0 / epoch},{10.0 * epoch + place if epoch % 2 else ''}"
+            f"{epoch},{2.0 / epoch},{10.0 * epoch + workdir if epoch % 2 else ''}"
             for epoch in (1, 2, 3)
         ]
         (folder / "history.csv").write_text("\n".join(["epoch,train/loss,val/top1", *lines]))
@@ -48,8 +48,8 @@ def results(tmp_path: Path, study: Study) -> Path:
 
 def finished(study: Study, *top1: float) -> list[Run]:
     found = runs(study, *top1)
-    for place, run in enumerate(found):
-        run.run_id = f"run{place}"
+    for workdir, run in enumerate(found):
+        run.run_id = f"run{workdir}"
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 from test_train import assert_same_weights, train
 
-from mar.config.schema import DataConfig, ExperimentConfig
+from mar.config.schema import DataConfig, TrainingConfig
 from mar.data.annotations import fingerprint, read_split
 from mar.data.cache_index import Index, Packing
 from mar.data.dataset import EvaluationClips, TrainingClips
@@ -20,7 +20,7 @@ from mar.data.sampling import Reader
 from mar.errors import UserError
 from orchestration.cli.app import main
 
-Settings = Callable[..., ExperimentConfig]
+Settings = Callable[..., TrainingConfig]
 
 
 def packed(data: DataConfig, folder: Path, packing: Packing | None = None) -> DataConfig:
@@ -231,7 +231,7 @@ def test_the_command_packs_verifies_and_packs_nothing_twice(
     copy: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(f"data: {copy.model_dump_json()}\n")
-    words = [
+    arguments = [
         "mar",
         "data",
         "pack",
@@ -243,7 +243,7 @@ def test_the_command_packs_verifies_and_packs_nothing_twice(
     ]
     for before in (0, 24):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr("sys.argv", words)
+            patch.setattr("sys.argv", arguments)
             main()
         assert not ended.value.code
         out = capsys.readouterr().out

@@ -25,7 +25,7 @@ CLOSED = {"g": "48", "bf": "3"}
 OPEN = {"x264-params": "open-gop=1:keyint=24"}
 REFRESHED = {"x264-params": "intra-refresh=1:keyint=24"}
 WITH_TORCHCODEC = pytest.mark.skipif(
-    bool(decoders.fault_of("torchcodec")), reason="torchcodec does not work here"
+    bool(decoders.probe_decoder("torchcodec")), reason="torchcodec does not work here"
 )
 DECODERS = ["auto", "pyav", pytest.param("torchcodec", marks=WITH_TORCHCODEC)]
 Writer = Callable[[Path], Sequence[int]]
@@ -119,7 +119,7 @@ def with_cover_picture(file: Path) -> Sequence[int]:
     return ALL
 
 
-UNEVEN_MS = [40 * place + place % 3 * 11 for place in range(192)]
+UNEVEN_MS = [40 * workdir + workdir % 3 * 11 for workdir in range(192)]
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
 FILES: dict[str, Writer] = {
     "closed groups.mp4": written("libx264", CLOSED),
@@ -317,6 +317,6 @@ def test_data_check_names_a_decoder_that_gives_other_frames_than_are_shown(
     }
     assert found == {("wrong.mp4", "wrong")}
     assert "decord gives frame" in next(
-        each.words for each in report.findings if each.kind == "wrong"
+        each.message for each in report.findings if each.kind == "wrong"
     )
     assert not report.is_sound

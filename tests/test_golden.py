@@ -12,7 +12,7 @@ from torch import Tensor
 from mar.errors import UserError
 from mar.model.decoder import reconstruction_loss, reconstruction_target
 from mar.model.layers import sin_cos_positions
-from mar.model.mar import MAR, split_places
+from mar.model.mar import MAR, split_indices
 from mar.model.masking import evaluation_mask
 from mar.weights.pretrained import EVERYTHING, load, model_settings, read_weights
 
@@ -76,7 +76,7 @@ def test_the_released_models_numbers_come_out_of_its_checkpoint(
     pixels = closed_form_pixels()
     hidden = evaluation_mask(settings).expand(2, -1, -1, -1)
     with torch.no_grad():
-        visible_places, hidden_places = split_places(hidden)
+        visible_places, hidden_places = split_indices(hidden)
         tokens = model.encoder((pixels - model.mean) / model.std, visible_places)
         scores = model.classify(pixels, hidden)
         predicted = model.reconstruct(pixels, hidden)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from mar.config.overrides import build, merge
 from mar.config.schema import MaskConfig
-from mar.model.mar import split_places
+from mar.model.mar import split_indices
 from mar.model.masking import _run_cells, evaluation_mask, training_mask
 
 STRATEGIES = [
@@ -99,11 +99,11 @@ def released_state(area: int, num_hidden: int) -> torch.Tensor | None:
     """State A of a cell as the released code for larger cells has it; none where it crashes."""
     visible = area - num_hidden
     rarer = num_hidden if num_hidden <= visible else visible
-    places = list(range(0, area, -(-area // rarer))) if rarer else []
-    if len(places) < rarer:
+    positions = list(range(0, area, -(-area // rarer))) if rarer else []
+    if len(positions) < rarer:
         return None
     chosen = torch.zeros(area, dtype=torch.bool)
-    chosen[places[:rarer]] = True
+    chosen[positions[:rarer]] = True
     return chosen if num_hidden <= visible else ~chosen
 
 
@@ -231,7 +231,7 @@ def test_visible_and_hidden_places_are_in_order_and_complete() -> None:
     mask = training_mask(
         MaskConfig(strategy="random", motion="standard"), (4, 4, 4), 3, generator()
     )
-    visible, hidden = split_places(mask)
+    visible, hidden = split_indices(mask)
     assert torch.equal(visible, visible.sort(dim=1).values)
     assert torch.equal(
         torch.cat([visible, hidden], dim=1).sort(dim=1).values, torch.arange(64).expand(3, -1)

@@ -6,18 +6,18 @@ import torch
 import torch.nn.functional as F
 
 from mar.config.overrides import build, merge
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.model.decoder import reconstruction_target
 from mar.model.encoder import flat_conv_weight, patchify
-from mar.model.mar import MAR, split_places
+from mar.model.mar import MAR, split_indices
 from mar.model.masking import training_mask
 from mar.model.pixels import IMAGENET_MEAN
 
-Settings = Callable[..., ExperimentConfig]
+Settings = Callable[..., TrainingConfig]
 QUIET = {"encoder.drop_path": 0.0, "classifier.dropout": 0.0}
 
 
-def clips_and_mask(settings: ExperimentConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def clips_and_mask(settings: TrainingConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(
         4, 3, settings.clip.frames, settings.clip.size, settings.clip.size, generator=generator
@@ -88,7 +88,7 @@ def test_a_raw_target_is_the_pixels_and_a_normalised_one_has_mean_0_and_deviatio
 ) -> None:
     settings = tiny()
     pixels, mask, _ = clips_and_mask(settings)
-    _, hidden = split_places(mask)
+    _, hidden = split_indices(mask)
     raw = reconstruction_target(pixels, hidden, settings.encoder.tubelet, normalize=False)
     first = int(hidden[0, 0])
     t, h, w = first // 16, first // 4 % 4, first % 4
@@ -106,7 +106,7 @@ def test_the_encoder_is_timms_vit_when_nothing_is_hidden(tiny: Settings) -> None
     settings = tiny({"mask.ratio": 0.0, **QUIET})
     model = MAR(settings).eval()
     pixels, mask, _ = clips_and_mask(settings)
-    visible, _ = split_places(mask)
+    visible, _ = split_indices(mask)
     tokens = (
         model.encoder.embed(patchify(pixels, settings.encoder.tubelet)) + model.encoder.positions
     )

@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import tiny_tree
 
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.errors import UserError
 from mar.model.encoder import patchify, unpatchify
 from mar.model.mar import MAR
@@ -26,7 +26,7 @@ from orchestration.studies.plan import Planned, device, plan_text, plan_trials
 from orchestration.tracking.store import Store
 from orchestration.tracking.tags import TRAINED_BY
 
-Settings = Callable[..., ExperimentConfig]
+Settings = Callable[..., TrainingConfig]
 ALL = [Path(file).stem for file in paper_studies()]
 
 
@@ -97,7 +97,7 @@ def test_equal_settings_are_one_training_across_all_studies() -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
     (tmp_path / "other.yaml").write_text(
         yaml.safe_dump({**tiny_tree(videos), "seed": 0, "mask": {"ratio": 0.75}})
@@ -128,9 +128,9 @@ table: {columns: [top1], across: Training}
 """
 
 
-def test_one_training_is_tested_in_each_way_and_the_default_one_is_trained(place: Path) -> None:
-    (place / "crossed.yaml").write_text(CROSSED)
-    launch = LaunchConfig(store=place / "store", backend="local")
+def test_one_training_is_tested_in_each_way_and_the_default_one_is_trained(workdir: Path) -> None:
+    (workdir / "crossed.yaml").write_text(CROSSED)
+    launch = LaunchConfig(store=workdir / "store", backend="local")
     study = read_study("crossed.yaml")
     run_studies([study], launch)
     store = Store(launch)
@@ -157,14 +157,14 @@ def test_one_training_is_tested_in_each_way_and_the_default_one_is_trained(place
     assert "| Testing" in text and "| Backbone" in text
     assert "| Another method † | ResNet" in text
     assert "70.90" in text, "the paper's numbers have as many digits as it prints"
-    write_site([study], store, [], place / "site.html")
-    page = (place / "site.html").read_text()
+    write_site([study], store, [], workdir / "site.html")
+    page = (workdir / "site.html").read_text()
     assert "Less hidden in testing is better" in page and "data:image/png;base64," in page
     assert "2 finished, 2 tested" in page
 
 
-def test_a_budget_takes_what_fits_in_the_studys_order(place: Path) -> None:
-    (place / "crossed.yaml").write_text(CROSSED)
+def test_a_budget_takes_what_fits_in_the_studys_order(workdir: Path) -> None:
+    (workdir / "crossed.yaml").write_text(CROSSED)
     study = read_study("crossed.yaml")
     slow = device("slow=1e-3")
     hours = [
@@ -179,8 +179,8 @@ def test_a_budget_takes_what_fits_in_the_studys_order(place: Path) -> None:
     assert budget.hours == pytest.approx(hours[0] * 0.01)
 
 
-def test_a_labels_own_settings_can_be_changed_from_the_command_line(place: Path) -> None:
-    (place / "crossed.yaml").write_text(CROSSED)
+def test_a_labels_own_settings_can_be_changed_from_the_command_line(workdir: Path) -> None:
+    (workdir / "crossed.yaml").write_text(CROSSED)
     changed = read_study("crossed.yaml", ["axes.Training.75 %.mask.cell=[4, 4]"])
     assert [trial.settings.mask.cell for trial in changed.trials] == [(2, 2), (4, 4)] * 2
     with pytest.raises(UserError, match="the study has no such axis and label"):
@@ -188,7 +188,7 @@ def test_a_labels_own_settings_can_be_changed_from_the_command_line(place: Path)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
+    ("old", "new", "message"),
     [
         ("across: Training", "across: Train", "table.across: no axis 'Train'"),
         ("{Backbone", "{a: b}\n  Nobody: {Backbone", "about.Nobody: no trial is labelled 'Nobody'"),
@@ -200,12 +200,12 @@ def test_a_labels_own_settings_can_be_changed_from_the_command_line(place: Path)
         ("{top1: 12.3}", "{accuracy: 12.3}", "no quantity 'accuracy'"),
     ],
 )
-def test_a_mistake_in_a_study_is_named(place: Path, old: str, new: str, words: str) -> None:
+def test_a_mistake_in_a_study_is_named(workdir: Path, old: str, new: str, message: str) -> None:
     assert old in CROSSED
-    (place / "crossed.yaml").write_text(CROSSED.replace(old, new))
+    (workdir / "crossed.yaml").write_text(CROSSED.replace(old, new))
     with pytest.raises(UserError) as caught:
         read_study("crossed.yaml")
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -25,11 +25,11 @@ from transformers import (
 )
 
 from mar.config.overrides import build, merge
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.errors import UserError
 from mar.model.decoder import reconstruction_loss, reconstruction_target
 from mar.model.layers import sin_cos_positions
-from mar.model.mar import MAR, split_places
+from mar.model.mar import MAR, split_indices
 from mar.weights.hub import ABSENT, fetch, fingerprint, locate
 from mar.weights.pretrained import check_start, load, model_settings, read_weights, start
 
@@ -79,7 +79,7 @@ def saved(model: Any, folder: Path) -> str:
     return str(folder)
 
 
-def ours(name: str, overrides: dict[str, Any] | None = None) -> tuple[MAR, ExperimentConfig]:
+def ours(name: str, overrides: dict[str, Any] | None = None) -> tuple[MAR, TrainingConfig]:
     """A model with all that the file has."""
     weights = read_weights(name)
     settings = model_settings(weights, overrides)
@@ -113,7 +113,7 @@ def test_the_pretraining_loss_is_that_of_transformers(normalize: bool, tmp_path:
     with torch.no_grad():
         expected = reference(normalised, bool_masked_pos=hidden.flatten(1))
         predicted = model.reconstruct(pixels, hidden)
-        target = reconstruction_target(pixels, split_places(hidden)[1], (2, 16, 16), normalize)
+        target = reconstruction_target(pixels, split_indices(hidden)[1], (2, 16, 16), normalize)
     torch.testing.assert_close(predicted, expected.logits, rtol=1e-4, atol=1e-5)
     loss = reconstruction_loss(predicted, target).mean()
     torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-5)
@@ -156,7 +156,7 @@ def test_an_encoder_alone_is_read_too(tmp_path: Path) -> None:
     hidden = random_mask()
     with torch.no_grad():
         expected = reference(normalised, bool_masked_pos=hidden.flatten(1)).last_hidden_state
-        tokens = model.encoder((pixels - model.mean) / model.std, split_places(hidden)[0])
+        tokens = model.encoder((pixels - model.mean) / model.std, split_indices(hidden)[0])
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -214,8 +214,8 @@ def test_videomaes_own_files_give_the_same_weights(
     )
     torch.save(content, file)
     assert_same_tensors(reference, str(file))
-    words = "pre-trained" if kind is pretraining else "fine-tuned"
-    assert read_weights(str(file)).layout == f"VideoMAE, {words}"
+    layout = "pre-trained" if kind is pretraining else "fine-tuned"
+    assert read_weights(str(file)).layout == f"VideoMAE, {layout}"
 
 
 def test_half_precision_files_and_wrapped_names_are_read(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_the_image_mae_of_timm_loads_but_for_its_class_token(tmp_path: Path) -> 
     torch.testing.assert_close(kernel.sum(dim=2), image.patch_embed.proj.weight)
 
 
-def weights_settings(name: str, overrides: dict[str, Any] | None = None) -> ExperimentConfig:
+def weights_settings(name: str, overrides: dict[str, Any] | None = None) -> TrainingConfig:
     known = model_settings(read_weights(name)).model_dump(mode="json")
     return build(merge(known, {"encoder.weights": name, **(overrides or {})}))
 
@@ -387,7 +387,7 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (lambda file: file.write_bytes(b""), "not a whole PyTorch checkpoint"),
         (lambda file: file.write_bytes(b"no checkpoint at all"), "not a whole PyTorch checkpoint"),
@@ -399,11 +399,11 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_checkpoint_is_said(
-    make: Callable[[Path], Any], words: str, tmp_path: Path
+    make: Callable[[Path], Any], message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "some.pth"
     make(file)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         read_weights(str(file))
 
 
@@ -567,7 +567,7 @@ def test_a_malicious_pickle_of_any_protocol_is_refused(protocol: int, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1", "git-LFS pointer"),
         (b"<!DOCTYPE html>", "not a PyTorch checkpoint but a web page"),
@@ -575,10 +575,10 @@ def test_a_malicious_pickle_of_any_protocol_is_refused(protocol: int, tmp_path: 
     ],
 )
 def test_files_that_are_often_taken_for_weights_are_named(
-    content: bytes, words: str, tmp_path: Path
+    content: bytes, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "some.pth").write_bytes(content)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         read_weights(str(tmp_path / "some.pth"))
 
 
@@ -590,8 +590,8 @@ def test_a_damaged_file_never_ends_in_a_traceback(
     file = tmp_path_factory.mktemp("damaged") / "some.pth"
     torch.save({"model": {"encoder.patch_embed.proj.weight": torch.zeros(4, 3, 2, 2, 2)}}, file)
     content = bytearray(file.read_bytes())
-    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=6)):
-        content[place] ^= data.draw(st.integers(1, 255))
+    for workdir in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=6)):
+        content[workdir] ^= data.draw(st.integers(1, 255))
     file.write_bytes(content)
     with suppress(UserError):
         read_weights(str(file))

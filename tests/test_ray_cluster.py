@@ -43,10 +43,10 @@ RAY = {
 }
 
 
-def ray(*words: str, **more: str) -> str:
+def ray(*arguments: str, **more: str) -> str:
     environment = {**os.environ, **RAY, **more}
     done = subprocess.run(
-        [BIN / "ray", *words], env=environment, capture_output=True, text=True, timeout=120
+        [BIN / "ray", *arguments], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -79,16 +79,16 @@ def cluster() -> Generator[Path]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
     (tmp_path / "tiny.yaml").write_text(STUDY)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def mar(place: Path, *words: str, code: int = 0) -> str:
+def mar(workdir: Path, *arguments: str, code: int = 0) -> str:
     done = subprocess.run(
-        [BIN / "mar", *words], cwd=place, capture_output=True, text=True, timeout=280
+        [BIN / "mar", *arguments], cwd=workdir, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -96,8 +96,8 @@ def mar(place: Path, *words: str, code: int = 0) -> str:
 
 def test_rays_own_launcher_of_a_slurm_job_runs_a_command_over_its_node(tmp_path: Path) -> None:
     """What ``study.sbatch`` asks of each node, on this one, with the names that Slurm would give."""
-    for name, words in {"scontrol": "echo 127.0.0.1", "srun": 'shift; exec "$@"'}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{words}\n")
+    for name, script in {"scontrol": "echo 127.0.0.1", "srun": 'shift; exec "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "mar").write_text(
         "#!/bin/bash\necho \"mar $*\"\nexec python -c \"import ray; ray.init('$4', log_to_driver=False); print(len(ray.nodes()), 'node')\"\n"
@@ -139,20 +139,20 @@ def test_rays_own_launcher_of_a_slurm_job_runs_a_command_over_its_node(tmp_path:
     assert "1 node" in done.stdout, "the study's process is in the cluster that was started for it"
 
 
-def trial_of(place: Path) -> RunRecord:
-    (record,) = Store(LaunchConfig(store=place / "store")).trials()
+def trial_of(workdir: Path) -> RunRecord:
+    (record,) = Store(LaunchConfig(store=workdir / "store")).trials()
     return record
 
 
-def epochs_of(place: Path) -> list[int]:
-    client = Store(LaunchConfig(store=place / "store")).client
-    return [point.step for point in client.get_metric_history(trial_of(place).run_id, "train/loss")]
+def epochs_of(workdir: Path) -> list[int]:
+    client = Store(LaunchConfig(store=workdir / "store")).client
+    return [point.step for point in client.get_metric_history(trial_of(workdir).run_id, "train/loss")]
 
 
 def test_a_second_submission_joins_the_first_and_leaving_ends_nothing(
-    cluster: Path, place: Path
+    cluster: Path, workdir: Path
 ) -> None:
-    words = [
+    arguments = [
         "submit",
         "tiny.yaml",
         "--only",
@@ -160,26 +160,26 @@ def test_a_second_submission_joins_the_first_and_leaving_ends_nothing(
         "--backend",
         "inline",
         "--store",
-        str(place / "store"),
+        str(workdir / "store"),
     ]
-    job = mar(place, *words, "--address", ADDRESS, "--detach").split()[0]
+    job = mar(workdir, *arguments, "--address", ADDRESS, "--detach").split()[0]
     assert f"{job} is under way already: joined" in mar(
-        place, *words, "--address", ADDRESS, "--detach"
+        workdir, *arguments, "--address", ADDRESS, "--detach"
     )
-    log = mar(place, "jobs", "follow", job, "--address", ADDRESS)
+    log = mar(workdir, "jobs", "follow", job, "--address", ADDRESS)
     assert "| 75 % " in log and "1 trials, 0 finished before, 1 to train" in log
     (found,) = [
         each
-        for each in json.loads(mar(place, "jobs", "list", "--address", ADDRESS, "--json"))
+        for each in json.loads(mar(workdir, "jobs", "list", "--address", ADDRESS, "--json"))
         if each["job_id"] == job
     ]
     assert found["status"] == "SUCCEEDED"
-    assert trial_of(place).tags.get("mlflow.source.git.commit"), "the packed code has its commit"
+    assert trial_of(workdir).tags.get("mlflow.source.git.commit"), "the packed code has its commit"
 
 
 @pytest.fixture
-def server(place: Path) -> Generator[Server]:
-    server = Server(place, str(place / "artifacts"))
+def server(workdir: Path) -> Generator[Server]:
+    server = Server(workdir, str(workdir / "artifacts"))
     yield server
     server.kill()
 
@@ -198,19 +198,19 @@ def commands_for_a_cluster() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("file", "line"), commands_for_a_cluster())
 def test_the_commands_of_the_cluster_files_run_as_they_stand(
-    cluster: Path, place: Path, videos: Path, server: Server, file: str, line: str
+    cluster: Path, workdir: Path, videos: Path, server: Server, file: str, line: str
 ) -> None:
     """Only the places are this machine's, and the model a tiny one: the words are those of the file."""
     here = {
-        "/mar/store": f"{place}/store",
+        "/mar/store": f"{workdir}/store",
         "http://127.0.0.1:8265": ADDRESS,
         "http://mlflow:5000": server.address,
     }
     here |= {"/mar/data/motion-verbs": str(videos), "/mar/data/ssv2": str(videos)}
     for there, instead in here.items():
         line = line.replace(there, instead)
-    words = shlex.split(line)[1:]
-    tiny = yaml.safe_load((place / "recipe.yaml").read_text())
+    arguments = shlex.split(line)[1:]
+    tiny = yaml.safe_load((workdir / "recipe.yaml").read_text())
     small = [
         f"{group}.{name}={value}"
         for group, values in tiny.items()
@@ -227,14 +227,14 @@ def test_the_commands_of_the_cluster_files_run_as_they_stand(
         "augment.flip_swaps=[]",
         "clip.size=56",
     ]  # 14 × 14 tokens, which every cell of Table IV divides
-    only = ["--only", "ρ=50 %"] if words[1] == "quickstart" else ["--only", "r × q=2 × 2"]
+    only = ["--only", "ρ=50 %"] if arguments[1] == "quickstart" else ["--only", "r × q=2 × 2"]
     environment = {
         **os.environ,
         "RAY_ADDRESS": f"127.0.0.1:{PORT}",
     }  # as in a job, where "auto" is its own cluster
     done = subprocess.run(
-        [BIN / "mar", *words, *small, *only, "--backend", "inline"],
-        cwd=place,
+        [BIN / "mar", *arguments, *small, *only, "--backend", "inline"],
+        cwd=workdir,
         env=environment,
         capture_output=True,
         text=True,
@@ -242,13 +242,13 @@ def test_the_commands_of_the_cluster_files_run_as_they_stand(
     )
     assert done.returncode == 0, f"{file}: {done.stdout}{done.stderr}"
     assert "0 finished before, 1 to train" in done.stdout
-    assert list((place / "store/trials").glob("*/result/model.safetensors"))
+    assert list((workdir / "store/trials").glob("*/result/model.safetensors"))
 
 
 def test_a_trial_trains_on_two_nodes_and_goes_on_after_one_is_killed_and_another_joins(
-    cluster: Path, place: Path
+    cluster: Path, workdir: Path
 ) -> None:
-    words = [
+    arguments = [
         "run",
         "tiny.yaml",
         "recipe.epochs=60",
@@ -259,22 +259,22 @@ def test_a_trial_trains_on_two_nodes_and_goes_on_after_one_is_killed_and_another
         "--retries",
         "3",
     ]
-    words += ["--store", str(place / "store"), "--address", f"127.0.0.1:{PORT}"]
+    arguments += ["--store", str(workdir / "store"), "--address", f"127.0.0.1:{PORT}"]
     running = subprocess.Popen(
-        [BIN / "mar", *words],
-        cwd=place,
+        [BIN / "mar", *arguments],
+        cwd=workdir,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    wait_for(lambda: len(list(place.glob("store/trials/*/step_*"))) > 1)
+    wait_for(lambda: len(list(workdir.glob("store/trials/*/step_*"))) > 1)
     raylets = raylets_of(cluster)
     assert len(raylets) == 2
     assert {parent for parent in parents("ray::RayTrainWorker") if parent in raylets} == set(
         raylets
     ), "one on each"
     done = len(
-        json.loads(sorted(place.glob("store/trials/*/step_*/manifest.json"))[-1].read_text())[
+        json.loads(sorted(workdir.glob("store/trials/*/step_*/manifest.json"))[-1].read_text())[
             "progress"
         ]["history"]
     )
@@ -283,7 +283,7 @@ def test_a_trial_trains_on_two_nodes_and_goes_on_after_one_is_killed_and_another
     output = running.communicate(timeout=280)[0]
     assert running.returncode == 0, output
     assert 0 < done < 60
-    assert epochs_of(place) == list(range(1, 61)), "each epoch once"
+    assert epochs_of(workdir) == list(range(1, 61)), "each epoch once"
 
 
 def raylets_of(cluster: Path) -> list[int]:
@@ -313,32 +313,32 @@ def wait_for(there: Callable[[], object], timeout_s: float = 150) -> None:
 
 
 def test_a_mistake_is_told_before_anything_is_submitted(
-    cluster: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def told(*words: str) -> str:
+    def output(*arguments: str) -> str:
         with pytest.raises(SystemExit) as ended:
-            sys.argv = ["mar", *words]
+            sys.argv = ["mar", *arguments]
             main()
         assert ended.value.code == 2
         return capsys.readouterr().err
 
     there = ["--address", ADDRESS, "--store", "/store"]
-    assert "mask.ration: no such setting" in told("submit", "tiny.yaml", "mask.ration=1", *there)
-    assert "No such option" in told("submit", "tiny.yaml", "--worker", "2", *there)
-    assert "--store mar_store: on a cluster it must be absolute" in told(
+    assert "mask.ration: no such setting" in output("submit", "tiny.yaml", "mask.ration=1", *there)
+    assert "No such option" in output("submit", "tiny.yaml", "--worker", "2", *there)
+    assert "--store mar_store: on a cluster it must be absolute" in output(
         "submit", "tiny.yaml", "--address", ADDRESS
     )
-    assert "data.root=nearby: on a cluster" in told(
+    assert "data.root=nearby: on a cluster" in output(
         "submit", "tiny.yaml", "data.root=nearby", *there
     )
     # a private Ray of the tests that follow in this process must not hear that there is a token to use
     assert "nobody answers there" in mar(
-        place, "jobs", "list", "--address", "http://127.0.0.1:9", code=2
+        workdir, "jobs", "list", "--address", "http://127.0.0.1:9", code=2
     )
     assert "expected the dashboard's address" in mar(
-        place, "jobs", "list", "--address", "127.0.0.1:8265", code=2
+        workdir, "jobs", "list", "--address", "127.0.0.1:8265", code=2
     )
-    assert "no job 'mar-x'" in mar(place, "jobs", "follow", "mar-x", "--address", ADDRESS, code=2)
+    assert "no job 'mar-x'" in mar(workdir, "jobs", "follow", "mar-x", "--address", ADDRESS, code=2)
 
 
 @pytest.fixture
@@ -357,7 +357,7 @@ def elsewhere(tmp_path: Path) -> Generator[str]:
     ):
         subprocess.run(["ip", *line.split()], check=True)
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    words = [
+    arguments = [
         "--head",
         "--dashboard-host=10.213.7.2",
         "--dashboard-port=8265",
@@ -372,7 +372,7 @@ def elsewhere(tmp_path: Path) -> Generator[str]:
         f"--temp-dir={folder}",
     ]
     subprocess.run(
-        [*inside, BIN / "ray", "start", *words, *more],
+        [*inside, BIN / "ray", "start", *arguments, *more],
         env=open_to_all,
         check=True,
         capture_output=True,
@@ -386,10 +386,10 @@ def elsewhere(tmp_path: Path) -> Generator[str]:
 
 
 def test_a_cluster_elsewhere_that_asks_for_no_token_is_refused_unless_told_otherwise(
-    elsewhere: str, place: Path
+    elsewhere: str, workdir: Path
 ) -> None:
     refused = mar(
-        place,
+        workdir,
         "submit",
         "quickstart",
         "data.root=/data",
@@ -400,4 +400,4 @@ def test_a_cluster_elsewhere_that_asks_for_no_token_is_refused_unless_told_other
         code=2,
     )
     assert "this cluster answers without a token" in refused and "CVE-2023-48022" in refused
-    assert "no jobs of ours" in mar(place, "jobs", "list", "--address", elsewhere, "--open")
+    assert "no jobs of ours" in mar(workdir, "jobs", "list", "--address", elsewhere, "--open")

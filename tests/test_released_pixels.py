@@ -16,7 +16,7 @@ from torch import nn
 
 from mar.augmentation.augment import augmented, draw_step
 from mar.config.overrides import build, merge
-from mar.config.schema import ClipConfig, ExperimentConfig
+from mar.config.schema import ClipConfig, TrainingConfig
 from mar.data.annotations import read_split
 from mar.data.dataset import EvaluationClips, TrainingClips, random_box
 from mar.data.decoders import decode_with, write_video
@@ -26,7 +26,7 @@ from mar.rng import draw
 from orchestration.studies.diff import differences
 from orchestration.studies.recipe import read_recipe
 
-Settings = Callable[..., ExperimentConfig]
+Settings = Callable[..., TrainingConfig]
 RELEASED = {
     "clip.antialias": False,
     "clip.round_frames": True,
@@ -55,9 +55,7 @@ def film(tmp_path: Path) -> tuple[dict[str, Any], np.ndarray]:
     return data, decode_with("pyav", tmp_path / "a.mp4")
 
 
-def settings_for(
-    tiny: Settings, data: dict[str, Any], overrides: dict[str, Any]
-) -> ExperimentConfig:
+def settings_for(tiny: Settings, data: dict[str, Any], overrides: dict[str, Any]) -> TrainingConfig:
     base = {"data": data, "clip": {"size": 48, "frames": 8}, "encoder": {"tubelet": [2, 12, 12]}}
     tree = merge(merge(tiny().model_dump(mode="json"), base), {**RELEASED, **overrides})
     return build(tree)

@@ -19,28 +19,28 @@ from test_run import mar
 
 from mar.errors import Failure, UserError
 from orchestration.config import LaunchConfig
-from orchestration.storage.object_store import Remote
+from orchestration.storage.object_store import ObjectStore
 from orchestration.tracking.store import Store
 
 BIN = Path(sys.executable).parent
 
 
 @pytest.fixture
-def place(tmp_path: Path, videos: Path, s3: None) -> Path:
+def workdir(tmp_path: Path, videos: Path, s3: None) -> Path:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
     (tmp_path / "tiny.yaml").write_text(STUDY)
     return tmp_path
 
 
 def sealed(folder: Path, content: str = "weights") -> Path:
-    from mar.atomic_dir import write_sealed, write_text
+    from mar.atomic_dir import write_atomic_dir, write_text
 
-    write_sealed(folder, {"model.safetensors": lambda file: write_text(file, content)}, {})
+    write_atomic_dir(folder, {"model.safetensors": lambda file: write_text(file, content)}, {})
     return folder
 
 
 def test_a_folder_is_there_when_its_manifest_is(s3: None, tmp_path: Path) -> None:
-    remote = Remote(f"{BUCKET}/whole")
+    remote = ObjectStore(f"{BUCKET}/whole")
     remote.push_folder(sealed(tmp_path / "step_1"), "step_1")
     assert remote.pull_sealed("step_1", tmp_path / "copy")
     assert (tmp_path / "copy" / "model.safetensors").read_text() == "weights"
@@ -55,14 +55,14 @@ def test_a_folder_is_there_when_its_manifest_is(s3: None, tmp_path: Path) -> Non
 
 def test_what_is_no_object_store_is_said(s3: None, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--remote ftp://host/x: .*expected s3://bucket/folder"):
-        Remote("ftp://host/x")
+        ObjectStore("ftp://host/x")
     with pytest.raises(Failure, match=r"s3://nobucket/x/y cannot be used: .*nobucket"):
         (tmp_path / "file").write_text("content")
-        Remote("s3://nobucket/x").push(tmp_path / "file", "y")
+        ObjectStore("s3://nobucket/x").push(tmp_path / "file", "y")
 
 
-def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(place: Path) -> None:
-    words = [
+def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(workdir: Path) -> None:
+    arguments = [
         "run",
         "tiny.yaml",
         "recipe.epochs=60",
@@ -72,8 +72,8 @@ def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(p
         "--remote",
         f"{BUCKET}/store",
     ]
-    remote = Remote(f"{BUCKET}/store")
-    running = begin(place, *words)
+    remote = ObjectStore(f"{BUCKET}/store")
+    running = begin(workdir, *arguments)
     wait_for(
         lambda: [each for each in remote.names("trials") if len(remote.names(f"trials/{each}")) > 2]
     )
@@ -81,33 +81,33 @@ def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(p
     running.wait()
     (key,) = remote.names("trials")
     there = max(name for name in remote.sealed(f"trials/{key}") if name.startswith("step_"))
-    shutil.rmtree(place / "mar_store" / "trials")
-    mar(place, *words, "--keep", "every=20")
-    log = (place / "mar_store" / "trials" / key / "logs" / "worker0.txt").read_text()
+    shutil.rmtree(workdir / "mar_store" / "trials")
+    mar(workdir, *arguments, "--keep", "every=20")
+    log = (workdir / "mar_store" / "trials" / key / "logs" / "worker0.txt").read_text()
     assert f"{there} fetched from {BUCKET}/store" in log
-    store = Store(LaunchConfig(store=place / "mar_store"))
+    store = Store(LaunchConfig(store=workdir / "mar_store"))
     (record,) = store.trials()
-    told = [
+    output = [
         (point.step, point.value)
         for point in store.client.get_metric_history(record.run_id, "train/loss")
     ]
-    mar(place, *words[:-2], "--store", "undisturbed")
-    other = Store(LaunchConfig(store=place / "undisturbed"))
+    mar(workdir, *arguments[:-2], "--store", "undisturbed")
+    other = Store(LaunchConfig(store=workdir / "undisturbed"))
     (same,) = other.trials()
     undisturbed = other.client.get_metric_history(same.run_id, "train/loss")
-    assert told == [(point.step, point.value) for point in undisturbed]
+    assert output == [(point.step, point.value) for point in undisturbed]
     kept = {name for name in remote.names(f"trials/{key}") if name.startswith("step_")}
     every = {40, 80, 120}  # two steps an epoch; what was gone when the policy changed is gone
     assert kept == {
         f"step_{step:08d}" for step in every if step >= int(there.removeprefix("step_"))
     }
-    assert not list((place / "mar_store" / "trials" / key).glob("step_*")), "the disk is for others"
+    assert not list((workdir / "mar_store" / "trials" / key).glob("step_*")), "the disk is for others"
     assert {"manifest.json", "model.safetensors"} <= set(remote.names(f"trials/{key}/result"))
 
 
-def test_a_frame_cache_is_fetched_to_where_the_training_is(place: Path) -> None:
+def test_a_frame_cache_is_fetched_to_where_the_training_is(workdir: Path) -> None:
     output = mar(
-        place,
+        workdir,
         "data",
         "pack",
         "recipe.yaml",
@@ -118,10 +118,10 @@ def test_a_frame_cache_is_fetched_to_where_the_training_is(place: Path) -> None:
         f"{BUCKET}/cache",
     )
     assert f"files copied to {BUCKET}/cache" in output
-    shutil.rmtree(place / "cache")
-    words = ["run", "tiny.yaml", "--only", "ρ=50 %", "--local", f"data.cache={place / 'cache'}"]
-    assert "✓ 50 %" in mar(place, *words, "--cache-from", f"{BUCKET}/cache")
-    assert list((place / "cache").glob("*.bin"))
+    shutil.rmtree(workdir / "cache")
+    arguments = ["run", "tiny.yaml", "--only", "ρ=50 %", "--local", f"data.cache={workdir / 'cache'}"]
+    assert "✓ 50 %" in mar(workdir, *arguments, "--cache-from", f"{BUCKET}/cache")
+    assert list((workdir / "cache").glob("*.bin"))
 
 
 def free_port() -> int:
@@ -140,11 +140,11 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        words = ["server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        words += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        arguments = ["server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        arguments += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
         with (self.folder / "server.log").open("a") as log:
             self.process = subprocess.Popen(
-                [BIN / "mlflow", *words, "--artifacts-destination", self.artifacts],
+                [BIN / "mlflow", *arguments, "--artifacts-destination", self.artifacts],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -165,18 +165,18 @@ class Server:
 
 
 @pytest.fixture
-def server(place: Path) -> Iterator[Server]:
-    server = Server(place)
+def server(workdir: Path) -> Iterator[Server]:
+    server = Server(workdir)
     yield server
     server.kill()
 
 
 @pytest.mark.cluster
 def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(
-    place: Path, server: Server
+    workdir: Path, server: Server
 ) -> None:
     running = begin(
-        place,
+        workdir,
         "run",
         "tiny.yaml",
         "recipe.epochs=120",
@@ -186,7 +186,7 @@ def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(
         "--tracking-uri",
         server.address,
     )
-    trials: Callable[[], list[Path]] = lambda: list(place.glob("mar_store/trials/*/step_*"))  # noqa: E731
+    trials: Callable[[], list[Path]] = lambda: list(workdir.glob("mar_store/trials/*/step_*"))  # noqa: E731
     wait_for(trials)
     server.kill()
     before = max(int(path.name.removeprefix("step_")) for path in trials())
@@ -197,7 +197,7 @@ def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(
     )
     server.start()
     assert "✓ 50 %" in end(running, 0)
-    store = Store(LaunchConfig(store=place / "mar_store", tracking_uri=server.address))
+    store = Store(LaunchConfig(store=workdir / "mar_store", tracking_uri=server.address))
     (record,) = store.trials()
     assert record.status == "FINISHED"
     history = store.client.get_metric_history(record.run_id, "train/loss")
@@ -212,15 +212,15 @@ def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(
 
 @pytest.mark.cluster
 def test_a_tracking_server_that_is_gone_for_good_costs_no_result_and_the_table_is_printed(
-    place: Path, server: Server
+    workdir: Path, server: Server
 ) -> None:
-    words = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local"]
-    running = begin(place, *words, "--tracking-uri", server.address, "--patience-s", "3")
-    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+    arguments = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local"]
+    running = begin(workdir, *arguments, "--tracking-uri", server.address, "--patience-s", "3")
+    wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     server.kill()
     output = end(running, 1)
     assert "Top-1 (%)" in output and "The table above is from the results in the store" in output
     assert "Traceback" not in output
-    told = mar(place, *words)
-    assert "Top-1 (%)" in told and "resumes at epoch" not in told, "nothing is trained again"
-    assert "1 finished results" in told and "are taken as they are, not trained again" in told
+    output = mar(workdir, *arguments)
+    assert "Top-1 (%)" in output and "resumes at epoch" not in output, "nothing is trained again"
+    assert "1 finished results" in output and "are taken as they are, not trained again" in output

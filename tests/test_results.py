@@ -14,17 +14,17 @@ from safetensors.torch import save_file
 from scipy import stats
 
 from mar.errors import Failure
-from mar.evaluation.correctness import ANSWERS, write_answers
+from mar.evaluation.correctness import CORRECTNESS, write_correctness
 from orchestration.reporting.figures import draw, figure_info
 from orchestration.reporting.rows import Cell, rows
 from orchestration.reporting.significance import (
-    Answers,
     Comparison,
+    Correctness,
     claims,
     compare,
-    corrected,
+    holm_corrected,
     mcnemar,
-    read_answers,
+    read_correctness,
 )
 from orchestration.reporting.study_report import findings, write_report
 from orchestration.reporting.tables import (
@@ -120,7 +120,7 @@ def test_a_run_from_before_a_setting_existed_still_counts(study: Study) -> None:
 def test_the_paper_stands_beside_ours_and_is_never_mixed_with_it(study: Study) -> None:
     text = to_markdown(table_info(study, runs(study, 70.0, 71.0, 69.0, 69.5)))
     header, _, first, second = text.splitlines()[2:6]
-    assert [words.strip() for words in header.split("|")[1:4]] == ["ρ", "Top-1 (%)", "paper"]
+    assert [cell.strip() for cell in header.split("|")[1:4]] == ["ρ", "Top-1 (%)", "paper"]
     assert first.split("|")[3].strip() == "–"
     assert second.split("|")[3].strip() == "69.46"
     assert "70.50 [70.00, 71.00]" in first, "of two seeds the range"
@@ -258,7 +258,7 @@ def test_a_thousand_trials_are_planned_without_torch_or_ray(tmp_path: Path, vide
     text = STUDY.replace("seeds: [0, 1]", f"seeds: {list(range(500))}")
     (tmp_path / "study.yaml").write_text(text)
     program = (
-        "import sys; from orchestration.plan import plan_trials; from orchestration.study import read_study;"
+        "import sys; from orchestration.studies.plan import plan_trials; from orchestration.studies.loader import read_study;"
         "assert len(plan_trials(read_study(sys.argv[1]), [])) == 1000;"
         "assert not {'torch', 'ray', 'mlflow', 'scipy', 'pandas'} & sys.modules.keys(), 'heavy'"
     )
@@ -292,8 +292,8 @@ def test_mcnemar_is_the_exact_test_of_the_discordant_videos() -> None:
     assert mcnemar(10, 2) == pytest.approx(2 * stats.binom.cdf(2, 12, 0.5))
 
 
-def answers(*right: float) -> Answers:
-    return Answers.of({f"{number}.mp4": bool(value) for number, value in enumerate(right)})
+def answers(*correct: float) -> Correctness:
+    return Correctness.of({f"{number}.mp4": bool(value) for number, value in enumerate(correct)})
 
 
 def test_two_rows_are_compared_over_the_same_videos() -> None:
@@ -313,7 +313,7 @@ def test_two_rows_are_compared_over_the_same_videos() -> None:
     )
     discordant = int((one & ~other).sum()), int((other & ~one).sum())
     assert gap.p == pytest.approx(stats.binomtest(discordant[0], sum(discordant)).pvalue)
-    assert compare([answers(1)], [Answers.of({"another.mp4": True})]) is None
+    assert compare([answers(1)], [Correctness.of({"another.mp4": True})]) is None
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
@@ -324,14 +324,14 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     )
     assert steady and unsteady
     assert unsteady.high - unsteady.low > steady.high - steady.low
-    assert steady.is_told and not unsteady.is_told
+    assert steady.is_significant and not unsteady.is_significant
 
 
 def test_many_rows_need_stronger_evidence() -> None:
     def gap(p: float) -> Comparison:
         return Comparison(1.0, 0.0, 2.0, p, 100)
 
-    found = corrected({"a": gap(0.01), "b": gap(0.02), "c": gap(0.04), "d": None})
+    found = holm_corrected({"a": gap(0.01), "b": gap(0.02), "c": gap(0.04), "d": None})
     assert [each.p if each else None for each in found.values()] == [
         pytest.approx(0.03),
         pytest.approx(0.04),
@@ -346,11 +346,11 @@ def test_a_claim_is_supported_contradicted_or_left_open(study: Study, tmp_path: 
     )
     (tmp_path / "study.yaml").write_text(text)
     study = read_study(str(tmp_path / "study.yaml"))
-    right = {"50 %": 90, "75 %": 50}
+    correct = {"50 %": 90, "75 %": 50}
     records = [
         Run(
             trial.identity,
-            {"test/top1": float(right[trial.row])},
+            {"test/top1": float(correct[trial.row])},
             run_id=trial.row.removesuffix(" %"),
         )
         for trial in study.trials
@@ -359,12 +359,14 @@ def test_a_claim_is_supported_contradicted_or_left_open(study: Study, tmp_path: 
     def file_of(run: Run, name: str) -> Path:
         if name != "predictions.csv":
             raise Failure(f"this result has no {name}")
-        lines = [f"{video}.mp4,0,{int(video >= right[f'{run.run_id} %'])}" for video in range(100)]
+        lines = [
+            f"{video}.mp4,0,{int(video >= correct[f'{run.run_id} %'])}" for video in range(100)
+        ]
         file = tmp_path / f"{run.run_id}.csv"
         file.write_text("\n".join(["video,label,class_1", *lines]))
         return file
 
-    judged = {claim.words: claim.verdict for claim in claims(study, records, file_of)}
+    judged = {claim.text: claim.verdict for claim in claims(study, records, file_of)}
     assert judged == {
         "Less hidden is better": "supported in one training",
         "More hidden is better": "contradicted in one training",
@@ -372,7 +374,7 @@ def test_a_claim_is_supported_contradicted_or_left_open(study: Study, tmp_path: 
     assert claims(study, records[:1], file_of)[0].verdict == "not there yet"
     text = to_markdown(table_info(study, records, file_of))
     assert "-40.00 [" in text and "to 50 %" in text
-    right["75 %"] = 89
+    correct["75 %"] = 89
     assert [claim.verdict for claim in claims(study, records, file_of)] == [
         "open in one training"
     ] * 2
@@ -382,27 +384,29 @@ def test_a_claim_is_supported_contradicted_or_left_open(study: Study, tmp_path: 
 def test_answers_come_back_from_their_file_and_equal_those_of_the_predictions(
     tmp_path: Path,
 ) -> None:
-    right, names = (
+    correct, names = (
         np.random.default_rng(0).random(101) < 0.5,
         [f"{number}.mp4" for number in range(101)],
     )
-    write_answers(right, names, tmp_path / ANSWERS)
-    lines = [f"{name},0,{int(not each)}" for name, each in zip(names, right, strict=True)]
+    write_correctness(correct, names, tmp_path / CORRECTNESS)
+    lines = [f"{name},0,{int(not each)}" for name, each in zip(names, correct, strict=True)]
     (tmp_path / "predictions.csv").write_text("\n".join(["video,label,class_1", *lines]))
     run = Run("", {})
-    stored = read_answers(run, lambda _, name: tmp_path / name)
-    (tmp_path / ANSWERS).unlink()
-    predicted = read_answers(run, lambda _, name: tmp_path / name)
-    assert np.array_equal(stored.right, right) and np.array_equal(predicted.right, right)
-    assert stored.listing == predicted.listing and stored.names() == names
-    other = Answers.of(
-        {name: bool(each) for name, each in zip(reversed(names), reversed(right), strict=True)}
+    stored = read_correctness(run, lambda _, name: tmp_path / name)
+    (tmp_path / CORRECTNESS).unlink()
+    predicted = read_correctness(run, lambda _, name: tmp_path / name)
+    assert np.array_equal(stored.correct, correct) and np.array_equal(predicted.correct, correct)
+    assert stored.videos_digest == predicted.videos_digest and stored.names() == names
+    other = Correctness.of(
+        {name: bool(each) for name, each in zip(reversed(names), reversed(correct), strict=True)}
     )
     gap = compare([stored], [other])  # the same videos in another order
     assert gap and gap.difference == 0 and gap.num_videos == 101
 
 
-def trainings(seeds: Sequence[float], num_videos: int, rng: np.random.Generator) -> list[Answers]:
+def trainings(
+    seeds: Sequence[float], num_videos: int, rng: np.random.Generator
+) -> list[Correctness]:
     """Return models that are right on so large a share of the videos, each on its own."""
     return [answers(*(rng.random(num_videos) < share)) for share in seeds]
 
@@ -415,7 +419,7 @@ def test_where_seeds_differ_much_the_test_is_students_over_their_accuracies() ->
     )
     found = compare(one, other)
     assert found
-    accuracies = [[each.right.mean() for each in row] for row in (one, other)]
+    accuracies = [[each.correct.mean() for each in row] for row in (one, other)]
     assert found.p == pytest.approx(stats.ttest_ind(*accuracies).pvalue, rel=0.15)
     assert found.num_seeds == 3
 
@@ -434,18 +438,18 @@ def test_where_seeds_agree_the_videos_decide() -> None:
 def test_several_seeds_can_be_told_apart_in_a_table_of_many_rows() -> None:
     rng = np.random.default_rng(0)
     gap = compare(trainings((0.7, 0.7, 0.7), 4000, rng), trainings((0.5, 0.5, 0.5), 4000, rng))
-    found = corrected({str(number): gap for number in range(200)})
-    assert all(each and each.is_told for each in found.values())
+    found = holm_corrected({str(number): gap for number in range(200)})
+    assert all(each and each.is_significant for each in found.values())
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5])
 def test_settings_that_do_not_differ_are_seldom_told_apart(seeds: int) -> None:
     """Few simulations here; ``benchmarks/false_positives.py`` has many, at two sizes and more spreads."""
     rng = np.random.default_rng(seeds)
-    told = 0
+    output = 0
     for _ in range(200):
         ease = 0.6 + rng.standard_normal(800)
-        rows: list[list[Answers]] = []
+        rows: list[list[Correctness]] = []
         for _ in range(2):
             setting = ease + 0.3 * rng.standard_normal(800)
             spread = 0.0 if seeds == 1 else 0.02
@@ -453,14 +457,14 @@ def test_settings_that_do_not_differ_are_seldom_told_apart(seeds: int) -> None:
                 setting + spread * rng.standard_normal() + 0.4 * rng.standard_normal(800)
                 for _ in range(seeds)
             ]
-            rows.append([Answers(each > 0, "the same videos", list) for each in scores])
+            rows.append([Correctness(each > 0, "the same videos", list) for each in scores])
         comparison = compare(*rows)
-        told += bool(comparison and comparison.is_told)
-    assert told <= 22, "at 6 % 12 of 200 are to be expected, and 22 once in two hundred times"
+        output += bool(comparison and comparison.is_significant)
+    assert output <= 22, "at 6 % 12 of 200 are to be expected, and 22 once in two hundred times"
 
 
 def test_a_table_says_the_spread_that_was_asked_for(study: Study, tmp_path: Path) -> None:
-    for spread, words in (
+    for spread, shown in (
         ("interval", "70.50 ± 6.35"),
         ("std", "70.50 ± 0.71"),
         ("range", "70.50 [70.00, 71.00]"),
@@ -470,4 +474,4 @@ def test_a_table_says_the_spread_that_was_asked_for(study: Study, tmp_path: Path
         )
         (tmp_path / "study.yaml").write_text(text)
         chosen = read_study(str(tmp_path / "study.yaml"))
-        assert words in to_markdown(table_info(chosen, runs(chosen, 70.0, 71.0, 69.0, 69.5)))
+        assert shown in to_markdown(table_info(chosen, runs(chosen, 70.0, 71.0, 69.0, 69.5)))

@@ -20,11 +20,11 @@ import yaml
 from commands import loaders_of, run_mar
 from conftest import tiny_tree
 
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from orchestration.backends import ray_tune
 from orchestration.backends.ray_env import quiet_environment
 from orchestration.config import LaunchConfig
-from orchestration.failures import Reason
+from orchestration.failures import FailureReason
 from orchestration.studies.trial import Trial
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
@@ -49,11 +49,11 @@ stopper: median
 start: [{mask.ratio: 0.5, mask.cell: [2, 2]}]
 """
 pytestmark = pytest.mark.filterwarnings("default")  # of Ray's and MLflow's own code
-MAR = [sys.executable, "-c", "from orchestration.cli import main; main()"]
+MAR = [sys.executable, "-c", "from orchestration.cli.app import main; main()"]
 
 
 @pytest.fixture
-def place(tmp_path: Path, videos: Path) -> Path:
+def workdir(tmp_path: Path, videos: Path) -> Path:
     """A folder with a study of two tiny trials."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
     (tmp_path / "tiny.yaml").write_text(STUDY)
@@ -89,14 +89,14 @@ def no_orphans() -> Iterator[None]:
             process.kill()
 
 
-def mar(place: Path, *words: str, code: int = 0) -> str:
+def mar(workdir: Path, *arguments: str, code: int = 0) -> str:
     """Run the command in ``place``; return its errors and what it printed, of JSON that alone."""
-    output, errors = run_mar(place, *words, code=code)
-    return output if "--json" in words else errors + output
+    output, errors = run_mar(workdir, *arguments, code=code)
+    return output if "--json" in arguments else errors + output
 
 
-def trial_runs(place: Path, store: str = "mar_store") -> list[RunRecord]:
-    records = Store(LaunchConfig(store=place / store)).trials()
+def trial_runs(workdir: Path, store: str = "mar_store") -> list[RunRecord]:
+    records = Store(LaunchConfig(store=workdir / store)).trials()
     return sorted(records, key=lambda record: record.tags["labels"])
 
 
@@ -110,31 +110,31 @@ def learnt(record: RunRecord) -> dict[str, float]:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_the_same_settings_give_the_same_numbers_on_every_backend(place: Path) -> None:
+def test_the_same_settings_give_the_same_numbers_on_every_backend(workdir: Path) -> None:
     backends = {
         "plain": ["--local"],
         "inline": ["--backend", "inline"],
         "workers": ["--backend", "train"],
     }
     numbers: dict[str, list[dict[str, float]]] = {}
-    for name, words in backends.items():
-        output = mar(place, "run", "tiny.yaml", "--store", name, "--only", "ρ=50 %", *words)
+    for name, arguments in backends.items():
+        output = mar(workdir, "run", "tiny.yaml", "--store", name, "--only", "ρ=50 %", *arguments)
         assert "| 50 % |" in output
-        runs = trial_runs(place, name)
+        runs = trial_runs(workdir, name)
         assert [run.status for run in runs] == ["FINISHED"]
         numbers[name] = [learnt(run) for run in runs]
     assert numbers["plain"] == numbers["inline"] == numbers["workers"]
 
-    mar(place, "run", "tiny.yaml", "--store", "two", "--workers", "2", "--only", "ρ=50 %")
-    together = trial_runs(place, "two")[0].metrics
+    mar(workdir, "run", "tiny.yaml", "--store", "two", "--workers", "2", "--only", "ρ=50 %")
+    together = trial_runs(workdir, "two")[0].metrics
     assert together["test/num_videos"] == 8
     # dropout is drawn by each worker, so two workers' numbers are near, not equal
     assert together["train/loss"] == pytest.approx(numbers["plain"][0]["train/loss"], rel=0.1)
 
 
-def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -> None:
-    mar(place, "run", "tiny.yaml", "--local")
-    store = Store(LaunchConfig(store=place / "mar_store"))
+def test_mlflow_remembers_the_study_its_trials_and_what_they_left(workdir: Path) -> None:
+    mar(workdir, "run", "tiny.yaml", "--local")
+    store = Store(LaunchConfig(store=workdir / "mar_store"))
     experiment = store.client.get_experiment_by_name("tiny")
     assert experiment
     runs = store.client.search_runs([experiment.experiment_id])
@@ -173,9 +173,9 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -
     assert "params.`clip.frames`" not in view["selectedColumns"], "only what the trials differ in"
     assert store.pages()["tiny"].endswith(f"/{experiment.experiment_id}/runs?viewStateShareKey=mar")
     versions = store.client.search_model_versions("name = 'tiny'")
-    assert {version.run_id for version in versions} == {run.run_id for run in trial_runs(place)}
+    assert {version.run_id for version in versions} == {run.run_id for run in trial_runs(workdir)}
     assert float(versions[0].tags["test/num_videos"]) == 8
-    gone = {"folder": str(place.resolve() / "mar_store" / "trials" / "gone")}
+    gone = {"folder": str(workdir.resolve() / "mar_store" / "trials" / "gone")}
     store.client.create_run(
         experiment.experiment_id, run_name="of a driver that is no more", tags=gone
     )
@@ -183,7 +183,7 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -
     store.client.create_run(
         experiment.experiment_id, run_name="of the same, before the store was moved", tags=moved
     )
-    mar(place, "run", "tiny.yaml", "--local")
+    mar(workdir, "run", "tiny.yaml", "--local")
     running = [
         run
         for run in store.client.search_runs([experiment.experiment_id])
@@ -194,12 +194,12 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -
         experiment.experiment_id, tags={"folder": "/someone/else/trials/x"}
     ).info.run_id
     mar(
-        place,
+        workdir,
         "run",
         "tiny.yaml",
         "--local",
         "--tracking-uri",
-        f"sqlite:///{place.resolve()}/mar_store/mlflow.db",
+        f"sqlite:///{workdir.resolve()}/mar_store/mlflow.db",
     )
     running = [
         run
@@ -214,13 +214,13 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(place: Path) -
     )
 
 
-def test_a_finished_trials_checkpoints_go_and_the_policys_stay(place: Path) -> None:
-    mar(place, "run", "tiny.yaml", "--local", "--only", "ρ=50 %")
-    mar(place, "run", "tiny.yaml", "--local", "--keep", "best,every=2")
-    found = {record.tags["labels"]: record for record in trial_runs(place)}
+def test_a_finished_trials_checkpoints_go_and_the_policys_stay(workdir: Path) -> None:
+    mar(workdir, "run", "tiny.yaml", "--local", "--only", "ρ=50 %")
+    mar(workdir, "run", "tiny.yaml", "--local", "--keep", "best,every=2")
+    found = {record.tags["labels"]: record for record in trial_runs(workdir)}
     left = {
         label: sorted(
-            path.name for path in (place / "mar_store" / "trials" / record.key).glob("step_*")
+            path.name for path in (workdir / "mar_store" / "trials" / record.key).glob("step_*")
         )
         for label, record in found.items()
     }
@@ -228,51 +228,51 @@ def test_a_finished_trials_checkpoints_go_and_the_policys_stay(place: Path) -> N
     assert gone == [] and "step_00000004" in kept and len(kept) <= 2, (
         "two steps an epoch, three epochs"
     )
-    client = Store(LaunchConfig(store=place / "mar_store")).client
+    client = Store(LaunchConfig(store=workdir / "mar_store")).client
     for record in found.values():
         assert {item.path for item in client.list_artifacts(record.run_id, "logs")} == {
             "logs/worker0.txt"
         }
 
 
-def test_a_trial_finished_in_another_study_is_not_trained_again(place: Path) -> None:
-    mar(place, "run", "tiny.yaml", "--local", "--only", "ρ=50 %")
-    (place / "other.yaml").write_text(
+def test_a_trial_finished_in_another_study_is_not_trained_again(workdir: Path) -> None:
+    mar(workdir, "run", "tiny.yaml", "--local", "--only", "ρ=50 %")
+    (workdir / "other.yaml").write_text(
         STUDY.replace("ρ:", "ratio:").replace(
             "75 %: {mask.ratio: 0.75}", "25 %: {mask.ratio: 0.25}"
         )
     )
-    output = mar(place, "run", "other.yaml", "--local")
+    output = mar(workdir, "run", "other.yaml", "--local")
     assert "2 trials, 1 finished before, 1 to train" in output
-    assert len(trial_runs(place)) == 2
-    store = Store(LaunchConfig(store=place / "mar_store"))
+    assert len(trial_runs(workdir)) == 2
+    store = Store(LaunchConfig(store=workdir / "mar_store"))
     experiment = store.client.get_experiment_by_name("other")
     assert experiment
     (parent,) = store.client.search_runs([experiment.experiment_id], "tags.`mar.kind` = 'study'")
     used = json.loads(parent.data.tags["runs"])
-    assert sorted(used.values()) == sorted(run.run_id for run in trial_runs(place))
-    plan = json.loads(mar(place, "plan", "other.yaml", "--json"))
+    assert sorted(used.values()) == sorted(run.run_id for run in trial_runs(workdir))
+    plan = json.loads(mar(workdir, "plan", "other.yaml", "--json"))
     assert [line["state"] for line in plan] == ["have", "have"]
 
 
-def test_tables_and_figures_come_from_mlflow_alone(place: Path) -> None:
-    assert "no tracking store in" in mar(place, "table", "tiny.yaml", code=2)
-    shown = mar(place, "run", "tiny.yaml", "--local", "--only", "ρ=75 %")
-    assert f"store    {place.resolve() / 'mar_store'} (new)" in shown
+def test_tables_and_figures_come_from_mlflow_alone(workdir: Path) -> None:
+    assert "no tracking store in" in mar(workdir, "table", "tiny.yaml", code=2)
+    shown = mar(workdir, "run", "tiny.yaml", "--local", "--only", "ρ=75 %")
+    assert f"store    {workdir.resolve() / 'mar_store'} (new)" in shown
     assert "| 50 %" not in shown, "the terminal shows what was asked for"
-    assert "| 50 %" in (place / "mar_store" / "reports" / "tiny" / "table.md").read_text(), (
+    assert "| 50 %" in (workdir / "mar_store" / "reports" / "tiny" / "table.md").read_text(), (
         "the report is whole"
     )
-    for path in (place / "mar_store" / "trials").rglob("*"):
+    for path in (workdir / "mar_store" / "trials").rglob("*"):
         if path.is_file():
             path.unlink()
-    lines = mar(place, "table", "tiny.yaml").splitlines()
+    lines = mar(workdir, "table", "tiny.yaml").splitlines()
     assert re.search(r"\| 50 % \| – +\| 70.97", lines[5])
     assert re.search(r"\| 75 % \| \d+\.\d\d", lines[6])
-    assert "\\toprule" in mar(place, "table", "tiny.yaml", "--format", "tex")
-    assert mar(place, "figure", "tiny.yaml", "-o", "f.svg").splitlines()[-1] == "f.svg"
-    assert (place / "f.svg").stat().st_size > 1000
-    assert "cannot draw a .doc file" in mar(place, "figure", "tiny.yaml", "-o", "f.doc", code=2)
+    assert "\\toprule" in mar(workdir, "table", "tiny.yaml", "--format", "tex")
+    assert mar(workdir, "figure", "tiny.yaml", "-o", "f.svg").splitlines()[-1] == "f.svg"
+    assert (workdir / "f.svg").stat().st_size > 1000
+    assert "cannot draw a .doc file" in mar(workdir, "figure", "tiny.yaml", "-o", "f.doc", code=2)
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 200) -> None:
@@ -283,11 +283,19 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 200) -> None:
 
 
 @pytest.mark.usefixtures("cluster", "no_orphans")
-def test_a_killed_study_resumes_without_repeating_a_trial(place: Path) -> None:
-    words = ["run", "tiny.yaml", "recipe.epochs=20", "--max-concurrent", "1", "--backend", "inline"]
-    store = place / "mar_store"
-    with (place / "first.log").open("w") as log:
-        first = subprocess.Popen([*MAR, *words], cwd=place, stdout=log, stderr=log)
+def test_a_killed_study_resumes_without_repeating_a_trial(workdir: Path) -> None:
+    arguments = [
+        "run",
+        "tiny.yaml",
+        "recipe.epochs=20",
+        "--max-concurrent",
+        "1",
+        "--backend",
+        "inline",
+    ]
+    store = workdir / "mar_store"
+    with (workdir / "first.log").open("w") as log:
+        first = subprocess.Popen([*MAR, *arguments], cwd=workdir, stdout=log, stderr=log)
 
     def checkpoints() -> dict[str, list[str]]:
         return {
@@ -303,14 +311,14 @@ def test_a_killed_study_resumes_without_repeating_a_trial(place: Path) -> None:
     finally:
         first.send_signal(signal.SIGKILL)
     first.wait()
-    before = {record.run_id: record for record in trial_runs(place)}
+    before = {record.run_id: record for record in trial_runs(workdir)}
     assert sorted(record.status for record in before.values()) == ["FINISHED", "RUNNING"]
     finished = next(record for record in before.values() if record.status == "FINISHED")
     began = Store(LaunchConfig(store=store)).client.get_run(finished.run_id).info.end_time
 
-    output = mar(place, *words)
+    output = mar(workdir, *arguments)
     assert "2 trials, 1 finished before, 1 to train" in output
-    after = {record.run_id: record for record in trial_runs(place)}
+    after = {record.run_id: record for record in trial_runs(workdir)}
     assert after.keys() == before.keys(), "the runs were found again, not made anew"
     assert [record.status for record in after.values()] == ["FINISHED", "FINISHED"]
     assert Store(LaunchConfig(store=store)).client.get_run(finished.run_id).info.end_time == began
@@ -323,10 +331,10 @@ def test_a_killed_study_resumes_without_repeating_a_trial(place: Path) -> None:
     assert len(reader.client.get_metric_history(resumed.run_id, "cost/gflops")) == 1
     assert len(reader.client.get_metric_history(resumed.run_id, "test/top1")) == 1
     undisturbed = mar(
-        place, "run", "tiny.yaml", "recipe.epochs=20", "--store", "undisturbed", "--local"
+        workdir, "run", "tiny.yaml", "recipe.epochs=20", "--store", "undisturbed", "--local"
     )
     assert "| 75 %" in undisturbed
-    again = {record.tags["mar.key"]: record for record in trial_runs(place, "undisturbed")}
+    again = {record.tags["mar.key"]: record for record in trial_runs(workdir, "undisturbed")}
     assert learnt(again[resumed.tags["mar.key"]]) == learnt(resumed)
 
 
@@ -356,24 +364,24 @@ def test_leaving_ray_does_not_end_the_process_over_another_threads_garbage() -> 
 
 
 def test_a_second_run_of_a_study_that_is_alive_is_refused_and_another_study_awaits_what_they_share(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial_runner, "_PREDECESSOR_S", 0.5)
-    with (place / "first.log").open("w") as log:
-        words = ["run", "tiny.yaml", "recipe.epochs=100", "--local"]
-        first = subprocess.Popen([*MAR, *words], cwd=place, stdout=log, stderr=log)
+    with (workdir / "first.log").open("w") as log:
+        arguments = ["run", "tiny.yaml", "recipe.epochs=100", "--local"]
+        first = subprocess.Popen([*MAR, *arguments], cwd=workdir, stdout=log, stderr=log)
     try:
-        wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+        wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
         assert f"the study tiny is being run already (process {first.pid}" in mar(
-            place, *words, code=2
+            workdir, *arguments, code=2
         )
-        (place / "same.yaml").write_text(STUDY)
-        output = mar(place, "run", "same.yaml", *words[2:], "--only", "ρ=50 %")
+        (workdir / "same.yaml").write_text(STUDY)
+        output = mar(workdir, "run", "same.yaml", *arguments[2:], "--only", "ρ=50 %")
         assert (
             f"waiting for the study tiny (process {first.pid} on " in output
             and "✓ 50 % (seed 0)" in output
         )
-        assert sum(record.tags["labels"] == '{"ρ": "50 %"}' for record in trial_runs(place)) == 2, (
+        assert sum(record.tags["labels"] == '{"ρ": "50 %"}' for record in trial_runs(workdir)) == 2, (
             "a run of each study"
         )
     finally:
@@ -382,41 +390,41 @@ def test_a_second_run_of_a_study_that_is_alive_is_refused_and_another_study_awai
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_trial_that_fails_is_named_and_the_others_go_on(place: Path) -> None:
+def test_a_trial_that_fails_is_named_and_the_others_go_on(workdir: Path) -> None:
     study = STUDY.replace(
         "{mask.ratio: 0.5}", "{mask.ratio: 0.5, recipe.base_lr: 1.0e+30, recipe.warmup_epochs: 0}"
     )
-    (place / "tiny.yaml").write_text(study)
-    output = mar(place, "run", "tiny.yaml", "--backend", "inline", "--retries", "0", code=1)
+    (workdir / "tiny.yaml").write_text(study)
+    output = mar(workdir, "run", "tiny.yaml", "--backend", "inline", "--retries", "0", code=1)
     assert "✗ 50 % (seed 0): the gradient is not finite" in output
     assert "numbers  1 trials: 50 % (seed 0). A smaller recipe.base_lr" in output
     assert "1 of 2 trials failed; run the same command to go on" in output
     assert "✓ 75 % (seed 0)" in output
-    assert sorted(record.status for record in trial_runs(place)) == ["FAILED", "FINISHED"]
+    assert sorted(record.status for record in trial_runs(workdir)) == ["FAILED", "FINISHED"]
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_damaged_checkpoint_is_passed_over_aloud_in_a_ray_worker(place: Path) -> None:
-    words = ["run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline", "--keep", "every=1"]
-    mar(place, *words)
-    (trial,) = (place / "mar_store" / "trials").iterdir()
+def test_a_damaged_checkpoint_is_passed_over_aloud_in_a_ray_worker(workdir: Path) -> None:
+    arguments = ["run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline", "--keep", "every=1"]
+    mar(workdir, *arguments)
+    (trial,) = (workdir / "mar_store" / "trials").iterdir()
     newest = sorted(trial.glob("step_*"))[-1]
     (newest / "model.safetensors").write_bytes(b"bits have flipped")
     shutil.rmtree(trial / "result")
-    store = Store(LaunchConfig(store=place / "mar_store"))
-    store.client.set_terminated(trial_runs(place)[0].run_id, "FAILED")
-    assert "checkpoint not used" in mar(place, *words)
+    store = Store(LaunchConfig(store=workdir / "mar_store"))
+    store.client.set_terminated(trial_runs(workdir)[0].run_id, "FAILED")
+    assert "checkpoint not used" in mar(workdir, *arguments)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_worker_that_hangs_is_started_again_by_ray_and_its_trial_ends_well(place: Path) -> None:
+def test_a_worker_that_hangs_is_started_again_by_ray_and_its_trial_ends_well(workdir: Path) -> None:
     def logs() -> str:
         return "".join(
-            file.read_text() for file in place.glob("mar_store/trials/*/logs/worker0.txt")
+            file.read_text() for file in workdir.glob("mar_store/trials/*/logs/worker0.txt")
         )
 
     def hang() -> None:
-        wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+        wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
         stuck = loaders_of(psutil.Process())
         for loader in stuck:  # as one that waits for a disk that does not answer
             loader.suspend()
@@ -426,8 +434,8 @@ def test_a_worker_that_hangs_is_started_again_by_ray_and_its_trial_ends_well(pla
 
     hanging = threading.Thread(target=hang)
     hanging.start()
-    words = ["--backend", "inline", "--loader-processes", "1", "--hang-timeout-s", "8"]
-    output = mar(place, "run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", *words)
+    arguments = ["--backend", "inline", "--loader-processes", "1", "--hang-timeout-s", "8"]
+    output = mar(workdir, "run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", *arguments)
     hanging.join()
     assert "✓ 50 % (seed 0)" in output
     assert logs().count("worker 0 of 1 on") == 2 and "most recent call first" in logs(), (
@@ -436,47 +444,47 @@ def test_a_worker_that_hangs_is_started_again_by_ray_and_its_trial_ends_well(pla
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_search_runs_through_tune_and_goes_on(place: Path) -> None:
-    output = mar(place, "run", "search.yaml", "--backend", "inline")
+def test_a_search_runs_through_tune_and_goes_on(workdir: Path) -> None:
+    output = mar(workdir, "run", "search.yaml", "--backend", "inline")
     assert "3 trials finished, 0 ended early" in output
-    runs = trial_runs(place)
+    runs = trial_runs(workdir)
     assert {run.status for run in runs} == {"FINISHED"}
     assert 2 <= len(runs) <= 3, "what is proposed twice is trained once"
-    assert (place / "mar_store" / "reports" / "search" / "best.yaml").is_file()
-    again = mar(place, "run", "search.yaml", "--local")
+    assert (workdir / "mar_store" / "reports" / "search" / "best.yaml").is_file()
+    again = mar(workdir, "run", "search.yaml", "--local")
     assert "3 trials wanted, 3 there" in again
-    more = mar(place, "run", "search.yaml", "trials=4", "--local")
+    more = mar(workdir, "run", "search.yaml", "trials=4", "--local")
     assert "4 trials wanted, 3 there" in more
-    assert {run.run_id for run in runs} <= {run.run_id for run in trial_runs(place)}
+    assert {run.run_id for run in runs} <= {run.run_id for run in trial_runs(workdir)}
 
 
 class _EndsTheSecond:
     """Proposes three trials; ends the second after its first epoch. Hears what becomes of each."""
 
-    def __init__(self, tiny: Callable[..., ExperimentConfig]) -> None:
+    def __init__(self, tiny: Callable[..., TrainingConfig]) -> None:
         epochs = [2, 500, 3]
         self.trials = [Trial({}, tiny({"recipe.epochs": each}), "") for each in epochs]
         self.waiting = iter(self.trials)
         self.epochs: list[tuple[str, int]] = []
-        self.told: dict[str, str] = {}
+        self.output: dict[str, str] = {}
 
     def next(self) -> Trial | None:
         return next(self.waiting, None)
 
-    def should_end(self, key: str, epoch: int, metrics: dict[str, float]) -> bool:
+    def should_prune(self, key: str, epoch: int, metrics: dict[str, float]) -> bool:
         return key == self.trials[1].key and epoch == 1
 
     def started(self, key: str) -> None:
-        self.told[key] = "started"
+        self.output[key] = "started"
 
     def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
         self.epochs.append((key, epoch))
 
     def finished(self, key: str) -> None:
-        self.told[key] = "finished"
+        self.output[key] = "finished"
 
-    def failed(self, key: str, reason: Reason) -> None:
-        self.told[key] = reason.words
+    def failed(self, key: str, reason: FailureReason) -> None:
+        self.output[key] = reason.message
 
     def is_over(self) -> bool:
         return False
@@ -484,13 +492,17 @@ class _EndsTheSecond:
 
 @pytest.mark.usefixtures("cluster")
 def test_workers_go_from_trial_to_trial_also_from_one_that_a_search_ended_early(
-    tmp_path: Path, tiny: Callable[..., ExperimentConfig]
+    tmp_path: Path, tiny: Callable[..., TrainingConfig]
 ) -> None:
     source = _EndsTheSecond(tiny)
     launch = LaunchConfig(store=tmp_path / "mar_store", backend="train", max_concurrent_trials=1)
     ray_tune.run_search(source, launch, source, lambda trial: None)
     first, ended, last = (trial.key for trial in source.trials)
-    assert source.told == {first: "finished", ended: "it ended without a result", last: "finished"}
+    assert source.output == {
+        first: "finished",
+        ended: "it ended without a result",
+        last: "finished",
+    }
     assert (ended, 1) in source.epochs
     assert not (launch.trial_folder(ended) / "result").exists()
     assert "left at step" in (launch.trial_folder(ended) / "failure.json").read_text()
@@ -592,53 +604,53 @@ MISTAKES: list[tuple[list[str], int, str]] = [
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("arguments", "code", "message"),
     MISTAKES,
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_users_mistake_is_answered_with_its_place_and_remedy(
-    place: Path, words: list[str], code: int, message: str
+    workdir: Path, arguments: list[str], code: int, message: str
 ) -> None:
-    assert message in mar(place, *words, code=code)
-    if (place / "mar_store" / "mlflow.db").is_file():
-        client = Store(LaunchConfig(store=place / "mar_store")).client
+    assert message in mar(workdir, *arguments, code=code)
+    if (workdir / "mar_store" / "mlflow.db").is_file():
+        client = Store(LaunchConfig(store=workdir / "mar_store")).client
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         assert "RUNNING" not in {run.info.status for run in client.search_runs(experiments)}
 
 
-def test_a_video_that_is_no_video_stops_its_trial_and_is_named(place: Path) -> None:
-    (place / "data").mkdir()
-    (place / "data" / "a.mp4").write_text("<html>not found</html>")
-    (place / "data" / "list.txt").write_text("a.mp4 0\n" * 8)
-    recipe = tiny_tree(place / "data")
+def test_a_video_that_is_no_video_stops_its_trial_and_is_named(workdir: Path) -> None:
+    (workdir / "data").mkdir()
+    (workdir / "data" / "a.mp4").write_text("<html>not found</html>")
+    (workdir / "data" / "list.txt").write_text("a.mp4 0\n" * 8)
+    recipe = tiny_tree(workdir / "data")
     recipe["data"] = {
-        "root": str(place / "data"),
+        "root": str(workdir / "data"),
         "train": "list.txt",
         "val": "list.txt",
         "num_classes": 2,
     }
-    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    output = mar(place, "run", "tiny.yaml", "--local", code=1)
+    (workdir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    output = mar(workdir, "run", "tiny.yaml", "--local", code=1)
     assert "a.mp4: not a video that can be decoded" in output
     assert "data.broken: skip" in output
-    (place / "data" / "list.txt").write_text("a.mp4\n")
+    (workdir / "data" / "list.txt").write_text("a.mp4\n")
     assert "list.txt:1: expected a path and a class number" in mar(
-        place, "run", "tiny.yaml", "--local", code=2
+        workdir, "run", "tiny.yaml", "--local", code=2
     )
 
 
 @pytest.mark.usefixtures("cluster")
-def test_the_small_verbs_print_what_they_promise(place: Path) -> None:
-    shown = yaml.safe_load(mar(place, "show", "recipe.yaml", "mask.ratio=0.75"))
+def test_the_small_verbs_print_what_they_promise(workdir: Path) -> None:
+    shown = yaml.safe_load(mar(workdir, "show", "recipe.yaml", "mask.ratio=0.75"))
     assert shown["mask"]["ratio"] == 0.75
-    assert json.loads(mar(place, "show", "recipe.yaml", "--json"))["encoder"]["width"] == 16
-    assert json.loads(mar(place, "cost", "recipe.yaml", "--json"))["tokens"] == 64
-    assert "GFLOPs a view" in mar(place, "cost", "recipe.yaml")
-    masks = json.loads(mar(place, "mask", "recipe.yaml", "--json", "--clips", "1"))
+    assert json.loads(mar(workdir, "show", "recipe.yaml", "--json"))["encoder"]["width"] == 16
+    assert json.loads(mar(workdir, "cost", "recipe.yaml", "--json"))["tokens"] == 64
+    assert "GFLOPs a view" in mar(workdir, "cost", "recipe.yaml")
+    masks = json.loads(mar(workdir, "mask", "recipe.yaml", "--json", "--clips", "1"))
     assert masks["evaluation"][0][0] == [1, 1, 1, 1]
-    assert mar(place, "mask", "recipe.yaml", "-o", "m.png").strip() == "m.png"
-    assert (place / "m.png").read_bytes().startswith(b"\x89PNG")
-    report = json.loads(mar(place, "doctor", "--json"))
+    assert mar(workdir, "mask", "recipe.yaml", "-o", "m.png").strip() == "m.png"
+    assert (workdir / "m.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads(mar(workdir, "doctor", "--json"))
     assert {finding["name"]: finding["works"] for finding in report} == dict.fromkeys(
         [
             "python",
@@ -661,7 +673,7 @@ def test_a_home_that_cannot_be_written_and_a_long_temporary_folder_keep_no_ray_f
     """In a process of its own: Ray reads both when it is loaded."""
     long = tmp_path / ("x" * 90)
     long.mkdir()
-    program = "from orchestration.sweep import cluster_words; print(cluster_words())"
+    program = "from orchestration.backends.ray_tune import describe_cluster; print(describe_cluster())"
     environment = {
         **os.environ,
         "HOME": "/proc/nohome",
@@ -688,16 +700,16 @@ _KEYS = {
 
 
 def test_a_private_ray_listens_on_loopback_alone_and_its_logs_have_no_keys_of_a_cloud(
-    place: Path,
+    workdir: Path,
 ) -> None:
     """Whole clusters were taken over through ports of Ray that listened to everybody (CVE-2023-48022)."""
-    temporary = place / "t"
+    temporary = workdir / "t"
     temporary.mkdir()
     environment = {**os.environ, **_KEYS, "TMPDIR": str(temporary)}
-    words = ["run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline"]
-    with (place / "output.txt").open("w") as output:
+    arguments = ["run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline"]
+    with (workdir / "output.txt").open("w") as output:
         running = subprocess.Popen(
-            [*MAR, *words], cwd=place, env=environment, stdout=output, stderr=output
+            [*MAR, *arguments], cwd=workdir, env=environment, stdout=output, stderr=output
         )
     seen: set[str] = set()
     while running.poll() is None:
@@ -711,7 +723,7 @@ def test_a_private_ray_listens_on_loopback_alone_and_its_logs_have_no_keys_of_a_
                 ]
                 seen |= {each.laddr.ip.removeprefix("::ffff:") for each in listening}
         time.sleep(0.2)
-    assert running.returncode == 0, (place / "output.txt").read_text()
+    assert running.returncode == 0, (workdir / "output.txt").read_text()
     assert seen == {"127.0.0.1"}
     private = next(
         folder for folder in (temporary, Path("/tmp")) if (folder / f"mar-{os.getuid()}").is_dir()
@@ -721,15 +733,15 @@ def test_a_private_ray_listens_on_loopback_alone_and_its_logs_have_no_keys_of_a_
     session = max((folder / "ray").glob("session_2*"), key=lambda each: each.stat().st_mtime)
     logs = [file for file in session.rglob("*") if file.is_file()]
     assert len(logs) > 5
-    for file in [*logs, *place.glob("mar_store/**/*.*")]:
+    for file in [*logs, *workdir.glob("mar_store/**/*.*")]:
         if file.is_file():
             content = file.read_bytes()
             assert not [name for name, value in _KEYS.items() if value.encode() in content], file
 
 
-def begin(place: Path, *words: str) -> subprocess.Popen[str]:
+def begin(workdir: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*MAR, *words], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*MAR, *arguments], cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -747,23 +759,23 @@ def end(process: subprocess.Popen[str], code: int) -> str:
     ],
 )
 def test_with_ray_a_signal_is_a_gentle_stop_and_the_trial_resumes_where_it_was(
-    place: Path, backend: str, number: signal.Signals
+    workdir: Path, backend: str, number: signal.Signals
 ) -> None:
-    words = ["run", "tiny.yaml", "recipe.epochs=400", "--only", "ρ=50 %", backend]
-    running = begin(place, *words)
-    wait_for(lambda: list(place.glob("mar_store/trials/*/step_*")))
+    arguments = ["run", "tiny.yaml", "recipe.epochs=400", "--only", "ρ=50 %", backend]
+    running = begin(workdir, *arguments)
+    wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     running.send_signal(number)
     output = end(running, 1)
     assert "stopping: the trials that run are saving" in output
     assert "stopped with 1 trials unfinished; run the same command to go on" in output
     saved = max(
-        int(path.name.removeprefix("step_")) for path in place.glob("mar_store/trials/*/step_*")
+        int(path.name.removeprefix("step_")) for path in workdir.glob("mar_store/trials/*/step_*")
     )
-    running = begin(place, *words)
+    running = begin(workdir, *arguments)
     wait_for(
         lambda: (
             f"step_{saved:08d}"
-            not in {path.name for path in place.glob("mar_store/trials/*/step_*")}
+            not in {path.name for path in workdir.glob("mar_store/trials/*/step_*")}
         )
     )
     running.send_signal(number)

@@ -21,8 +21,8 @@ import yaml
 from commands import run_mar
 from conftest import BUCKET, tiny_tree
 
-from mar.atomic_dir import read_sealed, write_sealed, write_text
-from mar.config.schema import DataConfig, ExperimentConfig
+from mar.atomic_dir import read_atomic_dir, write_atomic_dir, write_text
+from mar.config.schema import DataConfig, TrainingConfig
 from mar.data.annotations import read_split
 from mar.data.cache_index import Index, Packing
 from mar.data.decoders import BrokenVideo, write_video
@@ -35,12 +35,12 @@ from mar.weights.hub import weight_files
 from mar.weights.pretrained import read_weights
 from mar.weights.safe_loading import read_tensors
 from orchestration import secrets
-from orchestration.backends.ray_jobs import words_to_show
+from orchestration.backends.ray_jobs import printable_arguments
 from orchestration.config import LaunchConfig
-from orchestration.storage.object_store import Remote
+from orchestration.storage.object_store import ObjectStore
 
 BIN = Path(sys.executable).parent
-Settings = Callable[..., ExperimentConfig]
+Settings = Callable[..., TrainingConfig]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", ".", "..", "a\0b"])
@@ -56,27 +56,27 @@ def test_keys_of_a_bucket_write_nothing_outside_the_folder(s3: None, tmp_path: P
     victim, cache = tmp_path / "victim.txt", tmp_path / "cache"
     victim.write_text("mine")
     client: Any = boto3.client("s3")
-    for place in ("evil/cache", "evil/trials/t/step_00000001"):
-        client.put_object(Bucket="bucket", Key=f"{place}/manifest.json", Body=b'{"files": {}}')
-        client.put_object(Bucket="bucket", Key=f"{place}/../victim.txt", Body=b"theirs, and longer")
+    for workdir in ("evil/cache", "evil/trials/t/step_00000001"):
+        client.put_object(Bucket="bucket", Key=f"{workdir}/manifest.json", Body=b'{"files": {}}')
+        client.put_object(Bucket="bucket", Key=f"{workdir}/../victim.txt", Body=b"theirs, and longer")
     with pytest.raises(UserError, match=r"victim\.txt' leaves this folder"):
-        Remote(f"{BUCKET}/evil/cache").pull_missing("", cache)
+        ObjectStore(f"{BUCKET}/evil/cache").pull_missing("", cache)
     assert not [*cache.glob("*")], "nothing is written before all names are looked at"
     with pytest.raises(UserError, match="leaves this folder"):
-        Remote(f"{BUCKET}/evil").pull_sealed("trials/t/step_00000001", tmp_path / "step")
+        ObjectStore(f"{BUCKET}/evil").pull_sealed("trials/t/step_00000001", tmp_path / "step")
     assert victim.read_text() == "mine"
     assert {each.name for each in tmp_path.iterdir()} <= {".pulling", "victim.txt", "cache"}
 
 
 def test_a_manifest_and_an_index_name_no_files_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "outside").write_text("content")
-    write_sealed(tmp_path / "folder", {"file": lambda file: write_text(file, "content")}, {})
+    write_atomic_dir(tmp_path / "folder", {"file": lambda file: write_text(file, "content")}, {})
     manifest = tmp_path / "folder" / "manifest.json"
-    told = json.loads(manifest.read_text())
-    told["files"] = {"../outside": told["files"]["file"]}
-    manifest.write_text(json.dumps(told))
+    output = json.loads(manifest.read_text())
+    output["files"] = {"../outside": output["files"]["file"]}
+    manifest.write_text(json.dumps(output))
     with pytest.raises(Failure, match="leaves this folder"):
-        read_sealed(tmp_path / "folder")
+        read_atomic_dir(tmp_path / "folder")
     (tmp_path / "folder" / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "../outside"}}'
     )
@@ -92,7 +92,7 @@ def test_a_manifest_and_an_index_name_no_files_elsewhere(tmp_path: Path) -> None
 def test_a_damaged_manifest_is_said(content: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(Failure, match="it is not complete"):
-        read_sealed(tmp_path)
+        read_atomic_dir(tmp_path)
 
 
 _TEN = "[" + ", ".join(["*{}"] * 10) + "]"
@@ -103,7 +103,7 @@ _MULTIPLIED = "a: &a [1, 1]\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (_MULTIPLIED, "its aliases stand for more than"),
         ("axes: &a {b: *a}\n", "an alias refers to itself"),
@@ -115,12 +115,12 @@ _MULTIPLIED = "a: &a [1, 1]\n" + "".join(
     ],
 )
 def test_a_study_that_is_to_exhaust_the_machine_is_refused_in_words(
-    content: str, words: str, tmp_path: Path
+    content: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "study.yaml").write_text(content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _, errors = run_mar(tmp_path, "plan", "study.yaml", code=2)
-    assert "study.yaml" in errors and words in errors
+    assert "study.yaml" in errors and message in errors
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, (
         "less than a GiB, in KiB"
     )
@@ -182,7 +182,7 @@ def test_a_damaged_config_beside_weights_is_refused_in_words(
 
     save_file(MAR(tiny()).state_dict(), tmp_path / "model.safetensors")
     file = tmp_path / "config.json"
-    told = {
+    output = {
         "model_type": "mar",
         "settings": tiny().model_dump(mode="json"),
         "id2label": {"0": "a", "1": "b"},
@@ -195,9 +195,11 @@ def test_a_damaged_config_beside_weights_is_refused_in_words(
         '{"settings": []}',
         '{"model_type": [], "settings": {"a": {}}}',
     ]
-    damaged += [json.dumps({**told, name: value}) for name in told for value in _WRONG]
-    damaged += [json.dumps({**told, "settings": {"encoder": value}}) for value in _WRONG]
-    damaged += [json.dumps({**told, "settings": {"encoder": {"width": value}}}) for value in _WRONG]
+    damaged += [json.dumps({**output, name: value}) for name in output for value in _WRONG]
+    damaged += [json.dumps({**output, "settings": {"encoder": value}}) for value in _WRONG]
+    damaged += [
+        json.dumps({**output, "settings": {"encoder": {"width": value}}}) for value in _WRONG
+    ]
     for content in damaged:
         file.write_text(content)
         try:
@@ -266,7 +268,7 @@ PLAYLISTS = {
 
 
 @pytest.fixture
-def listener() -> Iterator[tuple[str, list[str]]]:
+def callback() -> Iterator[tuple[str, list[str]]]:
     asked: list[str] = []
 
     class Noting(http.server.BaseHTTPRequestHandler):
@@ -283,9 +285,9 @@ def listener() -> Iterator[tuple[str, list[str]]]:
 @pytest.mark.parametrize("kind", PLAYLISTS)
 @pytest.mark.parametrize("decoder", ["auto", "pyav", "decord"])
 def test_a_file_that_names_others_is_no_video(
-    kind: str, decoder: str, tmp_path: Path, listener: tuple[str, list[str]]
+    kind: str, decoder: str, tmp_path: Path, callback: tuple[str, list[str]]
 ) -> None:
-    address, asked = listener
+    address, asked = callback
     write_video(tmp_path / "good.mp4", np.zeros((8, 32, 32, 3), np.uint8))
     (tmp_path / "nested.mp4").write_text("ffconcat version 1.0\n" + "file nested.mp4\n" * 50)
     for target in (f"{address}/x.mp4", (tmp_path / "good.mp4").as_uri(), "good.mp4"):
@@ -296,9 +298,9 @@ def test_a_file_that_names_others_is_no_video(
 
 
 def test_a_name_in_a_list_is_a_file_below_the_root_and_never_an_address(
-    tmp_path: Path, listener: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, callback: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address, asked = listener
+    address, asked = callback
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "good.mp4", np.zeros((8, 32, 32, 3), np.uint8))
     names = [
@@ -365,11 +367,11 @@ def test_a_small_file_with_an_absurd_header_ends_no_process(decoder: str, tmp_pa
         b"stsd": (12, 16),
     }
     names: list[str] = []
-    for box, places in fields.items():
-        for place in places:
+    for box, targets in fields.items():
+        for workdir in targets:
             for value in (0x7FFFFFFF, 0xFFFFFFFF, 0x10000000):
-                at = good.index(box) + place
-                name = f"{box.decode()}_{place}_{value:x}.mp4"
+                at = good.index(box) + workdir
+                name = f"{box.decode()}_{workdir}_{value:x}.mp4"
                 (tmp_path / name).write_bytes(good[:at] + struct.pack(">I", value) + good[at + 4 :])
                 names.append(name)
     done = subprocess.run(
@@ -454,8 +456,8 @@ def test_names_in_the_csv_of_a_data_check_are_neutral(tmp_path: Path, videos: Pa
 
 
 def test_a_jobs_command_has_neither_a_webhook_nor_a_password(tmp_path: Path) -> None:
-    words = ["recipe.epochs=2", "--webhook", "https://hooks.example/T0/SECRET", "--local"]
-    assert words_to_show(words, tmp_path) == [
+    arguments = ["recipe.epochs=2", "--webhook", "https://hooks.example/T0/SECRET", "--local"]
+    assert printable_arguments(arguments, tmp_path) == [
         "recipe.epochs=2",
         "--webhook",
         "@webhook.txt",
@@ -463,23 +465,23 @@ def test_a_jobs_command_has_neither_a_webhook_nor_a_password(tmp_path: Path) -> 
     ]
     assert (tmp_path / "webhook.txt").read_text() == "https://hooks.example/T0/SECRET"
     assert (tmp_path / "webhook.txt").stat().st_mode & 0o777 == 0o600
-    assert words_to_show(["--webhook=https://hooks.example/x"], tmp_path) == [
+    assert printable_arguments(["--webhook=https://hooks.example/x"], tmp_path) == [
         "--webhook=@webhook.txt"
     ]
     (tmp_path / "own.txt").write_text("https://hooks.example/own\n")
-    assert words_to_show(["--webhook", f"@{tmp_path / 'own.txt'}"], tmp_path) == [
+    assert printable_arguments(["--webhook", f"@{tmp_path / 'own.txt'}"], tmp_path) == [
         "--webhook",
         "@webhook.txt",
     ]
     assert (tmp_path / "webhook.txt").read_text() == "https://hooks.example/own"
     with pytest.raises(UserError, match="or @FILE with one in it") as caught:
-        words_to_show(["--webhook", "hooks.example/T0/SECRET"], tmp_path)
+        printable_arguments(["--webhook", "hooks.example/T0/SECRET"], tmp_path)
     assert "SECRET" not in str(caught.value)
     with pytest.raises(UserError, match="leave user and password out") as caught:
-        words_to_show(["--tracking-uri", "https://ada:hunter2@mlflow.example"], tmp_path)
+        printable_arguments(["--tracking-uri", "https://ada:hunter2@mlflow.example"], tmp_path)
     assert "hunter2" not in str(caught.value)
     with pytest.raises(UserError, match="leave the keys out of the address") as caught:
-        Remote("s3://KEY:hunter2@bucket/x")
+        ObjectStore("s3://KEY:hunter2@bucket/x")
     assert "hunter2" not in str(caught.value)
 
 

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from mar.errors import Failure, UserError
 from orchestration.reporting.search_report import best_trials, found_text, write_search_report
-from orchestration.search.optuna_search import Proposer, open_search
+from orchestration.search.optuna_search import OptunaSearch, open_search
 from orchestration.search.schema import read_search
 from orchestration.studies.recipe import read_recipe
 from orchestration.studies.trial import Trial
@@ -54,7 +54,7 @@ class Run:
     has_model: bool = True
 
 
-Open = Callable[..., Proposer]
+Open = Callable[..., OptunaSearch]
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def open_(tmp_path: Path, videos: Path) -> Open:
     """Open the search as ``mar run`` does, with changes to its file."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
 
-    def opened(records: list[Run] | None = None, **changes: Any) -> Proposer:
+    def opened(records: list[Run] | None = None, **changes: Any) -> OptunaSearch:
         (tmp_path / "search.yaml").write_text(
             yaml.safe_dump({**SEARCH, **changes}, sort_keys=False)
         )
@@ -80,7 +80,7 @@ def accuracy(trial: Trial) -> dict[str, float]:
     return {"test/top1": 80 - 20 * settings.mask.ratio + bonus}
 
 
-def answer(proposer: Proposer, most: int = 1000) -> list[Trial]:
+def answer(proposer: OptunaSearch, most: int = 1000) -> list[Trial]:
     """Train, as it were, what is proposed."""
     trained: list[Trial] = []
     while len(trained) < most and (trial := proposer.next()) is not None:
@@ -175,7 +175,7 @@ def test_finished_trials_of_other_studies_are_known_and_not_trained_again(open_:
     other = first.search.settings({"mask.ratio": 0.5, "recipe.epochs": 2})
     trials = [Trial({}, settings, first.fingerprint) for settings in (*known, other)]
     records = [
-        Run(trial.identity, accuracy(trial), f"run{place}") for place, trial in enumerate(trials)
+        Run(trial.identity, accuracy(trial), f"run{workdir}") for workdir, trial in enumerate(trials)
     ]
     optuna.delete_study(study_name=first.study.study_name, storage=first.study._storage)
     proposer = open_(records, constraints=[])
@@ -204,7 +204,7 @@ def test_what_is_known_of_other_studies_must_keep_the_constraints_too(open_: Ope
     )
     trials = [Trial({}, settings, first.fingerprint) for settings in (cheap, dear)]
     records = [
-        Run(trial.identity, accuracy(trial), f"run{place}") for place, trial in enumerate(trials)
+        Run(trial.identity, accuracy(trial), f"run{workdir}") for workdir, trial in enumerate(trials)
     ]
     optuna.delete_study(study_name=first.study.study_name, storage=first.study._storage)
     offered = [
@@ -290,12 +290,12 @@ def test_a_goal_that_was_not_measured_is_named(open_: Open) -> None:
     ],
 )
 def test_a_mistake_on_the_command_line_of_a_search_is_named(
-    open_: Open, tmp_path: Path, word: str, told: str
+    open_: Open, tmp_path: Path, word: str, output: str
 ) -> None:
     open_()
     with pytest.raises(UserError) as caught:
         read_search(str(tmp_path / "search.yaml"), [word])
-    assert told in str(caught.value)
+    assert output in str(caught.value)
 
 
 def test_a_trial_that_is_worse_than_others_were_is_ended_early(open_: Open) -> None:
@@ -304,14 +304,15 @@ def test_a_trial_that_is_worse_than_others_were_is_ended_early(open_: Open) -> N
         trial = proposer.next()
         assert trial
         assert not any(
-            proposer.should_end(trial.key, epoch, {"val/top1": 50.0 + epoch}) for epoch in (1, 2, 3)
+            proposer.should_prune(trial.key, epoch, {"val/top1": 50.0 + epoch})
+            for epoch in (1, 2, 3)
         )
         proposer.finished(trial.key, {"test/top1": 53.0}, trial.settings)
     bad = proposer.next()
     assert bad
-    ended = [proposer.should_end(bad.key, epoch, {"val/top1": 10.0}) for epoch in (1, 2, 3)]
-    assert any(ended)
-    assert bad.key in proposer.ended
+    pruned = [proposer.should_prune(bad.key, epoch, {"val/top1": 10.0}) for epoch in (1, 2, 3)]
+    assert any(pruned)
+    assert bad.key in proposer.pruned
     assert proposer.study.trials[-1].state == TrialState.PRUNED
 
 
@@ -321,15 +322,15 @@ def test_a_trial_that_has_only_its_test_before_it_is_not_ended(open_: Open) -> N
         trial = proposer.next()
         assert trial
         last = trial.settings.recipe.epochs
-        proposer.should_end(trial.key, last, {"val/top1": 50.0})
+        proposer.should_prune(trial.key, last, {"val/top1": 50.0})
         proposer.finished(trial.key, {"test/top1": 53.0}, trial.settings)
     bad = proposer.next()
     assert bad
-    assert not proposer.should_end(bad.key, last, {"val/top1": 10.0})
+    assert not proposer.should_prune(bad.key, last, {"val/top1": 10.0})
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"goals": {"top2": "max"}}, "no quantity 'top2'"),
         (
@@ -365,11 +366,11 @@ def test_a_trial_that_has_only_its_test_before_it_is_not_ended(open_: Open) -> N
     ],
 )
 def test_a_mistake_in_a_search_file_is_named(
-    open_: Open, changes: dict[str, Any], words: str
+    open_: Open, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         open_(**changes)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert "search.yaml" in str(caught.value)
 
 

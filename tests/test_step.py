@@ -21,17 +21,17 @@ from mar.bench.machine import this_machine
 from mar.bench.peers import Released, videomae
 from mar.bench.roofline import Recorder
 from mar.bench.steps import Case, time_case
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.data.dataset import Batch
 from mar.model import mar as model_module
 from mar.model.encoder import patchify, take_tubelets
 from mar.model.flops import cost
-from mar.model.layers import attention, execute, explicit_attention, transformer_blocks
+from mar.model.layers import attention, explicit_attention, set_execution_mode, transformer_blocks
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask, training_mask
 from mar.training.checkpoint import Progress
 from mar.training.optim import build_optimizer
-from mar.training.step import Execution, Learner, train_step
+from mar.training.step import Execution, TrainState, train_step
 from orchestration.cli import bench
 from orchestration.diagnostics import bench as around
 
@@ -46,7 +46,7 @@ AUGMENTED = {
 }
 
 
-def batch_of(settings: ExperimentConfig, device: str = "cpu") -> Batch:
+def batch_of(settings: TrainingConfig, device: str = "cpu") -> Batch:
     torch.manual_seed(0)
     size = settings.recipe.batch_size
     shape = (size, 1, settings.clip.frames, settings.clip.size, settings.clip.size, 3)
@@ -60,11 +60,11 @@ def batch_of(settings: ExperimentConfig, device: str = "cpu") -> Batch:
 
 
 def stepped(
-    settings: ExperimentConfig, execution: Execution, steps: int = 3
+    settings: TrainingConfig, execution: Execution, steps: int = 3
 ) -> tuple[list[Any], dict[str, Any]]:
     torch.manual_seed(0)
     model = MAR(settings)
-    learner = Learner(
+    learner = TrainState(
         settings, execution, model, build_optimizer(model, settings.recipe), Progress()
     )
     sums: list[Any] = []
@@ -92,7 +92,7 @@ class _NoWaiting(TorchDispatchMode):
 
 
 def test_a_step_never_waits_for_its_device(
-    tiny: Callable[..., ExperimentConfig], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the backward pass, on a device that is not there: whoever looks at a number (``item``, booleans) fails.
 
@@ -100,12 +100,12 @@ def test_a_step_never_waits_for_its_device(
     """
     settings = tiny(AUGMENTED)
     tokens = prod(settings.grid)
-    places = (
+    batch_indices = (
         torch.zeros(4, tokens // 2, dtype=torch.long),
         torch.zeros(4, tokens - tokens // 2, dtype=torch.long),
     )
     monkeypatch.setattr(
-        model_module, "split_places", lambda hidden: places
+        model_module, "split_places", lambda hidden: batch_indices
     )  # looks at the mask, while it is on the CPU
     monkeypatch.setattr(
         torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor
@@ -113,7 +113,7 @@ def test_a_step_never_waits_for_its_device(
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             model = MAR(settings)
-        learner = Learner(
+        learner = TrainState(
             settings,
             Execution(torch.device("cuda")),
             model,
@@ -136,17 +136,17 @@ def test_a_step_never_waits_for_its_device(
 
 
 def test_recomputing_activations_changes_no_bit_of_a_training(
-    tiny: Callable[..., ExperimentConfig],
+    tiny: Callable[..., TrainingConfig],
 ) -> None:
     settings = tiny({**AUGMENTED, "encoder.depth": 3})
     (sums, weights), (others, same) = (
-        stepped(settings, Execution(CPU, recompute=each)) for each in (False, True)
+        stepped(settings, Execution(CPU, activation_checkpointing=each)) for each in (False, True)
     )
     assert all(torch.equal(*pair) for pair in zip(sums, others, strict=True))
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
-def test_recomputing_activations_keeps_fewer_of_them(tiny: Callable[..., ExperimentConfig]) -> None:
+def test_recomputing_activations_keeps_fewer_of_them(tiny: Callable[..., TrainingConfig]) -> None:
     settings = tiny({"encoder.depth": 4, "encoder.width": 64})
     model = MAR(settings)
     hidden = training_mask(settings.mask, settings.grid, 4, torch.Generator().manual_seed(0))
@@ -161,7 +161,7 @@ def test_recomputing_activations_keeps_fewer_of_them(tiny: Callable[..., Experim
         return sum(sizes)
 
     everything = kept_bytes()
-    execute(model, recompute=True)
+    set_execution_mode(model, activation_checkpointing=True)
     assert kept_bytes() < everything / 3
 
 
@@ -237,7 +237,7 @@ def test_attention_is_softmax_of_the_scaled_products_forward_and_backward(
 
 
 def test_the_fused_kernel_is_the_one_that_runs_in_float32(
-    tiny: Callable[..., ExperimentConfig],
+    tiny: Callable[..., TrainingConfig],
 ) -> None:
     settings = tiny()
     model, pixels = MAR(settings).eval(), torch.rand(1, 3, 8, 16, 16)
@@ -256,18 +256,18 @@ def test_the_last_tokens_alone_come_out_as_they_do_among_all() -> None:
 
 def test_tubelets_that_are_taken_are_those_of_all_tubelets() -> None:
     torch.manual_seed(0)
-    video, places = (
+    video, batch_indices = (
         torch.rand(2, 3, 4, 8, 12),
         torch.stack([torch.randperm(12)[:7] for _ in range(2)]),
     )
-    index = places[..., None].expand(-1, -1, 96)
+    index = batch_indices[..., None].expand(-1, -1, 96)
     assert torch.equal(
-        take_tubelets(video, (2, 4, 4), places), patchify(video, (2, 4, 4)).gather(1, index)
+        take_tubelets(video, (2, 4, 4), batch_indices), patchify(video, (2, 4, 4)).gather(1, index)
     )
 
 
 def test_the_peer_that_computes_as_the_released_code_has_the_same_loss_and_gradient(
-    tiny: Callable[..., ExperimentConfig],
+    tiny: Callable[..., TrainingConfig],
 ) -> None:
     settings = tiny({"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "encoder.depth": 2})
     torch.manual_seed(0)

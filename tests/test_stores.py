@@ -62,7 +62,7 @@ def test_a_store_may_have_any_name(folder: Path, tmp_path: Path, name: str) -> N
     other = tmp_path / f"{name}x"
     shutil.copytree(folder / "store", tmp_path / name)
     shutil.copytree(folder / "store", other)
-    words = (
+    arguments = (
         "--local",
         "--store",
         str(tmp_path / name),
@@ -70,9 +70,9 @@ def test_a_store_may_have_any_name(folder: Path, tmp_path: Path, name: str) -> N
         "mask=50",
         "recipe.base_lr=0.005",
     )
-    mar(folder, "run", "two.yaml", *words)
+    mar(folder, "run", "two.yaml", *arguments)
     records = {
-        place: len(Store(LaunchConfig(store=place)).trials()) for place in (tmp_path / name, other)
+        workdir: len(Store(LaunchConfig(store=workdir)).trials()) for workdir in (tmp_path / name, other)
     }
     assert records == {tmp_path / name: 3, other: 2}
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted([name, other.name]), (
@@ -124,18 +124,18 @@ def test_a_store_that_is_elsewhere_now_keeps_its_artifacts_below_it(
 def test_artifacts_lie_below_the_store_where_an_sqlite_address_is_given(
     folder: Path, tmp_path: Path
 ) -> None:
-    place = tmp_path / "here"
-    place.mkdir()
-    words = (
+    workdir = tmp_path / "here"
+    workdir.mkdir()
+    arguments = (
         "--local",
         "--store",
         str(tmp_path / "store"),
         "--tracking-uri",
         f"sqlite:///{tmp_path}/runs.db",
     )
-    mar(place, "run", str(folder / "two.yaml"), *words, "--only", "mask=50")
+    mar(workdir, "run", str(folder / "two.yaml"), *arguments, "--only", "mask=50")
     assert list((tmp_path / "store" / "artifacts").rglob("metrics.json"))
-    assert not list(place.iterdir())
+    assert not list(workdir.iterdir())
 
 
 def test_with_the_trials_folder_lost_everything_is_read_from_mlflow(
@@ -256,9 +256,9 @@ def test_passwords_are_left_out_of_every_address() -> None:
 
 
 def test_no_password_is_printed(folder: Path, tmp_path: Path) -> None:
-    words = ("--tracking-uri", "http://user:s3cr3t@127.0.0.1:9/")
+    arguments = ("--tracking-uri", "http://user:s3cr3t@127.0.0.1:9/")
     for verb in ("table", "run", "plan"):
-        output, error = mar(folder, verb, "two.yaml", "--store", str(tmp_path), *words, code=1)
+        output, error = mar(folder, verb, "two.yaml", "--store", str(tmp_path), *arguments, code=1)
         assert "s3cr3t" not in output + error
         assert "http://127.0.0.1:9/" in error
 
@@ -321,7 +321,7 @@ def test_listed_values_of_a_setting_are_an_axis(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         (
             "title: T\nrecipe: recipe\naxis: {x: {a: {}}}\n",
@@ -344,12 +344,12 @@ def test_listed_values_of_a_setting_are_an_axis(folder: Path, tmp_path: Path) ->
     ],
 )
 def test_a_mistake_in_a_studys_file_is_named_with_what_was_meant(
-    folder: Path, tmp_path: Path, text: str, words: str
+    folder: Path, tmp_path: Path, text: str, message: str
 ) -> None:
     shutil.copy(folder / "recipe.yaml", tmp_path)
     (tmp_path / "s.yaml").write_text(text)
     _, error = mar(tmp_path, "plan", "s.yaml", code=2)
-    assert words in error
+    assert message in error
 
 
 def test_other_mistakes_have_words_too(folder: Path, tmp_path: Path) -> None:
@@ -369,9 +369,9 @@ def test_other_mistakes_have_words_too(folder: Path, tmp_path: Path) -> None:
         ("run", "two.yaml", "--local", "--backend", "inline"): "one or the other",
         ("run", "two.yaml", "--device", "v100"): "give --budget too",
     }
-    for words, expected in said.items():
-        _, error = mar(tmp_path, *words, code=2)
-        assert expected in error, words
+    for command, expected in said.items():
+        _, error = mar(tmp_path, *command, code=2)
+        assert expected in error, command
 
 
 def test_a_search_is_planned_by_its_first_points(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from conftest import tiny_tree
 from safetensors.torch import save_file
 
 from mar.config.overrides import flatten
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.errors import UserError
 from orchestration.installation import packaged
-from orchestration.studies.identity import identity, training_of
+from orchestration.studies.identity import identity, training_identity
 from orchestration.studies.loader import fetch_weights, read_study
 from orchestration.studies.plan import plan_text, plan_trials
 from orchestration.studies.recipe import absolute_paths, read_recipe
@@ -99,14 +99,14 @@ def test_a_missing_data_set_is_absent_and_a_faulty_one_is_named(
     assert read_study(write(STUDY), ["data.root=nowhere"]).trials[0].fingerprint == "absent"
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.txt").write_bytes(b"caf\xe9.mp4 0\n")
-    words = [
+    arguments = [
         f"data.root={tmp_path / 'data'}",
         "data.format=list",
         "data.train=train.txt",
         "data.val=train.txt",
     ]
     with pytest.raises(UserError, match=r"train\.txt:1: .* is not UTF-8 text"):
-        read_study(write(STUDY), words)
+        read_study(write(STUDY), arguments)
 
 
 def test_recipe_settings_can_be_given_as_a_branch(write: Callable[[str], str]) -> None:
@@ -119,7 +119,7 @@ def test_only_keeps_the_named_trials(write: Callable[[str], str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
+    ("old", "new", "message"),
     [
         (
             "mask.ratio: 0.75",
@@ -172,15 +172,15 @@ def test_only_keeps_the_named_trials(write: Callable[[str], str]) -> None:
     ],
 )
 def test_a_faulty_study_is_named_with_file_line_and_setting(
-    write: Callable[[str], str], old: str, new: str, words: str
+    write: Callable[[str], str], old: str, new: str, message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         read_study(write(STUDY.replace(old, new)))
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "only", "words"),
+    ("overrides", "only", "message"),
     [
         (["mask.ration=0.5"], [], "mask.ration: no such setting; did you mean mask.ratio?"),
         (["mask.ratio"], [], "'mask.ratio': expected path=value"),
@@ -190,11 +190,11 @@ def test_a_faulty_study_is_named_with_file_line_and_setting(
     ],
 )
 def test_a_faulty_command_line_is_named(
-    write: Callable[[str], str], overrides: list[str], only: list[str], words: str
+    write: Callable[[str], str], overrides: list[str], only: list[str], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         read_study(write(STUDY), overrides, only)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_fault_in_the_recipe_is_named_there(write: Callable[[str], str], tmp_path: Path) -> None:
@@ -309,37 +309,37 @@ def test_a_recipe_is_a_study_of_one_trial(write: Callable[[str], str], tmp_path:
     ],
 )
 def test_settings_that_do_nothing_make_no_second_training(
-    tiny: Callable[..., ExperimentConfig], one: dict[str, Any], other: dict[str, Any]
+    tiny: Callable[..., TrainingConfig], one: dict[str, Any], other: dict[str, Any]
 ) -> None:
     assert identity(tiny(one), "data") == identity(tiny(other), "data")
 
 
-def test_settings_that_do_something_do_make_one(tiny: Callable[..., ExperimentConfig]) -> None:
-    told = [
+def test_settings_that_do_something_do_make_one(tiny: Callable[..., TrainingConfig]) -> None:
+    output = [
         {},
         {"mask.strategy": "uniform", "mask.motion": "standard"},
         {"mask.strategy": "uniform"},
         {"mask.ratio": 0.0},
     ]
-    told += [
+    output += [
         {"mask.ratio": 0.0, "classifier.width": 32},
         {"mask.ratio": 0.0, "evaluation.mask.ratio": 0.5},
     ]
-    told += [{"mask.ratio": 0.0, "evaluation.mask.ratio": 0.5, "mask.cell": [4, 4]}]
-    lines = [identity(tiny(each), "data") for each in told]
-    assert len(set(lines)) == len(told)
-    assert training_of(lines[-1]) == training_of(lines[-2]) == training_of(lines[3]), (
-        "tested otherwise, trained alike"
-    )
+    output += [{"mask.ratio": 0.0, "evaluation.mask.ratio": 0.5, "mask.cell": [4, 4]}]
+    lines = [identity(tiny(each), "data") for each in output]
+    assert len(set(lines)) == len(output)
+    assert (
+        training_identity(lines[-1]) == training_identity(lines[-2]) == training_identity(lines[3])
+    ), "tested otherwise, trained alike"
 
 
 def test_a_row_or_a_label_with_an_equals_sign_takes_its_own_settings() -> None:
-    words = [
+    arguments = [
         "rows.MAR, ρ = 50 % / HMDB51.encoder.weights=/w=1.pth",
         "axes.Method.VideoMAE.recipe.epochs=3",
     ]
     trials = {
-        trial.row: trial.settings for trial in read_study("table13_ucf101_hmdb51", words).trials
+        trial.row: trial.settings for trial in read_study("table13_ucf101_hmdb51", arguments).trials
     }
     assert trials["MAR, ρ = 50 % / HMDB51"].encoder.weights == "/w=1.pth"
     assert trials["MAR, ρ = 50 % / UCF101"].encoder.weights is None

@@ -19,30 +19,30 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix
 
-from mar import RESULT
-from mar.atomic_dir import read_sealed
+from mar import RESULT_DIR
+from mar.atomic_dir import read_atomic_dir
 from mar.augmentation.augment import mix
 from mar.config.overrides import build
-from mar.config.schema import AugmentConfig, ExperimentConfig
+from mar.config.schema import AugmentConfig, TrainingConfig
 from mar.errors import Failure, UserError
 from mar.evaluation.evaluator import Predictions
 from mar.model.mar import MAR
 from mar.training import checkpoint
 from mar.training.checkpoint import Progress, latest
 from mar.training.loop import fit
-from mar.training.retention import Keep, clear
+from mar.training.retention import RetentionPolicy, prune
 from mar.training.step import Execution, Wish
 from mar.weights.export import write_model
 from mar.weights.pretrained import Weights, model_settings, read_weights
 from orchestration.cli.app import main
 
-Settings = Callable[..., ExperimentConfig]
+Settings = Callable[..., TrainingConfig]
 CPU = torch.device("cpu")
 CLOCKS = ("time/", "throughput/")
 
 
 def train(
-    settings: ExperimentConfig, folder: Path, **execution: Any
+    settings: TrainingConfig, folder: Path, **execution: Any
 ) -> list[tuple[int, dict[str, float]]]:
     """Train and return what was reported, without what a clock measured."""
     reports: list[tuple[int, dict[str, float]]] = []
@@ -57,7 +57,7 @@ def train(
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / RESULT / "model.safetensors")
+    return load_file(folder / RESULT_DIR / "model.safetensors")
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -77,7 +77,7 @@ class Stopped(Exception):
     pass
 
 
-def stop_after(settings: ExperimentConfig, folder: Path, epochs: int, **execution: Any) -> None:
+def stop_after(settings: TrainingConfig, folder: Path, epochs: int, **execution: Any) -> None:
     def report(epoch: int, _: dict[str, float], __: Path | None) -> None:
         if epoch == epochs:
             raise Stopped
@@ -146,7 +146,7 @@ def test_accumulated_gradients_give_the_same_training(tiny: Settings, tmp_path: 
         {"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "augment.cutmix": 0.0, **AUGMENTED}
     )
     train(settings, tmp_path / "whole")
-    train(settings, tmp_path / "parts", max_clips_per_pass=2)
+    train(settings, tmp_path / "parts", max_microbatch_clips=2)
     for name, tensor in weights(tmp_path / "whole").items():
         torch.testing.assert_close(weights(tmp_path / "parts")[name], tensor, atol=2e-5, rtol=1e-3)
 
@@ -168,7 +168,7 @@ def test_two_workers_train_what_one_does(tiny: Settings, tmp_path: Path) -> None
     multiprocessing.spawn(_work, args=arguments, nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, atol=2e-5, rtol=1e-3)
-    metrics = json.loads((tmp_path / "two" / RESULT / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "two" / RESULT_DIR / "metrics.json").read_text())
     assert metrics["train/loss"] == pytest.approx(alone[-1][1]["train/loss"], rel=1e-4)
     assert metrics["test/num_videos"] == 8
 
@@ -182,7 +182,7 @@ def test_two_workers_train_what_one_does_with_repeated_sampling_too(
     reports = train(settings, tmp_path / "one")
     arguments = (2, settings.model_dump_json(), str(tmp_path / "two"), 29512)
     multiprocessing.spawn(_work, args=arguments, nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-    metrics = json.loads((tmp_path / "two" / RESULT / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "two" / RESULT_DIR / "metrics.json").read_text())
     assert metrics["train/loss"] == pytest.approx(reports[-1][1]["train/loss"], rel=1e-4)
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, atol=2e-5, rtol=1e-3)
@@ -200,15 +200,15 @@ def test_the_result_is_complete_and_says_what_it_is(tiny: Settings, tmp_path: Pa
         {"evaluation.shuffled_frames": True, "evaluation.clips": 2, "evaluation.crops": 3}
     )
     final = train(settings, tmp_path)[-1][1]
-    manifest = read_sealed(tmp_path / RESULT)
+    manifest = read_atomic_dir(tmp_path / RESULT_DIR)
     assert build(manifest["settings"]) == settings
-    rows = (tmp_path / RESULT / "predictions.csv").read_text().splitlines()
+    rows = (tmp_path / RESULT_DIR / "predictions.csv").read_text().splitlines()
     assert rows[0] == "video,label,probability_of_label,class_1,probability_1,class_2,probability_2"
     correct = [row.split(",")[1] == row.split(",")[3] for row in rows[1:]]
     assert final["test/top1"] == pytest.approx(100 * sum(correct) / 8)
     assert 0 <= final["test/top1_shuffled_frames"] <= 100
     for picture in ("confusion.png", "curves.png"):
-        with Image.open(tmp_path / RESULT / picture) as opened:
+        with Image.open(tmp_path / RESULT_DIR / picture) as opened:
             assert min(opened.size) > 200
 
 
@@ -264,7 +264,7 @@ def test_new_checkpoints_replace_newer_ones_that_cannot_be_used(
     train(tiny(), tmp_path)
     for stale in tmp_path.glob("step_*"):
         (stale / "model.safetensors").write_bytes(b"bits have flipped")
-    shutil.rmtree(tmp_path / RESULT)
+    shutil.rmtree(tmp_path / RESULT_DIR)
     stop_after(tiny(), tmp_path, epochs=1)
     assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000002"]
     found = latest(tmp_path, tiny(), print)
@@ -288,21 +288,28 @@ def test_a_disk_that_refuses_leaves_the_earlier_checkpoint_and_says_what_to_do(
     assert train(tiny(), tmp_path)[-1][0] == 3
 
 
-def kept(settings: ExperimentConfig, folder: Path, keep: Keep) -> list[int]:
+def kept(settings: TrainingConfig, folder: Path, keep: RetentionPolicy) -> list[int]:
     train(settings, folder, keep=keep)
     return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
 
 
 def test_checkpoints_are_kept_by_the_policy(tiny: Settings, tmp_path: Path) -> None:
     settings = tiny({"recipe.epochs": 6})
-    history = dict(train(settings, tmp_path / "all", keep=Keep(last=99)))
-    assert kept(settings, tmp_path / "one", Keep(last=1)) == [12], "two steps an epoch"
-    assert kept(settings, tmp_path / "every", Keep(last=2, every_epochs=2)) == [4, 8, 10, 12]
+    history = dict(train(settings, tmp_path / "all", keep=RetentionPolicy(last=99)))
+    assert kept(settings, tmp_path / "one", RetentionPolicy(last=1)) == [12], "two steps an epoch"
+    assert kept(settings, tmp_path / "every", RetentionPolicy(last=2, every_epochs=2)) == [
+        4,
+        8,
+        10,
+        12,
+    ]
     best = max(range(1, 7), key=lambda epoch: (history[epoch]["val/top1"], epoch))
-    assert kept(settings, tmp_path / "best", Keep(last=1, best=True)) == sorted({2 * best, 12})
-    clear(tmp_path / "every", Keep(every_epochs=3))
+    assert kept(settings, tmp_path / "best", RetentionPolicy(last=1, best=True)) == sorted(
+        {2 * best, 12}
+    )
+    prune(tmp_path / "every", RetentionPolicy(every_epochs=3))
     assert sorted(path.name for path in (tmp_path / "every").glob("step_*")) == ["step_00000012"]
-    clear(tmp_path / "best", Keep())
+    prune(tmp_path / "best", RetentionPolicy())
     assert not list((tmp_path / "best").glob("step_*"))
 
 
@@ -326,7 +333,7 @@ def test_a_checkpoint_is_written_beside_the_training_and_holds_the_step_it_was_a
         return "go on"
 
     monkeypatch.setattr(checkpoint, "save", late)
-    train(tiny(), tmp_path / "beside", step=step, keep=Keep(last=99))
+    train(tiny(), tmp_path / "beside", step=step, keep=RetentionPolicy(last=99))
     assert steps == [1, 2, 3, 4, 5, 6]
     monkeypatch.setattr(checkpoint, "save", written)
     shutil.rmtree(tmp_path / "beside" / "step_00000006")
@@ -362,7 +369,7 @@ def test_broken_videos_can_be_left_out_and_are_counted(
         1,
         7,
     )
-    assert "2000005.mp4" in (tmp_path / "trial" / RESULT / "broken_videos.txt").read_text()
+    assert "2000005.mp4" in (tmp_path / "trial" / RESULT_DIR / "broken_videos.txt").read_text()
 
 
 @pytest.fixture
@@ -470,18 +477,18 @@ def test_a_trials_result_is_tested_and_used_from_the_command_line(
     tiny: Settings, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     final = train(tiny({"recipe.epochs": 1}), tmp_path / "run")[-1][1]
-    result = str(tmp_path / "run" / RESULT)
+    result = str(tmp_path / "run" / RESULT_DIR)
 
-    def run(*words: str) -> tuple[int, str, str]:
+    def run(*arguments: str) -> tuple[int, str, str]:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr("sys.argv", ["mar", *words])
+            patch.setattr("sys.argv", ["mar", *arguments])
             main()
         printed = capsys.readouterr()
         return int(ended.value.code or 0), printed.out, printed.err
 
     code, out, _ = run("evaluate", result, "--json", "-o", str(tmp_path / "predictions.csv"))
     assert (code, json.loads(out)["test/top1"]) == (0, pytest.approx(final["test/top1"]))
-    same = (tmp_path / "run" / RESULT / "predictions.csv").read_text()
+    same = (tmp_path / "run" / RESULT_DIR / "predictions.csv").read_text()
     assert (tmp_path / "predictions.csv").read_text() == same
     _, out, _ = run("evaluate", result, "evaluation.mask.ratio=0.75", "evaluation.crops=3")
     assert "of 8 videos (1 clips × 3 crops, 75% hidden)" in out
@@ -500,13 +507,13 @@ def test_a_trials_result_is_tested_and_used_from_the_command_line(
     assert (code, "1 could not be decoded" in complaint, str(clip) in out) == (1, True, True)
     pretrained_only = tiny({**PRETRAINING, "recipe.epochs": 1})
     train(pretrained_only, tmp_path / "pre")
-    code, _, complaint = run("evaluate", str(tmp_path / "pre" / RESULT))
+    code, _, complaint = run("evaluate", str(tmp_path / "pre" / RESULT_DIR))
     assert (code, "has no classifier" in complaint) == (2, True)
 
 
 def test_the_result_of_a_trial_is_a_model_to_start_from(tiny: Settings, tmp_path: Path) -> None:
     train(tiny(), tmp_path / "first")
-    result = tmp_path / "first" / RESULT
+    result = tmp_path / "first" / RESULT_DIR
     assert model_settings(read_weights(str(result))) == tiny()
     reports = train(tiny({"encoder.weights": str(result), "recipe.epochs": 1}), tmp_path / "second")
     assert reports
@@ -531,7 +538,7 @@ def test_pretraining_reconstructs_alone_and_its_result_is_fine_tuned(
     final = reports[-1][1]
     assert final["test/reconstruction_loss"] > 0
     assert not any("top1" in name or "classification" in name for name in final)
-    result = tmp_path / "first" / RESULT
+    result = tmp_path / "first" / RESULT_DIR
     assert not any(
         name.startswith("classifier.") for name in load_file(result / "model.safetensors")
     )

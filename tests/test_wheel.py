@@ -39,7 +39,7 @@ def test_the_wheel_has_every_study_recipe_and_cluster_file(wheel: Path) -> None:
 def test_an_installed_wheel_finds_a_study_by_name_and_plans_it(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from orchestration.cli import main;"
+        "import sys; sys.path.insert(0, sys.argv[1]); from orchestration.cli.app import main;"
         "sys.argv[1:] = ['plan', 'quickstart']; import orchestration; assert sys.path[0] in orchestration.__file__; main()"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "site")]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mar.augmentation.randaugment import Operations, draw_operations, rand_augment
 from mar.config.randaugment_policy import RandAugmentPolicy
-from mar.config.schema import AugmentConfig, ExperimentConfig
+from mar.config.schema import AugmentConfig, TrainingConfig
 from mar.model.masking import training_mask
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD, to_pixels
 from mar.rng import draw
@@ -50,19 +50,19 @@ class Drawn:
     operations: Operations
     erased: list[Erased | None]
 
-    def of(self, places: Sequence[int]) -> Drawn:
+    def of(self, indices: Sequence[int]) -> Drawn:
         """Return what is drawn for some of the clips."""
-        chosen = torch.tensor(places)
-        operations = [self.operations[place] for place in places]
+        chosen = torch.tensor(indices)
+        operations = [self.operations[index] for index in indices]
         return Drawn(
             self.hidden[chosen],
             self.mirrored[chosen],
             operations,
-            [self.erased[place] for place in places],
+            [self.erased[index] for index in indices],
         )
 
 
-def draw_step(settings: ExperimentConfig, step: int) -> Drawn:
+def draw_step(settings: TrainingConfig, step: int) -> Drawn:
     """Draw for the whole batch of a step, on the CPU; it follows from seed and step alone."""
     size, augment = settings.recipe.batch_size, settings.augment
     generator = torch.Generator().manual_seed(int(draw(settings.seed, 2, step).integers(2**62)))
@@ -80,7 +80,7 @@ def augmented(
     clips: UInt8[Tensor, "B T H W C"],
     labels: Int[Tensor, " B"],
     drawn: Drawn,
-    settings: ExperimentConfig,
+    settings: TrainingConfig,
 ) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B classes"]]:
     """Return pixels and class probabilities: RandAugment, erasing, mirroring, label smoothing; ``mix`` comes after."""
     config, pixels = settings.augment, to_pixels(clips)

@@ -41,7 +41,7 @@ def draw_operations(
     names = list(OPERATIONS)
     drawn: Operations = []
     for _ in range(num_clips):
-        chosen = [names[place] for place in rng.integers(len(names), size=policy.operations)]
+        chosen = [names[index] for index in rng.integers(len(names), size=policy.operations)]
         applied = rng.random(policy.operations) < _APPLIED
         levels = np.clip(
             rng.normal(policy.magnitude, policy.deviation, policy.operations), 0, MAX_MAGNITUDE
@@ -175,28 +175,28 @@ def moved(
         torch.arange(width, device=images.device) + 0.5,
         indexing="ij",
     )
-    places = torch.einsum("nij,jhw->nhwi", matrix, torch.stack([x, y, torch.ones_like(x)]))
+    positions = torch.einsum("nij,jhw->nhwi", matrix, torch.stack([x, y, torch.ones_like(x)]))
     size = torch.tensor([width, height]).to(images.device, non_blocking=True)
     if interpolation == "bicubic":
-        sampled = _bicubic(images, places)
+        sampled = _bicubic(images, positions)
     else:
         sampled = F.grid_sample(
-            images, places / size * 2 - 1, padding_mode="border", align_corners=False
+            images, positions / size * 2 - 1, padding_mode="border", align_corners=False
         ).round()
-    inside = ((places >= 0) & (places < size)).all(-1)[:, None]
+    inside = ((positions >= 0) & (positions < size)).all(-1)[:, None]
     return torch.where(
         inside, sampled, torch.tensor(_FILL).to(images.device, non_blocking=True).view(1, 3, 1, 1)
     )
 
 
-def _bicubic(images: Images, places: Float[Tensor, "n H W 2"]) -> Images:
+def _bicubic(images: Images, positions: Float[Tensor, "n H W 2"]) -> Images:
     """Sample as PIL does, which is not as PyTorch does: the cubic's free parameter is -1, values are cut off to whole levels."""
     height, width = images.shape[2:]
-    first = (places - 0.5).floor()
+    first = (positions - 0.5).floor()
     x, y = first.long().unbind(-1)
     flat = images.flatten(2)
     sampled = torch.zeros_like(images)
-    weights = [_cubic_weights(part) for part in (places - 0.5 - first).unbind(-1)]
+    weights = [_cubic_weights(part) for part in (positions - 0.5 - first).unbind(-1)]
     for row in range(4):
         line = torch.zeros_like(images)
         for column in range(4):

@@ -30,15 +30,15 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="none: a file of this machine and date below benchmarks/"
     )
-    told = parser.parse_args()
+    args = parser.parse_args()
     try:
-        case = case_of(told.size, told.ratio, told.clips, told.precision, told.steps)
+        case = case_of(args.size, args.ratio, args.clips, args.precision, args.steps)
         machine = this_machine(torch.device(case.device), case.precision)
-        file = told.output or run.default_file(machine)
-        for part in told.parts or run.PARTS:
+        file = args.output or run.default_file(machine)
+        for part in args.parts or run.PARTS:
             if part not in run.PARTS:
                 raise UserError(f"{part}: no such part; there are {', '.join(run.PARTS)}")
-            run.measure(part, case, machine, told.rounds, told.videos, file, "python -m mar.bench")
+            run.measure(part, case, machine, args.rounds, args.videos, file, "python -m mar.bench")
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"written: {file}")

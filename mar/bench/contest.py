@@ -38,8 +38,8 @@ def contest(cases: Sequence[Case], machine: Machine, rounds: int, say: Say) -> l
     """Time every case ``rounds`` times; of one that cannot run, return why."""
     results: list[Timed | str | None] = [None] * len(cases)
     for number in range(rounds):
-        for place, case in enumerate(cases):
-            known = results[place]
+        for index, case in enumerate(cases):
+            known = results[index]
             if isinstance(known, str):
                 continue
             say(f"round {number + 1} of {rounds}: {name_of(case)}")
@@ -47,15 +47,15 @@ def contest(cases: Sequence[Case], machine: Machine, rounds: int, say: Say) -> l
             if isinstance(known, Timed) and isinstance(new, Timed):
                 first = statistics.median([known.first_s, new.first_s])
                 new = replace(known, seconds=known.seconds + new.seconds, first_s=first)
-            results[place] = new
+            results[index] = new
     return [each for each in results if each is not None]
 
 
 def _in_a_process(case: Case, machine: Machine | None) -> Timed | str:
-    told = json.dumps({"case": asdict(case), "machine": asdict(machine) if machine else None})
-    done = subprocess.run(
-        [sys.executable, "-m", "mar.bench.steps", told], capture_output=True, text=True
-    )  # noqa: S603
+    payload = json.dumps({"case": asdict(case), "machine": asdict(machine) if machine else None})
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "mar.bench.steps", payload], capture_output=True, text=True
+    )
     if done.returncode:  # killed for its memory, mostly
         last = done.stderr.strip().splitlines()[-1:] or [""]
         return f"its process ended with {done.returncode} {last[0][:100]}".rstrip()

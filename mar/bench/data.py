@@ -15,19 +15,19 @@ import torch
 
 from mar.augmentation.augment import augmented, draw_step, mix
 from mar.bench.machine import Machine, synchronise
-from mar.bench.steps import Case, learner_of, random_batch
+from mar.bench.steps import Case, random_batch, train_state_of
 from mar.bench.tables import Table, spread
 from mar.config.overrides import build, merge
-from mar.config.schema import DataConfig, ExperimentConfig
+from mar.config.schema import DataConfig, TrainingConfig
 from mar.data.annotations import Video
 from mar.data.cache_index import Packing
 from mar.data.dataset import Batch, TrainingClips, TrainingOrder, training_batches
-from mar.distributed import share
+from mar.distributed import worker_rank
 from mar.errors import UserError
 from mar.rng import draw
 from mar.training.allocator import keep_freed_memory
 from mar.training.checkpoint import Progress, Saver, State, save
-from mar.training.retention import Keep
+from mar.training.retention import RetentionPolicy
 from mar.training.step import train_step
 
 _CLIPS_PER_ROUND = 48
@@ -147,14 +147,14 @@ def augmentation_table(case: Case, machine: Machine, rounds: int, command: str) 
 
 def checkpoint_table(case: Case, rounds: int, command: str) -> Table:
     """Time what the step waits for a checkpoint: beside the training, in its place, and ``torch.save`` as peers do."""
-    learner = learner_of(case)
+    learner = train_state_of(case)
     batch = random_batch(replace(case, clips=1), torch.device(case.device))
     train_step(learner, batch)
     model, optimizer, device = learner.model, learner.optimizer, torch.device(case.device)
     waited: dict[str, list[float]] = {}
     with (
         tempfile.TemporaryDirectory() as name,
-        Saver(Path(name) / "beside", case.settings, Keep(last=1)) as saver,
+        Saver(Path(name) / "beside", case.settings, RetentionPolicy(last=1)) as saver,
     ):
         folder = Path(name)
         state = State(model.state_dict(), optimizer.state_dict(), Progress(step=1))
@@ -168,7 +168,7 @@ def checkpoint_table(case: Case, rounds: int, command: str) -> Table:
                 folder / "placed",
                 case.settings,
                 State(state.model, state.optimizer, Progress(step=step)),
-                Keep(last=1),
+                RetentionPolicy(last=1),
             ),
             "torch.save, unsealed, not synced": lambda _: torch.save(content, folder / "peer.pt"),
         }
@@ -186,24 +186,24 @@ def checkpoint_table(case: Case, rounds: int, command: str) -> Table:
     return Table("Checkpoint", command, ("checkpoint", "the step waits, s", "GiB/s"), rows, (note,))
 
 
-def _augment(batch: Batch, settings: ExperimentConfig, step: int) -> object:
+def _augment(batch: Batch, settings: TrainingConfig, step: int) -> object:
     drawn = draw_step(settings, step)
     pixels, labels = augmented(batch.clips.flatten(0, 1), batch.labels, drawn, settings)
     return mix(pixels, labels, settings.augment, draw(settings.seed, 3, step), batch.good)
 
 
 def _fed(
-    case: Case, settings: ExperimentConfig, rounds: int
+    case: Case, settings: TrainingConfig, rounds: int
 ) -> tuple[list[float], list[float], float]:
     """Return seconds of each step on random data and fed, and the clips/s that the loader alone gives."""
     device = torch.device(case.device)
     settings = _with(
         case.settings, {"data": settings.data.model_dump(), "recipe": {"batch_size": case.clips}}
     )
-    learner, random = learner_of(case), random_batch(case, device)
+    learner, random = train_state_of(case), random_batch(case, device)
     videos = [Video(*each) for each in _listed(settings.data)]
     batches = training_batches(
-        settings, videos, TrainingOrder(settings, len(videos), share()), 1, device
+        settings, videos, TrainingOrder(settings, len(videos), worker_rank()), 1, device
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads - 1, 1) if device.type == "cpu" else threads)
@@ -225,11 +225,11 @@ def _fed(
         torch.set_num_threads(threads)
 
 
-def _kinds(data: DataConfig, scratch: Path) -> dict[str, ExperimentConfig]:
+def _kinds(data: DataConfig, scratch: Path) -> dict[str, TrainingConfig]:
     """Return settings for each source of clips; packs the caches."""
     from mar.data.frame_cache import pack
 
-    settings = _with(ExperimentConfig(), {"data": data.model_dump()})
+    settings = _with(TrainingConfig(), {"data": data.model_dump()})
     kinds = {"video files": settings}
     for name, packing in {"JPEG": Packing("jpeg"), "raw": Packing("raw")}.items():
         pack(data, scratch / name, packing, os.cpu_count() or 1, lambda done, total: None)
@@ -237,7 +237,7 @@ def _kinds(data: DataConfig, scratch: Path) -> dict[str, ExperimentConfig]:
     return kinds
 
 
-def _loaded(settings: ExperimentConfig) -> float:
+def _loaded(settings: TrainingConfig) -> float:
     """Return clips a second that this process reads."""
     videos = [Video(*each) for each in _listed(settings.data)]
     clips = TrainingClips(settings, videos)
@@ -281,7 +281,7 @@ def _films(folder: Path) -> Path:
     return folder
 
 
-def _with(settings: ExperimentConfig, overrides: Mapping[str, object]) -> ExperimentConfig:
+def _with(settings: TrainingConfig, overrides: Mapping[str, object]) -> TrainingConfig:
     return build(merge(settings.model_dump(mode="json"), overrides))
 
 

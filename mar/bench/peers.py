@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.model.decoder import reconstruction_loss
 from mar.model.encoder import patchify
 from mar.model.layers import Attention
@@ -110,7 +110,7 @@ def _attention(layer: Attention, x: Tensor) -> Tensor:
     return layer.proj((weights @ values).transpose(1, 2).flatten(2))
 
 
-def videomae(model: MAR, settings: ExperimentConfig) -> Any:
+def videomae(model: MAR, settings: TrainingConfig) -> Any:
     """Return ``transformers``' VideoMAE classifier with the weights of a model that has a linear one (``norm: pooled``).
 
     Raises:

@@ -17,8 +17,8 @@ from mar.bench.tables import Table, file_name, write
 Part = Callable[[Case, Machine, int, Path | None, str], Table]
 
 
-def _say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _step(case: Case, machine: Machine, rounds: int, videos: Path | None, command: str) -> Table:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,18 +21,18 @@ from mar.bench.machine import Machine, synchronise
 from mar.bench.peers import Released, videomae
 from mar.bench.roofline import Recorder, floor
 from mar.config.overrides import build
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.data.dataset import Batch
 from mar.distributed import default_device
 from mar.model.flops import cost
-from mar.model.layers import execute
+from mar.model.layers import set_execution_mode
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask, training_mask
 from mar.model.pixels import to_pixels
 from mar.training.allocator import keep_freed_memory
 from mar.training.checkpoint import Progress
 from mar.training.optim import build_optimizer
-from mar.training.step import Execution, Learner, train_step
+from mar.training.step import Execution, TrainState, train_step
 
 Contestant = Literal["mar", "standard", "released", "videomae", "videomae-fp32"]
 CONTESTANTS: dict[Contestant, str] = {
@@ -65,7 +66,7 @@ class Case:
     recomputes: bool = False
 
     @property
-    def settings(self) -> ExperimentConfig:
+    def settings(self) -> TrainingConfig:
         """The model; no augmentation but label smoothing, so that every contestant does the same."""
         is_masked = self.contestant in ("mar", "released")
         return build(
@@ -170,7 +171,7 @@ def time_case(case: Case, machine: Machine | None = None) -> Timed:
 def _training(case: Case, device: torch.device) -> Callable[[], object]:
     batch = random_batch(case, device)
     if case.contestant in ("mar", "standard"):
-        learner = learner_of(case)
+        learner = train_state_of(case)
         return lambda: train_step(learner, batch)
     losses = _losses(case, MAR(case.settings), device)
     optimizer = torch.optim.AdamW(
@@ -187,14 +188,14 @@ def _training(case: Case, device: torch.device) -> Callable[[], object]:
     return step
 
 
-def learner_of(case: Case) -> Learner:
+def train_state_of(case: Case) -> TrainState:
     """Return our own model of a case, ready for its first step."""
     settings, device = case.settings, torch.device(case.device)
     model = MAR(settings).to(device)
-    learner = Learner(
+    learner = TrainState(
         settings, Execution(device), model, build_optimizer(model, settings.recipe), Progress()
     )
-    execute(model, case.compiles, case.recomputes)
+    set_execution_mode(model, case.compiles, case.recomputes)
     return learner
 
 
@@ -234,22 +235,24 @@ def _losses(case: Case, model: MAR, device: torch.device) -> nn.Module:
 def _inference(case: Case, device: torch.device) -> Callable[[], object]:
     settings, clips = case.settings, random_batch(case, device).clips.flatten(0, 1)
     model = MAR(settings).to(device).eval()
-    execute(model, case.compiles)
+    set_execution_mode(model, case.compiles)
     hidden = evaluation_mask(settings).expand(case.clips, -1, -1, -1)
-    scores: Callable[[Tensor], Tensor] = lambda pixels: model.classify(pixels, hidden)  # noqa: E731
+    classify: Callable[[Tensor], Tensor] = partial(model.classify, hidden=hidden)
     if case.contestant == "released":
-        released = Released(model)
-        scores = lambda pixels: released.classify(pixels, hidden)  # noqa: E731
+        classify = partial(Released(model).classify, hidden=hidden)
     elif "videomae" in case.contestant:
-        theirs = videomae(model, settings).to(device).eval()
-        scores = lambda pixels: (
-            theirs(pixel_values=((pixels - model.mean) / model.std).transpose(1, 2)).logits
-        )  # noqa: E731
+        peer = videomae(model, settings).to(device).eval()
+
+        def classify_by_peer(pixels: Tensor) -> Tensor:
+            normalised = (pixels - model.mean) / model.std
+            return peer(pixel_values=normalised.transpose(1, 2)).logits
+
+        classify = classify_by_peer
 
     @torch.no_grad()
     def step() -> None:
         with _autocast(case):
-            scores(to_pixels(clips)).float().softmax(dim=1)
+            classify(to_pixels(clips)).float().softmax(dim=1)
 
     return step
 
@@ -293,10 +296,10 @@ def random_batch(case: Case, device: torch.device) -> Batch:
 
 def main() -> None:
     """Time the case that the command line gives; print what came of it, in JSON."""
-    told = json.loads(sys.argv[1])
-    machine = Machine(**told["machine"]) if told["machine"] else None
+    request = json.loads(sys.argv[1])
+    machine = Machine(**request["machine"]) if request["machine"] else None
     try:
-        print(json.dumps(asdict(time_case(Case(**told["case"]), machine))))
+        print(json.dumps(asdict(time_case(Case(**request["case"]), machine))))
     except ImportError as error:
         print(json.dumps({"missing": str(error)}))
     except torch.OutOfMemoryError:

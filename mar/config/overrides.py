@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mar.config.schema import ExperimentConfig, Node
+from mar.config.schema import Node, TrainingConfig
 from mar.errors import UserError
 
 
@@ -54,7 +54,7 @@ def _paths(model: type[Node], prefix: str = "") -> Iterator[str]:
             yield from _paths(field.annotation, f"{prefix}{name}.")
 
 
-SETTING_PATHS = tuple(_paths(ExperimentConfig))
+SETTING_PATHS = tuple(_paths(TrainingConfig))
 """Every dotted path of the tree, branches included."""
 
 
@@ -66,14 +66,14 @@ class SettingError(UserError):
         self.path = path
 
 
-def build(tree: Mapping[str, Any]) -> ExperimentConfig:
+def build(tree: Mapping[str, Any]) -> TrainingConfig:
     """Check a nested mapping and make it a settings tree.
 
     Raises:
         SettingError: an unknown path (its nearest neighbour is named) or a value that breaks a rule.
     """
     try:
-        return ExperimentConfig.model_validate(tree)
+        return TrainingConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         path, message = ".".join(str(part) for part in first["loc"]), _rule(first["msg"])
@@ -89,33 +89,33 @@ def build(tree: Mapping[str, Any]) -> ExperimentConfig:
             raise SettingError(
                 path, "no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")
             ) from None
-        place = max(known, key=len, default=path)
+        group = max(known, key=len, default=path)
         if first["type"] in ("tuple_type", "list_type"):
             message = "must be a list, as [2, 2]"
         elif first["type"] in ("model_type", "model_attributes_type", "dict_type"):
             inside = [
-                each.removeprefix(f"{place}.")
+                each.removeprefix(f"{group}.")
                 for each in SETTING_PATHS
-                if each.startswith(f"{place}.")
+                if each.startswith(f"{group}.")
             ]
-            message = f"is a group of settings, set one of them ({', '.join(f'{place}.{each}' for each in inside[:4])}, …)"
+            message = f"is a group of settings, set one of them ({', '.join(f'{group}.{each}' for each in inside[:4])}, …)"
         value = (
             "" if isinstance(first["input"], (Mapping, BaseModel)) else f", not {first['input']!r}"
         )
-        raise SettingError(place, f"{message}{value}") from None
+        raise SettingError(group, f"{message}{value}") from None
 
 
 def _rule(message: str) -> str:
     return message.removeprefix("Value error, ").replace("Input should be", "must be")
 
 
-DATA_PLACES = ("root", "videos", "train", "val", "labels", "cache")
+PATH_SETTINGS = ("root", "videos", "train", "val", "labels", "cache")
 """Settings of ``data`` that say where it lies: they bear on no result."""
 
 
-def placeless(settings: ExperimentConfig) -> dict[str, Any]:
+def without_paths(settings: TrainingConfig) -> dict[str, Any]:
     """Return the settings as plain values, without those that say where data and pre-trained weights lie."""
     tree = settings.model_dump(mode="json")
-    data = {name: value for name, value in tree["data"].items() if name not in DATA_PLACES}
+    data = {name: value for name, value in tree["data"].items() if name not in PATH_SETTINGS}
     encoder = {name: value for name, value in tree["encoder"].items() if name != "weights"}
     return {**tree, "data": data, "encoder": encoder}

@@ -347,7 +347,7 @@ class EvaluationConfig(Node):
     """Also test with each clip's frames in random order: what is left is not motion."""
 
 
-class ExperimentConfig(Node):
+class TrainingConfig(Node):
     """One training, completely described. Equal trees give equal results."""
 
     data: DataConfig = DataConfig()

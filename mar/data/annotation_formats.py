@@ -72,7 +72,7 @@ class Row:
     name: str
     """Path below the video folder."""
     label: int
-    place: str
+    location: str
     """File and line."""
 
 
@@ -93,7 +93,7 @@ class _Folder:
 
     def __init__(self, data: DataConfig) -> None:
         self.root = Path(data.root) / data.videos
-        cached = set(cache_index.opened(data.cache).places) if data.cache else set[str]()
+        cached = set(cache_index.load_index(data.cache).entries) if data.cache else set[str]()
         if not self.root.is_dir() and not cached:
             raise UserError(f"data.videos: no folder {self.root}")
         self.by_stem: dict[str, list[str]] = {}
@@ -207,13 +207,13 @@ def _read_list(data: DataConfig, split: Split) -> Annotations:
     folder = Path(data.root) / data.videos
     rows: list[Row] = []
     for number, line in enumerate(_list_text(file).splitlines(), start=1):
-        text, place = line.strip(), f"{file}:{number}"
+        text, location = line.strip(), f"{file}:{number}"
         if not text:
             continue
         found = _LINE.fullmatch(text) if len(text) <= _LONGEST_LINE else None
         if not found:
             raise UserError(
-                f"{place}: expected a path and a class number, as in 'clips/a.mp4 3', not {text!r}"
+                f"{location}: expected a path and a class number, as in 'clips/a.mp4 3', not {text!r}"
             )
         quoted = found["quoted"]
         name = quoted.replace('""', '"') if quoted else found["plain"]
@@ -223,11 +223,13 @@ def _read_list(data: DataConfig, split: Split) -> Annotations:
             and not (folder / name).exists()
         ):
             raise UserError(
-                f"{place}: {name!r} is not UTF-8 text, and no such file is there; save the list as UTF-8"
+                f"{location}: {name!r} is not UTF-8 text, and no such file is there; save the list as UTF-8"
             )
         if "\\" in name and not (folder / name).exists():
-            raise UserError(f"{place}: {name!r} has Windows' backslashes; write / between folders")
-        rows.append(Row(name, int(found["label"]), place))
+            raise UserError(
+                f"{location}: {name!r} has Windows' backslashes; write / between folders"
+            )
+        rows.append(Row(name, int(found["label"]), location))
     return Annotations(rows, _named_classes(data) if data.labels else None)
 
 
@@ -258,27 +260,27 @@ def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
     labels: dict[str, int] = {} if has_numbers else _labels(annotation_file(data, "labels"))
     rows: list[Row] = []
     for number, item in enumerate(items, start=1):
-        place = f"{file}: item {number}"
+        location = f"{file}: item {number}"
         if (
             not isinstance(item, dict)
             or not {"id", "label_idx" if has_numbers else "template"} <= item.keys()
         ):
             raise UserError(
-                f"{place}: expected an object with 'id' and 'template', not {json.dumps(item)[:80]}"
+                f"{location}: expected an object with 'id' and 'template', not {json.dumps(item)[:80]}"
             )
         entry: dict[str, Any] = item
         template = str(entry.get("template", "")).replace("[", "").replace("]", "")
         if not has_numbers and template not in labels:
             raise UserError(
-                f"{place}: the class {template!r} is not in {annotation_file(data, 'labels')}"
+                f"{location}: the class {template!r} is not in {annotation_file(data, 'labels')}"
             )
         if has_numbers and not _NUMBER.fullmatch(str(entry["label_idx"])):
             raise UserError(
-                f"{place}: 'label_idx' must be a class number, not {json.dumps(entry['label_idx'])}"
+                f"{location}: 'label_idx' must be a class number, not {json.dumps(entry['label_idx'])}"
             )
         label = int(entry["label_idx"]) if has_numbers else labels[template]
         stem = str(entry["id"])
-        rows.append(Row(folder.find(stem, default=f"{stem}.webm"), label, place))
+        rows.append(Row(folder.find(stem, default=f"{stem}.webm"), label, location))
     return Annotations(rows, sorted(labels, key=labels.__getitem__) or None)
 
 
@@ -293,12 +295,12 @@ def _read_kinetics(data: DataConfig, split: Split) -> Annotations:
         classes = _named_classes(data)
     numbers, folder = {name: number for number, name in enumerate(classes)}, _Folder(data)
     rows: list[Row] = []
-    for place, line in tables[split]:
+    for location, line in tables[split]:
         if line["label"] not in numbers:
-            raise UserError(f"{place}: the class {line['label']!r} is not in {data.labels}")
+            raise UserError(f"{location}: the class {line['label']!r} is not in {data.labels}")
         stem = f"{line['youtube_id']}_{int(line['time_start']):06d}_{int(line['time_end']):06d}"
         name = folder.find(stem, line["youtube_id"], near=f"{split}", default=f"{stem}.mp4")
-        rows.append(Row(name, numbers[line["label"]], place))
+        rows.append(Row(name, numbers[line["label"]], location))
     return Annotations(rows, classes)
 
 
@@ -317,17 +319,17 @@ def _kinetics_table(data: DataConfig, split: str) -> list[tuple[str, dict[str, s
         )
     lines: list[tuple[str, dict[str, str]]] = []
     for number, line in numbered:
-        place = f"{file}:{number}"
+        location = f"{file}:{number}"
         seconds = (line["time_start"] or "", line["time_end"] or "")
         if not all(line[name] for name in needed) or not all(
             _NUMBER.fullmatch(each) for each in seconds
         ):
-            raise UserError(f"{place}: expected a class, an id and two whole seconds")
+            raise UserError(f"{location}: expected a class, an id and two whole seconds")
         said = line.get("split") or split
         if (
             said == split or said[:3] == split[:3]
         ):  # some copies hold all splits, and say "validate"
-            lines.append((place, line))
+            lines.append((location, line))
     return lines
 
 
@@ -351,17 +353,19 @@ def _read_ucf101(data: DataConfig, split: Split) -> Annotations:
     for number, line in enumerate(_text(file).splitlines(), start=1):
         if not line.strip():
             continue
-        path, place = Path(line.split()[0]), f"{file}:{number}"
+        path, location = Path(line.split()[0]), f"{file}:{number}"
         label = numbers.get(path.parent.name.lower())
         if label is None:
-            raise UserError(f"{place}: the class {path.parent.name!r} is not in {index}")
+            raise UserError(f"{location}: the class {path.parent.name!r} is not in {index}")
         if len(line.split()) > 1 and line.split()[1] != str(label + 1):
             raise UserError(
-                f"{place}: says class {line.split()[1]}, but {index} says {label + 1} of {path.parent.name}"
+                f"{location}: says class {line.split()[1]}, but {index} says {label + 1} of {path.parent.name}"
             )
         rows.append(
             Row(
-                folder.find(path.stem, near=path.parent.name, default=path.as_posix()), label, place
+                folder.find(path.stem, near=path.parent.name, default=path.as_posix()),
+                label,
+                location,
             )
         )
     return Annotations(rows, names)
@@ -369,10 +373,11 @@ def _read_ucf101(data: DataConfig, split: Split) -> Annotations:
 
 def _read_hmdb51(data: DataConfig, split: Split) -> Annotations:
     """HMDB51: ``<class>_test_split<n>.txt``, a file a class; 1 is training, 2 is testing, 0 is neither."""
-    place, wanted = annotation_file(data, split), "1" if split == "train" else "2"
-    files = sorted(place.glob(f"*_test_split{data.split}.txt"))
+    split_folder = annotation_file(data, split)
+    wanted = "1" if split == "train" else "2"
+    files = sorted(split_folder.glob(f"*_test_split{data.split}.txt"))
     if not files:
-        raise UserError(f"data.{split}: no files <class>_test_split{data.split}.txt in {place}")
+        raise UserError(f"data.{split}: no files <class>_test_split{data.split}.txt in {split_folder}")
     classes = [re.sub(r"_test_split\d$", "", file.stem) for file in files]
     folder, rows = _Folder(data), list[Row]()
     for label, (name, file) in enumerate(zip(classes, files, strict=True)):
@@ -398,23 +403,23 @@ def _read_folders(data: DataConfig, split: Split) -> Annotations:
     videos = _absolute(Path(data.root) / data.videos)
     found: dict[str, dict[str, list[str]]] = {}
     for part, folder in folders.items():
-        place = _absolute(folder)
-        if not place.is_dir() or not place.is_relative_to(videos):
+        folder = _absolute(folder)
+        if not folder.is_dir() or not folder.is_relative_to(videos):
             raise UserError(
                 f"data.{part}: {folder} must be a folder of class folders, below data.videos, {videos}"
             )
         members = sorted(
-            each for each in place.iterdir() if each.is_dir() and not _is_hidden(each.name)
+            each for each in folder.iterdir() if each.is_dir() and not _is_hidden(each.name)
         )
         found[part] = {each.name: sorted(_videos_below(each)) for each in members}
     classes = sorted({name for part in found.values() for name, inside in part.items() if inside})
     empty = sorted({name for part in found.values() for name in part} - {*classes})
     if empty:
         notice(f"{data.root}: no video in {', '.join(empty)}: not taken for classes")
-    place = _absolute(folders[split])
-    inside = place.relative_to(videos)
+    folder = _absolute(folders[split])
+    inside = folder.relative_to(videos)
     rows = [
-        Row((inside / name / video).as_posix(), label, str(place / name))
+        Row((inside / name / video).as_posix(), label, str(folder / name))
         for label, name in enumerate(classes)
         for video in found[split].get(name, [])
     ]

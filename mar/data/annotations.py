@@ -50,7 +50,7 @@ def _read_split(settings: str, split: Split, _: _State) -> list[Video]:
     data = DataConfig.model_validate_json(settings)
 
     def refuse(row: Row, reason: str) -> None:
-        raise UserError(f"{row.place}: {reason}")
+        raise UserError(f"{row.location}: {reason}")
 
     videos = list(videos_of(data, split, refuse))
     there = [video for video in videos if data.missing == "error" or _size(data, video) >= 0]
@@ -64,15 +64,15 @@ def _read_split(settings: str, split: Split, _: _State) -> list[Video]:
 
 def _state(data: DataConfig) -> _State:
     """Return what tells that a list or the folder of the videos has changed."""
-    places = [Path(data.root), Path(data.root) / data.videos]
+    paths = [Path(data.root), Path(data.root) / data.videos]
     for what in ("train", "val", "labels"):
         with suppress(UserError):
             found = annotation_file(data, what)
             within = (
                 found.iterdir() if found.is_dir() else ()
             )  # a list for each class, or the classes' folders
-            places += [found, *within]
-    there = [place.stat() for place in places if place.exists()]
+            paths += [found, *within]
+    there = [location.stat() for location in paths if location.exists()]
     return tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in there)
 
 
@@ -117,7 +117,7 @@ def _size(data: DataConfig, video: Video) -> int:
     """Return a video's bytes, or what they were when it was packed; -1: it is not there."""
     with suppress(OSError):
         return video.path.stat().st_size
-    known = cache_index.opened(data.cache).places.get(video.name) if data.cache else None
+    known = cache_index.load_index(data.cache).entries.get(video.name) if data.cache else None
     return known[1].source_bytes if known else -1
 
 

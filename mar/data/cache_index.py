@@ -84,35 +84,37 @@ class Index:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.packing = folder, packing_of(folder)
-        self.places: dict[str, tuple[int, Entry]] = {}
+        self.entries: dict[str, tuple[int, Entry]] = {}
         self.last_shard = -1
         for file in shard_files(folder):
             number = int(file.stem)
             self.last_shard = number
-            self.places |= {entry.name: (number, entry) for entry in _entries(file)}
+            self.entries |= {entry.name: (number, entry) for entry in _entries(file)}
 
     def is_fresh(self, video: Named) -> bool:
         """Whether a video is in it and has not changed its size since; of one that is gone there is nothing newer."""
-        if video.name not in self.places:
+        if video.name not in self.entries:
             return False
         size = _size(video.path)
-        return size < 0 or size == self.places[video.name][1].source_bytes
+        return size < 0 or size == self.entries[video.name][1].source_bytes
 
     def check(self, videos: Sequence[Named]) -> None:
         """Raise a UserError unless all videos are in it, as they are now."""
-        absent = [video.name for video in videos if video.name not in self.places]
+        absent = [video.name for video in videos if video.name not in self.entries]
         stale = [
-            video.name for video in videos if video.name in self.places and not self.is_fresh(video)
+            video.name
+            for video in videos
+            if video.name in self.entries and not self.is_fresh(video)
         ]
-        for words, names in (("are not in it", absent), ("have changed since", stale)):
+        for problem, names in (("are not in it", absent), ("have changed since", stale)):
             if names:
                 raise UserError(
-                    f"data.cache: {len(names)} videos {words}, the first: {names[0]}; run mar data pack again, into {self.folder}"
+                    f"data.cache: {len(names)} videos {problem}, the first: {names[0]}; run mar data pack again, into {self.folder}"
                 )
 
 
 @lru_cache(maxsize=8)
-def opened(folder: str) -> Index:
+def load_index(folder: str) -> Index:
     """Return the index of a folder, read once in a process."""
     return Index(Path(folder))
 
@@ -140,7 +142,7 @@ def shard_files(folder: Path) -> list[Path]:
     ]
 
 
-def told(file: Path) -> dict[str, Any]:
+def read_header(file: Path) -> dict[str, Any]:
     """Return what a shard's file says: ``sha256``, ``bytes`` and ``entries``."""
     try:
         content = read_json(file)
@@ -150,7 +152,7 @@ def told(file: Path) -> dict[str, Any]:
 
 
 def _entries(file: Path) -> list[Entry]:
-    said = told(file)
+    said = read_header(file)
     if _size(file.with_suffix(".bin")) != said["bytes"]:
         raise _damaged(file)
     try:

@@ -27,13 +27,13 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mar.augmentation.randaugment import draw_operations, rand_augment
 from mar.config.randaugment_policy import RandAugmentPolicy
-from mar.config.schema import AugmentConfig, ExperimentConfig
+from mar.config.schema import AugmentConfig, TrainingConfig
 from mar.data.annotations import Video
 from mar.data.decoders import BrokenVideo, Frames
 from mar.data.frame_cache import open_video
 from mar.data.process_pool import end_with_parent, forkserver
 from mar.data.sampling import evaluation_frames, training_frames
-from mar.distributed import Share
+from mar.distributed import WorkerRank
 from mar.errors import Failure, UserError
 from mar.rng import draw
 
@@ -71,7 +71,7 @@ class Sample(NamedTuple):
 class TrainingClips(Dataset[Sample]):
     """A video's random clips, ``augment.repeats`` × T × H × W × C; indexed by (video, epoch)."""
 
-    def __init__(self, settings: ExperimentConfig, videos: list[Video]) -> None:
+    def __init__(self, settings: TrainingConfig, videos: list[Video]) -> None:
         self.settings, self.videos = settings, videos
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
@@ -112,7 +112,7 @@ class EvaluationClips(Dataset[Sample]):
 
     def __init__(
         self,
-        settings: ExperimentConfig,
+        settings: TrainingConfig,
         videos: list[Video],
         clips: int,
         crops: int,
@@ -146,19 +146,17 @@ class EvaluationClips(Dataset[Sample]):
         return Sample(torch.stack(views), video.label, index)
 
 
-def bytes_per_clip(settings: ExperimentConfig) -> int:
+def bytes_per_clip(settings: TrainingConfig) -> int:
     """Return the size of one view's pixels."""
     return settings.clip.frames * settings.clip.size**2 * 3
 
 
-def _black(views: int, settings: ExperimentConfig) -> UInt8[Tensor, "views T H W C"]:
+def _black(views: int, settings: TrainingConfig) -> UInt8[Tensor, "views T H W C"]:
     size = settings.clip.size
     return torch.zeros(views, settings.clip.frames, size, size, 3, dtype=torch.uint8)
 
 
-def random_box(
-    height: int, width: int, settings: ExperimentConfig, rng: np.random.Generator
-) -> Box:
+def random_box(height: int, width: int, settings: TrainingConfig, rng: np.random.Generator) -> Box:
     """Draw a random-resized crop: area and aspect ratio uniform (the latter in its logarithm), ten tries."""
     augment = settings.augment
     low, high = np.log(augment.crop_aspect)
@@ -187,8 +185,8 @@ def test_boxes(height: int, width: int, crops: int, crop_from: str = "frame") ->
     shares = (0.5,) if crops == 1 else (0.0, 0.5, 1.0)
     whole = math.floor if crop_from == "resized" else round
     return [
-        (whole((height - side) * share), whole((width - side) * share), side, side)
-        for share in shares
+        (whole((height - side) * worker_rank), whole((width - side) * worker_rank), side, side)
+        for worker_rank in shares
     ]
 
 
@@ -256,13 +254,13 @@ def one_after_another(batch: Batch) -> Batch:
     return Batch(clips, *columns, batch.broken)
 
 
-def places(settings: ExperimentConfig, share: Share) -> list[int]:
+def batch_indices(settings: TrainingConfig, worker_rank: WorkerRank) -> list[int]:
     """Return where a worker's clips stand in the whole batch, in the order of :func:`one_after_another`."""
     num_videos = settings.videos_per_batch
     return [
         each * num_videos + video
         for each in range(settings.augment.repeats)
-        for video in share.of(num_videos)
+        for video in worker_rank.of(num_videos)
     ]
 
 
@@ -276,33 +274,40 @@ class TrainingOrder:
     """
 
     def __init__(
-        self, settings: ExperimentConfig, num_videos: int, share: Share, first_step: int = 0
+        self,
+        settings: TrainingConfig,
+        num_videos: int,
+        worker_rank: WorkerRank,
+        first_step: int = 0,
     ) -> None:
         size = settings.videos_per_batch
         if size > num_videos:
             raise UserError(
                 f"recipe.batch_size: {size} is more than the {num_videos} training videos; make it smaller"
             )
-        if size < 2 * share.world:
+        if size < 2 * worker_rank.world:
             raise UserError(
-                f"recipe.batch_size: {size} gives {share.world} workers less than two videos each"
+                f"recipe.batch_size: {size} gives {worker_rank.world} workers less than two videos each"
             )
-        self.settings, self.num_videos, self.share, self.first_step = (
+        self.settings, self.num_videos, self.worker_rank, self.first_step = (
             settings,
             num_videos,
-            share,
+            worker_rank,
             first_step,
         )
         self.steps_per_epoch = num_videos // settings.videos_per_batch
-        self.pieces_per_step = -(-len(share.of(size)) // VIDEOS_PER_PIECE)
+        self.pieces_per_step = -(-len(worker_rank.of(size)) // VIDEOS_PER_PIECE)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        part, size = self.share.of(self.settings.videos_per_batch), self.settings.videos_per_batch
+        part, size = (
+            self.worker_rank.of(self.settings.videos_per_batch),
+            self.settings.videos_per_batch,
+        )
         first_epoch, skipped = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.settings.recipe.epochs):
             order = draw(self.settings.seed, 0, epoch).permutation(self.num_videos)
             for step in range(skipped, self.steps_per_epoch):
-                yield [(int(order[step * size + place]), epoch) for place in part]
+                yield [(int(order[step * size + position]), epoch) for position in part]
             skipped = 0
 
 
@@ -332,9 +337,10 @@ def collate(samples: list[Sample]) -> Batch:
     return batch
 
 
-def _shared_memory_full(words: str) -> Failure:
+def _shared_memory_full(reason: str) -> Failure:
     return Failure(
-        f"{_SHARED_MEMORY}, through which loader processes send clips, is too small: {words}", "shm"
+        f"{_SHARED_MEMORY}, through which loader processes send clips, is too small: {reason}",
+        "shm",
     )
 
 
@@ -450,7 +456,7 @@ class _Loading:
 
 
 def training_batches(
-    settings: ExperimentConfig,
+    settings: TrainingConfig,
     videos: list[Video],
     order: TrainingOrder,
     processes: int,
@@ -472,7 +478,7 @@ def training_batches(
     while step := list(islice(loaded, order.pieces_per_step)):
         with torch.cuda.stream(beside) if beside else nullcontext():
             clips = torch.cat([piece.clips.to(device, non_blocking=True) for piece in step])
-            labels, places, good = (
+            labels, batch_indices, good = (
                 torch.cat([column.to(device, non_blocking=True) for column in columns])
                 for columns in zip(
                     *((piece.labels, piece.videos, piece.good) for piece in step), strict=True
@@ -480,10 +486,14 @@ def training_batches(
             )
         if beside:
             torch.cuda.current_stream(device).wait_stream(beside)
-            for column in (clips, labels, places, good):
+            for column in (clips, labels, batch_indices, good):
                 column.record_stream(torch.cuda.current_stream(device))
         yield Batch(
-            clips, labels, places, good, tuple(reason for piece in step for reason in piece.broken)
+            clips,
+            labels,
+            batch_indices,
+            good,
+            tuple(reason for piece in step for reason in piece.broken),
         )
 
 

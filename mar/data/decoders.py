@@ -134,7 +134,7 @@ _JUMPING: dict[str, type[Decord] | type[TorchCodec]] = {"torchcodec": TorchCodec
 
 
 @dataclass(frozen=True)
-class FromFront:
+class SequentialReader:
     """PyAV, once through the file; its frames are kept only where they take less than ``_KEPT_BYTES``.
 
     They are kept as they were decoded: most are never asked for, and need no conversion to RGB.
@@ -147,23 +147,23 @@ class FromFront:
     name: str = "pyav"
 
     @classmethod
-    def of(cls, path: Path) -> FromFront:
+    def of(cls, path: Path) -> SequentialReader:
         """Decode a file.
 
         Raises:
             BrokenVideo: there is no frame in it.
         """
         kept: list[Any] = []
-        told: dict[str, float] = {}
+        properties: dict[str, float] = {}
         length = held_bytes = 0
-        for frame in walk(path, told):
+        for frame in iter_frames(path, properties):
             length += 1
             held_bytes += frame.width * frame.height * _BYTES_PER_PIXEL
             if held_bytes <= _KEPT_BYTES:
                 kept.append(frame)
             else:
                 kept.clear()
-        return cls(path, length, told.get("fps"), kept if len(kept) == length else None)
+        return cls(path, length, properties.get("fps"), kept if len(kept) == length else None)
 
     def __len__(self) -> int:
         return self.length
@@ -176,7 +176,7 @@ class FromFront:
             wanted = set(indices)
             chosen = {
                 index: pixels_of(frame)
-                for index, frame in enumerate(walk(self.path))
+                for index, frame in enumerate(iter_frames(self.path))
                 if index in wanted
             }
         return np.stack([chosen[index] for index in indices])
@@ -188,15 +188,15 @@ def open_with(decoder: str, path: Path) -> Decoder:
     Raises:
         BrokenVideo: no frame can be found.
     """
-    chosen = best() if decoder == "auto" else decoder
+    chosen = fastest_decoder() if decoder == "auto" else decoder
     if chosen != "pyav":
         with suppress(
             Exception
         ):  # decord's DECORDError, torchcodec's RuntimeError: PyAV may know more
-            opened = _open_exactly(chosen, path)
-            if opened:
-                return opened
-    return FromFront.of(path)
+            load_index = _open_exactly(chosen, path)
+            if load_index:
+                return load_index
+    return SequentialReader.of(path)
 
 
 def _open_exactly(decoder: str, path: Path) -> Decord | TorchCodec | None:
@@ -213,9 +213,9 @@ def _open_exactly(decoder: str, path: Path) -> Decord | TorchCodec | None:
             return None
         if index.codec not in _CODECS[decoder]:
             return None
-        opened = _JUMPING[decoder](path)
-        _is_exact[file] = _agrees(opened, index)
-        return opened if _is_exact[file] else None
+        load_index = _JUMPING[decoder](path)
+        _is_exact[file] = _agrees(load_index, index)
+        return load_index if _is_exact[file] else None
     return _JUMPING[decoder](path) if _is_exact[file] else None
 
 
@@ -223,11 +223,11 @@ _is_exact: dict[tuple[str, str, int, int, int], bool] = {}
 """Decoder and file, with what tells that the file has changed -> whether the decoder may jump in it."""
 
 
-def _agrees(opened: Decord | TorchCodec, index: StreamIndex) -> bool:
+def _agrees(load_index: Decord | TorchCodec, index: StreamIndex) -> bool:
     """Whether a decoder has as many frames as there are packets, each shown when its packet is."""
-    if len(opened) != len(index.seconds):
+    if len(load_index) != len(index.seconds):
         return False
-    seconds = opened.seconds()
+    seconds = load_index.seconds()
     if seconds is None:
         return True
     # When the first is shown differs with the version of FFmpeg, and is no matter.
@@ -242,10 +242,10 @@ def decode_with(decoder: str, path: Path) -> Frames:
         BrokenVideo: that decoder cannot.
     """
     if decoder == "pyav":
-        return np.stack([pixels_of(frame) for frame in walk(path)])
+        return np.stack([pixels_of(frame) for frame in iter_frames(path)])
     try:
-        opened = _JUMPING[decoder](path)
-        return opened.frames(range(len(opened)))
+        load_index = _JUMPING[decoder](path)
+        return load_index.frames(range(len(load_index)))
     except Exception as error:
         raise BrokenVideo(
             path, f"{decoder} cannot decode it, or is not installed ({_first_line(error)})"
@@ -253,14 +253,14 @@ def decode_with(decoder: str, path: Path) -> Frames:
 
 
 @lru_cache
-def best() -> str:
+def fastest_decoder() -> str:
     """Return the fastest decoder that works on this machine."""
-    return next((decoder for decoder in _JUMPING if not fault_of(decoder)), "pyav")
+    return next((decoder for decoder in _JUMPING if not probe_decoder(decoder)), "pyav")
 
 
 def check(decoder: str) -> None:
     """Raise a UserError if a decoder that was asked for by name does not work here."""
-    fault = fault_of(decoder) if decoder != "auto" else ""
+    fault = probe_decoder(decoder) if decoder != "auto" else ""
     if fault:
         raise UserError(
             f"data.decoder: {decoder} does not work here ({fault}); repair it (mar doctor), or set auto"
@@ -268,7 +268,7 @@ def check(decoder: str) -> None:
 
 
 @lru_cache
-def fault_of(decoder: str) -> str:
+def probe_decoder(decoder: str) -> str:
     """Prove a decoder: write a clip of known brightness, read it back. Returns what is wrong, or nothing.
 
     That it can be imported proves little: decord may lack its wheel, torchcodec FFmpeg's libraries.
@@ -305,7 +305,7 @@ def write_video(file: Path, frames: Frames, frames_per_s: int = 12, **options: s
         container.mux(stream.encode())
 
 
-def walk(path: Path, told: dict[str, float] | None = None) -> Iterator[Any]:
+def iter_frames(path: Path, properties: dict[str, float] | None = None) -> Iterator[Any]:
     """Yield PyAV's frames as a player shows them, in the decoder's order; a bad packet is passed over.
 
     A file whose size changes in the middle is scaled to its first frame, as a player's window would show it.
@@ -332,8 +332,8 @@ def walk(path: Path, told: dict[str, float] | None = None) -> Iterator[Any]:
                     path, f"frames of {context.width} × {context.height} pixels: {_TOO_LARGE}"
                 )
             context.options = {"max_pixels": str(MOST_PIXELS)}  # a file may grow in the middle
-            if told is not None and stream.average_rate:
-                told["fps"] = float(stream.average_rate)
+            if properties is not None and stream.average_rate:
+                properties["fps"] = float(stream.average_rate)
             for packet in container.demux(stream):
                 try:
                     decoded = packet.decode()

@@ -29,11 +29,11 @@ from mar.data.cache_index import (
     Entry,
     Index,
     Packing,
-    opened,
+    load_index,
     packing_of,
     plain,
+    read_header,
     shard_files,
-    told,
 )
 from mar.data.decoders import BrokenVideo, Frames
 from mar.data.decoders import check as check_decoder
@@ -73,7 +73,7 @@ def pack(
             try:
                 return _pack(data, videos, Index(folder), processes, progress)
             finally:
-                opened.cache_clear()
+                load_index.cache_clear()
     except Timeout:
         raise UserError(
             f"{folder} is being packed by another process: wait for it, or choose another folder"
@@ -94,7 +94,7 @@ def _pack(
     fresh = {
         name
         for name, video in videos.items()
-        if index.is_fresh(video) and not index.places[name][1].broken
+        if index.is_fresh(video) and not index.entries[name][1].broken
     }
     todo = [video for name, video in sorted(videos.items()) if name not in fresh]
     parts = [
@@ -129,7 +129,9 @@ def verify(folder: Path, progress: Callable[[int, int], None]) -> list[str]:
         content = file.with_suffix(".bin")
         try:
             with content.open("rb") as stream:
-                is_whole = hashlib.file_digest(stream, "sha256").hexdigest() == told(file)["sha256"]
+                is_whole = (
+                    hashlib.file_digest(stream, "sha256").hexdigest() == read_header(file)["sha256"]
+                )
         except (OSError, UserError):
             is_whole = False
         if not is_whole:
@@ -146,7 +148,7 @@ class CachedVideo:
     """
 
     def __init__(self, index: Index, video: Video) -> None:
-        shard, self.entry = index.places[video.name]
+        shard, self.entry = index.entries[video.name]
         self.path = video.path
         if self.entry.broken:
             raise BrokenVideo(video.path, self.entry.broken)
@@ -197,7 +199,7 @@ class CachedVideo:
 def check(data: DataConfig, videos: Sequence[Video]) -> None:
     """Raise a UserError unless ``open_video`` can give what is in these videos now."""
     if data.cache:
-        opened(data.cache).check(videos)
+        load_index(data.cache).check(videos)
     else:
         check_decoder(data.decoder)
 
@@ -205,7 +207,9 @@ def check(data: DataConfig, videos: Sequence[Video]) -> None:
 def open_video(data: DataConfig, video: Video) -> Reader | CachedVideo:
     """Return a video's reader: from the cache where there is one, else from its file."""
     return (
-        CachedVideo(opened(data.cache), video) if data.cache else Reader(video.path, data.decoder)
+        CachedVideo(load_index(data.cache), video)
+        if data.cache
+        else Reader(video.path, data.decoder)
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mar.config.schema import ClipConfig
-from mar.data.decoders import Decoder, Frames, FromFront, open_with, pixels_of, walk
+from mar.data.decoders import Decoder, Frames, SequentialReader, iter_frames, open_with, pixels_of
 
 _FRAMES_AT_ONCE = 64
 _IMPLAUSIBLE_FPS = 1000.0
@@ -52,11 +52,11 @@ class Reader:
         """Yield all frames in order, going through the file once."""
         index = 0
         while index < len(self):
-            if isinstance(self._decoder, FromFront) and self._decoder.kept is None:
+            if isinstance(self._decoder, SequentialReader) and self._decoder.kept is None:
                 yield from (
                     pixels_of(frame)
-                    for place, frame in enumerate(walk(self.path))
-                    if place >= index
+                    for number, frame in enumerate(iter_frames(self.path))
+                    if number >= index
                 )
                 return
             part = self.frames(range(index, min(index + _FRAMES_AT_ONCE, len(self))))
@@ -71,13 +71,13 @@ class Reader:
 
     def frames(self, indices: Sequence[int]) -> Frames:
         """Return the frames with these numbers, ``[len(indices), H, W, 3]``."""
-        if not isinstance(self._decoder, FromFront):
+        if not isinstance(self._decoder, SequentialReader):
             try:
                 return self._decoder.frames(indices)
             except (
                 Exception
             ):  # decord raises its own DECORDError and, on odd files, bare RuntimeErrors
-                self._opened = FromFront.of(self.path)
+                self._opened = SequentialReader.of(self.path)
         last = len(self) - 1
         return self._decoder.frames([min(index, last) for index in indices])
 
@@ -155,8 +155,8 @@ def _videomae_frames(
         chosen = [np.minimum(start + np.arange(clip.frames), len(strided) - 1) for start in starts]
         return [strided[each] for each in chosen]
     tick = num_frames / clip.frames
-    places = tick * np.arange(clip.frames)
-    both = np.sort(np.floor(np.concatenate([places, places + tick / 2])))
+    positions = tick * np.arange(clip.frames)
+    both = np.sort(np.floor(np.concatenate([positions, positions + tick / 2])))
     return [
         _within(both[number::num_clips][: clip.frames], num_frames) for number in range(num_clips)
     ]
@@ -183,5 +183,5 @@ def _converted(
     return _within(np.linspace(start, start + span - 1, clip.frames), num_frames)
 
 
-def _within(places: npt.NDArray[np.float64], num_frames: int) -> npt.NDArray[np.int64]:
-    return np.clip(places.astype(np.int64), 0, num_frames - 1)
+def _within(positions: npt.NDArray[np.float64], num_frames: int) -> npt.NDArray[np.int64]:
+    return np.clip(positions.astype(np.int64), 0, num_frames - 1)

@@ -20,7 +20,7 @@ from mar.data import process_pool as others
 from mar.data.annotation_formats import Row, Split
 from mar.data.annotations import Video, class_names, fingerprint, videos_of
 from mar.data.cache_index import packing_of
-from mar.data.decoders import BrokenVideo, Frames, pixels_of, walk
+from mar.data.decoders import BrokenVideo, Frames, iter_frames, pixels_of
 from mar.data.decoders import check as check_decoder
 from mar.data.sampling import Reader, frames_wanted, training_frames
 from mar.data.seeking import key_frames
@@ -46,7 +46,7 @@ class Finding:
     split: Split
     video: str
     kind: str
-    words: str
+    message: str
 
 
 class _Listed(NamedTuple):
@@ -95,7 +95,7 @@ def check_data(
     for split in _SPLITS:
 
         def refuse(row: Row, reason: str, split: Split = split) -> None:
-            findings.append(Finding(split, row.name, "refused", f"{row.place}: {reason}"))
+            findings.append(Finding(split, row.name, "refused", f"{row.location}: {reason}"))
 
         videos[split] = list(videos_of(data, split, refuse))
     everything = [_Listed(split, video) for split in _SPLITS for video in videos[split]]
@@ -104,12 +104,12 @@ def check_data(
     looked = others.each(
         partial(_look, clip, data.decoder), [video for _, video in everything], processes, _crashed
     )
-    for done, ((split, video), (kind, words)) in enumerate(
+    for done, ((split, video), (kind, message)) in enumerate(
         zip(everything, looked, strict=True), start=1
     ):
         progress(done, len(everything))
         if kind != "ok":
-            findings.append(Finding(split, video.name, kind, words))
+            findings.append(Finding(split, video.name, kind, message))
         if kind in ("ok", "short"):
             good.add((split, video.name))
     findings += _same_content(
@@ -159,7 +159,7 @@ def report_text(report: DataReport, num_named: int = 10) -> str:
         for split, counts in report.counts.items()
     ]
     named = [
-        f"{each.kind:<11}{each.split}  {each.video}: {each.words}"
+        f"{each.kind:<11}{each.split}  {each.video}: {each.message}"
         for each in report.findings[:num_named]
     ]
     more = len(report.findings) - len(named)
@@ -181,8 +181,8 @@ def report_text(report: DataReport, num_named: int = 10) -> str:
             f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else ""
         )
         lines.append(f"{split:<7}{len(sizes)} classes, {spread}{nothing}")
-    words = report.fingerprint or "none: the annotations cannot be used as they are"
-    return printable("\n".join([*lines, f"fingerprint {words}"]))
+    shown_fingerprint = report.fingerprint or "none: the annotations cannot be used as they are"
+    return printable("\n".join([*lines, f"fingerprint {shown_fingerprint}"]))
 
 
 def write_findings(report: DataReport, file: Path) -> None:
@@ -191,7 +191,8 @@ def write_findings(report: DataReport, file: Path) -> None:
         writer = csv.writer(output)
         writer.writerow(["split", "video", "kind", "words"])
         writer.writerows(
-            [each.split, cell(each.video), each.kind, cell(each.words)] for each in report.findings
+            [each.split, cell(each.video), each.kind, cell(each.message)]
+            for each in report.findings
         )
 
 
@@ -217,7 +218,7 @@ def _disagreement(reader: Reader) -> str:
     name = reader.decoder
     if name == "pyav":
         return ""
-    shown = np.stack([_thumbnail(pixels_of(frame)) for frame in walk(reader.path)])
+    shown = np.stack([_thumbnail(pixels_of(frame)) for frame in iter_frames(reader.path)])
     if len(reader) != len(shown):
         return f"{name} finds {len(reader)} frames where {len(shown)} are shown"
     for number in _jumps(reader.path, len(shown)):

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from mar import distributed
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video
 from mar.data.dataset import EvaluationClips, bytes_per_clip, loader
 from mar.data.frame_cache import check
@@ -89,7 +89,7 @@ class Evaluator:
 
     def __init__(
         self,
-        settings: ExperimentConfig,
+        settings: TrainingConfig,
         videos: list[Video],
         device: torch.device,
         *,
@@ -101,8 +101,8 @@ class Evaluator:
         alive: Callable[[], None] = lambda: None,
     ) -> None:
         check(settings.data, videos)
-        share = distributed.share()
-        mine = list(range(share.rank, len(videos), share.world))
+        worker_rank = distributed.worker_rank()
+        mine = list(range(worker_rank.rank, len(videos), worker_rank.world))
         size = max(1, _CLIPS_PER_BATCH // (clips * crops))
         batches = [mine[first : first + size] for first in range(0, len(mine), size)]
         self.settings, self.device, self.alive = settings, device, alive
@@ -151,7 +151,7 @@ class Evaluator:
                     )
                 )
         model.train()
-        parts = distributed.gathered((seen, broken))
+        parts = distributed.all_gather((seen, broken))
         rows = [row for part, _ in parts for row in part]
         failed = tuple(sorted(reason for _, part in parts for reason in part))
         if not rows:
@@ -197,11 +197,11 @@ def write_predictions(predictions: Predictions, videos: list[Video], file: Path)
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as output:
         writer = csv.writer(output)
         writer.writerow(header)
-        for row, (place, label) in enumerate(
+        for row, (index, label) in enumerate(
             zip(predictions.videos.tolist(), predictions.labels.tolist(), strict=True)
         ):
             own = f"{predictions.probabilities[row, label].item():.6f}"
-            line: list[object] = [cell(videos[place].name), label, own]
+            line: list[object] = [cell(videos[index].name), label, own]
             for name, probability in zip(
                 best.indices[row].tolist(), best.values[row].tolist(), strict=True
             ):

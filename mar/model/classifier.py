@@ -60,13 +60,13 @@ class BridgingClassifier(nn.Module):
         self, tokens: Float[Tensor, "B K W"], visible: Int[Tensor, "B K"]
     ) -> Float[Tensor, "B N W"]:
         """Table VII: optionally all N tokens instead of the K visible ones, optionally with positions."""
-        places = visible
+        indices = visible
         if self.mask_token is not None:
             num_clips = tokens.shape[0]  # len() would fix it when the model is exported
-            places = torch.arange(self.num_tokens, device=tokens.device).expand(num_clips, -1)
+            indices = torch.arange(self.num_tokens, device=tokens.device).expand(num_clips, -1)
             everywhere = self.mask_token.to(tokens.dtype).expand(num_clips, self.num_tokens, -1)
             tokens = everywhere.scatter(1, visible[..., None].expand_as(tokens), tokens)
-        return tokens + self.positions[places] if self.add_positions else tokens
+        return tokens + self.positions[indices] if self.add_positions else tokens
 
 
 class LinearClassifier(nn.Module):

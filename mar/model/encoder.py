@@ -18,13 +18,13 @@ def patchify(
 
 
 def take_tubelets(
-    video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int], places: Int[Tensor, "B K"]
+    video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int], indices: Int[Tensor, "B K"]
 ) -> Float[Tensor, "B K P"]:
     """Return some of the tubelets of ``patchify``, by their flat index; the others are not copied."""
     tubelets = _tubelets(video, tubelet)
     _, _, h, w = tubelets.shape[:4]
-    clip = torch.arange(video.shape[0], device=places.device)[:, None]
-    return tubelets[clip, places // (h * w), places // w % h, places % w].flatten(2)
+    clip = torch.arange(video.shape[0], device=indices.device)[:, None]
+    return tubelets[clip, indices // (h * w), indices // w % h, indices % w].flatten(2)
 
 
 def _tubelets(

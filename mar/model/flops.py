@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Cost:
     """Tokens K that the encoder sees in testing."""
 
 
-def cost(settings: ExperimentConfig) -> Cost:
+def cost(settings: TrainingConfig) -> Cost:
     """Return the cost of a model from its settings alone."""
     tokens = prod(settings.grid)
     test = tokens - settings.test_mask.num_hidden(settings.grid)
@@ -58,14 +58,14 @@ def _blocks_flops(num_tokens: int, width: int, depth: int) -> int:
     )
 
 
-def _encoder_flops(settings: ExperimentConfig, visible: int) -> int:
+def _encoder_flops(settings: TrainingConfig, visible: int) -> int:
     width, depth, _ = settings.encoder.dimensions
     embedding = prod(settings.grid) * _patch_values(settings) * width
     last_norm = 5 * visible * width * (settings.classifier.norm == "tokens")
     return embedding + _blocks_flops(visible, width, depth) + last_norm
 
 
-def _classifier_flops(settings: ExperimentConfig, visible: int) -> int:
+def _classifier_flops(settings: TrainingConfig, visible: int) -> int:
     if settings.pretrains:
         return 0
     config, width, classes = (
@@ -87,7 +87,7 @@ def _classifier_flops(settings: ExperimentConfig, visible: int) -> int:
     )
 
 
-def _decoder_flops(settings: ExperimentConfig, visible: int) -> int:
+def _decoder_flops(settings: TrainingConfig, visible: int) -> int:
     if not settings.reconstructs:
         return 0
     config, tokens = settings.reconstruction, prod(settings.grid)
@@ -98,7 +98,7 @@ def _decoder_flops(settings: ExperimentConfig, visible: int) -> int:
     return ends + _blocks_flops(tokens, config.width, config.depth) + 5 * unseen * config.width
 
 
-def _patch_values(settings: ExperimentConfig) -> int:
+def _patch_values(settings: TrainingConfig) -> int:
     return 3 * prod(settings.encoder.tubelet)
 
 
@@ -106,7 +106,7 @@ def _blocks_params(width: int, depth: int) -> int:
     return depth * (12 * width**2 + 13 * width)
 
 
-def _encoder_params(settings: ExperimentConfig) -> int:
+def _encoder_params(settings: TrainingConfig) -> int:
     width, depth, _ = settings.encoder.dimensions
     return (
         (_patch_values(settings) + 1) * width
@@ -115,7 +115,7 @@ def _encoder_params(settings: ExperimentConfig) -> int:
     )
 
 
-def _classifier_params(settings: ExperimentConfig) -> int:
+def _classifier_params(settings: TrainingConfig) -> int:
     if settings.pretrains:
         return 0
     config, width, classes = (
@@ -142,7 +142,7 @@ def _classifier_params(settings: ExperimentConfig) -> int:
     )
 
 
-def _decoder_params(settings: ExperimentConfig) -> int:
+def _decoder_params(settings: TrainingConfig) -> int:
     if not settings.reconstructs:
         return 0
     config = settings.reconstruction

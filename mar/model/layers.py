@@ -96,29 +96,29 @@ class Block(TimmBlock):
     ) -> Float[Tensor, "B Q D"]:
         """Return all tokens, or the last ones: nothing but keys and values is computed for the others."""
         kept = x if num_out is None else x[:, -num_out:]
-        x = kept + self.drop_path1(self.attended(x, num_out))
-        return x + self.drop_path2(self.fed(x))
+        x = kept + self.drop_path1(self.attention_branch(x, num_out))
+        return x + self.drop_path2(self.mlp_branch(x))
 
-    def attended(
+    def attention_branch(
         self, x: Float[Tensor, "B N D"], num_out: int | None = None
     ) -> Float[Tensor, "B Q D"]:
         """Return what attention adds."""
         return self.attn(self.norm1(x), num_queries=num_out)
 
-    def fed(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def mlp_branch(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Return what the MLP adds."""
         return self.mlp(self.norm2(x))
 
     def compile_parts(self, mode: str = "default") -> None:
         """Compile what is between the residual sums: the code is one for all blocks, which differ in stochastic depth."""
-        self.attended = torch.compile(self.attended, mode=mode, dynamic=False)
-        self.fed = torch.compile(self.fed, mode=mode, dynamic=False)
+        self.attention_branch = torch.compile(self.attention_branch, mode=mode, dynamic=False)
+        self.mlp_branch = torch.compile(self.mlp_branch, mode=mode, dynamic=False)
 
 
 class Blocks(nn.Sequential):
     """Transformer blocks, one after another."""
 
-    recompute = False
+    activation_checkpointing = False
     """Keep no activations inside a block: compute them again in the backward pass. Less memory, a third more work."""
 
     def forward(
@@ -128,7 +128,7 @@ class Blocks(nn.Sequential):
         x = input
         for number, block in enumerate(self, start=1):
             wanted = num_out if number == len(self) else None
-            if self.recompute and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x = cast("Tensor", checkpoint(block, x, wanted, use_reentrant=False))
             else:
                 x = block(x, wanted)
@@ -149,7 +149,9 @@ def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.
     return Blocks(*(block(drop_path=rate) for rate in rates))
 
 
-def execute(model: nn.Module, compiled: str = "", recompute: bool = False) -> None:
+def set_execution_mode(
+    model: nn.Module, compiled: str = "", activation_checkpointing: bool = False
+) -> None:
     """Set how a model's blocks run: compiled in a mode of ``torch.compile`` (empty: not), activations recomputed."""
     if (
         compiled
@@ -157,7 +159,7 @@ def execute(model: nn.Module, compiled: str = "", recompute: bool = False) -> No
         torch.compiler.reset()
     for part in model.modules():
         if isinstance(part, Blocks):
-            part.recompute = recompute
+            part.activation_checkpointing = activation_checkpointing
         if isinstance(part, Block) and compiled:
             part.compile_parts(compiled)
 

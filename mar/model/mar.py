@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.model.classifier import build_classifier
 from mar.model.decoder import Decoder, reconstruction_loss, reconstruction_target
 from mar.model.encoder import Encoder
@@ -25,7 +25,7 @@ class Losses:
     reconstruction: Float[Tensor, " B"]
 
 
-def split_places(hidden: Bool[Tensor, "B t h w"]) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
+def split_indices(hidden: Bool[Tensor, "B t h w"]) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
     """Return the flat indices of visible and of hidden tokens, both in order t, h, w.
 
     Masks are drawn on the CPU, so counting here does not make an accelerator wait.
@@ -36,7 +36,7 @@ def split_places(hidden: Bool[Tensor, "B t h w"]) -> tuple[Int[Tensor, "B K"], I
     return order[:, :num_visible], order[:, num_visible:]
 
 
-def _decoder(settings: ExperimentConfig, width: int, num_tokens: int, patch_values: int) -> Decoder:
+def _decoder(settings: TrainingConfig, width: int, num_tokens: int, patch_values: int) -> Decoder:
     return Decoder(settings.reconstruction, width, num_tokens, patch_values, settings.encoder.init)
 
 
@@ -46,7 +46,7 @@ class MAR(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, settings: ExperimentConfig) -> None:
+    def __init__(self, settings: TrainingConfig) -> None:
         super().__init__()
         t, h, w = settings.grid
         num_tokens, width = t * h * w, settings.encoder.dimensions[0]
@@ -118,7 +118,7 @@ class MAR(nn.Module):
     def _places(
         self, hidden: Bool[Tensor, "B t h w"]
     ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
-        visible, hidden_places = split_places(hidden)
+        visible, hidden_places = split_indices(hidden)
         return visible.to(self.mean.device, non_blocking=True), hidden_places.to(
             self.mean.device, non_blocking=True
         )

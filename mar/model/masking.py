@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mar.config.schema import ExperimentConfig, Grid, MaskConfig
+from mar.config.schema import Grid, MaskConfig, TrainingConfig
 
 
 def training_mask(
@@ -33,7 +33,7 @@ def training_mask(
 
 
 def evaluation_mask(
-    settings: ExperimentConfig, device: torch.device | None = None
+    settings: TrainingConfig, device: torch.device | None = None
 ) -> Bool[Tensor, "1 t h w"]:
     """Return the one mask that all clips of an evaluation share (section III-B, last paragraph).
 

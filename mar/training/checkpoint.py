@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mar.atomic_dir import Writers, read_sealed, write_sealed
-from mar.config.overrides import build, placeless
-from mar.config.schema import ExperimentConfig
+from mar.atomic_dir import Writers, read_atomic_dir, write_atomic_dir
+from mar.config.overrides import build, without_paths
+from mar.config.schema import TrainingConfig
 from mar.errors import Failure, UserError
-from mar.training.retention import Keep
+from mar.training.retention import RetentionPolicy
 
 
 @dataclass
@@ -59,9 +59,9 @@ class State(NamedTuple):
 
 def save(
     folder: Path,
-    settings: ExperimentConfig,
+    settings: TrainingConfig,
     state: State,
-    keep: Keep,
+    keep: RetentionPolicy,
     try_again: Callable[[Failure], bool] = lambda failure: False,
 ) -> Path:
     """Save a training's state below ``folder`` and remove the checkpoints that ``keep`` does not name."""
@@ -70,8 +70,8 @@ def save(
         "model.safetensors": lambda file: save_file(dict(state.model), file),
         "training.pt": lambda file: torch.save(state.optimizer, file),
     }
-    facts = {"settings": settings.model_dump(mode="json"), "progress": asdict(state.progress)}
-    write_sealed(path, writers, facts, try_again=try_again)
+    metadata = {"settings": settings.model_dump(mode="json"), "progress": asdict(state.progress)}
+    write_atomic_dir(path, writers, metadata, try_again=try_again)
     there = sorted(folder.glob("step_*"))
     older = [
         each for each in there if each.name <= path.name
@@ -91,8 +91,8 @@ class Saver:
     def __init__(
         self,
         folder: Path,
-        settings: ExperimentConfig,
-        keep: Keep,
+        settings: TrainingConfig,
+        keep: RetentionPolicy,
         stored: Callable[[Path], None] = lambda path: None,
         try_again: Callable[[Failure], bool] = lambda failure: False,
     ) -> None:
@@ -150,7 +150,7 @@ class Saver:
             return {key: self._copy(f"{name}.{key}", each) for key, each in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(
-                self._copy(f"{name}.{place}", each) for place, each in enumerate(value)
+                self._copy(f"{name}.{index}", each) for index, each in enumerate(value)
             )
         if not isinstance(value, Tensor):
             return value
@@ -166,18 +166,16 @@ def path_for(folder: Path, progress: Progress) -> Path:
     return folder / f"step_{progress.step:08d}"
 
 
-def latest(
-    folder: Path, settings: ExperimentConfig, say: Callable[[str], None]
-) -> Checkpoint | None:
+def latest(folder: Path, settings: TrainingConfig, say: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest checkpoint below ``folder`` that is whole and has these settings; tell of others."""
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
-            manifest = read_sealed(path)
+            manifest = read_atomic_dir(path)
             saved, progress = build(manifest["settings"]), Progress(**manifest["progress"])
         except (Failure, UserError, KeyError, TypeError) as error:  # damaged, or of another version
             say(f"checkpoint not used: {path}: {error}")
             continue
-        if placeless(saved) == placeless(settings):
+        if without_paths(saved) == without_paths(settings):
             return Checkpoint(path, progress)
         say(f"checkpoint not used: {path} has other settings")
     return None

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mar import MANIFEST, RESULT, distributed
-from mar.atomic_dir import read_sealed
-from mar.config.overrides import build, placeless
-from mar.config.schema import ExperimentConfig
+from mar import MANIFEST, RESULT_DIR, distributed
+from mar.atomic_dir import read_atomic_dir
+from mar.config.overrides import build, without_paths
+from mar.config.schema import TrainingConfig
 from mar.data import frame_cache
 from mar.data.annotations import Video, read_split
 from mar.data.dataset import Batch, TrainingOrder, training_batches
@@ -30,8 +30,8 @@ from mar.training import checkpoint
 from mar.training.checkpoint import Progress, Saver
 from mar.training.memory import peak_training_memory_gib
 from mar.training.optim import build_optimizer, learning_rate, set_learning_rate
-from mar.training.result import Trained, write_result
-from mar.training.step import Execution, Learner, train_step
+from mar.training.result import FinishedTraining, write_result
+from mar.training.step import Execution, TrainState, train_step
 from mar.weights import pretrained
 
 Report = Callable[[int, dict[str, float], Path | None], None]
@@ -39,7 +39,7 @@ Report = Callable[[int, dict[str, float], Path | None], None]
 
 
 @dataclass
-class Training(Learner):
+class Training(TrainState):
     """A training under way."""
 
     folder: Path
@@ -55,7 +55,7 @@ class Training(Learner):
 
 
 def fit(
-    settings: ExperimentConfig, folder: Path, report: Report, execution: Execution
+    settings: TrainingConfig, folder: Path, report: Report, execution: Execution
 ) -> dict[str, float]:
     """Train from the newest checkpoint in ``folder`` (or from the start), test, and return the final metrics.
 
@@ -68,16 +68,18 @@ def fit(
         Failure: the loss is not finite, a video is broken (``data.broken: error``), or the disk refuses.
         Stopped: ``execution.step`` said so; what was done is saved.
     """
-    finished = distributed.of_first(lambda: _finished(settings, folder))
+    finished = distributed.broadcast_from_rank0(lambda: _finished(settings, folder))
     if finished is not None:
         return _report_again(finished, settings, folder, report)
     train, val = read_split(settings.data, "train"), read_split(settings.data, "val")
     frame_cache.check(settings.data, train)
-    order = TrainingOrder(settings, len(train), distributed.share())
+    order = TrainingOrder(settings, len(train), distributed.worker_rank())
     torch.manual_seed(settings.seed)
     model = MAR(settings).to(execution.device)
     optimizer = build_optimizer(model, settings.recipe)
-    found = distributed.of_first(lambda: checkpoint.latest(folder, settings, execution.say))
+    found = distributed.broadcast_from_rank0(
+        lambda: checkpoint.latest(folder, settings, execution.say)
+    )
     progress = checkpoint.restore(found, model, optimizer) if found else Progress()
     if settings.encoder.weights and not found:
         execution.say(pretrained.start(model, settings))
@@ -114,12 +116,12 @@ def fit(
                 raise Stopped(f"stopped after epoch {training.epoch}, saved")
     batches.close()
     del batches, validate  # their loader processes end before those of testing begin
-    trained = Trained(settings, folder, execution, model, progress.history)
+    trained = FinishedTraining(settings, folder, execution, model, progress.history)
     return _finish(trained, val, report)
 
 
-def test_again(
-    settings: ExperimentConfig, result: Path, folder: Path, report: Report, execution: Execution
+def reevaluate(
+    settings: TrainingConfig, result: Path, folder: Path, report: Report, execution: Execution
 ) -> dict[str, float]:
     """Test a finished training under other settings of ``evaluation`` (Tables III b, III c); returns the final metrics.
 
@@ -130,11 +132,11 @@ def test_again(
         UserError: the settings do not fit the data.
         Failure: ``result`` is not whole, or the disk refuses.
     """
-    finished = distributed.of_first(lambda: _finished(settings, folder))
+    finished = distributed.broadcast_from_rank0(lambda: _finished(settings, folder))
     if finished is not None:
         return _report_again(finished, settings, folder, report)
     val = read_split(settings.data, "val")
-    facts = read_sealed(result)
+    facts = read_atomic_dir(result)
     model = MAR(settings).to(execution.device)
     model.load_state_dict(load_file(result / "model.safetensors"))
     history = {
@@ -142,10 +144,12 @@ def test_again(
         for name, value in facts["metrics"].items()
         if not name.startswith(("val/", "test/"))
     }
-    return _finish(Trained(settings, folder, execution, model, [history], result), val, report)
+    return _finish(
+        FinishedTraining(settings, folder, execution, model, [history], result), val, report
+    )
 
 
-def _finished(settings: ExperimentConfig, folder: Path) -> list[dict[str, float]] | None:
+def _finished(settings: TrainingConfig, folder: Path) -> list[dict[str, float]] | None:
     """Return the epochs' metrics, and last the final ones, of a result of these settings that is in the folder already.
 
     Whoever was to write it down was killed in that moment, or has lost its database since. None: there is no such.
@@ -153,27 +157,27 @@ def _finished(settings: ExperimentConfig, folder: Path) -> list[dict[str, float]
     Raises:
         Failure: there is one, and it is damaged.
     """
-    result = folder / RESULT
+    result = folder / RESULT_DIR
     if not (result / MANIFEST).is_file():
         return None
     try:
-        manifest = read_sealed(result)
+        manifest = read_atomic_dir(result)
     except Failure as damage:
         raise Failure(
             f"{result} is damaged: {damage}. To train it again, remove that folder", "damaged"
         ) from None
-    if placeless(build(manifest["settings"])) != placeless(settings):
+    if without_paths(build(manifest["settings"])) != without_paths(settings):
         return None
     final = {name: float(value) for name, value in manifest["metrics"].items()}
     return [*read_history(result), final]
 
 
 def _report_again(
-    finished: list[dict[str, float]], settings: ExperimentConfig, folder: Path, report: Report
+    finished: list[dict[str, float]], settings: TrainingConfig, folder: Path, report: Report
 ) -> dict[str, float]:
     for epoch, metrics in enumerate(finished[:-1], start=1):
         report(epoch, metrics, None)
-    report(settings.recipe.epochs, finished[-1], folder / RESULT)
+    report(settings.recipe.epochs, finished[-1], folder / RESULT_DIR)
     return finished[-1]
 
 
@@ -195,7 +199,7 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
         training.execution.checkpoint_every_steps,
     )
     sums = torch.tensor(progress.sums, dtype=torch.float64, device=device) * (
-        training.share.rank == 0
+        training.worker_rank.rank == 0
     )
     clock, first_step, elapsed_s, rate = _Clock(progress), progress.step, progress.elapsed_s, 0.0
     while progress.step < end:
@@ -216,14 +220,14 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
         is_due = bool(every) and progress.step % every == 0
         if (is_due or wish != "go on") and progress.step < end:
             _check_numbers(training, rate)
-            progress.sums = distributed.summed(sums).tolist()
+            progress.sums = distributed.all_reduce_sum(sums).tolist()
             clock.stop()
             _save(training)
             if training.is_to_stop:
                 training.saver.wait()
                 raise Stopped(f"stopped at step {progress.step}, saved")
             clock = _Clock(progress)
-    total, classification, reconstruction, clips, broken = distributed.summed(sums).tolist()
+    total, classification, reconstruction, clips, broken = distributed.all_reduce_sum(sums).tolist()
     clock.stop()
     progress.sums = Progress().sums
     if not clips:
@@ -249,7 +253,7 @@ def _check_numbers(training: Training, rate: float) -> None:
     Raises:
         Failure: one was not; the weights are those before it, and the last checkpoint is good.
     """
-    if training.spoiled.item():
+    if training.has_non_finite_grad.item():
         recipe, step = training.settings.recipe, training.progress.step
         raise Failure(
             f"the gradient is not finite at or before step {step} (epoch {training.epoch + 1}); no step was taken with "
@@ -271,12 +275,12 @@ def _count_broken(training: Training, batch: Batch) -> int:
 
 def _save(training: Training) -> Path:
     """Have a checkpoint written beside the training; returns where it will be."""
-    if training.share.rank == 0:
+    if training.worker_rank.rank == 0:
         training.saver.save(training.model, training.optimizer, training.progress)
     return checkpoint.path_for(training.folder, training.progress)
 
 
-def _finish(trained: Trained, val: list[Video], report: Report) -> dict[str, float]:
+def _finish(trained: FinishedTraining, val: list[Video], report: Report) -> dict[str, float]:
     """Test with all views, write the result folder, report the last time."""
     settings, execution, model = trained.settings, trained.execution, trained.model
     views, device, processes = settings.evaluation, execution.device, execution.loader_processes
@@ -316,7 +320,7 @@ def _finish(trained: Trained, val: list[Video], report: Report) -> dict[str, flo
             UserError
         ):  # no room beside the model: a trial does not fail over this figure
             metrics["memory/batch_of_1_gib"] = peak_training_memory_gib(settings, 1)
-    if distributed.share().rank == 0:
+    if distributed.worker_rank().rank == 0:
         write_result(trained, val, predictions, metrics)
-    report(settings.recipe.epochs, metrics, trained.folder / RESULT)
+    report(settings.recipe.epochs, metrics, trained.folder / RESULT_DIR)
     return metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.errors import UserError
 from mar.model.mar import MAR
 from mar.model.masking import training_mask
@@ -13,7 +13,7 @@ from mar.training.optim import build_optimizer
 _STEPS = 3
 
 
-def peak_training_memory_gib(settings: ExperimentConfig, num_clips: int) -> float:
+def peak_training_memory_gib(settings: TrainingConfig, num_clips: int) -> float:
     """Return the most memory that PyTorch held at once over a few optimiser steps on random clips, GiB.
 
     Weights, gradients, AdamW's state, activations and workspaces; not the CUDA context, which no setting changes.

@@ -97,7 +97,7 @@ def gradient_norm(model: nn.Module, limit: float | None) -> Tensor:
     )
 
 
-def step_unless(optimizer: torch.optim.Optimizer, spoiled: Tensor) -> None:
+def step_if_finite(optimizer: torch.optim.Optimizer, has_non_finite_grad: Tensor) -> None:
     """Take the step; where ``spoiled``, change nothing. Decided on the device: nobody waits for the answer."""
-    optimizer.grad_scale, optimizer.found_inf = None, spoiled.float()  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.grad_scale, optimizer.found_inf = None, has_non_finite_grad.float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()

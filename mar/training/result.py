@@ -11,11 +11,11 @@ from pathlib import Path
 import yaml
 from safetensors.torch import save_file
 
-from mar import RESULT
-from mar.atomic_dir import Writers, write_sealed, write_text
-from mar.config.schema import ExperimentConfig
+from mar import RESULT_DIR
+from mar.atomic_dir import Writers, write_atomic_dir, write_text
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video, class_names
-from mar.evaluation.correctness import ANSWERS, write_answers
+from mar.evaluation.correctness import CORRECTNESS, write_correctness
 from mar.evaluation.evaluator import Predictions, Reconstruction, write_predictions
 from mar.model.mar import MAR
 from mar.training.step import Execution
@@ -25,10 +25,10 @@ from mar.weights.pretrained import CLASSES
 
 
 @dataclass(frozen=True)
-class Trained:
+class FinishedTraining:
     """A training that is over."""
 
-    settings: ExperimentConfig
+    settings: TrainingConfig
     folder: Path
     execution: Execution
     model: MAR
@@ -39,7 +39,7 @@ class Trained:
 
 
 def write_result(
-    trained: Trained,
+    trained: FinishedTraining,
     val: list[Video],
     predictions: Predictions | Reconstruction,
     metrics: dict[str, float],
@@ -66,8 +66,8 @@ def write_result(
         )
         writers["predictions.csv"] = lambda file: write_predictions(predictions, val, file)
         right = (predictions.probabilities.argmax(dim=1) == predictions.labels).numpy()
-        tested = [val[place].name for place in predictions.videos.tolist()]
-        writers[ANSWERS] = lambda file: write_answers(right, tested, file)
+        tested = [val[index].name for index in predictions.videos.tolist()]
+        writers[CORRECTNESS] = lambda file: write_correctness(right, tested, file)
         writers["confusion.png"] = lambda file: draw_confusion(
             predictions.confusion().numpy(), names, file
         )
@@ -82,7 +82,9 @@ def write_result(
         )
     sealed: Writers = writers
     facts = {"settings": settings, "metrics": metrics}
-    write_sealed(trained.folder / RESULT, sealed, facts, try_again=trained.execution.try_again)
+    write_atomic_dir(
+        trained.folder / RESULT_DIR, sealed, facts, try_again=trained.execution.try_again
+    )
 
 
 def _write_history(history: list[dict[str, float]], file: Path) -> None:

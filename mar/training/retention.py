@@ -16,7 +16,7 @@ _EXPECTED = "expected last=N, best, every=N (epochs), as last=1,best,every=10"
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """A policy; a checkpoint that it does not name goes when a newer one is whole."""
 
     last: int = 2
@@ -34,23 +34,23 @@ class Keep:
             ValueError: not in the notation.
         """
         parts = [each.strip().partition("=") for each in text.split(",")]
-        told = {name: value for name, _, value in parts}
+        given = {name: value for name, _, value in parts}
         counts = {
-            name: int(value) for name, value in told.items() if value.isdecimal() and int(value)
+            name: int(value) for name, value in given.items() if value.isdecimal() and int(value)
         }
         if (
-            told.keys() - counts.keys() - {"best"}
+            given.keys() - counts.keys() - {"best"}
             or counts.keys() - {"last", "every"}
-            or told.get("best")
+            or given.get("best")
         ):
             raise ValueError(_EXPECTED)
-        return cls(counts.get("last", cls.last), "best" in told, counts.get("every"))
+        return cls(counts.get("last", cls.last), "best" in given, counts.get("every"))
 
     def of(self, there: list[Path]) -> set[Path]:
         """Return those of a training's checkpoints, the newest last, that stay while it goes on."""
-        return {*there[-self.last :], *self.for_good(there)}
+        return {*there[-self.last :], *self.after_training(there)}
 
-    def for_good(self, there: list[Path]) -> set[Path]:
+    def after_training(self, there: list[Path]) -> set[Path]:
         """Return those that stay when the training is over."""
         if not self.best and not self.every_epochs:
             return set()
@@ -61,10 +61,10 @@ class Keep:
         return kept | {*(ranked[-1:] if self.best else [])}
 
 
-def clear(folder: Path, keep: Keep) -> None:
+def prune(folder: Path, keep: RetentionPolicy) -> None:
     """Remove the checkpoints of a training whose result is safe, but for those to be kept."""
     there = sorted(folder.glob("step_*"))
-    for old in {*there, *folder.glob(".step_*.unfinished")} - keep.for_good(there):
+    for old in {*there, *folder.glob(".step_*.unfinished")} - keep.after_training(there):
         shutil.rmtree(old, ignore_errors=True)
 
 

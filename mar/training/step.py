@@ -18,15 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mar import distributed
 from mar.augmentation.augment import augmented, draw_step, mix
-from mar.config.schema import ExperimentConfig
-from mar.data.dataset import Batch, one_after_another, places
+from mar.config.schema import TrainingConfig
+from mar.data.dataset import Batch, batch_indices, one_after_another
 from mar.errors import Failure
-from mar.model.layers import execute
+from mar.model.layers import set_execution_mode
 from mar.model.mar import MAR, Losses
 from mar.rng import draw
 from mar.training.checkpoint import Progress
-from mar.training.optim import gradient_norm, step_unless
-from mar.training.retention import Keep
+from mar.training.optim import gradient_norm, step_if_finite
+from mar.training.retention import RetentionPolicy
 
 Wish = Literal["go on", "save", "stop", "leave"]
 """Go on; save at once, the machine may go; save and stop; stop, nobody will go on with it."""
@@ -39,15 +39,15 @@ class Execution:
     device: torch.device
     loader_processes: int = 0
     """Processes that decode; 0: the training process does."""
-    max_clips_per_pass: int | None = None
+    max_microbatch_clips: int | None = None
     """Largest forward-backward pass of one worker; a larger share of the batch is accumulated over several."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Compute activations again in the backward pass where memory is short: a third more work."""
     compile: bool = False
     """Compile the transformer blocks: half a minute and more at the start, for steps that are 3 % faster on a CPU."""
     checkpoint_every_steps: int | None = None
     """Also save in the middle of an epoch."""
-    keep: Keep = field(default_factory=Keep)
+    keep: RetentionPolicy = field(default_factory=RetentionPolicy)
     """Which checkpoints stay."""
     stored: Callable[[Path], None] = lambda path: None
     """Told of each checkpoint that is whole on the disk."""
@@ -62,55 +62,59 @@ class Execution:
 
 
 @dataclass
-class Learner:
+class TrainState:
     """A model that is being trained, and what its steps need."""
 
-    settings: ExperimentConfig
+    settings: TrainingConfig
     execution: Execution
     model: MAR
     optimizer: torch.optim.Optimizer
     progress: Progress
 
     def __post_init__(self) -> None:
-        self.share = distributed.share()
-        self.spoiled = torch.zeros((), dtype=torch.bool, device=self.execution.device)
+        self.worker_rank = distributed.worker_rank()
+        self.has_non_finite_grad = torch.zeros((), dtype=torch.bool, device=self.execution.device)
         """Whether a gradient was not finite: from then on no step changes anything."""
-        execute(self.model, "default" if self.execution.compile else "", self.execution.recompute)
+        set_execution_mode(
+            self.model,
+            "default" if self.execution.compile else "",
+            self.execution.activation_checkpointing,
+        )
         self.wrapped: nn.Module = self.model
-        if self.share.world > 1:
+        if self.worker_rank.world > 1:
             ids = [self.execution.device.index] if self.execution.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(
                 self.model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
             )
 
 
-def train_step(learner: Learner, batch: Batch) -> Tensor:
+def train_step(state: TrainState, batch: Batch) -> Tensor:
     """Take one optimiser step on this worker's share of the batch; returns sums of the losses and the clips.
 
     Each clip's loss is divided by the global batch, so that the step is the same however it is shared out
     over workers and passes. A broken video's clip is in its place, and counts nothing.
     """
-    settings, device, share = learner.settings, learner.execution.device, learner.share
-    step, batch = learner.progress.step, one_after_another(batch)
-    drawn = draw_step(settings, step).of(places(settings, share))
+    settings, device, worker_rank = state.settings, state.execution.device, state.worker_rank
+    step, batch = state.progress.step, one_after_another(batch)
+    drawn = draw_step(settings, step).of(batch_indices(settings, worker_rank))
     torch.manual_seed(
-        int(draw(settings.seed, 4, step, share.rank).integers(2**62))
+        int(draw(settings.seed, 4, step, worker_rank.rank).integers(2**62))
     )  # dropout, stochastic depth
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    learner.optimizer.zero_grad(set_to_none=True)
-    passes = _passes(len(batch.labels), learner.execution.max_clips_per_pass)
-    for part in passes:
+    state.optimizer.zero_grad(set_to_none=True)
+    microbatches = _microbatches(len(batch.labels), state.execution.max_microbatch_clips)
+    for part in microbatches:
         chosen, good = drawn.of(range(len(drawn.erased))[part]), batch.good[part]
         pixels, targets = augmented(batch.clips[part], batch.labels[part], chosen, settings)
         pixels, targets = mix(pixels, targets, settings.augment, draw(settings.seed, 3, step), good)
         with torch.autocast(
             device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"
         ):
-            losses: Losses = learner.wrapped(pixels, chosen.hidden, targets)
+            losses: Losses = state.wrapped(pixels, chosen.hidden, targets)
         scale = (
-            share.world / settings.recipe.batch_size
+            worker_rank.world / settings.recipe.batch_size
         )  # DistributedDataParallel averages over the workers
-        with _no_sync(learner.wrapped) if part is not passes[-1] else nullcontext():
+        with _no_sync(state.wrapped) if part is not microbatches[-1] else nullcontext():
             ((losses.total * good).sum() * scale).backward()
         columns = (
             losses.total,
@@ -121,13 +125,13 @@ def train_step(learner: Learner, batch: Batch) -> Tensor:
         sums += torch.stack(
             [(column.detach() * good).sum(dtype=torch.float64) for column in columns]
         )
-    norm = gradient_norm(learner.model, settings.recipe.clip_grad)
-    learner.spoiled |= ~norm.isfinite()
-    step_unless(learner.optimizer, learner.spoiled)
+    norm = gradient_norm(state.model, settings.recipe.clip_grad)
+    state.has_non_finite_grad |= ~norm.isfinite()
+    step_if_finite(state.optimizer, state.has_non_finite_grad)
     return sums
 
 
-def _passes(num_clips: int, limit: int | None) -> list[slice]:
+def _microbatches(num_clips: int, limit: int | None) -> list[slice]:
     """Return the forward-backward passes of a share: of even length, so that clips keep their mixing partners."""
     length = max(2, limit - limit % 2) if limit else num_clips
     return [

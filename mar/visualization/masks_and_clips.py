@@ -11,18 +11,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mar.augmentation.augment import augmented, draw_step, mix
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import class_names, read_split
 from mar.data.dataset import TrainingClips, TrainingOrder, collate, one_after_another
 from mar.data.frame_cache import check
-from mar.distributed import Share
+from mar.distributed import WorkerRank
 from mar.errors import Failure
 from mar.model.masking import evaluation_mask, training_mask
 from mar.rng import draw
 from mar.visualization.charts import save
 
 
-def example_masks(settings: ExperimentConfig, num_clips: int) -> dict[str, Bool[Tensor, "t h w"]]:
+def example_masks(settings: TrainingConfig, num_clips: int) -> dict[str, Bool[Tensor, "t h w"]]:
     """Return the mask of evaluation and some drawn as in training, by name."""
     generator = torch.Generator().manual_seed(settings.seed)
     drawn = training_mask(settings.mask, settings.grid, num_clips, generator)
@@ -30,7 +30,7 @@ def example_masks(settings: ExperimentConfig, num_clips: int) -> dict[str, Bool[
     return {"evaluation": evaluation_mask(settings)[0], **named}
 
 
-def draw_clips(settings: ExperimentConfig, num_clips: int, num_frames: int, file: Path) -> None:
+def draw_clips(settings: TrainingConfig, num_clips: int, num_frames: int, file: Path) -> None:
     """Draw clips of the first step as training sees them, augmented (mixing included), some frames of each.
 
     Raises:
@@ -38,7 +38,7 @@ def draw_clips(settings: ExperimentConfig, num_clips: int, num_frames: int, file
         Failure: a video is broken.
     """
     videos = read_split(settings.data, "train")
-    order = TrainingOrder(settings, len(videos), Share())
+    order = TrainingOrder(settings, len(videos), WorkerRank())
     check(settings.data, videos)
     dataset = TrainingClips(settings, videos)
     batch = collate([dataset[key] for key in next(iter(order))[:num_clips]])
@@ -66,11 +66,11 @@ def draw_clips(settings: ExperimentConfig, num_clips: int, num_frames: int, file
         for panel, frame in zip(line, shown.tolist(), strict=False):
             panel.imshow(clip[:, frame].clamp(0, 1).permute(1, 2, 0).numpy())
         best = target.topk(min(2, len(target)))
-        words = [
+        lines = [
             f"{names[label][:18]} {share:.0%}"
             for label, share in zip(best.indices, best.values, strict=True)
         ]
-        line[0].set_title("\n".join(words), fontsize=5, loc="left", pad=2)
+        line[0].set_title("\n".join(lines), fontsize=5, loc="left", pad=2)
     save(figure, file)
 
 

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video
 from mar.data.dataset import EvaluationClips, collate
 from mar.data.frame_cache import check
 from mar.errors import Failure, UserError
 from mar.model.encoder import patchify, unpatchify
-from mar.model.mar import MAR, split_places
+from mar.model.mar import MAR, split_indices
 from mar.model.masking import evaluation_mask
 from mar.model.pixels import to_pixels
 from mar.visualization.charts import save
@@ -29,7 +29,7 @@ _LABEL_IN = 0.3
 
 @torch.no_grad()
 def rebuilt(
-    settings: ExperimentConfig,
+    settings: TrainingConfig,
     model: MAR,
     pixels: Float[Tensor, "B C T H W"],
     hidden: Bool[Tensor, "B t h w"],
@@ -39,8 +39,8 @@ def rebuilt(
     A model that draws normalised patches says nothing of their mean and deviation: the original's are taken.
     """
     tubelet, channels = settings.encoder.tubelet, pixels.shape[1]
-    patches, places = patchify(pixels, tubelet), split_places(hidden)[1].to(pixels.device)
-    index = places[..., None].expand(-1, -1, patches.shape[-1])
+    patches, indices = patchify(pixels, tubelet), split_indices(hidden)[1].to(pixels.device)
+    index = indices[..., None].expand(-1, -1, patches.shape[-1])
     original = patches.gather(1, index)
     drawn = (
         model.reconstruct(pixels, hidden).float().unflatten(-1, (-1, channels)).transpose(-1, -2)
@@ -59,7 +59,7 @@ def rebuilt(
 
 
 def draw_reconstructions(
-    settings: ExperimentConfig, model: MAR, videos: list[Video], file: Path, num_frames: int = 8
+    settings: TrainingConfig, model: MAR, videos: list[Video], file: Path, num_frames: int = 8
 ) -> None:
     """Draw three lines for each video: original, masked, rebuilt.
 

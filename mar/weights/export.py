@@ -15,12 +15,12 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mar.atomic_dir import Writers, write_sealed, write_text
-from mar.config.overrides import placeless
-from mar.config.schema import ExperimentConfig
+from mar.atomic_dir import Writers, write_atomic_dir, write_text
+from mar.config.overrides import without_paths
+from mar.config.schema import TrainingConfig
 from mar.errors import Failure, UserError
 from mar.model.flops import cost
-from mar.model.mar import MAR, split_places
+from mar.model.mar import MAR, split_indices
 from mar.model.masking import evaluation_mask
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mar.weights.pretrained import Weights, fitting, load
@@ -59,7 +59,7 @@ _HOW_HUGGING_FACE = """`transformers.{architecture}.from_pretrained("DIR")`; its
 LayerNorm's ε is 1e-6 where its config can say so; in `decoder.norm` and `fc_norm` it is torch's 1e-5."""
 
 
-def write_model(folder: Path, weights: Weights, settings: ExperimentConfig) -> None:
+def write_model(folder: Path, weights: Weights, settings: TrainingConfig) -> None:
     """Write our own format; reading it back gives the same tensors and settings.
 
     Raises:
@@ -67,12 +67,12 @@ def write_model(folder: Path, weights: Weights, settings: ExperimentConfig) -> N
         Failure: the disk refuses.
     """
     check_fit(weights, settings)
-    config = {"model_type": "mar", "settings": placeless(settings), **_labels(weights)}
+    config = {"model_type": "mar", "settings": without_paths(settings), **_labels(weights)}
     card = _card(folder, weights, settings, weights.tensors, "mar", _HOW_OURS)
     _write(folder, weights.tensors, {"config.json": config}, card)
 
 
-def write_hugging_face(folder: Path, weights: Weights, settings: ExperimentConfig) -> list[str]:
+def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig) -> list[str]:
     """Write a folder for ``transformers``' VideoMAE; returns the names it has no place for (a bridging classifier's).
 
     Raises:
@@ -154,7 +154,7 @@ def _processor(size: int) -> dict[str, Any]:
     }
 
 
-def check_fit(weights: Weights, settings: ExperimentConfig) -> None:
+def check_fit(weights: Weights, settings: TrainingConfig) -> None:
     """Raise a UserError if a part that the file has does not fit the settings; nothing is computed."""
     with torch.device("meta"):
         model = MAR(settings)
@@ -167,20 +167,20 @@ class Inference(nn.Module):
 
     visible: Tensor
 
-    def __init__(self, model: MAR, settings: ExperimentConfig) -> None:
+    def __init__(self, model: MAR, settings: TrainingConfig) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("visible", split_places(evaluation_mask(settings))[0])
+        self.register_buffer("visible", split_indices(evaluation_mask(settings))[0])
 
     def forward(self, pixels: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B classes"]:
         """Return the class scores."""
-        places = self.visible.expand(pixels.shape[0], -1)
-        tokens = self.model.encoder((pixels - self.model.mean) / self.model.std, places)
+        indices = self.visible.expand(pixels.shape[0], -1)
+        tokens = self.model.encoder((pixels - self.model.mean) / self.model.std, indices)
         assert self.model.classifier is not None
-        return self.model.classifier(tokens, places)
+        return self.model.classifier(tokens, indices)
 
 
-def write_onnx(file: Path, weights: Weights, settings: ExperimentConfig) -> float:
+def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
     """Write the inference path to ONNX, any number of clips at once; returns the largest difference from PyTorch.
 
     The difference is that of onnxruntime's class scores on two random clips, after the file was read again.
@@ -260,10 +260,10 @@ def _write(
         text = json.dumps(config, indent=1, ensure_ascii=False)
         writers[name] = lambda file, text=text: write_text(file, text)
     checked: Writers = writers
-    write_sealed(folder, checked, {}, advice="Choose another place")
+    write_atomic_dir(folder, checked, {}, advice="Choose another place")
 
 
-def _classes_text(weights: Weights, settings: ExperimentConfig) -> str:
+def _classes_text(weights: Weights, settings: TrainingConfig) -> str:
     """Return the number of classes and their names, harmless in Markdown."""
     names = [
         re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(name.split())) for name in weights.classes
@@ -278,7 +278,7 @@ def _classes_text(weights: Weights, settings: ExperimentConfig) -> str:
 def _card(
     folder: Path,
     weights: Weights,
-    settings: ExperimentConfig,
+    settings: TrainingConfig,
     kept: Mapping[str, Tensor],
     library: str,
     how: str,

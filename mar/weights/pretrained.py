@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mar.config.overrides import SETTING_PATHS, SettingError, build, flatten, merge
-from mar.config.schema import ENCODER_SIZES, ExperimentConfig
+from mar.config.schema import ENCODER_SIZES, TrainingConfig
 from mar.errors import UserError
 from mar.model.mar import MAR
 from mar.safe_text import printable
@@ -81,7 +81,7 @@ class Loaded:
             f"loaded     {_counted(self.loaded, weights.tensors)}",
         ]
         lines += [f"at random  {_grouped(self.initialised)}"] if self.initialised else []
-        return "\n".join([*lines, *(f"left over  {words}" for words in left)])
+        return "\n".join([*lines, *(f"left over  {item}" for item in left)])
 
 
 def read_weights(name: str, inflate_frames: int = 2) -> Weights:
@@ -123,9 +123,7 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
     return Weights(name, layout, kept, unused, settings, stated, _classes_beside(path, kept))
 
 
-def model_settings(
-    weights: Weights, overrides: Mapping[str, Any] | None = None
-) -> ExperimentConfig:
+def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None) -> TrainingConfig:
     """Return settings whose model has the sizes of the file.
 
     Raises:
@@ -148,7 +146,7 @@ def model_settings(
 
 def read_model(
     name: str, shared: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> tuple[ExperimentConfig, MAR, tuple[str, ...]]:
+) -> tuple[TrainingConfig, MAR, tuple[str, ...]]:
     """Return a whole classifier, ready to test, and its settings: the file's, then ``shared``, then ``overrides``.
 
     Last its classes' names by number; none where the file has none.
@@ -167,7 +165,7 @@ def read_model(
     return settings, model, weights.classes
 
 
-def start(model: MAR, settings: ExperimentConfig) -> str:
+def start(model: MAR, settings: TrainingConfig) -> str:
     """Load ``encoder.weights`` as training starts: the encoder, and the decoder if it is to be pre-trained.
 
     Returns the report, a line each for what was loaded, initialised and left over.
@@ -179,7 +177,7 @@ def start(model: MAR, settings: ExperimentConfig) -> str:
     return load(model, weights, settings, parts, lends_norm=True).text(weights)
 
 
-def check_start(settings: ExperimentConfig) -> None:
+def check_start(settings: TrainingConfig) -> None:
     """Raise a UserError if :func:`start` would; nothing is computed."""
     with torch.device("meta"):
         model = MAR(settings)
@@ -187,7 +185,7 @@ def check_start(settings: ExperimentConfig) -> None:
     fitting(model, weights, settings, parts, lends_norm=True)
 
 
-def _to_start_from(model: MAR, settings: ExperimentConfig) -> tuple[Weights, tuple[str, ...]]:
+def _to_start_from(model: MAR, settings: TrainingConfig) -> tuple[Weights, tuple[str, ...]]:
     assert settings.encoder.weights
     weights = read_weights(settings.encoder.weights, settings.encoder.tubelet[0])
     has_decoder = model.decoder is not None and settings.reconstruction.init == "pretrained"
@@ -201,7 +199,7 @@ def _to_start_from(model: MAR, settings: ExperimentConfig) -> tuple[Weights, tup
 def load(
     model: MAR,
     weights: Weights,
-    settings: ExperimentConfig,
+    settings: TrainingConfig,
     parts: Sequence[str],
     lends_norm: bool = False,
 ) -> Loaded:
@@ -224,7 +222,7 @@ def load(
 def fitting(
     model: MAR,
     weights: Weights,
-    settings: ExperimentConfig,
+    settings: TrainingConfig,
     parts: Sequence[str],
     lends_norm: bool = False,
 ) -> tuple[str, ...]:
@@ -258,20 +256,20 @@ def fitting(
         ],
     }
     if any(faults.values()):
-        words = [f"{kind}: {_listed(names)}" for kind, names in faults.items() if names]
+        problems = [f"{kind}: {_listed(names)}" for kind, names in faults.items() if names]
         if faults["other shapes"]:
             name = faults["other shapes"][0]
             shapes = weights.tensors[name].shape, ours[name].shape
             theirs, own = (" × ".join(str(length) for length in shape) for shape in shapes)
-            words.append(f"{name} is {theirs} in the file, {own} in the model")
+            problems.append(f"{name} is {theirs} in the file, {own} in the model")
         advice = _advice(weights, settings)
         raise UserError(
-            f"{weights.source} ({weights.layout}) does not fit. {'; '.join(words)}{advice}"
+            f"{weights.source} ({weights.layout}) does not fit. {'; '.join(problems)}{advice}"
         )
     return tuple(name for name in of_parts if name in ours and name in weights.tensors)
 
 
-def _contradicts(path: str, weights: Weights, settings: ExperimentConfig) -> bool:
+def _contradicts(path: str, weights: Weights, settings: TrainingConfig) -> bool:
     """Whether the file states another value than the settings have, for a part that both have."""
     part = {
         "encoder": "encoder.",
@@ -289,7 +287,7 @@ def _contradicts(path: str, weights: Weights, settings: ExperimentConfig) -> boo
     return weights.settings[path] not in (None, here[path])
 
 
-def _advice(weights: Weights, settings: ExperimentConfig) -> str:
+def _advice(weights: Weights, settings: TrainingConfig) -> str:
     here = flatten(settings.model_dump(mode="json"))
     sizes = {
         path: value for path, value in weights.settings.items() if path.split(".")[-1] in _SIZES
@@ -339,14 +337,17 @@ def _settings_of(
     }
     if (width, depth) in sizes and heads in (None, sizes[width, depth][1]):
         known = {"encoder.size": sizes[width, depth][0]}
-    told = {"encoder.heads": heads if known["encoder.size"] == "custom" else None}
-    told |= {"encoder.tubelet": list(translated.tubelet) if translated.tubelet else None}
-    told |= {"clip.size": config.get("image_size"), "clip.frames": config.get("num_frames")}
-    told |= {"reconstruction.normalize_target": config.get("norm_pix_loss")}
+    stated_settings = {"encoder.heads": heads if known["encoder.size"] == "custom" else None}
+    stated_settings |= {"encoder.tubelet": list(translated.tubelet) if translated.tubelet else None}
+    stated_settings |= {
+        "clip.size": config.get("image_size"),
+        "clip.frames": config.get("num_frames"),
+    }
+    stated_settings |= {"reconstruction.normalize_target": config.get("norm_pix_loss")}
     known |= _classifier_settings(tensors) | _decoder_settings(tensors)
     if "decoder.project.weight" in tensors:
-        told["reconstruction.heads"] = config.get("decoder_num_attention_heads")
-    stated = {path: value for path, value in told.items() if value is not None}
+        stated_settings["reconstruction.heads"] = config.get("decoder_num_attention_heads")
+    stated = {path: value for path, value in stated_settings.items() if value is not None}
     return known | stated, frozenset(stated)
 
 
@@ -419,15 +420,15 @@ def _classes_beside(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...
     if "classifier.head.weight" not in tensors:
         return ()
     folder = path if path.is_dir() else path.parent
-    told: Any = read_mapping(folder / CLASSES).get("classes")
-    if told is None:
+    names_given: Any = read_mapping(folder / CLASSES).get("classes")
+    if names_given is None:
         labels: Any = read_mapping(folder / "config.json").get("id2label")
-        told = (
+        names_given = (
             [labels.get(str(number)) for number in range(len(labels))]
             if isinstance(labels, dict)
             else []
         )
-    names = tuple(str(name) for name in told) if isinstance(told, list) else ()
+    names = tuple(str(name) for name in names_given) if isinstance(names_given, list) else ()
     return names if len(names) == len(tensors["classifier.head.weight"]) else ()
 
 
@@ -450,14 +451,14 @@ def _grouped(names: Sequence[str]) -> str:
 
 def _counted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
     """Return how many tensors and values of each part."""
-    words: list[str] = []
+    parts: list[str] = []
     for part in sorted(
         {name.split(".")[0] for name in names}, key=["encoder", "decoder", "classifier"].index
     ):
         own = [tensors[name] for name in names if name.startswith(f"{part}.")]
         values_m = sum(prod(tensor.shape) for tensor in own) / 1e6
-        words.append(f"{part}: {len(own)} tensors, {values_m:.2f} M values")
-    return "; ".join(words)
+        parts.append(f"{part}: {len(own)} tensors, {values_m:.2f} M values")
+    return "; ".join(parts)
 
 
 def contents(weights: Weights) -> str:
@@ -476,7 +477,7 @@ def contents(weights: Weights) -> str:
         if path.startswith((*branches, "clip."))
     }
     in_order = sorted(sizes.items(), key=lambda each: SETTING_PATHS.index(each[0]))
-    told = ", ".join(
+    listed = ", ".join(
         f"{path}={value}" for path, value in in_order if path.split(".")[-1] in _SIZES and value
     )
     lines = [
@@ -484,7 +485,7 @@ def contents(weights: Weights) -> str:
         f"has        {_counted(list(weights.tensors), weights.tensors)}",
     ]
     lines += [
-        f"settings   {told}",
+        f"settings   {listed}",
         *(f"not used   {_grouped(keys)}: {why}" for why, keys in by_reason.items()),
     ]
     return printable("\n".join(lines))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestration.backends.base import one_by_one
+from orchestration.backends.base import report_with_replay
 
 
 def run_inline(config: dict[str, Any]) -> None:
@@ -13,6 +13,6 @@ def run_inline(config: dict[str, Any]) -> None:
 
     from orchestration.worker.trial_runner import train
 
-    reason = train(config["assignment"], one_by_one(tune.report))
+    reason = train(config["assignment"], report_with_replay(tune.report))
     if reason:
         tune.report(reason.plain())  # on a full disk it is in no file

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 
 from mar.errors import UserError
-from orchestration.backends.base import Listener, Source, Trained
+from orchestration.backends.base import TrainedResults, TrialCallback, TrialSource
 from orchestration.config import LaunchConfig
-from orchestration.failures import Reason
+from orchestration.failures import FailureReason
 from orchestration.storage.trial_dir import ATTEMPTS
 from orchestration.studies.trial import Trial
-from orchestration.worker.spec import Assignment, assign
+from orchestration.worker.spec import TrialSpec, build_trial_spec
 from orchestration.worker.trial_runner import train
 
 
 def run(
-    trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, trained: Trained
+    trials: Sequence[Trial], launch: LaunchConfig, callback: TrialCallback, trained: TrainedResults
 ) -> None:
     """Train (or test) the trials in order; one that fails does not stop the next.
 
@@ -27,13 +27,22 @@ def run(
     """
     gpus = _gpus(launch)
     for trial in trials:
-        if launch.stop_file.exists() or listener.is_over():
+        if launch.stop_file.exists() or callback.is_over():
             return
-        _one(trial, assign(trial, launch, gpus, trained.get(trial.key)), launch, listener, _never)
+        _one(
+            trial,
+            build_trial_spec(trial, launch, gpus, trained.get(trial.key)),
+            launch,
+            callback,
+            _never,
+        )
 
 
 def run_search(
-    source: Source, launch: LaunchConfig, listener: Listener, announce: Callable[[Trial], None]
+    source: TrialSource,
+    launch: LaunchConfig,
+    callback: TrialCallback,
+    announce: Callable[[Trial], None],
 ) -> None:
     """Train what ``source`` proposes, one after the other; ``announce`` hears of each before it starts.
 
@@ -43,11 +52,11 @@ def run_search(
     gpus = _gpus(launch)
     while (
         not launch.stop_file.exists()
-        and not listener.is_over()
+        and not callback.is_over()
         and (trial := source.next()) is not None
     ):
         announce(trial)
-        _one(trial, assign(trial, launch, gpus), launch, listener, source.should_end)
+        _one(trial, build_trial_spec(trial, launch, gpus), launch, callback, source.should_prune)
 
 
 def _gpus(launch: LaunchConfig) -> int:
@@ -62,30 +71,30 @@ def _never(key: str, epoch: int, metrics: dict[str, float]) -> bool:
     return False
 
 
-class _EndedError(BaseException):
+class _PrunedError(BaseException):
     """A trial is to go no further. Nobody on its way is to take it for a failure."""
 
 
 def _one(
     trial: Trial,
-    assignment: Assignment,
+    assignment: TrialSpec,
     launch: LaunchConfig,
-    listener: Listener,
-    should_end: Callable[[str, int, dict[str, float]], bool],
+    callback: TrialCallback,
+    should_prune: Callable[[str, int, dict[str, float]], bool],
 ) -> None:
     (Path(assignment.folder) / ATTEMPTS).unlink(missing_ok=True)  # of an earlier launch
-    listener.started(trial.key)
+    callback.started(trial.key)
 
     def report(epoch: int, metrics: dict[str, float], _: Path | None) -> None:
-        listener.epoch(trial.key, epoch, metrics)
-        if should_end(trial.key, epoch, metrics):
-            raise _EndedError
+        callback.epoch(trial.key, epoch, metrics)
+        if should_prune(trial.key, epoch, metrics):
+            raise _PrunedError
 
     try:
         reason = train(assignment.plain(), report)
-    except _EndedError:
-        reason = Reason("ended early")
+    except _PrunedError:
+        reason = FailureReason("ended early")
     if reason is None:
-        listener.finished(trial.key)
+        callback.finished(trial.key)
     elif reason.kind != "stopped":
-        listener.failed(trial.key, reason)
+        callback.failed(trial.key, reason)

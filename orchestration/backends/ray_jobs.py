@@ -96,10 +96,10 @@ class Jobs:
             raise UserError(f"--address {address}: {advice}{first_line(error)}") from None
 
     def submit(
-        self, study: str, words: Sequence[str], environment: Mapping[str, str]
+        self, study: str, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> tuple[str, bool]:
         """Submit ``mar run STUDY WORDS``, or join it where it is under way; returns its id and whether it is new."""
-        asked = json.dumps([study, *words])
+        asked = json.dumps([study, *arguments])
         base = f"mar-{Path(study).stem}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
         earlier = [job for job in self.list() if job.job_id.rpartition("-run")[0] == base]
         alive = next((job for job in earlier if job.status in ("PENDING", "RUNNING")), None)
@@ -107,9 +107,9 @@ class Jobs:
             return alive.job_id, False
         job_id = f"{base}-run{len(earlier) + 1}"
         with TemporaryDirectory() as folder:
-            place = _packed(study, Path(folder))
-            shown = words_to_show(words, Path(folder))
-            line = shlex.join(["run", place, *shown, "--address", "auto"])
+            study_argument = _packed(study, Path(folder))
+            shown = printable_arguments(arguments, Path(folder))
+            line = shlex.join(["run", study_argument, *shown, "--address", "auto"])
             try:
                 self.client.submit_job(
                     entrypoint=f"python -m orchestration {line}",
@@ -162,14 +162,14 @@ class Jobs:
             )
 
 
-def words_to_show(words: Sequence[str], folder: Path) -> list[str]:
+def printable_arguments(arguments: Sequence[str], folder: Path) -> list[str]:
     """Return the words as the cluster may show them, in its list of jobs and in its logs; a webhook goes into a file.
 
     Raises:
         UserError: an address has a password in it, or a webhook is none.
     """
     shown: list[str] = []
-    for word in words:
+    for word in arguments:
         name, _, value = word.partition("=")
         if shown and shown[-1] == "--webhook":
             write_private(folder / _WEBHOOK, webhook_of(word))
@@ -211,9 +211,9 @@ def _packed(study: str, folder: Path) -> str:
         return study
     root = Path(os.path.commonpath([file.parent for file in own]))
     for file in own:
-        place = folder / "study" / file.relative_to(root)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, place)
+        target = folder / "study" / file.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
     return str(Path("study") / path.relative_to(root)) if path in own else study
 
 

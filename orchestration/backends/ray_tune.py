@@ -22,20 +22,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mar import MANIFEST, RESULT
+from mar import MANIFEST, RESULT_DIR
 from mar.errors import Failure, UserError, notice
-from orchestration.backends.base import EARLIER, Listener, Source, Trained
+from orchestration.backends.base import REPLAYED_EPOCHS, TrainedResults, TrialCallback, TrialSource
 from orchestration.backends.inline import run_inline
 from orchestration.backends.ray_env import quiet_environment
 from orchestration.backends.ray_guard import Guard
 from orchestration.config import LaunchConfig
-from orchestration.failures import Reason, reported
+from orchestration.failures import FailureReason, reason_in_report
 from orchestration.secrets import close_token_file
 from orchestration.storage.object_store import remote
 from orchestration.storage.trial_dir import ATTEMPTS, FILE, read_reason
-from orchestration.storage.trial_sync import collect
+from orchestration.storage.trial_sync import fetch_trial_dir
 from orchestration.studies.trial import Trial
-from orchestration.worker.spec import Assignment, assign
+from orchestration.worker.spec import TrialSpec, build_trial_spec
 
 _TOKEN = secrets.token_hex(32)
 """What protects a private Ray: only this process and what it starts know it."""
@@ -46,7 +46,7 @@ _OBJECT_STORE_BYTES = 200 * 2**20
 
 
 def run(
-    trials: Sequence[Trial], launch: LaunchConfig, listener: Listener, trained: Trained
+    trials: Sequence[Trial], launch: LaunchConfig, callback: TrialCallback, trained: TrainedResults
 ) -> None:
     """Train (or test) the trials; returns when each is finished or given up.
 
@@ -56,11 +56,14 @@ def run(
     if launch.backend == "inline" and launch.workers > 1:
         raise UserError("--backend inline trains with one worker; leave it out to use --workers")
     waiting = iter(trials)
-    _run(lambda: next(waiting, None), None, launch, listener, trained)
+    _run(lambda: next(waiting, None), None, launch, callback, trained)
 
 
 def run_search(
-    source: Source, launch: LaunchConfig, listener: Listener, announce: Callable[[Trial], None]
+    source: TrialSource,
+    launch: LaunchConfig,
+    callback: TrialCallback,
+    announce: Callable[[Trial], None],
 ) -> None:
     """Train what ``source`` proposes, as many trials at a time as fit; ``announce`` hears of each before it starts.
 
@@ -74,15 +77,15 @@ def run_search(
             announce(trial)
         return trial
 
-    _run(announced, source, launch, listener, {})
+    _run(announced, source, launch, callback, {})
 
 
 def _run(
     following: Callable[[], Trial | None],
-    source: Source | None,
+    source: TrialSource | None,
     launch: LaunchConfig,
-    listener: Listener,
-    trained: Trained,
+    callback: TrialCallback,
+    trained: TrainedResults,
 ) -> None:
     """Have Tune run one trial after the other, as many at a time as fit.
 
@@ -98,18 +101,18 @@ def _run(
         gpus = _gpus_per_worker(launch)
 
         def assigned() -> dict[str, Any] | None:
-            trial = None if launch.stop_file.exists() or listener.is_over() else following()
+            trial = None if launch.stop_file.exists() or callback.is_over() else following()
             if trial is None:
                 return None
-            assignment = assign(
+            assignment = build_trial_spec(
                 trial, launch, gpus, trained.get(trial.key), quiet_environment(launch)
             )
             _clean(assignment, launch)
             return {"assignment": assignment.plain()}
 
         config = tune.TuneConfig(
-            search_alg=_proposing(assigned),
-            scheduler=_ending(source) if source else None,
+            search_alg=_searcher(assigned),
+            scheduler=_pruning_scheduler(source) if source else None,
             num_samples=-1,
             max_concurrent_trials=_concurrent(launch, gpus),
             reuse_actors=True,
@@ -120,7 +123,7 @@ def _run(
             tune.Tuner(
                 _trainable(launch, gpus),
                 tune_config=config,
-                run_config=_run_config(launch, listener),
+                run_config=_run_config(launch, callback),
             ),
             launch,
         )
@@ -137,11 +140,11 @@ def _keep_keys_out_of_logs() -> None:
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
 
 
-def _proposing(assigned: Callable[[], dict[str, Any] | None]) -> Any:
+def _searcher(assigned: Callable[[], dict[str, Any] | None]) -> Any:
     """Return Tune's searcher that takes what is proposed; MLflow and Optuna's storage remember, so Tune need not."""
     from ray.tune.search import Searcher
 
-    class Proposing(Searcher):
+    class TrialSearcher(Searcher):
         def __init__(self, assigned: Callable[[], dict[str, Any] | None]) -> None:
             super().__init__(metric="epoch", mode="max")
             self.assigned = assigned
@@ -162,15 +165,15 @@ def _proposing(assigned: Callable[[], dict[str, Any] | None]) -> Any:
         def restore(self, checkpoint_path: str) -> None:
             """Nothing to restore."""
 
-    return Proposing(assigned)
+    return TrialSearcher(assigned)
 
 
-def _ending(source: Source) -> Any:
+def _pruning_scheduler(source: TrialSource) -> Any:
     """Return Tune's scheduler that ends a trial when ``source`` says so."""
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-    class Ending(FIFOScheduler):
-        def __init__(self, source: Source) -> None:
+    class PruningScheduler(FIFOScheduler):
+        def __init__(self, source: TrialSource) -> None:
             super().__init__()
             self.source = source
 
@@ -179,31 +182,31 @@ def _ending(source: Source) -> Any:
             return {}
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            for told in [*result.get(EARLIER, []), result]:
+            for epoch in [*result.get(REPLAYED_EPOCHS, []), result]:
                 metrics = {
                     name: value
-                    for name, value in told.items()
+                    for name, value in epoch.items()
                     if "/" in name and isinstance(value, float)
                 }
-                if "epoch" in told and self.source.should_end(
-                    _trial_name(trial), int(told["epoch"]), metrics
+                if "epoch" in epoch and self.source.should_prune(
+                    _trial_name(trial), int(epoch["epoch"]), metrics
                 ):
                     return TrialScheduler.STOP
             return TrialScheduler.CONTINUE
 
-    return Ending(source)
+    return PruningScheduler(source)
 
 
-def _clean(assignment: Assignment, launch: LaunchConfig) -> None:
+def _clean(assignment: TrialSpec, launch: LaunchConfig) -> None:
     """Remove what an earlier launch left of its own; checkpoints stay."""
     shutil.rmtree(launch.store.resolve() / "ray" / assignment.key, ignore_errors=True)
     for name in (FILE, ATTEMPTS):
         (Path(assignment.folder) / name).unlink(missing_ok=True)
     if launch.remote:
         with suppress(Failure, OSError):
-            place = remote(launch.remote)
-            place.remove(f"ray/{assignment.key}")
-            place.remove(f"trials/{assignment.key}/{FILE}")
+            store = remote(launch.remote)
+            store.remove(f"ray/{assignment.key}")
+            store.remove(f"trials/{assignment.key}/{FILE}")
 
 
 def _trainable(launch: LaunchConfig, gpus: int) -> Any:
@@ -218,13 +221,13 @@ def _trainable(launch: LaunchConfig, gpus: int) -> Any:
     return LaneTrial
 
 
-def _run_config(launch: LaunchConfig, listener: Listener) -> Any:
+def _run_config(launch: LaunchConfig, callback: TrialCallback) -> Any:
     from ray import tune
 
     return tune.RunConfig(
         name="tune",
         storage_path=str(launch.store.resolve() / "ray"),
-        callbacks=[_listening(listener)],
+        callbacks=[_tune_callback(callback)],
         verbose=0,
         failure_config=tune.FailureConfig(max_failures=launch.retries),
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a trial keeps its own
@@ -348,7 +351,7 @@ def stop() -> None:
             del os.environ["RAY_AUTH_TOKEN"]
 
 
-def cluster_words() -> str:
+def describe_cluster() -> str:
     """Start a private Ray, run a task on it, stop it; returns what it has."""
     import ray
 
@@ -372,13 +375,13 @@ def _concurrent(launch: LaunchConfig, gpus: int) -> int:
     import ray
 
     total, each = ray.cluster_resources(), {"CPU": launch.cpus_per_worker, "GPU": gpus}
-    places = min(int(total.get(name, 0) // amount) for name, amount in each.items() if amount)
+    slots = min(int(total.get(name, 0) // amount) for name, amount in each.items() if amount)
     fewest = launch.min_workers or launch.workers
-    if places < fewest:
+    if slots < fewest:
         has = ", ".join(f"{total.get(name, 0):g} {name}" for name, amount in each.items() if amount)
         asks = ", ".join(f"{fewest * amount} {name}" for name, amount in each.items() if amount)
         raise UserError(f"--workers {fewest}: a trial asks for {asks}, the cluster has {has}")
-    room = max(1, places // launch.workers)
+    room = max(1, slots // launch.workers)
     return min(room, launch.max_concurrent_trials or room)
 
 
@@ -386,17 +389,17 @@ def _trial_name(trial: Any) -> str:
     return str(trial.config["assignment"]["key"])
 
 
-def _left_by(trial: Any) -> Path:
+def _fetch_trial_dir(trial: Any) -> Path:
     """Return a trial's folder; brings what it left, where that is on another node's disk."""
     assignment = trial.config["assignment"]
     folder = Path(assignment["folder"])
     if assignment["remote"]:
         with suppress(Failure, OSError):  # then it has no result here, and that is said
-            collect(remote(assignment["remote"]), assignment["key"], folder)
+            fetch_trial_dir(remote(assignment["remote"]), assignment["key"], folder)
     return folder
 
 
-def _was_stopped(trial: Any, reason: Reason | None) -> bool:
+def _was_stopped(trial: Any, reason: FailureReason | None) -> bool:
     """Whether somebody asked the study to stop: then the trial is neither finished nor failed."""
     stop_file = Path(trial.config["assignment"]["stop_file"])
     if reason is not None and reason.kind == "stopped":
@@ -404,13 +407,13 @@ def _was_stopped(trial: Any, reason: Reason | None) -> bool:
     return stop_file.exists()
 
 
-def _listening(listener: Listener) -> Any:
+def _tune_callback(callback: TrialCallback) -> Any:
     """Return Tune's callback that tells the listener, in the driver's own process."""
     from ray import tune
 
-    class Listening(tune.Callback):
-        def __init__(self, listener: Listener | None) -> None:
-            self.listener = listener
+    class TuneCallback(tune.Callback):
+        def __init__(self, callback: TrialCallback | None) -> None:
+            self.callback = callback
 
         def __getstate__(self) -> dict[str, Any]:
             """Tune pickles its callbacks into a snapshot that nobody reads: leave threads and locks out."""
@@ -419,37 +422,37 @@ def _listening(listener: Listener) -> Any:
         def on_trial_start(
             self, iteration: int, trials: list[Any], trial: Any, **info: Any
         ) -> None:
-            if self.listener:
-                self.listener.started(_trial_name(trial))
+            if self.callback:
+                self.callback.started(_trial_name(trial))
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
-            for told in [*result.get(EARLIER, []), result]:
-                metrics = {name: float(value) for name, value in told.items() if "/" in name}
-                if self.listener and metrics:
-                    self.listener.epoch(_trial_name(trial), int(told["epoch"]), metrics)
+            for epoch in [*result.get(REPLAYED_EPOCHS, []), result]:
+                metrics = {name: float(value) for name, value in epoch.items() if "/" in name}
+                if self.callback and metrics:
+                    self.callback.epoch(_trial_name(trial), int(epoch["epoch"]), metrics)
 
         def on_trial_complete(
             self, iteration: int, trials: list[Any], trial: Any, **info: Any
         ) -> None:
-            key, folder = _trial_name(trial), _left_by(trial)
-            reason = reported(trial.last_result or {}) or read_reason(folder)
-            if self.listener and (folder / RESULT / MANIFEST).is_file():
-                self.listener.finished(key)
-            elif self.listener and not _was_stopped(trial, reason):
-                self.listener.failed(key, reason or Reason("it ended without a result"))
+            key, folder = _trial_name(trial), _fetch_trial_dir(trial)
+            reason = reason_in_report(trial.last_result or {}) or read_reason(folder)
+            if self.callback and (folder / RESULT_DIR / MANIFEST).is_file():
+                self.callback.finished(key)
+            elif self.callback and not _was_stopped(trial, reason):
+                self.callback.failed(key, reason or FailureReason("it ended without a result"))
 
         def on_trial_error(
             self, iteration: int, trials: list[Any], trial: Any, **info: Any
         ) -> None:
             key = _trial_name(trial)
             error = trial.get_error() if hasattr(trial, "get_error") else "Ray lost the trial"
-            folder = _left_by(trial)
+            folder = _fetch_trial_dir(trial)
             reason = read_reason(folder, error)
-            if self.listener and (folder / RESULT / MANIFEST).is_file():  # lost after its end
-                self.listener.finished(key)
-            elif self.listener and reason and not _was_stopped(trial, reason):
-                self.listener.failed(key, reason)
+            if self.callback and (folder / RESULT_DIR / MANIFEST).is_file():  # lost after its end
+                self.callback.finished(key)
+            elif self.callback and reason and not _was_stopped(trial, reason):
+                self.callback.failed(key, reason)
 
-    return Listening(listener)
+    return TuneCallback(callback)

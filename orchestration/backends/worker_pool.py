@@ -31,11 +31,11 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mar.errors import Failure
-from orchestration.backends.base import one_by_one
-from orchestration.failures import Reason
+from orchestration.backends.base import report_with_replay
+from orchestration.failures import FailureReason
 from orchestration.storage.object_store import remote
 from orchestration.storage.trial_dir import read_reason, write_reason
-from orchestration.worker.spec import Assignment
+from orchestration.worker.spec import TrialSpec
 
 if TYPE_CHECKING:
     from mar.training.step import Wish
@@ -63,7 +63,7 @@ class News:
     """Why the trial was given up, if it was."""
     was_healed: bool
     """Whether the workers were started again: then they have had some of the next trial's retries."""
-    place: PlacementGroup | None
+    placement_group: PlacementGroup | None
     """Where the workers are."""
 
 
@@ -73,7 +73,7 @@ class Desk:
     def __init__(self) -> None:
         self.number, self.taken, self.groups = 0, 0, 0
         self.assignment: dict[str, Any] | None = None
-        self.place: PlacementGroup | None = None
+        self.placement_group: PlacementGroup | None = None
         self.reports: list[dict[str, Any]] = []
         self.is_done, self.is_dropped, self.is_closed = True, False, False
         self.reason: dict[str, str] | None = None
@@ -86,10 +86,12 @@ class Desk:
         self.reports, self.reason = [], None
         await self._tell()
 
-    async def take(self, after: int, rank: int, place: Any) -> tuple[int, dict[str, Any] | None]:
+    async def take(
+        self, after: int, rank: int, placement_group: Any
+    ) -> tuple[int, dict[str, Any] | None]:
         """Wait for the trial after number ``after`` (0: the one under way); returns its number, and none at the end."""
         if rank == 0 and after == 0:
-            self.groups, self.place = self.groups + 1, place
+            self.groups, self.placement_group = self.groups + 1, placement_group
         async with self.changed:
             await self.changed.wait_for(
                 lambda: self.is_closed or (self.number > after and not self.is_done)
@@ -135,7 +137,7 @@ class Desk:
             self.is_done,
             self.reason,
             self.groups > 1,
-            self.place,
+            self.placement_group,
         )
 
     async def _tell(self) -> None:
@@ -146,7 +148,7 @@ class Desk:
 class Lane:
     """A trainer with its workers, and the desk where they take their trials."""
 
-    def __init__(self, assignment: Assignment) -> None:
+    def __init__(self, assignment: TrialSpec) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(Desk)
         self.desk = actor.options(
@@ -170,7 +172,7 @@ class Lane:
         news = self._ask()
         return self.thread.is_alive() and news.is_done and not news.was_healed
 
-    def train(self, assignment: Assignment) -> Generator[dict[str, Any], None, bool]:
+    def train(self, assignment: TrialSpec) -> Generator[dict[str, Any], None, bool]:
         """Have a trial trained; yields what it reports. One that the trainer gives up has a reason in its folder.
 
         Returns whether a worker began with it: a trainer may end while it waits for another trial.
@@ -192,14 +194,14 @@ class Lane:
             self.give_up(assignment)
         return news.is_taken
 
-    def give_up(self, assignment: Assignment) -> None:
+    def give_up(self, assignment: TrialSpec) -> None:
         """Leave in the trial's folder why the trainer ended without it; raises what Ray Train itself failed over."""
         if self.error and not isinstance(self.error, TrainingFailedError):
             raise self.error
         folder = Path(assignment.folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_reason(
-            folder, read_reason(folder, self.error) or Reason("Ray lost the trial", "node")
+            folder, read_reason(folder, self.error) or FailureReason("Ray lost the trial", "node")
         )
 
     def drop(self) -> None:
@@ -217,9 +219,9 @@ class Lane:
         with suppress(RayActorError):  # lost; the workers notice
             ray.get(self.desk.close.remote())
         self.thread.join(home_s)
-        place = self.news.place if self.news else None
-        if place is not None and (self.thread.is_alive() or self.error):
-            remove_placement_group(place)
+        placement_group = self.news.placement_group if self.news else None
+        if placement_group is not None and (self.thread.is_alive() or self.error):
+            remove_placement_group(placement_group)
             self.thread.join(_HOME_S / 2)
 
     def _ask(self) -> News:
@@ -245,7 +247,7 @@ class LaneTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begin with a trial."""
-        self._reports = self._trained(Assignment(**config["assignment"]))
+        self._reports = self._trained(TrialSpec(**config["assignment"]))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Go on with another trial; one that was ended early is left first."""
@@ -279,7 +281,7 @@ class LaneTrial(tune.Trainable):
         if lane:
             lane.close(home_s)
 
-    def _trained(self, assignment: Assignment) -> Generator[dict[str, Any]]:
+    def _trained(self, assignment: TrialSpec) -> Generator[dict[str, Any]]:
         if Path(assignment.stop_file).exists():  # nobody else is to start
             return
         if self._lane and (yield from self._lane.train(assignment)):
@@ -291,7 +293,7 @@ class LaneTrial(tune.Trainable):
             self._lane.give_up(assignment)
 
 
-def _trainer(assignment: Assignment, desk: Any) -> Any:
+def _trainer(assignment: TrialSpec, desk: Any) -> Any:
     from ray.train.torch import TorchTrainer
 
     resources = {"CPU": float(assignment.cpus_per_worker)}
@@ -300,8 +302,8 @@ def _trainer(assignment: Assignment, desk: Any) -> Any:
     is_elastic = assignment.min_workers < assignment.workers
     storage, files = assignment.storage, None
     if assignment.remote:
-        place = remote(assignment.remote)
-        storage, files = f"{place.root}/ray", place.files
+        store = remote(assignment.remote)
+        storage, files = f"{store.root}/ray", store.files
     return TorchTrainer(
         work,
         train_loop_config={"desk": desk},
@@ -350,10 +352,10 @@ def work(config: dict[str, Any]) -> None:
         number, assignment = ray.get(desk.take.remote(number, rank, get_current_placement_group()))
         if assignment is None:
             return
-        reason = trial_runner.train(assignment, one_by_one(send), wished)
+        reason = trial_runner.train(assignment, report_with_replay(send), wished)
         if rank == 0:
             ray.get(desk.done.remote(reason.plain() if reason else None))
         if reason and reason.kind == "code" and assignment["gpus_per_worker"]:
             raise Failure(
-                f"{reason.words}: a new process for the next trial, the device may be spoilt"
+                f"{reason.message}: a new process for the next trial, the device may be spoilt"
             )

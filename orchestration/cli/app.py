@@ -51,8 +51,8 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _end(words: str, code: int) -> NoReturn:
-    print(f"mar: {without_secrets(words)}", file=sys.stderr)
+def _end(message: str, code: int) -> NoReturn:
+    print(f"mar: {without_secrets(message)}", file=sys.stderr)
     sys.exit(code)
 
 

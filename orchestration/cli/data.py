@@ -56,9 +56,9 @@ def data_make(
     options = replace(DIFFICULTIES[difficulty], seed=seed, **chosen)
     with _bar("videos") as advance:
         made = make(folder, options, advance)
-    words = f"made in {folder}" if made else f"is in {folder} already"
+    outcome = f"made in {folder}" if made else f"is in {folder} already"
     print(
-        f"{kind}: {options.train} training and {options.validation} validation videos of {options.classes} classes {words}"
+        f"{kind}: {options.train} training and {options.validation} validation videos of {options.classes} classes {outcome}"
     )
 
 
@@ -136,7 +136,7 @@ def data_pack(
     data = read_recipe(recipe, overrides or []).data
     with _bar("videos") as advance:
         before = pack(data, folder, Packing(kind, short_side, quality), processes, advance)
-    entries = [entry for _, entry in Index(folder).places.values()]
+    entries = [entry for _, entry in Index(folder).entries.values()]
     size_gib = sum(file.stat().st_size for file in folder.glob("*.bin")) / 2**30
     broken = [entry.name for entry in entries if entry.broken]
     print(
@@ -173,4 +173,4 @@ def _bar(unit: str) -> Generator[Callable[[int, int], None]]:
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("")
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total: bar.update(task, with_defaults_filled=done, total=total)

@@ -18,7 +18,7 @@ from orchestration.cli.options import (
     StoreFolder,
     TrackingUri,
     is_search_file,
-    say_store,
+    print_store,
 )
 
 jobs_app = typer.Typer(
@@ -107,7 +107,7 @@ def status(
     from orchestration.execution.status import status as status_of
     from orchestration.execution.status import status_text
 
-    say_store(store, tracking_uri)
+    print_store(store, tracking_uri)
     found = status_of(LaunchConfig(store=store, tracking_uri=tracking_uri, remote=remote))
     print(
         json.dumps([asdict(each) for each in found], indent=1)
@@ -146,7 +146,7 @@ def _follow(job_id: str, address: str, is_open: bool) -> None:
         raise Failure(f"{job_id}: {status}")
 
 
-def _check(study: str, words: list[str]) -> None:
+def _check(study: str, arguments: list[str]) -> None:
     """Read the study and mar run's options here, so that a mistake is told at once and not by the cluster.
 
     Raises:
@@ -155,7 +155,7 @@ def _check(study: str, words: list[str]) -> None:
     from orchestration.cli.app import app
 
     run = typer.main.get_command(app).commands["run"]  # pyright: ignore[reportAttributeAccessIssue]
-    given = run.make_context("mar submit", [study, *words]).params
+    given = run.make_context("mar submit", [study, *arguments]).params
     if given.get("address") or given.get("is_local"):
         raise UserError("mar submit: --address is the dashboard's, and --local is for here")
     store = Path(given["store"])

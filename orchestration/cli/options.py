@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 _SCHEMES = ("s3://", "gs://", "file://")
 
 
-def _object_store(place: str | None) -> str | None:
-    if place and not place.startswith(_SCHEMES):
-        raise UserError(f"--remote {place}: expected s3://bucket/folder or gs://bucket/folder")
-    return place
+def _object_store(uri: str | None) -> str | None:
+    if uri and not uri.startswith(_SCHEMES):
+        raise UserError(f"--remote {uri}: expected s3://bucket/folder or gs://bucket/folder")
+    return uri
 
 
 StudyName = Annotated[
@@ -64,21 +64,21 @@ IsAll = Annotated[bool, typer.Option("--all", help="Every study of the paper tha
 DEFAULT_STORE = Path("mar_store")
 
 
-def say_store(store: Path, tracking_uri: str | None, may_be_new: bool = False) -> bool:
+def print_store(store: Path, tracking_uri: str | None, may_be_new: bool = False) -> bool:
     """Say, on the error stream, which store is read or written; returns whether there is one.
 
     Raises:
         UserError: there is none, and it may not be new.
     """
-    place = without_secrets(tracking_uri) if tracking_uri else str(store.resolve())
+    location = without_secrets(tracking_uri) if tracking_uri else str(store.resolve())
     is_there = bool(tracking_uri) or (store / "mlflow.db").is_file()
     if not is_there and not may_be_new:
         has_results = any((store / "trials").glob("*/result/manifest.json"))
         advice = (
             f"it has results: mar recover --store {store}" if has_results else "mar run makes one"
         )
-        raise UserError(f"--store {store}: no tracking store in {place} ({advice})")
-    print(f"store    {place}{'' if is_there else ' (new)'}", file=sys.stderr)
+        raise UserError(f"--store {store}: no tracking store in {location} ({advice})")
+    print(f"store    {location}{'' if is_there else ' (new)'}", file=sys.stderr)
     return is_there
 
 
@@ -88,7 +88,7 @@ def records_of(store: Path, tracking_uri: str | None, may_be_new: bool = False) 
     Raises:
         UserError: there is no store, and it may not be new.
     """
-    if not say_store(store, tracking_uri, may_be_new):
+    if not print_store(store, tracking_uri, may_be_new):
         return []
     from orchestration.config import LaunchConfig
     from orchestration.tracking.store import Store
@@ -114,11 +114,12 @@ def studies_of(
     from orchestration.studies.loader import paper_studies, read_study
 
     if is_all:  # then the first word is an override too
-        words = [*([name] if name else []), *(overrides or [])]
+        arguments = [*([name] if name else []), *(overrides or [])]
         if name and "=" not in name:
             raise UserError(f"{name}: a study or --all, not both")
         return [
-            _named(read_study(each, words, only or []), store, claims) for each in paper_studies()
+            _named(read_study(each, arguments, only or []), store, claims)
+            for each in paper_studies()
         ]
     if name is None:
         raise UserError("which study? (a file, a name that ships with mar, or --all)")
@@ -146,14 +147,14 @@ def is_search_file(name: str) -> bool:
 
 def file_finder(store: Path, tracking_uri: str | None) -> Callable[[Any, str], Path]:
     """Return what finds a file of a run's result, fetching it from MLflow where it is not here."""
-    opened: list[Any] = []
+    load_index: list[Any] = []
 
     def find(record: Any, name: str) -> Path:
         from orchestration.config import LaunchConfig
         from orchestration.tracking.store import Store
 
-        if not opened:
-            opened.append(Store(LaunchConfig(store=store, tracking_uri=tracking_uri)))
-        return opened[0].file_of(record, name)
+        if not load_index:
+            load_index.append(Store(LaunchConfig(store=store, tracking_uri=tracking_uri)))
+        return load_index[0].file_of(record, name)
 
     return find

@@ -10,7 +10,7 @@ import typer
 
 from mar.errors import UserError
 from mar.safe_text import printable
-from mar.training.retention import Keep
+from mar.training.retention import RetentionPolicy
 from orchestration.cli.options import (
     DEFAULT_STORE,
     AsJson,
@@ -24,8 +24,8 @@ from orchestration.cli.options import (
     TrackingUri,
     file_finder,
     is_search_file,
+    print_store,
     records_of,
-    say_store,
     studies_of,
 )
 from orchestration.secrets import webhook_of
@@ -66,10 +66,10 @@ def run(
     loader_processes: Annotated[
         int, typer.Option(min=0, help="Decoding processes of a worker.")
     ] = 0,
-    max_clips_per_pass: Annotated[
+    max_microbatch_clips: Annotated[
         int | None, typer.Option(min=2, help="Accumulate gradients above this.")
     ] = None,
-    recompute_activations: Annotated[
+    activation_checkpointing: Annotated[
         bool,
         typer.Option("--recompute-activations", help="Where memory is short: a third more work."),
     ] = False,
@@ -160,8 +160,8 @@ def run(
         gpus_per_worker=gpus_per_worker,
         max_concurrent_trials=max_concurrent,
         loader_processes=loader_processes,
-        max_clips_per_pass=max_clips_per_pass,
-        recompute_activations=recompute_activations,
+        max_microbatch_clips=max_microbatch_clips,
+        activation_checkpointing=activation_checkpointing,
         compile=is_compiled,
         checkpoint_every_steps=checkpoint_every_steps,
         retries=retries,
@@ -182,14 +182,14 @@ def run(
         from orchestration.studies.names import name_in_store
 
         search = read_search(study, overrides or [])
-        say_store(store, tracking_uri, may_be_new=True)
+        print_store(store, tracking_uri, may_be_new=True)
         run_search(
             replace(search, name=name_in_store(search.name, search.path, store, claims=True)),
             launch,
         )
         return
     studies = _studies_to_run(study, overrides, only, is_all, store)
-    say_store(store, tracking_uri, may_be_new=True)
+    print_store(store, tracking_uri, may_be_new=True)
     limit = (
         Budget(_hours(budget), profile_of(device) if device else None)
         if budget is not None
@@ -223,31 +223,31 @@ def _fetch(cache_from: str, overrides: list[str]) -> None:
     from orchestration.storage.object_store import remote as at
     from orchestration.storage.trial_sync import fetch_cache
 
-    places = [word.partition("=")[2] for word in overrides if word.startswith("data.cache=")]
-    if not places:
+    caches = [word.partition("=")[2] for word in overrides if word.startswith("data.cache=")]
+    if not caches:
         raise UserError("--cache-from: to where? Give data.cache=DIR too")
-    if not fetch_cache(at(cache_from), Path(places[-1])) and not Path(places[-1]).is_dir():
+    if not fetch_cache(at(cache_from), Path(caches[-1])) and not Path(caches[-1]).is_dir():
         raise UserError(
             f"--cache-from {cache_from}: there is no frame cache; mar data pack RECIPE DIR --remote URI"
         )
 
 
-def _kept(words: str) -> Keep:
+def _kept(text: str) -> RetentionPolicy:
     """Return the policy that ``last=2,best`` says."""
     try:
-        return Keep.parse(words)
+        return RetentionPolicy.parse(text)
     except ValueError as error:
-        raise UserError(f"--keep {words}: {error}") from None
+        raise UserError(f"--keep {text}: {error}") from None
 
 
-def _hours(words: str) -> float:
+def _hours(text: str) -> float:
     """Return the hours that ``200h`` or ``200`` say."""
     try:
-        hours = float(words.removesuffix("h"))
+        hours = float(text.removesuffix("h"))
     except ValueError:
         hours = -1.0
     if not 0 <= hours < float("inf"):
-        raise UserError(f"--budget {words}: expected device-hours, as 200h")
+        raise UserError(f"--budget {text}: expected device-hours, as 200h")
     return hours
 
 
@@ -361,7 +361,7 @@ def report(
     launch = LaunchConfig(store=store, tracking_uri=tracking_uri)
     studies = studies_of(study, overrides, None, is_all, store)
     if is_all:
-        say_store(store, tracking_uri)
+        print_store(store, tracking_uri)
         from orchestration.reporting.site import write_site
         from orchestration.tracking.store import Store
 

@@ -83,6 +83,6 @@ def doctor(
         print(json.dumps([vars(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
-            print(f"{'ok  ' if finding.works else 'FAIL'}  {finding.name:<15} {finding.words}")
+            print(f"{'ok  ' if finding.works else 'FAIL'}  {finding.name:<15} {finding.message}")
     if not all(finding.works for finding in findings):
         sys.exit(1)

@@ -15,7 +15,7 @@ weights_app = typer.Typer(
     no_args_is_help=True, help="Look at pre-trained weights, convert and export them."
 )
 
-Source = Annotated[
+TrialSource = Annotated[
     str,
     typer.Argument(
         metavar="SRC",
@@ -29,7 +29,8 @@ Overrides = Annotated[
 
 @weights_app.command("show")
 def weights_show(
-    source: Source, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+    source: TrialSource,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print whose layout a checkpoint has, its sizes, and what the model has no use for."""
     from mar.weights.pretrained import contents, read_weights
@@ -37,20 +38,20 @@ def weights_show(
     weights = read_weights(source)
     if as_json:
         shapes = {name: list(tensor.shape) for name, tensor in weights.tensors.items()}
-        told = {
+        payload = {
             "layout": weights.layout,
             "settings": weights.settings,
             "tensors": shapes,
             "unused": weights.unused,
         }
-        print(json.dumps(told, indent=1, ensure_ascii=False))
+        print(json.dumps(payload, indent=1, ensure_ascii=False))
         return
     print(contents(weights))
 
 
 @weights_app.command("convert")
 def weights_convert(
-    source: Source,
+    source: TrialSource,
     folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
     overrides: Overrides = None,
     to: Annotated[Literal["mar", "huggingface"], typer.Option(help="Whose format.")] = "mar",
@@ -77,7 +78,7 @@ def weights_convert(
 
 @weights_app.command("export")
 def weights_export(
-    source: Source,
+    source: TrialSource,
     file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="File to write.")],
     overrides: Overrides = None,
 ) -> None:
@@ -133,10 +134,10 @@ def evaluate(
     metrics = predictions.metrics("test")
     if output:
         write_predictions(predictions, videos, output)
-    words = f"top-1 {metrics['test/top1']:.2f} %, top-5 {metrics['test/top5']:.2f} % of {len(predictions.labels)} videos"
+    summary = f"top-1 {metrics['test/top1']:.2f} %, top-5 {metrics['test/top5']:.2f} % of {len(predictions.labels)} videos"
     broken = f"; {len(predictions.broken)} more could not be decoded" if predictions.broken else ""
     views = f"{settings.evaluation.clips} clips × {settings.evaluation.crops} crops, {settings.test_ratio:.0%} hidden"
-    print(json.dumps(metrics, indent=1) if as_json else f"{words} ({views}){broken}")
+    print(json.dumps(metrics, indent=1) if as_json else f"{summary} ({views}){broken}")
 
 
 def predict(
@@ -176,7 +177,7 @@ def predict(
     listed = [Video(str(path), path, 0) for path in videos]
     predictions = _tested(trained, settings, listed, default_device())
     best = predictions.probabilities.topk(min(5, predictions.probabilities.shape[1]), dim=1)
-    told = {
+    scores = {
         listed[video].name: {
             names[label] if label < len(names) else str(label): round(share, 4)
             for label, share in zip(
@@ -188,15 +189,15 @@ def predict(
     if as_json:
         print(
             json.dumps(
-                {"predictions": told, "broken": list(predictions.broken)},
+                {"predictions": scores, "broken": list(predictions.broken)},
                 indent=1,
                 ensure_ascii=False,
             )
         )
     else:
-        for video, shares in told.items():
-            words = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-            print(printable(f"{video}: {words}"))
+        for video, shares in scores.items():
+            text = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+            print(printable(f"{video}: {text}"))
     if predictions.broken:
         raise Failure(
             f"{len(predictions.broken)} could not be decoded; the first: {predictions.broken[0]}"

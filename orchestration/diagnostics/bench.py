@@ -22,17 +22,17 @@ from typing import Any, get_args
 import numpy as np
 import yaml
 
-from mar import MANIFEST, RESULT, __version__
+from mar import MANIFEST, RESULT_DIR, __version__
 from mar.bench.tables import Table, spread
-from mar.config.overrides import flatten, placeless
+from mar.config.overrides import flatten, without_paths
 from mar.data.motion_verbs import MotionVerbs, make
 from mar.errors import Failure
-from mar.evaluation.correctness import ANSWERS, write_answers
+from mar.evaluation.correctness import CORRECTNESS, write_correctness
 from orchestration.config import LaunchConfig
 from orchestration.reporting.figures import draw_figure
 from orchestration.reporting.study_report import write_report
 from orchestration.reporting.tables import table_info
-from orchestration.search.optuna_search import Proposer, open_search
+from orchestration.search.optuna_search import OptunaSearch, open_search
 from orchestration.search.schema import SearchFile, read_search
 from orchestration.studies.loader import paper_studies, read_study
 from orchestration.studies.plan import plan_trials
@@ -51,9 +51,9 @@ _FINAL = ("test/top1", "test/top5", "test/num_videos", "test/num_broken")
 def tracking_table(rounds: int, command: str) -> Table:
     """Time what a trial's tracking costs, into SQLite and through a server: our writer, and a call for each metric."""
     rows: list[tuple[str, ...]] = []
-    for place in ("SQLite", "MLflow server"):
+    for kind in ("SQLite", "MLflow server"):
         ways: dict[str, list[float]] = {}
-        with tempfile.TemporaryDirectory() as name, _launch(Path(name), place) as launch:
+        with tempfile.TemporaryDirectory() as name, _launch(Path(name), kind) as launch:
             store = Store(launch)
             for number in range(rounds + 1):
                 experiment = store.experiment(f"round {number}")
@@ -64,7 +64,7 @@ def tracking_table(rounds: int, command: str) -> Table:
             points = _WAYS[way][1] * len(_METRICS)
             rows.append(
                 (
-                    place,
+                    kind,
                     way,
                     str(_WAYS[way][1]),
                     spread(times[1:], 0),
@@ -114,14 +114,14 @@ def _planned(names: Sequence[str]) -> tuple[float, float, int]:
 def report_table(rounds: int, command: str, num_rows: int = ROWS) -> Table:
     """Time table, figure and report of a study of thousands of runs, from SQLite and from a server."""
     rows: list[tuple[str, ...]] = []
-    for place in ("SQLite", "MLflow server"):
+    for kind in ("SQLite", "MLflow server"):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             study = read_study(str(_study_file(folder, num_rows)))
             filled = LaunchConfig(store=folder / "store")
             fill(study, filled)
-            with _launch(folder, place) as launch:
-                rows += [(place, *row) for row in _read_out(study, launch, folder, rounds)]
+            with _launch(folder, kind) as launch:
+                rows += [(kind, *row) for row in _read_out(study, launch, folder, rounds)]
     note = (
         f"{num_rows * SEEDS:,} runs in one study of {num_rows} rows × {SEEDS} seeds, each with {EPOCHS} epochs of "
         f"{len(_METRICS)} metrics and the predictions of {VIDEOS:,} videos; every row is compared with the reference row, "
@@ -193,12 +193,12 @@ def _proposals(sampler: str, known: int, count: int, folder: Path) -> list[float
     random = read_search("search_accuracy_and_cost", ["sampler=random", *shared])
     rng = np.random.default_rng(0)
 
-    def told(by: Proposer, trial: Trial) -> None:
+    def finish_trial(by: OptunaSearch, trial: Trial) -> None:
         by.finished(trial.key, {"test/top1": float(rng.uniform(40, 70))}, trial.settings)
 
     first = open_search(random, folder / "search.db", [])
     while first.num_done < known and (trial := first.next()):
-        told(first, trial)
+        finish_trial(first, trial)
     asking = open_search(search, folder / "search.db", [])
     times: list[float] = []
     for _ in range(count):
@@ -207,7 +207,7 @@ def _proposals(sampler: str, known: int, count: int, folder: Path) -> list[float
         times.append(time.perf_counter() - started)
         if trial is None:
             raise Failure(f"{sampler}: the space is used up")
-        told(asking, trial)
+        finish_trial(asking, trial)
     return times
 
 
@@ -326,12 +326,13 @@ def fill(study: Study, launch: LaunchConfig) -> None:
         rows["metrics"] += points + last[-len(_FINAL) :]
         rows["latest_metrics"] += last
         rows["params"] += [
-            (name, str(value), run) for name, value in flatten(placeless(trial.settings)).items()
+            (name, str(value), run)
+            for name, value in flatten(without_paths(trial.settings)).items()
         ]
         tags = {"mar.identity": trial.identity, "mar.key": trial.key, "mar.kind": "trial", "mar.study": study.name,
                 "mlflow.runName": trial.name, "mar.version": __version__}  # fmt: skip
         rows["tags"] += [(name, value, run) for name, value in tags.items()]
-        _leave(launch.trial_folder(trial.key) / RESULT, shared, right, names, labels, curve)
+        _leave(launch.trial_folder(trial.key) / RESULT_DIR, shared, right, names, labels, curve)
     with sqlite3.connect(launch.store / "mlflow.db") as database:
         columns = {
             "runs": "run_uuid, name, source_type, source_name, entry_point_name, user_id, status, start_time, end_time, "
@@ -379,7 +380,7 @@ def _leave(
                     ]
                 )
     os.link(predictions, result / "predictions.csv")
-    write_answers(right, names, result / ANSWERS)
+    write_correctness(right, names, result / CORRECTNESS)
     lines = [
         f"{epoch},1.0,{value:.6f},1.0,2.0\n" for epoch, value in enumerate(curve.tolist(), start=1)
     ]
@@ -390,10 +391,10 @@ def _leave(
 
 
 @contextmanager
-def _launch(folder: Path, place: str) -> Generator[LaunchConfig]:
+def _launch(folder: Path, kind: str) -> Generator[LaunchConfig]:
     """Give an embedded store below ``folder``, or a server over it."""
     embedded = LaunchConfig(store=folder / "store")
-    if place == "SQLite":
+    if kind == "SQLite":
         yield embedded
         return
     Store(embedded)  # makes the database

@@ -19,7 +19,7 @@ class Finding:
 
     name: str
     works: bool
-    words: str
+    message: str
 
 
 def examine(launch: LaunchConfig) -> list[Finding]:
@@ -63,20 +63,20 @@ def _devices() -> str:
 
 def _decode(decoder: str) -> str:
     """Write a clip, read it back with one decoder."""
-    from mar.data.decoders import best, fault_of
+    from mar.data.decoders import fastest_decoder, probe_decoder
 
-    fault = fault_of(decoder)
+    fault = probe_decoder(decoder)
     if fault and decoder == "torchcodec":
         return f"an optional extra, not here ({fault})"
     if fault:
         raise Failure(fault)
-    return f"a test clip decoded rightly{', and so it is the one for data.decoder: auto' * (decoder == best())}"
+    return f"a test clip decoded rightly{', and so it is the one for data.decoder: auto' * (decoder == fastest_decoder())}"
 
 
 def _ray() -> str:
-    from orchestration.backends.ray_tune import cluster_words
+    from orchestration.backends.ray_tune import describe_cluster
 
-    return cluster_words()
+    return describe_cluster()
 
 
 def _tracking(launch: LaunchConfig) -> str:
@@ -86,12 +86,12 @@ def _tracking(launch: LaunchConfig) -> str:
 
 
 def _disk(launch: LaunchConfig) -> str:
-    place = next(
+    folder = next(
         parent
         for parent in (launch.store.resolve(), *launch.store.resolve().parents)
         if parent.exists()
     )
-    free_gib = shutil.disk_usage(place).free / 2**30
+    free_gib = shutil.disk_usage(folder).free / 2**30
     if free_gib < 1:
-        raise Failure(f"{free_gib:.2f} GiB free at {place}: too little for checkpoints")
-    return f"{free_gib:.0f} GiB free at {place}"
+        raise Failure(f"{free_gib:.2f} GiB free at {folder}: too little for checkpoints")
+    return f"{free_gib:.0f} GiB free at {folder}"

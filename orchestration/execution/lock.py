@@ -20,7 +20,7 @@ _LOOKED_AT_S = 1.0
 
 
 @contextmanager
-def only_one(study: Study, launch: LaunchConfig) -> Generator[None]:
+def study_lock(study: Study, launch: LaunchConfig) -> Generator[None]:
     """Hold the study's lock: two launches at once would train the same trials.
 
     A trial that another study is training at this moment is refused by its worker (``worker._alone_in``).
@@ -40,18 +40,18 @@ def only_one(study: Study, launch: LaunchConfig) -> Generator[None]:
     try:
         held = lock.acquire(timeout=_LOOKED_AT_S, poll_interval=0.02)
     except filelock.Timeout:
-        told = note.read_text(encoding="utf-8") if note.is_file() else "unknown process"
-        words = f"the study {study.name} is being run already ({told}); wait for it, or stop that process"
-        raise UserError(words) from None
+        holder = note.read_text(encoding="utf-8") if note.is_file() else "unknown process"
+        message = f"the study {study.name} is being run already ({holder}); wait for it, or stop that process"
+        raise UserError(message) from None
     with held:
-        forget_stop(launch)  # of an earlier launch
-        told = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        note.write_text(told, encoding="utf-8")
+        clear_stop_request(launch)  # of an earlier launch
+        holder = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        note.write_text(holder, encoding="utf-8")
         yield
-        forget_stop(launch)
+        clear_stop_request(launch)
 
 
-def ask_to_stop(launch: LaunchConfig) -> None:
+def request_stop(launch: LaunchConfig) -> None:
     """Ask a study's workers to save and stop, wherever they are; its driver then ends."""
     try:
         if launch.remote:
@@ -61,7 +61,7 @@ def ask_to_stop(launch: LaunchConfig) -> None:
         launch.stop_file.touch()
 
 
-def forget_stop(launch: LaunchConfig) -> None:
+def clear_stop_request(launch: LaunchConfig) -> None:
     """Take the wish back."""
     launch.stop_file.unlink(missing_ok=True)
     if launch.remote:

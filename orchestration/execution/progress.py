@@ -30,7 +30,7 @@ class _State:
     start_s: float = 0.0
 
 
-class Board:
+class LiveProgress:
     """The state of a launch, told by events, shown as a table."""
 
     def __init__(self, trials: list[Trial], have: int, console: Console) -> None:
@@ -42,7 +42,7 @@ class Board:
         )
         self.is_live = console.is_terminal
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> LiveProgress:
         if self.is_live:
             self.live.start()
         return self
@@ -82,8 +82,8 @@ class Board:
         state = self.states[trial.key]
         state.status, state.metrics = "done", metrics
         accuracy = f"top-1 {metrics['test/top1']:.2f} %" if "test/top1" in metrics else ""
-        words = accuracy or f"L_r {_figure(metrics, 'test/reconstruction_loss', '.4f')}"
-        self._line(f"✓ {trial.name}: {words}   [{self.summary()}]")
+        result = accuracy or f"L_r {_figure(metrics, 'test/reconstruction_loss', '.4f')}"
+        self._line(f"✓ {trial.name}: {result}   [{self.summary()}]")
 
     def failed(self, trial: Trial, reason: str) -> None:
         """It was given up."""
@@ -95,15 +95,15 @@ class Board:
         """A trial that was not listed is to come."""
         self.states[trial.key] = _State(trial)
 
-    def ended(self, trial: Trial, words: str) -> None:
+    def pruned(self, trial: Trial, message: str) -> None:
         """It was ended early, on purpose."""
         self.states[trial.key].status = "done"
-        self._line(f"◼ {trial.name}: {words}   [{self.summary()}]")
+        self._line(f"◼ {trial.name}: {message}   [{self.summary()}]")
 
-    def says(self, trial: Trial, words: str) -> None:
+    def message(self, trial: Trial, message: str) -> None:
         """It has a message for a person."""
         self.console.print(
-            Text(printable(f"! {trial.name}: {words}"), style="yellow"), soft_wrap=True
+            Text(printable(f"! {trial.name}: {message}"), style="yellow"), soft_wrap=True
         )
 
     def counts(self) -> dict[str, int]:
@@ -119,10 +119,10 @@ class Board:
     def summary(self) -> str:
         """Return the counts and the time left, in words."""
         counts, left = self.counts(), self.seconds_left()
-        words = [
+        parts = [
             f"{count} {status}" for status, count in counts.items() if count or status != "failed"
         ]
-        return ", ".join(words) + (f", about {_duration(left)} left" if left is not None else "")
+        return ", ".join(parts) + (f", about {_duration(left)} left" if left is not None else "")
 
     def seconds_left(self) -> float | None:
         """Return the estimated seconds to the end; none before the first epoch is done.
@@ -176,9 +176,9 @@ class Board:
             f"top-1 {_figure(metrics, 'val/top1', '.2f')} %, {_figure(metrics, 'throughput/clips_per_s', '.0f')} clips/s"
         )
 
-    def _line(self, words: str) -> None:
+    def _line(self, message: str) -> None:
         if not self.is_live:
-            self.console.print(printable(words), soft_wrap=True, highlight=False, markup=False)
+            self.console.print(printable(message), soft_wrap=True, highlight=False, markup=False)
 
 
 def _figure(metrics: dict[str, float], name: str, form: str) -> str:

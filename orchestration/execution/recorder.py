@@ -12,18 +12,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from mar import MANIFEST, RESULT
-from mar.config.overrides import DATA_PLACES, flatten, placeless
+from mar import MANIFEST, RESULT_DIR
+from mar.config.overrides import PATH_SETTINGS, flatten, without_paths
 from mar.errors import Failure
 from mar.model.flops import cost
 from mar.safe_input import read_json
-from mar.training.retention import Keep, clear
-from orchestration.failures import Reason
+from mar.training.retention import RetentionPolicy, prune
+from orchestration.failures import FailureReason
 from orchestration.storage.object_store import remote
-from orchestration.storage.trial_dir import CLEARED, LOG, LOGS, PASSES, RECORD
-from orchestration.storage.trial_sync import clear_copies
+from orchestration.storage.trial_dir import CLEARED, LOG, LOGS, MICROBATCH, RECORD
+from orchestration.storage.trial_sync import prune_remote_checkpoints
 from orchestration.studies.matching import Record, match
-from orchestration.studies.metrics import QUANTITIES
+from orchestration.studies.metrics import METRICS
 from orchestration.studies.trial import Study, Trial
 from orchestration.tracking import provenance
 from orchestration.tracking.store import Store
@@ -45,7 +45,7 @@ _PARENT = "study"
 """The writer's key of the study's own run."""
 
 
-class View(Protocol):
+class ProgressReporter(Protocol):
     """Who watches a launch; ``progress.Board`` does."""
 
     def started(self, trial: Trial, epochs_done: int = 0) -> None:
@@ -60,18 +60,18 @@ class View(Protocol):
     def failed(self, trial: Trial, reason: str) -> None:
         """It was given up."""
 
-    def ended(self, trial: Trial, words: str) -> None:
+    def pruned(self, trial: Trial, message: str) -> None:
         """It was ended early, on purpose."""
 
-    def says(self, trial: Trial, words: str) -> None:
+    def message(self, trial: Trial, message: str) -> None:
         """It has a message for a person."""
 
 
-class Launch:
+class RunRecorder:
     """Hears from the backend; tells MLflow and the view. It is the only writer of its study's runs."""
 
     def __init__(
-        self, study: Study, store: Store, view: View, parameters: Sequence[str] = ()
+        self, study: Study, store: Store, view: ProgressReporter, parameters: Sequence[str] = ()
     ) -> None:
         self.study, self.store, self.view = study, store, view
         self.trials = {trial.key: trial for trial in study.trials}
@@ -91,7 +91,7 @@ class Launch:
         self.begun: set[str] = set()
         self.done: set[str] = set()
         self.stopped: set[str] = set()
-        self.failures: dict[str, Reason] = {}
+        self.failures: dict[str, FailureReason] = {}
         self.trained_by: dict[str, str] = {}
         self._relayed: dict[str, int] = {}
         self._shown: dict[str, int] = {}
@@ -101,8 +101,8 @@ class Launch:
         if key in self.begun:
             return
         self.begun.add(key)
-        for ended in self.stopped:
-            clear(self.store.launch.trial_folder(ended), self.store.launch.keep)
+        for pruned in self.stopped:
+            prune(self.store.launch.trial_folder(pruned), self.store.launch.keep)
         figures = cost(self.trials[key].settings)
         self.writer.open(key, lambda: self._run_of(self.trials[key]))
         self.writer.metrics(
@@ -127,12 +127,12 @@ class Launch:
         self.trials[trial.key] = trial
         self.expected.add(trial.key)
 
-    def ended(self, key: str, words: str) -> None:
+    def pruned(self, key: str, message: str) -> None:
         """Mark a trial that was ended early, on purpose; its checkpoints go when its workers have left it, and start another."""
         self.stopped.add(key)
-        self.writer.tag(key, "ended", words)
+        self.writer.tag(key, "ended", message)
         self.writer.end(key, "KILLED")
-        self.view.ended(self.trials[key], words)
+        self.view.pruned(self.trials[key], message)
 
     def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
         """Log an epoch."""
@@ -154,36 +154,36 @@ class Launch:
     def finished(self, key: str) -> None:
         """Log the final metrics and the result folder, then mark the run as finished."""
         folder, trial = self.store.launch.trial_folder(key), self.trials[key]
-        metrics: dict[str, float] = read_json(folder / RESULT / "metrics.json")
+        metrics: dict[str, float] = read_json(folder / RESULT_DIR / "metrics.json")
         final = {name: value for name, value in metrics.items() if name.startswith("test/")}
         self.writer.metrics(key, trial.settings.recipe.epochs, final, again=True)
-        self.writer.artifacts(key, folder / RESULT, RESULT)
+        self.writer.artifacts(key, folder / RESULT_DIR, RESULT_DIR)
         self._keep_log(key)
         with suppress(OSError, ValueError):
-            passes = read_json(folder / PASSES)
+            passes = read_json(folder / MICROBATCH)
             self.writer.tag(key, "max_clips_per_pass", str(passes["max_clips_per_pass"]))
         if key not in self.trained_by:
-            told = {name: f"{value:.4f}" for name, value in final.items()}
-            self.writer.register(key, self.study.name, {"trial": trial.name, **told})
+            shown = {name: f"{value:.4f}" for name, value in final.items()}
+            self.writer.register(key, self.study.name, {"trial": trial.name, **shown})
         with suppress(OSError):
             (folder / CLEARED).write_text(
                 json.dumps(asdict(self.store.launch.keep)), encoding="utf-8"
             )
         self.writer.end(key, "FINISHED")
-        self.writer.then(lambda: self._clear(folder, self.store.launch.keep))
+        self.writer.after_flush(lambda: self._clear(folder, self.store.launch.keep))
         self.done.add(key)
         self._relay(key)
         self.view.finished(trial, metrics)
 
-    def failed(self, key: str, reason: Reason) -> None:
+    def failed(self, key: str, reason: FailureReason) -> None:
         """Log why, and mark the run as failed."""
         self.failures[key] = reason
         if key in self.begun:
-            self.writer.tag(key, "failure", reason.words[:4000])
+            self.writer.tag(key, "failure", reason.message[:4000])
             self.writer.tag(key, "failure.kind", reason.kind)
             self._keep_log(key)
             self.writer.end(key, "FAILED")
-        self.view.failed(self.trials[key], reason.words)
+        self.view.failed(self.trials[key], reason.message)
 
     def is_over(self) -> bool:
         """Whether no other trial is to begin: the disk is full, and nobody made room for a while."""
@@ -206,7 +206,7 @@ class Launch:
         """Whether somebody stopped the launch before all that was to run had run."""
         return self.num_left > 0
 
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """Write down what the trials came to; after this, MLflow can be read."""
         for key in self.unfinished:
             self._keep_log(key)
@@ -215,7 +215,7 @@ class Launch:
             self._clear(self.store.launch.trial_folder(key), self.store.launch.keep)
         self.writer.flush()
 
-    def keep(self, reports: Path, records: Sequence[Record], note: str) -> None:
+    def log_report(self, reports: Path, records: Sequence[Record], note: str) -> None:
         """Log the report's files with the study's run, and which runs its table is made of, of whatever study.
 
         ``note`` is what MLflow shows as the run's description: the table.
@@ -231,12 +231,12 @@ class Launch:
             "runs",
             listed if len(listed) <= _MOST_NOTE else "in the artifact report/runs.json",
         )
-        place = f"#/experiments/{self.experiment}/runs/{self.parent}/artifacts/report"
-        link = f"[Figures, claims, LaTeX: the report]({place})\n\n"
+        page = f"#/experiments/{self.experiment}/runs/{self.parent}/artifacts/report"
+        link = f"[Figures, claims, LaTeX: the report]({page})\n\n"
         self.writer.tag(_PARENT, "mlflow.note.content", (link + note)[:_MOST_NOTE])
         self.writer.artifacts(_PARENT, reports, "report")
 
-    def __enter__(self) -> Launch:
+    def __enter__(self) -> RunRecorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -255,13 +255,13 @@ class Launch:
         if (folder / LOGS).is_dir():
             self.writer.artifacts(key, folder / LOGS, LOGS)
 
-    def _clear(self, folder: Path, keep: Keep) -> None:
+    def _clear(self, folder: Path, keep: RetentionPolicy) -> None:
         """Remove the checkpoints of a trial that MLflow knows to be finished, but for those that are kept."""
         launch = self.store.launch
-        clear(folder, keep)
+        prune(folder, keep)
         if launch.remote:
             with suppress(Failure, OSError):  # they only take room
-                clear_copies(remote(launch.remote), folder.name, keep)
+                prune_remote_checkpoints(remote(launch.remote), folder.name, keep)
         (folder / CLEARED).unlink(missing_ok=True)
 
     def _clear_left(self) -> None:
@@ -273,7 +273,7 @@ class Launch:
         finished = {record.key for record in self.store.trials() if record.status == "FINISHED"}
         for folder in (left[key] for key in finished & left.keys()):
             with suppress(OSError, ValueError, TypeError):
-                self._clear(folder, Keep(**read_json(folder / CLEARED)))
+                self._clear(folder, RetentionPolicy(**read_json(folder / CLEARED)))
 
     def _relay(self, key: str) -> None:
         """Tell the view what the trial's workers have said since."""
@@ -282,13 +282,13 @@ class Launch:
             with log.open(encoding="utf-8") as file:
                 file.seek(self._relayed.get(key, 0))
                 for line in file.read().splitlines():
-                    self.view.says(self.trials[key], line)
+                    self.view.message(self.trials[key], line)
                 self._relayed[key] = file.tell()
 
     def _run_of(self, trial: Trial) -> str:
         tags = self._tags_of(trial)
         run_id = self.store.run(self.experiment, trial.name, {KIND: "trial", KEY: trial.key}, tags)
-        self.store.parameters(run_id, placeless(trial.settings))
+        self.store.parameters(run_id, without_paths(trial.settings))
         return run_id
 
     def _tags_of(self, trial: Trial) -> dict[str, str]:
@@ -305,7 +305,7 @@ class Launch:
             "folder": str(self.store.launch.trial_folder(trial.key)),
             **({TRAINED_BY: self.trained_by[trial.key]} if trial.key in self.trained_by else {}),
             **({WEIGHTS: trial.settings.encoder.weights} if trial.settings.encoder.weights else {}),
-            **{f"data.{name}": str(getattr(data, name)) for name in DATA_PLACES},
+            **{f"data.{name}": str(getattr(data, name)) for name in PATH_SETTINGS},
         }
 
     def _write_record(self, trial: Trial) -> None:
@@ -330,10 +330,10 @@ def _epochs_done(folder: Path) -> int:
 
 def _columns(study: Study) -> tuple[list[str], list[str]]:
     """Return the metrics of the study's table and the settings in which its trials differ: what a person looks for."""
-    sources = [QUANTITIES[name].source for name in study.file.table.columns]
+    sources = [METRICS[name].source for name in study.file.table.columns]
     metrics = list(
         dict.fromkeys(name.replace("cost.", "cost/") for name in sources if name != "views")
     )
-    trees = [flatten(placeless(trial.settings)) for trial in study.trials]
+    trees = [flatten(without_paths(trial.settings)) for trial in study.trials]
     names = list(dict.fromkeys(name for tree in trees for name in tree))
     return metrics, [name for name in names if len({str(tree.get(name)) for tree in trees}) > 1]

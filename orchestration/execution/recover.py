@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mar import MANIFEST, RESULT
-from mar.atomic_dir import read_sealed
-from mar.config.overrides import build, placeless
-from mar.config.schema import ExperimentConfig
+from mar import MANIFEST, RESULT_DIR
+from mar.atomic_dir import read_atomic_dir
+from mar.config.overrides import build, without_paths
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import fingerprint
 from mar.errors import Failure, UserError
 from mar.evaluation.correctness import read_history
@@ -43,7 +43,7 @@ class Recovered:
 
 def unrecorded(launch: LaunchConfig, known: set[str]) -> list[Path]:
     """Return the trial folders with a finished result that is of none of the ``known`` keys."""
-    manifests = sorted((launch.store.resolve() / "trials").glob(f"*/{RESULT}/{MANIFEST}"))
+    manifests = sorted((launch.store.resolve() / "trials").glob(f"*/{RESULT_DIR}/{MANIFEST}"))
     folders = [manifest.parent.parent for manifest in manifests]
     return [folder for folder in folders if folder.name not in known]
 
@@ -54,7 +54,7 @@ def finished_here(launch: LaunchConfig, keys: Iterable[str]) -> list[RunRecord]:
     for key in keys:
         folder = launch.trial_folder(key)
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, Failure):
-            metrics = read_sealed(folder / RESULT)["metrics"]
+            metrics = read_atomic_dir(folder / RESULT_DIR)["metrics"]
             record = read_json(folder / RECORD)
             tags = {**record["tags"], KEY: key}
             found.append(RunRecord(key, record["study"], "", "FINISHED", metrics, tags))
@@ -78,11 +78,11 @@ def recover(launch: LaunchConfig) -> Recovered:
     try:
         for folder in unrecorded(launch, known):
             try:
-                manifest = read_sealed(folder / RESULT)
+                manifest = read_atomic_dir(folder / RESULT_DIR)
                 settings = build(manifest["settings"])
                 record = _record(folder, settings)
             except (Failure, UserError) as reason:
-                found.damaged.append(f"{folder / RESULT}: {reason}")
+                found.damaged.append(f"{folder / RESULT_DIR}: {reason}")
                 continue
             found.names.append(
                 _write_run(store, writer, folder, settings, manifest["metrics"], record)
@@ -96,7 +96,7 @@ def _write_run(
     store: Store,
     writer: Writer,
     folder: Path,
-    settings: ExperimentConfig,
+    settings: TrainingConfig,
     reached: dict[str, float],
     record: dict[str, Any],
 ) -> str:
@@ -107,13 +107,13 @@ def _write_run(
     parent = store.run(experiment, study, {KIND: "study"}, {STUDY: study})
     tags = {**record["tags"], STUDY: study, PARENT_RUN: parent, "folder": str(folder)}
     run_id = store.run(experiment, record["name"], {KIND: "trial", KEY: key}, tags)
-    store.parameters(run_id, placeless(settings))
+    store.parameters(run_id, without_paths(settings))
     writer.open(key, lambda: run_id)
-    for epoch, metrics in enumerate(read_history(folder / RESULT), start=1):
+    for epoch, metrics in enumerate(read_history(folder / RESULT_DIR), start=1):
         writer.metrics(key, epoch, metrics)
     final = {name: float(value) for name, value in reached.items() if name.startswith("test/")}
     writer.metrics(key, settings.recipe.epochs, final, again=True)
-    writer.artifacts(key, folder / RESULT, RESULT)
+    writer.artifacts(key, folder / RESULT_DIR, RESULT_DIR)
     if TRAINED_BY not in tags:
         writer.register(key, study, {"trial": str(record["name"])})
     writer.end(key, "FINISHED")
@@ -122,7 +122,7 @@ def _write_run(
     return f"{record['name']} ({study})"
 
 
-def _record(folder: Path, settings: ExperimentConfig) -> dict[str, Any]:
+def _record(folder: Path, settings: TrainingConfig) -> dict[str, Any]:
     """Return what the trial's study wrote about it; where it wrote nothing, what its settings say.
 
     Raises:

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mar import MANIFEST, RESULT
+from mar import MANIFEST, RESULT_DIR
 from mar.config.schema import EvaluationMaskConfig
-from orchestration.execution.recorder import Launch
-from orchestration.failures import Reason
-from orchestration.storage.object_store import Remote, remote
+from orchestration.execution.recorder import RunRecorder
+from orchestration.failures import FailureReason
+from orchestration.storage.object_store import ObjectStore, remote
 from orchestration.studies.matching import match, match_training
 from orchestration.studies.trial import Study, Trial
 from orchestration.tracking.run_record import RunRecord
@@ -25,52 +25,52 @@ def missing_trials(study: Study, store: Store) -> list[Trial]:
     return list({trial.key: trial for trial in study.to_run if trial.key not in found}.values())
 
 
-def train_missing(launched: Launch, trials: Sequence[Trial]) -> None:
+def train_missing(recorder: RunRecorder, trials: Sequence[Trial]) -> None:
     """Train the trials, then test those whose training is another's; failures are in ``launched.failures``.
 
     Raises:
         UserError: one trial asks for more than the cluster has.
     """
-    store = launched.store
+    store = recorder.store
     records = store.trials()
     own = {
         record.key
         for record in records
-        if record.experiment == launched.study.name and record.status == "FINISHED"
+        if record.experiment == recorder.study.name and record.status == "FINISHED"
     }
-    launched.expect(trials, len(own))
-    teachers, known = shared_trainings(trials, records)
+    recorder.expect(trials, len(own))
+    source_trial, known = shared_trainings(trials, records)
     untrained = [
         trial
         for trial in trials
-        if teachers.get(trial.key, trial.key) == trial.key and trial.key not in known
+        if source_trial.get(trial.key, trial.key) == trial.key and trial.key not in known
     ]
     if untrained:
-        _run(launched, untrained, {})
+        _run(recorder, untrained, {})
     trained: dict[str, Path] = {key: store.result_of(record) for key, record in known.items()}
     if store.launch.remote:
         _push_results(remote(store.launch.remote), {*trained.values()})
-    for key, teacher in teachers.items():
-        if teacher in launched.done:
-            trained[key] = store.launch.trial_folder(teacher) / RESULT
-        elif teacher in launched.failures:
-            kind = launched.failures[teacher].kind
-            launched.failed(
-                key, Reason(f"its training failed: {launched.trials[teacher].name}", kind)
+    for key, source in source_trial.items():
+        if source in recorder.done:
+            trained[key] = store.launch.trial_folder(source) / RESULT_DIR
+        elif source in recorder.failures:
+            kind = recorder.failures[source].kind
+            recorder.failed(
+                key, FailureReason(f"its training failed: {recorder.trials[source].name}", kind)
             )
     tests = [trial for trial in trials if trial.key in trained]
     for trial in tests:
-        launched.tested(trial.key, teachers.get(trial.key) or known[trial.key].key)
-    if tests and not store.launch.stop_file.exists() and not launched.is_over():
-        _run(launched, tests, trained)
+        recorder.tested(trial.key, source_trial.get(trial.key) or known[trial.key].key)
+    if tests and not store.launch.stop_file.exists() and not recorder.is_over():
+        _run(recorder, tests, trained)
 
 
-def _push_results(place: Remote, results: set[Path]) -> None:
+def _push_results(store: ObjectStore, results: set[Path]) -> None:
     """Have the results that are to be tested again where every node finds them."""
     for result in results:
         name = f"trials/{result.parent.name}/{result.name}"
-        if not place.exists(f"{name}/{MANIFEST}"):
-            place.push_folder(result, name)
+        if not store.exists(f"{name}/{MANIFEST}"):
+            store.push_folder(result, name)
 
 
 def shared_trainings(
@@ -85,14 +85,14 @@ def shared_trainings(
     for trial in trials:
         if trial.key not in known:
             groups.setdefault(trial.training, []).append(trial)
-    teachers: dict[str, str] = {}
+    source_trial: dict[str, str] = {}
     for group in groups.values():
-        first = min(group, key=_unusual)
-        teachers |= {trial.key: first.key for trial in group if trial is not first}
-    return teachers, known
+        first = min(group, key=distance_from_defaults)
+        source_trial |= {trial.key: first.key for trial in group if trial is not first}
+    return source_trial, known
 
 
-def _unusual(trial: Trial) -> int:
+def distance_from_defaults(trial: Trial) -> int:
     """Return how many settings of the mask of testing are not the defaults, as the identity has them."""
     mask = json.loads(trial.identity)["evaluation"]["mask"]
     return sum(
@@ -100,13 +100,13 @@ def _unusual(trial: Trial) -> int:
     )
 
 
-def _run(launched: Launch, trials: Sequence[Trial], trained: dict[str, Path]) -> None:
-    launch = launched.store.launch
+def _run(recorder: RunRecorder, trials: Sequence[Trial], trained: dict[str, Path]) -> None:
+    launch = recorder.store.launch
     if launch.backend == "local":
         from orchestration.backends import local  # torch, which the other backends load elsewhere
 
-        local.run(trials, launch, launched, trained)
+        local.run(trials, launch, recorder, trained)
     else:
         from orchestration.backends import ray_tune
 
-        ray_tune.run(trials, launch, launched, trained)
+        ray_tune.run(trials, launch, recorder, trained)

@@ -6,19 +6,19 @@ import shlex
 
 from rich.console import Console
 
-from mar import RESULT
+from mar import RESULT_DIR
 from mar.errors import Failure
 from mar.safe_input import read_json
 from orchestration.config import LaunchConfig, sqlite_address
-from orchestration.execution.lock import only_one
+from orchestration.execution.lock import study_lock
 from orchestration.execution.preflight import check_data, check_weights
-from orchestration.execution.progress import Board
-from orchestration.execution.recorder import Launch
-from orchestration.execution.signals import stopping_gently
-from orchestration.execution.webhook import tell_webhook
-from orchestration.failures import Reason
+from orchestration.execution.progress import LiveProgress
+from orchestration.execution.recorder import RunRecorder
+from orchestration.execution.signals import graceful_shutdown
+from orchestration.execution.webhook import notify_webhook
+from orchestration.failures import FailureReason
 from orchestration.reporting.search_report import found_text, write_search_report
-from orchestration.search.optuna_search import Proposer, open_search
+from orchestration.search.optuna_search import OptunaSearch, open_search
 from orchestration.search.schema import Search
 from orchestration.studies.loader import fetch_weights
 from orchestration.studies.schema import StudyFile
@@ -39,7 +39,7 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
         StudyFile(title=search.file.title, recipe=search.file.recipe, axes={"trial": {}}),
         [],
     )
-    with only_one(study, launch):
+    with study_lock(study, launch):
         store = Store(launch)
         sample = Trial({"trial": "–"}, search.settings({}), "")
         fetch_weights(Study(search.name, study.file, [sample]))
@@ -50,34 +50,34 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
         )
         counts = f"{search.file.trials} trials wanted, {proposer.num_done} there"
         console.print(f"{search.file.title}: {counts}", markup=False)
-        board = Board([], proposer.num_done, console)
+        progress = LiveProgress([], proposer.num_done, console)
         with (
-            Launch(study, store, board, list(search.file.space)) as launched,
-            stopping_gently(launch),
+            RunRecorder(study, store, progress, list(search.file.space)) as recorder,
+            graceful_shutdown(launch),
         ):
             try:
-                with board:
-                    _train(_Searching(launched, proposer, board), launch)
+                with progress:
+                    _train(_Searching(recorder, proposer, progress), launch)
             finally:
-                launched.settle()
-            was_stopped = launched.was_stopped or (
+                recorder.finalize()
+            was_stopped = recorder.was_stopped or (
                 launch.stop_file.exists() and proposer.num_left > 0
             )
             folder = launch.report_folder(search.name)
             write_search_report(proposer, folder)
-            launched.keep(folder, [], found_text(proposer))
+            recorder.log_report(folder, [], found_text(proposer))
     print(f"\n{found_text(proposer)}")
     print(f"report   {folder / 'report.md'} (best.yaml, front.csv, trials.csv, pictures)")
     print(
         f"Optuna   optuna-dashboard {shlex.quote(sqlite_address(launch.store.resolve() / 'searches' / f'{search.name}.db'))}"
         f"   (study {proposer.study.study_name})"
     )
-    tell_webhook(study, launched)
+    notify_webhook(study, recorder)
     if was_stopped:
         raise Failure("stopped; run the same command to go on", "stopped")
-    if launched.failures:
+    if recorder.failures:
         raise Failure(
-            f"{len(launched.failures)} trials failed, the first: {next(iter(launched.failures.values()))}"
+            f"{len(recorder.failures)} trials failed, the first: {next(iter(recorder.failures.values()))}"
         )
 
 
@@ -95,44 +95,46 @@ def _train(searching: _Searching, launch: LaunchConfig) -> None:
 class _Searching:
     """Hears from the backend: tells MLflow as any launch does, and Optuna."""
 
-    def __init__(self, launched: Launch, proposer: Proposer, board: Board) -> None:
-        self.launched, self.proposer, self.board = launched, proposer, board
+    def __init__(
+        self, recorder: RunRecorder, proposer: OptunaSearch, progress: LiveProgress
+    ) -> None:
+        self.recorder, self.proposer, self.progress = recorder, proposer, progress
 
     def announce(self, trial: Trial) -> None:
         """Expect a trial."""
-        self.launched.announce(trial)
-        self.board.announce(trial)
+        self.recorder.announce(trial)
+        self.progress.announce(trial)
 
     def started(self, key: str) -> None:
         """A trial runs."""
-        self.launched.started(key)
+        self.recorder.started(key)
 
     def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
         """A trial finished an epoch."""
-        self.launched.epoch(key, epoch, metrics)
+        self.recorder.epoch(key, epoch, metrics)
 
     def finished(self, key: str) -> None:
         """A trial is done; or it was ended early and had a result before it heard of that, which does not count."""
-        if key in self.proposer.ended:
-            self.failed(key, Reason("ended early"))
+        if key in self.proposer.pruned:
+            self.failed(key, FailureReason("ended early"))
             return
-        self.launched.finished(key)
-        file = self.launched.store.launch.trial_folder(key) / RESULT / "metrics.json"
+        self.recorder.finished(key)
+        file = self.recorder.store.launch.trial_folder(key) / RESULT_DIR / "metrics.json"
         metrics: dict[str, float] = read_json(file)
         try:
-            self.proposer.finished(key, metrics, self.launched.trials[key].settings)
+            self.proposer.finished(key, metrics, self.recorder.trials[key].settings)
         except Failure as error:
-            self.launched.failures[key] = Reason(str(error), "user")
+            self.recorder.failures[key] = FailureReason(str(error), "user")
 
-    def failed(self, key: str, reason: Reason) -> None:
+    def failed(self, key: str, reason: FailureReason) -> None:
         """A trial was given up, or ended early."""
-        if key in self.proposer.ended:
-            self.launched.ended(key, "ended early: others were better at this epoch")
+        if key in self.proposer.pruned:
+            self.recorder.pruned(key, "ended early: others were better at this epoch")
             return
-        self.launched.failed(key, reason)
+        self.recorder.failed(key, reason)
         if reason.kind != "disk":  # with room, the same proposal is trained on
             self.proposer.failed(key)
 
     def is_over(self) -> bool:
         """Whether no other trial is to begin."""
-        return self.launched.is_over()
+        return self.recorder.is_over()

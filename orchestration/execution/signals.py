@@ -10,11 +10,11 @@ from contextlib import contextmanager, suppress
 
 from mar.errors import Failure
 from orchestration.config import LaunchConfig
-from orchestration.execution.lock import ask_to_stop
+from orchestration.execution.lock import request_stop
 
 
 @contextmanager
-def stopping_gently(launch: LaunchConfig) -> Generator[None]:
+def graceful_shutdown(launch: LaunchConfig) -> Generator[None]:
     """Have a SIGTERM, as Slurm and Kubernetes send before they kill, and Ctrl-C do what ``mar stop`` does.
 
     The trials save first. Ctrl-C for the second time ends everything at once.
@@ -36,7 +36,7 @@ def stopping_gently(launch: LaunchConfig) -> Generator[None]:
         )
         print(f"stopping: the trials that run are saving{again}", file=sys.stderr, flush=True)
         with suppress(Failure):  # the object store is away: who looks here stops all the same
-            ask_to_stop(launch)
+            request_stop(launch)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

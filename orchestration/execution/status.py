@@ -14,9 +14,9 @@ import filelock
 from mar.errors import UserError
 from mar.safe_input import read_json
 from orchestration.config import LaunchConfig
-from orchestration.execution.lock import ask_to_stop
+from orchestration.execution.lock import request_stop
 from orchestration.storage.object_store import remote
-from orchestration.storage.trial_dir import PULSE
+from orchestration.storage.trial_dir import HEARTBEAT
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
 
@@ -86,7 +86,7 @@ def stop(launch: LaunchConfig) -> None:
     )
     if not is_running:
         raise UserError(f"the study {launch.study} is not being run from the store {launch.store}")
-    ask_to_stop(launch)
+    request_stop(launch)
 
 
 def _locked(launch: LaunchConfig) -> set[str]:
@@ -120,8 +120,8 @@ def _study(name: str, records: list[RunRecord], launch: LaunchConfig, expected: 
     counts = dict(Counter(record.status.lower() for record in own))
     if not is_running and counts.get("running"):  # its driver is no more
         counts["lost"] = counts.pop("running")
-    ended = sum(counts.get(state, 0) for state in ("finished", "failed"))
-    queued = max(expected - ended - len(running), 0) if is_running else 0
+    pruned = sum(counts.get(state, 0) for state in ("finished", "failed"))
+    queued = max(expected - pruned - len(running), 0) if is_running else 0
     return StudyStatus(
         name, holder, there.stop_file.exists(), counts, running, queued, _left_s(running, queued)
     )
@@ -143,9 +143,9 @@ def _left_s(running: list[RunningTrial], queued: int) -> float | None:
 
 def _trial(record: RunRecord, launch: LaunchConfig) -> RunningTrial:
     pulse: dict[str, Any] = {}
-    file = launch.trial_folder(record.key) / PULSE
+    file = launch.trial_folder(record.key) / HEARTBEAT
     if launch.remote:
-        remote(launch.remote).pull(f"trials/{record.key}/{PULSE}", file)
+        remote(launch.remote).pull(f"trials/{record.key}/{HEARTBEAT}", file)
     with suppress(OSError, ValueError):
         pulse = read_json(file)
     step, steps, rate = pulse.get("step"), pulse.get("steps"), pulse.get("steps_per_s")

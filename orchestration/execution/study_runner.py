@@ -12,14 +12,14 @@ from rich.console import Console
 
 from mar.errors import Failure, UserError, notice
 from orchestration.config import LaunchConfig
-from orchestration.execution.lock import only_one
+from orchestration.execution.lock import study_lock
 from orchestration.execution.preflight import check_data, check_weights
-from orchestration.execution.progress import Board
-from orchestration.execution.recorder import Launch
+from orchestration.execution.progress import LiveProgress
+from orchestration.execution.recorder import RunRecorder
 from orchestration.execution.recover import finished_here, unrecorded
 from orchestration.execution.scheduling import missing_trials, train_missing
-from orchestration.execution.signals import stopping_gently
-from orchestration.execution.webhook import by_kind, tell_webhook
+from orchestration.execution.signals import graceful_shutdown
+from orchestration.execution.webhook import failures_by_kind, notify_webhook
 from orchestration.failures import REMEDIES
 from orchestration.reporting.study_report import write_report
 from orchestration.reporting.tables import FORMATS, table_info
@@ -39,7 +39,7 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
     """
     console, launch = Console(soft_wrap=True), launch.model_copy(update={"study": study.name})
     fetch_weights(study)
-    with only_one(study, launch):
+    with study_lock(study, launch):
         store = Store(launch)
         _mention_unrecorded(launch, store)
         missing, left_out = missing_trials(study, store), 0
@@ -52,20 +52,20 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
         counts = f"{len(study.to_run)} trials, {have} finished before, {len(missing)} to train"
         counts += f", {left_out} left out: over the budget" if left_out else ""
         console.print(f"{study.file.title}: {counts}", markup=False)
-        board = Board(missing, have, console)
-        with Launch(study, store, board) as launched, stopping_gently(launch):
+        progress = LiveProgress(missing, have, console)
+        with RunRecorder(study, store, progress) as recorder, graceful_shutdown(launch):
             try:
                 if missing:
-                    if launch.backend != "local" and not board.is_live:
+                    if launch.backend != "local" and not progress.is_live:
                         console.print("starting Ray and its workers: some 10 to 20 s", markup=False)
-                    with board:
-                        train_missing(launched, missing)
+                    with progress:
+                        train_missing(recorder, missing)
             finally:
-                _settle(launched)
+                _finalize(recorder)
             folder = launch.report_folder(study.name)
             records = store.trials()
             table, lines = write_report(study, records, folder, store.file_of)
-            launched.keep(folder, records, table)
+            recorder.log_report(folder, records, table)
     if (
         study.chosen is not None
     ):  # the report is of all rows, the terminal shows those that were asked for
@@ -83,39 +83,39 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
     elif str(launch.store) != "mar_store":
         served = f"mar ui --store {shlex.quote(str(launch.store))}"
     print(f"MLflow   {served}   (experiment {study.name!r})")
-    tell_webhook(study, launched)
-    if launched.failures:
-        for kind, names in by_kind(launched).items():
+    notify_webhook(study, recorder)
+    if recorder.failures:
+        for kind, names in failures_by_kind(recorder).items():
             print(
                 f"{kind:<8} {len(names)} trials: {', '.join(names)}. {REMEDIES[kind].capitalize()}."
             )
         left = (
-            f", {launched.num_left} not begun" if launched.is_over() and launched.num_left else ""
+            f", {recorder.num_left} not begun" if recorder.is_over() and recorder.num_left else ""
         )
         raise Failure(
-            f"{len(launched.failures)} of {len(study.trials)} trials failed{left}; run the same command to go on"
+            f"{len(recorder.failures)} of {len(study.trials)} trials failed{left}; run the same command to go on"
         )
-    if launched.was_stopped:
+    if recorder.was_stopped:
         raise Failure(
-            f"stopped with {launched.num_left} trials unfinished; run the same command to go on",
+            f"stopped with {recorder.num_left} trials unfinished; run the same command to go on",
             "stopped",
         )
 
 
-def _settle(launched: Launch) -> None:
+def _finalize(recorder: RunRecorder) -> None:
     """Wait for MLflow to have everything; where it stays away, print the table from the results that are here.
 
     Raises:
         Failure: the tracking store was not back in time.
     """
     try:
-        launched.settle()
+        recorder.finalize()
     except Failure as error:
-        study, store = launched.study, launched.store
+        study, store = recorder.study, recorder.store
         records = finished_here(store.launch, dict.fromkeys(trial.key for trial in study.trials))
         print(f"\n{FORMATS['md'](table_info(study, records, store.file_of))}")
-        words = "The table above is from the results in the store; the same command writes them down when it is back"
-        raise Failure(f"{error}. {words}, or, without --tracking-uri, here") from None
+        hint = "The table above is from the results in the store; the same command writes them down when it is back"
+        raise Failure(f"{error}. {hint}, or, without --tracking-uri, here") from None
 
 
 def _mention_unrecorded(launch: LaunchConfig, store: Store) -> None:

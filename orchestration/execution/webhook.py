@@ -6,27 +6,32 @@ import json
 import urllib.request
 
 from mar.errors import FailureKind
-from orchestration.execution.recorder import Launch
+from orchestration.execution.recorder import RunRecorder
 from orchestration.studies.trial import Study
 
 
-def by_kind(launched: Launch) -> dict[FailureKind, list[str]]:
+def failures_by_kind(recorder: RunRecorder) -> dict[FailureKind, list[str]]:
     """Return the names of the trials that failed, by the kind of failure."""
     kinds: dict[FailureKind, list[str]] = {}
-    for key, reason in launched.failures.items():
-        kinds.setdefault(reason.kind, []).append(launched.trials[key].name)
+    for key, reason in recorder.failures.items():
+        kinds.setdefault(reason.kind, []).append(recorder.trials[key].name)
     return kinds
 
 
-def tell_webhook(study: Study, launched: Launch) -> None:
+def notify_webhook(study: Study, recorder: RunRecorder) -> None:
     """Tell the address that was given how the study ended; that nobody answers there is said and no more."""
-    address = launched.store.launch.webhook
+    address = recorder.store.launch.webhook
     if not address:
         return
-    ended = "failed" if launched.failures else "stopped" if launched.was_stopped else "finished"
-    words = f"{study.file.title}: {ended}; {len(launched.done)} trials done, {len(launched.failures)} failed"
-    told = {"text": words, "study": study.name, "state": ended, "failures": by_kind(launched)}
-    body = json.dumps(told, ensure_ascii=False).encode()
+    pruned = "failed" if recorder.failures else "stopped" if recorder.was_stopped else "finished"
+    text = f"{study.file.title}: {pruned}; {len(recorder.done)} trials done, {len(recorder.failures)} failed"
+    payload = {
+        "text": text,
+        "study": study.name,
+        "state": pruned,
+        "failures": failures_by_kind(recorder),
+    }
+    body = json.dumps(payload, ensure_ascii=False).encode()
     try:
         request = urllib.request.Request(address, body, {"Content-Type": "application/json"})  # noqa: S310  (checked)
         urllib.request.urlopen(request, timeout=10).close()  # noqa: S310

@@ -15,7 +15,7 @@ from mar.errors import UserError
 from mar.visualization.charts import save
 from orchestration.reporting.rows import Row, axis_parts, rows
 from orchestration.studies.matching import AnyRecord, Record, match
-from orchestration.studies.metrics import QUANTITIES
+from orchestration.studies.metrics import METRICS
 from orchestration.studies.schema import BETWEEN_LABELS
 from orchestration.studies.trial import Study
 
@@ -85,20 +85,20 @@ def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
     series: list[Series] = []
     for name in layout.y:
         for group in groups:
-            places = [
-                (place, row)
-                for place, row in enumerate(all_rows)
+            positions = [
+                (position, row)
+                for position, row in enumerate(all_rows)
                 if part is None or row.labels[part] == group
             ]
-            title = QUANTITIES[name].title if group is None else group
-            series.append(_series(title, places, name, layout.x, part))
-            series += [_papers(f"{title}, paper", places, name, layout.x)] if layout.x else []
+            title = METRICS[name].title if group is None else group
+            series.append(_series(title, positions, name, layout.x, part))
+            series += [_papers(f"{title}, paper", positions, name, layout.x)] if layout.x else []
     if layout.x:
         quoted = [(0, row) for row in rows(study, records) if row.is_quoted]
         series += [_papers("quoted by the paper", quoted, name, layout.x) for name in layout.y]
     series = [each for each in series if each.y or not each.is_papers]
     if layout.front and layout.x:
-        directions = [QUANTITIES[name].higher_is_better for name in (layout.x, layout.y[0])]
+        directions = [METRICS[name].higher_is_better for name in (layout.x, layout.y[0])]
         for each in [each for each in series if not each.is_papers]:
             name = "Pareto front" if groups == [None] else f"Pareto front, {each.name}"
             series.append(
@@ -112,8 +112,8 @@ def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
     return FigureInfo(
         title=study.file.title,
         kind=layout.kind,
-        x_title=QUANTITIES[layout.x].title if layout.x else ", ".join(study.file.axes),
-        y_title=QUANTITIES[layout.y[0]].title
+        x_title=METRICS[layout.x].title if layout.x else ", ".join(study.file.axes),
+        y_title=METRICS[layout.y[0]].title
         if len(layout.y) == 1
         else "Top-1 (%)"
         if "top1" in layout.y
@@ -127,18 +127,22 @@ def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
 
 
 def _series(
-    title: str, places: Sequence[tuple[int, Row]], name: str, x: str | None, part: int | None
+    title: str, positions: Sequence[tuple[int, Row]], name: str, x: str | None, part: int | None
 ) -> Series:
     """Return a quantity of some rows; ``part`` of their labels is in the title already."""
-    there = [(place, row) for place, row in places if row.cells[name].mean is not None]
-    there = [(place, row) for place, row in there if x is None or row.cells[x].mean is not None]
+    there = [(position, row) for position, row in positions if row.cells[name].mean is not None]
+    there = [
+        (position, row) for position, row in there if x is None or row.cells[x].mean is not None
+    ]
     return Series(
         title,
         [
-            BETWEEN_LABELS.join(each for place, each in enumerate(row.labels) if place != part)
+            BETWEEN_LABELS.join(
+                each for position, each in enumerate(row.labels) if position != part
+            )
             for _, row in there
         ],
-        [(row.cells[x].mean or 0.0) if x else float(place) for place, row in there],
+        [(row.cells[x].mean or 0.0) if x else float(position) for position, row in there],
         [row.cells[name].mean or 0.0 for _, row in there],
         [row.cells[name].half_width or 0.0 for _, row in there],
     )
@@ -160,10 +164,10 @@ def _front(name: str, series: Series, is_low_x_better: bool, is_high_y_better: b
     return Series(name, labels, x, y, [0.0] * len(front), is_line=True)
 
 
-def _papers(title: str, places: Sequence[tuple[int, Row]], name: str, x: str) -> Series:
+def _papers(title: str, positions: Sequence[tuple[int, Row]], name: str, x: str) -> Series:
     """Return the points of which the paper prints both."""
     points: list[tuple[str, float, float]] = []
-    for _, row in places:
+    for _, row in positions:
         across, up = row.cells[x].paper, row.cells[name].paper
         if across is not None and up is not None:
             points.append((row.label, across, up))
@@ -230,13 +234,13 @@ def draw(info: FigureInfo, file: Path) -> None:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes: Any = figure.subplots()
     names = list(dict.fromkeys(series.name.removesuffix(", paper") for series in info.series))
-    for place, series in enumerate(info.series):
+    for position, series in enumerate(info.series):
         if series.is_line:
-            _line(axes, series, place, alone=info.kind == "curves")
+            _line(axes, series, position, alone=info.kind == "curves")
             continue
         colour = COLOURS[names.index(series.name.removesuffix(", paper")) % len(COLOURS)]
         if info.kind == "bars":
-            _bars(axes, info, series, place, colour)
+            _bars(axes, info, series, position, colour)
         else:
             _points(axes, series, colour)
     if info.chance is not None:
@@ -245,23 +249,23 @@ def draw(info: FigureInfo, file: Path) -> None:
     if len(info.series) > 1 or info.chance is not None:
         axes.legend(frameon=False, fontsize=7 if len(info.series) > _FEW else None)
     lacking = {"not there yet": info.missing, "seeds not there yet": info.partial}
-    words = "; ".join(f"{what}: {', '.join(labels)}" for what, labels in lacking.items() if labels)
-    notes = textwrap.fill(words, _NOTE_WIDTH)
+    note = "; ".join(f"{what}: {', '.join(labels)}" for what, labels in lacking.items() if labels)
+    notes = textwrap.fill(note, _NOTE_WIDTH)
     axes.text(0.01, 0.01, notes, transform=axes.transAxes, fontsize=7, in_layout=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12, y=0.12)
     save(figure, file)
 
 
-def _line(axes: Any, series: Series, place: int, alone: bool) -> None:
+def _line(axes: Any, series: Series, position: int, alone: bool) -> None:
     if alone:
-        style = "-" if place < len(COLOURS) else "--" if place < 2 * len(COLOURS) else ":"
+        style = "-" if position < len(COLOURS) else "--" if position < 2 * len(COLOURS) else ":"
         axes.plot(
             series.x,
             series.y,
             style,
             marker=".",
-            color=COLOURS[place % len(COLOURS)],
+            color=COLOURS[position % len(COLOURS)],
             label=series.name,
             linewidth=1.4,
         )
@@ -291,9 +295,9 @@ def _points(axes: Any, series: Series, colour: str) -> None:
         axes.annotate(label, (x, y), textcoords="offset points", xytext=_ABOVE, **style)
 
 
-def _bars(axes: Any, info: FigureInfo, series: Series, place: int, colour: str) -> None:
+def _bars(axes: Any, info: FigureInfo, series: Series, position: int, colour: str) -> None:
     width = 0.8 / len(info.series)
-    shift = (place - (len(info.series) - 1) / 2) * width
+    shift = (position - (len(info.series) - 1) / 2) * width
     axes.bar(
         [x + shift for x in series.x],
         series.y,
@@ -303,7 +307,7 @@ def _bars(axes: Any, info: FigureInfo, series: Series, place: int, colour: str) 
         label=series.name,
         capsize=3,
     )
-    if place == 0:
+    if position == 0:
         slanting: dict[str, Any] = {"rotation": 30, "ha": "right", "fontsize": 7}
         is_long = sum(len(row) for row in info.rows) > _LEVEL_CHARACTERS
         axes.set_xticks(range(len(info.rows)), info.rows, **(slanting if is_long else {}))

@@ -49,9 +49,11 @@ def paper_rows() -> list[PaperRow]:
     """Return the rows of Tables II, III c, VI, VII, XI and XII that print a cost of MAR or VideoMAE."""
     document = Document(packaged("search_spaces") / "paper" / "cost.yaml")
     return [
-        PaperRow(table, row, told.get("settings", {}), told.get("gflops"), told.get("params_m"))
+        PaperRow(
+            table, row, stated.get("settings", {}), stated.get("gflops"), stated.get("params_m")
+        )
         for table, rows in document.content.items()
-        for row, told in rows.items()
+        for row, stated in rows.items()
     ]
 
 

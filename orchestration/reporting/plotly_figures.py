@@ -53,11 +53,11 @@ def write_figure(
 
 def write_html(file: Path, title: str, parts: str, script: str | None = None) -> None:
     """Write a page of charts that needs nothing else; ``script`` is plotly's unless given."""
-    told, script = html.escape(title), plotly_script() if script is None else script
+    heading, script = html.escape(title), plotly_script() if script is None else script
     file.parent.mkdir(parents=True, exist_ok=True)
     style = f"<style>{PAGE_STYLE}</style>"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{told}</title>{style}{script}'
-    body = f"<body><h1>{told}</h1>{parts}</body>"
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{heading}</title>{style}{script}'
+    body = f"<body><h1>{heading}</h1>{parts}</body>"
     file.write_text(
         f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n', encoding="utf-8"
     )

@@ -10,7 +10,7 @@ from typing import Literal
 
 from mar.model.flops import cost
 from orchestration.studies.matching import Record, match
-from orchestration.studies.metrics import QUANTITIES, cost_figure
+from orchestration.studies.metrics import METRICS, cost_figure
 from orchestration.studies.schema import BETWEEN_LABELS, label_parts
 from orchestration.studies.trial import Study, Trial
 
@@ -122,7 +122,7 @@ def rows(study: Study, records: Sequence[Record]) -> list[Row]:
         )
         for label, values in study.file.quoted.items()
     ]
-    order = {label: place for place, label in enumerate(study.file.table.order)}
+    order = {label: rank for rank, label in enumerate(study.file.table.order)}
     return sorted([*quoted, *ours], key=lambda row: order.get(row.label, len(order)))
 
 
@@ -151,8 +151,8 @@ def _notes(trials: Sequence[Trial], found: Mapping[str, Record]) -> tuple[str, .
 
 def _cell(study: Study, name: str, trials: Sequence[Trial], found: Mapping[str, Record]) -> Cell:
     paper = study.file.paper.get(name, {}).get(trials[0].row)
-    quantity = QUANTITIES[name]
-    source = quantity.source
+    metric = METRICS[name]
+    source = metric.source
     if source == "views":
         views = trials[0].settings.evaluation
         return Cell("complete", (float(views.crops * views.clips),), paper)
@@ -160,9 +160,7 @@ def _cell(study: Study, name: str, trials: Sequence[Trial], found: Mapping[str, 
         return Cell("complete", (cost_figure(cost(trials[0].settings), source),), paper)
     runs = [found[trial.key] for trial in trials if trial.key in found]
     values = tuple(
-        quantity.scale * run.metrics[source] + quantity.offset
-        for run in runs
-        if source in run.metrics
+        metric.scale * run.metrics[source] + metric.offset for run in runs if source in run.metrics
     )
     if len(values) == len(trials):
         return Cell("complete", values, paper)

@@ -19,13 +19,13 @@ from mar.safe_text import markdown
 from orchestration.reporting.csv_text import csv_text
 from orchestration.reporting.page_footer import footer
 from orchestration.reporting.plotly_figures import part_of_page, write_html
-from orchestration.search.optuna_search import Proposer
-from orchestration.studies.metrics import QUANTITIES
+from orchestration.search.optuna_search import OptunaSearch
+from orchestration.studies.metrics import METRICS
 
 _FEWEST_FOR_IMPORTANCE = 4
 
 
-def best_trials(proposer: Proposer) -> list[FrozenTrial]:
+def best_trials(proposer: OptunaSearch) -> list[FrozenTrial]:
     """Return the Pareto front, by its first goal; with one goal, the best trial."""
     if not _complete(proposer):
         return []
@@ -38,7 +38,7 @@ def best_trials(proposer: Proposer) -> list[FrozenTrial]:
     return sorted(front, key=lambda trial: trial.values[0])
 
 
-def _counts_text(proposer: Proposer) -> str:
+def _counts_text(proposer: OptunaSearch) -> str:
     """Return how many trials came to what, in words."""
     trials = proposer.study.get_trials(deepcopy=False)
     counts = {state: sum(each.state == state for each in trials) for state in TrialState}
@@ -46,21 +46,21 @@ def _counts_text(proposer: Proposer) -> str:
     copies = proposer.known
     rejected = sum("infeasible" in each.user_attrs for each in trials)
     counts[TrialState.PRUNED] -= rejected
-    words = f"{counts[TrialState.COMPLETE] - others - copies} trials finished, {counts[TrialState.PRUNED]} ended early, "
-    words += f"{counts[TrialState.FAIL]} failed or were asked twice, {copies} were found trained; {rejected} proposals broke a rule or a constraint and were not trained; "
-    return words + f"{others} finished trials of other studies were known before."
+    counts_text = f"{counts[TrialState.COMPLETE] - others - copies} trials finished, {counts[TrialState.PRUNED]} ended early, "
+    counts_text += f"{counts[TrialState.FAIL]} failed or were asked twice, {copies} were found trained; {rejected} proposals broke a rule or a constraint and were not trained; "
+    return counts_text + f"{others} finished trials of other studies were known before."
 
 
-def found_text(proposer: Proposer) -> str:
+def found_text(proposer: OptunaSearch) -> str:
     """Return what was found, as Markdown."""
     frame, search = front_frame(proposer), proposer.search
-    words = _counts_text(proposer)
+    counts_text = _counts_text(proposer)
     kind = "Pareto front" if len(search.file.goals) > 1 else "Best"
     shown = frame.map(_shown)
     lines = [
         f"**{markdown(search.file.title)}**",
         "",
-        words,
+        counts_text,
         "",
         f"{kind}:",
         "",
@@ -77,14 +77,12 @@ def found_text(proposer: Proposer) -> str:
     return "\n".join(lines) + "\n"
 
 
-def front_frame(proposer: Proposer) -> pd.DataFrame:
+def front_frame(proposer: OptunaSearch) -> pd.DataFrame:
     """Return the best trials: their goals, then their settings."""
     rows: list[dict[str, Any]] = []
     for trial in best_trials(proposer):
         goals = zip(proposer.search.file.goals, trial.values, strict=True)
-        values = {
-            QUANTITIES[name].title: round(value, QUANTITIES[name].digits) for name, value in goals
-        }
+        values = {METRICS[name].title: round(value, METRICS[name].digits) for name, value in goals}
         rows.append({"trial": trial.number, **values, **trial.params})
     return pd.DataFrame(rows)
 
@@ -93,26 +91,26 @@ def _shown(value: Any) -> Any:
     return markdown(value) if isinstance(value, str) else value
 
 
-def importance_frame(proposer: Proposer) -> pd.DataFrame:
+def importance_frame(proposer: OptunaSearch) -> pd.DataFrame:
     """Return how much of the variation of each goal each setting explains; empty while there are too few trials."""
     columns: dict[str, dict[str, float]] = {}
     complete = _complete(proposer)
-    for place, name in enumerate(proposer.search.file.goals):
-        values = {trial.values[place] for trial in complete}
+    for index, name in enumerate(proposer.search.file.goals):
+        values = {trial.values[index] for trial in complete}
         if len(complete) < _FEWEST_FOR_IMPORTANCE or len(values) < 2:
             continue
         try:
             found = optuna.importance.get_param_importances(
-                proposer.study, evaluator=_fanova(), target=_value_of(place)
+                proposer.study, evaluator=_fanova(), target=_value_of(index)
             )
         except (ValueError, RuntimeError):  # no setting is in all trials, or none varies
             continue
-        columns[QUANTITIES[name].title] = found
+        columns[METRICS[name].title] = found
     frame = pd.DataFrame(columns)
     return frame.reset_index(names="setting") if not frame.empty else frame
 
 
-def write_search_report(proposer: Proposer, folder: Path) -> None:
+def write_search_report(proposer: OptunaSearch, folder: Path) -> None:
     """Write ``report.md`` and ``.html``, ``best.yaml`` (a recipe, ready to run), ``front.csv``, ``trials.csv``, pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(found_text(proposer), encoding="utf-8")
@@ -134,7 +132,7 @@ def write_search_report(proposer: Proposer, folder: Path) -> None:
         _draw(proposer, folder)
 
 
-def _draw(proposer: Proposer, folder: Path) -> None:
+def _draw(proposer: OptunaSearch, folder: Path) -> None:
     """Write Optuna's own pictures, and a page of them that answers the mouse."""
     import matplotlib as mpl
 
@@ -156,7 +154,7 @@ def _draw(proposer: Proposer, folder: Path) -> None:
     write_html(folder / "report.html", proposer.search.file.title, page)
 
 
-def _found_html(proposer: Proposer) -> str:
+def _found_html(proposer: OptunaSearch) -> str:
     """Return what was found as a part of a page."""
     kind = "Pareto front" if len(proposer.search.file.goals) > 1 else "Best"
     parts = [f"<p>{html.escape(_counts_text(proposer))}</p>", f"<h2>{kind}</h2>"]
@@ -168,9 +166,9 @@ def _found_html(proposer: Proposer) -> str:
     return "\n".join(parts)
 
 
-def _pictures(proposer: Proposer, library: Any) -> dict[str, Callable[[], Any]]:
+def _pictures(proposer: OptunaSearch, library: Any) -> dict[str, Callable[[], Any]]:
     """Return what draws each picture, by its name, with either of Optuna's libraries of them."""
-    goals = [QUANTITIES[name].title for name in proposer.search.file.goals]
+    goals = [METRICS[name].title for name in proposer.search.file.goals]
     first: dict[str, Any] = (
         {"target": _value_of(0), "target_name": goals[0]} if len(goals) > 1 else {}
     )
@@ -200,9 +198,9 @@ def _fanova() -> optuna.importance.FanovaImportanceEvaluator:
     return optuna.importance.FanovaImportanceEvaluator(seed=0)
 
 
-def _value_of(place: int) -> Callable[[FrozenTrial], float]:
-    return lambda trial: trial.values[place]
+def _value_of(index: int) -> Callable[[FrozenTrial], float]:
+    return lambda trial: trial.values[index]
 
 
-def _complete(proposer: Proposer) -> list[FrozenTrial]:
+def _complete(proposer: OptunaSearch) -> list[FrozenTrial]:
     return proposer.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

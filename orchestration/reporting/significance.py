@@ -38,21 +38,21 @@ Verdict = Literal[
 
 
 @dataclass(frozen=True)
-class Answers:
+class Correctness:
     """Which test videos a model got right."""
 
-    right: npt.NDArray[np.bool_]
-    listing: str
+    correct: npt.NDArray[np.bool_]
+    videos_digest: str
     """Digest of the videos' names in their order (``mar.answers.listing``)."""
     names: Callable[[], list[str]]
     """Reads them; asked only when two models were not tested on the same ones."""
 
     @classmethod
-    def of(cls, correct: Mapping[str, bool]) -> Answers:
+    def of(cls, correct: Mapping[str, bool]) -> Correctness:
         """Return the answers that a mapping of names gives."""
         return cls(
             np.array([*correct.values()], dtype=bool),
-            correctness.listing(correct),
+            correctness.videos_digest(correct),
             lambda: [*correct],
         )
 
@@ -73,7 +73,7 @@ class Comparison:
     """Trainings of the row that has fewer."""
 
     @property
-    def is_told(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the videos tell the two apart, at 5 %."""
         return self.p < 1 - CONFIDENCE
 
@@ -82,16 +82,16 @@ class Comparison:
 class Claim:
     """What the paper concludes, and what our runs say of it."""
 
-    words: str
+    text: str
     verdict: Verdict
     pairs: Mapping[str, Comparison | None]
     """``better > worse`` -> better less worse (corrected over the claim's pairs); none: not there yet."""
 
 
-def read_answers(run: AnyRecord, file_of: FileOf[AnyRecord]) -> Answers:
+def read_correctness(run: AnyRecord, file_of: FileOf[AnyRecord]) -> Correctness:
     """Return a run's answers; of one that an earlier version tested, from its predictions."""
 
-    def correct() -> dict[str, bool]:
+    def from_predictions() -> dict[str, bool]:
         with file_of(run, "predictions.csv").open(
             newline="", encoding="utf-8", errors="surrogateescape"
         ) as lines:
@@ -100,13 +100,13 @@ def read_answers(run: AnyRecord, file_of: FileOf[AnyRecord]) -> Answers:
             }
 
     try:
-        right, listing = correctness.read_answers(file_of(run, correctness.ANSWERS))
+        correct, videos_digest = correctness.read_correctness(file_of(run, correctness.CORRECTNESS))
     except (Failure, FileNotFoundError):
-        return Answers.of(correct())
-    return Answers(right, listing, lambda: [*correct()])
+        return Correctness.of(from_predictions())
+    return Correctness(correct, videos_digest, lambda: [*from_predictions()])
 
 
-def compare(ours: Sequence[Answers], theirs: Sequence[Answers]) -> Comparison | None:
+def compare(ours: Sequence[Correctness], theirs: Sequence[Correctness]) -> Comparison | None:
     """Compare two rows, each given by its seeds; none: no video is in all of them.
 
     With one training each the question is whether these two models differ: McNemar's exact test over the videos. With
@@ -165,13 +165,14 @@ def _student(freedom: float) -> Any:
 
 
 def _over_the_same(
-    ours: Sequence[Answers], theirs: Sequence[Answers]
+    ours: Sequence[Correctness], theirs: Sequence[Correctness]
 ) -> tuple[list[npt.NDArray[np.bool_]], list[npt.NDArray[np.bool_]]]:
     """Return the answers on the videos that all have, in one order."""
-    if len({each.listing for each in (*ours, *theirs)}) == 1:
-        return [each.right for each in ours], [each.right for each in theirs]
+    if len({each.videos_digest for each in (*ours, *theirs)}) == 1:
+        return [each.correct for each in ours], [each.correct for each in theirs]
     named = [
-        [dict(zip(each.names(), each.right, strict=True)) for each in row] for row in (ours, theirs)
+        [dict(zip(each.names(), each.correct, strict=True)) for each in row]
+        for row in (ours, theirs)
     ]
     videos = sorted(set.intersection(*(set(each) for row in named for each in row)))
     one, other = (
@@ -180,23 +181,23 @@ def _over_the_same(
     return one, other
 
 
-def mcnemar(only_one: int, only_other: int) -> float:
+def mcnemar(study_lock: int, only_other: int) -> float:
     """Return the p of McNemar's exact test, from the videos that one model alone gets right."""
     from scipy import stats  # slow to import, and a plan needs none
 
     return (
-        float(stats.binomtest(only_one, only_one + only_other).pvalue)
-        if only_one + only_other
+        float(stats.binomtest(study_lock, study_lock + only_other).pvalue)
+        if study_lock + only_other
         else 1.0
     )
 
 
-def corrected(comparisons: Mapping[str, Comparison | None]) -> dict[str, Comparison | None]:
+def holm_corrected(comparisons: Mapping[str, Comparison | None]) -> dict[str, Comparison | None]:
     """Return the comparisons with Holm's correction for their number."""
     there = sorted((each.p, name) for name, each in comparisons.items() if each is not None)
     result, highest = dict(comparisons), 0.0
-    for place, (p, name) in enumerate(there):
-        highest = max(highest, min(1.0, (len(there) - place) * p))
+    for rank, (p, name) in enumerate(there):
+        highest = max(highest, min(1.0, (len(there) - rank) * p))
         each = comparisons[name]
         assert each is not None
         result[name] = replace(each, p=highest)
@@ -210,8 +211,10 @@ def against_reference(
     reference, rows = study.file.table.reference, _right_answers(study, records, file_of)
     if reference not in rows:
         return {}
-    gaps = {row: compare(right, rows[reference]) for row, right in rows.items() if row != reference}
-    return {row: gap for row, gap in corrected(gaps).items() if gap is not None}
+    gaps = {
+        row: compare(correct, rows[reference]) for row, correct in rows.items() if row != reference
+    }
+    return {row: gap for row, gap in holm_corrected(gaps).items() if gap is not None}
 
 
 def tells_apart(
@@ -225,7 +228,7 @@ def tells_apart(
     if row not in rows or other not in rows:
         return False
     comparison = compare(rows[row], rows[other])
-    return comparison is not None and comparison.is_told
+    return comparison is not None and comparison.is_significant
 
 
 def are_apart(ours: Sequence[float], theirs: Sequence[float]) -> bool:
@@ -243,28 +246,28 @@ def are_apart(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 def claims(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]) -> list[Claim]:
     """Return the verdict of our runs on each of the study's claims."""
     rows = _right_answers(study, records, file_of) if study.file.claims else {}
-    return [_judged(words, pairs, rows) for words, pairs in study.file.claims.items()]
+    return [_judged(text, pairs, rows) for text, pairs in study.file.claims.items()]
 
 
-def _judged(words: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Answers]]) -> Claim:
+def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correctness]]) -> Claim:
     gaps: dict[str, Comparison | None] = {}
     for pair in pairs:
         better, worse = pair.split(" > ")
         gaps[pair] = (
             compare(rows[better], rows[worse]) if better in rows and worse in rows else None
         )
-    gaps = corrected(gaps)
+    gaps = holm_corrected(gaps)
     there = [gap for gap in gaps.values() if gap is not None]
-    told = [gap for gap in there if gap.is_told]
+    significant = [gap for gap in there if gap.is_significant]
     is_one_training = any(gap.num_seeds == 1 for gap in there)
     verdict: Verdict = "open in one training" if is_one_training else "open"
-    if any(gap.difference < 0 for gap in told):
+    if any(gap.difference < 0 for gap in significant):
         verdict = "contradicted in one training" if is_one_training else "contradicted"
     elif None in gaps.values():
         verdict = "not there yet"
-    elif len(told) == len(gaps):
+    elif len(significant) == len(gaps):
         verdict = "supported in one training" if is_one_training else "supported"
-    return Claim(words, verdict, gaps)
+    return Claim(text, verdict, gaps)
 
 
 def _right_answers(
@@ -272,19 +275,19 @@ def _right_answers(
     records: Sequence[AnyRecord],
     file_of: FileOf[AnyRecord],
     only: set[str] | None = None,
-) -> dict[str, list[Answers]]:
+) -> dict[str, list[Correctness]]:
     """Return, by row with all its seeds, which videos each seed's model gets right; of ``only`` some rows."""
     found = match(study.trials, records)
     grouped: dict[str, list[Trial]] = {}
     for trial in study.trials:
         if only is None or trial.row in only:
             grouped.setdefault(trial.row, []).append(trial)
-    read: dict[str, Answers] = {}
+    read: dict[str, Correctness] = {}
 
-    def answers_of(trial: Trial) -> Answers:
+    def answers_of(trial: Trial) -> Correctness:
         run = found[trial.key]
         if run.run_id not in read:
-            read[run.run_id] = read_answers(run, file_of)
+            read[run.run_id] = read_correctness(run, file_of)
         return read[run.run_id]
 
     whole = {

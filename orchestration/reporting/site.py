@@ -71,7 +71,7 @@ class Section:
     """The same, answering the mouse; empty where the figure is a picture."""
     curves: str
     confusion: str
-    words: list[str]
+    findings_text: list[str]
     claims: list[Claim]
     trials: list[TrialState]
     command: str
@@ -161,7 +161,7 @@ def _section(
         _state(study, trial, found.get(trial.key) or newest.get(trial.key), store, neighbours)
         for trial in study.trials
     ]
-    words = findings(study, records) if "top1" in study.file.table.columns else []
+    found = findings(study, records) if "top1" in study.file.table.columns else []
     return Section(
         study.name,
         study.file.title,
@@ -170,7 +170,7 @@ def _section(
         study_chart(study, records),
         chart(curves) if (curves := curves_info(study, records, store.file_of)) else "",
         confusion_chart(mistaken) if (mistaken := confusion(study, records, store.file_of)) else "",
-        words,
+        found,
         claims(study, records, store.file_of),
         trials if study.trains else [],
         f"mar run {study.name} {' '.join(shlex.quote(word) for word in overrides)}".strip(),
@@ -188,10 +188,10 @@ def _state(
     )
     if run is None:
         near = neighbours.nearest(trial)
-        words = (
+        differing = (
             [f"{each.setting}: {each.first} → {each.second}" for each in near[1]] if near else []
         )
-        unlike = f"unlike run {near[0][:8]}: {'; '.join(words)}" if near else ""
+        unlike = f"unlike run {near[0][:8]}: {'; '.join(differing)}" if near else ""
         return TrialState(
             trial.name, trial.key, "not there yet", "", "", "", "", None, "", own, unlike
         )

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mar.atomic_dir import write_text
-from mar.config.overrides import flatten, placeless
+from mar.config.overrides import flatten, without_paths
 from mar.errors import UserError
 from mar.safe_text import markdown
 from mar.visualization.charts import draw_confusion
@@ -80,7 +80,7 @@ def claim_lines(judged: Sequence[Claim]) -> list[str]:
             for pair, gap in claim.pairs.items()
             if gap is not None
         ]
-        lines.append(f"{claim.verdict}: {claim.words}" + (f" ({'; '.join(gaps)})" if gaps else ""))
+        lines.append(f"{claim.verdict}: {claim.text}" + (f" ({'; '.join(gaps)})" if gaps else ""))
     return lines
 
 
@@ -96,16 +96,16 @@ def _findings(study: Study, all_rows: Sequence[Row]) -> list[str]:
     best = max(there, key=lambda row: row.cells["top1"].mean or 0.0)
     top1, settings = best.cells["top1"].mean or 0.0, study.trials[0].settings
     chance = 100 / settings.data.num_classes
-    words = [
+    notes = [
         f"Best: {best.label}, {top1:.2f} % top-1 on videos that it has not seen "
         f"({top1 / chance:.1f} times guessing, {chance:.2f} %)."
     ]
     shuffled = best.cells["shuffled_top1"].mean
     if shuffled is not None:
-        words.append(
+        notes.append(
             f"With each clip's frames in random order the same model has {shuffled:.2f} %."
         )
-    return words
+    return notes
 
 
 def _shared_settings(study: Study) -> list[tuple[str, str]]:
@@ -122,7 +122,7 @@ def _markdown(study: Study, table: TableInfo, judged: Sequence[str]) -> str:
     shared = "\n".join(
         f"| `{path}` | {markdown(value)} |" for path, value in _shared_settings(study)
     )
-    found = "\n".join(markdown(words) for words in _findings(study, table.rows))
+    found = "\n".join(markdown(note) for note in _findings(study, table.rows))
     title = markdown(study.file.title)
     claimed = (
         "## The paper's claims\n\n" + "".join(f"- {markdown(line)}\n" for line in judged) + "\n"
@@ -137,7 +137,7 @@ def _markdown(study: Study, table: TableInfo, judged: Sequence[str]) -> str:
 
 def _differing_settings(study: Study) -> str:
     """Return the settings in which trials differ, a row each, in HTML."""
-    trees = {trial.name: flatten(placeless(trial.settings)) for trial in study.trials}
+    trees = {trial.name: flatten(without_paths(trial.settings)) for trial in study.trials}
     paths = list(dict.fromkeys(path for tree in trees.values() for path in tree))
     differing = [
         path for path in paths if len({str(tree.get(path)) for tree in trees.values()}) > 1
@@ -165,7 +165,7 @@ def _html(
     )
     lines = "".join(f"<li>{html.escape(line)}</li>\n" for line in judged)
     claimed = f"<h2>The paper's claims</h2>\n<ul>{lines}</ul>\n" if judged else ""
-    found = "".join(f"<p>{html.escape(words)}</p>\n" for words in _findings(study, table.rows))
+    found = "".join(f"<p>{html.escape(note)}</p>\n" for note in _findings(study, table.rows))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>{plotly_script()}\n'
         f"<style>{PAGE_STYLE}</style></head>\n"

@@ -23,7 +23,7 @@ from orchestration.reporting.significance import (
     tells_apart,
 )
 from orchestration.studies.matching import AnyRecord
-from orchestration.studies.metrics import QUANTITIES
+from orchestration.studies.metrics import METRICS
 from orchestration.studies.trial import Study
 
 Spread = Literal["interval", "std", "range"]
@@ -62,7 +62,7 @@ class TableInfo:
     """What stands beside a mean over seeds; none: by their number."""
     own_notes: Sequence[str] = ()
     """What the study's file says below its table."""
-    told: Mapping[str, bool] = field(default_factory=dict[str, bool])
+    is_significant: Mapping[str, bool] = field(default_factory=dict[str, bool])
     """Quantity -> whether its best row is told apart from the next one: only then it is printed bold."""
 
     @property
@@ -92,7 +92,7 @@ class TableInfo:
             if any(row.is_quoted for row in self.rows)
             else []
         )
-        told = (
+        legend = (
             [
                 f"To {self.reference}: difference in top-1 over the same videos, 95 % interval; "
                 f"{_ALIKE}: these videos cannot tell the two apart (paired test, Holm's correction for "
@@ -106,7 +106,7 @@ class TableInfo:
             missing
             + self._seed_notes
             + quoted
-            + told
+            + legend
             + [*self.own_notes, *(note for row in self.rows for note in row.notes)]
         )
 
@@ -130,7 +130,9 @@ def table_info(
     delta = next(((axes.index(axis), label) for axis, label in layout.delta.items()), None)
     found = rows(study, records)
     compared = against_reference(study, records, file_of) if file_of and layout.reference else {}
-    told = {name: _is_best_told(study, name, found, records, file_of) for name in layout.columns}
+    is_significant = {
+        name: _is_best_told(study, name, found, records, file_of) for name in layout.columns
+    }
     return TableInfo(
         study.file.title,
         axes,
@@ -142,7 +144,7 @@ def table_info(
         compared,
         layout.spread,
         study.file.notes,
-        told,
+        is_significant,
     )
 
 
@@ -157,7 +159,7 @@ def _is_best_told(
 
     What is counted, not measured (operations, parameters), is as it is.
     """
-    if QUANTITIES[name].source.startswith("cost.") or QUANTITIES[name].source == "views":
+    if METRICS[name].source.startswith("cost.") or METRICS[name].source == "views":
         return True
     ranked = _ranked(found, name)
     if len(ranked) < 2:
@@ -184,13 +186,13 @@ def to_latex(info: TableInfo) -> str:
     frame.iloc[:, 0] = [
         "{}" + text if text[:1] in ("[", "*") else text for text in frame.iloc[:, 0]
     ]
-    words = len(info.axes) - (info.across is not None) + len(_words(info))
-    columns = "l" * words + "r" * (frame.shape[1] - words)
+    num_text_columns = len(info.axes) - (info.across is not None) + len(_words(info))
+    columns = "l" * num_text_columns + "r" * (frame.shape[1] - num_text_columns)
     body: str = frame.to_latex(index=False, escape=False, column_format=columns)
     if frame.shape[1] > _WIDE:
         body = f"\\resizebox{{\\linewidth}}{{!}}{{%\n{body}}}\n"
     caption = latex_escaped(
-        ". ".join(words.rstrip(".") for words in [info.title, *info.notes]) + "."
+        ". ".join(sentence.rstrip(".") for sentence in [info.title, *info.notes]) + "."
     )
     return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\\end{{table}}\n"
 
@@ -294,13 +296,13 @@ def _frame(
     lines, heads = _lines(info)
     firsts = [next(row for row in line if row is not None) for line in lines]
     columns: list[tuple[str, list[str]]] = []
-    for place, axis in enumerate(info.axes):
-        if place != info.across:
+    for column, axis in enumerate(info.axes):
+        if column != info.across:
             columns.append(
                 (
                     axis,
                     [
-                        row.labels[place] + f" {_QUOTED}" * (row.is_quoted and not place)
+                        row.labels[column] + f" {_QUOTED}" * (row.is_quoted and not column)
                         for row in firsts
                     ],
                 )
@@ -308,15 +310,15 @@ def _frame(
     columns += [(name, [row.about.get(name, "") for row in firsts]) for name in _words(info)]
     columns = [(title, [plain(text) for text in texts]) for title, texts in columns]
     for name in info.columns:
-        quantity, leader = QUANTITIES[name], _leader(info, name)
-        for place, head in enumerate([""] if _is_same_across(lines, name) else heads):
-            rows_of = [line[place] for line in lines]
+        metric, leader = METRICS[name], _leader(info, name)
+        for column, head in enumerate([""] if _is_same_across(lines, name) else heads):
+            rows_of = [line[column] for line in lines]
             title = (
-                quantity.title
+                metric.title
                 if not head
                 else head
                 if len(info.columns) == 1
-                else f"{quantity.title}, {head}"
+                else f"{metric.title}, {head}"
             )
             columns.append(
                 (title, [_text(info, row, name, leader, best, plain) for row in rows_of])
@@ -325,9 +327,12 @@ def _frame(
                 (key, [plain(text) for text in texts]) for key, texts in _beside(rows_of, name)
             ]
         if name == "top1" and info.comparisons:
-            told = [info.comparisons.get(row.label) for row in firsts]
+            comparisons = [info.comparisons.get(row.label) for row in firsts]
             columns.append(
-                (f"to {info.reference}", [plain(_gap(each)) if each else "" for each in told])
+                (
+                    f"to {info.reference}",
+                    [plain(_gap(each)) if each else "" for each in comparisons],
+                )
             )
         if name == "top1" and info.delta:
             columns.append(
@@ -336,7 +341,7 @@ def _frame(
             columns.append(
                 ("Δ, paper", [plain(_gain(info, row, lambda cell: cell.paper)) for row in firsts])
             )
-    frame = pd.DataFrame({place: texts for place, (_, texts) in enumerate(columns)})
+    frame = pd.DataFrame({column: texts for column, (_, texts) in enumerate(columns)})
     frame.columns = [plain(title) for title, _ in columns]
     return frame
 
@@ -353,7 +358,7 @@ def _words(info: TableInfo) -> list[str]:
 
 
 def _gap(comparison: Comparison) -> str:
-    alike = "" if comparison.is_told else f" {_ALIKE}"
+    alike = "" if comparison.is_significant else f" {_ALIKE}"
     return f"{comparison.difference:+.2f} [{comparison.low:+.2f}, {comparison.high:+.2f}]{alike}"
 
 
@@ -383,7 +388,7 @@ def _text(
     cell = row.cells[name]
     spread = info.spread_of(len(cell.values))
     text = plain(
-        cell_text(cell, QUANTITIES[name].digits, row.seeds, spread, info.common_seeds is not None)
+        cell_text(cell, METRICS[name].digits, row.seeds, spread, info.common_seeds is not None)
     )
     return best(text) if row is leader else text
 
@@ -408,8 +413,8 @@ def _beside(rows_of: Sequence[Row | None], name: str) -> list[tuple[str, list[st
 def _gain(info: TableInfo, row: Row, value: Callable[[Cell], float | None]) -> str:
     """Return what a row has in top-1 above the row that differs from it in one label."""
     assert info.delta
-    place, label = info.delta
-    reference = (*row.labels[:place], label, *row.labels[place + 1 :])
+    column, label = info.delta
+    reference = (*row.labels[:column], label, *row.labels[column + 1 :])
     base = next((other for other in info.rows if tuple(other.labels) == reference), None)
     ours, theirs = value(row.cells["top1"]), value(base.cells["top1"]) if base else None
     return MISSING if base is row or ours is None or theirs is None else f"{ours - theirs:+.2f}"
@@ -418,7 +423,7 @@ def _gain(info: TableInfo, row: Row, value: Callable[[Cell], float | None]) -> s
 def _leader(info: TableInfo, name: str) -> Row | None:
     """Return the row with the best value, if all are there, better means something and it is told from the next."""
     ranked = _ranked(info.rows, name)
-    if len(ranked) < 2 or not info.told.get(name, True):
+    if len(ranked) < 2 or not info.is_significant.get(name, True):
         return None
     is_alone = ranked[0].cells[name].mean != ranked[1].cells[name].mean
     return ranked[0] if is_alone else None
@@ -426,7 +431,7 @@ def _leader(info: TableInfo, name: str) -> Row | None:
 
 def _ranked(rows: Sequence[Row], name: str) -> list[Row]:
     """Return our rows, the best first; none where one is not there yet or no value is better than another."""
-    direction = QUANTITIES[name].higher_is_better
+    direction = METRICS[name].higher_is_better
     ours = [row for row in rows if not row.is_quoted]
     if direction is None or any(row.cells[name].mean is None for row in ours):
         return []

@@ -118,7 +118,9 @@ def _history(run: AnyRecord, file_of: FileOf[AnyRecord]) -> dict[str, dict[int, 
     names, *lines = csv.reader(text.splitlines())
     epochs = [int(line[names.index("epoch")]) for line in lines]
     columns = {
-        name: [line[place] for line in lines] for place, name in enumerate(names) if name in _CURVES
+        name: [line[column] for line in lines]
+        for column, name in enumerate(names)
+        if name in _CURVES
     }
     return {
         name: {epoch: float(value) for epoch, value in zip(epochs, values, strict=True) if value}

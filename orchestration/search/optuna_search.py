@@ -20,15 +20,15 @@ import optuna
 from optuna.trial import TrialState
 
 from mar.config.overrides import SettingError, flatten
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import fingerprint
 from mar.errors import Failure
 from mar.model.flops import cost
 from orchestration.config import sqlite_address
 from orchestration.search.schema import Search, as_text
-from orchestration.studies.identity import completed, identity
+from orchestration.studies.identity import identity, with_defaults_filled
 from orchestration.studies.matching import Record, match
-from orchestration.studies.metrics import QUANTITIES, cost_figure
+from orchestration.studies.metrics import METRICS, cost_figure
 from orchestration.studies.trial import Trial
 
 _REJECTED_IN_A_ROW = 10
@@ -42,7 +42,7 @@ UNCOUNTED = {_INFEASIBLE, _RUN, _COPY}
 
 
 @dataclass
-class Proposer:
+class OptunaSearch:
     """Asks Optuna for trials and tells it what came of them."""
 
     search: Search
@@ -58,7 +58,7 @@ class Proposer:
     failures_in_a_row: int = 0
     reached: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     """By key, of trials that this launch finished."""
-    ended: set[str] = field(default_factory=set[str])
+    pruned: set[str] = field(default_factory=set[str])
     """Keys of trials that were ended early."""
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class Proposer:
             if (
                 trial
                 and values is None
-                and trial.key not in self.asked.keys() | self.failures | self.ended
+                and trial.key not in self.asked.keys() | self.failures | self.pruned
             ):
                 self.asked[trial.key], self.epochs[trial.key] = asked, trial.settings.recipe.epochs
                 return trial
@@ -116,7 +116,7 @@ class Proposer:
                 self.study.tell(asked, values)
             rejected += 1
             if rejected % _REJECTED_IN_A_ROW == 0:
-                untried = self._untried()
+                untried = self._sample_untried()
                 if untried is None:
                     return None
                 self.study.enqueue_trial(untried)
@@ -132,8 +132,8 @@ class Proposer:
             asked.set_constraint("rules", 1.0)
             return None
         excess = self.search.excess(settings)
-        for words, value in zip(self.search.file.constraints, excess, strict=True):
-            asked.set_constraint(words, value)
+        for constraint, value in zip(self.search.file.constraints, excess, strict=True):
+            asked.set_constraint(constraint, value)
         if any(each > 0 for each in excess):
             asked.set_user_attr(_INFEASIBLE, ", ".join(self.search.file.constraints))
             return None
@@ -142,7 +142,7 @@ class Proposer:
         asked.set_user_attr(_KEY, trial.key)
         return trial
 
-    def _untried(self) -> dict[str, Any] | None:
+    def _sample_untried(self) -> dict[str, Any] | None:
         """Draw a point that keeps the rules and constraints and is new, where Optuna's proposals in a row do not.
 
         Returns none when all that are drawn were tried, as happens in a space of few points.
@@ -163,7 +163,7 @@ class Proposer:
                     continue
                 is_any_feasible = True
                 trial = Trial({}, settings, self.fingerprint)
-                is_new = trial.key not in self.asked.keys() | self.failures | self.ended
+                is_new = trial.key not in self.asked.keys() | self.failures | self.pruned
                 if is_new and self._reached(trial) is None:
                     return params
         if is_any_feasible:
@@ -182,7 +182,7 @@ class Proposer:
         except KeyError:  # a version before this metric wrote it
             return None
 
-    def finished(self, key: str, metrics: Mapping[str, float], settings: ExperimentConfig) -> None:
+    def finished(self, key: str, metrics: Mapping[str, float], settings: TrainingConfig) -> None:
         """Tell Optuna what a trial reached.
 
         Raises:
@@ -204,7 +204,7 @@ class Proposer:
         self.failures_in_a_row += 1
         self.study.tell(self.asked.pop(key), state=TrialState.FAIL)
 
-    def should_end(self, key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
+    def should_prune(self, key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
         """Whether a trial is to be ended at this epoch; Optuna is told of its validation accuracy either way.
 
         It is not at the last one: what is left is the test.
@@ -223,18 +223,18 @@ class Proposer:
         )
         if epoch >= self.epochs[key] or not trial.should_prune():
             return False
-        self.ended.add(key)
+        self.pruned.add(key)
         self.study.tell(self.asked.pop(key), state=TrialState.PRUNED)
         return True
 
-    def values(self, settings: ExperimentConfig, metrics: Mapping[str, float]) -> list[float]:
+    def values(self, settings: TrainingConfig, metrics: Mapping[str, float]) -> list[float]:
         """Return what a trial reached, goal by goal; raises a KeyError if its metrics lack one."""
         figures, values = cost(settings), list[float]()
         for name in self.search.file.goals:
-            quantity = QUANTITIES[name]
-            is_cost = quantity.source.startswith("cost.")
-            value = cost_figure(figures, quantity.source) if is_cost else metrics[quantity.source]
-            values.append(quantity.scale * value + quantity.offset)
+            metric = METRICS[name]
+            is_cost = metric.source.startswith("cost.")
+            value = cost_figure(figures, metric.source) if is_cost else metrics[metric.source]
+            values.append(metric.scale * value + metric.offset)
         return values
 
 
@@ -247,7 +247,7 @@ def suggested(asked: optuna.Trial, search: Search) -> dict[str, Any]:
     return params
 
 
-def open_search(search: Search, file: Path, records: Sequence[Record]) -> Proposer:
+def open_search(search: Search, file: Path, records: Sequence[Record]) -> OptunaSearch:
     """Open a search's Optuna study below the store; makes it, with its start points and what is known, if there is none."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter(
@@ -271,9 +271,9 @@ def open_search(search: Search, file: Path, records: Sequence[Record]) -> Propos
     )  # a search that goes on must not draw the same again
     study.sampler = _SAMPLERS[search.file.sampler](seed)
     study.pruner = _STOPPERS[search.file.stopper]()
-    proposer = Proposer(search, study, records)
+    proposer = OptunaSearch(search, study, records)
     if is_new:
-        study.set_metric_names([QUANTITIES[name].title for name in search.file.goals])
+        study.set_metric_names([METRICS[name].title for name in search.file.goals])
         for point in search.file.start:
             study.enqueue_trial(
                 {path: _value(search, path, value) for path, value in point.items()}
@@ -298,7 +298,7 @@ _STOPPERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
 }
 
 
-def _offer_known(proposer: Proposer, records: Sequence[Record]) -> None:
+def _offer_known(proposer: OptunaSearch, records: Sequence[Record]) -> None:
     """Add the finished trials of other studies that lie in the space."""
     search = proposer.search
     base = flatten(json.loads(Trial({}, search.settings({}), proposer.fingerprint).identity))
@@ -306,7 +306,7 @@ def _offer_known(proposer: Proposer, records: Sequence[Record]) -> None:
         if record.status != "FINISHED" or not record.identity:
             continue
         try:
-            tree = flatten(json.loads(completed(record.identity)))
+            tree = flatten(json.loads(with_defaults_filled(record.identity)))
         except (
             ValueError,
             KeyError,

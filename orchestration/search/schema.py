@@ -20,11 +20,11 @@ from optuna.distributions import (
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from mar.config.overrides import SETTING_PATHS, SettingError, build, flatten, merge
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.errors import UserError
 from mar.model.flops import cost
 from orchestration.installation import packaged
-from orchestration.studies.metrics import QUANTITIES, cost_figure
+from orchestration.studies.metrics import METRICS, cost_figure
 from orchestration.studies.recipe import in_family, parse_overrides
 from orchestration.studies.validation import mistake_in
 from orchestration.studies.yaml_document import Document, Recipe, find
@@ -133,8 +133,8 @@ class Search:
 
         ``base`` is the identity of the settings that all trials share.
         """
-        told = self.file.model_dump(mode="json", include={"space", "goals", "constraints"})
-        digest = hashlib.sha256(json.dumps([base, told], sort_keys=True).encode()).hexdigest()
+        included = self.file.model_dump(mode="json", include={"space", "goals", "constraints"})
+        digest = hashlib.sha256(json.dumps([base, included], sort_keys=True).encode()).hexdigest()
         return f"{self.name}-{digest[:6]}"
 
     def applies(self, dimension: Dimension, params: Mapping[str, Any]) -> bool:
@@ -142,18 +142,18 @@ class Search:
         so_far = {**self.whole, **{path: from_text(value) for path, value in params.items()}}
         return all(so_far.get(other) in values for other, values in dimension.when.items())
 
-    def settings(self, params: Mapping[str, Any]) -> ExperimentConfig:
+    def settings(self, params: Mapping[str, Any]) -> TrainingConfig:
         """Return the settings of a point; raises a SettingError if they break a rule."""
         return build(merge(self.tree, {path: from_text(value) for path, value in params.items()}))
 
-    def excess(self, settings: ExperimentConfig) -> list[float]:
+    def excess(self, settings: TrainingConfig) -> list[float]:
         """Return by how much each constraint is broken; none is where all are 0 or less."""
         figures, found = cost(settings), list[float]()
-        for words in self.file.constraints:
-            told = CONSTRAINT.fullmatch(words)
-            assert told
-            value, bound = cost_figure(figures, QUANTITIES[told[1]].source), float(told[3])
-            found.append(value - bound if told[2] == "<=" else bound - value)
+        for constraint in self.file.constraints:
+            parsed = CONSTRAINT.fullmatch(constraint)
+            assert parsed
+            value, bound = cost_figure(figures, METRICS[parsed[1]].source), float(parsed[3])
+            found.append(value - bound if parsed[2] == "<=" else bound - value)
         return found
 
 
@@ -184,8 +184,8 @@ def read_search(name: str, overrides: Sequence[str] = ()) -> Search:
         tree = merge(merge(base.content, file.fixed), changes)
         whole = flatten(build(tree).model_dump(mode="json"))
     except SettingError as error:
-        place = "" if error.path in changes else f"{document.place('fixed')}: "
-        raise UserError(f"{place}{error}") from None
+        location = "" if error.path in changes else f"{document.location('fixed')}: "
+        raise UserError(f"{location}{error}") from None
     file = file.model_copy(update={"space": _typed(file.space, whole)})
     _check(file, document)
     return Search(document.path.stem, file, tree, whole, document.path)
@@ -212,46 +212,48 @@ def _check(file: SearchFile, document: Document) -> None:
     above: set[str] = set()
     for path, dimension in file.space.items():
         if path not in SETTING_PATHS or path == "seed":
-            raise UserError(f"{document.place('space', path)}: {path}: no such setting to search")
+            raise UserError(
+                f"{document.location('space', path)}: {path}: no such setting to search"
+            )
         try:
             dimension.distribution()
         except ValueError as error:
-            raise UserError(f"{document.place('space', path)}: {path}: {error}") from None
+            raise UserError(f"{document.location('space', path)}: {path}: {error}") from None
         for other in dimension.when:
             if other not in SETTING_PATHS or (other in file.space and other not in above):
                 reason = "stands below it" if other in file.space else "no such setting"
                 raise UserError(
-                    f"{document.place('space', path, 'when')}: {path}: when: {other}: {reason}"
+                    f"{document.location('space', path, 'when')}: {path}: when: {other}: {reason}"
                 )
         above.add(path)
     for name in file.goals:
-        if name not in QUANTITIES:
+        if name not in METRICS:
             raise UserError(
-                f"{document.place('goals')}: no quantity {name!r} (there are: {', '.join(QUANTITIES)})"
+                f"{document.location('goals')}: no quantity {name!r} (there are: {', '.join(METRICS)})"
             )
-    for words in file.constraints:
-        told = CONSTRAINT.fullmatch(words)
-        if not told or not QUANTITIES.get(told[1], QUANTITIES["top1"]).source.startswith("cost."):
+    for constraint in file.constraints:
+        parsed = CONSTRAINT.fullmatch(constraint)
+        if not parsed or not METRICS.get(parsed[1], METRICS["top1"]).source.startswith("cost."):
             known = ", ".join(
-                name for name, each in QUANTITIES.items() if each.source.startswith("cost.")
+                name for name, each in METRICS.items() if each.source.startswith("cost.")
             )
             raise UserError(
-                f"{document.place('constraints')}: {words!r}: expected a cost and a bound, as 'gflops <= 90' ({known})"
+                f"{document.location('constraints')}: {constraint!r}: expected a cost and a bound, as 'gflops <= 90' ({known})"
             )
     for number, point in enumerate(file.start):
         unknown = set(point) - set(file.space)
         if unknown:
             raise UserError(
-                f"{document.place('start')}: start {number + 1}: {', '.join(sorted(unknown))} is not in the space"
+                f"{document.location('start')}: start {number + 1}: {', '.join(sorted(unknown))} is not in the space"
             )
         for path, value in point.items():
             if not file.space[path].holds(as_text(value)):
                 raise UserError(
-                    f"{document.place('start')}: start {number + 1}: {path} cannot be {value!r}"
+                    f"{document.location('start')}: start {number + 1}: {path} cannot be {value!r}"
                 )
     if file.stopper != "none" and len(file.goals) > 1:
         raise UserError(
-            f"{document.place('stopper')}: stopper: an early end needs one goal, there are {len(file.goals)}"
+            f"{document.location('stopper')}: stopper: an early end needs one goal, there are {len(file.goals)}"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from mar import MANIFEST
-from mar.atomic_dir import read_sealed
+from mar.atomic_dir import read_atomic_dir
 from mar.errors import Failure, UserError
 from mar.safe_input import below
 from orchestration.failures import first_line
@@ -27,7 +27,7 @@ from orchestration.secrets import has_secrets, without_secrets
 _CHUNK_BYTES = 2**22
 
 
-class Remote:
+class ObjectStore:
     """A place in an object store; names in it are relative, as ``trials/KEY/result``.
 
     Raises:
@@ -174,12 +174,12 @@ class Remote:
     def _sizes(self, name: str) -> dict[str, int]:
         import pyarrow.fs
 
-        place = self._at(name)
+        path = self._at(name)
         with self._explained(name):
-            selected = pyarrow.fs.FileSelector(place, recursive=True, allow_not_found=True)
+            selected = pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True)
             found: list[Any] = self.files.get_file_info(selected)
         files = [each for each in found if each.type == pyarrow.fs.FileType.File]
-        return {str(each.path).removeprefix(f"{place}/"): int(each.size) for each in files}
+        return {str(each.path).removeprefix(f"{path}/"): int(each.size) for each in files}
 
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
@@ -198,13 +198,13 @@ class Remote:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        read_sealed(folder)
+        read_atomic_dir(folder)
     except Failure:
         return False
     return True
 
 
 @lru_cache(maxsize=8)
-def remote(uri: str) -> Remote:
+def remote(uri: str) -> ObjectStore:
     """Return the remote at an address; one for all that a process does there."""
-    return Remote(uri)
+    return ObjectStore(uri)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mar.safe_input import read_json
-from orchestration.failures import Reason
+from orchestration.failures import FailureReason
 
 LOG = "log.txt"
 """File, below the trial's folder, with what its workers had to say to a person."""
@@ -17,7 +17,7 @@ LOGS = "logs"
 """Folder, below the trial's folder, with a log of each worker: what it ran on, warnings, tracebacks, stacks."""
 
 
-PULSE = "pulse.json"
+HEARTBEAT = "pulse.json"
 """File, below the trial's folder: how far its training is, for ``mar status``."""
 
 
@@ -37,7 +37,7 @@ RECORD = "trial.json"
 """File, below the trial's folder: its study, name and tags, from which a lost database is made again."""
 
 
-PASSES = "passes.json"
+MICROBATCH = "passes.json"
 """File, below the trial's folder, with the largest pass that its memory holds, once it held no larger."""
 
 
@@ -45,18 +45,18 @@ FILE = "failure.json"
 """In a trial's folder: why it was given up, from the process that knows."""
 
 
-def write_reason(folder: Path, reason: Reason) -> None:
+def write_reason(folder: Path, reason: FailureReason) -> None:
     """Leave a reason in the trial's folder."""
     (folder / FILE).write_text(json.dumps(asdict(reason), ensure_ascii=False), encoding="utf-8")
 
 
-def read_reason(folder: Path, error: object = None) -> Reason | None:
+def read_reason(folder: Path, error: object = None) -> FailureReason | None:
     """Return the reason that the trial's process left; else what Ray says, which then lost that process; else none."""
     try:
-        return Reason(**read_json(folder / FILE))
+        return FailureReason(**read_json(folder / FILE))
     except (OSError, ValueError, TypeError):
         pass
     if error is None:
         return None
     lines = str(error).strip().splitlines()
-    return Reason(lines[-1] if lines else "Ray lost the trial", "node")
+    return FailureReason(lines[-1] if lines else "Ray lost the trial", "node")

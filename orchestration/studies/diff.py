@@ -40,7 +40,7 @@ def differences(first: str, second: str) -> list[Difference]:
     for setting in one | other:
         values = one.get(setting), other.get(setting)
         if values[0] != values[1]:
-            reasons = dict.fromkeys(words for file in files if (words := file.comment(setting)))
+            reasons = dict.fromkeys(comment for file in files if (comment := file.comment(setting)))
             found.append(Difference(setting, *values, "; ".join(reasons)))
     return found
 

@@ -7,9 +7,9 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from mar import RESULTS
-from mar.config.overrides import build, placeless
-from mar.config.schema import ClassifierConfig, ExperimentConfig, MaskConfig, ReconstructionConfig
+from mar import RESULTS_VERSION
+from mar.config.overrides import build, without_paths
+from mar.config.schema import ClassifierConfig, MaskConfig, ReconstructionConfig, TrainingConfig
 from mar.weights.hub import ABSENT as WEIGHTS_ABSENT
 from mar.weights.hub import fingerprint
 
@@ -25,13 +25,13 @@ def key_of(identity_line: str) -> str:
     return hashlib.sha256(identity_line.encode()).hexdigest()[:12]
 
 
-def identity(settings: ExperimentConfig, data_fingerprint: str) -> str:
+def identity(settings: TrainingConfig, data_fingerprint: str) -> str:
     """Return one line that is equal for equal trainings: settings with the data's content instead of its place."""
     settings = canonical(settings)
     tree: dict[str, Any] = {
-        **placeless(settings),
+        **without_paths(settings),
         "fingerprint": data_fingerprint,
-        "results": RESULTS,
+        "results": RESULTS_VERSION,
     }
     if settings.evaluation.mask.ratio == settings.mask.ratio:  # the same as to leave it out
         tree["evaluation"] = {
@@ -46,7 +46,7 @@ def identity(settings: ExperimentConfig, data_fingerprint: str) -> str:
     return json.dumps(tree, sort_keys=True, ensure_ascii=False)
 
 
-def canonical(settings: ExperimentConfig) -> ExperimentConfig:
+def canonical(settings: TrainingConfig) -> TrainingConfig:
     """Return the settings with those that do nothing at their defaults: they must not make two trainings of one.
 
     A linear classifier has no width; where nothing is hidden there are no cells and nothing is rebuilt; a running
@@ -70,7 +70,7 @@ def canonical(settings: ExperimentConfig) -> ExperimentConfig:
 _RUNNING = (MaskConfig().motion, MaskConfig().spatial, MaskConfig().temporal)
 
 
-def training_of(identity_line: str) -> str:
+def training_identity(identity_line: str) -> str:
     """Return the part of an identity that a training depends on: all but how it is tested."""
     tree: dict[str, Any] = json.loads(identity_line)
     tree.pop("evaluation")
@@ -79,7 +79,7 @@ def training_of(identity_line: str) -> str:
     return json.dumps(tree, sort_keys=True, ensure_ascii=False)
 
 
-def completed(
+def with_defaults_filled(
     identity_line: str, data_fingerprint: str | None = None, weights: str | None = None
 ) -> str:
     """Return an identity that an earlier version wrote, with the settings it did not know yet at their defaults.

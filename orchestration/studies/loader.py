@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mar.config.overrides import SettingError, build, merge
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import fingerprint
 from mar.errors import UserError
 from mar.weights.hub import fetch
@@ -124,15 +124,15 @@ def _with_changed_axes(file: StudyFile, changes: dict[str, Any]) -> StudyFile:
     """Take ``axes.AXIS.LABEL.path`` out of the command line's changes: they are one label's own settings."""
     axes = {axis: dict(labels) for axis, labels in file.axes.items()}
     for path in [path for path in changes if path.startswith("axes.")]:
-        places = [
+        candidates = [
             (axis, label)
             for axis in axes
             for label in axes[axis]
             if path.startswith(f"axes.{axis}.{label}.")
         ]
-        if not places:
+        if not candidates:
             raise UserError(f"{path}: the study has no such axis and label ({', '.join(axes)})")
-        axis, label = max(places, key=lambda place: len(place[1]))
+        axis, label = max(candidates, key=lambda location: len(location[1]))
         axes[axis][label] = {
             **axes[axis][label],
             path.removeprefix(f"axes.{axis}.{label}."): changes.pop(path),
@@ -160,16 +160,16 @@ def _beside(document: Document, recipe: str) -> str:
     try:
         return str(find(recipe, "recipe"))
     except UserError as error:
-        raise UserError(f"{document.place('recipe')}: recipe: {error}") from None
+        raise UserError(f"{document.location('recipe')}: recipe: {error}") from None
 
 
 def _override(
-    tree: dict[str, Any], settings: Mapping[str, Any], document: Document, place: tuple[str, ...]
+    tree: dict[str, Any], settings: Mapping[str, Any], document: Document, location: tuple[str, ...]
 ) -> dict[str, Any]:
     try:
         return merge(tree, settings)
     except SettingError as error:
-        raise UserError(f"{document.place(*place)}: {error}") from None
+        raise UserError(f"{document.location(*location)}: {error}") from None
 
 
 def _build(
@@ -179,7 +179,7 @@ def _build(
     labels: Sequence[tuple[str, Mapping[str, Any]]],
     file: StudyFile,
     changes: Mapping[str, Any],
-) -> ExperimentConfig:
+) -> TrainingConfig:
     try:
         return build(tree)
     except SettingError as error:
@@ -188,23 +188,23 @@ def _build(
         for axis, (label, settings) in zip(file.axes, labels, strict=True):
             if error.path and touches(error.path, settings):
                 raise UserError(
-                    f"{document.place('axes', axis, label)}: {axis} = {label}: {error}"
+                    f"{document.location('axes', axis, label)}: {axis} = {label}: {error}"
                 ) from None
         if error.path and touches(error.path, file.fixed):
-            raise UserError(f"{document.place('fixed')}: {error}") from None
-        raise UserError(f"{recipe.place_of_setting(error.path)}: {error}") from None
+            raise UserError(f"{document.location('fixed')}: {error}") from None
+        raise UserError(f"{recipe.location_of_setting(error.path)}: {error}") from None
 
 
-def _fingerprint(settings: ExperimentConfig, known: dict[str, str]) -> str:
+def _fingerprint(settings: TrainingConfig, known: dict[str, str]) -> str:
     data = settings.data
-    place = data.model_dump_json()
-    if place not in known:
-        known[place] = (
+    location = data.model_dump_json()
+    if location not in known:
+        known[location] = (
             fingerprint(data)
             if Path(data.root).is_dir() and any(Path(data.root).iterdir())
             else ABSENT
         )
-    return known[place]
+    return known[location]
 
 
 def _select(trials: list[Trial], file: StudyFile, only: Sequence[str]) -> list[Trial]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol, TypeVar
 
-from orchestration.studies.identity import completed, training_of
+from orchestration.studies.identity import training_identity, with_defaults_filled
 from orchestration.studies.trial import ABSENT, Trial
 
 
@@ -59,7 +59,7 @@ def match(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dict[str, An
 
 def match_training(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
     """Return, by trial key, a finished run of the same training, tested in whatever way."""
-    return _match(trials, [record for record in records if record.has_model], training_of)
+    return _match(trials, [record for record in records if record.has_model], training_identity)
 
 
 def _match(
@@ -88,7 +88,7 @@ def _match(
 @lru_cache(maxsize=2**15)  # a search asks for every proposal
 def _completed(identity_line: str, data_fingerprint: str | None, weights: str | None) -> str:
     try:
-        return completed(identity_line, data_fingerprint, weights)
+        return with_defaults_filled(identity_line, data_fingerprint, weights)
     except (
         ValueError,
         KeyError,

@@ -8,7 +8,7 @@ from mar.model.flops import Cost
 
 
 @dataclass(frozen=True)
-class Quantity:
+class Metric:
     """A column: where its value comes from and how it is printed."""
 
     title: str
@@ -21,27 +21,25 @@ class Quantity:
     """Printed is scale × source + offset."""
 
 
-QUANTITIES = {
-    "top1": Quantity("Top-1 (%)", "test/top1", higher_is_better=True),
-    "top5": Quantity("Top-5 (%)", "test/top5", higher_is_better=True),
-    "shuffled_top1": Quantity("Top-1, shuffled frames (%)", "test/top1_shuffled_frames"),
-    "gflops": Quantity("GFLOPs", "cost.gflops", digits=4),
-    "params": Quantity("Param (M)", "cost.params_m"),
-    "loss": Quantity("Loss", "train/loss", digits=4, higher_is_better=False),
-    "reconstruction_loss": Quantity(
+METRICS = {
+    "top1": Metric("Top-1 (%)", "test/top1", higher_is_better=True),
+    "top5": Metric("Top-5 (%)", "test/top5", higher_is_better=True),
+    "shuffled_top1": Metric("Top-1, shuffled frames (%)", "test/top1_shuffled_frames"),
+    "gflops": Metric("GFLOPs", "cost.gflops", digits=4),
+    "params": Metric("Param (M)", "cost.params_m"),
+    "loss": Metric("Loss", "train/loss", digits=4, higher_is_better=False),
+    "reconstruction_loss": Metric(
         "L_r", "train/reconstruction_loss", digits=4, higher_is_better=False
     ),
-    "test_reconstruction_loss": Quantity(
+    "test_reconstruction_loss": Metric(
         "L_r, test", "test/reconstruction_loss", digits=4, higher_is_better=False
     ),
-    "clips_per_s": Quantity("Clips/s", "throughput/clips_per_s", digits=1, higher_is_better=True),
-    "error": Quantity("Error (%)", "test/top1", higher_is_better=False, scale=-1.0, offset=100.0),
-    "views": Quantity("Crops × clips", "views", digits=0),
-    "memory_gib": Quantity("GPU Mem. (GiB)", "memory/batch_of_1_gib", higher_is_better=False),
-    "time_h": Quantity(
-        "Training time (h)", "time/elapsed_s", higher_is_better=False, scale=1 / 3600
-    ),
-    "time_s": Quantity("Training time (s)", "time/elapsed_s", digits=0, higher_is_better=False),
+    "clips_per_s": Metric("Clips/s", "throughput/clips_per_s", digits=1, higher_is_better=True),
+    "error": Metric("Error (%)", "test/top1", higher_is_better=False, scale=-1.0, offset=100.0),
+    "views": Metric("Crops × clips", "views", digits=0),
+    "memory_gib": Metric("GPU Mem. (GiB)", "memory/batch_of_1_gib", higher_is_better=False),
+    "time_h": Metric("Training time (h)", "time/elapsed_s", higher_is_better=False, scale=1 / 3600),
+    "time_s": Metric("Training time (s)", "time/elapsed_s", digits=0, higher_is_better=False),
 }
 
 

@@ -193,9 +193,9 @@ def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
         for state in ("have", "new", "test", "same")
     }
     new = [line for line in lines if line.state == "new"]
-    words = f"{len(lines)} trials: {counts['have']} finished, {counts['new']} to train"
-    words += f", {counts['test']} to test only" if counts["test"] else ""
-    words += f", {counts['same']} the same as another" if counts["same"] else ""
+    summary = f"{len(lines)} trials: {counts['have']} finished, {counts['new']} to train"
+    summary += f", {counts['test']} to test only" if counts["test"] else ""
+    summary += f", {counts['same']} the same as another" if counts["same"] else ""
     hours = [line.device_hours for line in new if line.device_hours is not None]
     if new and len(hours) == len(new):
         where = (
@@ -203,14 +203,14 @@ def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
             if device
             else "at the throughput of this study's finished trials"
         )
-        words += f", about {sum(hours):.2f} device-hours {where}"
+        summary += f", about {sum(hours):.2f} device-hours {where}"
         if device and device.price_per_h:
-            words += f", {sum(hours) * device.price_per_h:,.0f} in money"
+            summary += f", {sum(hours) * device.price_per_h:,.0f} in money"
     elif new:
-        words += (
+        summary += (
             "; device-hours are known once a trial of this study is finished here, or with --device"
         )
-    notes = [words]
+    notes = [summary]
     if new:
         notes.append(
             f"storage about {sum(line.storage_gib for line in new):.1f} GiB for their models, and for each that "
@@ -272,11 +272,11 @@ def _or_dash(value: float | None, form: str) -> str:
 def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | None:
     """Return the size of the training split: as it is here, or the official one while it is not."""
     data = trial.settings.data
-    place = data.model_dump_json()
-    if place not in known:
+    source = data.model_dump_json()
+    if source not in known:
         official = _known()["train_videos"].get(data.format)
-        known[place] = official if trial.fingerprint == ABSENT else len(read_split(data, "train"))
-    return known[place]
+        known[source] = official if trial.fingerprint == ABSENT else len(read_split(data, "train"))
+    return known[source]
 
 
 def _measured_rate(study: Study, found: dict[str, AnyRecord]) -> float | None:

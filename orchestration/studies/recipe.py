@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mar.config.overrides import SETTING_PATHS, SettingError, build, merge
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.errors import UserError
 from mar.safe_input import parse_yaml
 from mar.weights.hub import is_path
@@ -18,7 +18,7 @@ from orchestration.installation import packaged
 from orchestration.studies.yaml_document import Recipe, find
 
 
-def read_recipe(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def read_recipe(name: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     """Read a recipe file and apply ``path=value`` overrides."""
     recipe = Recipe(find(name, "recipe"))
     if {"axes", "space"} & recipe.content.keys():
@@ -30,8 +30,10 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     try:
         return build(merge(recipe.content, changes))
     except SettingError as error:
-        place = "" if touches(error.path, changes) else f"{recipe.place_of_setting(error.path)}: "
-        raise UserError(f"{place}{error}") from None
+        location = (
+            "" if touches(error.path, changes) else f"{recipe.location_of_setting(error.path)}: "
+        )
+        raise UserError(f"{location}{error}") from None
 
 
 def recipe_tree(name: str) -> dict[str, Any]:
@@ -46,9 +48,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         path, equals, text = word.partition("=")
         if word.startswith(("axes.", "rows.")):  # a label may have an equals sign
             ends = [
-                place
-                for place in range(len(word))
-                if word[place] == "=" and _SETTING.search(word[:place])
+                location
+                for location in range(len(word))
+                if word[location] == "=" and _SETTING.search(word[:location])
             ]
             path, text = (word[: ends[0]], word[ends[0] + 1 :]) if ends else (path, text)
         if not equals or not path:
@@ -78,7 +80,7 @@ def touches(path: str, changes: Mapping[str, Any]) -> bool:
     )
 
 
-def absolute_paths(settings: ExperimentConfig) -> ExperimentConfig:
+def absolute_paths(settings: TrainingConfig) -> TrainingConfig:
     """Return the settings with absolute paths to data and weights, for workers whose working folder is another."""
     data, encoder, weights = settings.data, settings.encoder, settings.encoder.weights
     cache = str(Path(data.cache).resolve()) if data.cache else None

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mar.config.schema import ExperimentConfig
+from mar.config.schema import TrainingConfig
 from mar.weights.hub import ABSENT as WEIGHTS_ABSENT
-from orchestration.studies.identity import identity, key_of, training_of, weights_fingerprint
+from orchestration.studies.identity import identity, key_of, training_identity, weights_fingerprint
 from orchestration.studies.schema import BETWEEN_LABELS, StudyFile
 
 ABSENT = "absent"
@@ -22,7 +22,7 @@ class Trial:
 
     labels: Mapping[str, str]
     """Axis -> label."""
-    settings: ExperimentConfig
+    settings: TrainingConfig
     fingerprint: str
     """Of the data's content; ``ABSENT`` while it is not there."""
 
@@ -44,7 +44,7 @@ class Trial:
     @cached_property
     def training(self) -> str:
         """Equal trainings, equal models: trials that differ in ``evaluation`` alone are one training."""
-        return training_of(self.identity)
+        return training_identity(self.identity)
 
     @property
     def lacks_weights(self) -> bool:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from mar.config.overrides import SETTING_PATHS
 from mar.errors import UserError
-from orchestration.studies.metrics import QUANTITIES
+from orchestration.studies.metrics import METRICS
 from orchestration.studies.schema import BETWEEN_LABELS, StudyFile, label_parts
 from orchestration.studies.trial import Study
 from orchestration.studies.yaml_document import Document
@@ -29,7 +29,7 @@ def parse_study_file(document: Document) -> StudyFile:
     except ValidationError as error:
         raise UserError(mistake_in(document, error, StudyFile)) from None
     if len(set(file.seeds)) < len(file.seeds):
-        raise UserError(f"{document.place('seeds')}: seeds: each may stand there once")
+        raise UserError(f"{document.location('seeds')}: seeds: each may stand there once")
     settings = [file.fixed, *(tree for axis in file.axes.values() for tree in axis.values())]
     if any("seed" in tree for tree in settings):
         raise UserError(f"{document.path}: the seed is set by 'seeds: [0, 1, …]', not as a setting")
@@ -44,7 +44,7 @@ def _labelled(axis: str, labels: Any, document: Document) -> Any:
         near = difflib.get_close_matches(axis, SETTING_PATHS, n=1, cutoff=0.6)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"{document.place('axes', axis)}: axes.{axis}: a list of values needs a setting's name, as mask.ratio{hint}"
+            f"{document.location('axes', axis)}: axes.{axis}: a list of values needs a setting's name, as mask.ratio{hint}"
         )
     return {_value_text(value): {axis: value} for value in labels}
 
@@ -60,7 +60,7 @@ def mistake_in(document: Document, error: ValidationError, kind: type[BaseModel]
         (each for each in found if each["type"] == "extra_forbidden"), found[0]
     )  # a misspelt key is missing too
     names = tuple(str(part) for part in first["loc"])
-    words = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if first["type"] == "extra_forbidden":
         known = kind.model_fields
         if len(names) > 1:
@@ -74,12 +74,12 @@ def mistake_in(document: Document, error: ValidationError, kind: type[BaseModel]
             if known
             else ""
         )
-        words = f"no such key{hint}"
+        message = f"no such key{hint}"
     elif first["type"] in ("dict_type", "model_type"):
-        words = f"must be a mapping, 'name: value' line by line, not {first['input']!r}"
+        message = f"must be a mapping, 'name: value' line by line, not {first['input']!r}"
     elif first["type"] == "missing":
-        words = "is missing"
-    return f"{document.place(*names)}: {'.'.join(names)}: {words}"
+        message = "is missing"
+    return f"{document.location(*names)}: {'.'.join(names)}: {message}"
 
 
 def check_references(study: Study, document: Document) -> None:
@@ -91,56 +91,58 @@ def check_references(study: Study, document: Document) -> None:
     named += [("paper", name) for name in file.paper]
     named += [("quoted", name) for row in file.quoted.values() for name in row]
     for part, name in named:
-        if name not in QUANTITIES:
-            known = ", ".join(QUANTITIES)
+        if name not in METRICS:
+            known = ", ".join(METRICS)
             raise UserError(
-                f"{document.place(part)}: {part}: no quantity {name!r} (there are: {known})"
+                f"{document.location(part)}: {part}: no quantity {name!r} (there are: {known})"
             )
     if figure.kind == "points" and figure.x is None:
-        raise UserError(f"{document.place('figure')}: figure: kind 'points' needs x")
-    places = [
+        raise UserError(f"{document.location('figure')}: figure: kind 'points' needs x")
+    references = [
         (("paper", name, row), row, rows) for name, values in file.paper.items() for row in values
     ]
     all_rows = [*rows, *file.quoted]
-    places += [(("about", row), row, all_rows) for row in file.about]
-    places += [(("table", "order"), row, all_rows) for row in table.order]
-    places += [(("table", "reference"), row, rows) for row in [table.reference] if row is not None]
-    places += [
-        (("claims", words), row, rows)
-        for words, pairs in file.claims.items()
-        for row in _sides(words, pairs)
+    references += [(("about", row), row, all_rows) for row in file.about]
+    references += [(("table", "order"), row, all_rows) for row in table.order]
+    references += [
+        (("table", "reference"), row, rows) for row in [table.reference] if row is not None
     ]
-    for place, row, known in places:
+    references += [
+        (("claims", claim), row, rows)
+        for claim, pairs in file.claims.items()
+        for row in _sides(claim, pairs)
+    ]
+    for location, row, known in references:
         if row not in known:
-            words = f"{'.'.join(place[:2])}: no trial is labelled {row!r} (there are: {', '.join(known)})"
-            raise UserError(f"{document.place(*place)}: {words}")
+            message = f"{'.'.join(location[:2])}: no trial is labelled {row!r} (there are: {', '.join(known)})"
+            raise UserError(f"{document.location(*location)}: {message}")
     parts = [part for axis in file.axes for part in label_parts(axis, axis)]
     axes = {"table.across": table.across, "figure.group": figure.group}
     axes |= {f"table.delta.{axis}": axis for axis in table.delta}
-    for place, axis in axes.items():
+    for location, axis in axes.items():
         if axis is not None and axis not in parts:
-            part = place.split(".")[0]
+            part = location.split(".")[0]
             raise UserError(
-                f"{document.place(part)}: {place}: no axis {axis!r} (there are: {', '.join(parts)})"
+                f"{document.location(part)}: {location}: no axis {axis!r} (there are: {', '.join(parts)})"
             )
     for axis, label in table.delta.items():
         known = {each.split(BETWEEN_LABELS)[parts.index(axis)] for each in rows}
         if label not in known:
-            words = (
+            message = (
                 f"table.delta.{axis}: no label {label!r} (there are: {', '.join(sorted(known))})"
             )
-            raise UserError(f"{document.place('table')}: {words}")
+            raise UserError(f"{document.location('table')}: {message}")
     for axis, labels in file.axes.items():
         for label in labels:
             if len(label_parts(axis, label)) != len(label_parts(axis, axis)):
                 raise UserError(
-                    f"{document.place('axes', axis, label)}: {label!r} must have the parts of {axis!r}"
+                    f"{document.location('axes', axis, label)}: {label!r} must have the parts of {axis!r}"
                 )
 
 
-def _sides(words: str, pairs: Sequence[str]) -> list[str]:
+def _sides(claim: str, pairs: Sequence[str]) -> list[str]:
     """Return the rows that a claim compares."""
     sides = [pair.split(" > ") for pair in pairs]
     if any(len(pair) != 2 for pair in sides):
-        raise UserError(f"claims: {words}: expected 'better row > worse row'")
+        raise UserError(f"claims: {claim}: expected 'better row > worse row'")
     return [row for pair in sides for row in pair]

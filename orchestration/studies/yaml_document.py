@@ -76,16 +76,16 @@ class Document:
         self.comments = _comments(text)
         self._read_lines(node, ())
 
-    def place(self, *names: str) -> str:
+    def location(self, *names: str) -> str:
         """Return ``file:line`` of the entry, or of its nearest ancestor that the file has."""
         for length in range(len(names), 0, -1):
             if names[:length] in self.lines:
                 return f"{self.path}:{self.lines[names[:length]]}"
         return str(self.path)
 
-    def place_of_setting(self, path: str) -> str:
+    def location_of_setting(self, path: str) -> str:
         """Return ``file:line`` of a dotted setting, written nested or dotted."""
-        return self.place(*(self._key(path) or path.split(".")))
+        return self.location(*(self._key(path) or path.split(".")))
 
     def has(self, path: str) -> bool:
         """Whether the file has that dotted setting."""
@@ -122,7 +122,9 @@ def _comments(text: str) -> dict[int, str]:
     behind = {
         line + 1: lines[line][column:].strip() for line, column in ends.items() if line < len(lines)
     }
-    return {line: words.lstrip("# ") for line, words in behind.items() if words.startswith("#")}
+    return {
+        line: comment.lstrip("# ") for line, comment in behind.items() if comment.startswith("#")
+    }
 
 
 class Recipe:
@@ -142,20 +144,20 @@ class Recipe:
                 try:
                     above = find(str(base), "recipe")
                 except UserError as error:
-                    raise UserError(f"{document.place('extends')}: extends: {error}") from None
+                    raise UserError(f"{document.location('extends')}: extends: {error}") from None
             if above in [each.path.resolve() for each in self.documents]:
-                raise UserError(f"{document.place('extends')}: extends: {base} extends itself")
+                raise UserError(f"{document.location('extends')}: extends: {base} extends itself")
             document = Document(above)
         self.content: dict[str, Any] = {}
         for each in self.documents:
             try:
                 self.content = merge(self.content, each.content)
             except SettingError as error:
-                raise UserError(f"{each.place_of_setting(error.path)}: {error}") from None
+                raise UserError(f"{each.location_of_setting(error.path)}: {error}") from None
 
-    def place_of_setting(self, path: str) -> str:
+    def location_of_setting(self, path: str) -> str:
         """Return ``file:line`` of a dotted setting, in the file that has the last word on it."""
-        return self._owner(path).place_of_setting(path)
+        return self._owner(path).location_of_setting(path)
 
     def comment(self, path: str) -> str | None:
         """Return the comment behind a dotted setting, where it was set last."""

@@ -50,10 +50,10 @@ def _git() -> dict[str, str]:
     if program is None or root is None:
         return {}
 
-    def ask(*words: str) -> str:
-        answer = subprocess.run(
-            [program, "-C", str(root), *words], capture_output=True, text=True, check=False
-        )  # noqa: S603
+    def ask(*arguments: str) -> str:
+        answer = subprocess.run(  # noqa: S603
+            [program, "-C", str(root), *arguments], capture_output=True, text=True, check=False
+        )
         return answer.stdout.strip()
 
     return {

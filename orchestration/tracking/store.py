@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mar import MANIFEST, RESULT
+from mar import MANIFEST, RESULT_DIR
 from mar.config.overrides import flatten
 from mar.errors import Failure
 from orchestration.config import LaunchConfig
@@ -114,11 +114,13 @@ class Store:
         Raises:
             Failure: it is in neither place.
         """
-        here = self.launch.trial_folder(record.key) / RESULT
+        here = self.launch.trial_folder(record.key) / RESULT_DIR
         if not (here / MANIFEST).is_file():
             here.parent.mkdir(parents=True, exist_ok=True)
             with explained(self.launch):
-                return Path(self.client.download_artifacts(record.run_id, RESULT, str(here.parent)))
+                return Path(
+                    self.client.download_artifacts(record.run_id, RESULT_DIR, str(here.parent))
+                )
         return here
 
     def file_of(self, record: RunRecord, name: str) -> Path:
@@ -127,7 +129,7 @@ class Store:
         Raises:
             Failure: it is in neither place, or the result has no such file.
         """
-        here = self.launch.trial_folder(record.key) / RESULT / name
+        here = self.launch.trial_folder(record.key) / RESULT_DIR / name
         fetched = self.launch.store.resolve() / "fetched" / record.run_id
         if here.is_file():
             return here
@@ -137,7 +139,9 @@ class Store:
             fetched.mkdir(parents=True, exist_ok=True)
             with explained(self.launch):
                 return Path(
-                    self.client.download_artifacts(record.run_id, f"{RESULT}/{name}", str(fetched))
+                    self.client.download_artifacts(
+                        record.run_id, f"{RESULT_DIR}/{name}", str(fetched)
+                    )
                 )
         return fetched / name
 
@@ -210,7 +214,7 @@ class Store:
             if not self.client.search_registered_models(f"name = '{name}'", max_results=1):
                 self.client.create_registered_model(name)
             if not self.client.search_model_versions(f"run_id = '{run_id}'"):
-                source = f"{self.client.get_run(run_id).info.artifact_uri}/{RESULT}"
+                source = f"{self.client.get_run(run_id).info.artifact_uri}/{RESULT_DIR}"
                 self.client.create_model_version(name, source, run_id, tags=dict(tags))
         except MlflowException as error:
             if error.error_code not in _NO_REGISTRY:  # the store may be away: try again

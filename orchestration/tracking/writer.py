@@ -33,7 +33,7 @@ class Writer:
 
     def __init__(self, store: Store, patience_s: float = 30.0) -> None:
         self.store, self.client, self.patience_s = store, store.client, patience_s
-        self._orders: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self._operations: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._runs: dict[str, str] = {}
         self._pending: dict[str, list[Metric]] = {}
         self._logged: dict[str, int] = {}
@@ -42,44 +42,44 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
 
-    def open(self, key: str, find_or_make: Callable[[], str]) -> None:
+    def open(self, key: str, find_or_create: Callable[[], str]) -> None:
         """Let ``key`` name the run whose id ``find_or_make`` returns."""
-        self._orders.put(lambda: self._runs.update({key: find_or_make()}))
+        self._operations.put(lambda: self._runs.update({key: find_or_create()}))
 
     def metrics(
         self, key: str, epoch: int, metrics: Mapping[str, float], again: bool = False
     ) -> None:
         """Log an epoch's metrics, unless an attempt before this one has; ``again`` logs those of them that it has not."""
         now = int(time.time() * 1000)
-        self._orders.put(lambda: self._collect(key, epoch, metrics, now, again))
+        self._operations.put(lambda: self._collect(key, epoch, metrics, now, again))
 
     def artifacts(self, key: str, folder: Path, below: str) -> None:
         """Upload a folder's files."""
-        self._orders.put(
+        self._operations.put(
             lambda: self.client.log_artifacts(self._runs[key], str(folder), artifact_path=below)
         )
 
     def artifact(self, key: str, file: Path) -> None:
         """Upload one file."""
-        self._orders.put(lambda: self.client.log_artifact(self._runs[key], str(file)))
+        self._operations.put(lambda: self.client.log_artifact(self._runs[key], str(file)))
 
     def register(self, key: str, name: str, tags: Mapping[str, str]) -> None:
         """Make the run's result a version of a registered model."""
-        self._orders.put(lambda: self.store.register(self._runs[key], name, tags))
+        self._operations.put(lambda: self.store.register(self._runs[key], name, tags))
 
     def tag(self, key: str, name: str, value: str) -> None:
         """Set a tag."""
-        self._orders.put(lambda: self.client.set_tag(self._runs[key], name, value))
+        self._operations.put(lambda: self.client.set_tag(self._runs[key], name, value))
 
-    def then(self, do: Callable[[], object]) -> None:
+    def after_flush(self, do: Callable[[], object]) -> None:
         """Do something once all that was ordered before is written."""
-        self._orders.put(self._flush)
-        self._orders.put(do)
+        self._operations.put(self._flush)
+        self._operations.put(do)
 
     def end(self, key: str, status: Status) -> None:
         """Mark a run as ended, after all that was ordered before."""
-        self._orders.put(self._flush)
-        self._orders.put(lambda: self.client.set_terminated(self._runs[key], status))
+        self._operations.put(self._flush)
+        self._operations.put(lambda: self.client.set_terminated(self._runs[key], status))
 
     def flush(self) -> None:
         """Wait until all that was ordered is written.
@@ -88,8 +88,8 @@ class Writer:
             Failure: the store could not be written, and was not back within ``patience_s``.
         """
         written = threading.Event()
-        self._orders.put(self._flush)
-        self._orders.put(written.set)
+        self._operations.put(self._flush)
+        self._operations.put(written.set)
         began = time.monotonic()
         while not written.wait(timeout=min(_SAID_AFTER_S, self.patience_s)):
             if self._failure is None:  # it is being written, and that takes its time
@@ -114,20 +114,20 @@ class Writer:
             if not self._abandoned.is_set():
                 self.flush()
         finally:
-            self._orders.put(None)
+            self._operations.put(None)
             self._thread.join()
 
     def _work(self) -> None:
-        while (order := self._orders.get()) is not None:
-            self._carry_out(order)
-            if self._orders.empty():
-                self._carry_out(self._flush)
+        while (operation := self._operations.get()) is not None:
+            self._execute(operation)
+            if self._operations.empty():
+                self._execute(self._flush)
 
-    def _carry_out(self, order: Callable[[], object]) -> None:
+    def _execute(self, operation: Callable[[], object]) -> None:
         pause_s = 0.5
         while not self._abandoned.is_set():
             try:
-                order()
+                operation()
             except (
                 Exception
             ) as error:  # whatever it was, the order stands until it is carried out or given up

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mar.distributed import Share
+from mar.distributed import WorkerRank
 from orchestration.storage.trial_dir import LOG, LOGS
 
 
@@ -21,12 +21,12 @@ class WorkerLog(logging.Handler):
     Warnings of libraries and whatever else is logged in this process while it is open go to the worker's own.
     """
 
-    def __init__(self, folder: Path, share: Share, device: torch.device) -> None:
+    def __init__(self, folder: Path, worker_rank: WorkerRank, device: torch.device) -> None:
         super().__init__(logging.WARNING)
-        self.file, self.is_open = file_of(folder, share), False
-        self.told = folder / LOG if share.rank == 0 else None
+        self.file, self.is_open = file_of(folder, worker_rank), False
+        self.user_log = folder / LOG if worker_rank.rank == 0 else None
         self.begins = (
-            f"worker {share.rank} of {share.world} on {platform.node()}, process {os.getpid()}, {name_of(device)}; "
+            f"worker {worker_rank.rank} of {worker_rank.world} on {platform.node()}, process {os.getpid()}, {name_of(device)}; "
             f"what its process prints is in {_where(2)}"
         )
 
@@ -43,31 +43,31 @@ class WorkerLog(logging.Handler):
         logging.captureWarnings(False)
         self.note("ends")
 
-    def __call__(self, words: str) -> None:
+    def __call__(self, message: str) -> None:
         """Say something to a person."""
-        self.note(words)
-        if self.told:
-            self._write(self.told, words)
+        self.note(message)
+        if self.user_log:
+            self._write(self.user_log, message)
 
-    def note(self, words: str) -> None:
+    def note(self, message: str) -> None:
         """Write something down for whoever looks."""
-        self._write(self.file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {words}")
+        self._write(self.file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write down what was logged."""
         self.note(f"{record.levelname} {record.name}: {record.getMessage()}")
 
-    def _write(self, file: Path, words: str) -> None:
+    def _write(self, file: Path, message: str) -> None:
         with (
             suppress(OSError),
             file.open("a", encoding="utf-8") as stream,
         ):  # a full disk is told of elsewhere
-            stream.write(f"{words}\n")
+            stream.write(f"{message}\n")
 
 
-def file_of(folder: Path, share: Share) -> Path:
+def file_of(folder: Path, worker_rank: WorkerRank) -> Path:
     """Return a worker's own log."""
-    return folder / LOGS / f"worker{share.rank}.txt"
+    return folder / LOGS / f"worker{worker_rank.rank}.txt"
 
 
 def name_of(device: torch.device) -> str:

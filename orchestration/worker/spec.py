@@ -13,7 +13,7 @@ from orchestration.studies.trial import Trial
 
 
 @dataclass(frozen=True)
-class Assignment:
+class TrialSpec:
     """All that a worker on any machine needs: plain values, so that it travels as a dictionary."""
 
     key: str
@@ -24,8 +24,8 @@ class Assignment:
     cpus_per_worker: int
     gpus_per_worker: int
     loader_processes: int
-    max_clips_per_pass: int | None
-    recompute_activations: bool
+    max_microbatch_clips: int | None
+    activation_checkpointing: bool
     compile: bool
     checkpoint_every_steps: int | None
     keep: dict[str, Any]
@@ -49,15 +49,15 @@ class Assignment:
         return asdict(self)
 
 
-def assign(
+def build_trial_spec(
     trial: Trial,
     launch: LaunchConfig,
     gpus_per_worker: int,
     trained: Path | None = None,
     environment: Mapping[str, str] | None = None,
-) -> Assignment:
+) -> TrialSpec:
     """Return what a worker is told of a trial."""
-    return Assignment(
+    return TrialSpec(
         key=trial.key,
         settings=absolute_paths(trial.settings).model_dump(mode="json"),
         folder=str(launch.trial_folder(trial.key)),
@@ -66,8 +66,8 @@ def assign(
         cpus_per_worker=launch.cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         loader_processes=launch.loader_processes,
-        max_clips_per_pass=launch.max_clips_per_pass,
-        recompute_activations=launch.recompute_activations,
+        max_microbatch_clips=launch.max_microbatch_clips,
+        activation_checkpointing=launch.activation_checkpointing,
         compile=launch.compile,
         checkpoint_every_steps=launch.checkpoint_every_steps,
         keep=asdict(launch.keep),

@@ -280,7 +280,7 @@ def test_a_goal_that_was_not_measured_is_named(open_: Open) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "output"),
     [
         ("sampler=foo", "sampler=foo: Input should be"),
         ("trials=abc", "trials=abc: Input should be a valid integer"),

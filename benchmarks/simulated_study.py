@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,12 @@ from ray.tune.execution import tune_controller
 from mar import RESULT_DIR
 from mar.atomic_dir import write_atomic_dir, write_text
 from mar.data.motion_verbs import MotionVerbs, make
-from orchestration.backends.ray_env import quiet_environment
+from orchestration.backends.ray_env import ray_environment
 from orchestration.config import LaunchConfig
-from orchestration.execution import recorder as launching
+from orchestration.execution import study_runner
 from orchestration.execution.study_runner import run_study
 from orchestration.studies.loader import read_study
-from orchestration.tracking import store
+from orchestration.tracking import store, writer
 
 HERE = Path(__file__).parent
 RECIPE = {
@@ -114,7 +115,7 @@ class StubActors:
             "time/elapsed_s": 1.0,
         }
         if epoch + 1 == self.num_epochs:
-            leave_result(Path(config["assignment"]["folder"]), metrics)
+            leave_result(Path(config["spec"]["folder"]), metrics)
         output = {
             "training_iteration": epoch + 1,
             "trial_id": "",
@@ -216,7 +217,7 @@ def main() -> None:
     args = parser.parse_args()
     clock, StubActors.num_epochs = Clock(), args.epochs
     tune_controller.RayActorManager = StubActors
-    client = store.mlflow.MlflowClient
+    client = store.MlflowClient
     for name in (
         "create_run",
         "search_runs",
@@ -230,10 +231,10 @@ def main() -> None:
     clock.around(store.Store, "register", "MLflow model versions")
     clock.around(tune_controller.TuneController, "step", "Tune's controller, our callbacks in it")
     clock.around(tune_controller.TuneController, "checkpoint", "Tune's own snapshot")
-    clock.around(launching.Writer, "flush", "waiting for MLflow at the end")
-    clock.around(launching, "train_missing", "from the first trial to the last")
+    clock.around(writer.Writer, "flush", "waiting for MLflow at the end")
+    clock.around(study_runner, "train_missing", "from the first trial to the last")
     launch = LaunchConfig(backend="inline", tracking_uri=args.tracking_uri)
-    os.environ.update(quiet_environment(launch), TUNE_MAX_PENDING_TRIALS_PG=str(args.devices))
+    os.environ.update(ray_environment(launch), TUNE_MAX_PENDING_TRIALS_PG=str(args.devices))
     ray.init(
         num_cpus=args.devices,
         include_dashboard=False,
@@ -242,7 +243,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        launch = launch.model_copy(update={"store": folder / "store"})
+        launch = replace(launch, store=folder / "store")
         began = time.perf_counter()
         study = read_study(
             str(study_file(folder, args.trials)), [f"recipe.epochs={args.epochs}"], []

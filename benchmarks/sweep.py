@@ -114,10 +114,10 @@ def one(
             str(study),
             "--store",
             str(store),
-            "--max-concurrent",
+            "--max-concurrent-trials",
             "1",
         ]
-        command += ["--local"] if backend == "local" else ["--backend", backend]
+        command += ["--backend", "local"] if backend == "local" else ["--backend", backend]
         begins: dict[str, float] = {}
         ends: dict[str, float] = {}
         started = time.time()

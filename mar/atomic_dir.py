@@ -104,8 +104,26 @@ def read_atomic_dir(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def atomic_write(file: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all: a reader sees the old content or the new, never a part.
+
+    It is written beside its path and renamed. The process number is in the temporary name, because several processes may
+    write the same file.
+
+    Raises:
+        OSError: the disk refuses; the temporary file is removed.
+    """
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
 def write_text(file: Path, text: str) -> None:
-    """Write UTF-8 text."""
+    """Write UTF-8 text into a file of an unfinished folder."""
     file.write_text(text, encoding="utf-8")
 
 

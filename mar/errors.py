@@ -8,7 +8,17 @@ from typing import Literal
 from mar.safe_text import message
 
 FailureKind = Literal[
-    "user", "data", "disk", "memory", "shm", "numbers", "hang", "node", "code", "damaged", "stopped"
+    "user",
+    "data",
+    "disk",
+    "memory",
+    "shm",
+    "non_finite",
+    "stalled",
+    "worker_lost",
+    "internal",
+    "damaged",
+    "stopped",
 ]
 """What went wrong: the settings, the videos, the disk, out of memory, shared memory (/dev/shm) that is too small, a loss
 that is not finite, no progress, a machine or process that was lost, the code, a result that is not what was written; or
@@ -25,7 +35,7 @@ class UserError(ValueError):
 class Failure(RuntimeError):
     """The input was right but the work could not be done (disk, network, broken data). Exit code 1."""
 
-    def __init__(self, message: str, kind: FailureKind = "code") -> None:
+    def __init__(self, message: str, kind: FailureKind = "internal") -> None:
         super().__init__(message)
         self.kind: FailureKind = kind
 

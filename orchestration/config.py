@@ -1,97 +1,184 @@
-"""Where and how trials run. Nothing here changes a result, and nothing here is part of a trial's identity."""
+"""Where and how trials run. Nothing here changes a result, and nothing here is part of a trial's identity.
+
+The options of ``mar run`` are made from these fields (``cli/launch_options.py``): a field's name with hyphens is the
+option's name, and what is said of the field here is the option's help text. Plain dataclasses and not pydantic models: every
+verb of the command imports this module, and ``mar --help`` is to be quick.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import quote
-
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
 
 from mar.safe_input import below
 from mar.training.retention import RetentionPolicy
 from orchestration.secrets import without_secrets
 
+HELP = "help"
+"""Key of a field's metadata: what it is, its unit, what none means."""
+MINIMUM = "minimum"
+"""Key of a field's metadata: the least value allowed."""
+METAVAR = "metavar"
+"""Key of a field's metadata: what stands for its value in the help."""
+
+
+def _option(default: Any, help_text: str, **metadata: Any) -> Any:
+    """Return a field with its help text, and perhaps a minimum and a name for its value."""
+    return field(default=default, metadata={HELP: help_text, **metadata})
+
+
+def _check_minima(config: Any) -> None:
+    """Check each field against its minimum.
+
+    Raises:
+        ValueError: a value is too small.
+    """
+    for each in fields(config):
+        value = getattr(config, each.name)
+        minimum = each.metadata.get(MINIMUM)
+        if minimum is not None and value is not None and value < minimum:
+            raise ValueError(f"{each.name}: {value} is less than {minimum}")
+
 
 def sqlite_address(file: Path) -> str:
     """Return the address of an SQLite file, whatever characters its path has.
 
-    In an address ``?`` begins the options and ``%`` a code, so such characters are written as codes. Then so are the
-    slashes: MLflow makes the folder that stands before the last slash without reading the codes.
+    In an address ``?`` begins the options and ``%`` a code, so such characters are written as codes. Then the slashes
+    are too: MLflow creates the folder before the last slash without decoding the codes.
     """
     path = str(file)
-    return f"sqlite:///{path if quote(path) == path else quote(path, safe='')}"
+    quoted = quote(path)
+    if quoted != path:
+        quoted = quote(path, safe="")
+    return f"sqlite:///{quoted}"
 
 
-class LaunchConfig(BaseModel):
-    """One launch of a study."""
+@dataclass(frozen=True)
+class WorkerConfig:
+    """How the workers of one trial run. It travels to them as JSON.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    workers: int = _option(1, "Data-parallel workers of a trial.", minimum=1)
+    min_workers: int | None = _option(
+        None,
+        "Elastic: continue with so few workers when nodes are lost, and grow again. Default: --workers.",
+        minimum=1,
+    )
+    cpus_per_worker: int = _option(1, "CPU cores of a worker.", minimum=1)
+    gpus_per_worker: int | None = _option(
+        None, "GPUs of a worker. Default: one where there are any.", minimum=0
+    )
+    loader_processes: int = _option(
+        0, "Decoding processes of a worker; 0: the worker decodes itself.", minimum=0
+    )
+    max_microbatch_clips: int | None = _option(
+        None,
+        "Clips in a worker's largest forward-backward pass; above this, gradients are accumulated.",
+        minimum=2,
+    )
+    activation_checkpointing: bool = _option(
+        False, "Recompute activations in the backward pass: less memory, a third more work."
+    )
+    compile: bool = _option(
+        False, "Compile the model's blocks: slower to start; mar bench shows whether it pays."
+    )
+    checkpoint_every_steps: int | None = _option(
+        None, "Checkpoint inside epochs too; an epoch's end always has one.", minimum=1
+    )
+    keep: RetentionPolicy = field(
+        default_factory=RetentionPolicy,
+        metadata={HELP: "Checkpoints that stay: last=N,best,every=EPOCHS.", METAVAR: "POLICY"},
+    )
+    retries: int = _option(
+        1, "How often a failed trial is resumed from its last checkpoint.", minimum=0
+    )
+    retry_non_finite: bool = _option(False, "Resume after a gradient that is not finite, too.")
+    resize_s: float = _option(
+        60.0, "How often an elastic trial looks for more workers, seconds.", minimum=1
+    )
+    object_store: str | None = _option(
+        None,
+        "Object store for checkpoints and results, where nodes share no disk: s3://bucket/folder, gs://….",
+        metavar="URI",
+    )
+    cache_from: str | None = _option(
+        None, "Object store to fetch data.cache from, once on each node.", metavar="URI"
+    )
+    hang_timeout_s: float | None = _option(
+        1800.0,
+        "End and restart a worker that made no progress for so many seconds; 0: never.",
+        minimum=0,
+    )
+    patience_s: float = _option(
+        300.0,
+        "How long to wait for room on a full disk, or for an MLflow server that is away, seconds.",
+        minimum=1,
+    )
+
+    def __post_init__(self) -> None:
+        _check_minima(self)
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"min_workers: {self.min_workers} is more than workers: {self.workers}"
+            )
+        store = self.object_store
+        if store and not store.startswith(("s3://", "gs://", "file://")):
+            raise ValueError(
+                f"object_store: {store}: expected s3://bucket/folder or gs://bucket/folder"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, from which ``from_json`` makes an equal object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the object that ``to_json`` made the values from."""
+        own: dict[str, Any] = dict(values)
+        own["keep"] = RetentionPolicy(**own["keep"])
+        return cls(**own)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """One launch of a study.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
 
     store: Path = Path("mar_store")
     """Folder of the embedded tracking store, of checkpoints and of reports; shared storage on a cluster."""
     tracking_uri: str | None = None
     """MLflow server; none: SQLite and a folder below ``store``."""
-    backend: Literal["train", "inline", "local"] = "train"
-    """``train``: Ray Train workers. ``inline``: inside Tune's trial, one worker. ``local``: no Ray at all."""
-    address: str | None = None
-    """Ray cluster to join; none: a private one on this machine, reachable from here only."""
-    workers: PositiveInt = 1
-    """Data-parallel workers of a trial."""
-    min_workers: PositiveInt | None = None
-    """Elastic: a trial goes on with as few as these where there are no more, and grows again; none: ``workers``."""
-    cpus_per_worker: PositiveInt = 1
-    gpus_per_worker: NonNegativeInt | None = None
-    """None: one where there are any."""
-    max_concurrent_trials: PositiveInt | None = None
-    """None: as many as the cluster holds."""
-    loader_processes: NonNegativeInt = 0
-    """Decoding processes of a worker; 0: the worker decodes itself."""
-    max_microbatch_clips: PositiveInt | None = None
-    """Gradient accumulation: largest forward-backward pass of one worker, clips."""
-    activation_checkpointing: bool = False
-    """Where memory is short: compute activations again in the backward pass; a third more work."""
-    compile: bool = False
-    """Compile the model's blocks: half a minute and more at a trial's start; ``mar bench`` on a GPU says whether it pays."""
-    checkpoint_every_steps: PositiveInt | None = None
-    """Checkpoint inside an epoch too; an epoch's end always has one."""
-    keep: RetentionPolicy = RetentionPolicy()
-    """Which checkpoints of a trial stay."""
-    remote: str | None = None
-    """Object store (``s3://…``, ``gs://…``) for checkpoints and results, where the nodes share no disk."""
-    cache_from: str | None = None
-    """Object store that has the frame cache: each node fetches it to ``data.cache`` once."""
     study: str = ""
-    """Name of the study that is run."""
-    hang_timeout_s: PositiveFloat | None = 1800.0
-    """A worker that did nothing for so long is ended, its stacks in the log, and started again; none: never."""
-    webhook: str | None = None
-    """Address that hears, in JSON, when a study ends."""
-    retries: NonNegativeInt = 1
-    """Times a trial that Ray lost goes on from its last checkpoint; ``local`` has no such second try."""
-    retry_numbers: bool = False
-    """Also try again after a gradient that is not finite."""
-    patience_s: PositiveFloat = 300.0
-    """How long to wait for room on a full disk, and, when all is trained, for a tracking store that is away; seconds."""
-    resize_s: PositiveFloat = 60.0
-    """How often an elastic trial looks for more workers, seconds."""
-    poll_s: PositiveFloat = 0.5
+    """Name of the study that runs."""
+    backend: Literal["train", "inline", "local"] = _option(
+        "train",
+        "train: Ray Train workers. inline: inside Tune's trial, one worker. local: here, without Ray.",
+    )
+    address: str | None = _option(
+        None, "Ray cluster to join. Default: a private one on this machine."
+    )
+    max_concurrent_trials: int | None = _option(
+        None, "Most trials at once. Default: as many as fit.", minimum=1
+    )
+    webhook: str | None = _option(
+        None, "Address that gets a JSON message when a study ends; or @FILE, which contains it."
+    )
+    poll_s: float = 0.5
     """How often Ray Train looks at its workers, seconds."""
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    """How the workers of a trial run."""
 
-    @model_validator(mode="after")
-    def _at_most_workers(self) -> Self:
-        if (self.min_workers or 1) > self.workers:
-            raise ValueError(
-                f"min_workers: {self.min_workers} is more than the {self.workers} workers"
-            )
-        return self
+    def __post_init__(self) -> None:
+        _check_minima(self)
 
     @property
     def database(self) -> Path:
@@ -105,23 +192,24 @@ class LaunchConfig(BaseModel):
 
     @property
     def shown_tracking(self) -> str:
-        """The MLflow address as a message may have it: without a password."""
+        """The MLflow address as a message may show it: without a password."""
         return without_secrets(self.tracking)
 
     @property
     def artifacts(self) -> str | None:
-        """Where a database's artifacts are kept: below ``store``; a server knows its own place, then none."""
-        is_server = self.tracking.startswith(("http://", "https://", "databricks"))
-        return None if is_server else (self.store.resolve() / "artifacts").as_uri()
+        """Where a database's artifacts are kept: below ``store``; none for a server, which has its own setting."""
+        if self.tracking.startswith(("http://", "https://", "databricks")):
+            return None
+        return (self.store.resolve() / "artifacts").as_uri()
+
+    @property
+    def stop_file(self) -> Path:
+        """The file that asks the study's workers to save and stop while it exists."""
+        return self.store.resolve() / "locks" / f"{self.study}.stop"
 
     def trial_folder(self, key: str) -> Path:
         """Return the folder of a trial's checkpoints and result."""
         return below(self.store.resolve() / "trials", key)
-
-    @property
-    def stop_file(self) -> Path:
-        """Return the file whose being there asks the study's workers to save and stop."""
-        return self.store.resolve() / "locks" / f"{self.study}.stop"
 
     def report_folder(self, study: str) -> Path:
         """Return the folder of a study's tables and figures."""

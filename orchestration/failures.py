@@ -9,18 +9,18 @@ from typing import Any
 
 from mar.errors import Failure, FailureKind, UserError
 
-RETRIED: frozenset[FailureKind] = frozenset({"memory", "node", "hang"})
+TEMPORARY: frozenset[FailureKind] = frozenset({"memory", "worker_lost", "stalled"})
 """Another try may end otherwise; the others would come again."""
 REMEDIES: dict[FailureKind, str] = {
     "user": "correct the settings",
     "data": "mar data check names every such video; repair it, or set data.broken=skip",
     "disk": "make room, or choose another --store; the same command goes on",
-    "memory": "--max-clips-per-pass N computes the batch in smaller passes, --recompute-activations keeps fewer activations; the result is the same",
+    "memory": "--max-microbatch-clips N computes the batch in smaller passes, --activation-checkpointing keeps fewer activations; the result is the same",
     "shm": "--loader-processes 0 needs none; or enlarge /dev/shm (docker run --shm-size=8g, Kubernetes: an emptyDir of medium Memory)",
-    "numbers": "a smaller recipe.base_lr, recipe.clip_grad, or recipe.precision=fp32",
-    "hang": "the log has every thread's stack; a slow step wants a larger --hang-timeout-s",
-    "node": "the same command goes on from the last checkpoint",
-    "code": "the trial's log has the traceback; please report it",
+    "non_finite": "a smaller recipe.base_lr, recipe.clip_grad, or recipe.precision=fp32",
+    "stalled": "the log has every thread's stack; a slow step wants a larger --hang-timeout-s",
+    "worker_lost": "the same command goes on from the last checkpoint",
+    "internal": "the trial's log has the traceback; please report it",
     "damaged": "the message names the folder; nothing is trained again before it is removed",
     "stopped": "the same command goes on",
 }
@@ -31,12 +31,12 @@ class FailureReason:
     """Why a trial was given up."""
 
     message: str
-    kind: FailureKind = "code"
+    kind: FailureKind = "internal"
 
     def __str__(self) -> str:
         return self.message
 
-    def plain(self) -> dict[str, str]:
+    def to_report(self) -> dict[str, str]:
         """Return it as a trial's process reports it; ``reported`` reads that."""
         return {"failure": self.message, "failure_kind": self.kind}
 
@@ -59,8 +59,8 @@ def classify_error(error: BaseException) -> FailureReason:
     if is_out_of_memory(error):
         return FailureReason(f"out of memory: {first_line(error)}", "memory")
     if "DataLoader worker (pid" in str(error):
-        return FailureReason(f"a loader process was lost: {first_line(error)}", "node")
-    kind: FailureKind = "node" if is_lost_peer(error) else "code"
+        return FailureReason(f"a loader process was lost: {first_line(error)}", "worker_lost")
+    kind: FailureKind = "worker_lost" if is_lost_peer(error) else "internal"
     return FailureReason(f"{type(error).__name__}: {first_line(error)}", kind)
 
 

@@ -70,7 +70,9 @@ _FILES_WITH_TIMES = {"manifest.json", "metrics.json", "history.csv"}
 class Launch:
     """One ``mar run`` and all processes that it starts."""
 
-    def __init__(self, workdir: Path, arguments: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, workdir: Path, arguments: Sequence[str], environment: dict[str, str]
+    ) -> None:
         self.mark = f"{os.getpid()}-{time.monotonic_ns()}"
         self.workdir, self.began = workdir, time.time()
         self.known: set[psutil.Process] = set()
@@ -141,7 +143,7 @@ class Launch:
         """Wait for the first sign of a training; false: it ended before."""
         until = time.monotonic() + _LAUNCH_S
         while not self.has_ended() and time.monotonic() < until:
-            for pulse in self.workdir.glob("mar_store/trials/*/pulse.json"):
+            for pulse in self.workdir.glob("mar_store/trials/*/heartbeat.json"):
                 with suppress(OSError):
                     if pulse.stat().st_mtime > self.began:
                         return True
@@ -278,7 +280,7 @@ class Round:
     @property
     def arguments(self) -> list[str]:
         served = (
-            ["--tracking-uri", self.servers.address, "--remote", "s3://bucket/mar"]
+            ["--tracking-uri", self.servers.address, "--object-store", "s3://bucket/mar"]
             if self.servers
             else []
         )
@@ -353,10 +355,12 @@ def _paused(name: str, *titles: str) -> Fault:
 
 
 def _stop(at: Round, launch: Launch) -> bool:
-    served = ["--remote", "s3://bucket/mar"] if at.servers else []
+    served = ["--object-store", "s3://bucket/mar"] if at.servers else []
     environment = {**os.environ, **(at.servers.environment() if at.servers else {})}
     arguments = [BIN / "mar", "stop", "study", "--store", str(at.store), *served]
-    done = subprocess.run(arguments, cwd=at.workdir, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        arguments, cwd=at.workdir, env=environment, capture_output=True, text=True
+    )
     return done.returncode == 0
 
 
@@ -364,7 +368,12 @@ def _second_run(at: Round, launch: Launch) -> bool:
     environment = {**os.environ, **(at.servers.environment() if at.servers else {})}
     arguments = [BIN / "mar", "run", "study.yaml", *at.arguments]
     done = subprocess.run(
-        arguments, cwd=at.workdir, env=environment, capture_output=True, text=True, timeout=_LAUNCH_S
+        arguments,
+        cwd=at.workdir,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=_LAUNCH_S,
     )
     if launch.has_ended():  # it may have had its turn
         return False
@@ -433,7 +442,7 @@ def _lost_database(at: Round) -> bool:
 def _lost_notes(at: Round) -> bool:
     """Remove what a launch leaves for the next one besides checkpoints and results."""
     files = [
-        *at.store.glob("trials/*/pulse.json"),
+        *at.store.glob("trials/*/heartbeat.json"),
         *at.store.glob("trials/*/attempts.json"),
         *at.store.glob("locks/*"),
     ]
@@ -497,16 +506,33 @@ class Setting:
 
 _INLINE_BACKEND = ("--backend", "inline")
 SETTINGS = (
-    Setting("local", ("--local",), _DRIVER),
+    Setting(
+        "local",
+        (
+            "--backend",
+            "local",
+        ),
+        _DRIVER,
+    ),
     Setting("inline", _INLINE_BACKEND, (*_DRIVER, *_RAY_SERVERS, *_INLINE)),
     Setting("train", (), (*_DRIVER, *_RAY_SERVERS, *_TRAIN)),
     Setting(
-        "local, loader processes", ("--local", "--loader-processes", "1"), (*_DRIVER, *_LOADERS)
+        "local, loader processes",
+        ("--backend", "local", "--loader-processes", "1"),
+        (*_DRIVER, *_LOADERS),
     ),
     Setting(
         "train, two workers", ("--workers", "2"), (*_DRIVER, *_RAY_SERVERS, *_TRAIN), workers=2
     ),
-    Setting("local, own disk", ("--local",), (*_DRIVER, *_DISK, *_DISK, *_DISK), own_disk=True),
+    Setting(
+        "local, own disk",
+        (
+            "--backend",
+            "local",
+        ),
+        (*_DRIVER, *_DISK, *_DISK, *_DISK),
+        own_disk=True,
+    ),
     Setting(
         "inline, servers", _INLINE_BACKEND, (*_DRIVER, *_INLINE, *_SERVED, *_SERVED), served=True
     ),
@@ -606,7 +632,9 @@ def run(
 
 def _undisturbed(folder: Path, workers: int) -> Outcome:
     workdir = _make_place(folder, f"undisturbed{workers}")
-    launch = Launch(workdir, ["--local"] if workers == 1 else ["--workers", str(workers)], {})
+    launch = Launch(
+        workdir, ["--backend", "local"] if workers == 1 else ["--workers", str(workers)], {}
+    )
     code = launch.end()
     if code != 0 or launch.left():
         raise RuntimeError(f"the undisturbed study ended with {code}: {launch.output}")
@@ -740,7 +768,7 @@ def _compare(at: Round, undisturbed: Outcome, tally: Tally) -> None:
         *at.store.rglob("*.unfinished"),
         *at.store.rglob("*.pulled"),
     ]
-    kept += [*at.store.glob("trials/*/clearing.json"), *at.store.glob("locks/*.stop")]
+    kept += [*at.store.glob("trials/*/pruning.json"), *at.store.glob("locks/*.stop")]
     shared = [
         file.name
         for file in Path("/dev/shm").iterdir()
@@ -767,7 +795,7 @@ def _outcome(workdir: Path, servers: Servers | None) -> tuple[Outcome, list[str]
     files: dict[str, dict[str, str]] = {}
     problems: list[str] = []
     for record in store.trials():
-        trial = record.tags["labels"]
+        trial = record.tags["mar.labels"]
         if record.status != "FINISHED":
             problems.append(f"{trial}: a run of it is {record.status}")
             continue
@@ -796,7 +824,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", help="settings, by name; all without it")
+    parser.add_argument("--filter", nargs="*", help="settings, by name; all without it")
     parser.add_argument("-o", type=Path, help="file for the table")
     given = parser.parse_args()
     settings = [setting for setting in SETTINGS if not given.only or setting.name in given.only]

@@ -197,7 +197,7 @@ class Running:
             "run",
             "tiny.yaml",
             f"recipe.epochs={epochs}",
-            "--only",
+            "--filter",
             "ρ=50 %",
             "--store",
             str(workdir / "store"),
@@ -249,9 +249,10 @@ def undisturbed(workdir: Path, epochs: int) -> list[tuple[int, float]]:
         "run",
         "tiny.yaml",
         f"recipe.epochs={epochs}",
-        "--only",
+        "--filter",
         "ρ=50 %",
-        "--local",
+        "--backend",
+        "local",
         "--store",
         "store",
     ]
@@ -302,7 +303,9 @@ def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure
 
 
 @pytest.mark.cluster
-def test_a_trial_goes_on_with_fewer_workers_and_grows_again(cluster: Cluster, workdir: Path) -> None:
+def test_a_trial_goes_on_with_fewer_workers_and_grows_again(
+    cluster: Cluster, workdir: Path
+) -> None:
     cluster.has(1)
     cluster.join("third")
     running = Running(
@@ -369,11 +372,11 @@ def test_nodes_that_share_no_disk_train_together_and_another_goes_on_for_one(
     cluster.loses_all_nodes()
     cluster.join("sixth", *own_disk)
     cluster.join("seventh", *own_disk)
-    arguments = ["--workers", "2", "--retries", "3", "--remote", "s3://bucket/store"]
+    arguments = ["--workers", "2", "--retries", "3", "--object-store", "s3://bucket/store"]
     running = Running(cluster, workdir, *arguments, epochs=60)
     running.gets_on()
     assert not list(workdir.glob("store/trials/*/step_*")), "its disk is another"
-    stop = ["stop", "tiny", "--store", workdir / "store", "--remote", "s3://bucket/store"]
+    stop = ["stop", "tiny", "--store", workdir / "store", "--object-store", "s3://bucket/store"]
     subprocess.run([BIN / "mar", *stop], check=True, env={**os.environ, **RAY})
     assert running.process.wait(timeout=120) == 1, running.log.read_text()
     running = Running(cluster, workdir, *arguments, epochs=60)  # no node's disk remembers that wish

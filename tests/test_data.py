@@ -617,7 +617,7 @@ def test_a_batch_that_ends_early_is_a_lost_loader_process(monkeypatch: pytest.Mo
     monkeypatch.setattr("torch.utils.data.dataloader._SingleProcessDataLoaderIter._next_data", lost)
     with pytest.raises(Failure, match="a loader process was lost") as raised:
         list(loader(_Broken(), [[0]], 0, torch.device("cpu"), 1))
-    assert raised.value.kind == "node"
+    assert raised.value.kind == "worker_lost"
 
 
 class _Failing(Dataset[Any]):

@@ -35,18 +35,18 @@ def test_a_common_file_is_read_by_the_decoder_that_was_chosen_and_its_pixels_are
 
 
 def test_a_decoder_is_proved_by_decoding_not_by_importing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decoders.best() == (
+    assert decoders.fastest_decoder() == (
         "decord" if decoders.probe_decoder("torchcodec") else "torchcodec"
     ), "the faster one"
 
     def broken(path: Path) -> Frames:
         raise RuntimeError("libavutil.so.57: cannot open shared object file\nand much more")
 
-    decoders.best.cache_clear()
+    decoders.fastest_decoder.cache_clear()
     decoders.probe_decoder.cache_clear()
     monkeypatch.setattr(decoders, "_JUMPING", {"decord": broken, "torchcodec": broken})
     try:
-        assert decoders.best() == "pyav"
+        assert decoders.fastest_decoder() == "pyav"
         with pytest.raises(
             UserError,
             match=r"data\.decoder: torchcodec does not work here .*cannot open shared .*auto",
@@ -54,7 +54,7 @@ def test_a_decoder_is_proved_by_decoding_not_by_importing(monkeypatch: pytest.Mo
             decoders.check("torchcodec")
         decoders.check("auto")
     finally:
-        decoders.best.cache_clear()
+        decoders.fastest_decoder.cache_clear()
         decoders.probe_decoder.cache_clear()
 
 

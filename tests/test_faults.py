@@ -28,14 +28,15 @@ from mar.config.schema import TrainingConfig
 from mar.errors import Failure, UserError
 from mar.training import checkpoint
 from mar.training.loop import fit
-from mar.training.step import Execution
-from orchestration.config import LaunchConfig
+from mar.training.reports import TrainingCallbacks
+from mar.training.step import RuntimeConfig
+from orchestration.config import LaunchConfig, WorkerConfig
 from orchestration.execution.lock import study_lock
 from orchestration.execution.status import stop
 from orchestration.studies.loader import read_study
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
-from orchestration.worker import trial_runner
+from orchestration.worker import retry_policy, trial_runner
 from orchestration.worker.spec import build_trial_spec
 
 BIN = Path(sys.executable).parent
@@ -103,11 +104,11 @@ def losses(workdir: Path, store: str) -> dict[str, list[tuple[int, float]]]:
 def test_a_study_that_is_stopped_saves_first_and_goes_on_as_if_nothing_had_been(
     workdir: Path, how: str
 ) -> None:
-    arguments = ["run", "tiny.yaml", "recipe.epochs=90", "--only", "ρ=50 %", "--local"]
+    arguments = ["run", "tiny.yaml", "recipe.epochs=90", "--filter", "ρ=50 %", "--backend", "local"]
     running = begin(workdir, *arguments)
     wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     if how == "mar stop":
-        wait_for(lambda: list(workdir.glob("mar_store/trials/*/pulse.json")))
+        wait_for(lambda: list(workdir.glob("mar_store/trials/*/heartbeat.json")))
         output = here(workdir, "status")
         assert re.search(rf"running: process {running.pid} on .*, about \d+\.\d min left", output)
         assert re.search(r"50 % \(seed 0\): step \d+/180, .* clips/s, about .* \(CPU on ", output)
@@ -133,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_its_trial_before_the_step(workdir: Path
     (workdir / "tiny.yaml").write_text(
         STUDY.replace("{mask.ratio: 0.75}", "{recipe.base_lr: 1.0e+30, recipe.clip_grad: null}")
     )
-    output = here(workdir, "run", "tiny.yaml", "--local", "--retry-numbers", code=1)
+    output = here(workdir, "run", "tiny.yaml", "--backend", "local", "--retry-non-finite", code=1)
     assert "✓ 50 % (seed 0)" in output, "the other trial is not touched"
     assert output.count("going on from the last checkpoint") == 1, "as was asked for"
     assert (
@@ -142,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_its_trial_before_the_step(workdir: Path
     )
     assert "numbers  1 trials: 75 % (seed 0). A smaller recipe.base_lr" in output
     (failed,) = [record for record in records(workdir) if record.status == "FAILED"]
-    assert failed.tags["failure.kind"] == "numbers"
+    assert failed.tags["mar.failure_kind"] == "non_finite"
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight(
@@ -165,8 +166,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight(
 
     monkeypatch.setattr(loop, "train_step", spoiled_third)
     with pytest.raises(Failure, match="not finite at or before step 3") as caught:
-        fit(tiny(), tmp_path, lambda *_: None, Execution(torch.device("cpu")))
-    assert caught.value.kind == "numbers"
+        fit(tiny(), tmp_path, RuntimeConfig(torch.device("cpu")), TrainingCallbacks())
+    assert caught.value.kind == "non_finite"
     (moved_from, moved_to), (before, after) = kept[1:]
     assert any(not torch.equal(moved_from[name], moved_to[name]) for name in moved_from)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -192,7 +193,7 @@ def hungry(self, pixels, *rest):
 if {room}:
     MAR.forward = hungry
     resource.setrlimit(resource.RLIMIT_DATA, ({room} * 2**20, resource.RLIM_INFINITY))
-sys.argv = ['mar', 'run', 'tiny.yaml', '--only', 'ρ=50 %', '--local', '--retries', '3', '--store', 's{room}']
+sys.argv = ['mar', 'run', 'tiny.yaml', '--filter', 'ρ=50 %', '--backend local', '--retries', '3', '--store', 's{room}']
 main()
 """
     outputs = {}
@@ -222,7 +223,7 @@ main()
 
 @pytest.mark.cluster
 def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(workdir: Path) -> None:
-    arguments = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local"]
+    arguments = ["run", "tiny.yaml", "recipe.epochs=60", "--filter", "ρ=50 %", "--backend", "local"]
     running = begin(workdir, *arguments, "--loader-processes", "1", "--hang-timeout-s", "8")
     wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     stuck = loaders_of(psutil.Process(running.pid))
@@ -241,7 +242,7 @@ def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(workdir: Path) -> 
 
 
 def test_a_loader_process_that_is_killed_costs_no_step(workdir: Path) -> None:
-    arguments = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local"]
+    arguments = ["run", "tiny.yaml", "recipe.epochs=60", "--filter", "ρ=50 %", "--backend", "local"]
     running = begin(workdir, *arguments, "--loader-processes", "1")
     wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     for loader in loaders_of(psutil.Process(running.pid)):  # of training and of testing
@@ -257,7 +258,14 @@ def test_helpers_of_a_trainer_that_is_killed_end_and_whoever_reads_its_output_go
     workdir: Path,
 ) -> None:
     running = begin(
-        workdir, "run", "tiny.yaml", "recipe.epochs=4000", "--local", "--loader-processes", "2"
+        workdir,
+        "run",
+        "tiny.yaml",
+        "recipe.epochs=4000",
+        "--backend",
+        "local",
+        "--loader-processes",
+        "2",
     )
     wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     trainer = psutil.Process(running.pid)
@@ -274,7 +282,15 @@ def test_helpers_of_a_trainer_that_is_killed_end_and_whoever_reads_its_output_go
 def test_loader_processes_of_one_purpose_end_before_those_of_the_next_begin(workdir: Path) -> None:
     """Training, validation, testing, and testing with shuffled frames have two each."""
     running = begin(
-        workdir, "run", "tiny.yaml", "--only", "ρ=50 %", "--local", "--loader-processes", "2"
+        workdir,
+        "run",
+        "tiny.yaml",
+        "--filter",
+        "ρ=50 %",
+        "--backend",
+        "local",
+        "--loader-processes",
+        "2",
     )
     most, trainer = 0, psutil.Process(running.pid)
     while running.poll() is None:
@@ -297,9 +313,10 @@ def test_too_little_shared_memory_for_loader_processes_is_said_at_once_with_the_
             str(BIN / "mar"),
             "run",
             "tiny.yaml",
-            "--only",
+            "--filter",
             "ρ=50 %",
-            "--local",
+            "--backend",
+            "local",
             "--loader-processes",
             "2",
         ]
@@ -327,7 +344,7 @@ def test_what_ray_runs_beside_a_trials_workers_is_lost_and_the_trial_goes_on(
         "run",
         "tiny.yaml",
         "recipe.epochs=60",
-        "--only",
+        "--filter",
         "ρ=50 %",
         "--workers",
         "2",
@@ -355,9 +372,10 @@ def test_a_disk_that_is_full_stops_the_trial_with_its_checkpoint_and_room_lets_i
         "run",
         "tiny.yaml",
         "recipe.epochs=8",
-        "--only",
+        "--filter",
         "ρ=50 %",
-        "--local",
+        "--backend",
+        "local",
         "--keep",
         "last=99",
         "--patience-s",
@@ -384,7 +402,7 @@ def test_a_disk_that_is_full_stops_the_trial_with_its_checkpoint_and_room_lets_i
 def test_a_kill_between_a_checkpoints_data_and_its_manifest_leaves_the_one_before(
     tiny: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
-    fit(tiny(), tmp_path, lambda *_: None, Execution(torch.device("cpu")))
+    fit(tiny(), tmp_path, RuntimeConfig(torch.device("cpu")), TrainingCallbacks())
     there = sorted(path.name for path in tmp_path.glob("step_*"))
     child = os.fork()
     if not child:
@@ -418,9 +436,10 @@ def test_a_webhook_hears_how_a_study_ended(workdir: Path) -> None:
         workdir,
         "run",
         "tiny.yaml",
-        "--only",
+        "--filter",
         "ρ=50 %",
-        "--local",
+        "--backend",
+        "local",
         "--webhook",
         f"http://127.0.0.1:{server.server_port}",
     )
@@ -430,9 +449,10 @@ def test_a_webhook_hears_how_a_study_ended(workdir: Path) -> None:
         workdir,
         "run",
         "tiny.yaml",
-        "--only",
+        "--filter",
         "ρ=50 %",
-        "--local",
+        "--backend",
+        "local",
         "--webhook",
         "http://127.0.0.1:9/SECRET",
     )
@@ -448,18 +468,17 @@ def test_retries_are_counted_once_whoever_tries_again(
 
     def lost(*_: object) -> None:
         begun.append(1)
-        raise Failure("a loader process was lost", "node")
+        raise Failure("a loader process was lost", "worker_lost")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trial_runner, "fit", lost)
     if is_full:
-        monkeypatch.setattr(trial_runner, "write_text", full)
+        monkeypatch.setattr(retry_policy, "atomic_write", full)
     trial = read_study(str(workdir / "tiny.yaml")).trials[0]
-    spec = build_trial_spec(
-        trial, LaunchConfig(store=tmp_path / "store", backend="local", retries=2), 0
-    ).plain()
+    launch = LaunchConfig(store=tmp_path / "store", backend="local", worker=WorkerConfig(retries=2))
+    spec = build_trial_spec(trial, launch, 0).to_json()
     assert trial_runner.train(spec, lambda *_: None)
     assert len(begun) == 3, "the first and two retries"
     assert trial_runner.train(spec, lambda *_: None)
@@ -471,7 +490,7 @@ def test_retries_are_counted_once_whoever_tries_again(
 def test_two_first_launches_on_a_new_store_at_once_both_end_well(workdir: Path) -> None:
     """Each made the database's tables, and one of the two ended on "duplicate column name"."""
     (workdir / "other.yaml").write_text(STUDY.replace("50 %: {}", "60 %: {mask.ratio: 0.625}"))
-    arguments = ["recipe.epochs=1", "recipe.warmup_epochs=0", "--local"]
+    arguments = ["recipe.epochs=1", "recipe.warmup_epochs=0", "--backend", "local"]
     both = [begin(workdir, "run", name, *arguments) for name in ("tiny.yaml", "other.yaml")]
     looking = [begin(workdir, "status") for _ in range(2)]
     outputs = [end(running, 0) for running in both]
@@ -487,7 +506,7 @@ import os, signal, sys
 from orchestration import launch
 from orchestration.cli import main
 launch.clear = lambda folder, keep: os.kill(os.getpid(), signal.SIGKILL)
-sys.argv = ["mar", "run", "tiny.yaml", "--only", "ρ=50 %", "--local"]
+sys.argv = ["mar", "run", "tiny.yaml", "--filter", "ρ=50 %", "--backend", "local"]
 main()
 """
 
@@ -501,7 +520,7 @@ def test_checkpoints_of_a_trial_whose_launch_was_killed_before_it_cleared_them_g
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert list(workdir.glob("mar_store/trials/*/step_*"))
     assert "1 finished before, 0 to train" in here(
-        workdir, "run", "tiny.yaml", "--only", "ρ=50 %", "--local"
+        workdir, "run", "tiny.yaml", "--filter", "ρ=50 %", "--backend", "local"
     )
     assert not list(workdir.glob("mar_store/trials/*/step_*"))
 
@@ -509,7 +528,15 @@ def test_checkpoints_of_a_trial_whose_launch_was_killed_before_it_cleared_them_g
 def test_a_row_that_is_only_tested_logs_what_it_measured_once(workdir: Path) -> None:
     study = STUDY.replace("75 %: {mask.ratio: 0.75}", "twice: {evaluation.clips: 2}")
     (workdir / "tiny.yaml").write_text(study)
-    here(workdir, "run", "tiny.yaml", "recipe.epochs=1", "recipe.warmup_epochs=0", "--local")
+    here(
+        workdir,
+        "run",
+        "tiny.yaml",
+        "recipe.epochs=1",
+        "recipe.warmup_epochs=0",
+        "--backend",
+        "local",
+    )
     client = Store(LaunchConfig(store=workdir / "mar_store")).client
     found = records(workdir)
     assert sorted(record.has_model for record in found) == [False, True]

@@ -15,6 +15,7 @@ from orchestration.reporting import training_figures
 from orchestration.reporting.figures import figure_info
 from orchestration.reporting.plotly_figures import write_figure
 from orchestration.reporting.study_report import write_report
+from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.training_figures import confusion, curves_info
 from orchestration.studies.diff import Neighbours
 from orchestration.studies.loader import read_study
@@ -57,9 +58,11 @@ def test_learning_curves_are_the_mean_over_seeds_of_what_was_validated(
     study: Study, results: Path
 ) -> None:
     info = curves_info(
-        study,
-        finished(study, 70.0, 71.0, 69.0, 69.5),
-        lambda run, name: results / run.run_id / name,
+        StudyResults.match(
+            study,
+            finished(study, 70.0, 71.0, 69.0, 69.5),
+            lambda run, name: results / run.run_id / name,
+        )
     )
     assert info and info.y_title == "Top-1 (%), one view"
     assert [(each.name, each.x, each.y) for each in info.series] == [
@@ -73,9 +76,11 @@ def test_of_many_rows_the_best_curves_are_drawn(
 ) -> None:
     monkeypatch.setattr(training_figures, "_MOST_CURVES", 1)
     info = curves_info(
-        study,
-        finished(study, 70.0, 71.0, 69.0, 69.5),
-        lambda run, name: results / run.run_id / name,
+        StudyResults.match(
+            study,
+            finished(study, 70.0, 71.0, 69.0, 69.5),
+            lambda run, name: results / run.run_id / name,
+        )
     )
     assert info and [each.name for each in info.series] == ["75 %"]
     assert info.title.endswith("learning curves of the best 1 rows of 2")
@@ -88,9 +93,9 @@ def test_a_result_without_a_history_has_no_curve_and_breaks_no_report(
         raise Failure("it is in neither place")
 
     records = finished(study, 70.0, 71.0, 69.0, 69.5)
-    assert curves_info(study, records, nowhere) is None
-    assert confusion(study, records, nowhere) is None
-    write_report(study, records, tmp_path / "report", nowhere)
+    assert curves_info(StudyResults.match(study, records, nowhere)) is None
+    assert confusion(StudyResults.match(study, records, nowhere)) is None
+    write_report(StudyResults.match(study, records, nowhere), tmp_path / "report")
     assert not (tmp_path / "report" / "curves.png").exists()
 
 
@@ -98,9 +103,11 @@ def test_the_confusion_is_the_best_rows_and_counts_as_scikit_learn_does(
     study: Study, results: Path
 ) -> None:
     found = confusion(
-        study,
-        finished(study, 60.0, 61.0, 69.0, 69.5),
-        lambda run, name: results / run.run_id / name,
+        StudyResults.match(
+            study,
+            finished(study, 60.0, 61.0, 69.0, 69.5),
+            lambda run, name: results / run.run_id / name,
+        )
     )
     assert found and found.title.endswith("75 % (seed 0)")
     lines = list(csv.DictReader((results / "run2" / "predictions.csv").open()))
@@ -109,8 +116,12 @@ def test_the_confusion_is_the_best_rows_and_counts_as_scikit_learn_does(
 
 
 def test_the_pareto_front_has_only_rows_that_no_other_beats(study: Study) -> None:
-    worse_and_dearer = figure_info(study, runs(study, 60.0, 60.0, 69.0, 69.0)).series[-1]
-    dearer_but_better = figure_info(study, runs(study, 70.0, 70.0, 69.0, 69.0)).series[-1]
+    worse_and_dearer = figure_info(
+        StudyResults.match(study, runs(study, 60.0, 60.0, 69.0, 69.0))
+    ).series[-1]
+    dearer_but_better = figure_info(
+        StudyResults.match(study, runs(study, 70.0, 70.0, 69.0, 69.0))
+    ).series[-1]
     assert (worse_and_dearer.name, worse_and_dearer.labels) == ("Pareto front", ["75 %"])
     assert dearer_but_better.labels == ["75 %", "50 %"]
 
@@ -120,23 +131,26 @@ def test_an_html_figure_needs_nothing_else_and_shows_labels_as_text(
 ) -> None:
     renamed = study.file.model_copy(update={"title": "<script>alert(1)</script>"})
     write_figure(
-        Study(study.name, renamed, study.trials),
-        runs(study, 70.0, 71.0),
+        StudyResults.match(
+            Study(study.name, renamed, study.trials), runs(study, 70.0, 71.0), pytest.fail
+        ),
         tmp_path / "figure.html",
-        pytest.fail,
     )
     page = (tmp_path / "figure.html").read_text()
     assert "Plotly.newPlot" in page and "<script>alert" not in page
     assert '<script src="' not in page and "<link" not in page
     with pytest.raises(UserError, match=r"cannot draw a \.docx file"):
-        write_figure(study, [], tmp_path / "figure.docx", pytest.fail)
+        write_figure(StudyResults.match(study, [], pytest.fail), tmp_path / "figure.docx")
 
 
 def test_a_report_has_every_figure_as_vector_picture_and_numbers(
     study: Study, results: Path, tmp_path: Path
 ) -> None:
     records = finished(study, 70.0, 71.0, 69.0, 69.5)
-    write_report(study, records, tmp_path / "report", lambda run, name: results / run.run_id / name)
+    write_report(
+        StudyResults.match(study, records, lambda run, name: results / run.run_id / name),
+        tmp_path / "report",
+    )
     for name in ("figure", "curves", "confusion"):
         assert (tmp_path / "report" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -19,6 +19,7 @@ from mar.visualization.reconstructions import rebuilt
 from orchestration.config import LaunchConfig
 from orchestration.execution.study_runner import run_studies
 from orchestration.reporting.site import write_site
+from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.tables import table_info, to_latex, to_markdown
 from orchestration.studies.budget import Budget
 from orchestration.studies.loader import paper_studies, read_study
@@ -48,7 +49,7 @@ def test_a_study_of_the_paper_reads_on_each_family_of_recipes_and_prints(
 ) -> None:
     study = read_study(name, recipe)
     assert study.trials
-    info = table_info(study, [])
+    info = table_info(StudyResults.match(study, []))
     assert study.file.title in to_markdown(info)
     assert "\\toprule" in to_latex(info)
     for column, printed in study.file.paper.items():
@@ -59,7 +60,7 @@ def test_a_study_of_the_paper_reads_on_each_family_of_recipes_and_prints(
 def test_the_papers_numbers_are_those_of_its_costs() -> None:
     """What the two files say of GFLOPs is ours within the paper's rounding."""
     study = read_study("table6_bridging_design")
-    for row in table_info(study, []).rows:
+    for row in table_info(StudyResults.match(study, [])).rows:
         cell = row.cells["gflops"]
         assert cell.mean == pytest.approx(cell.paper, abs=0.015)
 
@@ -143,7 +144,7 @@ def test_one_training_is_tested_in_each_way_and_the_default_one_is_trained(workd
         teacher = trained[record.tags[TRAINED_BY]]
         assert record.metrics["train/loss"] == teacher.metrics["train/loss"]
         assert not (launch.trial_folder(record.key) / "result" / "model.safetensors").exists()
-    assert json.loads(teacher.tags["labels"])["Testing"] == "test 50 %", (
+    assert json.loads(teacher.tags["mar.labels"])["Testing"] == "test 50 %", (
         "50 % is nearest to the defaults"
     )
 
@@ -153,7 +154,7 @@ def test_one_training_is_tested_in_each_way_and_the_default_one_is_trained(workd
         "nothing is trained or tested twice"
     )
 
-    text = to_markdown(table_info(study, records, store.file_of))
+    text = to_markdown(table_info(StudyResults.match(study, records, store.file_of)))
     assert "| Testing" in text and "| Backbone" in text
     assert "| Another method † | ResNet" in text
     assert "70.90" in text, "the paper's numbers have as many digits as it prints"

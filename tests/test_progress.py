@@ -5,6 +5,7 @@ import yaml
 from conftest import tiny_tree
 from rich.console import Console
 
+from mar.training.reports import EpochReport
 from orchestration.execution.progress import LiveProgress
 from orchestration.studies.loader import read_study
 from orchestration.studies.trial import Trial
@@ -35,11 +36,11 @@ def figures(elapsed_s: float) -> dict[str, float]:
 
 def test_the_board_counts_estimates_and_shows_labels_as_they_are(trials: list[Trial]) -> None:
     console = Console(record=True, width=120)
-    progress = LiveProgress(trials, have=2, console=console)
+    progress = LiveProgress(trials, num_finished=2, console=console)
     assert progress.summary() == "2 done, 0 running, 4 queued"
     for trial in trials[:2]:
         progress.started(trial)
-        progress.epoch(trial, 1, figures(10.0))
+        progress.epoch(trial, EpochReport(1, figures(10.0)))
     # three epochs of 10 s: 20 s are left of these two, then two more at a time take 30 s
     assert progress.seconds_left() == pytest.approx(50.0, abs=1)
     progress.finished(trials[0], {**figures(30.0), "test/top1": 70.0})
@@ -53,8 +54,8 @@ def test_the_board_counts_estimates_and_shows_labels_as_they_are(trials: list[Tr
 
 
 def test_a_resumed_trial_is_not_thought_to_be_faster_than_it_is(trials: list[Trial]) -> None:
-    progress = LiveProgress(trials[:1], have=0, console=Console(record=True))
+    progress = LiveProgress(trials[:1], num_finished=0, console=Console(record=True))
     progress.started(trials[0])
-    progress.epoch(trials[0], 1, figures(10.0))
-    progress.epoch(trials[0], 2, figures(20.0))
+    progress.epoch(trials[0], EpochReport(1, figures(10.0)))
+    progress.epoch(trials[0], EpochReport(2, figures(20.0)))
     assert progress.seconds_left() == pytest.approx(10.0, abs=1)

@@ -125,7 +125,7 @@ def test_rays_own_launcher_of_a_slurm_job_runs_a_command_over_its_node(tmp_path:
         "RAY_TMPDIR": short,
     }
     done = subprocess.run(
-        ["bash", tmp_path / "job", "quickstart", "--only", "ρ=50 %"],
+        ["bash", tmp_path / "job", "quickstart", "--filter", "ρ=50 %"],
         env=environment,
         capture_output=True,
         text=True,
@@ -133,7 +133,7 @@ def test_rays_own_launcher_of_a_slurm_job_runs_a_command_over_its_node(tmp_path:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (
-        f"mar run quickstart --address 127.0.0.1:24711 --store {tmp_path}/mar_store --only ρ=50 %"
+        f"mar run quickstart --address 127.0.0.1:24711 --store {tmp_path}/mar_store --filter ρ=50 %"
         in done.stdout
     )
     assert "1 node" in done.stdout, "the study's process is in the cluster that was started for it"
@@ -146,7 +146,9 @@ def trial_of(workdir: Path) -> RunRecord:
 
 def epochs_of(workdir: Path) -> list[int]:
     client = Store(LaunchConfig(store=workdir / "store")).client
-    return [point.step for point in client.get_metric_history(trial_of(workdir).run_id, "train/loss")]
+    return [
+        point.step for point in client.get_metric_history(trial_of(workdir).run_id, "train/loss")
+    ]
 
 
 def test_a_second_submission_joins_the_first_and_leaving_ends_nothing(
@@ -155,7 +157,7 @@ def test_a_second_submission_joins_the_first_and_leaving_ends_nothing(
     arguments = [
         "submit",
         "tiny.yaml",
-        "--only",
+        "--filter",
         "ρ=75 %",
         "--backend",
         "inline",
@@ -227,7 +229,7 @@ def test_the_commands_of_the_cluster_files_run_as_they_stand(
         "augment.flip_swaps=[]",
         "clip.size=56",
     ]  # 14 × 14 tokens, which every cell of Table IV divides
-    only = ["--only", "ρ=50 %"] if arguments[1] == "quickstart" else ["--only", "r × q=2 × 2"]
+    only = ["--filter", "ρ=50 %"] if arguments[1] == "quickstart" else ["--filter", "r × q=2 × 2"]
     environment = {
         **os.environ,
         "RAY_ADDRESS": f"127.0.0.1:{PORT}",
@@ -252,7 +254,7 @@ def test_a_trial_trains_on_two_nodes_and_goes_on_after_one_is_killed_and_another
         "run",
         "tiny.yaml",
         "recipe.epochs=60",
-        "--only",
+        "--filter",
         "ρ=50 %",
         "--workers",
         "2",
@@ -400,4 +402,6 @@ def test_a_cluster_elsewhere_that_asks_for_no_token_is_refused_unless_told_other
         code=2,
     )
     assert "this cluster answers without a token" in refused and "CVE-2023-48022" in refused
-    assert "no jobs of ours" in mar(workdir, "jobs", "list", "--address", elsewhere, "--open")
+    assert "no jobs of ours" in mar(
+        workdir, "jobs", "list", "--address", elsewhere, "--allow-unauthenticated"
+    )

@@ -32,7 +32,7 @@ def workdir(tmp_path: Path, videos: Path, s3: None) -> Path:
     return tmp_path
 
 
-def sealed(folder: Path, content: str = "weights") -> Path:
+def complete_dirs(folder: Path, content: str = "weights") -> Path:
     from mar.atomic_dir import write_atomic_dir, write_text
 
     write_atomic_dir(folder, {"model.safetensors": lambda file: write_text(file, content)}, {})
@@ -41,35 +41,40 @@ def sealed(folder: Path, content: str = "weights") -> Path:
 
 def test_a_folder_is_there_when_its_manifest_is(s3: None, tmp_path: Path) -> None:
     remote = ObjectStore(f"{BUCKET}/whole")
-    remote.push_folder(sealed(tmp_path / "step_1"), "step_1")
-    assert remote.pull_sealed("step_1", tmp_path / "copy")
+    remote.upload_dir(complete_dirs(tmp_path / "step_1"), "step_1")
+    assert remote.download_dir("step_1", tmp_path / "copy")
     assert (tmp_path / "copy" / "model.safetensors").read_text() == "weights"
     (tmp_path / "other").write_text("weighty")
-    remote.push(tmp_path / "other", "step_1/model.safetensors")
-    assert not remote.pull_sealed("step_1", tmp_path / "damaged"), "its checksum is another"
+    remote.upload(tmp_path / "other", "step_1/model.safetensors")
+    assert not remote.download_dir("step_1", tmp_path / "damaged"), "its checksum is another"
     remote.remove("step_1/manifest.json")
-    assert not remote.pull_sealed("step_1", tmp_path / "half")
+    assert not remote.download_dir("step_1", tmp_path / "half")
     remote.remove("step_1")
     assert remote.names("") == []
 
 
 def test_what_is_no_object_store_is_said(s3: None, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--remote ftp://host/x: .*expected s3://bucket/folder"):
+    with pytest.raises(
+        UserError, match=r"--object-store ftp://host/x: .*expected s3://bucket/folder"
+    ):
         ObjectStore("ftp://host/x")
     with pytest.raises(Failure, match=r"s3://nobucket/x/y cannot be used: .*nobucket"):
         (tmp_path / "file").write_text("content")
-        ObjectStore("s3://nobucket/x").push(tmp_path / "file", "y")
+        ObjectStore("s3://nobucket/x").upload(tmp_path / "file", "y")
 
 
-def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(workdir: Path) -> None:
+def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(
+    workdir: Path,
+) -> None:
     arguments = [
         "run",
         "tiny.yaml",
         "recipe.epochs=60",
-        "--only",
+        "--filter",
         "ρ=50 %",
-        "--local",
-        "--remote",
+        "--backend",
+        "local",
+        "--object-store",
         f"{BUCKET}/store",
     ]
     remote = ObjectStore(f"{BUCKET}/store")
@@ -80,7 +85,7 @@ def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(w
     running.send_signal(signal.SIGKILL)
     running.wait()
     (key,) = remote.names("trials")
-    there = max(name for name in remote.sealed(f"trials/{key}") if name.startswith("step_"))
+    there = max(name for name in remote.complete_dirs(f"trials/{key}") if name.startswith("step_"))
     shutil.rmtree(workdir / "mar_store" / "trials")
     mar(workdir, *arguments, "--keep", "every=20")
     log = (workdir / "mar_store" / "trials" / key / "logs" / "worker0.txt").read_text()
@@ -101,7 +106,9 @@ def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(w
     assert kept == {
         f"step_{step:08d}" for step in every if step >= int(there.removeprefix("step_"))
     }
-    assert not list((workdir / "mar_store" / "trials" / key).glob("step_*")), "the disk is for others"
+    assert not list((workdir / "mar_store" / "trials" / key).glob("step_*")), (
+        "the disk is for others"
+    )
     assert {"manifest.json", "model.safetensors"} <= set(remote.names(f"trials/{key}/result"))
 
 
@@ -114,12 +121,20 @@ def test_a_frame_cache_is_fetched_to_where_the_training_is(workdir: Path) -> Non
         "cache",
         "--format",
         "raw",
-        "--remote",
+        "--object-store",
         f"{BUCKET}/cache",
     )
     assert f"files copied to {BUCKET}/cache" in output
     shutil.rmtree(workdir / "cache")
-    arguments = ["run", "tiny.yaml", "--only", "ρ=50 %", "--local", f"data.cache={workdir / 'cache'}"]
+    arguments = [
+        "run",
+        "tiny.yaml",
+        "--filter",
+        "ρ=50 %",
+        "--backend",
+        "local",
+        f"data.cache={workdir / 'cache'}",
+    ]
     assert "✓ 50 %" in mar(workdir, *arguments, "--cache-from", f"{BUCKET}/cache")
     assert list((workdir / "cache").glob("*.bin"))
 
@@ -180,9 +195,10 @@ def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(
         "run",
         "tiny.yaml",
         "recipe.epochs=120",
-        "--only",
+        "--filter",
         "ρ=50 %",
-        "--local",
+        "--backend",
+        "local",
         "--tracking-uri",
         server.address,
     )
@@ -214,7 +230,7 @@ def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(
 def test_a_tracking_server_that_is_gone_for_good_costs_no_result_and_the_table_is_printed(
     workdir: Path, server: Server
 ) -> None:
-    arguments = ["run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", "--local"]
+    arguments = ["run", "tiny.yaml", "recipe.epochs=60", "--filter", "ρ=50 %", "--backend", "local"]
     running = begin(workdir, *arguments, "--tracking-uri", server.address, "--patience-s", "3")
     wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     server.kill()

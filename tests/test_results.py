@@ -16,7 +16,7 @@ from scipy import stats
 from mar.errors import Failure
 from mar.evaluation.correctness import CORRECTNESS, write_correctness
 from orchestration.reporting.figures import draw, figure_info
-from orchestration.reporting.rows import Cell, rows
+from orchestration.reporting.rows import Cell
 from orchestration.reporting.significance import (
     Comparison,
     Correctness,
@@ -27,6 +27,7 @@ from orchestration.reporting.significance import (
     read_correctness,
 )
 from orchestration.reporting.study_report import findings, write_report
+from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.tables import (
     FORMATS,
     cell_text,
@@ -90,16 +91,16 @@ def runs(study: Study, *top1: float) -> list[Run]:
 
 
 def test_a_cell_has_the_mean_and_the_t_interval_of_its_seeds(study: Study) -> None:
-    cell = rows(study, runs(study, 70.0, 71.0, 69.0, 69.0))[0].cells["top1"]
+    cell = StudyResults.match(study, runs(study, 70.0, 71.0, 69.0, 69.0)).rows[0].cells["top1"]
     low, high = stats.t.interval(0.95, 1, loc=70.5, scale=stats.sem([70.0, 71.0]))
     assert (cell.status, cell.mean) == ("complete", 70.5)
     assert cell.half_width == pytest.approx((high - low) / 2)
 
 
 def test_missing_and_partial_cells_are_visible_as_such(study: Study) -> None:
-    found = rows(study, runs(study, 70.0))
+    found = StudyResults.match(study, runs(study, 70.0)).rows
     assert [row.cells["top1"].status for row in found] == ["partial", "missing"]
-    text = to_markdown(table_info(study, runs(study, 70.0)))
+    text = to_markdown(table_info(StudyResults.match(study, runs(study, 70.0))))
     assert "70.00 (1 of 2)" in text
     assert "1 of 4 trials are finished" in text
     assert cell_text(Cell("missing"), 2, 2) == "–"
@@ -118,7 +119,7 @@ def test_a_run_from_before_a_setting_existed_still_counts(study: Study) -> None:
 
 
 def test_the_paper_stands_beside_ours_and_is_never_mixed_with_it(study: Study) -> None:
-    text = to_markdown(table_info(study, runs(study, 70.0, 71.0, 69.0, 69.5)))
+    text = to_markdown(table_info(StudyResults.match(study, runs(study, 70.0, 71.0, 69.0, 69.5))))
     header, _, first, second = text.splitlines()[2:6]
     assert [cell.strip() for cell in header.split("|")[1:4]] == ["ρ", "Top-1 (%)", "paper"]
     assert first.split("|")[3].strip() == "–"
@@ -126,19 +127,19 @@ def test_the_paper_stands_beside_ours_and_is_never_mixed_with_it(study: Study) -
     assert "70.50 [70.00, 71.00]" in first, "of two seeds the range"
     assert "**" not in first, "two seeds do not tell the two rows apart"
     assert "n = 2 trainings a row" in text
-    apart = to_markdown(table_info(study, runs(study, 70.0, 70.1, 60.0, 60.1)))
+    apart = to_markdown(table_info(StudyResults.match(study, runs(study, 70.0, 70.1, 60.0, 60.1))))
     assert "**70.05 [70.00, 70.10]**" in apart
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_shows_every_row(study: Study, form: str) -> None:
-    text = FORMATS[form](table_info(study, runs(study, 70.0, 71.0, 69.0, 69.5)))
+    text = FORMATS[form](table_info(StudyResults.match(study, runs(study, 70.0, 71.0, 69.0, 69.5))))
     assert "70.5" in text
     assert ("75 \\%" if form == "tex" else "75 %") in text
 
 
 def test_latex_is_escaped_and_uses_booktabs(study: Study) -> None:
-    text = to_latex(table_info(study, []))
+    text = to_latex(table_info(StudyResults.match(study, [])))
     assert "\\caption{Mask ratio \\& 100 \\%" in text
     assert "\\toprule" in text
     assert latex_escaped("a_b × ρ \\ 5 %") == "a\\_b $\\times$ $\\rho$ \\textbackslash{} 5 \\%"
@@ -160,19 +161,19 @@ def test_a_first_cell_in_brackets_is_no_length_to_latex(tmp_path: Path, videos: 
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
     text = 'title: "Cells."\nrecipe: recipe.yaml\naxes:\n  cell:\n    "[2, 2]": {mask.cell: [2, 2]}\n    "[4, 4]": {mask.cell: [4, 4]}\n'
     (tmp_path / "cells.yaml").write_text(text)
-    printed = to_latex(table_info(read_study(str(tmp_path / "cells.yaml")), []))
+    printed = to_latex(table_info(StudyResults.match(read_study(str(tmp_path / "cells.yaml")), [])))
     assert "\n{}[2, 2] &" in printed and ".." not in printed
 
 
 def test_csv_is_unrounded_and_json_says_the_same(study: Study) -> None:
-    info = table_info(study, runs(study, 70.123456, 71.0))
+    info = table_info(StudyResults.match(study, runs(study, 70.123456, 71.0)))
     table = list(csv.DictReader(io.StringIO(FORMATS["csv"](info))))
     assert float(table[0]["mean"]) == pytest.approx((70.123456 + 71.0) / 2)
     assert json.loads(FORMATS["json"](info))["cells"][0]["values"] == [70.123456, 71.0]
 
 
 def test_the_figure_shows_what_is_there_and_names_what_is_not(study: Study, tmp_path: Path) -> None:
-    info = figure_info(study, runs(study, 70.0, 71.0))
+    info = figure_info(StudyResults.match(study, runs(study, 70.0, 71.0)))
     assert info.series[0].y == [70.5]
     assert info.series[0].labels == ["50 %"]
     assert (info.missing, info.chance) == (["75 %"], 50.0)
@@ -181,14 +182,14 @@ def test_the_figure_shows_what_is_there_and_names_what_is_not(study: Study, tmp_
 
 
 def test_a_partial_row_is_named_in_the_figure(study: Study) -> None:
-    assert figure_info(study, runs(study, 70.0)).partial == ["50 %"]
+    assert figure_info(StudyResults.match(study, runs(study, 70.0))).partial == ["50 %"]
 
 
 def test_videos_that_were_not_counted_are_told_below_the_table(study: Study) -> None:
     (run,) = runs(study, 70.0)
     run.metrics |= {"test/num_broken": 3.0, "test/num_videos": 5.0}
     assert "50 %: over 5 videos; 3 more could not be decoded." in to_markdown(
-        table_info(study, [run])
+        table_info(StudyResults.match(study, [run]))
     )
 
 
@@ -197,12 +198,12 @@ def test_a_table_needs_no_videos(study: Study, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("motion-verbs", "moved-away"))
     elsewhere = read_study(str(tmp_path / "study.yaml"))
-    assert [row.finished for row in rows(elsewhere, finished)] == [2, 2]
+    assert [row.finished for row in StudyResults.match(elsewhere, finished).rows] == [2, 2]
 
 
 def test_a_report_leaves_what_else_is_in_the_folder(study: Study, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("chapter 1")
-    write_report(study, [], tmp_path, no_result)
+    write_report(StudyResults.match(study, [], no_result), tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "chapter 1"
 
 
@@ -213,13 +214,16 @@ def test_a_finished_study_without_top1_in_its_table_still_reports_it(
         "y: [top1]", "y: [params]"
     )
     (tmp_path / "study.yaml").write_text(text)
-    assert findings(read_study(str(tmp_path / "study.yaml")), runs(study, 70.0, 70.0))[
-        0
-    ].startswith("Best: 50 %")
+    assert findings(
+        StudyResults.match(read_study(str(tmp_path / "study.yaml")), runs(study, 70.0, 70.0))
+    )[0].startswith("Best: 50 %")
 
 
 def test_the_report_is_complete(study: Study, tmp_path: Path) -> None:
-    write_report(study, runs(study, 70.0, 71.0, 69.0, 69.5), tmp_path / "report", no_result)
+    write_report(
+        StudyResults.match(study, runs(study, 70.0, 71.0, 69.0, 69.5), no_result),
+        tmp_path / "report",
+    )
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert {f"table.{form}" for form in FORMATS} | {
         "figure.png",
@@ -227,8 +231,10 @@ def test_the_report_is_complete(study: Study, tmp_path: Path) -> None:
         "report.html",
         "report.md",
     } <= names
-    assert findings(study, runs(study, 70.0, 71.0))[0].startswith("Best: 50 %, 70.50 % top-1")
-    assert findings(study, []) == ["No trial is finished yet."]
+    assert findings(StudyResults.match(study, runs(study, 70.0, 71.0)))[0].startswith(
+        "Best: 50 %, 70.50 % top-1"
+    )
+    assert findings(StudyResults.match(study, [])) == ["No trial is finished yet."]
 
 
 def test_a_plan_says_what_is_there_and_what_the_rest_will_take(study: Study) -> None:
@@ -366,19 +372,21 @@ def test_a_claim_is_supported_contradicted_or_left_open(study: Study, tmp_path: 
         file.write_text("\n".join(["video,label,class_1", *lines]))
         return file
 
-    judged = {claim.text: claim.verdict for claim in claims(study, records, file_of)}
+    judged = {
+        claim.text: claim.verdict for claim in claims(StudyResults.match(study, records, file_of))
+    }
     assert judged == {
         "Less hidden is better": "supported in one training",
         "More hidden is better": "contradicted in one training",
     }
-    assert claims(study, records[:1], file_of)[0].verdict == "not there yet"
-    text = to_markdown(table_info(study, records, file_of))
+    assert claims(StudyResults.match(study, records[:1], file_of))[0].verdict == "not there yet"
+    text = to_markdown(table_info(StudyResults.match(study, records, file_of)))
     assert "-40.00 [" in text and "to 50 %" in text
     correct["75 %"] = 89
-    assert [claim.verdict for claim in claims(study, records, file_of)] == [
+    assert [claim.verdict for claim in claims(StudyResults.match(study, records, file_of))] == [
         "open in one training"
     ] * 2
-    assert "≈" in to_markdown(table_info(study, records, file_of))
+    assert "≈" in to_markdown(table_info(StudyResults.match(study, records, file_of)))
 
 
 def test_answers_come_back_from_their_file_and_equal_those_of_the_predictions(
@@ -474,4 +482,6 @@ def test_a_table_says_the_spread_that_was_asked_for(study: Study, tmp_path: Path
         )
         (tmp_path / "study.yaml").write_text(text)
         chosen = read_study(str(tmp_path / "study.yaml"))
-        assert shown in to_markdown(table_info(chosen, runs(chosen, 70.0, 71.0, 69.0, 69.5)))
+        assert shown in to_markdown(
+            table_info(StudyResults.match(chosen, runs(chosen, 70.0, 71.0, 69.0, 69.5)))
+        )

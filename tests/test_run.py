@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from commands import loaders_of, run_mar
 from conftest import tiny_tree
 
 from mar.config.schema import TrainingConfig
+from mar.training.reports import EpochReport
 from orchestration.backends import ray_tune
-from orchestration.backends.ray_env import quiet_environment
+from orchestration.backends.ray_env import ray_environment
+from orchestration.backends.ray_session import ray_session
 from orchestration.config import LaunchConfig
 from orchestration.failures import FailureReason
 from orchestration.studies.trial import Trial
@@ -65,8 +67,8 @@ def workdir(tmp_path: Path, videos: Path) -> Path:
 def cluster() -> Iterator[None]:
     """A Ray for all tests that need one; what they run finds it, as a second study in one process would."""
     launch = LaunchConfig()
-    os.environ.update(quiet_environment(launch))
-    with ray_tune.started(launch):
+    os.environ.update(ray_environment(launch))
+    with ray_session(launch):
         yield
 
 
@@ -97,7 +99,7 @@ def mar(workdir: Path, *arguments: str, code: int = 0) -> str:
 
 def trial_runs(workdir: Path, store: str = "mar_store") -> list[RunRecord]:
     records = Store(LaunchConfig(store=workdir / store)).trials()
-    return sorted(records, key=lambda record: record.tags["labels"])
+    return sorted(records, key=lambda record: record.tags["mar.labels"])
 
 
 def learnt(record: RunRecord) -> dict[str, float]:
@@ -112,20 +114,20 @@ def learnt(record: RunRecord) -> dict[str, float]:
 @pytest.mark.usefixtures("cluster")
 def test_the_same_settings_give_the_same_numbers_on_every_backend(workdir: Path) -> None:
     backends = {
-        "plain": ["--local"],
+        "plain": ["--backend", "local"],
         "inline": ["--backend", "inline"],
         "workers": ["--backend", "train"],
     }
     numbers: dict[str, list[dict[str, float]]] = {}
     for name, arguments in backends.items():
-        output = mar(workdir, "run", "tiny.yaml", "--store", name, "--only", "ρ=50 %", *arguments)
+        output = mar(workdir, "run", "tiny.yaml", "--store", name, "--filter", "ρ=50 %", *arguments)
         assert "| 50 % |" in output
         runs = trial_runs(workdir, name)
         assert [run.status for run in runs] == ["FINISHED"]
         numbers[name] = [learnt(run) for run in runs]
     assert numbers["plain"] == numbers["inline"] == numbers["workers"]
 
-    mar(workdir, "run", "tiny.yaml", "--store", "two", "--workers", "2", "--only", "ρ=50 %")
+    mar(workdir, "run", "tiny.yaml", "--store", "two", "--workers", "2", "--filter", "ρ=50 %")
     together = trial_runs(workdir, "two")[0].metrics
     assert together["test/num_videos"] == 8
     # dropout is drawn by each worker, so two workers' numbers are near, not equal
@@ -133,7 +135,7 @@ def test_the_same_settings_give_the_same_numbers_on_every_backend(workdir: Path)
 
 
 def test_mlflow_remembers_the_study_its_trials_and_what_they_left(workdir: Path) -> None:
-    mar(workdir, "run", "tiny.yaml", "--local")
+    mar(workdir, "run", "tiny.yaml", "--backend", "local")
     store = Store(LaunchConfig(store=workdir / "mar_store"))
     experiment = store.client.get_experiment_by_name("tiny")
     assert experiment
@@ -146,10 +148,10 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(workdir: Path)
     assert {
         "host",
         "version.torch",
-        "cost.gflops",
-        "cost.params_m",
-        "labels",
-        "seed",
+        "mar.cost.gflops",
+        "mar.cost.params_m",
+        "mar.labels",
+        "mar.seed",
     } <= child.data.tags.keys()
     assert [
         point.step for point in store.client.get_metric_history(child.info.run_id, "train/loss")
@@ -175,15 +177,15 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(workdir: Path)
     versions = store.client.search_model_versions("name = 'tiny'")
     assert {version.run_id for version in versions} == {run.run_id for run in trial_runs(workdir)}
     assert float(versions[0].tags["test/num_videos"]) == 8
-    gone = {"folder": str(workdir.resolve() / "mar_store" / "trials" / "gone")}
+    gone = {"mar.folder": str(workdir.resolve() / "mar_store" / "trials" / "gone")}
     store.client.create_run(
         experiment.experiment_id, run_name="of a driver that is no more", tags=gone
     )
-    moved = {"folder": "/where/the/store/was/trials/x"}
+    moved = {"mar.folder": "/where/the/store/was/trials/x"}
     store.client.create_run(
         experiment.experiment_id, run_name="of the same, before the store was moved", tags=moved
     )
-    mar(workdir, "run", "tiny.yaml", "--local")
+    mar(workdir, "run", "tiny.yaml", "--backend", "local")
     running = [
         run
         for run in store.client.search_runs([experiment.experiment_id])
@@ -191,13 +193,14 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(workdir: Path)
     ]
     assert running == [], "an embedded store has no runs but its own"
     another = store.client.create_run(
-        experiment.experiment_id, tags={"folder": "/someone/else/trials/x"}
+        experiment.experiment_id, tags={"mar.folder": "/someone/else/trials/x"}
     ).info.run_id
     mar(
         workdir,
         "run",
         "tiny.yaml",
-        "--local",
+        "--backend",
+        "local",
         "--tracking-uri",
         f"sqlite:///{workdir.resolve()}/mar_store/mlflow.db",
     )
@@ -215,9 +218,9 @@ def test_mlflow_remembers_the_study_its_trials_and_what_they_left(workdir: Path)
 
 
 def test_a_finished_trials_checkpoints_go_and_the_policys_stay(workdir: Path) -> None:
-    mar(workdir, "run", "tiny.yaml", "--local", "--only", "ρ=50 %")
-    mar(workdir, "run", "tiny.yaml", "--local", "--keep", "best,every=2")
-    found = {record.tags["labels"]: record for record in trial_runs(workdir)}
+    mar(workdir, "run", "tiny.yaml", "--backend", "local", "--filter", "ρ=50 %")
+    mar(workdir, "run", "tiny.yaml", "--backend", "local", "--keep", "best,every=2")
+    found = {record.tags["mar.labels"]: record for record in trial_runs(workdir)}
     left = {
         label: sorted(
             path.name for path in (workdir / "mar_store" / "trials" / record.key).glob("step_*")
@@ -236,13 +239,13 @@ def test_a_finished_trials_checkpoints_go_and_the_policys_stay(workdir: Path) ->
 
 
 def test_a_trial_finished_in_another_study_is_not_trained_again(workdir: Path) -> None:
-    mar(workdir, "run", "tiny.yaml", "--local", "--only", "ρ=50 %")
+    mar(workdir, "run", "tiny.yaml", "--backend", "local", "--filter", "ρ=50 %")
     (workdir / "other.yaml").write_text(
         STUDY.replace("ρ:", "ratio:").replace(
             "75 %: {mask.ratio: 0.75}", "25 %: {mask.ratio: 0.25}"
         )
     )
-    output = mar(workdir, "run", "other.yaml", "--local")
+    output = mar(workdir, "run", "other.yaml", "--backend", "local")
     assert "2 trials, 1 finished before, 1 to train" in output
     assert len(trial_runs(workdir)) == 2
     store = Store(LaunchConfig(store=workdir / "mar_store"))
@@ -257,7 +260,7 @@ def test_a_trial_finished_in_another_study_is_not_trained_again(workdir: Path) -
 
 def test_tables_and_figures_come_from_mlflow_alone(workdir: Path) -> None:
     assert "no tracking store in" in mar(workdir, "table", "tiny.yaml", code=2)
-    shown = mar(workdir, "run", "tiny.yaml", "--local", "--only", "ρ=75 %")
+    shown = mar(workdir, "run", "tiny.yaml", "--backend", "local", "--filter", "ρ=75 %")
     assert f"store    {workdir.resolve() / 'mar_store'} (new)" in shown
     assert "| 50 %" not in shown, "the terminal shows what was asked for"
     assert "| 50 %" in (workdir / "mar_store" / "reports" / "tiny" / "table.md").read_text(), (
@@ -288,7 +291,7 @@ def test_a_killed_study_resumes_without_repeating_a_trial(workdir: Path) -> None
         "run",
         "tiny.yaml",
         "recipe.epochs=20",
-        "--max-concurrent",
+        "--max-concurrent-trials",
         "1",
         "--backend",
         "inline",
@@ -331,7 +334,14 @@ def test_a_killed_study_resumes_without_repeating_a_trial(workdir: Path) -> None
     assert len(reader.client.get_metric_history(resumed.run_id, "cost/gflops")) == 1
     assert len(reader.client.get_metric_history(resumed.run_id, "test/top1")) == 1
     undisturbed = mar(
-        workdir, "run", "tiny.yaml", "recipe.epochs=20", "--store", "undisturbed", "--local"
+        workdir,
+        "run",
+        "tiny.yaml",
+        "recipe.epochs=20",
+        "--store",
+        "undisturbed",
+        "--backend",
+        "local",
     )
     assert "| 75 %" in undisturbed
     again = {record.tags["mar.key"]: record for record in trial_runs(workdir, "undisturbed")}
@@ -368,7 +378,7 @@ def test_a_second_run_of_a_study_that_is_alive_is_refused_and_another_study_awai
 ) -> None:
     monkeypatch.setattr(trial_runner, "_PREDECESSOR_S", 0.5)
     with (workdir / "first.log").open("w") as log:
-        arguments = ["run", "tiny.yaml", "recipe.epochs=100", "--local"]
+        arguments = ["run", "tiny.yaml", "recipe.epochs=100", "--backend", "local"]
         first = subprocess.Popen([*MAR, *arguments], cwd=workdir, stdout=log, stderr=log)
     try:
         wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
@@ -376,14 +386,14 @@ def test_a_second_run_of_a_study_that_is_alive_is_refused_and_another_study_awai
             workdir, *arguments, code=2
         )
         (workdir / "same.yaml").write_text(STUDY)
-        output = mar(workdir, "run", "same.yaml", *arguments[2:], "--only", "ρ=50 %")
+        output = mar(workdir, "run", "same.yaml", *arguments[2:], "--filter", "ρ=50 %")
         assert (
             f"waiting for the study tiny (process {first.pid} on " in output
             and "✓ 50 % (seed 0)" in output
         )
-        assert sum(record.tags["labels"] == '{"ρ": "50 %"}' for record in trial_runs(workdir)) == 2, (
-            "a run of each study"
-        )
+        assert (
+            sum(record.tags["mar.labels"] == '{"ρ": "50 %"}' for record in trial_runs(workdir)) == 2
+        ), "a run of each study"
     finally:
         first.kill()
         first.wait()
@@ -405,7 +415,16 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(workdir: Path) -> None
 
 @pytest.mark.usefixtures("cluster")
 def test_a_damaged_checkpoint_is_passed_over_aloud_in_a_ray_worker(workdir: Path) -> None:
-    arguments = ["run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline", "--keep", "every=1"]
+    arguments = [
+        "run",
+        "tiny.yaml",
+        "--filter",
+        "ρ=50 %",
+        "--backend",
+        "inline",
+        "--keep",
+        "every=1",
+    ]
     mar(workdir, *arguments)
     (trial,) = (workdir / "mar_store" / "trials").iterdir()
     newest = sorted(trial.glob("step_*"))[-1]
@@ -435,7 +454,7 @@ def test_a_worker_that_hangs_is_started_again_by_ray_and_its_trial_ends_well(wor
     hanging = threading.Thread(target=hang)
     hanging.start()
     arguments = ["--backend", "inline", "--loader-processes", "1", "--hang-timeout-s", "8"]
-    output = mar(workdir, "run", "tiny.yaml", "recipe.epochs=60", "--only", "ρ=50 %", *arguments)
+    output = mar(workdir, "run", "tiny.yaml", "recipe.epochs=60", "--filter", "ρ=50 %", *arguments)
     hanging.join()
     assert "✓ 50 % (seed 0)" in output
     assert logs().count("worker 0 of 1 on") == 2 and "most recent call first" in logs(), (
@@ -451,9 +470,9 @@ def test_a_search_runs_through_tune_and_goes_on(workdir: Path) -> None:
     assert {run.status for run in runs} == {"FINISHED"}
     assert 2 <= len(runs) <= 3, "what is proposed twice is trained once"
     assert (workdir / "mar_store" / "reports" / "search" / "best.yaml").is_file()
-    again = mar(workdir, "run", "search.yaml", "--local")
+    again = mar(workdir, "run", "search.yaml", "--backend", "local")
     assert "3 trials wanted, 3 there" in again
-    more = mar(workdir, "run", "search.yaml", "trials=4", "--local")
+    more = mar(workdir, "run", "search.yaml", "trials=4", "--backend", "local")
     assert "4 trials wanted, 3 there" in more
     assert {run.run_id for run in runs} <= {run.run_id for run in trial_runs(workdir)}
 
@@ -471,20 +490,26 @@ class _EndsTheSecond:
     def next(self) -> Trial | None:
         return next(self.waiting, None)
 
-    def should_prune(self, key: str, epoch: int, metrics: dict[str, float]) -> bool:
+    def should_prune(self, key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
         return key == self.trials[1].key and epoch == 1
 
     def started(self, key: str) -> None:
         self.output[key] = "started"
 
-    def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
-        self.epochs.append((key, epoch))
+    def epoch(self, key: str, report: EpochReport) -> None:
+        self.epochs.append((key, report.epoch))
 
     def finished(self, key: str) -> None:
         self.output[key] = "finished"
 
     def failed(self, key: str, reason: FailureReason) -> None:
         self.output[key] = reason.message
+
+    def pruned(self, key: str) -> None:
+        self.output[key] = "pruned"
+
+    def stopped(self, key: str) -> None:
+        self.output[key] = "stopped"
 
     def is_over(self) -> bool:
         return False
@@ -500,7 +525,7 @@ def test_workers_go_from_trial_to_trial_also_from_one_that_a_search_ended_early(
     first, ended, last = (trial.key for trial in source.trials)
     assert source.output == {
         first: "finished",
-        ended: "it ended without a result",
+        ended: "pruned",
         last: "finished",
     }
     assert (ended, 1) in source.epochs
@@ -521,20 +546,24 @@ MISTAKES: list[tuple[list[str], int, str]] = [
         "mask.ration: no such setting; did you mean mask.ratio?",
     ),
     (["run", "tiny.yaml", "data.root=nowhere"], 2, "data.root: the folder nowhere does not exist"),
-    (["run", "tiny.yaml", "--only", "ρ=60 %"], 2, "the axis ρ has no label '60 %'"),
-    (["run", "tiny.yaml", "--local", "--workers", "2"], 2, "--local trains with one worker"),
+    (["run", "tiny.yaml", "--filter", "ρ=60 %"], 2, "the axis ρ has no label '60 %'"),
+    (
+        ["run", "tiny.yaml", "--backend", "local", "--workers", "2"],
+        2,
+        "--backend local trains with one worker",
+    ),
     (
         ["run", "tiny.yaml", "--workers", "64"],
         2,
         "--workers 64: a trial asks for 64 CPU, the cluster has",
     ),
     (
-        ["run", "tiny.yaml", "--local", "recipe.batch_size=99"],
+        ["run", "tiny.yaml", "--backend", "local", "recipe.batch_size=99"],
         2,
         "recipe.batch_size: 99 is more than the 16",
     ),
     (
-        ["run", "tiny.yaml", "--local", "--store", "/proc/store"],
+        ["run", "tiny.yaml", "--backend", "local", "--store", "/proc/store"],
         1,
         "the store /proc/store cannot be written",
     ),
@@ -558,7 +587,11 @@ MISTAKES: list[tuple[list[str], int, str]] = [
         1,
         "/proc/f.png",
     ),
-    (["run", "tiny.yaml", "--budget", "1h", "--local"], 2, "--budget: nothing tells the hours"),
+    (
+        ["run", "tiny.yaml", "--budget", "1h", "--backend", "local"],
+        2,
+        "--budget: nothing tells the hours",
+    ),
     (["run", "tiny.yaml", "--budget", "soon"], 2, "--budget soon: expected device-hours, as 200h"),
     (
         ["plan", "tiny.yaml", "--device", "mine=-4"],
@@ -576,7 +609,11 @@ MISTAKES: list[tuple[list[str], int, str]] = [
         2,
         "--min-workers 3: more than --workers 2",
     ),
-    (["run", "tiny.yaml", "--remote", "bucket"], 2, "--remote bucket: expected s3://bucket/folder"),
+    (
+        ["run", "tiny.yaml", "--object-store", "bucket"],
+        2,
+        "--object-store bucket: expected s3://bucket/folder",
+    ),
     (
         ["run", "tiny.yaml", "--cache-from", "s3://bucket/cache"],
         2,
@@ -584,9 +621,9 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     ),
     (["plan"], 2, "which study? (a file, a name that ships with mar, or --all)"),
     (
-        ["run", "search.yaml", "--only", "ρ=50 %"],
+        ["run", "search.yaml", "--filter", "ρ=50 %"],
         2,
-        "search.yaml is a search: --only and --budget are for studies",
+        "search.yaml is a search: --filter and --budget are for studies",
     ),
     (["table", "search.yaml"], 2, "search.yaml is a search, not a study"),
     (["plan", "tiny.yaml", "--all"], 2, "tiny.yaml: a study or --all, not both"),
@@ -630,12 +667,12 @@ def test_a_video_that_is_no_video_stops_its_trial_and_is_named(workdir: Path) ->
         "num_classes": 2,
     }
     (workdir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    output = mar(workdir, "run", "tiny.yaml", "--local", code=1)
+    output = mar(workdir, "run", "tiny.yaml", "--backend", "local", code=1)
     assert "a.mp4: not a video that can be decoded" in output
     assert "data.broken: skip" in output
     (workdir / "data" / "list.txt").write_text("a.mp4\n")
     assert "list.txt:1: expected a path and a class number" in mar(
-        workdir, "run", "tiny.yaml", "--local", code=2
+        workdir, "run", "tiny.yaml", "--backend", "local", code=2
     )
 
 
@@ -673,7 +710,9 @@ def test_a_home_that_cannot_be_written_and_a_long_temporary_folder_keep_no_ray_f
     """In a process of its own: Ray reads both when it is loaded."""
     long = tmp_path / ("x" * 90)
     long.mkdir()
-    program = "from orchestration.backends.ray_tune import describe_cluster; print(describe_cluster())"
+    program = (
+        "from orchestration.backends.ray_session import describe_cluster; print(describe_cluster())"
+    )
     environment = {
         **os.environ,
         "HOME": "/proc/nohome",
@@ -706,7 +745,7 @@ def test_a_private_ray_listens_on_loopback_alone_and_its_logs_have_no_keys_of_a_
     temporary = workdir / "t"
     temporary.mkdir()
     environment = {**os.environ, **_KEYS, "TMPDIR": str(temporary)}
-    arguments = ["run", "tiny.yaml", "--only", "ρ=50 %", "--backend", "inline"]
+    arguments = ["run", "tiny.yaml", "--filter", "ρ=50 %", "--backend", "inline"]
     with (workdir / "output.txt").open("w") as output:
         running = subprocess.Popen(
             [*MAR, *arguments], cwd=workdir, env=environment, stdout=output, stderr=output
@@ -761,7 +800,7 @@ def end(process: subprocess.Popen[str], code: int) -> str:
 def test_with_ray_a_signal_is_a_gentle_stop_and_the_trial_resumes_where_it_was(
     workdir: Path, backend: str, number: signal.Signals
 ) -> None:
-    arguments = ["run", "tiny.yaml", "recipe.epochs=400", "--only", "ρ=50 %", backend]
+    arguments = ["run", "tiny.yaml", "recipe.epochs=400", "--filter", "ρ=50 %", backend]
     running = begin(workdir, *arguments)
     wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     running.send_signal(number)

@@ -58,12 +58,14 @@ def test_keys_of_a_bucket_write_nothing_outside_the_folder(s3: None, tmp_path: P
     client: Any = boto3.client("s3")
     for workdir in ("evil/cache", "evil/trials/t/step_00000001"):
         client.put_object(Bucket="bucket", Key=f"{workdir}/manifest.json", Body=b'{"files": {}}')
-        client.put_object(Bucket="bucket", Key=f"{workdir}/../victim.txt", Body=b"theirs, and longer")
+        client.put_object(
+            Bucket="bucket", Key=f"{workdir}/../victim.txt", Body=b"theirs, and longer"
+        )
     with pytest.raises(UserError, match=r"victim\.txt' leaves this folder"):
-        ObjectStore(f"{BUCKET}/evil/cache").pull_missing("", cache)
+        ObjectStore(f"{BUCKET}/evil/cache").download_missing("", cache)
     assert not [*cache.glob("*")], "nothing is written before all names are looked at"
     with pytest.raises(UserError, match="leaves this folder"):
-        ObjectStore(f"{BUCKET}/evil").pull_sealed("trials/t/step_00000001", tmp_path / "step")
+        ObjectStore(f"{BUCKET}/evil").download_dir("trials/t/step_00000001", tmp_path / "step")
     assert victim.read_text() == "mine"
     assert {each.name for each in tmp_path.iterdir()} <= {".pulling", "victim.txt", "cache"}
 
@@ -426,7 +428,15 @@ def test_labels_of_a_study_are_neutral_in_every_file_of_its_report(
         "axes": {"@axis": evil},
     }
     (tmp_path / "evil.yaml").write_text(yaml.safe_dump(study))
-    run_mar(tmp_path, "run", "evil.yaml", "--local", "recipe.epochs=1", "recipe.warmup_epochs=0")
+    run_mar(
+        tmp_path,
+        "run",
+        "evil.yaml",
+        "--backend",
+        "local",
+        "recipe.epochs=1",
+        "recipe.warmup_epochs=0",
+    )
     folder = tmp_path / "mar_store" / "reports" / "evil"
     page = (folder / "report.md").read_text() + (folder / "table.md").read_text()
     assert r"\<script>" in page and "<script>" not in page.replace(r"\<script>", "")
@@ -456,12 +466,19 @@ def test_names_in_the_csv_of_a_data_check_are_neutral(tmp_path: Path, videos: Pa
 
 
 def test_a_jobs_command_has_neither_a_webhook_nor_a_password(tmp_path: Path) -> None:
-    arguments = ["recipe.epochs=2", "--webhook", "https://hooks.example/T0/SECRET", "--local"]
+    arguments = [
+        "recipe.epochs=2",
+        "--webhook",
+        "https://hooks.example/T0/SECRET",
+        "--backend",
+        "local",
+    ]
     assert printable_arguments(arguments, tmp_path) == [
         "recipe.epochs=2",
         "--webhook",
         "@webhook.txt",
-        "--local",
+        "--backend",
+        "local",
     ]
     assert (tmp_path / "webhook.txt").read_text() == "https://hooks.example/T0/SECRET"
     assert (tmp_path / "webhook.txt").stat().st_mode & 0o777 == 0o600

@@ -175,7 +175,8 @@ def test_finished_trials_of_other_studies_are_known_and_not_trained_again(open_:
     other = first.search.settings({"mask.ratio": 0.5, "recipe.epochs": 2})
     trials = [Trial({}, settings, first.fingerprint) for settings in (*known, other)]
     records = [
-        Run(trial.identity, accuracy(trial), f"run{workdir}") for workdir, trial in enumerate(trials)
+        Run(trial.identity, accuracy(trial), f"run{workdir}")
+        for workdir, trial in enumerate(trials)
     ]
     optuna.delete_study(study_name=first.study.study_name, storage=first.study._storage)
     proposer = open_(records, constraints=[])
@@ -204,7 +205,8 @@ def test_what_is_known_of_other_studies_must_keep_the_constraints_too(open_: Ope
     )
     trials = [Trial({}, settings, first.fingerprint) for settings in (cheap, dear)]
     records = [
-        Run(trial.identity, accuracy(trial), f"run{workdir}") for workdir, trial in enumerate(trials)
+        Run(trial.identity, accuracy(trial), f"run{workdir}")
+        for workdir, trial in enumerate(trials)
     ]
     optuna.delete_study(study_name=first.study.study_name, storage=first.study._storage)
     offered = [

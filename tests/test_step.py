@@ -31,7 +31,7 @@ from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask, training_mask
 from mar.training.checkpoint import Progress
 from mar.training.optim import build_optimizer
-from mar.training.step import Execution, TrainState, train_step
+from mar.training.step import RuntimeConfig, TrainState, train_step
 from orchestration.cli import bench
 from orchestration.diagnostics import bench as around
 
@@ -60,12 +60,12 @@ def batch_of(settings: TrainingConfig, device: str = "cpu") -> Batch:
 
 
 def stepped(
-    settings: TrainingConfig, execution: Execution, steps: int = 3
+    settings: TrainingConfig, runtime: RuntimeConfig, steps: int = 3
 ) -> tuple[list[Any], dict[str, Any]]:
     torch.manual_seed(0)
     model = MAR(settings)
     learner = TrainState(
-        settings, execution, model, build_optimizer(model, settings.recipe), Progress()
+        settings, runtime, model, build_optimizer(model, settings.recipe), Progress()
     )
     sums: list[Any] = []
     for step in range(steps):
@@ -115,7 +115,7 @@ def test_a_step_never_waits_for_its_device(
             model = MAR(settings)
         learner = TrainState(
             settings,
-            Execution(torch.device("cuda")),
+            RuntimeConfig(torch.device("cuda")),
             model,
             build_optimizer(model, settings.recipe),
             Progress(),
@@ -140,7 +140,8 @@ def test_recomputing_activations_changes_no_bit_of_a_training(
 ) -> None:
     settings = tiny({**AUGMENTED, "encoder.depth": 3})
     (sums, weights), (others, same) = (
-        stepped(settings, Execution(CPU, activation_checkpointing=each)) for each in (False, True)
+        stepped(settings, RuntimeConfig(CPU, activation_checkpointing=each))
+        for each in (False, True)
     )
     assert all(torch.equal(*pair) for pair in zip(sums, others, strict=True))
     assert all(torch.equal(weights[name], same[name]) for name in weights)

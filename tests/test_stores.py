@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
     tree["recipe"]["epochs"] = 2
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     (folder / "two.yaml").write_text(STUDY)
-    mar(folder, "run", "two.yaml", "--local", "--store", "store")
+    mar(folder, "run", "two.yaml", "--backend", "local", "--store", "store")
     return folder
 
 
@@ -63,16 +63,18 @@ def test_a_store_may_have_any_name(folder: Path, tmp_path: Path, name: str) -> N
     shutil.copytree(folder / "store", tmp_path / name)
     shutil.copytree(folder / "store", other)
     arguments = (
-        "--local",
+        "--backend",
+        "local",
         "--store",
         str(tmp_path / name),
-        "--only",
+        "--filter",
         "mask=50",
         "recipe.base_lr=0.005",
     )
     mar(folder, "run", "two.yaml", *arguments)
     records = {
-        workdir: len(Store(LaunchConfig(store=workdir)).trials()) for workdir in (tmp_path / name, other)
+        workdir: len(Store(LaunchConfig(store=workdir)).trials())
+        for workdir in (tmp_path / name, other)
     }
     assert records == {tmp_path / name: 3, other: 2}
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted([name, other.name]), (
@@ -102,10 +104,11 @@ def test_a_store_that_is_elsewhere_now_keeps_its_artifacts_below_it(
         folder,
         "run",
         "two.yaml",
-        "--local",
+        "--backend",
+        "local",
         "--store",
         str(second),
-        "--only",
+        "--filter",
         "mask=50",
         "recipe.base_lr=0.005",
     )
@@ -127,13 +130,14 @@ def test_artifacts_lie_below_the_store_where_an_sqlite_address_is_given(
     workdir = tmp_path / "here"
     workdir.mkdir()
     arguments = (
-        "--local",
+        "--backend",
+        "local",
         "--store",
         str(tmp_path / "store"),
         "--tracking-uri",
         f"sqlite:///{tmp_path}/runs.db",
     )
-    mar(workdir, "run", str(folder / "two.yaml"), *arguments, "--only", "mask=50")
+    mar(workdir, "run", str(folder / "two.yaml"), *arguments, "--filter", "mask=50")
     assert list((tmp_path / "store" / "artifacts").rglob("metrics.json"))
     assert not list(workdir.iterdir())
 
@@ -145,7 +149,7 @@ def test_with_the_trials_folder_lost_everything_is_read_from_mlflow(
     shutil.rmtree(store / "trials")
     assert table(folder, store) == expected, "the comparison with the reference too"
     mar(folder, "report", "two.yaml", "--store", str(store))
-    output, _ = mar(folder, "run", "two.yaml", "--store", str(store), "--local")
+    output, _ = mar(folder, "run", "two.yaml", "--store", str(store), "--backend", "local")
     assert "2 trials, 2 finished before, 0 to train" in output
 
 
@@ -183,7 +187,7 @@ def test_a_result_is_not_recovered_under_another_name_than_what_was_trained(
     (second / "trial.json").unlink()
     output, _ = mar(folder, "recover", "--store", str(lost), code=1)
     assert f"recovered  {second.name} (recovered)" in output
-    assert "0123456789ab/result: what was trained cannot be told" in output
+    assert "0123456789ab/result: its settings cannot be identified" in output
 
 
 def test_with_the_database_lost_a_run_takes_the_results_and_trains_nothing(
@@ -194,7 +198,7 @@ def test_with_the_database_lost_a_run_takes_the_results_and_trains_nothing(
     models = {
         file: file.stat().st_mtime_ns for file in (store / "trials").rglob("model.safetensors")
     }
-    _, error = mar(folder, "run", "two.yaml", "--store", str(store), "--local")
+    _, error = mar(folder, "run", "two.yaml", "--store", str(store), "--backend", "local")
     assert "2 finished results" in error and "mar recover" in error
     assert table(folder, store) == expected
     assert {
@@ -211,7 +215,7 @@ def test_a_damaged_result_is_named_and_not_trained_again(
     output, _ = mar(folder, "recover", "--store", str(store), code=1)
     assert f"damaged    {model.parent}: model.safetensors changed" in output
     again = shutil.copytree(lost, tmp_path / "again", ignore=shutil.ignore_patterns("mlflow.db"))
-    output, _ = mar(folder, "run", "two.yaml", "--store", str(again), "--local", code=1)
+    output, _ = mar(folder, "run", "two.yaml", "--store", str(again), "--backend", "local", code=1)
     assert "is damaged" in output and "remove that folder" in output
     assert model.read_bytes().endswith(b"x")
 
@@ -223,7 +227,7 @@ def test_two_studies_of_one_file_name_are_told_apart(
     other.mkdir()
     shutil.copy(folder / "recipe.yaml", other)
     (other / "two.yaml").write_text(STUDY.replace("title: Two", "title: Another"))
-    mar(other, "run", "two.yaml", "--local", "--store", str(store))
+    mar(other, "run", "two.yaml", "--backend", "local", "--store", str(store))
     assert sorted(path.name for path in (store / "reports").iterdir()) == ["other_two", "two"]
     assert "**Two**" in (store / "reports" / "two" / "table.md").read_text()
     assert "**Another**" in (store / "reports" / "other_two" / "table.md").read_text()
@@ -366,7 +370,7 @@ def test_other_mistakes_have_words_too(folder: Path, tmp_path: Path) -> None:
         ("plan", str(tmp_path)): "is a folder (recipe.yaml, two.yaml); name a file",
         ("plan", "twoo.yaml"): "no study 'twoo.yaml'",
         ("predict", "nowhere", "gone.mp4"): "no such video: gone.mp4",
-        ("run", "two.yaml", "--local", "--backend", "inline"): "one or the other",
+        ("run", "two.yaml", "--backend", "local", "--backend", "inline"): "one or the other",
         ("run", "two.yaml", "--device", "v100"): "give --budget too",
     }
     for command, expected in said.items():

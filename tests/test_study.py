@@ -185,8 +185,12 @@ def test_a_faulty_study_is_named_with_file_line_and_setting(
         (["mask.ration=0.5"], [], "mask.ration: no such setting; did you mean mask.ratio?"),
         (["mask.ratio"], [], "'mask.ratio': expected path=value"),
         (["recipe=nowhere"], [], "no recipe 'nowhere'"),
-        ([], ["ρ=60 %"], "--only ρ=60 %: the axis ρ has no label '60 %' (it has: 50 %, 75 %)"),
-        ([], ["rho=50 %"], "--only rho=50 %: expected axis=label with an axis of the study (ρ, λ)"),
+        ([], ["ρ=60 %"], "--filter ρ=60 %: the axis ρ has no label '60 %' (it has: 50 %, 75 %)"),
+        (
+            [],
+            ["rho=50 %"],
+            "--filter rho=50 %: expected axis=label with an axis of the study (ρ, λ)",
+        ),
     ],
 )
 def test_a_faulty_command_line_is_named(

@@ -54,7 +54,7 @@ def test_a_store_that_was_away_gets_everything_once(
     (tmp_path / "result").mkdir()
     (tmp_path / "result" / "metrics.json").write_text("{}")
     for epoch in (1, 2, 2, 3):
-        writer.metrics("a", epoch, {"train/loss": 1.0 / epoch})
+        writer.log_metrics("a", epoch, {"train/loss": 1.0 / epoch})
     writer.artifacts("a", tmp_path / "result", "result")
     writer.end("a", "FINISHED")
     writer.close()
@@ -81,15 +81,15 @@ def test_a_run_is_never_finished_before_all_of_it_is_written(
 def test_epochs_that_an_earlier_launch_logged_are_not_logged_again(
     store: Store, writer: Writer
 ) -> None:
-    writer.metrics("a", 1, {"train/loss": 1.0})
-    writer.metrics("a", 2, {"train/loss": 0.5})
+    writer.log_metrics("a", 1, {"train/loss": 1.0})
+    writer.log_metrics("a", 2, {"train/loss": 0.5})
     writer.close()
     later = Writer(store)
     later.open(
         "a", lambda: store.run(store.experiment("study's name"), "trial a", {"mar.key": "a"}, {})
     )
     for epoch in (1, 2, 3):
-        later.metrics("a", epoch, {"train/loss": 0.25})
+        later.log_metrics("a", epoch, {"train/loss": 0.25})
     later.close()
     (run,) = store.trials()
     history = store.client.get_metric_history(run.run_id, "train/loss")
@@ -136,8 +136,8 @@ def test_points_that_are_refused_do_not_hold_back_those_of_other_runs(
         real(run_id, metrics=metrics, **more)
 
     monkeypatch.setattr(writer.client, "log_batch", log_batch)
-    writer.metrics("a", 1, {"bad": 1.0, "train/loss": 2.0})
-    writer.metrics("b", 1, {"train/loss": 3.0})
+    writer.log_metrics("a", 1, {"bad": 1.0, "train/loss": 2.0})
+    writer.log_metrics("b", 1, {"train/loss": 3.0})
     writer.close()
     logged = {run.key: run.metrics for run in store.trials()}
     assert logged["a"]["train/loss"] == 2.0 and "bad" not in logged["a"]

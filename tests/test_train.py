@@ -30,8 +30,9 @@ from mar.model.mar import MAR
 from mar.training import checkpoint
 from mar.training.checkpoint import Progress, latest
 from mar.training.loop import fit
+from mar.training.reports import EpochReport, TrainingCallbacks, TrainingSignal
 from mar.training.retention import RetentionPolicy, prune
-from mar.training.step import Execution, Wish
+from mar.training.step import RuntimeConfig
 from mar.weights.export import write_model
 from mar.weights.pretrained import Weights, model_settings, read_weights
 from orchestration.cli.app import main
@@ -42,17 +43,22 @@ CLOCKS = ("time/", "throughput/")
 
 
 def train(
-    settings: TrainingConfig, folder: Path, **execution: Any
+    settings: TrainingConfig,
+    folder: Path,
+    callbacks: dict[str, Any] | None = None,
+    **runtime: Any,
 ) -> list[tuple[int, dict[str, float]]]:
     """Train and return what was reported, without what a clock measured."""
     reports: list[tuple[int, dict[str, float]]] = []
 
-    def report(epoch: int, metrics: dict[str, float], _: Path | None) -> None:
-        reports.append(
-            (epoch, {name: value for name, value in metrics.items() if not name.startswith(CLOCKS)})
-        )
+    def report(report: EpochReport) -> None:
+        metrics = {
+            name: value for name, value in report.metrics.items() if not name.startswith(CLOCKS)
+        }
+        reports.append((report.epoch, metrics))
 
-    fit(settings, folder, report, Execution(CPU, **{"say": lambda _: None, **execution}))
+    quiet = {"log": lambda _: None, **(callbacks or {})}
+    fit(settings, folder, RuntimeConfig(CPU, **runtime), TrainingCallbacks(report=report, **quiet))
     return reports
 
 
@@ -77,13 +83,14 @@ class Stopped(Exception):
     pass
 
 
-def stop_after(settings: TrainingConfig, folder: Path, epochs: int, **execution: Any) -> None:
-    def report(epoch: int, _: dict[str, float], __: Path | None) -> None:
-        if epoch == epochs:
+def stop_after(settings: TrainingConfig, folder: Path, epochs: int, **runtime: Any) -> None:
+    def report(report: EpochReport) -> None:
+        if report.epoch == epochs:
             raise Stopped
 
     with pytest.raises(Stopped):
-        fit(settings, folder, report, Execution(CPU, say=lambda _: None, **execution))
+        callbacks = TrainingCallbacks(report=report, log=lambda _: None)
+        fit(settings, folder, RuntimeConfig(CPU, **runtime), callbacks)
 
 
 def test_two_runs_are_bitwise_equal(tiny: Settings, tmp_path: Path) -> None:
@@ -103,10 +110,11 @@ def test_a_stopped_run_goes_on_and_equals_one_that_was_not(tiny: Settings, tmp_p
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from mar.settings import build
-from mar import checkpoint
-from mar.step import Execution
-from mar.train import fit
+from mar.config.overrides import build
+from mar.training import checkpoint
+from mar.training.loop import fit
+from mar.training.reports import TrainingCallbacks
+from mar.training.step import RuntimeConfig
 import json
 torch.set_num_threads(1)
 save = checkpoint.save
@@ -115,8 +123,8 @@ def save_then_die(folder, settings, state, *rest):
     if state.progress.step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save = save_then_die
-fit(build(json.loads(sys.argv[1])), Path(sys.argv[2]), lambda *_: None,
-    Execution(torch.device("cpu"), checkpoint_every_steps=1))
+fit(build(json.loads(sys.argv[1])), Path(sys.argv[2]),
+    RuntimeConfig(torch.device("cpu"), checkpoint_every_steps=1), TrainingCallbacks())
 """
 
 
@@ -233,7 +241,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tiny: Settings, tmp_path: Pat
     content[len(content) // 2] ^= 1
     (newest / "training.pt").write_bytes(content)
     said: list[str] = []
-    assert train(tiny(), tmp_path / "damaged", say=said.append) == undisturbed
+    assert train(tiny(), tmp_path / "damaged", callbacks={"log": said.append}) == undisturbed
     assert "training.pt changed after it was written" in said[0]
 
 
@@ -252,7 +260,11 @@ def test_moved_data_does_not_make_a_checkpoint_stale(
     (tmp_path / "elsewhere").symlink_to(videos)
     said: list[str] = []
     assert (
-        train(tiny({"data.root": str(tmp_path / "elsewhere")}), tmp_path / "moved", say=said.append)
+        train(
+            tiny({"data.root": str(tmp_path / "elsewhere")}),
+            tmp_path / "moved",
+            callbacks={"log": said.append},
+        )
         == undisturbed
     )
     assert said == []
@@ -323,17 +335,17 @@ def test_a_checkpoint_is_written_beside_the_training_and_holds_the_step_it_was_a
         assert go_on.wait(60)
         return written(*arguments)
 
-    def step(done: int, of: int) -> Wish:
+    def step(done: int, of: int) -> TrainingSignal:
         steps.append(done)
         if done == 2:  # an epoch's end: its checkpoint is asked for next, and cannot be written yet
             assert not list((tmp_path / "beside").glob("step_*"))
         if done == 3:
             assert not list((tmp_path / "beside").glob("step_*")), "the training went on meanwhile"
             go_on.set()
-        return "go on"
+        return TrainingSignal.CONTINUE
 
     monkeypatch.setattr(checkpoint, "save", late)
-    train(tiny(), tmp_path / "beside", step=step, keep=RetentionPolicy(last=99))
+    train(tiny(), tmp_path / "beside", callbacks={"on_step": step}, keep=RetentionPolicy(last=99))
     assert steps == [1, 2, 3, 4, 5, 6]
     monkeypatch.setattr(checkpoint, "save", written)
     shutil.rmtree(tmp_path / "beside" / "step_00000006")
@@ -448,7 +460,7 @@ def test_training_starts_from_pretrained_weights_and_says_so(
 ) -> None:
     said: list[str] = []
     chosen = tiny({"encoder.weights": str(pretrained), "recipe.epochs": 1, "recipe.base_lr": 1e-9})
-    train(chosen, tmp_path / "run", say=said.append)
+    train(chosen, tmp_path / "run", callbacks={"log": said.append})
     there, trained = load_file(pretrained / "model.safetensors"), weights(tmp_path / "run")
     for name in there:
         is_kept = torch.allclose(trained[name], there[name], atol=1e-5)
@@ -469,7 +481,7 @@ def test_a_resumed_training_does_not_start_from_its_pretrained_weights_again(
     said: list[str] = []
     moved = pretrained.rename(tmp_path / "moved")
     elsewhere = tiny({"encoder.weights": str(moved)})
-    assert train(elsewhere, tmp_path / "stopped", say=said.append) == undisturbed
+    assert train(elsewhere, tmp_path / "stopped", callbacks={"log": said.append}) == undisturbed
     assert said == []
 
 
@@ -547,7 +559,7 @@ def test_pretraining_reconstructs_alone_and_its_result_is_fine_tuned(
     train(
         tiny({"encoder.weights": str(result), "recipe.epochs": 1}),
         tmp_path / "second",
-        say=said.append,
+        callbacks={"log": said.append},
     )
     assert "at random  classifier.…" in said[0]
     assert "decoder: 18 tensors" in said[0]

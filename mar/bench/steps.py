@@ -32,7 +32,7 @@ from mar.model.pixels import to_pixels
 from mar.training.allocator import keep_freed_memory
 from mar.training.checkpoint import Progress
 from mar.training.optim import build_optimizer
-from mar.training.step import Execution, TrainState, train_step
+from mar.training.step import RuntimeConfig, TrainState, train_step
 
 Contestant = Literal["mar", "standard", "released", "videomae", "videomae-fp32"]
 CONTESTANTS: dict[Contestant, str] = {
@@ -193,7 +193,7 @@ def train_state_of(case: Case) -> TrainState:
     settings, device = case.settings, torch.device(case.device)
     model = MAR(settings).to(device)
     learner = TrainState(
-        settings, Execution(device), model, build_optimizer(model, settings.recipe), Progress()
+        settings, RuntimeConfig(device), model, build_optimizer(model, settings.recipe), Progress()
     )
     set_execution_mode(model, case.compiles, case.recomputes)
     return learner

@@ -377,7 +377,9 @@ def _read_hmdb51(data: DataConfig, split: Split) -> Annotations:
     wanted = "1" if split == "train" else "2"
     files = sorted(split_folder.glob(f"*_test_split{data.split}.txt"))
     if not files:
-        raise UserError(f"data.{split}: no files <class>_test_split{data.split}.txt in {split_folder}")
+        raise UserError(
+            f"data.{split}: no files <class>_test_split{data.split}.txt in {split_folder}"
+        )
     classes = [re.sub(r"_test_split\d$", "", file.stem) for file in files]
     folder, rows = _Folder(data), list[Row]()
     for label, (name, file) in enumerate(zip(classes, files, strict=True)):

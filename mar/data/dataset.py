@@ -452,7 +452,9 @@ class _Loading:
             )  # raised by our code in such a process: it would come again
             if is_ours or not is_cut_off:
                 raise
-            raise Failure(f"a loader process was lost: {type(error).__name__}", "node") from error
+            raise Failure(
+                f"a loader process was lost: {type(error).__name__}", "worker_lost"
+            ) from error
 
 
 def training_batches(

@@ -15,10 +15,10 @@ from mar import RESULT_DIR
 from mar.atomic_dir import Writers, write_atomic_dir, write_text
 from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video, class_names
+from mar.errors import Failure
 from mar.evaluation.correctness import CORRECTNESS, write_correctness
 from mar.evaluation.evaluator import Predictions, Reconstruction, write_predictions
 from mar.model.mar import MAR
-from mar.training.step import Execution
 from mar.visualization.charts import draw_confusion, draw_curves
 from mar.visualization.reconstructions import draw_reconstructions
 from mar.weights.pretrained import CLASSES
@@ -30,11 +30,10 @@ class FinishedTraining:
 
     settings: TrainingConfig
     folder: Path
-    execution: Execution
     model: MAR
     history: list[dict[str, float]]
     """Metrics of each epoch."""
-    by: Path | None = None
+    trained_in: Path | None = None
     """The result folder it was read from; none: it was trained here."""
 
 
@@ -43,6 +42,7 @@ def write_result(
     val: list[Video],
     predictions: Predictions | Reconstruction,
     metrics: dict[str, float],
+    on_write_error: Callable[[Failure], bool],
 ) -> None:
     """Write the result folder of a training or a test, as a whole or not at all."""
     settings = trained.settings.model_dump(mode="json")
@@ -53,8 +53,8 @@ def write_result(
         "metrics.json": lambda file: write_text(file, json.dumps(metrics, indent=1)),
         "broken_videos.txt": lambda file: write_text(file, broken),
     }
-    if trained.by:
-        writers["trained_by.txt"] = lambda file: write_text(file, f"{trained.by}\n")
+    if trained.trained_in:
+        writers["trained_by.txt"] = lambda file: write_text(file, f"{trained.trained_in}\n")
     else:
         writers["model.safetensors"] = lambda file: save_file(trained.model.state_dict(), file)
         writers["history.csv"] = lambda file: _write_history(trained.history, file)
@@ -80,11 +80,9 @@ def write_result(
         writers["reconstructions.png"] = lambda file: draw_reconstructions(
             trained.settings, trained.model, shown, file
         )
-    sealed: Writers = writers
-    facts = {"settings": settings, "metrics": metrics}
-    write_atomic_dir(
-        trained.folder / RESULT_DIR, sealed, facts, try_again=trained.execution.try_again
-    )
+    files: Writers = writers
+    metadata = {"settings": settings, "metrics": metrics}
+    write_atomic_dir(trained.folder / RESULT_DIR, files, metadata, try_again=on_write_error)
 
 
 def _write_history(history: list[dict[str, float]], file: Path) -> None:

@@ -46,6 +46,15 @@ class RetentionPolicy:
             raise ValueError(_EXPECTED)
         return cls(counts.get("last", cls.last), "best" in given, counts.get("every"))
 
+    def __str__(self) -> str:
+        """Return the policy in the notation that ``parse`` reads."""
+        parts = [f"last={self.last}"]
+        if self.best:
+            parts.append("best")
+        if self.every_epochs:
+            parts.append(f"every={self.every_epochs}")
+        return ",".join(parts)
+
     def of(self, there: list[Path]) -> set[Path]:
         """Return those of a training's checkpoints, the newest last, that stay while it goes on."""
         return {*there[-self.last :], *self.after_training(there)}

@@ -1,70 +1,97 @@
-"""One trial: what a backend is told about it, and Tune's trial that trains it in its own process."""
+"""What a backend trains, and what it reports: the protocols between a launch and whatever runs its trials."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mar.training.reports import EpochReport
 from orchestration.failures import FailureReason
 from orchestration.studies.trial import Trial
 
 TrainedResults = Mapping[str, Path]
-"""Trials that are to be tested, not trained: key -> the result folder of their training."""
+"""Trials that are only to be tested: key -> the result folder of their training."""
 
 
 class TrialSource(Protocol):
-    """What proposes trials one by one; ``search.Proposer`` does."""
+    """Proposes trials one by one; ``OptunaSearch`` is one."""
 
     def next(self) -> Trial | None:
         """Return the next trial to train; none: there are enough."""
         ...
 
-    def should_prune(self, key: str, epoch: int, metrics: dict[str, float]) -> bool:
-        """Whether a trial is to be ended at this epoch."""
+    def should_prune(self, key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
+        """Whether a trial is to end at this epoch."""
         ...
 
 
 class TrialCallback(Protocol):
-    """What a launch wants to hear from the backend that trains its trials."""
+    """Receives a trial's events, in the launch's own process.
+
+    Every trial that a backend starts has ``started`` first and one of ``finished``, ``failed``, ``pruned`` and
+    ``stopped`` last.
+    """
 
     def started(self, key: str) -> None:
         """A trial runs."""
 
-    def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
-        """A trial finished an epoch (or tells of an earlier one again)."""
+    def epoch(self, key: str, report: EpochReport) -> None:
+        """A trial reports an epoch; epochs before a resumption are reported again (``is_replay``)."""
 
     def finished(self, key: str) -> None:
-        """A trial is done: its result folder is complete."""
+        """A trial has a complete result folder."""
 
     def failed(self, key: str, reason: FailureReason) -> None:
-        """A trial was given up."""
+        """A trial failed permanently."""
+
+    def pruned(self, key: str) -> None:
+        """The trial source ended a trial: others were better at the same epoch."""
+
+    def stopped(self, key: str) -> None:
+        """A trial saved and stopped, because the study is to stop."""
 
     def is_over(self) -> bool:
-        """Whether no other trial is to begin."""
+        """Whether no other trial is to start."""
         ...
 
 
-REPLAYED_EPOCHS = "earlier"
-"""In a report to Ray: what was reported before this trial went on from a checkpoint, an epoch each."""
+REPLAYED_EPOCHS = "replayed_epochs"
+"""In a report to Ray: the epochs before the trial was resumed from a checkpoint."""
 
 
-def report_with_replay(
-    send: Callable[[dict[str, Any]], None],
-) -> Callable[[int, dict[str, float], Path | None], None]:
-    """Return a report function that sends each epoch as it ends, and those of earlier attempts along with the first.
+def report_with_replay(send: Callable[[dict[str, Any]], None]) -> Callable[[EpochReport], None]:
+    """Return a callback that sends each epoch to Ray as it ends, and replayed epochs along with the first new one.
 
-    Ray answers a report when it next looks, so a hundred of them in a row would take a minute.
+    Each Ray report blocks until the next poll, so a hundred replayed epochs one by one would take a minute.
     """
     replayed: list[dict[str, Any]] = []
 
-    def report(epoch: int, metrics: dict[str, float], checkpoint: Path | None) -> None:
-        if checkpoint is None:
-            if epoch == 1:  # another attempt
+    def report(epoch_report: EpochReport) -> None:
+        if epoch_report.is_replay:
+            if epoch_report.epoch == 1:  # another attempt replays from the start
                 replayed.clear()
-            replayed.append({**metrics, "epoch": epoch})
-        else:
-            send({**metrics, "epoch": epoch, REPLAYED_EPOCHS: [*replayed]})
-            replayed.clear()
+            replayed.append(_to_ray(epoch_report))
+            return
+        send({**_to_ray(epoch_report), REPLAYED_EPOCHS: [*replayed]})
+        replayed.clear()
 
     return report
+
+
+def reports_in(result: Mapping[str, Any]) -> Sequence[EpochReport]:
+    """Return the epochs in a report that Ray delivered, the replayed ones first; none in one without metrics."""
+    reports = [_from_ray(values, is_replay=True) for values in result.get(REPLAYED_EPOCHS, [])]
+    if "epoch" in result:
+        reports.append(_from_ray(result, is_replay=False))
+    return [report for report in reports if report.metrics]
+
+
+def _to_ray(report: EpochReport) -> dict[str, Any]:
+    return {**report.metrics, "epoch": report.epoch, "is_final": report.is_final}
+
+
+def _from_ray(values: Mapping[str, Any], is_replay: bool) -> EpochReport:
+    # Ray adds entries of its own; a metric of ours has a slash in its name.
+    metrics = {name: float(value) for name, value in values.items() if "/" in name}
+    return EpochReport(int(values["epoch"]), metrics, is_replay, bool(values.get("is_final")))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray import tune
+
 from orchestration.backends.base import report_with_replay
 
 
 def run_inline(config: dict[str, Any]) -> None:
-    """Train inside Tune's trial: one worker, no process of its own, under a second to start."""
-    from ray import tune
-
+    """Train the trial that Tune hands over."""
+    # Loads PyTorch, which the launch's process, where this module is imported, does without.
     from orchestration.worker.trial_runner import train
 
-    reason = train(config["assignment"], report_with_replay(tune.report))
+    reason = train(config["spec"], report_with_replay(tune.report))
     if reason:
-        tune.report(reason.plain())  # on a full disk it is in no file
+        # On a full disk the reason is in no file.
+        tune.report(reason.to_report())

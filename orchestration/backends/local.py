@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from mar.errors import UserError
+from mar.training.reports import EpochReport
 from orchestration.backends.base import TrainedResults, TrialCallback, TrialSource
 from orchestration.config import LaunchConfig
-from orchestration.failures import FailureReason
-from orchestration.storage.trial_dir import ATTEMPTS
 from orchestration.studies.trial import Trial
 from orchestration.worker.spec import TrialSpec, build_trial_spec
 from orchestration.worker.trial_runner import train
 
+ShouldPrune = Callable[[str, int, Mapping[str, float]], bool]
+
 
 def run(
-    trials: Sequence[Trial], launch: LaunchConfig, callback: TrialCallback, trained: TrainedResults
+    trials: Sequence[Trial],
+    launch: LaunchConfig,
+    callback: TrialCallback,
+    trained: TrainedResults,
 ) -> None:
     """Train (or test) the trials in order; one that fails does not stop the next.
 
     Raises:
-        UserError: more than one worker asked for.
+        UserError: more than one worker is asked for.
     """
-    gpus = _gpus(launch)
+    gpus = _gpus_per_worker(launch)
     for trial in trials:
         if launch.stop_file.exists() or callback.is_over():
             return
-        _one(
-            trial,
-            build_trial_spec(trial, launch, gpus, trained.get(trial.key)),
-            launch,
-            callback,
-            _never,
-        )
+        spec = build_trial_spec(trial, launch, gpus, trained.get(trial.key))
+        _run_trial(spec, callback, _never)
 
 
 def run_search(
@@ -44,57 +42,56 @@ def run_search(
     callback: TrialCallback,
     announce: Callable[[Trial], None],
 ) -> None:
-    """Train what ``source`` proposes, one after the other; ``announce`` hears of each before it starts.
+    """Train what ``source`` proposes, one trial after the other; ``announce`` is called before each starts.
 
     Raises:
-        UserError: more than one worker asked for.
+        UserError: more than one worker is asked for.
     """
-    gpus = _gpus(launch)
-    while (
-        not launch.stop_file.exists()
-        and not callback.is_over()
-        and (trial := source.next()) is not None
-    ):
+    gpus = _gpus_per_worker(launch)
+    while not launch.stop_file.exists() and not callback.is_over():
+        trial = source.next()
+        if trial is None:
+            return
         announce(trial)
-        _one(trial, build_trial_spec(trial, launch, gpus), launch, callback, source.should_prune)
+        _run_trial(build_trial_spec(trial, launch, gpus), callback, source.should_prune)
 
 
-def _gpus(launch: LaunchConfig) -> int:
-    if launch.workers > 1:
-        raise UserError("--local trains with one worker; leave out --local to use --workers")
-    return (
-        int(torch.cuda.is_available()) if launch.gpus_per_worker is None else launch.gpus_per_worker
-    )
+def _gpus_per_worker(launch: LaunchConfig) -> int:
+    if launch.worker.workers > 1:
+        raise UserError(
+            "--backend local trains with one worker; leave out --backend local to use --workers"
+        )
+    if launch.worker.gpus_per_worker is not None:
+        return launch.worker.gpus_per_worker
+    return int(torch.cuda.is_available())
 
 
-def _never(key: str, epoch: int, metrics: dict[str, float]) -> bool:
+def _never(key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
     return False
 
 
 class _PrunedError(BaseException):
-    """A trial is to go no further. Nobody on its way is to take it for a failure."""
+    """Ends a training that is pruned. Not an ``Exception``: the worker must not take it for a failure."""
 
 
-def _one(
-    trial: Trial,
-    assignment: TrialSpec,
-    launch: LaunchConfig,
-    callback: TrialCallback,
-    should_prune: Callable[[str, int, dict[str, float]], bool],
-) -> None:
-    (Path(assignment.folder) / ATTEMPTS).unlink(missing_ok=True)  # of an earlier launch
-    callback.started(trial.key)
+def _run_trial(spec: TrialSpec, callback: TrialCallback, should_prune: ShouldPrune) -> None:
+    # The count of attempts is of an earlier launch.
+    spec.trial_dir.attempts.unlink(missing_ok=True)
+    callback.started(spec.key)
 
-    def report(epoch: int, metrics: dict[str, float], _: Path | None) -> None:
-        callback.epoch(trial.key, epoch, metrics)
-        if should_prune(trial.key, epoch, metrics):
+    def report(epoch_report: EpochReport) -> None:
+        callback.epoch(spec.key, epoch_report)
+        if should_prune(spec.key, epoch_report.epoch, epoch_report.metrics):
             raise _PrunedError
 
     try:
-        reason = train(assignment.plain(), report)
+        reason = train(spec.to_json(), report)
     except _PrunedError:
-        reason = FailureReason("ended early")
+        callback.pruned(spec.key)
+        return
     if reason is None:
-        callback.finished(trial.key)
-    elif reason.kind != "stopped":
-        callback.failed(trial.key, reason)
+        callback.finished(spec.key)
+    elif reason.kind == "stopped":
+        callback.stopped(spec.key)
+    else:
+        callback.failed(spec.key, reason)

@@ -7,7 +7,7 @@ import os
 from orchestration.config import LaunchConfig
 
 
-def quiet_environment(launch: LaunchConfig) -> dict[str, str]:
+def ray_environment(launch: LaunchConfig) -> dict[str, str]:
     """Return what Ray must find in the environment, in this process and in its workers."""
     if launch.address:
         reach = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
@@ -24,7 +24,7 @@ def quiet_environment(launch: LaunchConfig) -> dict[str, str]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(launch.poll_s),
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1" if launch.address else "0",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20" if launch.min_workers else "60",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20" if launch.worker.min_workers else "60",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AIR_NEW_OUTPUT": "0",

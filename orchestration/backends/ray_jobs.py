@@ -79,7 +79,7 @@ class Jobs:
         if is_open and not is_open_allowed and not _is_loopback(self.address):
             raise UserError(
                 f"--address {address}: this cluster answers without a token, so anybody who reaches it can run code there "
-                "(CVE-2023-48022). Start it with RAY_AUTH_MODE=token; or, on a network that you trust, give --open"
+                "(CVE-2023-48022). Start it with RAY_AUTH_MODE=token; or, on a network that you trust, give --allow-unauthenticated"
             )
         if not is_open:
             os.environ["RAY_AUTH_MODE"] = "token"

@@ -1,10 +1,29 @@
-"""Tune's trial that is trained by Ray Train, and the workers that go from trial to trial.
+"""Ray Train's workers, used for one trial after the other.
 
-A TorchTrainer starts five processes of its own, and its workers load PyTorch: ten seconds and more, for every trial. So the
-workers of one train not one trial but all that are handed to them, one after another, each under its own settings, folder
-and log. What ends a worker (a lost node, a hang, memory) is Ray Train's to heal, as in any training: it starts the group
-again, which takes up the same trial from its checkpoint. A group that was healed is not used for another trial: each has
-its ``retries`` to itself.
+A TorchTrainer starts five processes of its own, and its workers load PyTorch: fourteen seconds for every trial. So the
+workers of one trainer train not one trial but all that are put into a queue, one after another, each with its own settings,
+folder and log. Whatever ends a worker (a lost node, a stall, memory) is handled by Ray Train as in any training: it restarts
+the group, which takes the same trial again and resumes it from its checkpoint. A pool whose group was restarted gets no other
+trial: each trial has its retries to itself.
+
+Three parts, in three kinds of process:
+
+- ``PooledTrainable``, Tune's trainable, in a process of Tune: has one ``WorkerPool`` and hands it one trial after the other;
+- ``TrialQueue``, an actor: trials go in, reports come out;
+- ``run_worker``, on each worker of the TorchTrainer: takes trials from the queue and trains them.
+
+The states of a trial in the queue, and the methods that change them:
+
+| state | meaning | ends with |
+|---|---|---|
+| submitted | ``submit``: no worker has taken it | ``next_trial`` |
+| taken | the workers train it; ``report`` adds its epochs | ``mark_done``, by the first worker |
+| cancelled | ``cancel``: it is pruned; ``poll_signal`` is ABORT, it stops after its next step | ``mark_done`` |
+| done | its reason, if it failed permanently, is in ``QueueStatus`` | ``submit`` of the next, or ``shutdown`` |
+
+``shutdown`` ends the queue in any state: ``next_trial`` then returns none, and ``poll_signal`` is STOP, so that a trial under
+way saves first. A group that is restarted calls ``next_trial`` with 0 and gets the trial under way again. Every wait
+is bounded: ``poll`` returns after ``_POLL_S`` at the latest, a cancelled trial has ``_CANCEL_S``, a shutdown ``_SHUTDOWN_S``.
 """
 
 from __future__ import annotations
@@ -16,7 +35,6 @@ import time
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -31,133 +49,155 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mar.errors import Failure
+from mar.training.reports import TrainingSignal
 from orchestration.backends.base import report_with_replay
 from orchestration.failures import FailureReason
-from orchestration.storage.object_store import remote
-from orchestration.storage.trial_dir import read_reason, write_reason
+from orchestration.storage.object_store import open_object_store
 from orchestration.worker.spec import TrialSpec
 
 if TYPE_CHECKING:
-    from mar.training.step import Wish
+    from ray.train.torch import TorchTrainer
 
-_NEWS_S = 1.0
-"""How often it is seen whether the trainer is still there."""
-_HOME_S = 6.0
-"""How long workers may take to go home: Tune kills a trial that it ended after ten."""
-_LEFT_S = 30.0
-"""How long a trial that is to be left may take for a step, or for a batch of its last test."""
+_POLL_S = 1.0
+"""How often the pool checks whether its trainer is alive."""
+_SHUTDOWN_S = 6.0
+"""How long workers may take to shut down: Tune kills a trial that it stopped after ten seconds."""
+_CANCEL_S = 30.0
+"""How long a cancelled trial may take for a step, or for a batch of its test."""
 _FAILED_S = 60.0
 """How long Ray Train may take to end by itself when the trial's own process has failed."""
 
 
 @dataclass(frozen=True)
-class News:
-    """What a lane's desk tells."""
+class QueueStatus:
+    """What ``TrialQueue.poll`` returns."""
 
     reports: list[dict[str, Any]]
     """New ones, of the trial under way."""
     is_taken: bool
-    """Whether a worker has begun the trial."""
+    """Whether a worker has started the trial."""
     is_done: bool
     reason: dict[str, str] | None
-    """Why the trial was given up, if it was."""
-    was_healed: bool
-    """Whether the workers were started again: then they have had some of the next trial's retries."""
+    """Why the trial failed permanently, if it did."""
+    was_restarted: bool
+    """Whether Ray Train restarted the workers: then they have used some of the next trial's retries."""
     placement_group: PlacementGroup | None
-    """Where the workers are."""
+    """Where the workers run."""
 
 
-class Desk:
-    """An actor between Tune's trial and the workers: trials are handed out here, and what they report comes back."""
+class TrialQueue:
+    """An actor between Tune's trial and the workers: one trial at a time, and its reports."""
 
     def __init__(self) -> None:
-        self.number, self.taken, self.groups = 0, 0, 0
-        self.assignment: dict[str, Any] | None = None
+        self.number = 0
+        """Trials submitted so far: the number of the one under way."""
+        self.num_taken = 0
+        """The number of the newest trial that a worker has taken."""
+        self.num_groups = 0
+        """How often a group of workers has started."""
+        self.spec: dict[str, Any] | None = None
         self.placement_group: PlacementGroup | None = None
         self.reports: list[dict[str, Any]] = []
-        self.is_done, self.is_dropped, self.is_closed = True, False, False
+        self.is_done = True
+        self.is_cancelled = False
+        self.is_shut_down = False
         self.reason: dict[str, str] | None = None
         self.changed = asyncio.Condition()
 
-    async def put(self, assignment: dict[str, Any]) -> None:
+    async def submit(self, spec: dict[str, Any]) -> None:
         """Hand out a trial; the one before it must be done."""
-        self.number, self.assignment = self.number + 1, assignment
-        self.is_done = self.is_dropped = False
-        self.reports, self.reason = [], None
-        await self._tell()
+        self.number += 1
+        self.spec = spec
+        self.is_done = False
+        self.is_cancelled = False
+        self.reports = []
+        self.reason = None
+        await self._notify()
 
-    async def take(
+    async def next_trial(
         self, after: int, rank: int, placement_group: Any
     ) -> tuple[int, dict[str, Any] | None]:
         """Wait for the trial after number ``after`` (0: the one under way); returns its number, and none at the end."""
         if rank == 0 and after == 0:
-            self.groups, self.placement_group = self.groups + 1, placement_group
+            self.num_groups += 1
+            self.placement_group = placement_group
         async with self.changed:
-            await self.changed.wait_for(
-                lambda: self.is_closed or (self.number > after and not self.is_done)
-            )
-        self.taken = self.number
-        return self.number, None if self.is_closed else self.assignment
+            await self.changed.wait_for(lambda: self.is_shut_down or self._is_waiting(after))
+        self.num_taken = self.number
+        if self.is_shut_down:
+            return self.number, None
+        return self.number, self.spec
+
+    def _is_waiting(self, after: int) -> bool:
+        """Whether there is a trial that a worker which had number ``after`` is to take."""
+        return self.number > after and not self.is_done
 
     async def report(self, metrics: dict[str, Any]) -> None:
-        """Note what the first worker reports."""
+        """Add a report of the trial under way."""
         self.reports.append(metrics)
-        await self._tell()
+        await self._notify()
 
-    async def drop(self) -> None:
-        """Wish that the trial under way is left."""
-        self.is_dropped = True
+    async def cancel(self) -> None:
+        """Have the trial under way stopped without saving."""
+        self.is_cancelled = True
 
-    async def wish(self) -> Wish:
-        """Return what is wished of the trial under way; one that is not dropped may be gone on with."""
-        return "leave" if self.is_dropped else "stop" if self.is_closed else "go on"
+    async def poll_signal(self) -> TrainingSignal:
+        """Return the signal for the trial under way; a cancelled trial is not resumed, so it does not save."""
+        if self.is_cancelled:
+            return TrainingSignal.ABORT
+        if self.is_shut_down:
+            return TrainingSignal.STOP
+        return TrainingSignal.CONTINUE
 
-    async def done(self, reason: dict[str, str] | None) -> None:
-        """Note that the trial under way is over, and why, if it was given up."""
-        self.is_done, self.reason = True, reason
-        await self._tell()
+    async def mark_done(self, reason: dict[str, str] | None) -> None:
+        """Note that the trial under way is over, and why, if it failed permanently."""
+        self.is_done = True
+        self.reason = reason
+        await self._notify()
 
-    async def close(self) -> None:
-        """Send the workers home."""
-        self.is_closed = True
-        await self._tell()
+    async def shutdown(self) -> None:
+        """Let the workers end: there is no other trial for them."""
+        self.is_shut_down = True
+        await self._notify()
 
-    async def news(self) -> News:
-        """Wait a little for reports, or the trial's end."""
+    async def poll(self) -> QueueStatus:
+        """Wait up to ``_POLL_S`` for reports or for the trial's end, and return them."""
         async with self.changed:
-            try:
-                async with asyncio.timeout(_NEWS_S):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_POLL_S):
                     await self.changed.wait_for(lambda: bool(self.reports) or self.is_done)
-            except TimeoutError:
-                pass
-        reports, self.reports = self.reports, []
-        return News(
-            reports,
-            self.taken == self.number,
-            self.is_done,
-            self.reason,
-            self.groups > 1,
-            self.placement_group,
+        reports = self.reports
+        self.reports = []
+        return QueueStatus(
+            reports=reports,
+            is_taken=self.num_taken == self.number,
+            is_done=self.is_done,
+            reason=self.reason,
+            was_restarted=self.num_groups > 1,
+            placement_group=self.placement_group,
         )
 
-    async def _tell(self) -> None:
+    async def _notify(self) -> None:
         async with self.changed:
             self.changed.notify_all()
 
 
-class Lane:
-    """A trainer with its workers, and the desk where they take their trials."""
+class WorkerPool:
+    """A TorchTrainer with its workers, and the queue from which they take trials."""
 
-    def __init__(self, assignment: TrialSpec) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor: Any = ray.remote(Desk)
-        self.desk = actor.options(
-            num_cpus=0, max_concurrency=1000, scheduling_strategy=here
+    def __init__(self, spec: TrialSpec) -> None:
+        # The queue lives on the node of Tune's trial: if that node is lost, both are.
+        this_node = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        actor: Any = ray.remote(TrialQueue)
+        self.queue = actor.options(
+            num_cpus=0, max_concurrency=1000, scheduling_strategy=this_node
         ).remote()
         self.error: Exception | None = None
-        self.news: News | None = None
-        """The last."""
-        self.trainer = _trainer(assignment, self.desk)
+        self.status: QueueStatus | None = None
+        """The last that was polled."""
+        self.trainer = _trainer(spec, self.queue)
         self.thread = threading.Thread(target=self._fit, name="trainer", daemon=True)
         self.thread.start()
 
@@ -168,95 +208,103 @@ class Lane:
             self.error = error
 
     def is_usable(self) -> bool:
-        """Whether another trial can be given to it: the one before it is done."""
-        news = self._ask()
-        return self.thread.is_alive() and news.is_done and not news.was_healed
+        """Whether it can take another trial: the one before it is done, and its workers were never restarted."""
+        status = self._poll()
+        return self.thread.is_alive() and status.is_done and not status.was_restarted
 
-    def train(self, assignment: TrialSpec) -> Generator[dict[str, Any], None, bool]:
-        """Have a trial trained; yields what it reports. One that the trainer gives up has a reason in its folder.
+    def train(self, spec: TrialSpec) -> Generator[dict[str, Any], None, bool]:
+        """Have a trial trained; yields its reports. If it fails permanently, the reason is in its folder.
 
-        Returns whether a worker began with it: a trainer may end while it waits for another trial.
+        Returns whether a worker started it: a trainer may end while it waits for another trial.
         """
-        ray.get(self.desk.put.remote(assignment.plain()))
+        ray.get(self.queue.submit.remote(spec.to_json()))
         while True:
-            is_alive = (
-                self.thread.is_alive()
-            )  # before the news: what was reported before its end is among them
-            news = self._ask()
-            yield from news.reports
-            if news.is_done:
-                if news.reason:  # on a full disk it is in no file
-                    yield news.reason
+            # Checked before the poll: what was reported before the trainer ended is then among the reports.
+            is_alive = self.thread.is_alive()
+            status = self._poll()
+            yield from status.reports
+            if status.is_done:
+                # On a full disk the reason is in no file.
+                if status.reason:
+                    yield status.reason
                 return True
             if not is_alive:
                 break
-        if news.is_taken:
-            self.give_up(assignment)
-        return news.is_taken
+        if status.is_taken:
+            self.record_failure(spec)
+        return status.is_taken
 
-    def give_up(self, assignment: TrialSpec) -> None:
-        """Leave in the trial's folder why the trainer ended without it; raises what Ray Train itself failed over."""
+    def record_failure(self, spec: TrialSpec) -> None:
+        """Write into the trial's folder why the trainer ended without it.
+
+        Raises:
+            Exception: the trainer did not fail over the training, but by itself.
+        """
         if self.error and not isinstance(self.error, TrainingFailedError):
             raise self.error
-        folder = Path(assignment.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_reason(
-            folder, read_reason(folder, self.error) or FailureReason("Ray lost the trial", "node")
-        )
+        spec.folder.mkdir(parents=True, exist_ok=True)
+        reason = spec.trial_dir.read_failure(self.error)
+        if reason is None:
+            reason = FailureReason("Ray lost the trial", "worker_lost")
+        spec.trial_dir.write_failure(reason)
 
-    def drop(self) -> None:
-        """Have the trial under way, if there is one, left after its next step; its workers are ended if they do not."""
-        ray.get(self.desk.drop.remote())
-        until = time.monotonic() + _LEFT_S
-        while self.thread.is_alive() and not self._ask().is_done and time.monotonic() < until:
-            pass
+    def cancel(self) -> None:
+        """Stop the trial under way, if there is one, after its next step; its workers are ended if it does not stop."""
+        ray.get(self.queue.cancel.remote())
+        deadline = time.monotonic() + _CANCEL_S
+        # Each poll waits for up to a second.
+        while self.thread.is_alive() and time.monotonic() < deadline:
+            if self._poll().is_done:
+                return
 
-    def close(self, home_s: float) -> None:
-        """End the workers and wait for it: the next lane, or the next study, wants their place.
+    def close(self, timeout_s: float) -> None:
+        """End the workers and wait for it: the next pool, or the next study, needs their resources.
 
-        Ray frees the place of a trainer that is not ended in order when the whole job ends, and no sooner.
+        Ray frees the placement group of a trainer that is not ended in order only when the whole job ends.
         """
-        with suppress(RayActorError):  # lost; the workers notice
-            ray.get(self.desk.close.remote())
-        self.thread.join(home_s)
-        placement_group = self.news.placement_group if self.news else None
+        with suppress(RayActorError):  # the queue is lost; the workers notice
+            ray.get(self.queue.shutdown.remote())
+        self.thread.join(timeout_s)
+        placement_group = None
+        if self.status:
+            placement_group = self.status.placement_group
         if placement_group is not None and (self.thread.is_alive() or self.error):
             remove_placement_group(placement_group)
-            self.thread.join(_HOME_S / 2)
+            self.thread.join(_SHUTDOWN_S / 2)
 
-    def _ask(self) -> News:
-        news: News = ray.get(self.desk.news.remote())
-        self.news = news
-        return news
+    def _poll(self) -> QueueStatus:
+        status: QueueStatus = ray.get(self.queue.poll.remote())
+        self.status = status
+        return status
 
 
-class LaneTrial(tune.Trainable):
-    """Tune's trial; its process is used for one after the other, and so is its lane.
+class PooledTrainable(tune.Trainable):
+    """Tune's trainable; Tune reuses its process for one trial after the other, and so it reuses its pool.
 
-    When the trainer gives a trial up, after its retries, this ends normally: Tune is there to try again when this process
+    When Ray Train fails a trial permanently, after its retries, this ends normally: Tune tries again only when this process
     itself is lost.
     """
 
-    _lane: Lane | None = None
+    _pool: WorkerPool | None = None
     _reports: Generator[dict[str, Any]]
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        """Stay on the head node: the workers have what a training needs."""
+        """Stay on the head node, without a core: the workers have what a training needs."""
         return tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Begin with a trial."""
-        self._reports = self._trained(TrialSpec(**config["assignment"]))
+        """Start with a trial."""
+        self._reports = self._train(TrialSpec.from_json(config["spec"]))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Go on with another trial; one that was ended early is left first."""
+        """Start another trial; one that was pruned is cancelled first."""
         try:
-            if self._lane:
-                self._lane.drop()
-                if not self._lane.is_usable():
+            if self._pool:
+                self._pool.cancel()
+                if not self._pool.is_usable():
                     self._close()
-        except RayActorError:  # nothing of this is the next trial's fault
+        except RayActorError:  # the next trial gets a new pool
             self._close()
         self.setup(new_config)
         return True
@@ -264,7 +312,8 @@ class LaneTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Wait for the next report.
 
-        Raises what Tune is to try again after; then the workers' place is free.
+        Raises:
+            Exception: Tune is to try again; the workers' resources are free then.
         """
         try:
             return next(self._reports, {"done": True})
@@ -273,89 +322,108 @@ class LaneTrial(tune.Trainable):
             raise
 
     def cleanup(self) -> None:
-        """Send the workers home."""
+        """Shut the workers down."""
         self._close()
 
-    def _close(self, home_s: float = _HOME_S) -> None:
-        lane, self._lane = self._lane, None
-        if lane:
-            lane.close(home_s)
+    def _close(self, timeout_s: float = _SHUTDOWN_S) -> None:
+        pool = self._pool
+        self._pool = None
+        if pool:
+            pool.close(timeout_s)
 
-    def _trained(self, assignment: TrialSpec) -> Generator[dict[str, Any]]:
-        if Path(assignment.stop_file).exists():  # nobody else is to start
+    def _train(self, spec: TrialSpec) -> Generator[dict[str, Any]]:
+        if spec.stop_file.exists():  # the study is to stop: no other trial starts
             return
-        if self._lane and (yield from self._lane.train(assignment)):
+        if self._pool and (yield from self._pool.train(spec)):
             return
+        # There is no pool, or its trainer ended while it waited for a trial.
         self._close()
-        os.environ.update(assignment.environment)  # what Ray Train reads as it starts
-        self._lane = Lane(assignment)
-        if not (yield from self._lane.train(assignment)):
-            self._lane.give_up(assignment)
+        os.environ.update(spec.environment)  # Ray Train reads it as it starts
+        self._pool = WorkerPool(spec)
+        if not (yield from self._pool.train(spec)):
+            self._pool.record_failure(spec)
 
 
-def _trainer(assignment: TrialSpec, desk: Any) -> Any:
+def _trainer(spec: TrialSpec, queue: Any) -> TorchTrainer:
     from ray.train.torch import TorchTrainer
 
-    resources = {"CPU": float(assignment.cpus_per_worker)}
-    if assignment.gpus_per_worker:
-        resources["GPU"] = float(assignment.gpus_per_worker)
-    is_elastic = assignment.min_workers < assignment.workers
-    storage, files = assignment.storage, None
-    if assignment.remote:
-        store = remote(assignment.remote)
-        storage, files = f"{store.root}/ray", store.files
+    worker = spec.worker
+    resources = {"CPU": float(worker.cpus_per_worker)}
+    if spec.gpus_per_worker:
+        resources["GPU"] = float(spec.gpus_per_worker)
+    num_workers: int | tuple[int, int] = worker.workers
+    if worker.min_workers is not None and worker.min_workers < worker.workers:  # elastic
+        num_workers = (worker.min_workers, worker.workers)
+    storage = spec.storage
+    filesystem = None
+    if worker.object_store:
+        store = open_object_store(worker.object_store)
+        storage = f"{store.root}/ray"
+        filesystem = store.files
+    # How often the controller may fail: on a cluster without limit, since another node may come.
+    controller_failures = 1
+    if spec.waits_for_nodes:
+        controller_failures = -1
     return TorchTrainer(
-        work,
-        train_loop_config={"desk": desk},
+        run_worker,
+        train_loop_config={"queue": queue},
         scaling_config=train.ScalingConfig(
-            num_workers=(assignment.min_workers, assignment.workers)
-            if is_elastic
-            else assignment.workers,
-            use_gpu=assignment.gpus_per_worker > 0,
+            num_workers=num_workers,
+            use_gpu=spec.gpus_per_worker > 0,
             resources_per_worker=resources,
-            elastic_resize_monitor_interval_s=assignment.resize_s,
+            elastic_resize_monitor_interval_s=worker.resize_s,
         ),
         run_config=train.RunConfig(
-            name=assignment.key,
+            name=spec.key,
             storage_path=storage,
-            storage_filesystem=files,
+            storage_filesystem=filesystem,
             failure_config=train.FailureConfig(
-                max_failures=assignment.retries,
-                controller_failure_limit=-1
-                if assignment.waits_for_nodes
-                else 1,  # another node may come
+                max_failures=worker.retries, controller_failure_limit=controller_failures
             ),
         ),
     )
 
 
-def work(config: dict[str, Any]) -> None:
-    """Train what is handed out, as one of a TorchTrainer's workers; what the first reports is heard."""
-    from orchestration.worker import (
-        trial_runner,  # loads PyTorch, which the launch, where this class is named, does without
-    )
+def run_worker(config: dict[str, Any]) -> None:
+    """Train the trials of the queue, as one of a TorchTrainer's workers; the first worker reports.
 
-    desk, rank, number = config["desk"], train.get_context().get_world_rank(), 0
+    Raises:
+        Failure: an internal error on a GPU: the next trial is to get a new process.
+    """
+    # Loads PyTorch, which the launch's process, where this module is imported, does without.
+    from orchestration.worker import trial_runner
+
+    queue = config["queue"]
+    rank = train.get_context().get_world_rank()
+    number = 0
 
     def send(metrics: dict[str, Any]) -> None:
         if rank == 0:
-            ray.get(desk.report.remote(metrics))
+            ray.get(queue.report.remote(metrics))
 
-    def wished() -> Wish:
-        is_to_go = (
-            train.get_preemption_info() is not None
-        )  # workers meet in it: all of them must ask
-        wish: Wish = ray.get(desk.wish.remote()) if rank == 0 else "go on"
-        return "save" if is_to_go and wish == "go on" else wish
+    def poll_signal() -> TrainingSignal:
+        # The workers meet in this call: all of them must make it.
+        is_preempted = train.get_preemption_info() is not None
+        signal = TrainingSignal.CONTINUE
+        if rank == 0:
+            answer: Any = ray.get(queue.poll_signal.remote())
+            signal = TrainingSignal(answer)
+        if is_preempted and signal == TrainingSignal.CONTINUE:
+            return TrainingSignal.CHECKPOINT
+        return signal
 
     while True:
-        number, assignment = ray.get(desk.take.remote(number, rank, get_current_placement_group()))
-        if assignment is None:
+        number, spec = ray.get(queue.next_trial.remote(number, rank, get_current_placement_group()))
+        if spec is None:
             return
-        reason = trial_runner.train(assignment, report_with_replay(send), wished)
+        reason = trial_runner.train(spec, report_with_replay(send), poll_signal)
         if rank == 0:
-            ray.get(desk.done.remote(reason.plain() if reason else None))
-        if reason and reason.kind == "code" and assignment["gpus_per_worker"]:
+            report = None
+            if reason:
+                report = reason.to_report()
+            ray.get(queue.mark_done.remote(report))
+        # After an error of a kernel every later call on that device fails in this process.
+        if reason and reason.kind == "internal" and spec["gpus_per_worker"]:
             raise Failure(
-                f"{reason.message}: a new process for the next trial, the device may be spoilt"
+                f"{reason.message}: a new process for the next trial, the device may be unusable in this one"
             )

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mar.safe_text import printable
-from orchestration.cli.options import RemotePlace
+from orchestration.cli.options import ObjectStoreUri
 
 data_app = typer.Typer(no_args_is_help=True, help="Make, check and pack data sets.")
 
@@ -124,7 +124,7 @@ def data_pack(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every shard with its checksum.")
     ] = False,
-    remote: RemotePlace = None,
+    object_store: ObjectStoreUri = None,
 ) -> None:
     """Write each video's frames once, small, for all trials to read; goes on where it was stopped."""
     from mar.data.cache_index import Index, Packing
@@ -152,12 +152,15 @@ def data_pack(
                 f"{folder}: damaged: {', '.join(damaged)}; remove them and their .json, and pack again"
             )
         print("every shard is what was written")
-    if remote:
-        from orchestration.storage.object_store import remote as at
+    if object_store:
+        from orchestration.storage.object_store import open_object_store
         from orchestration.storage.trial_sync import push_cache
 
-        copied = push_cache(at(remote), folder)
-        print(f"{copied} files copied to {remote}; mar run … data.cache=DIR --cache-from {remote}")
+        uploaded = push_cache(open_object_store(object_store), folder)
+        print(
+            f"{uploaded} files uploaded to {object_store}; "
+            f"mar run … data.cache=DIR --cache-from {object_store}"
+        )
 
 
 @contextmanager
@@ -173,4 +176,4 @@ def _bar(unit: str) -> Generator[Callable[[int, int], None]]:
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("")
-        yield lambda done, total: bar.update(task, with_defaults_filled=done, total=total)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,12 +14,13 @@ from mar.safe_text import printable
 from orchestration.cli.options import (
     DEFAULT_STORE,
     AsJson,
-    RemotePlace,
+    ObjectStoreUri,
     StoreFolder,
     TrackingUri,
     is_search_file,
     print_store,
 )
+from orchestration.cli.studies import run
 
 jobs_app = typer.Typer(
     no_args_is_help=True, help="Jobs that mar submit started: list, follow, stop."
@@ -29,8 +30,9 @@ Address = Annotated[
     str,
     typer.Option(help="The cluster's dashboard, as http://127.0.0.1:8265.", envvar="MAR_ADDRESS"),
 ]
-IsOpen = Annotated[
-    bool, typer.Option("--open", help="Take a cluster that answers without a token.")
+AllowUnauthenticated = Annotated[
+    bool,
+    typer.Option("--allow-unauthenticated", help="Accept a cluster that answers without a token."),
 ]
 JobId = Annotated[str, typer.Argument(metavar="JOB")]
 
@@ -42,7 +44,7 @@ def submit(
     ],
     address: Address,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow the job's log.")] = False,
-    is_open: IsOpen = False,
+    allow_unauthenticated: AllowUnauthenticated = False,
     any_versions: Annotated[
         bool, typer.Option("--any-versions", help="Run in whatever versions are there.")
     ] = False,
@@ -52,22 +54,24 @@ def submit(
     from orchestration.tracking.provenance import PINNED, package_versions
 
     _check(study, context.args)
-    jobs = Jobs(address, is_open)
+    jobs = Jobs(address, allow_unauthenticated)
     environment = {} if any_versions else {PINNED: json.dumps(package_versions())}
     job_id, is_new = jobs.submit(study, context.args, environment)
     print(f"{job_id} {'submitted' if is_new else 'is under way already: joined'}", flush=True)
     if detach:
         leave(job_id, address)
         return
-    _follow(job_id, address, is_open)
+    _follow(job_id, address, allow_unauthenticated)
 
 
 @jobs_app.command("list")
-def list_jobs(address: Address, is_open: IsOpen = False, as_json: AsJson = False) -> None:
+def list_jobs(
+    address: Address, allow_unauthenticated: AllowUnauthenticated = False, as_json: AsJson = False
+) -> None:
     """List mar's jobs on a cluster, the newest first."""
     from orchestration.backends.ray_jobs import Jobs
 
-    found = Jobs(address, is_open).list()
+    found = Jobs(address, allow_unauthenticated).list()
     if as_json:
         print(json.dumps([vars(job) for job in found], indent=1))
         return
@@ -80,40 +84,42 @@ def list_jobs(address: Address, is_open: IsOpen = False, as_json: AsJson = False
 
 
 @jobs_app.command()
-def follow(job: JobId, address: Address, is_open: IsOpen = False) -> None:
+def follow(
+    job: JobId, address: Address, allow_unauthenticated: AllowUnauthenticated = False
+) -> None:
     """Print a job's log until it ends."""
-    _follow(job, address, is_open)
+    _follow(job, address, allow_unauthenticated)
 
 
 @jobs_app.command()
-def stop(job: JobId, address: Address, is_open: IsOpen = False) -> None:
-    """End a job now; what it trained is kept, and the same submission goes on."""
+def stop(job: JobId, address: Address, allow_unauthenticated: AllowUnauthenticated = False) -> None:
+    """End a job now; what it trained is kept, and the same submission resumes it."""
     from orchestration.backends.ray_jobs import Jobs
 
-    Jobs(address, is_open).stop(job)
+    Jobs(address, allow_unauthenticated).stop(job)
     print(f"{job} is being stopped")
 
 
 def status(
     store: StoreFolder = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
-    remote: RemotePlace = None,
+    object_store: ObjectStoreUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what runs in a store, and how far it is; from any terminal or machine that sees the store."""
+    """Show what runs in a store, and how far it is; from any terminal or machine that sees the store."""
     from dataclasses import asdict
 
-    from orchestration.config import LaunchConfig
+    from orchestration.config import LaunchConfig, WorkerConfig
     from orchestration.execution.status import status as status_of
     from orchestration.execution.status import status_text
 
     print_store(store, tracking_uri)
-    found = status_of(LaunchConfig(store=store, tracking_uri=tracking_uri, remote=remote))
-    print(
-        json.dumps([asdict(each) for each in found], indent=1)
-        if as_json
-        else printable(status_text(found, store))
-    )
+    worker = WorkerConfig(object_store=object_store)
+    found = status_of(LaunchConfig(store=store, tracking_uri=tracking_uri, worker=worker))
+    if as_json:
+        print(json.dumps([asdict(each) for each in found], indent=1))
+    else:
+        print(printable(status_text(found, store)))
 
 
 def stop_study(
@@ -122,23 +128,25 @@ def stop_study(
     ],
     store: StoreFolder = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
-    remote: RemotePlace = None,
+    object_store: ObjectStoreUri = None,
 ) -> None:
-    """Let a running study's trials save, and end it; the same mar run goes on."""
-    from orchestration.config import LaunchConfig
+    """Let a running study's trials save, and end it; the same mar run resumes it."""
+    from orchestration.config import LaunchConfig, WorkerConfig
     from orchestration.execution.status import stop as stop_of
     from orchestration.studies.names import name_of
 
     name = name_of(study, store)
-    stop_of(LaunchConfig(store=store, study=name, tracking_uri=tracking_uri, remote=remote))
+    worker = WorkerConfig(object_store=object_store)
+    launch = LaunchConfig(store=store, study=name, tracking_uri=tracking_uri, worker=worker)
+    stop_of(launch)
     print(f"{name} stops as soon as its trials have saved")
 
 
-def _follow(job_id: str, address: str, is_open: bool) -> None:
+def _follow(job_id: str, address: str, allow_unauthenticated: bool) -> None:
     from orchestration.backends.ray_jobs import Jobs, leave
 
     try:
-        status = Jobs(address, is_open).follow(job_id)
+        status = Jobs(address, allow_unauthenticated).follow(job_id)
     except KeyboardInterrupt:
         leave(job_id, address)
         sys.exit(130)
@@ -147,17 +155,16 @@ def _follow(job_id: str, address: str, is_open: bool) -> None:
 
 
 def _check(study: str, arguments: list[str]) -> None:
-    """Read the study and mar run's options here, so that a mistake is told at once and not by the cluster.
+    """Read the study and mar run's options here, so that a mistake is reported now and not by the cluster.
 
     Raises:
-        UserError: something is wrong, or a place is told relative to here.
+        UserError: something is wrong, or a path is relative to here.
     """
-    from orchestration.cli.app import app
-
-    run = typer.main.get_command(app).commands["run"]  # pyright: ignore[reportAttributeAccessIssue]
-    given = run.make_context("mar submit", [study, *arguments]).params
-    if given.get("address") or given.get("is_local"):
-        raise UserError("mar submit: --address is the dashboard's, and --local is for here")
+    given = _parse_run_options(study, arguments)
+    if given.get("address") or given.get("backend") == "local":
+        raise UserError(
+            "mar submit: --address is the dashboard's, and --backend local is for this machine"
+        )
     store = Path(given["store"])
     if not store.is_absolute():
         raise UserError(
@@ -165,17 +172,26 @@ def _check(study: str, arguments: list[str]) -> None:
         )
     if given.get("is_all"):
         raise UserError("mar submit: one study at a time")
+    overrides = given.get("overrides") or []
     if is_search_file(study):
         from orchestration.search.schema import read_search
 
-        roots = {read_search(study, given.get("overrides") or []).settings({}).data.root}
+        roots = {read_search(study, overrides).settings({}).data.root}
     else:
         from orchestration.studies.loader import read_study
 
-        trials = read_study(study, given.get("overrides") or [], given.get("only") or []).trials
+        trials = read_study(study, overrides, given.get("only") or []).trials
         roots = {trial.settings.data.root for trial in trials}
-    near = sorted(str(root) for root in roots if not Path(root).is_absolute())
-    if near:
+    relative = sorted(str(root) for root in roots if not Path(root).is_absolute())
+    if relative:
         raise UserError(
-            f"data.root={near[0]}: on a cluster it must be absolute, where every node sees it"
+            f"data.root={relative[0]}: on a cluster it must be absolute, where every node sees it"
         )
+
+
+def _parse_run_options(study: str, arguments: list[str]) -> dict[str, Any]:
+    """Return mar run's parameters, parsed by its own options."""
+    run_app = typer.Typer(add_completion=False)
+    run_app.command()(run)
+    command = typer.main.get_command(run_app)
+    return command.make_context("mar submit", [study, *arguments]).params

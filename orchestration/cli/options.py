@@ -19,8 +19,13 @@ _SCHEMES = ("s3://", "gs://", "file://")
 
 
 def _object_store(uri: str | None) -> str | None:
+    """Check an object store's address.
+
+    Raises:
+        UserError: its scheme is not known.
+    """
     if uri and not uri.startswith(_SCHEMES):
-        raise UserError(f"--remote {uri}: expected s3://bucket/folder or gs://bucket/folder")
+        raise UserError(f"--object-store {uri}: expected s3://bucket/folder or gs://bucket/folder")
     return uri
 
 
@@ -38,9 +43,9 @@ RecipeName = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[path=value …]", help="Settings, as mask.ratio=0.75.")
 ]
-Only = Annotated[
+Filter = Annotated[
     list[str] | None,
-    typer.Option("--only", metavar="AXIS=LABEL", help="Only these trials; repeatable."),
+    typer.Option("--filter", metavar="AXIS=LABEL", help="Only these trials; repeatable."),
 ]
 StoreFolder = Annotated[
     Path, typer.Option("--store", envvar="MAR_STORE", help="Folder of checkpoints and tracking.")
@@ -48,11 +53,11 @@ StoreFolder = Annotated[
 TrackingUri = Annotated[
     str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server.")
 ]
-RemotePlace = Annotated[
+ObjectStoreUri = Annotated[
     str | None,
     typer.Option(
-        "--remote",
-        envvar="MAR_REMOTE",
+        "--object-store",
+        envvar="MAR_OBJECT_STORE",
         metavar="URI",
         callback=_object_store,
         help="Object store for checkpoints and results, where nodes share no disk: s3://bucket/folder, gs://….",
@@ -65,25 +70,30 @@ DEFAULT_STORE = Path("mar_store")
 
 
 def print_store(store: Path, tracking_uri: str | None, may_be_new: bool = False) -> bool:
-    """Say, on the error stream, which store is read or written; returns whether there is one.
+    """Print, on the error stream, which store is read or written; returns whether it exists.
 
     Raises:
-        UserError: there is none, and it may not be new.
+        UserError: it does not, and it may not be new.
     """
-    location = without_secrets(tracking_uri) if tracking_uri else str(store.resolve())
-    is_there = bool(tracking_uri) or (store / "mlflow.db").is_file()
-    if not is_there and not may_be_new:
-        has_results = any((store / "trials").glob("*/result/manifest.json"))
-        advice = (
-            f"it has results: mar recover --store {store}" if has_results else "mar run makes one"
-        )
+    location = str(store.resolve())
+    exists = (store / "mlflow.db").is_file()
+    if tracking_uri:
+        location = without_secrets(tracking_uri)
+        exists = True
+    if not exists and not may_be_new:
+        advice = "mar run makes one"
+        if any((store / "trials").glob("*/result/manifest.json")):
+            advice = f"it has results: mar recover --store {store}"
         raise UserError(f"--store {store}: no tracking store in {location} ({advice})")
-    print(f"store    {location}{'' if is_there else ' (new)'}", file=sys.stderr)
-    return is_there
+    new = ""
+    if not exists:
+        new = " (new)"
+    print(f"store    {location}{new}", file=sys.stderr)
+    return exists
 
 
 def records_of(store: Path, tracking_uri: str | None, may_be_new: bool = False) -> list[Any]:
-    """Return what MLflow remembers; nothing of a store that may be new and is.
+    """Return the trials' runs in MLflow; none of a store that may be new and is.
 
     Raises:
         UserError: there is no store, and it may not be new.
@@ -104,23 +114,24 @@ def studies_of(
     store: Path,
     claims: bool = False,
 ) -> list[Study]:
-    """Return the study that was named, or with ``--all`` every study of the paper, in its order, as the store calls them.
+    """Return the study that was named, or with ``--all`` every study of the paper, in its order, by their names in the store.
 
-    ``claims`` keeps their names in the store for their files.
+    ``claims`` keeps these names in the store for their files.
 
     Raises:
         UserError: neither or both were given; or what ``read_study`` raises.
     """
     from orchestration.studies.loader import paper_studies, read_study
 
-    if is_all:  # then the first word is an override too
-        arguments = [*([name] if name else []), *(overrides or [])]
+    if is_all:
+        # The first word is an override then.
         if name and "=" not in name:
             raise UserError(f"{name}: a study or --all, not both")
-        return [
-            _named(read_study(each, arguments, only or []), store, claims)
-            for each in paper_studies()
-        ]
+        arguments = list(overrides or [])
+        if name:
+            arguments.insert(0, name)
+        studies = [read_study(each, arguments, only or []) for each in paper_studies()]
+        return [_named(study, store, claims) for study in studies]
     if name is None:
         raise UserError("which study? (a file, a name that ships with mar, or --all)")
     if is_search_file(name):
@@ -146,15 +157,18 @@ def is_search_file(name: str) -> bool:
 
 
 def file_finder(store: Path, tracking_uri: str | None) -> Callable[[Any, str], Path]:
-    """Return what finds a file of a run's result, fetching it from MLflow where it is not here."""
-    load_index: list[Any] = []
+    """Return a function that finds a file of a run's result, and downloads it from MLflow where it is not on this disk.
+
+    The tracking store is opened when the first file is asked for.
+    """
+    opened: list[Any] = []
 
     def find(record: Any, name: str) -> Path:
         from orchestration.config import LaunchConfig
         from orchestration.tracking.store import Store
 
-        if not load_index:
-            load_index.append(Store(LaunchConfig(store=store, tracking_uri=tracking_uri)))
-        return load_index[0].file_of(record, name)
+        if not opened:
+            opened.append(Store(LaunchConfig(store=store, tracking_uri=tracking_uri)))
+        return opened[0].file_of(record, name)
 
     return find

@@ -15,7 +15,7 @@ weights_app = typer.Typer(
     no_args_is_help=True, help="Look at pre-trained weights, convert and export them."
 )
 
-TrialSource = Annotated[
+WeightsSource = Annotated[
     str,
     typer.Argument(
         metavar="SRC",
@@ -29,7 +29,7 @@ Overrides = Annotated[
 
 @weights_app.command("show")
 def weights_show(
-    source: TrialSource,
+    source: WeightsSource,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print whose layout a checkpoint has, its sizes, and what the model has no use for."""
@@ -51,7 +51,7 @@ def weights_show(
 
 @weights_app.command("convert")
 def weights_convert(
-    source: TrialSource,
+    source: WeightsSource,
     folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
     overrides: Overrides = None,
     to: Annotated[Literal["mar", "huggingface"], typer.Option(help="Whose format.")] = "mar",
@@ -78,7 +78,7 @@ def weights_convert(
 
 @weights_app.command("export")
 def weights_export(
-    source: TrialSource,
+    source: WeightsSource,
     file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="File to write.")],
     overrides: Overrides = None,
 ) -> None:

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,6 +32,7 @@ from mar.evaluation.correctness import CORRECTNESS, write_correctness
 from orchestration.config import LaunchConfig
 from orchestration.reporting.figures import draw_figure
 from orchestration.reporting.study_report import write_report
+from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.tables import table_info
 from orchestration.search.optuna_search import OptunaSearch, open_search
 from orchestration.search.schema import SearchFile, read_search
@@ -141,9 +143,13 @@ def _read_once(study: Study, launch: LaunchConfig, folder: Path) -> dict[str, fl
     store, records = Store(launch), list[RunRecord]()
     parts: dict[str, Callable[[], object]] = {
         "the runs": lambda: records.extend(store.trials()),
-        "mar table": lambda: table_info(study, records, store.file_of),
-        "mar figure": lambda: draw_figure(study, records, folder / "figure.png", store.file_of),
-        "mar report": lambda: write_report(study, records, folder / "report", store.file_of),
+        "mar table": lambda: table_info(StudyResults.match(study, records, store.file_of)),
+        "mar figure": lambda: draw_figure(
+            StudyResults.match(study, records, store.file_of), folder / "figure.png"
+        ),
+        "mar report": lambda: write_report(
+            StudyResults.match(study, records, store.file_of), folder / "report"
+        ),
     }
     times = {name: _seconds(work) for name, work in parts.items()}
     return {**times, "all of it": sum(times.values())}
@@ -219,7 +225,7 @@ def _batched(store: Store, experiment: str, epochs: int) -> None:
             key, lambda key=key: store.run(experiment, key, {"mar.key": key}, {"mar.kind": "trial"})
         )
         for epoch in range(1, epochs + 1):
-            writer.metrics(key, epoch, dict.fromkeys(_METRICS, 1.0))
+            writer.log_metrics(key, epoch, dict.fromkeys(_METRICS, 1.0))
         writer.end(key, "FINISHED")
     writer.close()
 
@@ -410,7 +416,7 @@ def _launch(folder: Path, kind: str) -> Generator[LaunchConfig]:
     ) as server:
         try:
             _wait_for(f"http://127.0.0.1:{port}/health")
-            yield embedded.model_copy(update={"tracking_uri": f"http://127.0.0.1:{port}"})
+            yield replace(embedded, tracking_uri=f"http://127.0.0.1:{port}")
         finally:
             server.terminate()
 

@@ -74,7 +74,7 @@ def _decode(decoder: str) -> str:
 
 
 def _ray() -> str:
-    from orchestration.backends.ray_tune import describe_cluster
+    from orchestration.backends.ray_session import describe_cluster
 
     return describe_cluster()
 

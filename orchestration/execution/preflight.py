@@ -10,46 +10,44 @@ from orchestration.studies.trial import ABSENT, Trial
 
 
 def check_data(trials: Sequence[Trial], only_present: bool = False) -> None:
-    """Read the annotations of the trials' data, each set once; ``only_present`` passes over sets that are not there.
+    """Read the annotations of the trials' data, each data set once; ``only_present`` skips data sets that are missing.
 
     Raises:
-        UserError: a set is not there, a line of it is wrong, or it is smaller than a batch.
+        UserError: a data set is missing, a line of it is wrong, or it is smaller than a batch.
     """
-    sizes: dict[str, int] = {}
+    num_training_videos: dict[str, int] = {}
     for trial in trials:
-        data, batch_size = trial.settings.data, trial.settings.videos_per_batch
         if only_present and trial.fingerprint == ABSENT:
             continue
+        data = trial.settings.data
+        batch_size = trial.settings.videos_per_batch
         name = data.model_dump_json()
-        if name not in sizes:
+        if name not in num_training_videos:
             read_split(data, "val")
-            sizes[name] = len(read_split(data, "train"))
-        if batch_size > sizes[name]:
+            num_training_videos[name] = len(read_split(data, "train"))
+        available = num_training_videos[name]
+        if batch_size > available:
             raise UserError(
-                f"recipe.batch_size: {batch_size} is more than the {sizes[name]} training videos ({trial.name})"
+                f"recipe.batch_size: {batch_size} is more than the {available} training videos ({trial.name})"
             )
 
 
 def check_weights(trials: Sequence[Trial]) -> None:
-    """See that each model fits the weights it is to start from, each pair once.
+    """Check that each model fits the weights it is to start from, each pair once.
 
     Raises:
         UserError: one does not.
     """
-    pairs = {
-        trial.settings.model_dump_json(): trial
-        for trial in trials
-        if trial.settings.encoder.weights
-    }
+    parts_of_a_model = {"clip", "encoder", "classifier", "reconstruction", "mask"}
     checked: set[str] = set()
-    for trial in pairs.values():
-        model = trial.settings.model_dump_json(
-            include={"clip", "encoder", "classifier", "reconstruction", "mask"}
-        )
-        if model not in checked:
-            from mar.weights.pretrained import (
-                check_start,
-            )  # torch, which only a study with weights needs here
+    for trial in trials:
+        if not trial.settings.encoder.weights:
+            continue
+        model = trial.settings.model_dump_json(include=parts_of_a_model)
+        if model in checked:
+            continue
+        # Loads PyTorch, which only a study with weights needs in the launch's process.
+        from mar.weights.pretrained import check_start
 
-            check_start(trial.settings)
-            checked.add(model)
+        check_start(trial.settings)
+        checked.add(model)

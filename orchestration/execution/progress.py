@@ -1,4 +1,4 @@
-"""How a launch looks while it runs: a live table in a terminal, a line an epoch elsewhere."""
+"""Shows a launch while it runs: a live table in a terminal, a line per epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mar.safe_text import printable
+from mar.training.reports import EpochReport
 from orchestration.studies.trial import Trial
 
 _ROWS = 24
-"""A study of more trials shows those that run or failed."""
+"""Of a study with more trials, those that run or failed are shown."""
 _MARKS = {"queued": "·", "running": "▶", "done": "✓", "failed": "✗"}
 
 
@@ -28,15 +29,23 @@ class _State:
     metrics: dict[str, float] = field(default_factory=dict)
     began: float = 0.0
     start_s: float = 0.0
+    """From the trial's start to its first step: processes, libraries, data."""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole training."""
+        return self.trial.settings.recipe.epochs
 
 
 class LiveProgress:
-    """The state of a launch, told by events, shown as a table."""
+    """The state of a launch, updated by events, shown as a table."""
 
-    def __init__(self, trials: list[Trial], have: int, console: Console) -> None:
+    def __init__(self, trials: list[Trial], num_finished: int, console: Console) -> None:
         self.states = {trial.key: _State(trial) for trial in trials}
-        self.have, self.console = have, console
-        self.widest = 1
+        self.num_finished = num_finished
+        """Trials that were finished in earlier launches."""
+        self.console = console
+        self.most_at_once = 1
         self.live = Live(
             console=console, get_renderable=self.table, refresh_per_second=2, transient=True
         )
@@ -52,82 +61,85 @@ class LiveProgress:
             self.live.stop()
 
     def started(self, trial: Trial, epochs_done: int = 0) -> None:
-        """A trial runs; of its epochs so many were finished in earlier launches."""
+        """A trial runs; so many of its epochs were finished in earlier launches."""
         state = self.states[trial.key]
-        state.status, state.began = "running", time.monotonic()
+        state.status = "running"
+        state.began = time.monotonic()
         state.epoch = epochs_done
-        self.widest = max(self.widest, self.counts()["running"])
-        word = (
-            f"resumes at epoch {epochs_done + 1}/{trial.settings.recipe.epochs}"
-            if epochs_done
-            else "started"
-        )
-        if epochs_done >= trial.settings.recipe.epochs:
-            word = "resumes with its test"
-        self._line(f"▶ {trial.name}: {word}   [{self.summary()}]")
+        self.most_at_once = max(self.most_at_once, self.counts()["running"])
+        event = "started"
+        if epochs_done >= state.epochs:
+            event = "resumes with its test"
+        elif epochs_done:
+            event = f"resumes at epoch {epochs_done + 1}/{state.epochs}"
+        self._line(f"▶ {trial.name}: {event}   [{self.summary()}]")
 
-    def epoch(self, trial: Trial, epoch: int, metrics: dict[str, float]) -> None:
-        """It finished an epoch."""
+    def epoch(self, trial: Trial, report: EpochReport) -> None:
+        """A trial finished an epoch, or its test."""
         state = self.states[trial.key]
         if "time/elapsed_s" not in state.metrics:
-            state.start_s = max(
-                0.0, time.monotonic() - state.began - metrics.get("time/elapsed_s", 0.0)
-            )
-        state.epoch, state.metrics = epoch, {**state.metrics, **metrics}
-        if "test/num_videos" not in metrics:
-            self._line(f"  {trial.name}: {self._figures(state)}   [{self.summary()}]")
+            trained_s = report.metrics.get("time/elapsed_s", 0.0)
+            state.start_s = max(0.0, time.monotonic() - state.began - trained_s)
+        state.epoch = report.epoch
+        state.metrics = {**state.metrics, **report.metrics}
+        if not report.is_final:
+            self._line(f"  {trial.name}: {self._metrics_text(state)}   [{self.summary()}]")
 
     def finished(self, trial: Trial, metrics: dict[str, float]) -> None:
-        """It is done."""
+        """A trial is done."""
         state = self.states[trial.key]
-        state.status, state.metrics = "done", metrics
-        accuracy = f"top-1 {metrics['test/top1']:.2f} %" if "test/top1" in metrics else ""
-        result = accuracy or f"L_r {_figure(metrics, 'test/reconstruction_loss', '.4f')}"
+        state.status = "done"
+        state.metrics = metrics
+        result = f"L_r {_metric(metrics, 'test/reconstruction_loss', '.4f')}"
+        if "test/top1" in metrics:
+            result = f"top-1 {metrics['test/top1']:.2f} %"
         self._line(f"✓ {trial.name}: {result}   [{self.summary()}]")
 
     def failed(self, trial: Trial, reason: str) -> None:
-        """It was given up."""
-        state = self.states[trial.key]
-        state.status = "failed"
+        """A trial failed permanently."""
+        self.states[trial.key].status = "failed"
         self.console.print(Text(f"✗ {trial.name}: {reason}", style="red"), soft_wrap=True)
 
     def announce(self, trial: Trial) -> None:
-        """A trial that was not listed is to come."""
+        """A trial that was not listed is going to run."""
         self.states[trial.key] = _State(trial)
 
     def pruned(self, trial: Trial, message: str) -> None:
-        """It was ended early, on purpose."""
+        """A trial was pruned."""
         self.states[trial.key].status = "done"
         self._line(f"◼ {trial.name}: {message}   [{self.summary()}]")
 
     def message(self, trial: Trial, message: str) -> None:
-        """It has a message for a person."""
-        self.console.print(
-            Text(printable(f"! {trial.name}: {message}"), style="yellow"), soft_wrap=True
-        )
+        """A trial has a message for a person."""
+        text = Text(printable(f"! {trial.name}: {message}"), style="yellow")
+        self.console.print(text, soft_wrap=True)
 
     def counts(self) -> dict[str, int]:
         """Return how many trials are in which state; those finished in earlier launches count as done."""
-        states = [
-            state.status for state in tuple(self.states.values())
-        ]  # the live view has a thread of its own
-        counted = {
+        # A copy: the live display runs in a thread of its own.
+        states = [state.status for state in tuple(self.states.values())]
+        counts = {
             status: states.count(status) for status in ("done", "running", "queued", "failed")
         }
-        return {**counted, "done": counted["done"] + self.have}
+        counts["done"] += self.num_finished
+        return counts
 
     def summary(self) -> str:
-        """Return the counts and the time left, in words."""
-        counts, left = self.counts(), self.seconds_left()
-        parts = [
-            f"{count} {status}" for status, count in counts.items() if count or status != "failed"
-        ]
-        return ", ".join(parts) + (f", about {_duration(left)} left" if left is not None else "")
+        """Return the counts and the estimated time left."""
+        parts: list[str] = []
+        for status, count in self.counts().items():
+            if count or status != "failed":
+                parts.append(f"{count} {status}")
+        left_s = self.seconds_left()
+        if left_s is not None:
+            parts.append(f"about {_duration(left_s)} left")
+        return ", ".join(parts)
 
     def seconds_left(self) -> float | None:
         """Return the estimated seconds to the end; none before the first epoch is done.
 
-        A queued trial is taken to need what the running ones need, starting included, as many at a time as ever ran.
+        The estimate: a queued trial needs what the running ones need, its start included, and as many trials run at a time
+        as ever did.
         """
         running = [
             state
@@ -136,44 +148,46 @@ class LiveProgress:
         ]
         if not running:
             return None
-        per_epoch = [state.metrics["time/elapsed_s"] / state.epoch for state in running]
-        epochs = [state.trial.settings.recipe.epochs for state in running]
-        left = max(
-            pace * (all_ - state.epoch)
-            for pace, all_, state in zip(per_epoch, epochs, running, strict=True)
-        )
-        whole = sum(pace * all_ for pace, all_ in zip(per_epoch, epochs, strict=True)) / len(
-            running
-        )
-        start = sum(state.start_s for state in running) / len(running)
-        return left + math.ceil(self.counts()["queued"] / self.widest) * (whole + start)
+        left_s: list[float] = []
+        whole_s: list[float] = []
+        for state in running:
+            epoch_s = state.metrics["time/elapsed_s"] / state.epoch
+            left_s.append(epoch_s * (state.epochs - state.epoch))
+            whole_s.append(epoch_s * state.epochs + state.start_s)
+        rounds = math.ceil(self.counts()["queued"] / self.most_at_once)
+        return max(left_s) + rounds * sum(whole_s) / len(whole_s)
 
     def table(self) -> ConsoleRenderable:
-        """Return the live view."""
+        """Return the live table."""
         table = Table(box=None, pad_edge=False)
-        for heading in ("", "trial", "epoch", "", "loss", "top-1 (%)", "clips/s"):
-            table.add_column(heading, justify="left" if heading in ("", "trial") else "right")
+        for heading in ("", "trial"):
+            table.add_column(heading, justify="left")
+        for heading in ("epoch", "", "loss", "top-1 (%)", "clips/s"):
+            table.add_column(heading, justify="right")
         shown = list(self.states.values())
         if len(shown) > _ROWS:
             shown = [state for state in shown if state.status in ("running", "failed")][:_ROWS]
         for state in shown:
-            epochs, metrics = state.trial.settings.recipe.epochs, state.metrics
+            top1 = "val/top1"
+            if "test/top1" in state.metrics:
+                top1 = "test/top1"
             table.add_row(
                 _MARKS[state.status],
                 Text(printable(state.trial.name)),
-                f"{state.epoch}/{epochs}",
-                ProgressBar(epochs, state.epoch, width=16),
-                _figure(metrics, "train/loss", ".4f"),
-                _figure(metrics, "test/top1" if "test/top1" in metrics else "val/top1", ".2f"),
-                _figure(metrics, "throughput/clips_per_s", ".0f"),
+                f"{state.epoch}/{state.epochs}",
+                ProgressBar(state.epochs, state.epoch, width=16),
+                _metric(state.metrics, "train/loss", ".4f"),
+                _metric(state.metrics, top1, ".2f"),
+                _metric(state.metrics, "throughput/clips_per_s", ".0f"),
             )
         return Group(table, Text(self.summary(), style="bold"))
 
-    def _figures(self, state: _State) -> str:
+    def _metrics_text(self, state: _State) -> str:
         metrics = state.metrics
         return (
-            f"epoch {state.epoch}/{state.trial.settings.recipe.epochs}, loss {_figure(metrics, 'train/loss', '.4f')}, "
-            f"top-1 {_figure(metrics, 'val/top1', '.2f')} %, {_figure(metrics, 'throughput/clips_per_s', '.0f')} clips/s"
+            f"epoch {state.epoch}/{state.epochs}, loss {_metric(metrics, 'train/loss', '.4f')}, "
+            f"top-1 {_metric(metrics, 'val/top1', '.2f')} %, "
+            f"{_metric(metrics, 'throughput/clips_per_s', '.0f')} clips/s"
         )
 
     def _line(self, message: str) -> None:
@@ -181,11 +195,15 @@ class LiveProgress:
             self.console.print(printable(message), soft_wrap=True, highlight=False, markup=False)
 
 
-def _figure(metrics: dict[str, float], name: str, form: str) -> str:
-    return format(metrics[name], form) if name in metrics else "–"
+def _metric(metrics: dict[str, float], name: str, form: str) -> str:
+    if name not in metrics:
+        return "–"
+    return format(metrics[name], form)
 
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s"

@@ -16,13 +16,14 @@ from mar.data.annotations import fingerprint
 from mar.errors import Failure, UserError
 from mar.evaluation.correctness import read_history
 from mar.safe_input import read_json
+from mar.training.reports import EpochReport
 from orchestration.config import LaunchConfig
-from orchestration.storage.trial_dir import RECORD
+from orchestration.storage.trial_dir import TrialDir
 from orchestration.studies.identity import identity, key_of
 from orchestration.studies.trial import ABSENT
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
-from orchestration.tracking.tags import IDENTITY, KEY, KIND, PARENT_RUN, STUDY, TRAINED_BY
+from orchestration.tracking.tags import FOLDER, IDENTITY, KEY, KIND, PARENT_RUN, STUDY, TRAINED_BY
 from orchestration.tracking.writer import Writer
 
 _UNKNOWN_STUDY = "recovered"
@@ -55,7 +56,7 @@ def finished_here(launch: LaunchConfig, keys: Iterable[str]) -> list[RunRecord]:
         folder = launch.trial_folder(key)
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, Failure):
             metrics = read_atomic_dir(folder / RESULT_DIR)["metrics"]
-            record = read_json(folder / RECORD)
+            record = read_json(TrialDir(folder).record)
             tags = {**record["tags"], KEY: key}
             found.append(RunRecord(key, record["study"], "", "FINISHED", metrics, tags))
     return found
@@ -105,14 +106,14 @@ def _write_run(
     study = str(record["study"])
     experiment = store.experiment(study)
     parent = store.run(experiment, study, {KIND: "study"}, {STUDY: study})
-    tags = {**record["tags"], STUDY: study, PARENT_RUN: parent, "folder": str(folder)}
+    tags = {**record["tags"], STUDY: study, PARENT_RUN: parent, FOLDER: str(folder)}
     run_id = store.run(experiment, record["name"], {KIND: "trial", KEY: key}, tags)
     store.parameters(run_id, without_paths(settings))
     writer.open(key, lambda: run_id)
     for epoch, metrics in enumerate(read_history(folder / RESULT_DIR), start=1):
-        writer.metrics(key, epoch, metrics)
-    final = {name: float(value) for name, value in reached.items() if name.startswith("test/")}
-    writer.metrics(key, settings.recipe.epochs, final, again=True)
+        writer.log_report(key, EpochReport(epoch, metrics, is_replay=True))
+    final = {name: float(value) for name, value in reached.items()}
+    writer.log_report(key, EpochReport(settings.recipe.epochs, final, is_final=True))
     writer.artifacts(key, folder / RESULT_DIR, RESULT_DIR)
     if TRAINED_BY not in tags:
         writer.register(key, study, {"trial": str(record["name"])})
@@ -129,7 +130,7 @@ def _record(folder: Path, settings: TrainingConfig) -> dict[str, Any]:
         Failure: neither gives the folder's name, which follows from what was trained: a table must not mix trainings.
     """
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        record = read_json(folder / RECORD)
+        record = read_json(TrialDir(folder).record)
         if key_of(record["tags"][IDENTITY]) == folder.name and {"study", "name"} <= record.keys():
             return record
     data = ABSENT
@@ -138,6 +139,6 @@ def _record(folder: Path, settings: TrainingConfig) -> dict[str, Any]:
     line = identity(settings, data)
     if key_of(line) != folder.name:
         raise Failure(
-            "what was trained cannot be told: its data is not at hand, or another version of mar trained it"
+            "its settings cannot be identified: its data is missing, or another version of mar trained it"
         )
     return {"study": _UNKNOWN_STUDY, "name": folder.name, "tags": {IDENTITY: line}}

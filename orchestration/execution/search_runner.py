@@ -1,14 +1,16 @@
-"""``mar run`` of a search: propose, train, tell; then what was found."""
+"""``mar run`` of a search: propose trials, train them, report results to Optuna; then print what was found."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 
-from mar import RESULT_DIR
 from mar.errors import Failure
 from mar.safe_input import read_json
+from mar.training.reports import EpochReport
 from orchestration.config import LaunchConfig, sqlite_address
 from orchestration.execution.lock import study_lock
 from orchestration.execution.preflight import check_data, check_weights
@@ -20,6 +22,7 @@ from orchestration.failures import FailureReason
 from orchestration.reporting.search_report import found_text, write_search_report
 from orchestration.search.optuna_search import OptunaSearch, open_search
 from orchestration.search.schema import Search
+from orchestration.storage.trial_dir import TrialDir
 from orchestration.studies.loader import fetch_weights
 from orchestration.studies.schema import StudyFile
 from orchestration.studies.trial import Study, Trial
@@ -27,81 +30,98 @@ from orchestration.tracking.store import Store
 
 
 def run_search(search: Search, launch: LaunchConfig) -> None:
-    """Run a search until it has its number of trials; one that was killed goes on.
+    """Run a search until it has its number of trials; one that was killed resumes.
 
     Raises:
-        UserError: the data is not there, another run of the search is alive, a trial does not fit the cluster.
-        Failure: trials failed, or nothing keeps the constraints; what was found is printed.
+        UserError: the data is missing, another run of the search is alive, a trial does not fit the cluster.
+        Failure: trials failed, or no point keeps the constraints; what was found is printed.
     """
-    console, launch = Console(soft_wrap=True), launch.model_copy(update={"study": search.name})
-    study = Study(
-        search.name,
-        StudyFile(title=search.file.title, recipe=search.file.recipe, axes={"trial": {}}),
-        [],
-    )
+    console = Console(soft_wrap=True)
+    launch = replace(launch, study=search.name)
+    file = StudyFile(title=search.file.title, recipe=search.file.recipe, axes={"trial": {}})
+    study = Study(search.name, file, [])
     with study_lock(study, launch):
         store = Store(launch)
-        sample = Trial({"trial": "–"}, search.settings({}), "")
-        fetch_weights(Study(search.name, study.file, [sample]))
-        check_data([sample])
-        check_weights([sample])
-        proposer = open_search(
-            search, launch.store.resolve() / "searches" / f"{search.name}.db", store.trials()
+        _check(search, study)
+        optuna_file = _optuna_file(search, launch)
+        optuna_search = open_search(search, optuna_file, store.trials())
+        console.print(
+            f"{search.file.title}: {search.file.trials} trials wanted, "
+            f"{optuna_search.num_done} finished",
+            markup=False,
         )
-        counts = f"{search.file.trials} trials wanted, {proposer.num_done} there"
-        console.print(f"{search.file.title}: {counts}", markup=False)
-        progress = LiveProgress([], proposer.num_done, console)
+        progress = LiveProgress([], optuna_search.num_done, console)
         with (
             RunRecorder(study, store, progress, list(search.file.space)) as recorder,
             graceful_shutdown(launch),
         ):
             try:
                 with progress:
-                    _train(_Searching(recorder, proposer, progress), launch)
+                    _train(SearchRecorder(recorder, optuna_search, progress), launch)
             finally:
                 recorder.finalize()
-            was_stopped = recorder.was_stopped or (
-                launch.stop_file.exists() and proposer.num_left > 0
-            )
+            is_asked_to_stop = launch.stop_file.exists() and optuna_search.num_left > 0
+            was_stopped = recorder.was_stopped or is_asked_to_stop
             folder = launch.report_folder(search.name)
-            write_search_report(proposer, folder)
-            recorder.log_report(folder, [], found_text(proposer))
-    print(f"\n{found_text(proposer)}")
+            write_search_report(optuna_search, folder)
+            recorder.log_report(folder, None, found_text(optuna_search))
+    print(f"\n{found_text(optuna_search)}")
     print(f"report   {folder / 'report.md'} (best.yaml, front.csv, trials.csv, pictures)")
     print(
-        f"Optuna   optuna-dashboard {shlex.quote(sqlite_address(launch.store.resolve() / 'searches' / f'{search.name}.db'))}"
-        f"   (study {proposer.study.study_name})"
+        f"Optuna   optuna-dashboard {shlex.quote(sqlite_address(optuna_file))}"
+        f"   (study {optuna_search.study.study_name})"
     )
     notify_webhook(study, recorder)
     if was_stopped:
-        raise Failure("stopped; run the same command to go on", "stopped")
+        raise Failure("stopped; run the same command to resume", "stopped")
     if recorder.failures:
-        raise Failure(
-            f"{len(recorder.failures)} trials failed, the first: {next(iter(recorder.failures.values()))}"
-        )
+        first = next(iter(recorder.failures.values()))
+        raise Failure(f"{len(recorder.failures)} trials failed, the first: {first}")
 
 
-def _train(searching: _Searching, launch: LaunchConfig) -> None:
+def _check(search: Search, study: Study) -> None:
+    """Check data and weights with the recipe's own settings: all trials share them.
+
+    Raises:
+        UserError: they are missing, or do not fit.
+    """
+    sample = Trial({"trial": "–"}, search.settings({}), "")
+    fetch_weights(Study(search.name, study.file, [sample]))
+    check_data([sample])
+    check_weights([sample])
+
+
+def _optuna_file(search: Search, launch: LaunchConfig) -> Path:
+    """Return the database of the search's Optuna study."""
+    return launch.store.resolve() / "searches" / f"{search.name}.db"
+
+
+def _train(callback: SearchRecorder, launch: LaunchConfig) -> None:
+    """Train what Optuna proposes on the launch's backend."""
+    source = callback.optuna_search
     if launch.backend == "local":
+        # Loads PyTorch, which the other backends load in other processes.
         from orchestration.backends import local
 
-        local.run_search(searching.proposer, launch, searching, searching.announce)
+        local.run_search(source, launch, callback, callback.announce)
     else:
         from orchestration.backends import ray_tune
 
-        ray_tune.run_search(searching.proposer, launch, searching, searching.announce)
+        ray_tune.run_search(source, launch, callback, callback.announce)
 
 
-class _Searching:
-    """Hears from the backend: tells MLflow as any launch does, and Optuna."""
+class SearchRecorder:
+    """Backend callback of a search: records trials in MLflow as any launch does, and reports results to Optuna."""
 
     def __init__(
-        self, recorder: RunRecorder, proposer: OptunaSearch, progress: LiveProgress
+        self, recorder: RunRecorder, optuna_search: OptunaSearch, progress: LiveProgress
     ) -> None:
-        self.recorder, self.proposer, self.progress = recorder, proposer, progress
+        self.recorder = recorder
+        self.optuna_search = optuna_search
+        self.progress = progress
 
     def announce(self, trial: Trial) -> None:
-        """Expect a trial."""
+        """Expect a trial that was proposed."""
         self.recorder.announce(trial)
         self.progress.announce(trial)
 
@@ -109,32 +129,36 @@ class _Searching:
         """A trial runs."""
         self.recorder.started(key)
 
-    def epoch(self, key: str, epoch: int, metrics: dict[str, float]) -> None:
-        """A trial finished an epoch."""
-        self.recorder.epoch(key, epoch, metrics)
+    def epoch(self, key: str, report: EpochReport) -> None:
+        """A trial reports an epoch."""
+        self.recorder.epoch(key, report)
 
     def finished(self, key: str) -> None:
-        """A trial is done; or it was ended early and had a result before it heard of that, which does not count."""
-        if key in self.proposer.pruned:
-            self.failed(key, FailureReason("ended early"))
-            return
+        """A trial has a complete result: its objectives go to Optuna."""
         self.recorder.finished(key)
-        file = self.recorder.store.launch.trial_folder(key) / RESULT_DIR / "metrics.json"
-        metrics: dict[str, float] = read_json(file)
+        trial_dir = TrialDir(self.recorder.launch.trial_folder(key))
+        metrics: dict[str, float] = read_json(trial_dir.metrics)
+        settings = self.recorder.trials[key].settings
         try:
-            self.proposer.finished(key, metrics, self.recorder.trials[key].settings)
+            self.optuna_search.finished(key, metrics, settings)
         except Failure as error:
             self.recorder.failures[key] = FailureReason(str(error), "user")
 
     def failed(self, key: str, reason: FailureReason) -> None:
-        """A trial was given up, or ended early."""
-        if key in self.proposer.pruned:
-            self.recorder.pruned(key, "ended early: others were better at this epoch")
-            return
+        """A trial failed permanently."""
         self.recorder.failed(key, reason)
-        if reason.kind != "disk":  # with room, the same proposal is trained on
-            self.proposer.failed(key)
+        # With room on the disk again, the same proposal is trained.
+        if reason.kind != "disk":
+            self.optuna_search.failed(key)
+
+    def pruned(self, key: str) -> None:
+        """A trial was pruned; Optuna knows, since it decided that."""
+        self.recorder.pruned(key)
+
+    def stopped(self, key: str) -> None:
+        """A trial saved and stopped; the next launch proposes it again."""
+        self.recorder.stopped(key)
 
     def is_over(self) -> bool:
-        """Whether no other trial is to begin."""
+        """Whether no other trial is to start."""
         return self.recorder.is_over()

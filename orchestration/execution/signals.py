@@ -15,27 +15,27 @@ from orchestration.execution.lock import request_stop
 
 @contextmanager
 def graceful_shutdown(launch: LaunchConfig) -> Generator[None]:
-    """Have a SIGTERM, as Slurm and Kubernetes send before they kill, and Ctrl-C do what ``mar stop`` does.
+    """Let SIGTERM, which Slurm and Kubernetes send before they kill, and Ctrl-C do what ``mar stop`` does.
 
-    The trials save first. Ctrl-C for the second time ends everything at once.
+    The trials save first. A second Ctrl-C ends everything at once.
     """
+    # Python delivers signals to the main thread alone.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = False
+    is_asked = False
 
     def stop(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
+        nonlocal is_asked
+        if is_asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked = True
-        again = (
-            "; Ctrl-C again ends at once, from the last checkpoint"
-            if number == signal.SIGINT
-            else ""
-        )
-        print(f"stopping: the trials that run are saving{again}", file=sys.stderr, flush=True)
-        with suppress(Failure):  # the object store is away: who looks here stops all the same
+        is_asked = True
+        hint = ""
+        if number == signal.SIGINT:
+            hint = "; Ctrl-C again ends at once, resuming later from the last checkpoint"
+        print(f"stopping: the running trials are saving{hint}", file=sys.stderr, flush=True)
+        # With the object store away, the workers that see this disk stop all the same.
+        with suppress(Failure):
             request_stop(launch)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,34 @@ from mar.errors import UserError
 from mar.safe_input import read_json
 from orchestration.config import LaunchConfig
 from orchestration.execution.lock import request_stop
-from orchestration.storage.object_store import remote
-from orchestration.storage.trial_dir import HEARTBEAT
+from orchestration.storage.object_store import open_object_store
+from orchestration.storage.trial_dir import TrialDir
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
 
 _LOST_S = 120.0
-"""A trial whose pulse is older is not taken for one that runs elsewhere."""
+"""A trial without a heartbeat for this long is reported as lost."""
+_SHOW_SILENCE_S = 30.0
+"""A heartbeat older than this is mentioned; a worker writes one every two seconds."""
 
 
 @dataclass(frozen=True)
 class RunningTrial:
-    """A trial under way."""
+    """A trial that trains or tests."""
 
     name: str
     step: int | None
-    """None: it has told of none yet."""
+    """None: it has written no heartbeat yet."""
     steps: int | None
     steps_per_s: float | None
     left_s: float | None
+    """To the end of its training, at the present rate."""
     clips_per_s: float | None
     workers: int | None
     device: str
     host: str
     silent_s: float | None
-    """Since its worker last told of itself."""
+    """Since its last heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,12 @@ class StudyStatus:
     """Which process runs it, since when; empty: none does."""
     is_stopping: bool
     counts: dict[str, int]
-    """Trials by MLflow's word for their state."""
+    """Trials by the status of their runs in MLflow."""
     running: list[RunningTrial]
     queued: int
-    """Trials of this launch that have not begun."""
+    """Trials of this launch that have not started."""
     left_s: float | None
-    """To the end of the study, if the queued trials are as those that run."""
+    """To the end of the study, if the queued trials are like the running ones."""
 
 
 def status(launch: LaunchConfig) -> list[StudyStatus]:
@@ -66,32 +70,34 @@ def status(launch: LaunchConfig) -> list[StudyStatus]:
         Failure: the tracking store cannot be used.
     """
     store = Store(launch)
-    records, expected = store.trials(), store.expected()
+    records = store.trials()
+    expected = store.expected()
     names = sorted({record.experiment for record in records} | _locked(launch))
-    return [_study(name, records, launch, expected.get(name, 0)) for name in names]
+    return [_study_status(name, records, launch, expected.get(name, 0)) for name in names]
 
 
 def stop(launch: LaunchConfig) -> None:
-    """Ask a study's workers to save and stop; its driver then ends.
+    """Ask a study's workers to save and stop; its launch then ends.
 
     Raises:
-        UserError: nobody runs it.
+        UserError: the study does not run.
     """
-    is_running = bool(_holder(launch)) or (
-        launch.remote  # its lock may be on another machine
-        and any(
-            each.experiment == launch.study and each.status == "RUNNING"
-            for each in Store(launch).trials()
+    is_running = bool(_holder(launch))
+    # With an object store, its lock may be on another machine.
+    if not is_running and launch.worker.object_store:
+        records = Store(launch).trials()
+        is_running = any(
+            record.experiment == launch.study and record.status == "RUNNING" for record in records
         )
-    )
     if not is_running:
         raise UserError(f"the study {launch.study} is not being run from the store {launch.store}")
     request_stop(launch)
 
 
 def _locked(launch: LaunchConfig) -> set[str]:
+    """Return the studies whose lock is held."""
     names = {file.stem for file in (launch.store.resolve() / "locks").glob("*.lock")}
-    return {name for name in names if _holder(launch.model_copy(update={"study": name}))}
+    return {name for name in names if _holder(replace(launch, study=name))}
 
 
 def _holder(launch: LaunchConfig) -> str:
@@ -109,89 +115,134 @@ def _holder(launch: LaunchConfig) -> str:
     return ""
 
 
-def _study(name: str, records: list[RunRecord], launch: LaunchConfig, expected: int) -> StudyStatus:
+def _study_status(
+    name: str, records: Sequence[RunRecord], launch: LaunchConfig, expected: int
+) -> StudyStatus:
     own = [record for record in records if record.experiment == name]
-    there = launch.model_copy(update={"study": name})
-    holder = _holder(there)
-    running = [_trial(record, launch) for record in own if record.status == "RUNNING"]
-    has_pulse = any(each.silent_s is not None and each.silent_s < _LOST_S for each in running)
-    is_running = bool(holder or (launch.remote and has_pulse))
-    running = running if is_running else []
+    study_launch = replace(launch, study=name)
+    holder = _holder(study_launch)
+    running = [_running_trial(record, launch) for record in own if record.status == "RUNNING"]
+    is_running = bool(holder) or (
+        launch.worker.object_store is not None and any(_is_alive(each) for each in running)
+    )
     counts = dict(Counter(record.status.lower() for record in own))
-    if not is_running and counts.get("running"):  # its driver is no more
-        counts["lost"] = counts.pop("running")
-    pruned = sum(counts.get(state, 0) for state in ("finished", "failed"))
-    queued = max(expected - pruned - len(running), 0) if is_running else 0
+    queued = 0
+    if is_running:
+        num_over = counts.get("finished", 0) + counts.get("failed", 0)
+        queued = max(expected - num_over - len(running), 0)
+    else:
+        running = []
+        # Their launch was killed before it could mark them.
+        if counts.get("running"):
+            counts["lost"] = counts.pop("running")
     return StudyStatus(
-        name, holder, there.stop_file.exists(), counts, running, queued, _left_s(running, queued)
+        study=name,
+        launch=holder,
+        is_stopping=study_launch.stop_file.exists(),
+        counts=counts,
+        running=running,
+        queued=queued,
+        left_s=_left_s(running, queued),
     )
 
 
-def _left_s(running: list[RunningTrial], queued: int) -> float | None:
-    """Return the seconds that all steps left take at the rate of now."""
-    known = [
-        each
-        for each in running
-        if each.steps is not None and each.step is not None and each.steps_per_s
-    ]
-    if not known:
+def _is_alive(trial: RunningTrial) -> bool:
+    return trial.silent_s is not None and trial.silent_s < _LOST_S
+
+
+def _left_s(running: Sequence[RunningTrial], queued: int) -> float | None:
+    """Return the seconds that all remaining steps take at the present rate; none while no rate is known."""
+    rate = 0.0
+    steps_left = 0
+    num_known = 0
+    steps_of_a_trial = 0
+    for trial in running:
+        if trial.steps is None or trial.step is None or not trial.steps_per_s:
+            continue
+        if not num_known:
+            steps_of_a_trial = trial.steps
+        num_known += 1
+        rate += trial.steps_per_s
+        steps_left += trial.steps - trial.step
+    if not num_known:
         return None
-    rate = sum(each.steps_per_s or 0.0 for each in known)
-    left = sum((each.steps or 0) - (each.step or 0) for each in known)
-    return (left + (queued + len(running) - len(known)) * (known[0].steps or 0)) / rate
+    num_unknown = queued + len(running) - num_known
+    return (steps_left + num_unknown * steps_of_a_trial) / rate
 
 
-def _trial(record: RunRecord, launch: LaunchConfig) -> RunningTrial:
-    pulse: dict[str, Any] = {}
-    file = launch.trial_folder(record.key) / HEARTBEAT
-    if launch.remote:
-        remote(launch.remote).pull(f"trials/{record.key}/{HEARTBEAT}", file)
+def _running_trial(record: RunRecord, launch: LaunchConfig) -> RunningTrial:
+    """Return how far a trial is, by its heartbeat."""
+    heartbeat: dict[str, Any] = {}
+    file = TrialDir(launch.trial_folder(record.key)).heartbeat
+    object_store = launch.worker.object_store
+    if object_store:
+        open_object_store(object_store).download(f"trials/{record.key}/{file.name}", file)
     with suppress(OSError, ValueError):
-        pulse = read_json(file)
-    step, steps, rate = pulse.get("step"), pulse.get("steps"), pulse.get("steps_per_s")
+        heartbeat = read_json(file)
+    step = heartbeat.get("step")
+    steps = heartbeat.get("steps")
+    rate = heartbeat.get("steps_per_s")
+    left_s = None
+    if rate and step is not None and steps is not None:
+        left_s = (steps - step) / rate
+    silent_s = None
+    if "time" in heartbeat:
+        silent_s = time.time() - heartbeat["time"]
     return RunningTrial(
         name=record.tags.get("mlflow.runName", record.key),
         step=step,
         steps=steps,
         steps_per_s=rate,
-        left_s=(steps - step) / rate if rate and step is not None and steps is not None else None,
-        clips_per_s=pulse.get("clips_per_s"),
-        workers=pulse.get("workers"),
-        device=str(pulse.get("device", "")),
-        host=str(pulse.get("host", "")),
-        silent_s=time.time() - pulse["time"] if "time" in pulse else None,
+        left_s=left_s,
+        clips_per_s=heartbeat.get("clips_per_s"),
+        workers=heartbeat.get("workers"),
+        device=str(heartbeat.get("device", "")),
+        host=str(heartbeat.get("host", "")),
+        silent_s=silent_s,
     )
 
 
-def status_text(found: list[StudyStatus], store: Path) -> str:
-    """Return the studies as lines."""
+def status_text(found: Sequence[StudyStatus], store: Path) -> str:
+    """Return the studies, one a line, each running trial on a line below."""
     lines: list[str] = []
-    for each in found:
-        counts = ", ".join(f"{count} {word}" for word, count in sorted(each.counts.items()))
-        state = (
-            f"{'stopping' if each.is_stopping else 'running'}: {each.launch}"
-            if each.launch
-            else "not running"
-        )
-        waiting = f", {each.queued} queued" if each.queued else ""
-        left = f", about {each.left_s / 60:.1f} min left" if each.left_s is not None else ""
-        lines.append(f"{each.study:<34} {counts or 'no trial yet':<40} {state}{waiting}{left}")
-        for trial in each.running:
-            steps = (
-                f"step {trial.step}/{trial.steps}" if trial.step is not None else "between steps"
-            )
-            rate = (
-                f", {trial.steps_per_s:.2f} steps/s, {trial.clips_per_s:.1f} clips/s"
-                if trial.clips_per_s
-                else ""
-            )
-            left = f", about {trial.left_s / 60:.1f} min left" if trial.left_s is not None else ""
-            silent = (
-                f", silent for {trial.silent_s:.0f} s"
-                if trial.silent_s and trial.silent_s > 30
-                else ""
-            )
-            workers = f"{trial.workers} workers, " if (trial.workers or 0) > 1 else ""
-            host = f" ({workers}{trial.device} on {trial.host})" if trial.host else ""
-            lines.append(f"  {trial.name}: {steps}{rate}{left}{host}{silent}")
-    return "\n".join(lines) if lines else f"no study in {store} yet"
+    for study in found:
+        lines.append(_study_line(study))
+        lines += [_trial_line(trial) for trial in study.running]
+    if not lines:
+        return f"no study in {store} yet"
+    return "\n".join(lines)
+
+
+def _study_line(study: StudyStatus) -> str:
+    counts = ", ".join(f"{count} {word}" for word, count in sorted(study.counts.items()))
+    state = "not running"
+    if study.launch and study.is_stopping:
+        state = f"stopping: {study.launch}"
+    elif study.launch:
+        state = f"running: {study.launch}"
+    if study.queued:
+        state += f", {study.queued} queued"
+    return f"{study.study:<34} {counts or 'no trial yet':<40} {state}{_left_text(study.left_s)}"
+
+
+def _trial_line(trial: RunningTrial) -> str:
+    parts = [f"  {trial.name}: between steps"]
+    if trial.step is not None:
+        parts = [f"  {trial.name}: step {trial.step}/{trial.steps}"]
+    if trial.clips_per_s:
+        parts.append(f", {trial.steps_per_s:.2f} steps/s, {trial.clips_per_s:.1f} clips/s")
+    parts.append(_left_text(trial.left_s))
+    if trial.host:
+        workers = ""
+        if trial.workers and trial.workers > 1:
+            workers = f"{trial.workers} workers, "
+        parts.append(f" ({workers}{trial.device} on {trial.host})")
+    if trial.silent_s and trial.silent_s > _SHOW_SILENCE_S:
+        parts.append(f", silent for {trial.silent_s:.0f} s")
+    return "".join(parts)
+
+
+def _left_text(left_s: float | None) -> str:
+    if left_s is None:
+        return ""
+    return f", about {left_s / 60:.1f} min left"

@@ -1,4 +1,4 @@
-"""``mar run``: train what is missing, report from MLflow, say where everything is."""
+"""``mar run``: train what is missing, report from MLflow, print where everything is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
@@ -22,88 +22,128 @@ from orchestration.execution.signals import graceful_shutdown
 from orchestration.execution.webhook import failures_by_kind, notify_webhook
 from orchestration.failures import REMEDIES
 from orchestration.reporting.study_report import write_report
+from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.tables import FORMATS, table_info
 from orchestration.studies.budget import Budget
 from orchestration.studies.loader import fetch_weights
 from orchestration.studies.matching import match
-from orchestration.studies.trial import Study
+from orchestration.studies.trial import Study, Trial
 from orchestration.tracking.store import Store
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a launch of a study is to do."""
+
+    missing: Sequence[Trial]
+    """Trials to train or test."""
+    num_finished: int
+    num_over_budget: int
 
 
 def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) -> None:
     """Run a study to its table; with a ``budget``, of what is missing only what fits, in the study's order.
 
     Raises:
-        UserError: the data is not there, another run of the study is alive, a trial does not fit the cluster.
-        Failure: a trial was given up or stopped; the table shows what is there.
+        UserError: the data is missing, another run of the study is alive, a trial does not fit the cluster.
+        Failure: a trial failed permanently, or the study was stopped; the table shows what is finished.
     """
-    console, launch = Console(soft_wrap=True), launch.model_copy(update={"study": study.name})
+    console = Console(soft_wrap=True)
+    launch = replace(launch, study=study.name)
     fetch_weights(study)
     with study_lock(study, launch):
         store = Store(launch)
         _mention_unrecorded(launch, store)
-        missing, left_out = missing_trials(study, store), 0
-        if budget:
-            affordable = budget.take(study, missing, store.trials())
-            missing, left_out = affordable, len(missing) - len(affordable)
-        check_data(missing)
-        check_weights(missing)
-        have = len({trial.key for trial in study.to_run}) - len(missing) - left_out
-        counts = f"{len(study.to_run)} trials, {have} finished before, {len(missing)} to train"
-        counts += f", {left_out} left out: over the budget" if left_out else ""
-        console.print(f"{study.file.title}: {counts}", markup=False)
-        progress = LiveProgress(missing, have, console)
+        plan = _plan(study, store, budget)
+        console.print(f"{study.file.title}: {_counts(study, plan)}", markup=False)
+        progress = LiveProgress(list(plan.missing), plan.num_finished, console)
         with RunRecorder(study, store, progress) as recorder, graceful_shutdown(launch):
             try:
-                if missing:
+                if plan.missing:
                     if launch.backend != "local" and not progress.is_live:
                         console.print("starting Ray and its workers: some 10 to 20 s", markup=False)
                     with progress:
-                        train_missing(recorder, missing)
+                        train_missing(recorder, plan.missing)
             finally:
                 _finalize(recorder)
             folder = launch.report_folder(study.name)
-            records = store.trials()
-            table, lines = write_report(study, records, folder, store.file_of)
-            recorder.log_report(folder, records, table)
-    if (
-        study.chosen is not None
-    ):  # the report is of all rows, the terminal shows those that were asked for
-        table = FORMATS["md"](
-            table_info(replace(study, trials=study.to_run), records, store.file_of)
-        )
+            results = StudyResults.match(study, store.trials(), store.file_of)
+            table, lines = write_report(results, folder)
+            recorder.log_report(folder, results, table)
+    # The report is of all rows, the terminal shows those that were asked for.
+    if study.chosen is not None:
+        chosen = replace(study, trials=study.to_run)
+        table = FORMATS["md"](table_info(results.of(chosen)))
     print(f"\n{table}")
     print("\n".join([*lines, ""]))
-    print(
-        f"figure   {folder / 'figure.png'}\nreport   {folder / 'report.html'} (and report.md, table.tex, …)"
-    )
-    served = "mar ui"
-    if launch.tracking_uri:
-        served = launch.shown_tracking
-    elif str(launch.store) != "mar_store":
-        served = f"mar ui --store {shlex.quote(str(launch.store))}"
-    print(f"MLflow   {served}   (experiment {study.name!r})")
+    print(f"figure   {folder / 'figure.png'}")
+    print(f"report   {folder / 'report.html'} (and report.md, table.tex, …)")
+    print(f"MLflow   {_mlflow_hint(launch)}   (experiment {study.name!r})")
     notify_webhook(study, recorder)
+    _raise_if_unfinished(study, recorder)
+
+
+def _plan(study: Study, store: Store, budget: Budget | None) -> _Plan:
+    """Return what is to be trained, checked.
+
+    Raises:
+        UserError: the data is missing, or the weights do not fit.
+    """
+    missing = missing_trials(study, store)
+    wanted = missing
+    if budget:
+        wanted = budget.take(study, missing, store.trials())
+    check_data(wanted)
+    check_weights(wanted)
+    num_finished = len({trial.key for trial in study.to_run}) - len(missing)
+    return _Plan(wanted, num_finished, len(missing) - len(wanted))
+
+
+def _counts(study: Study, plan: _Plan) -> str:
+    counts = (
+        f"{len(study.to_run)} trials, {plan.num_finished} finished before, "
+        f"{len(plan.missing)} to train"
+    )
+    if plan.num_over_budget:
+        counts += f", {plan.num_over_budget} left out: over the budget"
+    return counts
+
+
+def _mlflow_hint(launch: LaunchConfig) -> str:
+    """Return where MLflow shows the study: a server's address, or the command that starts one."""
+    if launch.tracking_uri:
+        return launch.shown_tracking
+    if str(launch.store) == "mar_store":
+        return "mar ui"
+    return f"mar ui --store {shlex.quote(str(launch.store))}"
+
+
+def _raise_if_unfinished(study: Study, recorder: RunRecorder) -> None:
+    """Print the trials that failed, by kind, with the remedies.
+
+    Raises:
+        Failure: a trial failed, or the study was stopped.
+    """
     if recorder.failures:
         for kind, names in failures_by_kind(recorder).items():
-            print(
-                f"{kind:<8} {len(names)} trials: {', '.join(names)}. {REMEDIES[kind].capitalize()}."
-            )
-        left = (
-            f", {recorder.num_left} not begun" if recorder.is_over() and recorder.num_left else ""
-        )
+            remedy = REMEDIES[kind].capitalize()
+            print(f"{kind:<8} {len(names)} trials: {', '.join(names)}. {remedy}.")
+        left = ""
+        if recorder.is_over() and recorder.num_left:
+            left = f", {recorder.num_left} not started"
         raise Failure(
-            f"{len(recorder.failures)} of {len(study.trials)} trials failed{left}; run the same command to go on"
+            f"{len(recorder.failures)} of {len(study.trials)} trials failed{left}; "
+            "run the same command to resume"
         )
     if recorder.was_stopped:
         raise Failure(
-            f"stopped with {recorder.num_left} trials unfinished; run the same command to go on",
+            f"stopped with {recorder.num_left} trials unfinished; run the same command to resume",
             "stopped",
         )
 
 
 def _finalize(recorder: RunRecorder) -> None:
-    """Wait for MLflow to have everything; where it stays away, print the table from the results that are here.
+    """Wait until MLflow has everything; if it stays away, print the table from the results on this disk.
 
     Raises:
         Failure: the tracking store was not back in time.
@@ -111,73 +151,82 @@ def _finalize(recorder: RunRecorder) -> None:
     try:
         recorder.finalize()
     except Failure as error:
-        study, store = recorder.study, recorder.store
-        records = finished_here(store.launch, dict.fromkeys(trial.key for trial in study.trials))
-        print(f"\n{FORMATS['md'](table_info(study, records, store.file_of))}")
-        hint = "The table above is from the results in the store; the same command writes them down when it is back"
-        raise Failure(f"{error}. {hint}, or, without --tracking-uri, here") from None
+        study = recorder.study
+        store = recorder.store
+        keys = dict.fromkeys(trial.key for trial in study.trials)
+        results = StudyResults.match(study, finished_here(store.launch, keys), store.file_of)
+        print(f"\n{FORMATS['md'](table_info(results))}")
+        raise Failure(
+            f"{error}. The table above is from the results in the store; the same command records them in MLflow "
+            "when it is back, or, without --tracking-uri, here"
+        ) from None
 
 
 def _mention_unrecorded(launch: LaunchConfig, store: Store) -> None:
-    """Say that the store has results that its database does not know: somebody lost it."""
+    """Print a note if the store has results that its database does not know: the database was lost."""
     lost = unrecorded(launch, {record.key for record in store.trials()})
     if lost:
         notice(
-            f"{len(lost)} finished results in {launch.store / 'trials'} are not in the tracking store. Those of this study "
-            f"are taken as they are, not trained again; mar recover --store {launch.store} brings back all"
+            f"{len(lost)} finished results in {launch.store / 'trials'} are not in the tracking store. Those of this "
+            f"study are used, not trained again; mar recover --store {launch.store} records all"
         )
 
 
 def run_studies(
     studies: Sequence[Study], launch: LaunchConfig, budget: Budget | None = None
 ) -> None:
-    """Run studies one after the other in one Ray; what one of them trained, the next ones find.
+    """Run studies one after the other in one Ray; what one of them trained, the next ones reuse.
 
     Raises:
         Failure: a study has trials that failed; the others were run.
-        UserError: a study could not begin; the others were run.
+        UserError: a study could not start; the others were run.
     """
     before = {record.run_id for record in Store(launch).trials() if record.status == "FINISHED"}
     began = time.monotonic()
-    wrong: list[str] = []
-    is_users_alone, is_stopped = True, False
+    errors: list[Failure | UserError] = []
+    messages: list[str] = []
+    is_stopped = False
     with _one_backend(launch):
         for study in studies:
             try:
                 run_study(study, launch, budget)
             except (Failure, UserError) as error:
-                is_users_alone = is_users_alone and isinstance(error, UserError)
-                wrong.append(f"{study.name}: {error}")
-                print(f"mar: {wrong[-1]}")
+                errors.append(error)
+                messages.append(f"{study.name}: {error}")
+                print(f"mar: {messages[-1]}")
                 is_stopped = isinstance(error, Failure) and error.kind == "stopped"
             if is_stopped:
                 break
-    new = [
-        record
-        for record in Store(launch).trials()
-        if record.run_id not in before and record.status == "FINISHED"
-    ]
-    trained, trials = (
-        sum(record.has_model for record in new),
-        [trial for study in studies for trial in study.trials],
-    )
-    there = len(match(trials, Store(launch).trials()))
-    absent = len({trial.key for trial in trials}) - there if trials else 0
-    minutes = (time.monotonic() - began) / 60
-    print(
-        f"{len(studies)} studies, {len(trials)} rows: {trained} trained and {len(new) - trained} tested in "
-        f"{minutes:.1f} min; {absent} trials are not there, all other rows were there or are shared"
-    )
+    _print_summary(studies, launch, before, (time.monotonic() - began) / 60)
     if is_stopped:
-        raise Failure("stopped; run the same command to go on", "stopped")
-    if wrong:
-        kind = UserError if is_users_alone else Failure
-        raise kind(f"{len(wrong)} of {len(studies)} studies are not whole: {'; '.join(wrong)}")
+        raise Failure("stopped; run the same command to resume", "stopped")
+    if messages:
+        text = f"{len(messages)} of {len(studies)} studies are incomplete: {'; '.join(messages)}"
+        if all(isinstance(error, UserError) for error in errors):
+            raise UserError(text)
+        raise Failure(text)
+
+
+def _print_summary(
+    studies: Sequence[Study], launch: LaunchConfig, before: set[str], minutes: float
+) -> None:
+    """Print how many trials were trained and tested; ``before`` are the runs that were finished at the start."""
+    records = Store(launch).trials()
+    new = [
+        record for record in records if record.run_id not in before and record.status == "FINISHED"
+    ]
+    num_trained = sum(record.has_model for record in new)
+    trials = [trial for study in studies for trial in study.trials]
+    num_missing = len({trial.key for trial in trials}) - len(match(trials, records))
+    print(
+        f"{len(studies)} studies, {len(trials)} rows: {num_trained} trained and {len(new) - num_trained} tested in "
+        f"{minutes:.1f} min; {num_missing} trials are missing, all other rows were finished before or are shared"
+    )
 
 
 def _one_backend(launch: LaunchConfig) -> AbstractContextManager[None]:
     if launch.backend == "local":
         return nullcontext()
-    from orchestration.backends import ray_tune
+    from orchestration.backends.ray_session import ray_session
 
-    return ray_tune.started(launch)
+    return ray_session(launch)

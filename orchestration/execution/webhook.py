@@ -19,24 +19,29 @@ def failures_by_kind(recorder: RunRecorder) -> dict[FailureKind, list[str]]:
 
 
 def notify_webhook(study: Study, recorder: RunRecorder) -> None:
-    """Tell the address that was given how the study ended; that nobody answers there is said and no more."""
-    address = recorder.store.launch.webhook
+    """Post how the study ended to the webhook, if there is one; an address that does not answer is only mentioned."""
+    address = recorder.launch.webhook
     if not address:
         return
-    pruned = "failed" if recorder.failures else "stopped" if recorder.was_stopped else "finished"
-    text = f"{study.file.title}: {pruned}; {len(recorder.done)} trials done, {len(recorder.failures)} failed"
+    state = "finished"
+    if recorder.failures:
+        state = "failed"
+    elif recorder.was_stopped:
+        state = "stopped"
+    counts = f"{len(recorder.done)} trials done, {len(recorder.failures)} failed"
     payload = {
-        "text": text,
+        "text": f"{study.file.title}: {state}; {counts}",
         "study": study.name,
-        "state": pruned,
+        "state": state,
         "failures": failures_by_kind(recorder),
     }
     body = json.dumps(payload, ensure_ascii=False).encode()
+    headers = {"Content-Type": "application/json"}
     try:
-        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})  # noqa: S310  (checked)
+        # The scheme was checked when the option was read.
+        request = urllib.request.Request(address, body, headers)  # noqa: S310
         urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
     except (OSError, ValueError) as error:
-        # Not its own words: they may have the address in them, and whoever knows that may write there.
-        print(
-            f"--webhook: nobody took the message ({getattr(error, 'reason', None) or type(error).__name__})"
-        )
+        # Not the error's own message: it may contain the address, and whoever has that can post there.
+        reason = getattr(error, "reason", None) or type(error).__name__
+        print(f"--webhook: the message was not delivered ({reason})")

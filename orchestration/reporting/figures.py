@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 
 from mar.errors import UserError
 from mar.visualization.charts import save
-from orchestration.reporting.rows import Row, axis_parts, rows
-from orchestration.studies.matching import AnyRecord, Record, match
+from orchestration.reporting.rows import Row, axis_parts
+from orchestration.reporting.study_results import StudyResults
 from orchestration.studies.metrics import METRICS
 from orchestration.studies.schema import BETWEEN_LABELS
-from orchestration.studies.trial import Study
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B2A400")
 """Of Okabe and Ito: told apart by colour-blind readers too."""
@@ -75,9 +74,11 @@ class FigureInfo:
         )
 
 
-def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
+def figure_info(results: StudyResults) -> FigureInfo:
     """Return the study's figure as it stands in MLflow."""
-    layout, all_rows = study.file.figure, [row for row in rows(study, records) if not row.is_quoted]
+    study = results.study
+    layout = study.file.figure
+    all_rows = [row for row in results.rows if not row.is_quoted]
     part = axis_parts(study).index(layout.group) if layout.group else None
     groups = (
         list(dict.fromkeys(row.labels[part] for row in all_rows)) if part is not None else [None]
@@ -94,7 +95,7 @@ def figure_info(study: Study, records: Sequence[Record]) -> FigureInfo:
             series.append(_series(title, positions, name, layout.x, part))
             series += [_papers(f"{title}, paper", positions, name, layout.x)] if layout.x else []
     if layout.x:
-        quoted = [(0, row) for row in rows(study, records) if row.is_quoted]
+        quoted = [(0, row) for row in results.rows if row.is_quoted]
         series += [_papers("quoted by the paper", quoted, name, layout.x) for name in layout.y]
     series = [each for each in series if each.y or not each.is_papers]
     if layout.front and layout.x:
@@ -184,18 +185,17 @@ def _papers(title: str, positions: Sequence[tuple[int, Row]], name: str, x: str)
 
 
 def draw_figure(
-    study: Study,
-    records: Sequence[AnyRecord],
+    results: StudyResults,
     file: Path,
-    file_of: Callable[[AnyRecord, str], Path],
 ) -> None:
-    """Draw a study's figure, of whatever kind; ``file_of`` finds a file of a run's result.
+    """Draw a study's figure, of whatever kind.
 
     The ending of ``file`` says the format: png, pdf or svg.
 
     Raises:
         UserError: matplotlib does not write that format, or a model's reconstructions are not there yet.
     """
+    study = results.study
     kind = study.file.figure.kind
     if kind == "masks":
         from mar.visualization.masks_and_clips import draw_masks, example_masks
@@ -206,12 +206,12 @@ def draw_figure(
         }
         draw_masks(drawn, study.file.title, file)
     elif kind == "reconstructions":
-        runs = list(match(study.trials, records).values())
-        if not runs:
+        runs = list(results.runs.values())
+        if not runs or results.file_of is None:
             raise UserError(f"{study.name}: no reconstruction yet: mar run {study.name}")
-        _copy_picture(file_of(runs[0], "reconstructions.png"), file)
+        _copy_picture(results.file_of(runs[0], "reconstructions.png"), file)
     else:
-        draw(figure_info(study, records), file)
+        draw(figure_info(results), file)
 
 
 def _copy_picture(picture: Path, file: Path) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from orchestration.secrets import without_secrets
-from orchestration.studies.matching import AnyRecord, match
-from orchestration.studies.trial import Study
 from orchestration.tracking import provenance
 
 
@@ -46,10 +44,3 @@ def _links(experiments: Sequence[str]) -> str:
     )
     field = f'<input size="5" value="5000" aria-label="port" oninput="{change}">'
     return f"<p>Runs in MLflow (<code>mar ui</code>, port {field}): {links}</p>"
-
-
-def experiments_of(study: Study, records: Sequence[AnyRecord]) -> list[str]:
-    """Return the ids of the experiments that a study's runs are in, of whatever study they were."""
-    found = match(study.trials, records)
-    ids = {str(getattr(record, "experiment_id", "")) for record in found.values()}
-    return sorted(ids - {""})

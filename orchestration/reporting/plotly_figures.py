@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from base64 import b64encode
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,10 +12,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from orchestration.reporting.figures import COLOURS, FigureInfo, Series, draw_figure, figure_info
-from orchestration.reporting.significance import FileOf
+from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.training_figures import Confusion
-from orchestration.studies.matching import AnyRecord
-from orchestration.studies.trial import Study
 
 PAGE_STYLE = (
     "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
@@ -34,21 +31,19 @@ _LOOK: dict[str, Any] = {
 }
 
 
-def write_figure(
-    study: Study, records: Sequence[AnyRecord], file: Path, file_of: FileOf[AnyRecord]
-) -> None:
+def write_figure(results: StudyResults, file: Path) -> None:
     """Write a study's figure: png, pdf, svg, or html, a page that answers the mouse and needs nothing else.
 
     Raises:
         UserError: there is no such format, or a model's reconstructions are not there yet.
     """
     if file.suffix.lower() != ".html":
-        draw_figure(study, records, file, file_of)
+        draw_figure(results, file)
         return
-    part = study_chart(study, records)
+    part = study_chart(results)
     script = plotly_script() if part else ""
-    part = part or f'<img style="max-width:100%" src="{picture(study, records, file_of)}" alt="">'
-    write_html(file, study.file.title, part, script)
+    part = part or f'<img style="max-width:100%" src="{picture(results)}" alt="">'
+    write_html(file, results.study.file.title, part, script)
 
 
 def write_html(file: Path, title: str, parts: str, script: str | None = None) -> None:
@@ -63,10 +58,11 @@ def write_html(file: Path, title: str, parts: str, script: str | None = None) ->
     )
 
 
-def study_chart(study: Study, records: Sequence[AnyRecord]) -> str:
+def study_chart(results: StudyResults) -> str:
     """Return a study's figure as a part of a page; empty for one that is a picture: masks, reconstructions."""
-    is_picture = study.file.figure.kind in ("masks", "reconstructions")
-    return "" if is_picture else chart(figure_info(study, records))
+    if results.study.file.figure.kind in ("masks", "reconstructions"):
+        return ""
+    return chart(figure_info(results))
 
 
 def plotly_script() -> str:
@@ -164,7 +160,7 @@ def part_of_page(figure: Any) -> str:
     )
 
 
-def picture(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]) -> str:
+def picture(results: StudyResults) -> str:
     """Return a study's figure as a data URI.
 
     Raises:
@@ -172,5 +168,5 @@ def picture(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecor
     """
     with TemporaryDirectory() as folder:
         file = Path(folder) / "figure.png"
-        draw_figure(study, records, file, file_of)
+        draw_figure(results, file)
         return f"data:image/png;base64,{b64encode(file.read_bytes()).decode()}"

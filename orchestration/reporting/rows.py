@@ -9,7 +9,7 @@ from functools import cache
 from typing import Literal
 
 from mar.model.flops import cost
-from orchestration.studies.matching import Record, match
+from orchestration.studies.matching import Record
 from orchestration.studies.metrics import METRICS, cost_figure
 from orchestration.studies.schema import BETWEEN_LABELS, label_parts
 from orchestration.studies.trial import Study, Trial
@@ -80,9 +80,11 @@ class Row:
         return BETWEEN_LABELS.join(part for part in self.labels if part)
 
 
-def rows(study: Study, records: Sequence[Record]) -> list[Row]:
-    """Return the study's rows in its order, with every quantity of its table, its figure and its report."""
-    found = match(study.trials, records)
+def build_rows(study: Study, found: Mapping[str, Record]) -> list[Row]:
+    """Return the study's rows in its order, with every metric of its table, its figure and its report.
+
+    ``found`` maps a trial's key to its finished run.
+    """
     figure = study.file.figure
     wanted = {
         *study.file.table.columns,

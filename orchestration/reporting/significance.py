@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,11 +17,10 @@ import numpy.typing as npt
 from mar.errors import Failure
 from mar.evaluation import correctness
 from orchestration.reporting.rows import CONFIDENCE
-from orchestration.studies.matching import AnyRecord, match
-from orchestration.studies.trial import Study, Trial
+from orchestration.reporting.study_results import FileOf, StudyResults
+from orchestration.studies.matching import Record
+from orchestration.studies.trial import Trial
 
-FileOf = Callable[[AnyRecord, str], Path]
-"""(run, name) -> that file of its result folder."""
 IN_ONE = " in one training"
 """Behind the verdict of a claim some of whose rows have one training: another seed might say another thing."""
 ONE_TRAINING = "One training a row: what another seed would change is not in the interval."
@@ -88,7 +86,7 @@ class Claim:
     """``better > worse`` -> better less worse (corrected over the claim's pairs); none: not there yet."""
 
 
-def read_correctness(run: AnyRecord, file_of: FileOf[AnyRecord]) -> Correctness:
+def read_correctness(run: Record, file_of: FileOf) -> Correctness:
     """Return a run's answers; of one that an earlier version tested, from its predictions."""
 
     def from_predictions() -> dict[str, bool]:
@@ -204,11 +202,12 @@ def holm_corrected(comparisons: Mapping[str, Comparison | None]) -> dict[str, Co
     return result
 
 
-def against_reference(
-    study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]
-) -> dict[str, Comparison]:
+def against_reference(results: StudyResults) -> dict[str, Comparison]:
     """Return, by row, each finished row less the table's reference row, corrected for the number of rows."""
-    reference, rows = study.file.table.reference, _right_answers(study, records, file_of)
+    reference = results.study.file.table.reference
+    if reference is None:
+        return {}
+    rows = _correctness_of_rows(results)
     if reference not in rows:
         return {}
     gaps = {
@@ -217,12 +216,10 @@ def against_reference(
     return {row: gap for row, gap in holm_corrected(gaps).items() if gap is not None}
 
 
-def tells_apart(
-    study: Study, row: str, other: str, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]
-) -> bool:
+def tells_apart(results: StudyResults, row: str, other: str) -> bool:
     """Whether the videos tell two rows' top-1 apart, at 5 %; not where one has no predictions."""
     try:
-        rows = _right_answers(study, records, file_of, {row, other})
+        rows = _correctness_of_rows(results, {row, other})
     except (Failure, OSError):
         return False
     if row not in rows or other not in rows:
@@ -243,10 +240,13 @@ def are_apart(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return float(tested.pvalue) < 1 - CONFIDENCE
 
 
-def claims(study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]) -> list[Claim]:
+def claims(results: StudyResults) -> list[Claim]:
     """Return the verdict of our runs on each of the study's claims."""
-    rows = _right_answers(study, records, file_of) if study.file.claims else {}
-    return [_judged(text, pairs, rows) for text, pairs in study.file.claims.items()]
+    stated = results.study.file.claims
+    if not stated:
+        return []
+    rows = _correctness_of_rows(results)
+    return [_judged(text, pairs, rows) for text, pairs in stated.items()]
 
 
 def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correctness]]) -> Claim:
@@ -270,16 +270,16 @@ def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correct
     return Claim(text, verdict, gaps)
 
 
-def _right_answers(
-    study: Study,
-    records: Sequence[AnyRecord],
-    file_of: FileOf[AnyRecord],
-    only: set[str] | None = None,
+def _correctness_of_rows(
+    results: StudyResults, only: set[str] | None = None
 ) -> dict[str, list[Correctness]]:
-    """Return, by row with all its seeds, which videos each seed's model gets right; of ``only`` some rows."""
-    found = match(study.trials, records)
+    """Return, by row with all its seeds, which videos each seed's model classifies correctly; with ``only``, of some rows."""
+    found = results.runs
+    file_of = results.file_of
+    if file_of is None:
+        return {}
     grouped: dict[str, list[Trial]] = {}
-    for trial in study.trials:
+    for trial in results.study.trials:
         if only is None or trial.row in only:
             grouped.setdefault(trial.row, []).append(trial)
     read: dict[str, Correctness] = {}

@@ -20,15 +20,17 @@ from orchestration.reporting.plotly_figures import (
 )
 from orchestration.reporting.significance import IN_ONE, ONE_TRAINING, Claim, claims
 from orchestration.reporting.study_report import findings
+from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.tables import table_info, to_html
 from orchestration.reporting.training_figures import confusion, curves_info
+from orchestration.storage.trial_dir import TrialDir
 from orchestration.studies.diff import Neighbours
-from orchestration.studies.matching import match
 from orchestration.studies.plan import Planned, plan_trials
 from orchestration.studies.schema import StudyFile
 from orchestration.studies.trial import Study, Trial
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
+from orchestration.tracking.tags import FAILURE, FAILURE_KIND, PRUNED
 
 _SHOWN_TAGS = ("mlflow.source.git.commit", "version.torch", "version.ray", "host")
 _LAST_LINES = 12
@@ -155,23 +157,27 @@ def _counted(states: Mapping[str, str]) -> str:
 def _section(
     study: Study, records: Sequence[RunRecord], store: Store, overrides: Sequence[str]
 ) -> Section:
-    found, neighbours = match(study.trials, records), Neighbours(records)
+    results = StudyResults.match(study, records, store.file_of)
+    found = results.runs
+    neighbours = Neighbours(records)
     newest = {record.key: record for record in reversed(records)}
     trials = [
         _state(study, trial, found.get(trial.key) or newest.get(trial.key), store, neighbours)
         for trial in study.trials
     ]
-    found = findings(study, records) if "top1" in study.file.table.columns else []
+    notes = findings(results) if "top1" in study.file.table.columns else []
+    curves = curves_info(results)
+    mistaken = confusion(results)
     return Section(
         study.name,
         study.file.title,
-        to_html(table_info(study, records, store.file_of)),
-        _picture(study, records, store),
-        study_chart(study, records),
-        chart(curves) if (curves := curves_info(study, records, store.file_of)) else "",
-        confusion_chart(mistaken) if (mistaken := confusion(study, records, store.file_of)) else "",
-        found,
-        claims(study, records, store.file_of),
+        to_html(table_info(results)),
+        _picture(results),
+        study_chart(results),
+        chart(curves) if curves else "",
+        confusion_chart(mistaken) if mistaken else "",
+        notes,
+        claims(results),
         trials if study.trains else [],
         f"mar run {study.name} {' '.join(shlex.quote(word) for word in overrides)}".strip(),
         ", ".join(sorted({trial.fingerprint for trial in study.trials})),
@@ -206,7 +212,7 @@ def _state(
     made = ", ".join(
         f"{name.split('.')[-1]} {run.tags[name][:12]}" for name in _SHOWN_TAGS if name in run.tags
     )
-    log = store.launch.trial_folder(run.key) / "log.txt"
+    log = TrialDir(store.launch.trial_folder(run.key)).log
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     is_bad = state in ("failed", "killed")
     return TrialState(
@@ -226,17 +232,17 @@ def _state(
 
 def _reason(run: RunRecord) -> str:
     """Return why a trial ended badly, its kind first."""
-    kind = run.tags.get("failure.kind")
-    return (f"{kind}: " if kind else "") + run.tags.get("failure", run.tags.get("ended", ""))
+    kind = run.tags.get(FAILURE_KIND)
+    return (f"{kind}: " if kind else "") + run.tags.get(FAILURE, run.tags.get(PRUNED, ""))
 
 
 def _of_label(file: StudyFile, axis: str, label: str) -> list[tuple[str, object]]:
     return list(file.axes.get(axis, {}).get(label, {}).items())
 
 
-def _picture(study: Study, records: Sequence[RunRecord], store: Store) -> str:
+def _picture(results: StudyResults) -> str:
     try:
-        return picture(study, records, store.file_of)
+        return picture(results)
     except UserError:  # no reconstruction yet
         return ""
 
@@ -274,14 +280,14 @@ at least one, in the other direction (paired, at 5 % after Holm's correction). {
 <nav>{% for section in sections %}<a href="#{{ section.name }}">{{ section.title }}</a>{% endfor %}</nav>
 {% for section in sections %}
 <h2 id="{{ section.name }}">{{ section.title }}</h2>
-{% for words in section.words %}<p>{{ words }}</p>{% endfor %}
+{% for words in section.findings_text %}<p>{{ words }}</p>{% endfor %}
 <div class="wide">{{ section.table | safe }}</div>
 {% if section.chart %}<div class="live">{{ section.chart | safe }}</div>{% endif %}
 {% if section.picture %}<p{% if section.chart %} class="printed"{% endif %}><img src="{{ section.picture }}" alt="{{ section.title }}"></p>{% endif %}
 {% if section.curves %}<details class="live"><summary>Learning curves</summary>{{ section.curves | safe }}</details>{% endif %}
 {% if section.confusion %}<details class="live"><summary>What the best model takes for what</summary>{{ section.confusion | safe }}</details>{% endif %}
 {% if section.claims %}<ul>{% for claim in section.claims %}
-<li><b class="{{ claim.verdict.split()[0] }}">{{ claim.verdict }}</b>: {{ claim.words }}
+<li><b class="{{ claim.verdict.split()[0] }}">{{ claim.verdict }}</b>: {{ claim.text }}
 {% for pair, gap in claim.pairs.items() if gap %}<br><span class="soft">{{ pair }}:
 {{ "%+.2f [%+.2f, %+.2f], p = %.2g" | format(gap.difference, gap.low, gap.high, gap.p) }}</span>{% endfor %}</li>
 {% endfor %}</ul>{% endif %}

@@ -14,7 +14,7 @@ from mar.safe_text import markdown
 from mar.visualization.charts import draw_confusion
 from orchestration.reporting.csv_text import csv_text
 from orchestration.reporting.figures import draw, draw_figure, figure_info
-from orchestration.reporting.page_footer import experiments_of, footer
+from orchestration.reporting.page_footer import footer
 from orchestration.reporting.plotly_figures import (
     PAGE_STYLE,
     chart,
@@ -22,17 +22,14 @@ from orchestration.reporting.plotly_figures import (
     plotly_script,
     study_chart,
 )
-from orchestration.reporting.rows import Row, rows
-from orchestration.reporting.significance import Claim, FileOf, claims
+from orchestration.reporting.significance import Claim, claims
+from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.tables import FORMATS, TableInfo, table_info, to_html
 from orchestration.reporting.training_figures import confusion, curves_info
-from orchestration.studies.matching import AnyRecord, Record
 from orchestration.studies.trial import Study
 
 
-def write_report(
-    study: Study, records: Sequence[AnyRecord], folder: Path, file_of: FileOf[AnyRecord]
-) -> tuple[str, list[str]]:
+def write_report(results: StudyResults, folder: Path) -> tuple[str, list[str]]:
     """Write ``table.*``, ``figure.*``, ``curves.*``, ``confusion.*``, ``report.md`` and ``report.html``.
 
     Returns the table in Markdown, and what was found, line by line.
@@ -40,14 +37,17 @@ def write_report(
     What is not there yet, reconstructions or curves, is left out; whatever else is in the folder stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    table, figure = table_info(study, records, file_of), figure_info(study, records)
+    study = results.study
+    table = table_info(results)
+    figure = figure_info(results)
     for ending, render in FORMATS.items():
         (folder / f"table.{ending}").write_text(render(table), encoding="utf-8")
     for ending in ("png", "pdf"):
         with suppress(UserError):  # no reconstruction yet
-            draw_figure(study, records, folder / f"figure.{ending}", file_of)
+            draw_figure(results, folder / f"figure.{ending}")
     write_text(folder / "figure.csv", csv_text(figure.frame()))
-    curves, mistaken = curves_info(study, records, file_of), confusion(study, records, file_of)
+    curves = curves_info(results)
+    mistaken = confusion(results)
     for ending in ("png", "pdf"):
         if curves:
             draw(curves, folder / f"curves.{ending}")
@@ -55,9 +55,9 @@ def write_report(
         if mistaken:
             draw_confusion(mistaken.counts, list(mistaken.names), folder / f"confusion.{ending}")
             write_text(folder / "confusion.csv", csv_text(mistaken.frame(), index=True))
-    judged = claim_lines(claims(study, records, file_of))
-    (folder / "report.md").write_text(_markdown(study, table, judged), encoding="utf-8")
-    charts = [study_chart(study, records) or '<img src="figure.png" alt="">']
+    judged = claim_lines(claims(results))
+    (folder / "report.md").write_text(_markdown(results, table, judged), encoding="utf-8")
+    charts = [study_chart(results) or '<img src="figure.png" alt="">']
     charts += [f"<h2>Learning curves</h2>\n{chart(curves)}"] if curves else []
     charts += (
         [
@@ -66,9 +66,11 @@ def write_report(
         if mistaken
         else []
     )
-    end = footer(["mar", "run", study.name], experiments_of(study, records))
-    (folder / "report.html").write_text(_html(study, table, judged, charts, end), encoding="utf-8")
-    return FORMATS["md"](table), [*_findings(study, table.rows), *judged]
+    end = footer(["mar", "run", study.name], results.experiment_ids)
+    (folder / "report.html").write_text(
+        _html(results, table, judged, charts, end), encoding="utf-8"
+    )
+    return FORMATS["md"](table), [*findings(results), *judged]
 
 
 def claim_lines(judged: Sequence[Claim]) -> list[str]:
@@ -84,12 +86,10 @@ def claim_lines(judged: Sequence[Claim]) -> list[str]:
     return lines
 
 
-def findings(study: Study, records: Sequence[Record]) -> list[str]:
-    """Return what the report says of the best setting: its accuracy, beside guessing and beside shuffled frames."""
-    return _findings(study, rows(study, records))
-
-
-def _findings(study: Study, all_rows: Sequence[Row]) -> list[str]:
+def findings(results: StudyResults) -> list[str]:
+    """Return the best setting and its accuracy, beside chance level and beside shuffled frames."""
+    study = results.study
+    all_rows = results.rows
     there = [row for row in all_rows if row.cells["top1"].mean is not None]
     if not there:
         return [] if any(row.finished for row in all_rows) else ["No trial is finished yet."]
@@ -118,11 +118,12 @@ def _shared_settings(study: Study) -> list[tuple[str, str]]:
     ]
 
 
-def _markdown(study: Study, table: TableInfo, judged: Sequence[str]) -> str:
+def _markdown(results: StudyResults, table: TableInfo, judged: Sequence[str]) -> str:
+    study = results.study
     shared = "\n".join(
         f"| `{path}` | {markdown(value)} |" for path, value in _shared_settings(study)
     )
-    found = "\n".join(markdown(note) for note in _findings(study, table.rows))
+    found = "\n".join(markdown(note) for note in findings(results))
     title = markdown(study.file.title)
     claimed = (
         "## The paper's claims\n\n" + "".join(f"- {markdown(line)}\n" for line in judged) + "\n"
@@ -155,8 +156,9 @@ def _differing_settings(study: Study) -> str:
 
 
 def _html(
-    study: Study, table: TableInfo, judged: Sequence[str], charts: Sequence[str], end: str
+    results: StudyResults, table: TableInfo, judged: Sequence[str], charts: Sequence[str], end: str
 ) -> str:
+    study = results.study
     title = html.escape(study.file.title)
     shared = _shared_settings(study)
     rows_text = "".join(
@@ -165,7 +167,7 @@ def _html(
     )
     lines = "".join(f"<li>{html.escape(line)}</li>\n" for line in judged)
     claimed = f"<h2>The paper's claims</h2>\n<ul>{lines}</ul>\n" if judged else ""
-    found = "".join(f"<p>{html.escape(note)}</p>\n" for note in _findings(study, table.rows))
+    found = "".join(f"<p>{html.escape(note)}</p>\n" for note in findings(results))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>{plotly_script()}\n'
         f"<style>{PAGE_STYLE}</style></head>\n"

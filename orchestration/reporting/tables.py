@@ -13,18 +13,16 @@ import pandas as pd
 
 from mar.safe_text import markdown
 from orchestration.reporting.csv_text import csv_text
-from orchestration.reporting.rows import Cell, Row, axis_parts, rows
+from orchestration.reporting.rows import Cell, Row, axis_parts
 from orchestration.reporting.significance import (
     ONE_TRAINING,
     Comparison,
-    FileOf,
     against_reference,
     are_apart,
     tells_apart,
 )
-from orchestration.studies.matching import AnyRecord
+from orchestration.reporting.study_results import StudyResults
 from orchestration.studies.metrics import METRICS
-from orchestration.studies.trial import Study
 
 Spread = Literal["interval", "std", "range"]
 SPREADS: dict[Spread, str] = {
@@ -121,51 +119,41 @@ class TableInfo:
         return [f"{number}beside a mean: {' or '.join(sorted(meanings))}."]
 
 
-def table_info(
-    study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord] | None = None
-) -> TableInfo:
-    """Return the study's table as it stands in MLflow; with ``file_of``, rows are compared with the reference row."""
-    layout, axes = study.file.table, axis_parts(study)
+def table_info(results: StudyResults) -> TableInfo:
+    """Return the study's table as it stands in MLflow, its rows compared with the reference row."""
+    study = results.study
+    layout = study.file.table
+    axes = axis_parts(study)
     across = axes.index(layout.across) if layout.across else None
     delta = next(((axes.index(axis), label) for axis, label in layout.delta.items()), None)
-    found = rows(study, records)
-    compared = against_reference(study, records, file_of) if file_of and layout.reference else {}
-    is_significant = {
-        name: _is_best_told(study, name, found, records, file_of) for name in layout.columns
-    }
+    is_significant = {name: _is_best_significant(results, name) for name in layout.columns}
     return TableInfo(
         study.file.title,
         axes,
         layout.columns,
-        found,
+        results.rows,
         across,
         delta,
         layout.reference,
-        compared,
+        against_reference(results),
         layout.spread,
         study.file.notes,
         is_significant,
     )
 
 
-def _is_best_told(
-    study: Study,
-    name: str,
-    found: Sequence[Row],
-    records: Sequence[AnyRecord],
-    file_of: FileOf[AnyRecord] | None,
-) -> bool:
-    """Whether a quantity's best row is told apart from the next: by the videos for top-1, by the seeds for what is measured.
+def _is_best_significant(results: StudyResults, name: str) -> bool:
+    """Whether a metric's best row differs significantly from the next: over the videos for top-1, else over the seeds.
 
-    What is counted, not measured (operations, parameters), is as it is.
+    What is counted and not measured (operations, parameters) always does.
     """
     if METRICS[name].source.startswith("cost.") or METRICS[name].source == "views":
         return True
-    ranked = _ranked(found, name)
+    ranked = _ranked(results.rows, name)
     if len(ranked) < 2:
         return False
-    if name == "top1" and file_of:
-        return tells_apart(study, ranked[0].label, ranked[1].label, records, file_of)
+    if name == "top1" and results.file_of:
+        return tells_apart(results, ranked[0].label, ranked[1].label)
     return are_apart(ranked[0].cells[name].values, ranked[1].cells[name].values)
 
 

@@ -13,10 +13,9 @@ import pandas as pd
 from mar.data.annotations import class_names
 from mar.errors import Failure, UserError
 from orchestration.reporting.figures import FigureInfo, Series
-from orchestration.reporting.rows import rows
-from orchestration.reporting.significance import FileOf
-from orchestration.studies.matching import AnyRecord, match
-from orchestration.studies.trial import Study, Trial
+from orchestration.reporting.study_results import FileOf, StudyResults
+from orchestration.studies.matching import Record
+from orchestration.studies.trial import Trial
 
 _MOST_CURVES = 20
 """In one picture."""
@@ -44,15 +43,16 @@ class Confusion:
         )
 
 
-def curves_info(
-    study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]
-) -> FigureInfo | None:
+def curves_info(results: StudyResults) -> FigureInfo | None:
     """Return the learning curve of each row, the mean over its seeds; none: no finished training has one."""
-    found = match(study.trials, records)
+    study = results.study
+    found = results.runs
+    if results.file_of is None:
+        return None
     histories: dict[str, list[dict[str, dict[int, float]]]] = {}
     for trial in study.trials:
         if trial.key in found and found[trial.key].has_model:
-            histories.setdefault(trial.row, []).append(_history(found[trial.key], file_of))
+            histories.setdefault(trial.row, []).append(_history(found[trial.key], results.file_of))
     there = {name for each in histories.values() for history in each for name in history}
     shown = next((name for name in _CURVES if name in there), None)
     if shown is None:
@@ -81,17 +81,16 @@ def curves_info(
     )
 
 
-def confusion(
-    study: Study, records: Sequence[AnyRecord], file_of: FileOf[AnyRecord]
-) -> Confusion | None:
+def confusion(results: StudyResults) -> Confusion | None:
     """Return the confusion matrix of the row with the best top-1 (its first seed); none: no predictions are there."""
-    found = match(study.trials, records)
-    best = max(rows(study, records), key=lambda row: row.cells["top1"].mean or -1.0, default=None)
-    if best is None or best.cells["top1"].mean is None:
+    study = results.study
+    found = results.runs
+    best = max(results.rows, key=lambda row: row.cells["top1"].mean or -1.0, default=None)
+    if results.file_of is None or best is None or best.cells["top1"].mean is None:
         return None
     trial = next(trial for trial in study.trials if trial.row == best.label and trial.key in found)
     try:
-        lines = _read(file_of(found[trial.key], "predictions.csv"))
+        lines = _read(results.file_of(found[trial.key], "predictions.csv"))
     except (Failure, OSError):
         return None
     names = _class_names(trial)
@@ -109,7 +108,7 @@ def _class_names(trial: Trial) -> list[str]:
         return [str(number) for number in range(trial.settings.data.num_classes)]
 
 
-def _history(run: AnyRecord, file_of: FileOf[AnyRecord]) -> dict[str, dict[int, float]]:
+def _history(run: Record, file_of: FileOf) -> dict[str, dict[int, float]]:
     """Return each metric's value by epoch; nothing of a result that has no ``history.csv``."""
     try:
         text = file_of(run, "history.csv").read_text(encoding="utf-8")

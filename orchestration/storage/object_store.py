@@ -46,11 +46,11 @@ class ObjectStore:
             self.files, root = pyarrow.fs.FileSystem.from_uri(uri)
         except (ValueError, OSError, NotImplementedError) as error:
             raise UserError(
-                f"--remote {uri}: {error}; expected s3://bucket/folder or gs://bucket/folder"
+                f"--object-store {uri}: {error}; expected s3://bucket/folder or gs://bucket/folder"
             ) from None
         self.uri, self.root = uri, str(root).rstrip("/")
 
-    def push(self, file: Path, name: str) -> None:
+    def upload(self, file: Path, name: str) -> None:
         """Copy a file there, whole or not at all."""
         with (
             self._explained(name),
@@ -59,7 +59,7 @@ class ObjectStore:
         ):
             shutil.copyfileobj(source, target, _CHUNK_BYTES)
 
-    def pull(self, name: str, file: Path) -> bool:
+    def download(self, name: str, file: Path) -> bool:
         """Copy a file from there, whole or not at all; false where there is none."""
         if not self.exists(name):
             return False
@@ -73,19 +73,19 @@ class ObjectStore:
             unfinished.replace(file)
         return True
 
-    def push_folder(self, folder: Path, name: str) -> None:
+    def upload_dir(self, folder: Path, name: str) -> None:
         """Copy a folder's files there, its manifest last."""
         files = [file for file in folder.rglob("*") if file.is_file()]
         for file in sorted(files, key=lambda each: (each.name == MANIFEST, str(each))):
-            self.push(file, f"{name}/{file.relative_to(folder)}")
+            self.upload(file, f"{name}/{file.relative_to(folder)}")
 
-    def pull_sealed(self, name: str, folder: Path) -> bool:
+    def download_dir(self, name: str, folder: Path) -> bool:
         """Have here the sealed folder that is there, verified; false where there is no whole one."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / ".pulling"):  # workers of one node share its disk
             unfinished = folder.with_name(f".{folder.name}.pulled")
             shutil.rmtree(unfinished, ignore_errors=True)
-            if not self.pull(f"{name}/{MANIFEST}", unfinished / MANIFEST):
+            if not self.download(f"{name}/{MANIFEST}", unfinished / MANIFEST):
                 return False
             if (
                 _is_whole(folder)
@@ -95,7 +95,7 @@ class ObjectStore:
                 return True
             try:
                 for each in self.names(name):
-                    self.pull(f"{name}/{each}", below(unfinished, each))
+                    self.download(f"{name}/{each}", below(unfinished, each))
                 is_whole = _is_whole(unfinished)
                 if is_whole:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -104,7 +104,7 @@ class ObjectStore:
                 shutil.rmtree(unfinished, ignore_errors=True)
             return is_whole
 
-    def pull_missing(self, name: str, folder: Path) -> int:
+    def download_missing(self, name: str, folder: Path) -> int:
         """Copy those files of a folder that are not here, or here with another size; returns how many."""
         here = {
             str(file.relative_to(folder)): file.stat().st_size
@@ -117,10 +117,10 @@ class ObjectStore:
             if here.get(each) != size
         }
         for each, file in wanted.items():
-            self.pull("/".join(part for part in (name, each) if part), file)
+            self.download("/".join(part for part in (name, each) if part), file)
         return len(wanted)
 
-    def push_missing(self, folder: Path, name: str) -> int:
+    def upload_missing(self, folder: Path, name: str) -> int:
         """Copy those files of a folder that are not there, or there with another size; returns how many."""
         there = self._sizes(name)
         files = [
@@ -134,7 +134,7 @@ class ObjectStore:
             if there.get(str(file.relative_to(folder))) != file.stat().st_size
         ]
         for file in wanted:
-            self.push(
+            self.upload(
                 file, "/".join(part for part in (name, str(file.relative_to(folder))) if part)
             )
         return len(wanted)
@@ -143,7 +143,7 @@ class ObjectStore:
         """Return what is directly in a folder."""
         return sorted({each.split("/")[0] for each in self._sizes(name)})
 
-    def sealed(self, name: str) -> set[str]:
+    def complete_dirs(self, name: str) -> set[str]:
         """Return the folders directly in a folder that are whole: those with a manifest."""
         return {
             each.split("/")[0] for each in self._sizes(name) if each.split("/")[1:] == [MANIFEST]
@@ -192,7 +192,7 @@ class ObjectStore:
             raise
         except OSError as error:
             raise Failure(
-                f"{self.uri}/{name} cannot be used: {first_line(error)}", "node"
+                f"{self.uri}/{name} cannot be used: {first_line(error)}", "worker_lost"
             ) from None
 
 
@@ -205,6 +205,6 @@ def _is_whole(folder: Path) -> bool:
 
 
 @lru_cache(maxsize=8)
-def remote(uri: str) -> ObjectStore:
+def open_object_store(uri: str) -> ObjectStore:
     """Return the remote at an address; one for all that a process does there."""
     return ObjectStore(uri)

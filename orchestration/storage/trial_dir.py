@@ -1,62 +1,124 @@
-"""The files of a trial's folder."""
+"""The files of a trial's folder: one class knows their names.
+
+The names are stored. A change makes the folders of earlier versions unreadable.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mar import MANIFEST, RESULT_DIR
+from mar.atomic_dir import atomic_write
 from mar.safe_input import read_json
 from orchestration.failures import FailureReason
 
-LOG = "log.txt"
-"""File, below the trial's folder, with what its workers had to say to a person."""
 
+@dataclass(frozen=True)
+class TrialDir:
+    """A trial's folder."""
 
-LOGS = "logs"
-"""Folder, below the trial's folder, with a log of each worker: what it ran on, warnings, tracebacks, stacks."""
+    root: Path
 
+    @property
+    def log(self) -> Path:
+        """What its workers reported to a person."""
+        return self.root / "log.txt"
 
-HEARTBEAT = "pulse.json"
-"""File, below the trial's folder: how far its training is, for ``mar status``."""
+    @property
+    def worker_logs(self) -> Path:
+        """Folder with a log of each worker: what it ran on, warnings, tracebacks, stacks."""
+        return self.root / "logs"
 
+    def worker_log(self, rank: int) -> Path:
+        """Return the log of one worker."""
+        return self.worker_logs / f"worker{rank}.txt"
 
-ATTEMPTS = "attempts.json"
-"""File, below the trial's folder: how often this launch has begun to train it, in whatever process."""
+    @property
+    def heartbeat(self) -> Path:
+        """How far the training is, for ``mar status``; removed when its worker ends in order."""
+        return self.root / "heartbeat.json"
 
+    @property
+    def attempts(self) -> Path:
+        """How often this launch has started to train it, in whatever process."""
+        return self.root / "attempts.json"
 
-CLEARED = "clearing.json"
-"""File, below the trial's folder, while the checkpoints of its training are to go: which of them stay for good."""
+    @property
+    def pruning(self) -> Path:
+        """The retention policy, while the checkpoints of a finished training are being removed."""
+        return self.root / "pruning.json"
 
+    @property
+    def holder(self) -> Path:
+        """Which process trains it now."""
+        return self.root / "holder.txt"
 
-HOLDER = "holder.txt"
-"""File, below the trial's folder: who trains it now, for whoever waits for that."""
+    @property
+    def lock(self) -> Path:
+        """Held by the worker that trains it."""
+        return self.root / "lock"
 
+    @property
+    def record(self) -> Path:
+        """Its study, name and tags, from which ``mar recover`` makes its MLflow run again."""
+        return self.root / "trial.json"
 
-RECORD = "trial.json"
-"""File, below the trial's folder: its study, name and tags, from which a lost database is made again."""
+    @property
+    def microbatch(self) -> Path:
+        """The largest micro-batch that fits its memory, after a larger one did not."""
+        return self.root / "microbatch.json"
 
+    @property
+    def failure(self) -> Path:
+        """Why it failed permanently, written by the process that knows."""
+        return self.root / "failure.json"
 
-MICROBATCH = "passes.json"
-"""File, below the trial's folder, with the largest pass that its memory holds, once it held no larger."""
+    @property
+    def result(self) -> Path:
+        """Folder with what a finished training leaves."""
+        return self.root / RESULT_DIR
 
+    @property
+    def metrics(self) -> Path:
+        """The final metrics of a finished training."""
+        return self.result / "metrics.json"
 
-FILE = "failure.json"
-"""In a trial's folder: why it was given up, from the process that knows."""
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has a complete result."""
+        return (self.result / MANIFEST).is_file()
 
+    def checkpoints(self) -> list[Path]:
+        """Return the folders of its checkpoints, the newest last."""
+        return sorted(self.root.glob("step_*"))
 
-def write_reason(folder: Path, reason: FailureReason) -> None:
-    """Leave a reason in the trial's folder."""
-    (folder / FILE).write_text(json.dumps(asdict(reason), ensure_ascii=False), encoding="utf-8")
+    def num_epochs_done(self) -> int:
+        """Return the finished epochs of its newest readable checkpoint; 0 where there is none."""
+        for checkpoint in reversed(self.checkpoints()):
+            try:
+                return len(read_json(checkpoint / MANIFEST)["progress"]["history"])
+            except (OSError, ValueError, KeyError, TypeError):  # damaged, or still being removed
+                continue
+        return 0
 
+    def write_failure(self, reason: FailureReason) -> None:
+        """Record why the trial failed permanently."""
+        atomic_write(self.failure, json.dumps(asdict(reason), ensure_ascii=False).encode())
 
-def read_reason(folder: Path, error: object = None) -> FailureReason | None:
-    """Return the reason that the trial's process left; else what Ray says, which then lost that process; else none."""
-    try:
-        return FailureReason(**read_json(folder / FILE))
-    except (OSError, ValueError, TypeError):
-        pass
-    if error is None:
-        return None
-    lines = str(error).strip().splitlines()
-    return FailureReason(lines[-1] if lines else "Ray lost the trial", "node")
+    def read_failure(self, error: object = None) -> FailureReason | None:
+        """Return why the trial failed permanently.
+
+        The reason that its own process recorded comes first. Without one, ``error`` (Ray's) means that Ray lost the
+        process; without an error either, the trial has not failed.
+        """
+        try:
+            return FailureReason(**read_json(self.failure))
+        except (OSError, ValueError, TypeError):
+            pass
+        if error is None:
+            return None
+        lines = str(error).strip().splitlines()
+        message = lines[-1] if lines else "Ray lost the trial"
+        return FailureReason(message, "worker_lost")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from filelock import FileLock
 
@@ -11,24 +11,29 @@ from mar import MANIFEST, RESULT_DIR
 from mar.safe_input import below
 from mar.training.retention import RetentionPolicy
 from orchestration.storage.object_store import ObjectStore
+from orchestration.storage.trial_dir import TrialDir
 
 
-def fetch_trial_dir(store: ObjectStore, key: str, folder: Path) -> None:
-    """Bring a trial's result and what it left to be read, but no checkpoint, to its folder here."""
-    store.pull_sealed(f"trials/{key}/{RESULT_DIR}", folder / RESULT_DIR)
+def fetch_trial_dir(store: ObjectStore, key: str, trial_dir: TrialDir) -> None:
+    """Download a trial's result, logs and small files: what a launch reads of a trial that another node trained."""
+    store.download_dir(f"trials/{key}/{RESULT_DIR}", trial_dir.result)
     for name in store.names(f"trials/{key}"):
-        if "." in name:
-            store.pull(f"trials/{key}/{name}", below(folder, name))
-    store.pull_missing(f"trials/{key}/logs", folder / "logs")
+        if name.endswith((".txt", ".json")):
+            store.download(f"trials/{key}/{name}", below(trial_dir.root, name))
+    logs = trial_dir.worker_logs
+    store.download_missing(f"trials/{key}/{logs.name}", logs)
 
 
-def prune_remote_checkpoints(store: ObjectStore, key: str, keep: RetentionPolicy) -> None:
-    """Remove a finished trial's checkpoints there, but for those that are kept."""
-    whole = {name for name in store.sealed(f"trials/{key}") if name.startswith("step_")}
-    with TemporaryDirectory() as folder:
-        for name in whole:
-            store.pull(f"trials/{key}/{name}/{MANIFEST}", below(Path(folder), name) / MANIFEST)
-        kept = {path.name for path in keep.after_training(sorted(Path(folder).glob("step_*")))}
+def prune_remote_checkpoints(store: ObjectStore, key: str, policy: RetentionPolicy) -> None:
+    """Remove the checkpoints of a finished training from the object store, but for those that are kept."""
+    complete = {name for name in store.complete_dirs(f"trials/{key}") if name.startswith("step_")}
+    # The policy reads manifests: download those, without the weights.
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in complete:
+            manifest = below(Path(scratch), name) / MANIFEST
+            store.download(f"trials/{key}/{name}/{MANIFEST}", manifest)
+        checkpoints = sorted(Path(scratch).glob("step_*"))
+        kept = {path.name for path in policy.after_training(checkpoints)}
     for name in store.names(f"trials/{key}"):
         if name.startswith("step_") and name not in kept:
             store.remove(f"trials/{key}/{name}")
@@ -36,11 +41,11 @@ def prune_remote_checkpoints(store: ObjectStore, key: str, keep: RetentionPolicy
 
 def push_cache(store: ObjectStore, folder: Path) -> int:
     """Copy a frame cache's files that are not there; returns how many."""
-    return store.push_missing(folder, "")
+    return store.upload_missing(folder, "")
 
 
 def fetch_cache(store: ObjectStore, folder: Path) -> int:
     """Bring a frame cache to this node, once for all that train on it; returns how many files were missing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.fetching")):
-        return store.pull_missing("", folder)
+        return store.download_missing("", folder)

@@ -214,12 +214,12 @@ def _select(trials: list[Trial], file: StudyFile, only: Sequence[str]) -> list[T
         axis, equals, label = word.partition("=")
         if not equals or axis not in file.axes:
             raise UserError(
-                f"--only {word}: expected axis=label with an axis of the study ({', '.join(file.axes)})"
+                f"--filter {word}: expected axis=label with an axis of the study ({', '.join(file.axes)})"
             )
         if label not in file.axes[axis]:
             known = ", ".join(file.axes[axis])
             raise UserError(
-                f"--only {word}: the axis {axis} has no label {label!r} (it has: {known})"
+                f"--filter {word}: the axis {axis} has no label {label!r} (it has: {known})"
             )
         wanted.setdefault(axis, []).append(label)
     return [

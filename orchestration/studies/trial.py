@@ -69,7 +69,7 @@ class Study:
     path: Path | None = None
     """The study's file; none for one that was made by a program."""
     chosen: frozenset[str] | None = None
-    """Keys of the trials that are to run now (``--only``); none: all."""
+    """Keys of the trials that are to run now (``--filter``); none: all."""
 
     @property
     def to_run(self) -> list[Trial]:

@@ -27,7 +27,7 @@ from orchestration.tracking.client import (
 )
 from orchestration.tracking.embedded import follow_move, one_at_a_time
 from orchestration.tracking.run_record import RunRecord
-from orchestration.tracking.tags import EXPECTED, KIND
+from orchestration.tracking.tags import EXPECTED, FOLDER, KIND
 
 _NO_REGISTRY = (
     "INVALID_PARAMETER_VALUE",
@@ -198,7 +198,7 @@ class Store:
             running = self.client.search_runs(
                 [experiment_id], "attributes.status = 'RUNNING'", max_results=1000
             )
-            folders = {run.info.run_id: run.data.tags.get("folder", "") for run in running}
+            folders = {run.info.run_id: run.data.tags.get(FOLDER, "") for run in running}
             stale = [
                 run_id
                 for run_id, folder in folders.items()

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-IDENTITY, KEY, KIND, STUDY = "mar.identity", "mar.key", "mar.kind", "mar.study"
+KIND = "mar.kind"
+"""``study`` or ``trial``."""
+STUDY = "mar.study"
+TITLE = "mar.title"
+EXPECTED = "mar.expected"
+"""Of a study: how many trials it has or is going to have, without those of other studies."""
+RUNS = "mar.runs"
+"""Of a study: the runs its table is made of, of whatever study; JSON."""
 
+KEY = "mar.key"
+"""Of a trial: the short hash of its identity, the name of its folder."""
+IDENTITY = "mar.identity"
+"""Of a trial: its settings and the fingerprints of data and weights, on one line. Equal identities, equal results."""
+LABELS = "mar.labels"
+"""Of a trial: its label on each axis of its study; JSON."""
+SEED = "mar.seed"
+FOLDER = "mar.folder"
+"""Of a trial: its folder, on the machine that ran it."""
+WEIGHTS = "mar.weights"
+"""Of a trial: the name of the pre-trained weights it started from."""
+TRAINED_BY = "mar.trained_by"
+"""Of a trial that was tested, not trained: the key of the trial whose model it used."""
+COST_GFLOPS = "mar.cost.gflops"
+COST_PARAMS_M = "mar.cost.params_m"
+DATA_PREFIX = "mar.data."
+"""Before the name of a setting that is a path: not part of the identity."""
+MICROBATCH_CLIPS = "mar.microbatch_clips"
+"""Of a trial whose memory was too small: the micro-batch it was trained with."""
+PRUNED = "mar.pruned"
+FAILURE = "mar.failure"
+"""Of a failed trial: the message."""
+FAILURE_KIND = "mar.failure_kind"
 
 PARENT_RUN = "mlflow.parentRunId"
-"""MLflow's tag by which a trial's run is below its study's."""
-
-
-EXPECTED = "mar.expected"
-"""Of a study: how many trials it has or is to have, those of other studies not counted."""
-
-
-WEIGHTS = "encoder.weights"
-
-
-TRAINED_BY = "mar.trained_by"
-"""Of a trial that was tested, not trained: the key of the trial whose model it is."""
+"""MLflow's own tag: it shows a trial's run below its study's."""

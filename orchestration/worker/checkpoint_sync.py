@@ -1,4 +1,4 @@
-"""A worker's copies of its trial in an object store: checkpoints as they are stored, logs and pulse meanwhile."""
+"""Keeps a trial's folder in an object store: checkpoints as they are written, logs and heartbeat meanwhile."""
 
 from __future__ import annotations
 
@@ -11,123 +11,133 @@ from mar import RESULT_DIR
 from mar.distributed import broadcast_from_rank0, worker_rank
 from mar.errors import Failure
 from orchestration.storage.object_store import ObjectStore
-from orchestration.storage.trial_dir import FILE, HEARTBEAT, LOG, MICROBATCH
-from orchestration.worker.log import file_of
+from orchestration.worker.spec import TrialSpec
 
 _EVERY_S = 5.0
-"""How often a trial's small files are copied, and a wish to stop is looked for."""
+"""How often a trial's small files are uploaded, and a stop request is looked for."""
 
 
 class CheckpointSync:
-    """A worker's copies of a trial's folder: checkpoints as they are stored, the rest every few seconds and on leaving.
+    """A worker's part of keeping a trial's folder in an object store.
 
-    What the store has goes before what this node's disk has: that may be of a launch long ago.
+    The object store wins over the local disk, which may have files of a launch long ago.
     """
 
-    def __init__(self, store: ObjectStore, key: str, folder: Path, stop_file: Path) -> None:
-        self.store, self.name, self.folder, self.stop_file = (
-            store,
-            f"trials/{key}",
-            folder,
-            stop_file,
-        )
-        self._pushed: dict[str, tuple[int, float]] = {}
+    def __init__(self, store: ObjectStore, spec: TrialSpec) -> None:
+        self.store = store
+        self.trial_dir = spec.trial_dir
+        self.remote_dir = f"trials/{spec.key}"
+        self.stop_file = spec.stop_file
+        self._uploaded: dict[str, tuple[int, float]] = {}
+        """Size and time of each small file when it was last uploaded."""
         self._known: set[str] = set()
+        """Checkpoints in the object store that this attempt put there or found there."""
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._copy_on, name="copies", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="checkpoint-sync", daemon=True)
 
     def __enter__(self) -> CheckpointSync:
-        """Forget what this node's disk says of an earlier launch: a wish to stop, a failure, a shorter log."""
+        """Discard the local traces of an earlier launch: a stop request, a failure, a shorter log."""
         if not self.store.exists(f"locks/{self.stop_file.name}"):
             self.stop_file.unlink(missing_ok=True)
-        for file in self._small():
-            if (
-                not self.store.pull(f"{self.name}/{file.relative_to(self.folder)}", file)
-                and file.suffix == ".json"
-            ):
+        for file in self._small_files():
+            is_remote = self.store.download(self._remote_name(file), file)
+            if not is_remote and file.suffix == ".json":
                 file.unlink(missing_ok=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Copy what was said last."""
+        """Upload what was written last."""
         self._over.set()
         self._thread.join()
-        with suppress(Failure, OSError):  # nobody fails over a log
-            self._copy_small()
+        # A training does not fail over a log.
+        with suppress(Failure, OSError):
+            self._upload_small_files()
 
     def restore(self) -> list[str]:
-        """Have the same checkpoints here, there, and on every other worker's node; all workers call it.
+        """Make the checkpoints on every worker's node and in the object store the same; all workers call it.
 
-        Returns the names of those that were fetched.
+        Returns:
+            The names of the checkpoints that were downloaded.
         """
-        fetched = self._fetch() if worker_rank().rank == 0 else []
+        downloaded: list[str] = []
         if worker_rank().rank == 0:
-            there = self._remote()
-            for path in self._local():
-                if path.name not in there:
-                    self.store.push_folder(path, f"{self.name}/{path.name}")
-        broadcast_from_rank0(lambda: None)  # the others wait for it
-        fetched += self._fetch()
+            downloaded = self._download_checkpoints()
+            remote = self._remote()
+            for path in self.trial_dir.checkpoints():
+                if path.name not in remote:
+                    self.store.upload_dir(path, f"{self.remote_dir}/{path.name}")
+        # A barrier: the other workers download what the first one uploaded.
+        broadcast_from_rank0(lambda: None)
+        downloaded += self._download_checkpoints()
         self._known = self._remote()
-        for path in self._local():
-            if path.name not in self._known:  # of an attempt that others do not know
+        for path in self.trial_dir.checkpoints():
+            # Of an attempt that no other node knows of: resuming from it would split the workers.
+            if path.name not in self._known:
                 shutil.rmtree(path, ignore_errors=True)
-        return fetched
+        return downloaded
 
     def upload(self, path: Path) -> None:
-        """Copy a checkpoint, and remove there what this attempt knew of and has no longer."""
-        self.store.push_folder(path, f"{self.name}/{path.name}")
-        here = {each.name for each in self._local()}
-        for name in self._known - here:
-            self.store.remove(f"{self.name}/{name}")
-        self._known = here
+        """Upload a checkpoint, and remove those that the retention policy removed here since."""
+        self.store.upload_dir(path, f"{self.remote_dir}/{path.name}")
+        local = {each.name for each in self.trial_dir.checkpoints()}
+        for name in self._known - local:
+            self.store.remove(f"{self.remote_dir}/{name}")
+        self._known = local
 
     def finished(self) -> None:
-        """Copy the result, by the first worker; no checkpoint is needed on this node's disk any more."""
+        """Upload the result, by the first worker; no checkpoint is needed on this node's disk any more."""
         if worker_rank().rank == 0:
-            self.store.push_folder(self.folder / RESULT_DIR, f"{self.name}/{RESULT_DIR}")
-        for path in self._local():
+            self.store.upload_dir(self.trial_dir.result, f"{self.remote_dir}/{RESULT_DIR}")
+        for path in self.trial_dir.checkpoints():
             shutil.rmtree(path, ignore_errors=True)
 
-    def _fetch(self) -> list[str]:
-        """Bring the whole checkpoints here that are not; returns their names."""
-        there = [f"{self.name}/{name}" for name in sorted(self._remote())]
-        before = {path.name for path in self._local()}
-        return [
-            name.rpartition("/")[2]
-            for name in there
-            if self.store.pull_sealed(name, self.folder / name.rpartition("/")[2])
-            and name.rpartition("/")[2] not in before
-        ]
+    def remove_failure(self) -> None:
+        """Remove the failure of an earlier attempt from the object store."""
+        self.store.remove(self._remote_name(self.trial_dir.failure))
 
-    def _local(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*"))
+    def _remote_name(self, file: Path) -> str:
+        return f"{self.remote_dir}/{file.relative_to(self.trial_dir.root)}"
 
     def _remote(self) -> set[str]:
-        return {name for name in self.store.sealed(self.name) if name.startswith("step_")}
+        """Return the names of the complete checkpoints in the object store."""
+        complete = self.store.complete_dirs(self.remote_dir)
+        return {name for name in complete if name.startswith("step_")}
 
-    def _copy_on(self) -> None:
+    def _download_checkpoints(self) -> list[str]:
+        """Download the complete checkpoints that this node lacks; returns their names."""
+        before = {path.name for path in self.trial_dir.checkpoints()}
+        downloaded: list[str] = []
+        for name in sorted(self._remote()):
+            is_complete = self.store.download_dir(
+                f"{self.remote_dir}/{name}", self.trial_dir.root / name
+            )
+            if is_complete and name not in before:
+                downloaded.append(name)
+        return downloaded
+
+    def _run(self) -> None:
+        """Upload the small files and look for a stop request, until the worker leaves."""
         while not self._over.wait(_EVERY_S):
-            with suppress(Failure, OSError):  # the next time, or the last time, tells
-                self._copy_small()
+            # An object store that is away is tried again the next time.
+            with suppress(Failure, OSError):
+                self._upload_small_files()
                 if self.store.exists(f"locks/{self.stop_file.name}"):
                     self.stop_file.parent.mkdir(parents=True, exist_ok=True)
                     self.stop_file.touch()
 
-    def _copy_small(self) -> None:
-        for file in self._small():
+    def _upload_small_files(self) -> None:
+        for file in self._small_files():
             with suppress(FileNotFoundError):
                 state = (file.stat().st_size, file.stat().st_mtime)
-                if self._pushed.get(str(file)) != state:
-                    self.store.push(file, f"{self.name}/{file.relative_to(self.folder)}")
-                    self._pushed[str(file)] = state
+                if self._uploaded.get(str(file)) != state:
+                    self.store.upload(file, self._remote_name(file))
+                    self._uploaded[str(file)] = state
 
-    def _small(self) -> list[Path]:
-        """Files of this worker's own: its log and what it failed over; of the first one, what is the trial's too."""
-        own = [self.folder / FILE, file_of(self.folder, worker_rank())]
-        return (
-            own + [self.folder / name for name in (LOG, HEARTBEAT, MICROBATCH)]
-            if worker_rank().rank == 0
-            else own
-        )
+    def _small_files(self) -> list[Path]:
+        """Return this worker's log and failure; for the first worker, the trial's common files too."""
+        trial_dir = self.trial_dir
+        own = [trial_dir.failure, trial_dir.worker_log(worker_rank().rank)]
+        if worker_rank().rank == 0:
+            own += [trial_dir.log, trial_dir.heartbeat, trial_dir.microbatch]
+        return own

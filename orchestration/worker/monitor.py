@@ -1,4 +1,4 @@
-"""What a worker heeds while it trains: a wish to stop, a node that is about to go, a hang; and the pulse it gives."""
+"""Monitors a training: stop requests, preemption, stalls; writes the heartbeat."""
 
 from __future__ import annotations
 
@@ -11,45 +11,64 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 
+from mar.atomic_dir import atomic_write
 from mar.distributed import all_reduce_max, worker_rank
-from mar.training.step import Wish
+from mar.training.reports import TrainingSignal
 from orchestration.failures import FailureReason
-from orchestration.storage.trial_dir import HEARTBEAT, write_reason
-from orchestration.worker.log import file_of, name_of
+from orchestration.worker.log import device_name
 from orchestration.worker.spec import TrialSpec
 
+PollSignal = Callable[[], TrainingSignal]
+"""Asks the backend what the training is to do."""
+
 _HEARTBEAT_EVERY_S = 2.0
-_ASK_EVERY_STEPS = 5
-"""Several workers must ask at the same steps, to agree."""
-_ASK_EVERY_S = 0.5
-"""One alone asks Ray by the clock: an answer takes milliseconds."""
-_WISHES: tuple[Wish, ...] = ("go on", "save", "stop", "leave")
+_POLL_EVERY_STEPS = 5
+"""Several workers must poll at the same steps, to agree."""
+_POLL_EVERY_S = 0.5
+"""A single worker polls Ray by the clock: an answer takes milliseconds."""
+
+
+def never_stop() -> TrainingSignal:
+    """Answer for a backend that never asks for anything."""
+    return TrainingSignal.CONTINUE
 
 
 class TrainingMonitor:
-    """Told of every step; answers whether to go on, to save at once, or to save and stop."""
+    """Called after every step; returns the signal that all workers agreed on.
+
+    A watchdog thread ends the process when there was no progress for the hang timeout.
+    """
 
     def __init__(
         self,
         spec: TrialSpec,
         batch_size: int,
         device: torch.device,
-        say: Callable[[str], None],
-        wished: Callable[[], Wish] = lambda: "go on",
+        log: Callable[[str], None],
+        poll_signal: PollSignal = never_stop,
     ) -> None:
-        self.folder, self.stop_file = Path(spec.folder), Path(spec.stop_file)
-        self.batch_size, self.device, self.say, self.wished = batch_size, device, say, wished
+        self.trial_dir = spec.trial_dir
+        self.stop_file = spec.stop_file
+        self.batch_size = batch_size
+        self.device = device
+        self.log = log
+        self.poll_signal = poll_signal
         self.has_saved = False
-        self.first: tuple[int, float] | None = None
-        self.last_heartbeat = self.asked = self.last_progress = time.monotonic()
+        """Whether it has saved for a node that goes away: once is enough."""
+        now = time.monotonic()
+        self.first_step: tuple[int, float] | None = None
+        """The first step this process took, and when: its rate counts from there."""
+        self.last_heartbeat = now
+        self.last_poll = now
+        self.last_progress = now
         self._over = threading.Event()
-        if spec.hang_timeout_s:
+        timeout_s = spec.worker.hang_timeout_s
+        if timeout_s:
             threading.Thread(
-                target=self._watchdog, args=(spec.hang_timeout_s,), name="watchdog", daemon=True
+                target=self._watchdog, args=(timeout_s,), name="watchdog", daemon=True
             ).start()
 
     def __enter__(self) -> TrainingMonitor:
@@ -58,72 +77,89 @@ class TrainingMonitor:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         with suppress(OSError):
-            (self.folder / HEARTBEAT).unlink(missing_ok=True)
+            self.trial_dir.heartbeat.unlink(missing_ok=True)
 
-    def alive(self) -> None:
-        """Note that something was done."""
+    def heartbeat(self) -> None:
+        """Note that there was progress."""
         self.last_progress = time.monotonic()
 
-    def step(self, done: int, of: int) -> Wish:
-        """Return what is wished after a step; with several workers, what any of them was asked."""
-        self.alive()
-        self._write_heartbeat(done, of)
-        if worker_rank().world > 1 and done % _ASK_EVERY_STEPS:
-            return "go on"
-        strongest = all_reduce_max(_WISHES.index(self._own()), self.device)
-        if _WISHES[strongest] == "save":
-            is_first, self.has_saved = not self.has_saved, True
-            if is_first:
-                self.say(f"a node of this trial is to go: saving at step {done}")
-            return "save" if is_first else "go on"
-        return _WISHES[strongest]
+    def on_step(self, done: int, total: int) -> TrainingSignal:
+        """Return the signal after a step; with several workers, the strongest that one of them got."""
+        self.heartbeat()
+        self._write_heartbeat(done, total)
+        if worker_rank().world > 1 and done % _POLL_EVERY_STEPS:
+            return TrainingSignal.CONTINUE
+        signal = TrainingSignal(all_reduce_max(int(self._own_signal()), self.device))
+        if signal != TrainingSignal.CHECKPOINT:
+            return signal
+        if self.has_saved:
+            return TrainingSignal.CONTINUE
+        self.has_saved = True
+        self.log(f"a node of this trial is going away: saving at step {done}")
+        return TrainingSignal.CHECKPOINT
 
-    def _own(self) -> Wish:
-        is_time = worker_rank().world > 1 or time.monotonic() - self.asked > _ASK_EVERY_S
-        wish = self.wished() if is_time else "go on"
-        self.asked = time.monotonic() if is_time else self.asked
-        return "stop" if self.stop_file.exists() else wish
+    def _own_signal(self) -> TrainingSignal:
+        """Return the signal that this worker gets."""
+        signal = TrainingSignal.CONTINUE
+        # Several workers poll at fixed steps, and none may leave the poll out.
+        if worker_rank().world > 1 or time.monotonic() - self.last_poll > _POLL_EVERY_S:
+            signal = self.poll_signal()
+            self.last_poll = time.monotonic()
+        if self.stop_file.exists():
+            return TrainingSignal.STOP
+        return signal
 
-    def _write_heartbeat(self, done: int, of: int) -> None:
+    def _write_heartbeat(self, done: int, total: int) -> None:
+        """Write how far the training is, every few seconds, for ``mar status``."""
         now = time.monotonic()
-        self.first = self.first or (done, now)
+        if self.first_step is None:
+            self.first_step = (done, now)
         if worker_rank().rank or now - self.last_heartbeat < _HEARTBEAT_EVERY_S:
             return
         self.last_heartbeat = now
-        steps, seconds = done - self.first[0], now - self.first[1]
-        rate = steps / seconds if steps and seconds else None
+        steps = done - self.first_step[0]
+        seconds = now - self.first_step[1]
+        steps_per_s = None
+        clips_per_s = None
+        if steps and seconds:
+            steps_per_s = steps / seconds
+            clips_per_s = steps_per_s * self.batch_size
         heartbeat = {
             "step": done,
-            "steps": of,
-            "steps_per_s": rate,
-            "clips_per_s": rate * self.batch_size if rate else None,
+            "steps": total,
+            "steps_per_s": steps_per_s,
+            "clips_per_s": clips_per_s,
             "workers": worker_rank().world,
-            "device": name_of(self.device),
+            "device": device_name(self.device),
             "time": time.time(),
             "host": platform.node(),
             "pid": os.getpid(),
         }
-        with suppress(OSError):  # a full disk is told of by what must be written
-            unfinished = self.folder / f".{HEARTBEAT}"
-            unfinished.write_text(json.dumps(heartbeat), encoding="utf-8")
-            unfinished.replace(self.folder / HEARTBEAT)
+        # A full disk is reported by what must be written: checkpoints and results.
+        with suppress(OSError):
+            atomic_write(self.trial_dir.heartbeat, json.dumps(heartbeat).encode())
 
     def _watchdog(self, timeout_s: float) -> None:
-        """End the process when nothing was done for too long: whoever started it then starts it again."""
+        """End the process when there was no progress for too long; Ray, or the user, starts it again."""
         while not self._over.wait(min(1.0, timeout_s / 4)):
             if time.monotonic() - self.last_progress < timeout_s:
                 continue
-            file = file_of(self.folder, worker_rank())
-            message = f"no progress for {timeout_s:g} s: what every thread was doing is in {file}"
-            with suppress(OSError):
-                with file.open("a", encoding="utf-8") as log:
-                    log.write(f"{message}\n")
-                    log.flush()
-                    faulthandler.dump_traceback(file=log, all_threads=True)
-                write_reason(self.folder, FailureReason(message, "hang"))
-            print(
-                f"mar: {message}; the same command resumes from the last checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(1)
+            self._end_stalled(timeout_s)
+
+    def _end_stalled(self, timeout_s: float) -> None:
+        """Record what every thread is doing, and why the process ends; then end it."""
+        file = self.trial_dir.worker_log(worker_rank().rank)
+        message = f"no progress for {timeout_s:g} s: what every thread was doing is in {file}"
+        with suppress(OSError):
+            with file.open("a", encoding="utf-8") as log:
+                log.write(f"{message}\n")
+                log.flush()
+                faulthandler.dump_traceback(file=log, all_threads=True)
+            self.trial_dir.write_failure(FailureReason(message, "stalled"))
+        print(
+            f"mar: {message}; the same command resumes from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        # Not sys.exit: the thread that stalls may never return to Python.
+        os._exit(1)

@@ -1,52 +1,64 @@
-"""All that a worker needs to train a trial, as plain values."""
+"""All that a worker needs to train a trial. It travels to a worker on another machine as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from orchestration.config import LaunchConfig
+from orchestration.config import LaunchConfig, WorkerConfig
+from orchestration.storage.trial_dir import TrialDir
 from orchestration.studies.recipe import absolute_paths
 from orchestration.studies.trial import Trial
+
+_PATHS = ("folder", "stop_file", "trained")
 
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """All that a worker on any machine needs: plain values, so that it travels as a dictionary."""
+    """One trial, as its workers receive it."""
 
     key: str
     settings: dict[str, Any]
-    folder: str
-    workers: int
-    min_workers: int
-    cpus_per_worker: int
+    """The complete settings, as JSON: the worker builds and checks them again."""
+    folder: Path
+    worker: WorkerConfig
     gpus_per_worker: int
-    loader_processes: int
-    max_microbatch_clips: int | None
-    activation_checkpointing: bool
-    compile: bool
-    checkpoint_every_steps: int | None
-    keep: dict[str, Any]
-    retries: int
-    retry_numbers: bool
-    resize_s: float
-    remote: str | None
-    cache_from: str | None
-    stop_file: str
-    hang_timeout_s: float | None
-    patience_s: float
+    """``worker.gpus_per_worker``, decided for the cluster that runs the trial."""
+    stop_file: Path
+    """While it exists, the trial is to save and stop."""
     environment: dict[str, str]
-    """What Ray Train reads in the trial's own process, which no environment of the launch reaches on a cluster."""
+    """What Ray Train reads in the trial's own process: on a cluster it does not inherit the launch's environment."""
     waits_for_nodes: bool
+    """Whether a node that is lost may be replaced: on a cluster, not on this machine."""
     storage: str
-    trained: str | None = None
-    """The result folder of a training that is to be tested again; none: train."""
+    """Ray Train's own folder."""
+    trained: Path | None = None
+    """The result folder of a training that is only to be tested; none: train."""
 
-    def plain(self) -> dict[str, Any]:
-        """Return it as a dictionary."""
-        return asdict(self)
+    @property
+    def trial_dir(self) -> TrialDir:
+        """The trial's folder."""
+        return TrialDir(self.folder)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, from which ``from_json`` makes an equal spec."""
+        values = asdict(self)
+        for name in _PATHS:
+            if values[name] is not None:
+                values[name] = str(values[name])
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the spec that ``to_json`` made the values from."""
+        own: dict[str, Any] = dict(values)
+        for name in _PATHS:
+            if own[name] is not None:
+                own[name] = Path(own[name])
+        own["worker"] = WorkerConfig.from_json(own["worker"])
+        return cls(**own)
 
 
 def build_trial_spec(
@@ -56,31 +68,16 @@ def build_trial_spec(
     trained: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> TrialSpec:
-    """Return what a worker is told of a trial."""
+    """Return what the workers of a trial receive."""
     return TrialSpec(
         key=trial.key,
         settings=absolute_paths(trial.settings).model_dump(mode="json"),
-        folder=str(launch.trial_folder(trial.key)),
-        workers=launch.workers,
-        min_workers=launch.min_workers or launch.workers,
-        cpus_per_worker=launch.cpus_per_worker,
+        folder=launch.trial_folder(trial.key),
+        worker=launch.worker,
         gpus_per_worker=gpus_per_worker,
-        loader_processes=launch.loader_processes,
-        max_microbatch_clips=launch.max_microbatch_clips,
-        activation_checkpointing=launch.activation_checkpointing,
-        compile=launch.compile,
-        checkpoint_every_steps=launch.checkpoint_every_steps,
-        keep=asdict(launch.keep),
-        retries=launch.retries,
-        retry_numbers=launch.retry_numbers,
-        resize_s=launch.resize_s,
-        remote=launch.remote,
-        cache_from=launch.cache_from,
-        stop_file=str(launch.stop_file),
-        hang_timeout_s=launch.hang_timeout_s,
-        patience_s=launch.patience_s,
+        stop_file=launch.stop_file,
         environment=dict(environment or {}),
         waits_for_nodes=launch.address is not None,
         storage=str(launch.store.resolve() / "ray"),
-        trained=str(trained) if trained else None,
+        trained=trained,
     )

@@ -1,0 +1,150 @@
+"""Starts Ray for a launch, or joins a cluster; leaves it in order."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import secrets
+import signal
+import stat
+import sys
+import tempfile
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mar.errors import Failure, UserError, notice
+from orchestration.backends.ray_env import ray_environment
+from orchestration.backends.ray_guard import Guard
+from orchestration.config import LaunchConfig
+from orchestration.secrets import close_token_file
+
+_TOKEN = secrets.token_hex(32)
+"""Protects a private Ray: only this process and its children know it."""
+_LONGEST_TEMPORARY = 24
+"""Characters: ``_private_folder`` and Ray add up to 82, and a socket's path may have 107."""
+_OBJECT_STORE_BYTES = 200 * 2**20
+"""Only reports and settings pass through it."""
+
+
+@contextmanager
+def ray_session(launch: LaunchConfig) -> Generator[None]:
+    """Provide Ray: the one this process has joined already, or one that is started here and left at the end."""
+    # Ray reads some of it when it is imported.
+    os.environ.update(ray_environment(launch))
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    guard = None
+    if launch.address is None and sys.platform == "linux":
+        guard = Guard(secrets.token_hex(16))
+    try:
+        _start(launch)
+        if guard:
+            guard.ray_has_started()
+        yield
+    finally:
+        if guard:
+            guard.ray_is_to_stop()
+        try:
+            stop_ray()
+        finally:
+            if guard:
+                guard.close()
+
+
+def _start(launch: LaunchConfig) -> None:
+    import ray
+
+    options: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+        "configure_logging": True,
+    }
+    if launch.address is None:
+        options["include_dashboard"] = False
+        options["object_store_memory"] = _OBJECT_STORE_BYTES
+        options["_temp_dir"] = str(_private_folder() / "ray")
+        # A token of this process's own, in no file: Ray would write one below the home folder, readable by everybody.
+        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            os.environ["RAY_AUTH_TOKEN"] = _TOKEN
+    else:
+        close_token_file()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray.init(address=launch.address or "local", **options)
+    except ConnectionError as error:
+        raise UserError(
+            f"--address {launch.address}: no Ray cluster answers there ({error})"
+        ) from None
+    except OSError as error:
+        raise Failure(
+            f"Ray does not start: {error}. It needs a temporary folder that can be written, with a short path (TMPDIR); "
+            "--backend local runs without Ray"
+        ) from None
+    finally:
+        # Ray replaces the handlers of these signals by its own.
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _private_folder() -> Path:
+    """Return a folder for Ray's sockets and logs that nobody else can enter: Ray's own is writable for everybody.
+
+    Raises:
+        Failure: none can be made.
+    """
+    parent = Path(tempfile.gettempdir())
+    if len(str(parent)) > _LONGEST_TEMPORARY and os.access("/tmp", os.W_OK):  # noqa: S108
+        notice(
+            f"Ray's sockets are below /tmp: the path of TMPDIR ({parent}) is too long for a socket's"
+        )
+        parent = Path("/tmp")  # noqa: S108
+    folder = parent / f"mar-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        state = folder.lstat()
+        is_own = stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid()
+        if is_own and not state.st_mode & 0o077:
+            return folder
+        # Another user made a folder of this name first.
+        return Path(tempfile.mkdtemp(prefix="mar-", dir=parent))
+    except OSError as error:
+        raise Failure(
+            f"Ray does not start: {error}. It needs a temporary folder that can be written (TMPDIR)"
+        ) from None
+
+
+def stop_ray() -> None:
+    """Leave Ray.
+
+    Ray ends the whole process, exit code 1, if one of its references is freed while it shuts down. A garbage collection
+    that happens to run in another thread (the tracking writer's) frees some, so there is none meanwhile.
+    """
+    import ray
+
+    gc.collect()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
+        if os.environ.get("RAY_AUTH_TOKEN") == _TOKEN:
+            del os.environ["RAY_AUTH_TOKEN"]
+
+
+def describe_cluster() -> str:
+    """Start a private Ray, run a task on it, stop it; returns its resources."""
+    import ray
+
+    with ray_session(LaunchConfig()):
+        task: Any = ray.remote(num_cpus=0.1)(lambda: "ran")
+        answer: Any = ray.get(task.remote(), timeout=60)
+        total = ray.cluster_resources()
+        return f"{ray.__version__}: a task {answer}; {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"

@@ -9,14 +9,13 @@ import typer
 
 from mar.errors import UserError
 
-INNER = ("step", "inference", "loader", "fed", "augmentation", "checkpoint")
-OUTER = ("tracking", "planning", "report", "search")
+PARTS = ("step", "inference", "loader", "fed", "augmentation", "checkpoint")
 
 
 def bench(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PART]...", help=f"{', '.join(INNER + OUTER)}; default: all."),
+        typer.Argument(metavar="[PART]...", help=f"{', '.join(PARTS)}; default: all."),
     ] = None,
     size: Annotated[
         str, typer.Option(help="The encoder: tiny, small, base, large, huge.")
@@ -37,9 +36,9 @@ def bench(
     ] = None,
 ) -> None:
     """Measure the training step and all around it, beside their peers; print tables and keep them in a dated file."""
-    unknown = [part for part in parts or [] if part not in INNER + OUTER]
+    unknown = [part for part in parts or [] if part not in PARTS]
     if unknown:
-        raise UserError(f"{unknown[0]}: no such part; there are {', '.join(INNER + OUTER)}")
+        raise UserError(f"{unknown[0]}: no such part; there are {', '.join(PARTS)}")
     if videos is not None and not videos.is_dir():
         raise UserError(f"--videos {videos}: no such folder")
     import torch
@@ -47,16 +46,10 @@ def bench(
     from mar.bench import run
     from mar.bench.machine import this_machine
     from mar.bench.steps import case_of
-    from orchestration.diagnostics import bench as around
 
     case = case_of(size, ratio, clips, precision, steps)
     machine = this_machine(torch.device(case.device), precision)
     file = output or run.default_file(machine)
-    for part in parts or INNER + OUTER:
-        if part in INNER:
-            run.measure(part, case, machine, rounds, videos, file, "mar bench")
-        else:
-            run.keep(
-                around.PARTS[part](rounds, f"mar bench {part} --rounds {rounds}"), machine, file
-            )
+    for part in parts or PARTS:
+        run.measure(part, case, machine, rounds, videos, file, "mar bench")
     print(f"written: {file}")

@@ -1,12 +1,17 @@
-"""How fast the experiment around the training is: tracking, planning, read-out, search. ``mar bench`` prints it."""
+"""How fast the experiment around the training is: tracking, planning, read-out, search.
+
+    python benchmarks/experiment.py [tracking] [planning] [report] [search] [--rounds N] [-o FILE]
+
+It writes through the same public interfaces as a study does, and prints Markdown tables.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,14 +26,17 @@ from statistics import median
 from typing import Any, get_args
 
 import numpy as np
+import torch
 import yaml
 
-from mar import MANIFEST, RESULT_DIR, __version__
-from mar.bench.tables import Table, spread
-from mar.config.overrides import flatten, without_paths
+from mar import MANIFEST, RESULT_DIR
+from mar.bench.machine import this_machine
+from mar.bench.run import heading
+from mar.bench.tables import Table, spread, write
 from mar.data.motion_verbs import MotionVerbs, make
 from mar.errors import Failure
 from mar.evaluation.correctness import CORRECTNESS, write_correctness
+from mar.training.reports import EpochReport
 from orchestration.config import LaunchConfig
 from orchestration.reporting.figures import draw_figure
 from orchestration.reporting.study_report import write_report
@@ -42,9 +50,15 @@ from orchestration.studies.trial import Study, Trial
 from orchestration.tracking.embedded import serve
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
+from orchestration.tracking.tags import IDENTITY, KEY, KIND, STUDY
 from orchestration.tracking.writer import Writer
 
-EPOCHS, VIDEOS, ROWS, SEEDS = 100, 20_000, 400, 5
+EPOCHS = 100
+FILLED_EPOCHS = 3
+"""Logged of each run of the read-out: a table needs the last; MLflow takes minutes for a hundred of thousands of runs."""
+VIDEOS = 20_000
+ROWS = 400
+SEEDS = 5
 _METRICS = ("train/loss", "train/lr", "train/classification_loss", "train/reconstruction_loss", "train/num_broken",
             "throughput/clips_per_s", "val/top1", "val/top5", "val/num_videos", "val/num_broken", "time/elapsed_s")  # fmt: skip
 _FINAL = ("test/top1", "test/top5", "test/num_videos", "test/num_broken")
@@ -125,7 +139,7 @@ def report_table(rounds: int, command: str, num_rows: int = ROWS) -> Table:
             with _launch(folder, kind) as launch:
                 rows += [(kind, *row) for row in _read_out(study, launch, folder, rounds)]
     note = (
-        f"{num_rows * SEEDS:,} runs in one study of {num_rows} rows × {SEEDS} seeds, each with {EPOCHS} epochs of "
+        f"{num_rows * SEEDS:,} runs in one study of {num_rows} rows × {SEEDS} seeds, each with {FILLED_EPOCHS} epochs of "
         f"{len(_METRICS)} metrics and the predictions of {VIDEOS:,} videos; every row is compared with the reference row, "
         "video by video. The first part is in each of the others' commands once."
     )
@@ -282,75 +296,33 @@ def _study_file(folder: Path, num_rows: int) -> Path:
 
 
 def fill(study: Study, launch: LaunchConfig) -> None:
-    """Put a finished run of each trial into an embedded store, with its result folder, without training it."""
-    experiment = int(Store(launch).experiment(study.name))
+    """Log a finished run of each trial into a store, with its result folder, without training it."""
+    store = Store(launch)
+    experiment = store.experiment(study.name)
     rng = np.random.default_rng(0)
     names = [f"{number:06d}.webm" for number in range(VIDEOS)]
-    labels, base = rng.integers(2, size=VIDEOS), rng.random(VIDEOS) < 0.6
+    labels = rng.integers(2, size=VIDEOS)
+    base = rng.random(VIDEOS) < 0.6
     shared = launch.store / "shared"
     shared.mkdir()
-    rows: dict[str, list[tuple[Any, ...]]] = {
-        "runs": [],
-        "metrics": [],
-        "latest_metrics": [],
-        "params": [],
-        "tags": [],
-    }
-    now = int(time.time() * 1000)
-    for number, trial in enumerate(study.trials):
-        run = f"{number:032x}"
-        right = base ^ (rng.random(VIDEOS) < 0.1)
-        top1 = 100 * float(right.mean())
+    writer = Writer(store)
+    for trial in study.trials:
+        correct = base ^ (rng.random(VIDEOS) < 0.1)
+        top1 = 100 * float(correct.mean())
         curve = top1 * (1 - np.exp(-np.arange(1, EPOCHS + 1) / 20))
-        where = f"{launch.artifacts}/{experiment}/{run}/artifacts"
-        rows["runs"].append(
-            (
-                run,
-                trial.name,
-                "LOCAL",
-                "mar",
-                "",
-                "mar",
-                "FINISHED",
-                now,
-                now + 1000,
-                "",
-                "active",
-                where,
-                experiment,
-            )
-        )
-        points = [(name, float(curve[epoch]) if "top1" in name else 1.0, now, run, epoch + 1, 0)
-                  for epoch in range(EPOCHS) for name in _METRICS]  # fmt: skip
-        last = [
-            (name, value, at, run, step, nan)
-            for name, value, at, _, step, nan in points[-len(_METRICS) :]
-        ]
-        last += [
-            (name, top1 if name == "test/top1" else 90.0, now, run, EPOCHS, 0) for name in _FINAL
-        ]
-        rows["metrics"] += points + last[-len(_FINAL) :]
-        rows["latest_metrics"] += last
-        rows["params"] += [
-            (name, str(value), run)
-            for name, value in flatten(without_paths(trial.settings)).items()
-        ]
-        tags = {"mar.identity": trial.identity, "mar.key": trial.key, "mar.kind": "trial", "mar.study": study.name,
-                "mlflow.runName": trial.name, "mar.version": __version__}  # fmt: skip
-        rows["tags"] += [(name, value, run) for name, value in tags.items()]
-        _leave(launch.trial_folder(trial.key) / RESULT_DIR, shared, right, names, labels, curve)
-    with sqlite3.connect(launch.store / "mlflow.db") as database:
-        columns = {
-            "runs": "run_uuid, name, source_type, source_name, entry_point_name, user_id, status, start_time, end_time, "
-            "source_version, lifecycle_stage, artifact_uri, experiment_id",
-            "metrics": "key, value, timestamp, run_uuid, step, is_nan",
-            "latest_metrics": "key, value, timestamp, run_uuid, step, is_nan",
-            "params": "key, value, run_uuid",
-            "tags": "key, value, run_uuid",
-        }
-        for table, names_ in columns.items():
-            marks = ", ".join("?" * len(names_.split(", ")))
-            database.executemany(f"INSERT INTO {table} ({names_}) VALUES ({marks})", rows[table])  # noqa: S608  (names are ours)
+        tags = {IDENTITY: trial.identity, STUDY: study.name}
+        find = {KIND: "trial", KEY: trial.key}
+        name = trial.name
+        writer.open(trial.key, partial(store.run, experiment, name, find, tags))
+        for epoch in range(1, FILLED_EPOCHS + 1):
+            metrics = dict.fromkeys(_METRICS, 1.0)
+            metrics["val/top1"] = float(curve[epoch - 1])
+            writer.log_report(trial.key, EpochReport(epoch, metrics))
+        final = {**dict.fromkeys(_FINAL, 90.0), "test/top1": top1}
+        writer.log_report(trial.key, EpochReport(FILLED_EPOCHS, final, is_final=True))
+        writer.end(trial.key, "FINISHED")
+        _leave(launch.trial_folder(trial.key) / RESULT_DIR, shared, correct, names, labels, curve)
+    writer.close()
 
 
 def _leave(
@@ -408,7 +380,7 @@ def _launch(folder: Path, kind: str) -> Generator[LaunchConfig]:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     command, environment = serve(embedded, port)
-    with subprocess.Popen(  # noqa: S603
+    with subprocess.Popen(
         [sys.executable, "-m", *command],
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -443,3 +415,25 @@ PARTS: Mapping[str, Callable[[int, str], Table]] = {
     "report": report_table,
     "search": search_table,
 }
+
+
+def main() -> None:
+    """Measure the parts, print their tables, and perhaps write them to a file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", default=[*PARTS])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    machine = this_machine(torch.device("cpu"), "fp32")
+    for part in args.parts:
+        command = f"python benchmarks/experiment.py {part} --rounds {args.rounds}"
+        table = PARTS[part](args.rounds, command)
+        print(table)
+        if args.output:
+            write(args.output, heading(machine), [table])
+
+
+if __name__ == "__main__":
+    main()

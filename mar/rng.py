@@ -42,8 +42,3 @@ def rng(seed: int, stream: Stream, *counters: int) -> np.random.Generator:
 def rng_seed(seed: int, stream: Stream, *counters: int) -> int:
     """Return a seed of one purpose, for a generator of PyTorch."""
     return int(rng(seed, stream, *counters).integers(2**62))
-
-
-def draw(seed: int, *stream: int) -> np.random.Generator:
-    """Return the random numbers of one purpose."""
-    return np.random.default_rng([seed, *stream])

@@ -21,7 +21,7 @@ from mar.config.randaugment_policy import RandAugmentPolicy
 from mar.config.schema import AugmentConfig, TrainingConfig
 from mar.model.masking import training_mask
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD, to_pixels
-from mar.rng import draw
+from mar.rng import Stream, rng, rng_seed
 
 _ERASED_AREA, _ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 """timm's: of the picture's area, and height to width."""
@@ -65,14 +65,16 @@ class Drawn:
 def draw_step(settings: TrainingConfig, step: int) -> Drawn:
     """Draw for the whole batch of a step, on the CPU; it follows from seed and step alone."""
     size, augment = settings.recipe.batch_size, settings.augment
-    generator = torch.Generator().manual_seed(int(draw(settings.seed, 2, step).integers(2**62)))
+    generator = torch.Generator().manual_seed(rng_seed(settings.seed, Stream.MASK_AND_FLIP, step))
     hidden = training_mask(settings.mask, settings.grid, size, generator)
     mirrored = (torch.rand(size, generator=generator) < 0.5) & augment.flip
     operations: Operations = [[] for _ in range(size)]
     if augment.randaugment and not augment.randaugment_before_crop:
         policy = RandAugmentPolicy.parse(augment.randaugment)
-        operations = draw_operations(policy, size, draw(settings.seed, 5, step))
-    erased = draw_erased(augment, size, settings.clip.size, draw(settings.seed, 6, step))
+        operations = draw_operations(policy, size, rng(settings.seed, Stream.RANDAUGMENT, step))
+    erased = draw_erased(
+        augment, size, settings.clip.size, rng(settings.seed, Stream.ERASING, step)
+    )
     return Drawn(hidden, mirrored, operations, erased)
 
 

@@ -24,7 +24,7 @@ from mar.data.cache_index import Packing
 from mar.data.dataset import Batch, TrainingClips, TrainingOrder, training_batches
 from mar.distributed import worker_rank
 from mar.errors import UserError
-from mar.rng import draw
+from mar.rng import Stream, rng
 from mar.training.allocator import keep_freed_memory
 from mar.training.checkpoint import Progress, Saver, State, save
 from mar.training.retention import RetentionPolicy
@@ -189,7 +189,7 @@ def checkpoint_table(case: Case, rounds: int, command: str) -> Table:
 def _augment(batch: Batch, settings: TrainingConfig, step: int) -> object:
     drawn = draw_step(settings, step)
     pixels, labels = augmented(batch.clips.flatten(0, 1), batch.labels, drawn, settings)
-    return mix(pixels, labels, settings.augment, draw(settings.seed, 3, step), batch.good)
+    return mix(pixels, labels, settings.augment, rng(settings.seed, Stream.MIX, step), batch.good)
 
 
 def _fed(

@@ -35,7 +35,8 @@ from mar.data.process_pool import end_with_parent, forkserver
 from mar.data.sampling import evaluation_frames, training_frames
 from mar.distributed import WorkerRank
 from mar.errors import Failure, UserError
-from mar.rng import draw
+from mar.rng import Stream
+from mar.rng import rng as stream
 
 _BATCHES_AHEAD = 2
 """Of each loader process, on their way or waiting."""
@@ -78,7 +79,7 @@ class TrainingClips(Dataset[Sample]):
         index, epoch = key
         video, settings = self.videos[index], self.settings
         rng, repeats, size = (
-            draw(settings.seed, 1, epoch, index),
+            stream(settings.seed, Stream.CLIP, epoch, index),
             settings.augment.repeats,
             settings.clip.size,
         )
@@ -101,7 +102,9 @@ class TrainingClips(Dataset[Sample]):
             whole = frames[each % times]
             if settings.augment.randaugment and settings.augment.randaugment_before_crop:
                 whole = _rand_augmented(
-                    whole, settings.augment, draw(settings.seed, 7, epoch, index, each)
+                    whole,
+                    settings.augment,
+                    stream(settings.seed, Stream.RANDAUGMENT_BEFORE_CROP, epoch, index, each),
                 )
             clips.append(crop_and_resize(whole, box, size, settings.clip.antialias))
         return Sample(torch.stack(clips), video.label, index)
@@ -124,7 +127,9 @@ class EvaluationClips(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         video, settings = self.videos[index], self.settings
         order = (
-            draw(0, 2, index).permutation(settings.clip.frames) if self.shuffled else slice(None)
+            stream(0, Stream.FRAME_SHUFFLE, index).permutation(settings.clip.frames)
+            if self.shuffled
+            else slice(None)
         )
         try:
             with open_video(settings.data, video) as reader:
@@ -305,7 +310,7 @@ class TrainingOrder:
         )
         first_epoch, skipped = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.settings.recipe.epochs):
-            order = draw(self.settings.seed, 0, epoch).permutation(self.num_videos)
+            order = stream(self.settings.seed, Stream.ORDER, epoch).permutation(self.num_videos)
             for step in range(skipped, self.steps_per_epoch):
                 yield [(int(order[step * size + position]), epoch) for position in part]
             skipped = 0

@@ -24,7 +24,6 @@ from mar.data.decoders import BrokenVideo, Frames, iter_frames, pixels_of
 from mar.data.decoders import check as check_decoder
 from mar.data.sampling import Reader, frames_wanted, training_frames
 from mar.data.seeking import key_frames
-from mar.rng import draw
 from mar.safe_text import cell, printable
 
 KINDS = ("ok", "missing", "unreadable", "short", "refused", "duplicate", "wrong")
@@ -203,7 +202,9 @@ def _look(clip: ClipConfig, decoder: str, video: Video) -> tuple[str, str]:
     try:
         with Reader(video.path, decoder) as reader:
             length = len(reader)
-            reader.frames(training_frames(clip, length, reader.fps, draw(0)).tolist())
+            reader.frames(
+                training_frames(clip, length, reader.fps, np.random.default_rng(0)).tolist()
+            )
             wanted = frames_wanted(clip, reader.fps)
             fault = _disagreement(reader)
             if fault:
@@ -234,7 +235,7 @@ def _jumps(path: Path, num_frames: int) -> list[int]:
 
     They are in no order: a decoder that is asked for neighbours goes on from the last one, and is right.
     """
-    rng = draw(0)
+    rng = np.random.default_rng(0)
     keys = key_frames(path)
     chosen = rng.permutation(keys)[: _JUMPS // 3].tolist()
     beside = [number for key in chosen for number in (key - 1, key + 1) if 0 <= number < num_frames]

@@ -18,7 +18,7 @@ from mar.data.frame_cache import check
 from mar.distributed import WorkerRank
 from mar.errors import Failure
 from mar.model.masking import evaluation_mask, training_mask
-from mar.rng import draw
+from mar.rng import Stream, rng
 from mar.visualization.charts import save
 
 
@@ -48,7 +48,7 @@ def draw_clips(settings: TrainingConfig, num_clips: int, num_frames: int, file: 
     drawn = draw_step(settings, 0).of(range(settings.recipe.batch_size)[shown_clips])
     pixels, targets = augmented(row.clips[shown_clips], row.labels[shown_clips], drawn, settings)
     pixels, targets = mix(
-        pixels, targets, settings.augment, draw(settings.seed, 3, 0), row.good[shown_clips]
+        pixels, targets, settings.augment, rng(settings.seed, Stream.MIX, 0), row.good[shown_clips]
     )
     names, shown = (
         class_names(settings.data),

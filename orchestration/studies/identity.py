@@ -8,88 +8,73 @@ from functools import lru_cache
 from typing import Any
 
 from mar import RESULTS_VERSION
+from mar.config.canonical import canonical
 from mar.config.overrides import build, without_paths
-from mar.config.schema import ClassifierConfig, MaskConfig, ReconstructionConfig, TrainingConfig
+from mar.config.schema import TrainingConfig
 from mar.weights.hub import ABSENT as WEIGHTS_ABSENT
 from mar.weights.hub import fingerprint
+
+_KEY_LENGTH = 12
+"""Hexadecimal digits: among a million trials, two share a key with a chance of one in 500."""
 
 
 @lru_cache
 def weights_fingerprint(name: str) -> str:
-    """Look at a checkpoint once for a study: a thousand trials may start from it."""
+    """Return the fingerprint of pre-trained weights; read once for a study, a thousand trials may start from them."""
     return fingerprint(name)
 
 
 def key_of(identity_line: str) -> str:
     """Return the key of the trial with an identity."""
-    return hashlib.sha256(identity_line.encode()).hexdigest()[:12]
+    return hashlib.sha256(identity_line.encode()).hexdigest()[:_KEY_LENGTH]
 
 
 def identity(settings: TrainingConfig, data_fingerprint: str) -> str:
-    """Return one line that is equal for equal trainings: settings with the data's content instead of its place."""
-    settings = canonical(settings)
-    tree: dict[str, Any] = {
-        **without_paths(settings),
-        "fingerprint": data_fingerprint,
-        "results": RESULTS_VERSION,
-    }
-    if settings.evaluation.mask.ratio == settings.mask.ratio:  # the same as to leave it out
-        tree["evaluation"] = {
-            **tree["evaluation"],
-            "mask": {**tree["evaluation"]["mask"], "ratio": None},
-        }
-    if settings.encoder.weights:
-        tree["encoder"] = {
-            **tree["encoder"],
-            "weights": weights_fingerprint(settings.encoder.weights),
-        }
-    return json.dumps(tree, sort_keys=True, ensure_ascii=False)
+    """Return one line of JSON that is equal for equal results: settings, with fingerprints in place of paths.
 
-
-def canonical(settings: TrainingConfig) -> TrainingConfig:
-    """Return the settings with those that do nothing at their defaults: they must not make two trainings of one.
-
-    A linear classifier has no width; where nothing is hidden there are no cells and nothing is rebuilt; a running
-    uniform mask is a running cell as large as the token grid.
+    It has the version of results too: with another one, equal settings give other results.
     """
-    changes: dict[str, Any] = {}
-    kept = settings.classifier
-    if kept.kind == "linear":
-        linear = {"kind": "linear", "dropout": kept.dropout, "norm": kept.norm}
-        changes["classifier"] = ClassifierConfig.model_validate(linear)
-    if not settings.reconstructs:
-        changes["reconstruction"] = ReconstructionConfig(weight=0.0)
-    mask, plain = settings.mask, MaskConfig()
-    if not mask.ratio and not settings.test_ratio:
-        changes["mask"] = MaskConfig(ratio=0.0)
-    elif (mask.strategy, mask.motion, mask.spatial, mask.temporal) == ("uniform", *_RUNNING):
-        changes["mask"] = plain.model_copy(update={"ratio": mask.ratio, "cell": settings.grid[1:]})
-    return settings.model_copy(update=changes)
-
-
-_RUNNING = (MaskConfig().motion, MaskConfig().spatial, MaskConfig().temporal)
+    settings = canonical(settings)
+    tree: dict[str, Any] = without_paths(settings)
+    tree["fingerprint"] = data_fingerprint
+    tree["results"] = RESULTS_VERSION
+    # Testing with the ratio of training is the default, written or not.
+    if settings.evaluation.mask.ratio == settings.mask.ratio:
+        mask = {**tree["evaluation"]["mask"], "ratio": None}
+        tree["evaluation"] = {**tree["evaluation"], "mask": mask}
+    if settings.encoder.weights:
+        weights = weights_fingerprint(settings.encoder.weights)
+        tree["encoder"] = {**tree["encoder"], "weights": weights}
+    return _line(tree)
 
 
 def training_identity(identity_line: str) -> str:
-    """Return the part of an identity that a training depends on: all but how it is tested."""
+    """Return the part of an identity that the training depends on: everything but how it is tested."""
     tree: dict[str, Any] = json.loads(identity_line)
     tree.pop("evaluation")
-    if not tree["mask"]["ratio"]:  # then the mask is of testing alone
+    # Without a mask in training, the other mask settings are those of testing alone.
+    if not tree["mask"]["ratio"]:
         tree["mask"] = {"ratio": 0.0}
-    return json.dumps(tree, sort_keys=True, ensure_ascii=False)
+    return _line(tree)
 
 
 def with_defaults_filled(
     identity_line: str, data_fingerprint: str | None = None, weights: str | None = None
 ) -> str:
-    """Return an identity that an earlier version wrote, with the settings it did not know yet at their defaults.
+    """Return an identity that an earlier version wrote, with the settings it did not know at their defaults.
 
-    ``data_fingerprint`` is put in the place of its own: where the data is not at hand, settings alone must do. So
-    is the name of the pre-trained ``weights``: where they are not at hand, their name must do.
+    ``data_fingerprint`` replaces its own: where the data is missing, its content is unknown and the settings alone must
+    do. ``weights``, the name of the pre-trained weights, replaces their content for the same reason.
     """
     tree: dict[str, Any] = json.loads(identity_line)
-    own, results = tree.pop("fingerprint"), tree.pop("results", 1)
+    own_fingerprint = tree.pop("fingerprint")
+    results = tree.pop("results", 1)
     if weights:
         tree["encoder"]["weights"] = f"{WEIGHTS_ABSENT}{weights}"
-    line = json.loads(identity(build(tree), data_fingerprint or own))
-    return json.dumps({**line, "results": results}, sort_keys=True, ensure_ascii=False)
+    filled: dict[str, Any] = json.loads(identity(build(tree), data_fingerprint or own_fingerprint))
+    filled["results"] = results
+    return _line(filled)
+
+
+def _line(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, sort_keys=True, ensure_ascii=False)

@@ -2,12 +2,12 @@
 
     python benchmarks/decoders.py VIDEOS -o benchmarks/decoders_DATE.md
 
-VIDEOS is a folder of videos; each kind (container, codec, sides below 128 pixels or not) is measured
-on its first files. One
-reading is what training takes of a video: it is opened, and 16 frames, one from each of 16 equal
-parts, are decoded; then 16 neighbours, 4 apart. The contestants take turns, file by file, in one
-process and one thread. ``first`` is our reader on a file that it has not seen (it looks through the
-packets), ``again`` on one that it has. The frames of all are compared before anything is timed.
+VIDEOS is a folder of videos; each kind (container, codec, sides below 128 pixels or not) is
+measured on its first files. One reading is what training takes of a video: it is opened, and 16
+frames, one from each of 16 equal parts, are decoded; then 16 neighbours, 4 apart. The contestants
+take turns, file by file, in one process and one thread. ``first`` is our reader on a file that it
+has not seen (it looks through the packets), ``again`` on one that it has. The frames of all are
+compared before anything is timed.
 """
 
 from __future__ import annotations

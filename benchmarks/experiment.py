@@ -55,7 +55,8 @@ from orchestration.tracking.writer import Writer
 
 EPOCHS = 100
 FILLED_EPOCHS = 3
-"""Logged of each run of the read-out: a table needs the last; MLflow takes minutes for a hundred of thousands of runs."""
+"""Logged of each run of the read-out: a table needs the last; MLflow takes minutes for a hundred of
+thousands of runs."""
 VIDEOS = 20_000
 ROWS = 400
 SEEDS = 5
@@ -170,7 +171,10 @@ def _read_once(study: Study, launch: LaunchConfig, folder: Path) -> dict[str, fl
 
 
 def search_table(rounds: int, command: str) -> Table:
-    """Time proposals, each with its constraint, where 10, 100 and 1,000 trials are known; and the first 1,000 in a row."""
+    """Time proposals, each with its constraint, where 10, 100 and 1,000 trials are known.
+
+    And the first 1,000 in a row.
+    """
     rows: list[tuple[str, ...]] = []
     for sampler in get_args(SearchFile.model_fields["sampler"].annotation):
         cells: list[str] = []
@@ -328,7 +332,10 @@ def fill(study: Study, launch: LaunchConfig) -> None:
 def _leave(
     result: Path, shared: Path, right: Any, names: Sequence[str], labels: Any, curve: Any
 ) -> None:
-    """Leave what a trial leaves; predictions are of two megabytes, so one file stands for all of them."""
+    """Leave what a trial leaves.
+
+    Predictions are of two megabytes, so one file stands for all of them.
+    """
     result.mkdir(parents=True)
     predictions = shared / "predictions.csv"
     if not predictions.exists():

@@ -6,12 +6,13 @@ Simulated trainings are compared as tables and claims compare them (``orchestrat
 video is right where its score is above 0. The score is the sum of how easy the video is, of what
 the setting adds on that video (so two settings differ over videos even where their accuracies over
 all possible videos are equal), of what a seed adds to all videos (its spread in points is the
-column ``seeds'``), and of what a seed adds on that video. All are normal; about 71 % are right, and two
-trainings of one setting differ on about one video in six. Each simulation draws new videos, new settings
-and new seeds.
+column ``seeds'``), and of what a seed adds on that video. All are normal; about 71 % are right, and
+two trainings of one setting differ on about one video in six. Each simulation draws new videos, new
+settings and new seeds.
 
-With one training a row the question is about these two models, so there the seeds' spread is 0; what it
-would be with a spread is given beside it: the reason why such a verdict says «in one training».
+With one training a row the question is about these two models, so there the seeds' spread is 0;
+what it would be with a spread is given beside it: the reason why such a verdict says «in one
+training».
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/input_path.py VIDEO… -o benchmarks/input_path_DATE.md
 
-Each step is timed alone, on clips of 16 frames (stride 4) of the given videos; the peers' path is decord, then PIL
-RandAugment frame by frame (timm), then resizing. Every round times every step, so that a slow minute is nobody's own;
-medians of the rounds. Every reader opens the file anew.
+Each step is timed alone, on clips of 16 frames (stride 4) of the given videos; the peers' path is
+decord, then PIL RandAugment frame by frame (timm), then resizing. Every round times every step, so
+that a slow minute is nobody's own; medians of the rounds. Every reader opens the file anew.
 """
 
 from __future__ import annotations

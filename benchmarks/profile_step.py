@@ -2,9 +2,10 @@
 
     python benchmarks/profile_step.py [--before COMMIT] [-o docs/step_profile.png]
 
-ViT-B, 16 × 224², ρ = 50 %, bf16, two clips on the CPU; each version in a process of its own, in turn, the median of some
-steps. Operations are timed by PyTorch's profiler, and scaled to a step without it. Also printed: the time that the process
-spent in the kernel, which is mostly for being handed memory.
+ViT-B, 16 × 224², ρ = 50 %, bf16, two clips on the CPU; each version in a process of its own, in
+turn, the median of some steps. Operations are timed by PyTorch's profiler, and scaled to a step
+without it. Also printed: the time that the process spent in the kernel, which is mostly for being
+handed memory.
 """
 
 from __future__ import annotations

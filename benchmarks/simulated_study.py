@@ -2,9 +2,10 @@
 
     python benchmarks/simulated_study.py --trials 10000 --devices 1000
 
-Real are the study, its plan, Tune's controller with our callbacks, the launch, the writer and MLflow; Tune's actors are
-stubs, whose epochs end as soon as the controller asks. So the figures are what the driver can do at most: divide by what
-a real study asks for. It writes ``benchmarks/simulated_study_DATE.md``.
+Real are the study, its plan, Tune's controller with our callbacks, the launch, the writer and
+MLflow; Tune's actors are stubs, whose epochs end as soon as the controller asks. So the figures are
+what the driver can do at most: divide by what a real study asks for. It writes
+``benchmarks/simulated_study_DATE.md``.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python benchmarks/sweep.py [--before COMMIT] [--backends local inline train] [--trials 6] [--rounds 2]
 
-A study of tiny trainings (one epoch of sixteen clips) is run by the command line, by the package here and by that of an
-earlier commit (checked out beside, under the same interpreter). It is timed from outside: from the start of the command to
-the first trial's own code, and from each trial's end to the next one's; of that, the training's own time is taken out.
+A study of tiny trainings (one epoch of sixteen clips) is run by the command line, by the package
+here and by that of an earlier commit (checked out beside, under the same interpreter). It is timed
+from outside: from the start of the command to the first trial's own code, and from each trial's end
+to the next one's; of that, the training's own time is taken out.
 """
 
 from __future__ import annotations
@@ -102,7 +103,10 @@ def study_in(folder: Path, num_trials: int) -> Path:
 def one(
     scratch: Path, root: Path, backend: str, num_trials: int
 ) -> tuple[float, float, float, float]:
-    """Run the study; return seconds to the first trial's code, per trial and besides its training, and in all."""
+    """Run the study.
+
+    Return seconds to the first trial's code, per trial and besides its training, and in all.
+    """
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
         study, store = study_in(folder, num_trials), folder / "store"

@@ -1,7 +1,7 @@
 """Folders that are written whole or not at all, and verified when they are read.
 
-A folder is written beside its place, flushed to the disk, its manifest with every file's SHA-256 last, and then renamed:
-one that has its name is complete. Imports no torch.
+A folder is written beside its place, flushed to the disk, its manifest with every file's SHA-256
+last, and then renamed: one that has its name is complete. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Writers = Mapping[str, Callable[[Path], None]]
 """File name -> what writes that file."""
 
 _FULL_BYTES = 64 * 2**20
-"""With less than this left, a failed write is put down to a full disk; torch's own words would not say so."""
+"""With less than this left, a failed write is put down to a full disk; torch's own words would not
+say so."""
 _ADVICE = "Earlier checkpoints are kept: make room or choose another --store, and run the same command again"
 
 
@@ -35,7 +36,9 @@ def write_atomic_dir(
     advice: str = _ADVICE,
     try_again: Callable[[Failure], bool] = lambda failure: False,
 ) -> None:
-    """Write a folder of files with a manifest, all or nothing; ``advice`` is for a user whose disk refuses.
+    """Write a folder of files with a manifest, all or nothing.
+
+    ``advice`` is for a user whose disk refuses.
 
     When it refuses, ``try_again`` may wait and say whether to write once more.
 
@@ -105,10 +108,12 @@ def read_atomic_dir(path: Path) -> dict[str, Any]:
 
 
 def atomic_write(file: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all: a reader sees the old content or the new, never a part.
+    """Write a file as a whole or not at all.
 
-    It is written beside its path and renamed. The process number is in the temporary name, because several processes may
-    write the same file.
+    A reader sees the old content or the new, never a part.
+
+    It is written beside its path and renamed. The process number is in the temporary name, because
+    several processes may write the same file.
 
     Raises:
         OSError: the disk refuses; the temporary file is removed.

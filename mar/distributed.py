@@ -1,4 +1,7 @@
-"""The few things that data-parallel workers say to each other; with one worker they cost nothing."""
+"""The few things that data-parallel workers say to each other.
+
+With one worker they cost nothing.
+"""
 
 from __future__ import annotations
 
@@ -63,12 +66,18 @@ def default_device() -> torch.device:
 
 @dataclass(frozen=True)
 class WorkerRank:
-    """Which part of a batch or split is this worker's: the ``rank``-th of ``world`` contiguous parts."""
+    """Return this worker's part of a batch or split.
+
+    The ``rank``-th of ``world`` contiguous parts.
+    """
 
     rank: int = 0
     world: int = 1
 
     def of(self, count: int) -> range:
-        """Return this worker's places among ``count``; parts start at even places, so that pairs stay together."""
+        """Return this worker's places among ``count``.
+
+        Parts start at even places, so that pairs stay together.
+        """
         edge = [2 * (part * count // (2 * self.world)) for part in range(self.world)] + [count]
         return range(edge[self.rank], edge[self.rank + 1])

@@ -1,4 +1,7 @@
-"""What a user is told: two kinds of error, neither of which prints a traceback; and a training that was asked to stop."""
+"""What a user is told: two kinds of error, neither of which prints a traceback.
+
+And a training that was asked to stop.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ FailureKind = Literal[
     "damaged",
     "stopped",
 ]
-"""What went wrong: the settings, the videos, the disk, out of memory, shared memory (/dev/shm) that is too small, a loss
-that is not finite, no progress, a machine or process that was lost, the code, a result that is not what was written; or
-nothing: somebody stopped it."""
+"""What went wrong: the settings, the videos, the disk, out of memory, shared memory (/dev/shm) that
+is too small, a loss that is not finite, no progress, a machine or process that was lost, the code,
+a result that is not what was written; or nothing: somebody stopped it."""
 
 
 class UserError(ValueError):
@@ -33,7 +36,10 @@ class UserError(ValueError):
 
 
 class Failure(RuntimeError):
-    """The input was right but the work could not be done (disk, network, broken data). Exit code 1."""
+    """The input was right but the work could not be done (disk, network, broken data).
+
+    Exit code 1.
+    """
 
     def __init__(self, message: str, kind: FailureKind = "internal") -> None:
         super().__init__(message)

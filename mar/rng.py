@@ -1,7 +1,8 @@
 """Random numbers: every purpose has a stream of its own, named here.
 
-A stream follows from the seed, its purpose and the counters that name what is drawn for (step, epoch, video, …). Nothing
-depends on how many numbers were drawn before, on the worker that draws, or on a resumption.
+A stream follows from the seed, its purpose and the counters that name what is drawn for (step,
+epoch, video, …). Nothing depends on how many numbers were drawn before, on the worker that draws,
+or on a resumption.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What random numbers are for. The values are part of every result: never reuse or change one."""
+    """What random numbers are for.
+
+    The values are part of every result: never reuse or change one.
+    """
 
     ORDER = 0
     """The permutation of the training videos; counter: epoch."""

@@ -1,7 +1,7 @@
 """What others wrote: names that become paths, JSON and YAML.
 
-None of it is trusted: a name stays below its folder, and a file ends in a value or a worded error, in seconds and in
-bounded memory. Imports neither torch nor Ray.
+None of it is trusted: a name stays below its folder, and a file ends in a value or a worded error,
+in seconds and in bounded memory. Imports neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ MOST_YAML_BYTES = 2**20
 _MOST_YAML_VALUES = 100_000
 """With each alias counted as what it stands for."""
 _MOST_DIGITS = 40
-"""Characters of a number: more is no setting, and a number of thousands of digits stops Python's reader."""
+"""Characters of a number: more is no setting, and a number of thousands of digits stops Python's
+reader."""
 
 
 def below(folder: Path, name: str) -> Path:
-    """Return ``folder / name``, for a name that somebody else wrote; links in the folder are the user's own.
+    """Return ``folder / name``, for a name that somebody else wrote.
+
+    Links in the folder are the user's own.
 
     Raises:
         UserError: it would leave the folder, or cannot be a file's name.
@@ -62,7 +65,10 @@ def parse_json(text: str) -> Any:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Refuses what YAML takes for a number and a person does not: 010 (eight), 1:30 (ninety), 0x10, 1_000, .inf."""
+    """Refuses numbers that YAML reads otherwise than a person does.
+
+    As 010 (eight), 1:30 (ninety), 0x10, 1_000, .inf.
+    """
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Return a whole number that is written as such."""
@@ -99,8 +105,8 @@ def parse_yaml(text: str, kind: type[PlainLoader] = PlainLoader) -> tuple[Any, y
     """Return what a YAML text says, and its tree of nodes, which knows the lines.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or has more in it than settings have: too long, nested too deeply, aliases that
-            multiply or refer to themselves, numbers of thousands of digits.
+        yaml.YAMLError: it is no YAML, or has more in it than settings have: too long, nested too
+            deeply, aliases that multiply or refer to themselves, numbers of thousands of digits.
     """
     if len(text) > MOST_YAML_BYTES:
         raise yaml.YAMLError(f"larger than {MOST_YAML_BYTES // 2**20} MiB")

@@ -1,4 +1,7 @@
-"""Others' words, shown and not obeyed: by a terminal, a spreadsheet, a page. Imports nothing else of ours."""
+"""Others' words, shown and not obeyed: by a terminal, a spreadsheet, a page.
+
+Imports nothing else of ours.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 def printable(text: str) -> str:
-    r"""Return words that a terminal shows and does not obey: control characters as ``\x1b``, but for new lines and tabs."""
+    r"""Return text that a terminal shows and does not obey.
+
+    Control characters are written as ``\x1b``, except new lines and tabs.
+    """
     if text.isprintable():
         return text
     return "".join(_visible(character) for character in text)
@@ -41,13 +47,16 @@ def _visible(character: str) -> str:
 
 
 def cell(value: Any) -> Any:
-    """Return a value for a csv file that no spreadsheet takes for a formula; numbers stay numbers."""
+    """Return a value for a csv file that no spreadsheet takes for a formula.
+
+    Numbers stay numbers.
+    """
     if not isinstance(value, str) or not value.startswith(_FORMULA) or _NUMBER.fullmatch(value):
         return value
     return f"'{value}"
 
 
 def markdown(text: str) -> str:
-    """Return words that Markdown shows as they stand: no HTML, no links, no further columns of a table."""
+    """Return text that Markdown shows unchanged: no HTML, no links, no further table columns."""
     safe = re.sub(r"<(?=[A-Za-z/!?])", r"\\<", printable(text).replace("|", "\\|"))
     return safe.replace("](", "]\\(").replace("\n", " ")

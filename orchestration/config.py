@@ -1,8 +1,11 @@
-"""Where and how trials run. Nothing here changes a result, and nothing here is part of a trial's identity.
+"""Where and how trials run.
 
-The options of ``mar run`` are made from these fields (``cli/launch_options.py``): a field's name with hyphens is the
-option's name, and what is said of the field here is the option's help text. Plain dataclasses and not pydantic models: every
-verb of the command imports this module, and ``mar --help`` is to be quick.
+Nothing here changes a result, and nothing here is part of a trial's identity.
+
+The options of ``mar run`` are made from these fields (``cli/launch_options.py``): a field's name
+with hyphens is the option's name, and what is said of the field here is the option's help text.
+Plain dataclasses and not pydantic models: every verb of the command imports this module, and ``mar
+--help`` is to be quick.
 """
 
 from __future__ import annotations
@@ -46,8 +49,9 @@ def _check_minima(config: Any) -> None:
 def sqlite_address(file: Path) -> str:
     """Return the address of an SQLite file, whatever characters its path has.
 
-    In an address ``?`` begins the options and ``%`` a code, so such characters are written as codes. Then the slashes
-    are too: MLflow creates the folder before the last slash without decoding the codes.
+    In an address ``?`` begins the options and ``%`` a code, so such characters are written as
+    codes. Then the slashes are too: MLflow creates the folder before the last slash without
+    decoding the codes.
     """
     path = str(file)
     quoted = quote(path)
@@ -154,7 +158,8 @@ class LaunchConfig:
     """
 
     store: Path = Path("mar_store")
-    """Folder of the embedded tracking store, of checkpoints and of reports; shared storage on a cluster."""
+    """Folder of the embedded tracking store, of checkpoints and of reports; shared storage on a
+    cluster."""
     tracking_uri: str | None = None
     """MLflow server; none: SQLite and a folder below ``store``."""
     study: str = ""
@@ -197,7 +202,10 @@ class LaunchConfig:
 
     @property
     def artifacts(self) -> str | None:
-        """Where a database's artifacts are kept: below ``store``; none for a server, which has its own setting."""
+        """Where a database's artifacts are kept: below ``store``.
+
+        None for a server, which has its own setting.
+        """
         if self.tracking.startswith(("http://", "https://", "databricks")):
             return None
         return (self.store.resolve() / "artifacts").as_uri()

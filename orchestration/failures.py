@@ -65,7 +65,7 @@ def classify_error(error: BaseException) -> FailureReason:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether another worker of the same training went away in the middle of what they do together."""
+    """Whether another worker of the same training was lost during a collective operation."""
     names = {kind.__name__ for kind in type(error).__mro__}
     text = str(error).lower()
     return bool(

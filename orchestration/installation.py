@@ -1,4 +1,4 @@
-"""Where this project is installed: its packages, the files it ships, and its checkout if there is one."""
+"""Where this project is installed: its packages, the files it ships, and its checkout."""
 
 from pathlib import Path
 
@@ -13,7 +13,10 @@ def package_folders() -> tuple[Path, Path]:
 
 
 def packaged(folder: str) -> Path:
-    """Return a folder that ships with the project: inside the wheel, or beside the packages in a checkout."""
+    """Return a folder that ships with the project.
+
+    It is inside the wheel, or beside the packages in a checkout.
+    """
     inside = _PACKAGE / folder
     if inside.is_dir():
         return inside
@@ -29,4 +32,5 @@ def checkout() -> Path | None:
 
 
 CODE = "MAR_CODE"
-"""Environment variable of a submitted job: the commit of the code that was packed, as these tags, in JSON."""
+"""Environment variable of a submitted job: the commit of the code that was packed, as these tags,
+in JSON."""

@@ -20,7 +20,7 @@ def without_secrets(text: str) -> str:
 
 
 def close_token_file() -> None:
-    """Take everybody else's right to read the file of Ray's token, which Ray makes readable for all.
+    """Let only the owner read the file of Ray's token, which Ray makes readable for all.
 
     Who has the token of a cluster can run any code there.
     """

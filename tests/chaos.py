@@ -1,10 +1,11 @@
 """Studies under random faults, again and again: what comes out must equal a study that nobody disturbed.
 
-``make chaos`` runs it for an hour; ``tests/test_chaos.py`` for a short while. A round is one study in one setting: it is
-launched, disturbed, launched again, until it is done, and then compared with the undisturbed one: every trial finished once,
-every point of every metric once and with the same value, the same weights bit for bit, and nothing left behind (processes,
-shared memory, checkpoints, unfinished files, locks). Which faults come, and when, follows from the seed; what they meet
-follows from the machine's speed.
+``make chaos`` runs it for an hour; ``tests/test_chaos.py`` for a short while. A round is one study
+in one setting: it is launched, disturbed, launched again, until it is done, and then compared with
+the undisturbed one: every trial finished once, every point of every metric once and with the same
+value, the same weights bit for bit, and nothing left behind (processes, shared memory, checkpoints,
+unfinished files, locks). Which faults come, and when, follows from the seed; what they meet follows
+from the machine's speed.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ axes:
 table: {columns: [top1]}
 """
 _LAUNCH_S = 200
-"""A launch that takes longer is taken to hang: undisturbed, the slowest setting takes a fifth of it."""
+"""A launch that takes longer is taken to hang: undisturbed, the slowest setting takes a fifth of
+it."""
 _LEFT_S = 10.0
 """After so long nothing of a launch may be left."""
 _LOOK_S = 0.1
@@ -602,7 +604,10 @@ def run(
     most_rounds: int = 10**6,
     faults_a_round: int = 20,
 ) -> Tally:
-    """Run rounds, one setting after another, until the time is up; what went wrong is among the tally's problems."""
+    """Run rounds, one setting after another, until the time is up.
+
+    What went wrong is among the tally's problems.
+    """
     make(folder / "data", TINY_VERBS)
     tally, until = Tally(), time.monotonic() + seconds
     undisturbed = {

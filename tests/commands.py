@@ -18,7 +18,10 @@ def loaders_of(launch: psutil.Process) -> list[psutil.Process]:
 
 
 def run_mar(workdir: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
-    """Run ``mar`` in a folder; return what it printed, and its errors. It must exit with ``code``."""
+    """Run ``mar`` in a folder; return what it printed, and its errors.
+
+    It must exit with ``code``.
+    """
     output, errors = io.StringIO(), io.StringIO()
     before = sys.argv
     try:

@@ -89,7 +89,8 @@ def edit(file: Path, parts: Sequence[tuple[float, float | None]]) -> None:
     old = next(
         (each for each in _boxes(content, track[0] + 8, track[1]) if each[0] == "edts"), None
     )
-    # Frames that are shown in another order than decoded begin late: FFmpeg's own list says how late.
+    # Frames that are shown in another order than decoded begin late: FFmpeg's own list says how
+    # late.
     late = 0
     if old:
         late = max(struct.unpack(">i", content[old[1] + 28 : old[1] + 32])[0], 0)

@@ -101,7 +101,8 @@ RAY_JOB = fields(
     },
     "entrypoint",
 )
-"""Of KubeRay 1.6's ``ray.io/v1``: the fields that we use and their neighbours, so that a slip of the pen is none of them."""
+"""Of KubeRay 1.6's ``ray.io/v1``: the fields that we use and their neighbours, so that a slip of
+the pen is none of them."""
 
 
 def documents(name: str) -> list[Any]:

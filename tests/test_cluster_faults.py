@@ -1,4 +1,7 @@
-"""Several nodes on this machine, each with a raylet of its own, and what can happen to them; nothing is lost."""
+"""Several nodes on this machine, each with a raylet of its own, and what can happen to them.
+
+Nothing is lost.
+"""
 
 import contextlib
 import json
@@ -45,7 +48,10 @@ LOSS = re.compile(r"epoch (\d+)/\d+, loss")
 
 
 class Cluster:
-    """A head without a place for a trial's worker, and nodes of one; each in a session of its own."""
+    """A head without a place for a trial's worker, and nodes of one.
+
+    Each in a session of its own.
+    """
 
     def __init__(self) -> None:
         self.folder = Path(

@@ -31,7 +31,10 @@ from mar.weights.export import Inference
 def test_a_counter_that_is_not_ours_counts_the_same(
     overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fvcore sees matrix products and norms; attention is made explicit for it, and our embedding skips what is hidden."""
+    """fvcore sees matrix products and norms.
+
+    Attention is made explicit for it, and our embedding skips what is hidden.
+    """
     settings = build(
         merge(
             merge({}, {"clip.frames": 8, "encoder.size": "small", "reconstruction.weight": 0.0}),

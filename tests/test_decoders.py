@@ -1,4 +1,7 @@
-"""Decoders: the very frames that were asked for, whatever the container and the codec; proof that one works."""
+"""Decoders: the very frames that were asked for, whatever the container and the codec.
+
+Proof that one works.
+"""
 
 import os
 import signal

@@ -1,4 +1,7 @@
-"""Each fault happens for real; nothing is lost, nothing is trained twice, and the user is told what to do."""
+"""Each fault happens for real.
+
+Nothing is lost, nothing is trained twice, and the user is told what to do.
+"""
 
 import json
 import os
@@ -463,7 +466,10 @@ def test_a_webhook_hears_how_a_study_ended(workdir: Path) -> None:
 def test_retries_are_counted_once_whoever_tries_again(
     workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_full: bool
 ) -> None:
-    """Ray starts a lost process again, which must not begin to count anew; and a count that cannot be kept ends too."""
+    """Ray starts a lost process again, which must not begin to count anew.
+
+    And a count that cannot be kept ends too.
+    """
     begun: list[int] = []
 
     def lost(*_: object) -> None:

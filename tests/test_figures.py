@@ -31,7 +31,10 @@ def study(tmp_path: Path, videos: Path) -> Study:
 
 @pytest.fixture
 def results(tmp_path: Path, study: Study) -> Path:
-    """A folder with each trial's history and predictions; the model is right of the first ``right`` videos."""
+    """A folder with each trial's history and predictions.
+
+    The model is right of the first ``right`` videos.
+    """
     draws = np.random.default_rng(0)
     for workdir, trial in enumerate(study.trials):
         folder = tmp_path / f"run{workdir}"

@@ -1,4 +1,7 @@
-"""The paper's tables and figures as studies: what they list, share, print; trials that are tested and not trained."""
+"""The paper's tables and figures as studies: what they list, share, print.
+
+Trials that are tested and not trained.
+"""
 
 import json
 from collections.abc import Callable

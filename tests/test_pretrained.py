@@ -1,4 +1,7 @@
-"""Weights in: numbers equal those of transformers' VideoMAE and timm's ViT; what does not fit is said."""
+"""Weights in: numbers equal those of transformers' VideoMAE and timm's ViT.
+
+What does not fit is said.
+"""
 
 import argparse
 import json
@@ -50,7 +53,10 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def randomised(model: nn.Module) -> Any:
-    """Random everywhere, norms and biases too; ε as the official models have it, where transformers fixes another."""
+    """Random everywhere, norms and biases too.
+
+    Ε as the official models have it, where transformers fixes another.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -90,7 +96,10 @@ def ours(name: str, overrides: dict[str, Any] | None = None) -> tuple[MAR, Train
 
 
 def clips() -> tuple[Tensor, Tensor]:
-    """Pixels from 0 to 1, axes B, C, T, H, W; and as transformers wants them, normalised, axes B, T, C, H, W."""
+    """Pixels from 0 to 1, axes B, C, T, H, W.
+
+    And as transformers wants them, normalised, axes B, T, C, H, W.
+    """
     pixels = torch.rand(2, 3, 4, 64, 64, generator=torch.Generator().manual_seed(1))
     mean, std = (
         torch.tensor(values).view(3, 1, 1, 1)

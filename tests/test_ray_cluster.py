@@ -60,7 +60,10 @@ def join(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Generator[Path]:
-    """A head without CPUs for trials and a node of two, each with its own raylet; the folder of their sessions."""
+    """A head without CPUs for trials and a node of two, each with its own raylet.
+
+    The folder of their sessions.
+    """
     short = Path(
         tempfile.mkdtemp(prefix="ray", dir="/tmp")
     )  # a socket's path has 107 characters at most
@@ -333,7 +336,8 @@ def test_a_mistake_is_told_before_anything_is_submitted(
     assert "data.root=nearby: on a cluster" in output(
         "submit", "tiny.yaml", "data.root=nearby", *there
     )
-    # a private Ray of the tests that follow in this process must not hear that there is a token to use
+    # a private Ray of the tests that follow in this process must not hear that there is a token to
+    # use
     assert "nobody answers there" in mar(
         workdir, "jobs", "list", "--address", "http://127.0.0.1:9", code=2
     )

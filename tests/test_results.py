@@ -452,7 +452,10 @@ def test_several_seeds_can_be_told_apart_in_a_table_of_many_rows() -> None:
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5])
 def test_settings_that_do_not_differ_are_seldom_told_apart(seeds: int) -> None:
-    """Few simulations here; ``benchmarks/false_positives.py`` has many, at two sizes and more spreads."""
+    """Few simulations here.
+
+    ``benchmarks/false_positives.py`` has many, at two sizes and more spreads.
+    """
     rng = np.random.default_rng(seeds)
     output = 0
     for _ in range(200):

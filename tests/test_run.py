@@ -65,7 +65,10 @@ def workdir(tmp_path: Path, videos: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A Ray for all tests that need one; what they run finds it, as a second study in one process would."""
+    """A Ray for all tests that need one.
+
+    What they run finds it, as a second study in one process would.
+    """
     launch = LaunchConfig()
     os.environ.update(ray_environment(launch))
     with ray_session(launch):

@@ -1,8 +1,9 @@
-"""Augmentation of a batch on its device: pixels from uint8, random erasing, flip, mixup and cutmix (Table I).
+"""Augmentation of a batch on its device: random erasing, flip, mixup and cutmix (Table I).
 
-Departure from the released code: mixup and cutmix mix a clip with its neighbour in the (shuffled) batch,
-clip 2k with clip 2k + 1, and not with its mirror image in the batch. The pairs are as random, and they never
-straddle two workers, so that the result does not depend on how many there are.
+Departure from the released code: mixup and cutmix mix a clip with its neighbour in the (shuffled)
+batch, clip 2k with clip 2k + 1, and not with its mirror image in the batch. The pairs are as
+random, and they never straddle two workers, so that the result does not depend on how many there
+are.
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ def augmented(
     drawn: Drawn,
     settings: TrainingConfig,
 ) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B classes"]]:
-    """Return pixels and class probabilities: RandAugment, erasing, mirroring, label smoothing; ``mix`` comes after."""
+    """Return pixels and class probabilities: RandAugment, erasing, mirroring, label smoothing.
+
+    ``mix`` comes after.
+    """
     config, pixels = settings.augment, to_pixels(clips)
     if config.randaugment and not config.randaugment_before_crop:
         pixels = rand_augment(pixels, drawn.operations, config.randaugment_interpolation)
@@ -121,7 +125,10 @@ def swapped(
 def draw_erased(
     config: AugmentConfig, num_clips: int, size: int, rng: np.random.Generator
 ) -> list[Erased | None]:
-    """Draw each clip's box, or none: area and aspect ratio (in its logarithm) uniform, its place too."""
+    """Draw the erased box of each clip, or none.
+
+    Its area, the logarithm of its aspect ratio and its position are uniform.
+    """
     low, high = np.log(_ERASED_ASPECT[0]), np.log(_ERASED_ASPECT[1])
     boxes: list[Erased | None] = []
     for is_erased in rng.random(num_clips) < config.erasing:
@@ -146,7 +153,10 @@ def draw_erased(
 def erase(
     pixels: Float[Tensor, "B C T H W"], boxes: list[Erased | None]
 ) -> Float[Tensor, "B C T H W"]:
-    """Put noise into each clip's box: the same box in all frames, fresh noise in each, normal after normalisation."""
+    """Fill each clip's box with noise.
+
+    The box is the same in all frames, the noise differs; it is normal after normalisation.
+    """
     erased = pixels.clone()
     mean, std = (
         torch.tensor(values).view(3, 1, 1, 1).to(pixels.device, non_blocking=True)
@@ -170,7 +180,9 @@ def mix(
     rng: np.random.Generator,
     good: Bool[Tensor, " B"] | None = None,
 ) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B classes"]]:
-    """Mix neighbours by mixup or cutmix; one share, and one box for all frames, for the whole batch.
+    """Mix neighbours by mixup or cutmix.
+
+    One share, and one box for all frames, for the whole batch.
 
     A clip whose neighbour is not ``good`` stays as it is.
     """
@@ -198,6 +210,9 @@ def mix(
 
 
 def _cut(length: int, kept: float, rng: np.random.Generator) -> tuple[int, int]:
-    """Return the ends of a cut of √(1 - kept) of ``length`` round a random centre, clipped at the borders."""
+    """Return the two ends of a cut of √(1 - kept) of ``length``, clipped at the borders.
+
+    Its centre is random.
+    """
     centre, half = int(rng.integers(length)), int(length * np.sqrt(1 - kept)) // 2
     return max(centre - half, 0), min(centre + half, length)

@@ -1,11 +1,12 @@
-"""RandAugment on the device: a batch of clips at once, the same operations on every frame of a clip (Table I).
+"""RandAugment on the device: a batch of clips at once, each clip's frames alike (Table I).
 
-What is drawn follows timm's ``rand-m9-mstd0.5-inc1`` notation and its fifteen operations of rising severity; what is
-done follows PIL, level for level (``tests/test_randaugment.py`` compares each). Values stay whole, from 0 to 255, from
-one operation to the next, as they do in an image. Operations that move pixels interpolate bilinearly or as the release
-does, bicubically (``augment.randaugment_interpolation``); a clip is cropped first and then augmented, or the other way
-round (``augment.randaugment_before_crop``). Posterising keeps at least one bit: timm asks PIL for none at magnitude 10,
-which PIL now refuses.
+What is drawn follows timm's ``rand-m9-mstd0.5-inc1`` notation and its fifteen operations of rising
+severity; what is done follows PIL, level for level (``tests/test_randaugment.py`` compares each).
+Values stay whole, from 0 to 255, from one operation to the next, as they do in an image. Operations
+that move pixels interpolate bilinearly or as the release does, bicubically
+(``augment.randaugment_interpolation``); a clip is cropped first and then augmented, or the other
+way round (``augment.randaugment_before_crop``). Posterising keeps at least one bit: timm asks PIL
+for none at magnitude 10, which PIL now refuses.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ _FILL = (124.0, 116.0, 104.0)
 def draw_operations(
     policy: RandAugmentPolicy, num_clips: int, rng: np.random.Generator
 ) -> Operations:
-    """Draw each clip's operations and their arguments, with replacement; those that are not applied are left out."""
+    """Draw each clip's operations and their arguments, with replacement.
+
+    Those that are not applied are left out.
+    """
     names = list(OPERATIONS)
     drawn: Operations = []
     for _ in range(num_clips):
@@ -102,7 +106,11 @@ def _auto_contrast(images: Images, _: Levels) -> Images:
 
 
 def _equalize(images: Images, _: Levels) -> Images:
-    """PIL's rule: a level's new value is how many pixels lie below it, in steps of a 255th of all but the last level's."""
+    """Equalise as PIL does.
+
+    A level's new value is the number of pixels below it, in steps of a 255th of all but the last
+    level's.
+    """
     values = images.long().flatten(2)
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
     counts.scatter_add_(2, values, torch.ones_like(values))
@@ -168,7 +176,10 @@ def _sharpness(images: Images, factor: Levels) -> Images:
 def moved(
     images: Images, matrix: Float[Tensor, "n 2 3"], interpolation: Interpolation = "bilinear"
 ) -> Images:
-    """Sample each image where ``matrix`` sends a pixel's centre, in pixels; fill where that lies outside."""
+    """Sample each image where ``matrix`` sends a pixel's centre, in pixels.
+
+    Fill where that lies outside.
+    """
     height, width = images.shape[2:]
     y, x = torch.meshgrid(
         torch.arange(height, device=images.device) + 0.5,
@@ -190,7 +201,10 @@ def moved(
 
 
 def _bicubic(images: Images, positions: Float[Tensor, "n H W 2"]) -> Images:
-    """Sample as PIL does, which is not as PyTorch does: the cubic's free parameter is -1, values are cut off to whole levels."""
+    """Sample bicubically as PIL does, which differs from PyTorch.
+
+    The cubic's free parameter is -1, and values are cut off to whole levels.
+    """
     height, width = images.shape[2:]
     first = (positions - 0.5).floor()
     x, y = first.long().unbind(-1)
@@ -249,8 +263,8 @@ MATRICES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "TranslateXRel": _translate_x,
     "TranslateYRel": _translate_y,
 }
-"""Operations that move pixels -> where each pixel comes from. Their arguments stay in double precision until the matrix is
-made: half a pixel must stay half a pixel."""
+"""Operations that move pixels -> where each pixel comes from. Their arguments stay in double
+precision until the matrix is made: half a pixel must stay half a pixel."""
 
 
 def _by_matrix(name: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -295,4 +309,5 @@ ARGUMENTS: dict[str, Callable[[float, float], float]] = {
     "TranslateXRel": lambda level, sign: sign * level * 0.45,
     "TranslateYRel": lambda level, sign: sign * level * 0.45,
 }
-"""Name -> from the level (0 to 1) and a random sign to the argument: degrees, bits, a threshold, a factor, a share."""
+"""Name -> from the level (0 to 1) and a random sign to the argument: degrees, bits, a threshold, a
+factor, a share."""

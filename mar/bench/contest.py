@@ -1,4 +1,7 @@
-"""Contestants side by side: every round runs each in a fresh process, so that a slow minute is nobody's own."""
+"""Contestants side by side: every round runs each of them once, in a fresh process.
+
+So a minute in which the machine is slow affects all of them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ COLUMNS = (
 
 
 def step_cases(case: Case) -> list[Case]:
-    """Return the contestants of one setting: ours as trials run it, peers as their users run them, and with our allocator."""
+    """Return the contestants of one setting.
+
+    Ours as trials run it, the peers as their users run them, and the peers with our allocator.
+    """
     is_cpu = case.device == "cpu"
     ours = [replace(case, contestant=each, keeps_memory=is_cpu) for each in ("mar", "standard")]
     if not is_cpu:

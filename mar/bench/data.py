@@ -1,4 +1,4 @@
-"""What feeds a step and what it leaves: loader, frame cache, augmentation on the device, checkpoints."""
+"""What feeds a step and what follows it: loader, frame cache, augmentation, checkpoints."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ _RANDAUGMENT = "rand-m7-n4-mstd0.5-inc1"
 
 
 def loader_table(machine: Machine, rounds: int, videos: Path | None, command: str) -> Table:
-    """Time the loader on one core: from video files, and from both frame caches; what a device of some speed needs of it."""
+    """Time the loader on one core: from video files, and from both frame caches.
+
+    What a device of some speed needs of it.
+    """
     with tempfile.TemporaryDirectory() as name:
         data = _data(Path(name), videos)
         kinds = _kinds(data, Path(name))
@@ -66,7 +69,7 @@ def loader_table(machine: Machine, rounds: int, videos: Path | None, command: st
 
 
 def fed_table(case: Case, rounds: int, videos: Path | None, command: str) -> Table:
-    """Time the step on random data already on the device, and fed by one loader process, in turn, for fast and slow models."""
+    """Time the step on random data on the device, and fed by one loader process, in turn."""
     small, medium = replace(case, size="tiny", pixels=64), replace(case, size="small", pixels=128)
     if case.device == "cpu":
         keep_freed_memory()
@@ -146,7 +149,10 @@ def augmentation_table(case: Case, machine: Machine, rounds: int, command: str) 
 
 
 def checkpoint_table(case: Case, rounds: int, command: str) -> Table:
-    """Time what the step waits for a checkpoint: beside the training, in its place, and ``torch.save`` as peers do."""
+    """Time how long the step waits for a checkpoint.
+
+    Written beside the training, written while it waits, and with ``torch.save`` as the peers do.
+    """
     learner = train_state_of(case)
     batch = random_batch(replace(case, clips=1), torch.device(case.device))
     train_step(learner, batch)
@@ -195,7 +201,7 @@ def _augment(batch: Batch, settings: TrainingConfig, step: int) -> object:
 def _fed(
     case: Case, settings: TrainingConfig, rounds: int
 ) -> tuple[list[float], list[float], float]:
-    """Return seconds of each step on random data and fed, and the clips/s that the loader alone gives."""
+    """Return the seconds of each step on random data and fed, and the loader's own clips/s."""
     device = torch.device(case.device)
     settings = _with(
         case.settings, {"data": settings.data.model_dump(), "recipe": {"batch_size": case.clips}}

@@ -21,7 +21,8 @@ _PEAK_TFLOPS = {
     "A10": 125.0,
     "V100": 125.0,
 }
-"""Dense bf16 (V100: fp16) matrix products, from the makers' data sheets; the first name that occurs counts."""
+"""Dense bf16 (V100: fp16) matrix products, from the makers' data sheets; the first name that occurs
+counts."""
 _PACKAGES = ("torch", "timm", "transformers", "numpy", "ray", "mlflow", "optuna")
 
 

@@ -20,8 +20,9 @@ from mar.weights.state_dict_mapping import hugging_face_names
 class Released(nn.Module):
     """MAR as its released code computes it, written from the facts known about it.
 
-    Every token is embedded before the mask; attention builds softmax(QKᵀ); every block's output is normalised and put into
-    a list of which the last alone is used; the pixel head runs on all tokens, and the target is made of all tubelets.
+    Every token is embedded before the mask; attention builds softmax(QKᵀ); every block's output is
+    normalised and put into a list of which the last alone is used; the pixel head runs on all
+    tokens, and the target is made of all tubelets.
     """
 
     def __init__(self, model: MAR) -> None:
@@ -111,7 +112,9 @@ def _attention(layer: Attention, x: Tensor) -> Tensor:
 
 
 def videomae(model: MAR, settings: TrainingConfig) -> Any:
-    """Return ``transformers``' VideoMAE classifier with the weights of a model that has a linear one (``norm: pooled``).
+    """Return ``transformers``' VideoMAE classifier with the weights of one of our models.
+
+    The model needs the linear classifier with ``norm: pooled``.
 
     Raises:
         ImportError: ``transformers`` is not installed.

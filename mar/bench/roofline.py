@@ -1,4 +1,7 @@
-"""What limits a step: for each operation, the time that its arithmetic and its memory traffic need at least."""
+"""The roofline of a step: the least time that its arithmetic and its memory traffic need.
+
+Counted for each operation.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ class Work:
 
     name: str
     operations: float
-    """Two for each multiply-add of a matrix product or of attention; other operations count none."""
+    """Two for each multiply-add of a matrix product or of attention; other operations count
+    none."""
     bytes: float
     """Its inputs read once and its outputs written once."""
 

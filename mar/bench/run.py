@@ -1,4 +1,7 @@
-"""How fast it is on this machine: the step, inference, loader, augmentation and checkpoints, beside their peers."""
+"""How fast it is on this machine: step, inference, loader, augmentation, checkpoints.
+
+Each is measured beside its peers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One contestant's step, timed in a process of its own: ``python -m mar.bench.steps CASE``, with the case in JSON."""
+"""One contestant's step, timed in a process of its own.
+
+``python -m mar.bench.steps CASE``, with the case as JSON.
+"""
 
 from __future__ import annotations
 
@@ -61,13 +64,17 @@ class Case:
     steps: int = 3
     warm_up: int = 1
     keeps_memory: bool = False
-    """CPU: keep freed memory, as our trials do (:func:`mar.training.allocator.keep_freed_memory`)."""
+    """CPU: keep freed memory, as our trials do
+    (:func:`mar.training.allocator.keep_freed_memory`)."""
     compiles: Literal["", "default", "reduce-overhead"] = ""
     recomputes: bool = False
 
     @property
     def settings(self) -> TrainingConfig:
-        """The model; no augmentation but label smoothing, so that every contestant does the same."""
+        """The model.
+
+        No augmentation but label smoothing, so that every contestant does the same.
+        """
         is_masked = self.contestant in ("mar", "released")
         return build(
             {
@@ -120,7 +127,8 @@ class Timed:
     first_s: float
     """Of the first step, compiling included."""
     peak_gib: float
-    """CUDA: the most that PyTorch held. CPU: the most that the process held, less what it held before the model was built."""
+    """CUDA: the most that PyTorch held. CPU: the most that the process held, less what it held
+    before the model was built."""
     useful_operations: float
     """Of one step: two for each multiply-add of the paper's formula."""
     floor_s: float = 0.0
@@ -132,7 +140,9 @@ class Timed:
 
 
 def time_case(case: Case, machine: Machine | None = None) -> Timed:
-    """Time a contestant's steps in this process; with a machine, also find its roofline (one more step).
+    """Time a contestant's steps in this process.
+
+    With a machine, also find its roofline (one more step).
 
     Raises:
         ImportError: the contestant's package is not installed.

@@ -43,7 +43,10 @@ def file_name(machine: str) -> str:
 
 
 def write(file: Path, heading: Sequence[str], tables: Sequence[Table]) -> None:
-    """Write a benchmark; parts of an earlier one in the same file that were not measured again stay."""
+    """Write a benchmark.
+
+    Parts of an earlier one in the same file that were not measured again stay.
+    """
     parts = _parts(file.read_text(encoding="utf-8")) if file.exists() else {}
     parts |= {table.title: str(table) for table in tables}
     file.parent.mkdir(parents=True, exist_ok=True)

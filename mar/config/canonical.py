@@ -1,4 +1,7 @@
-"""Settings that have no effect, set to their defaults: two trainings that are equal have equal settings then."""
+"""Settings that have no effect, set to their defaults.
+
+Two trainings that are equal have equal settings then.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from mar.config.schema import ClassifierConfig, MaskConfig, ReconstructionConfig
 def canonical(settings: TrainingConfig) -> TrainingConfig:
     """Return the settings with those that have no effect at their defaults.
 
-    A linear classifier has no width. Where nothing is hidden there are no cells, and nothing is reconstructed. A running
-    uniform mask is a running cell as large as the token grid.
+    A linear classifier has no width. Where nothing is hidden there are no cells, and nothing is
+    reconstructed. A running uniform mask is a running cell as large as the token grid.
     """
     changes: dict[str, Any] = {}
     classifier = settings.classifier

@@ -1,4 +1,7 @@
-"""Settings from and to plain values: overriding, checking, comparing. Imports neither torch nor Ray."""
+"""Settings from and to plain values: overriding, checking, comparing.
+
+Imports neither torch nor Ray.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,8 @@ def build(tree: Mapping[str, Any]) -> TrainingConfig:
     """Check a nested mapping and make it a settings tree.
 
     Raises:
-        SettingError: an unknown path (its nearest neighbour is named) or a value that breaks a rule.
+        SettingError: an unknown path (its nearest neighbour is named) or a value that breaks a
+            rule.
     """
     try:
         return TrainingConfig.model_validate(tree)
@@ -114,7 +118,7 @@ PATH_SETTINGS = ("root", "videos", "train", "val", "labels", "cache")
 
 
 def without_paths(settings: TrainingConfig) -> dict[str, Any]:
-    """Return the settings as plain values, without those that say where data and pre-trained weights lie."""
+    """Return the settings as plain values, without the paths of data and pre-trained weights."""
     tree = settings.model_dump(mode="json")
     data = {name: value for name, value in tree["data"].items() if name not in PATH_SETTINGS}
     encoder = {name: value for name, value in tree["encoder"].items() if name != "weights"}

@@ -63,27 +63,34 @@ class DataConfig(Node):
     """Which videos, and what they are labelled."""
 
     format: Literal["list", "folders", "ssv2", "kinetics", "ucf101", "hmdb51"] = "list"
-    """How it is annotated: a path and a class number a line, a folder a class, or as a benchmark is distributed."""
+    """How it is annotated: a path and a class number a line, a folder a class, or as a benchmark is
+    distributed."""
     root: str = "data"
     """Folder of the data set. Not part of a trial's identity: the content's fingerprint is."""
     videos: str = "."
     """Folder of the videos; relative to ``root``."""
     train: str | None = None
-    """Annotation file of the training split; relative to ``root``, or absolute; none: by its official name."""
+    """Annotation file of the training split; relative to ``root``, or absolute; none: by its
+    official name."""
     val: str | None = None
-    """Annotation file of the evaluation split; relative to ``root``, or absolute; none: by its official name."""
+    """Annotation file of the evaluation split; relative to ``root``, or absolute; none: by its
+    official name."""
     labels: str | None = None
-    """File of the class names, where the format has one; relative to ``root``, or absolute; none: by its official name."""
+    """File of the class names, where the format has one; relative to ``root``, or absolute; none:
+    by its official name."""
     split: Annotated[int, Field(ge=1, le=3)] = 1
     """Which of the three splits of UCF101 and HMDB51."""
     cache: str | None = None
-    """Folder of a frame cache (``mar data pack``), read instead of the videos; none: the videos are decoded."""
+    """Folder of a frame cache (``mar data pack``), read instead of the videos; none: the videos are
+    decoded."""
     decoder: Literal["auto", "decord", "torchcodec", "pyav"] = "auto"
-    """Who decodes; ``auto``: torchcodec, or where it does not work decord. PyAV has the files in which they would be wrong."""
+    """Who decodes; ``auto``: torchcodec, or where it does not work decord. PyAV has the files in
+    which they would be wrong."""
     num_classes: ClassCount = 174
     """Number of classes C."""
     missing: Literal["error", "skip"] = "error"
-    """A video that is not there is as a broken one, or is left out of its split (Kinetics: some always are)."""
+    """A video that is not there is as a broken one, or is left out of its split (Kinetics: some
+    always are)."""
     broken: Literal["error", "skip"] = "error"
     """A training video that cannot be decoded stops the trial, or is left out and counted."""
 
@@ -96,15 +103,18 @@ class ClipConfig(Node):
     size: PixelCount = 224
     """Height and width of a clip, pixels (section IV-A); 112 is "D.S. 2x" of Table II."""
     sampling: Literal["segments", "dense"] = "segments"
-    """``segments``: one frame from each of T equal segments (SSv2). ``dense``: T frames, ``stride`` apart."""
+    """``segments``: one frame from each of T equal segments (SSv2). ``dense``: T frames, ``stride``
+    apart."""
     stride: PositiveInt = 4
     """Frames from one sampled frame to the next, when ``dense`` (Kinetics: 4)."""
     fps: PositiveFloat | None = None
-    """Frames a second that ``stride`` is meant for, when ``dense``: another rate is converted (release: 30); none: not."""
+    """Frames a second that ``stride`` is meant for, when ``dense``: another rate is converted
+    (release: 30); none: not."""
     antialias: bool = True
     """Resize with antialiasing; the release resizes without it."""
     round_frames: bool = False
-    """With ``segments``, in training: what is drawn is rounded to the nearest frame (release), and not down."""
+    """With ``segments``, in training: what is drawn is rounded to the nearest frame (release), and
+    not down."""
 
 
 class EncoderConfig(Node):
@@ -123,9 +133,11 @@ class EncoderConfig(Node):
     drop_path: Fraction = 0.1
     """Stochastic depth of the last block, rising linearly from 0 (Table I)."""
     init: Literal["xavier", "torch"] = "xavier"
-    """How the patch embedding and the decoder's first projection start: Xavier uniform, or as PyTorch's (release)."""
+    """How the patch embedding and the decoder's first projection start: Xavier uniform, or as
+    PyTorch's (release)."""
     weights: str | None = None
-    """Pre-trained weights to start from: a file, a folder, a Hugging Face or timm name; none: random (Table IX b)."""
+    """Pre-trained weights to start from: a file, a folder, a Hugging Face or timm name; none:
+    random (Table IX b)."""
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
@@ -174,7 +186,10 @@ class MaskConfig(Node):
         return self
 
     def num_hidden(self, grid: Grid) -> int:
-        """Return the number of hidden tokens in a clip: for one setting, every clip has the same."""
+        """Return the number of hidden tokens in a clip.
+
+        For one setting, it is the same in every clip.
+        """
         t, h, w = grid
         if self.strategy == "frame":
             return round(self.ratio * t) * h * w
@@ -203,7 +218,8 @@ class ClassifierConfig(Node):
     dropout: Fraction = 0.1
     """Dropout before the last linear layer (Table I)."""
     norm: Literal["tokens", "pooled"] = "tokens"
-    """The encoder's last norm: on each token, or on their average, as VideoMAE's fine-tuned models have it."""
+    """The encoder's last norm: on each token, or on their average, as VideoMAE's fine-tuned models
+    have it."""
 
     @model_validator(mode="after")
     def _options_apply(self) -> Self:
@@ -234,7 +250,8 @@ class ReconstructionConfig(Node):
     heads: PositiveInt = 6
     """Attention heads of the decoder."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """Start the decoder from ``encoder.weights`` too (where there are any), or at random (Table VIII)."""
+    """Start the decoder from ``encoder.weights`` too (where there are any), or at random (Table
+    VIII)."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -255,11 +272,13 @@ class AugmentConfig(Node):
     repeat: Literal["clips", "frames"] = "clips"
     """Repeats are clips of other frames (release), or the same frames augmented anew (VideoMAE)."""
     randaugment: str | None = None
-    """RandAugment's policy in timm's notation, as ``rand-m9-mstd0.5-inc1``; none: no RandAugment (Tables I, X)."""
+    """RandAugment's policy in timm's notation, as ``rand-m9-mstd0.5-inc1``; none: no RandAugment
+    (Tables I, X)."""
     randaugment_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Of its operations that move pixels; the release's are bicubic."""
     randaugment_before_crop: bool = False
-    """Before the crop, on whole frames and by the loader (release, on Kinetics); or after it, on the device."""
+    """Before the crop, on whole frames and by the loader (release, on Kinetics); or after it, on
+    the device."""
     erasing: Fraction = 0.0
     """Share of clips in which a box, the same in all frames, is erased with noise (Table X)."""
     erasing_attempts: PositiveInt = 10
@@ -267,7 +286,8 @@ class AugmentConfig(Node):
     flip: bool = False
     """Mirror half of the clips; where a class means left or right, ``flip_swaps`` must say so."""
     flip_swaps: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()
-    """Pairs of classes that trade places in a mirrored clip (Something-Something: left and right)."""
+    """Pairs of classes that trade places in a mirrored clip (Something-Something: left and
+    right)."""
     mixup: NonNegativeFloat = 0.8
     """Beta parameter of mixup; 0 switches it off (Table X)."""
     cutmix: NonNegativeFloat = 1.0
@@ -287,7 +307,8 @@ class RecipeConfig(Node):
     """What is minimised, optimiser and schedule (Table I)."""
 
     objective: Literal["classification", "reconstruction"] = "classification"
-    """Eq. 5; or the reconstruction loss alone, with no classifier: VideoMAE's pre-training (Tables IX b, XIII)."""
+    """Eq. 5; or the reconstruction loss alone, with no classifier: VideoMAE's pre-training (Tables
+    IX b, XIII)."""
     epochs: PositiveInt = 40
     """Passes over the training split."""
     batch_size: PositiveInt = 512
@@ -299,7 +320,8 @@ class RecipeConfig(Node):
     warmup_epochs: NonNegativeFloat = 5.0
     """Epochs of linear warm-up from ``warmup_lr``."""
     cosine_from: Literal["warmup", "start"] = "warmup"
-    """The cosine begins when warm-up ends, at the peak; or at epoch 0, and warm-up rises to meet it (release)."""
+    """The cosine begins when warm-up ends, at the peak; or at epoch 0, and warm-up rises to meet it
+    (release)."""
     warmup_lr: NonNegativeFloat = 1.0e-6
     """Learning rate of the first step when there is a warm-up."""
     min_lr: NonNegativeFloat = 1.0e-6
@@ -311,7 +333,8 @@ class RecipeConfig(Node):
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
     """Learning-rate factor from each encoder block to the one below it."""
     layer_decay_of: Literal["all", "weights"] = "all"
-    """Layer decay is for all parameters of a block (VideoMAE), or not for norms and biases (release)."""
+    """Layer decay is for all parameters of a block (VideoMAE), or not for norms and biases
+    (release)."""
     clip_grad: PositiveFloat | None = None
     """Largest gradient norm; none: not clipped."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -333,10 +356,12 @@ class EvaluationConfig(Node):
     clips: PositiveInt = 2
     """Clips from each video in the final test; probabilities are averaged."""
     segment_frames: Literal["even", "ends", "videomae"] = "even"
-    """Which frames a video's test clips have. ``even``: with ``segments``, spread evenly within each; ``ends``: from each
-    segment's first to its last frame (release). ``videomae``: as VideoMAE tests, with ``segments`` and with ``dense``."""
+    """Which frames a video's test clips have. ``even``: with ``segments``, spread evenly within
+    each; ``ends``: from each segment's first to its last frame (release). ``videomae``: as VideoMAE
+    tests, with ``segments`` and with ``dense``."""
     crop_from: Literal["frame", "resized"] = "frame"
-    """Test crops are cut from the frame and resized, or cut from the frame resized to its short side (release)."""
+    """Test crops are cut from the frame and resized, or cut from the frame resized to its short
+    side (release)."""
     crops: Literal[1, 3] = 3
     """Crops of each clip in the final test: the centre, or three along the long side."""
     mask: EvaluationMaskConfig = EvaluationMaskConfig()

@@ -24,7 +24,8 @@ Area = Annotated[tuple[PositiveFloat, Fraction], AfterValidator(_rising)]
 Scale = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)]
 Grid = tuple[int, int, int]
 """Tokens in time, height and width: (t, h, w)."""
-# Bounds that no experiment meets: a setting beyond is a slip, or a damaged file that would exhaust the memory.
+# Bounds that no experiment meets: a setting beyond is a slip, or a damaged file that would exhaust
+# the memory.
 Width = Annotated[int, Field(gt=0, le=2**15)]
 """Of tokens."""
 Depth = Annotated[int, Field(gt=0, le=2**10)]

@@ -1,7 +1,10 @@
-"""Annotation files as they are distributed: lists, Something-Something v2, Kinetics-400, UCF101, HMDB51, folders.
+"""Annotation files as they are distributed.
 
-Each reader returns rows: a video's path below the video folder, its class number, and where that was said. Official
-files name videos without saying where, or under which ending, they lie: those are looked up in the folder.
+Lists, Something-Something v2, Kinetics-400, UCF101, HMDB51 and folders.
+
+Each reader returns rows: a video's path below the video folder, its class number, and where that
+was said. Official files name videos without saying where, or under which ending, they lie: those
+are looked up in the folder.
 """
 
 from __future__ import annotations
@@ -101,7 +104,7 @@ class _Folder:
             self.by_stem.setdefault(_stem(path).lower(), []).append(path)
 
     def find(self, *stems: str, near: str = "", default: str) -> str:
-        """Return the path of the first stem that is there, one that lies in a folder ``near`` before others.
+        """Return the path of the first stem that exists; a file in a folder ``near`` wins.
 
         Raises:
             UserError: several are left.
@@ -142,7 +145,10 @@ def _videos_below(root: Path) -> Iterator[str]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a system made it, not a person: ``.ipynb_checkpoints``, ``@eaDir``, ``._a.mp4``, ``__MACOSX``."""
+    """Whether a system made the file or folder, and not a person.
+
+    As ``.ipynb_checkpoints``, ``@eaDir``, ``._a.mp4``, ``__MACOSX``.
+    """
     return name.startswith((".", "@")) or name == "__MACOSX"
 
 
@@ -158,7 +164,8 @@ def read_annotations(data: DataConfig, split: Split) -> Annotations:
     """Return what the annotation files say of a split.
 
     Raises:
-        UserError: a missing file, or a line that cannot be understood; the message names file and line.
+        UserError: a missing file, or a line that cannot be understood; the message names file and
+            line.
     """
     return _READERS[data.format](data, split)
 
@@ -186,7 +193,8 @@ def annotation_file(data: DataConfig, what: Literal["train", "val", "labels"]) -
 _NUMBER = re.compile("[0-9]{1,9}")
 """Of a class or a second; Python reads none of thousands of digits."""
 _LONGEST_LINE = 10_000
-"""Characters; a path has at most 4,096, and to match a line of blanks takes the square of its length."""
+"""Characters; a path has at most 4,096, and to match a line of blanks takes the square of its
+length."""
 _LINE = re.compile(
     r"""
     (?: "(?P<quoted> (?: [^"] | "" )+ )" | (?P<plain> [^"] .*? ) )   # a path, quoted or not
@@ -198,10 +206,12 @@ _LINE = re.compile(
 
 
 def _read_list(data: DataConfig, split: Split) -> Annotations:
-    """One video a line: a path and a class number, parted by white space, a comma, a semicolon or a bar.
+    """Read a list: a path and a class number on each line.
 
-    The path may hold spaces, and may stand in double quotes, as pandas and spreadsheets write it. With ``data.labels``
-    the classes have names, one a line.
+    White space, a comma, a semicolon or a bar separates them.
+
+    The path may hold spaces, and may stand in double quotes, as pandas and spreadsheets write it.
+    With ``data.labels`` the classes have names, one a line.
     """
     file = annotation_file(data, split)
     folder = Path(data.root) / data.videos
@@ -234,7 +244,10 @@ def _read_list(data: DataConfig, split: Split) -> Annotations:
 
 
 def _list_text(file: Path) -> str:
-    """Return a list's text; a file system may have names that are not UTF-8, and Python has a way to keep them."""
+    """Return a list's text.
+
+    A file system may have names that are not UTF-8, and Python has a way to keep them.
+    """
     try:
         return file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -248,9 +261,12 @@ def _named_classes(data: DataConfig) -> list[str]:
 
 
 def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
-    """Something-Something v2: a list of {"id", "template", …}; the class is the template without brackets.
+    """Something-Something v2: a list of {"id", "template", …}.
 
-    The lists that the MAR release describes have a number, ``label_idx``, in each item; then no labels file is needed.
+    The class is the template without brackets.
+
+    The lists that the MAR release describes have a number, ``label_idx``, in each item; then no
+    labels file is needed.
     """
     file, folder = annotation_file(data, split), _Folder(data)
     items = _read_json(file, list)
@@ -285,7 +301,9 @@ def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
 
 
 def _read_kinetics(data: DataConfig, split: Split) -> Annotations:
-    """Kinetics-400: columns by their header (``is_cc`` or not); classes numbered in the order of their names.
+    """Kinetics-400: columns by their header (``is_cc`` or not).
+
+    Classes numbered in the order of their names.
 
     Clips are ``{id}_{start:06d}_{end:06d}`` or ``{id}``, flat or in folders of splits or classes.
     """
@@ -334,10 +352,12 @@ def _kinetics_table(data: DataConfig, split: str) -> list[tuple[str, dict[str, s
 
 
 def _read_ucf101(data: DataConfig, split: Split) -> Annotations:
-    """UCF101: classInd.txt from 1; ``Class/v_Class_g01_c01.avi 1`` for training, no number for testing.
+    """UCF101: classInd.txt from 1.
 
-    The class is the folder's. Videos are found in any ending and case (``v_HandStandPushups`` lies in
-    ``HandstandPushups``).
+    ``Class/v_Class_g01_c01.avi 1`` for training, no number for testing.
+
+    The class is the folder's. Videos are found in any ending and case (``v_HandStandPushups`` lies
+    in ``HandstandPushups``).
     """
     numbers: dict[str, int] = {}
     index = annotation_file(data, "labels")
@@ -372,7 +392,10 @@ def _read_ucf101(data: DataConfig, split: Split) -> Annotations:
 
 
 def _read_hmdb51(data: DataConfig, split: Split) -> Annotations:
-    """HMDB51: ``<class>_test_split<n>.txt``, a file a class; 1 is training, 2 is testing, 0 is neither."""
+    """HMDB51: ``<class>_test_split<n>.txt``, a file a class.
+
+    1 is training, 2 is testing, 0 is neither.
+    """
     split_folder = annotation_file(data, split)
     wanted = "1" if split == "train" else "2"
     files = sorted(split_folder.glob(f"*_test_split{data.split}.txt"))
@@ -397,9 +420,12 @@ def _read_hmdb51(data: DataConfig, split: Split) -> Annotations:
 
 
 def _read_folders(data: DataConfig, split: Split) -> Annotations:
-    """A folder for each split, in it one for each class, in it videos; classes numbered in the order of their names.
+    """A folder for each split, in it one for each class, in it videos.
 
-    Links are followed, of files and of folders. Hidden folders, and those without a video in either split, are no classes.
+    Classes numbered in the order of their names.
+
+    Links are followed, of files and of folders. Hidden folders, and those without a video in either
+    split, are no classes.
     """
     folders: dict[str, Path] = {part: annotation_file(data, part) for part in ("train", "val")}
     videos = _absolute(Path(data.root) / data.videos)

@@ -1,4 +1,4 @@
-"""Which videos a split has, what they are labelled, and what stands for the data in a trial's identity."""
+"""Which videos a split has, their labels, and the data's fingerprint in a trial's identity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mar.data.annotation_formats import Row, Split, annotation_file, read_annota
 from mar.errors import UserError
 
 _FINGERPRINTED_FILES = 1000
-"""Video sizes that go into a fingerprint, spread evenly over the split: enough to notice another encoding."""
+"""Video sizes that go into a fingerprint, spread evenly over the split: enough to notice another
+encoding."""
 
 _State = tuple[tuple[int, int, int], ...]
 
@@ -32,14 +33,16 @@ class Video:
 
 
 def read_split(data: DataConfig, split: Split) -> list[Video]:
-    """Return the labelled videos of a split, in the order of the annotation file; a process reads it once.
+    """Return the labelled videos of a split, in the order of the annotation file.
 
-    With ``data.missing: skip``, those that are not there are left out, and it is seen each time which are; what the frame
-    cache has is there.
+    A process reads it once.
+
+    With ``data.missing: skip``, those that are not there are left out, and it is seen each time
+    which are; what the frame cache has is there.
 
     Raises:
-        UserError: a missing file, a line that cannot be understood, an unknown class, or a path that
-            leaves the data root. The message names file and line.
+        UserError: a missing file, a line that cannot be understood, an unknown class, or a path
+            that leaves the data root. The message names file and line.
     """
     read = _read_split.__wrapped__ if data.missing == "skip" else _read_split
     return [*read(data.model_dump_json(), split, _state(data))]
@@ -81,7 +84,8 @@ def videos_of(
 ) -> Iterator[Video]:
     """Yield the videos of a split; ``refuse`` is told of rows that cannot be used, and why."""
     check_root(data)
-    # From the root on: what a decoder is given must be a file's path, also where a name looks like an address.
+    # From the root on: what a decoder is given must be a file's path, also where a name looks like
+    # an address.
     folder = Path(os.path.abspath(Path(data.root) / data.videos))  # noqa: PTH100  (resolve follows links)
     resolved = folder.resolve()
     for row in read_annotations(data, split).rows:
@@ -99,8 +103,8 @@ def videos_of(
 def _below(name: str, folder: Path, resolved: Path) -> str | None:
     """Return a path below the video folder, however it was written; none if it leaves the folder.
 
-    ``./a.mp4``, ``b/../a.mp4`` and the absolute path of ``a.mp4`` are the same video. Links in the folder are followed:
-    they are the user's own.
+    ``./a.mp4``, ``b/../a.mp4`` and the absolute path of ``a.mp4`` are the same video. Links in the
+    folder are followed: they are the user's own.
     """
     path = os.path.normpath(name)
     if os.path.isabs(path):  # noqa: PTH117  (a hundred thousand Paths take seconds)
@@ -132,7 +136,10 @@ def check_root(data: DataConfig) -> None:
 
 
 def class_names(data: DataConfig) -> list[str]:
-    """Return the classes' names by number; their numbers, where the format has no names or not that many."""
+    """Return the classes' names by number.
+
+    Their numbers, where the format has no names or not that many.
+    """
     names = _read_classes(data.model_dump_json(), _state(data))
     return [
         *names[: data.num_classes],
@@ -146,10 +153,13 @@ def _read_classes(settings: str, _: _State) -> list[str]:
 
 
 def fingerprint(data: DataConfig) -> str:
-    """Return a hash of both splits' names and labels and of their videos' sizes; equal content, equal hash.
+    """Return a hash of both splits' names and labels and of their videos' sizes.
 
-    It stands for ``data.root`` and the annotation files' paths in a trial's identity. Of large splits it looks at a
-    thousand sizes, spread evenly: another encoding of all is noticed, that of one video may not be.
+    Equal content, equal hash.
+
+    It stands for ``data.root`` and the annotation files' paths in a trial's identity. Of large
+    splits it looks at a thousand sizes, spread evenly: another encoding of all is noticed, that of
+    one video may not be.
     """
     digest = hashlib.sha256()
     for split in ("train", "val"):

@@ -1,8 +1,10 @@
-"""What a frame cache holds: which videos, where their frames are, whether they are as they were. Imports no torch.
+"""What a frame cache holds: which videos, where their frames are, whether they are as they were.
 
-A cache is a folder of shards. A shard is ``00000.bin``, frame after frame as JPEG or raw RGB and then where each ends,
-and ``00000.json``, which says where each video's frames are and the shard's SHA-256, and is written last: a shard that
-has one is whole.
+Imports no torch.
+
+A cache is a folder of shards. A shard is ``00000.bin``, frame after frame as JPEG or raw RGB and
+then where each ends, and ``00000.json``, which says where each video's frames are and the shard's
+SHA-256, and is written last: a shard that has one is whole.
 """
 
 from __future__ import annotations
@@ -80,7 +82,10 @@ class Named(Protocol):
 
 
 class Index:
-    """Every video of a cache: its shard's number and its entry. Of two entries the later shard's stands."""
+    """Every video of a cache: its shard's number and its entry.
+
+    Of two entries the later shard's stands.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.packing = folder, packing_of(folder)
@@ -92,7 +97,10 @@ class Index:
             self.entries |= {entry.name: (number, entry) for entry in _entries(file)}
 
     def is_fresh(self, video: Named) -> bool:
-        """Whether a video is in it and has not changed its size since; of one that is gone there is nothing newer."""
+        """Whether a video is in it and has not changed its size since.
+
+        Of one that is gone there is nothing newer.
+        """
         if video.name not in self.entries:
             return False
         size = _size(video.path)

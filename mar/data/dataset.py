@@ -1,7 +1,8 @@
-"""Clips for training and testing: what is drawn for each, loaders, and what to do with a broken video.
+"""Clips for training and testing: what is drawn for each, loaders, and broken videos.
 
-Every draw follows from (seed, epoch, video), never from a state that is carried along. So the clips do not
-depend on how many workers and loader processes there are, and a resumed epoch goes on with the same ones.
+Every draw follows from (seed, epoch, video), never from a state that is carried along. So the clips
+do not depend on how many workers and loader processes there are, and a resumed epoch goes on with
+the same ones.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips of uint8 pixels and their labels. A broken video has black ones, in its place, and is not ``good``."""
+    """Clips of uint8 pixels and their labels.
+
+    A broken video has black ones, in its place, and is not ``good``.
+    """
 
     clips: UInt8[Tensor, "B *views T H W C"]
     labels: Int[Tensor, " B"]
@@ -61,7 +65,10 @@ class Batch:
 
 
 class Sample(NamedTuple):
-    """What a video gives: a stack of clips, its label, its place in the split; and why the clips are black."""
+    """What a video gives: a stack of clips, its label, its place in the split.
+
+    And why the clips are black.
+    """
 
     clips: UInt8[Tensor, "views T H W C"]
     label: int
@@ -162,7 +169,10 @@ def _black(views: int, settings: TrainingConfig) -> UInt8[Tensor, "views T H W C
 
 
 def random_box(height: int, width: int, settings: TrainingConfig, rng: np.random.Generator) -> Box:
-    """Draw a random-resized crop: area and aspect ratio uniform (the latter in its logarithm), ten tries."""
+    """Draw a random-resized crop, with ten attempts.
+
+    Its area and the logarithm of its aspect ratio are uniform.
+    """
     augment = settings.augment
     low, high = np.log(augment.crop_aspect)
     for _ in range(10):
@@ -184,7 +194,8 @@ def _largest_box(height: int, width: int, aspects: tuple[float, float]) -> Box:
 def test_boxes(height: int, width: int, crops: int, crop_from: str = "frame") -> list[Box]:
     """Return the centre square, or three squares along the long side: both ends and the centre.
 
-    From a ``frame`` the centre's corner is rounded to the nearest pixel, from a ``resized`` one down, as the release has it.
+    From a ``frame`` the centre's corner is rounded to the nearest pixel, from a ``resized`` one
+    down, as the release has it.
     """
     side = min(height, width)
     shares = (0.5,) if crops == 1 else (0.0, 0.5, 1.0)
@@ -210,7 +221,10 @@ def crop_and_resize(
 
 
 def resize_short_side(frames: Frames, size: int, antialias: bool) -> Frames:
-    """Resize frames so that the short side has ``size`` pixels and the long side as many as fit, rounded down."""
+    """Resize frames so that the short side has ``size`` pixels.
+
+    The long side keeps the aspect ratio, rounded down.
+    """
     height, width = frames.shape[1:3]
     short = min(height, width)
     new = (
@@ -222,7 +236,10 @@ def resize_short_side(frames: Frames, size: int, antialias: bool) -> Frames:
 def _resized(
     frames: UInt8[Tensor, "T H W C"], size: tuple[int, int], antialias: bool
 ) -> UInt8[Tensor, "T h w C"]:
-    """Resize by PyTorch's bilinear interpolation; without antialiasing in floats, rounded at the end."""
+    """Resize by PyTorch's bilinear interpolation.
+
+    Without antialiasing in floats, rounded at the end.
+    """
     channels_first = frames.permute(0, 3, 1, 2)
     if antialias:
         resized = F.interpolate(channels_first, size=size, mode="bilinear", antialias=True)
@@ -260,7 +277,10 @@ def one_after_another(batch: Batch) -> Batch:
 
 
 def batch_indices(settings: TrainingConfig, worker_rank: WorkerRank) -> list[int]:
-    """Return where a worker's clips stand in the whole batch, in the order of :func:`one_after_another`."""
+    """Return the positions of a worker's clips in the whole batch.
+
+    In the order of :func:`one_after_another`.
+    """
     num_videos = settings.videos_per_batch
     return [
         each * num_videos + video
@@ -317,10 +337,12 @@ class TrainingOrder:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack the clips, and list the videos that could not be decoded; a loader process does it in shared memory.
+    """Stack the clips, and list the videos that could not be decoded.
 
-    PyTorch would move the batch there while it sends it, where an error is printed and the batch is lost: the trainer
-    would wait for it for ever.
+    A loader process does it in shared memory.
+
+    PyTorch would move the batch there while it sends it, where an error is printed and the batch is
+    lost: the trainer would wait for it for ever.
 
     Raises:
         Failure: the batch does not fit into shared memory (``shm``).
@@ -366,9 +388,9 @@ def loader(
     With ``is_kept`` these stay alive between passes; otherwise they end with each pass.
 
     Raises:
-        Failure: the batches that are on their way at once do not fit into shared memory (``shm``). A pass raises one of
-            the kind ``node`` when a process is lost in the middle of a batch; when it is lost between two, PyTorch
-            raises a RuntimeError.
+        Failure: the batches that are on their way at once do not fit into shared memory (``shm``).
+            A pass raises one of the kind ``node`` when a process is lost in the middle of a batch;
+            when it is lost between two, PyTorch raises a RuntimeError.
     """
     if processes:
         _check_shared_memory(processes, bytes_per_batch, batches)
@@ -388,7 +410,8 @@ def loader(
 
 def _begin_loader_process(number: int) -> None:
     end_with_parent()
-    # Whatever else cannot be sent ends the process: the trainer notices that within seconds, a lost batch never.
+    # Whatever else cannot be sent ends the process: the trainer notices that within seconds, a lost
+    # batch never.
     Queue._on_queue_feeder_error = staticmethod(_end_over_lost_batch)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -398,7 +421,7 @@ def _end_over_lost_batch(error: BaseException, batch: object) -> None:
 
 
 def _check_shared_memory(processes: int, bytes_per_batch: int, batches: Iterable[Any]) -> None:
-    """See that what loader processes have on its way to the trainer at once fits, before they start.
+    """Check that all batches in flight from loader processes fit into shared memory.
 
     Raises:
         Failure: it does not.
@@ -416,7 +439,10 @@ def _check_shared_memory(processes: int, bytes_per_batch: int, batches: Iterable
 
 
 class _Batches(Dataset[Any]):
-    """A dataset's batches. Where one fails, its error stands for it: PyTorch would drop the failure's kind on the way."""
+    """A dataset's batches.
+
+    Where one fails, its error stands for it: PyTorch would drop the failure's kind on the way.
+    """
 
     def __init__(self, dataset: Dataset[Sample]) -> None:
         self.dataset = dataset
@@ -433,7 +459,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class _Loading:
-    """A loader that says so when a process of its own was lost while it sent a batch: to PyTorch, the batch ends early."""
+    """A loader that raises when one of its processes is lost while it sends a batch.
+
+    PyTorch alone would end the batch early.
+    """
 
     def __init__(self, loading: Iterable[Batch | Failure | UserError]) -> None:
         self.loading = loading
@@ -471,8 +500,9 @@ def training_batches(
 ) -> Generator[Batch]:
     """Yield this worker's share of each step, on the device.
 
-    A share is loaded in pieces, so that all processes work on the first one and none holds more than a few megabytes
-    ahead. On an accelerator the pieces are copied beside the step that is under way.
+    A share is loaded in pieces, so that all processes work on the first one and none holds more
+    than a few megabytes ahead. On an accelerator the pieces are copied beside the step that is
+    under way.
     """
     size = (
         min(VIDEOS_PER_PIECE, settings.videos_per_batch)

@@ -1,11 +1,14 @@
-"""The decoders of video files: decord, torchcodec and PyAV, what each can be trusted with, and proof that one works.
+"""Decoders of video files: decord, torchcodec and PyAV; what each can be trusted with.
+
+And a probe that one works.
 
 The contract of all of them: frame n is the n-th frame that a player shows.
 
-PyAV goes through a file from its front, as a player does, and keeps the contract for every file it can read. decord and
-torchcodec jump to the frames that are wanted, which is faster, and go wrong, in silence, where a key frame needs earlier
-frames or a packet is not a frame. What decides is the stream, not the container and the codec: ``mar.seeking`` reads a
-file's packets, and only a file in which jumping is exact is given to one of the two. That is looked at once per file.
+PyAV goes through a file from its front, as a player does, and keeps the contract for every file it
+can read. decord and torchcodec jump to the frames that are wanted, which is faster, and go wrong,
+in silence, where a key frame needs earlier frames or a packet is not a frame. What decides is the
+stream, not the container and the codec: ``mar.seeking`` reads a file's packets, and only a file in
+which jumping is exact is given to one of the two. That is looked at once per file.
 """
 
 from __future__ import annotations
@@ -34,13 +37,15 @@ Frames = npt.NDArray[np.uint8]
 """uint8 frames, ``[T, H, W, 3]``, RGB."""
 
 _CODECS = {"decord": {"h264", "vp8", "vp9"}, "torchcodec": {"h264", "hevc", "vp8", "vp9", "av1"}}
-"""What a decoder that jumps was seen to decode right; decord has no AV1, and reorders HEVC wrongly."""
+"""What a decoder that jumps was seen to decode right; decord has no AV1, and reorders HEVC
+wrongly."""
 _KNOWN_FILES = 2**17
 """Of so many files a process remembers whether a decoder may jump in them."""
 _TOLERANCE_S = 2e-3
 """Matroska counts whole milliseconds: times that differ by less are the same."""
 _KEPT_BYTES = 256 * 2**20
-"""Up to so many bytes a file that is decoded from the front is held; above it is decoded again for what is wanted."""
+"""Up to so many bytes a file that is decoded from the front is held; above it is decoded again for
+what is wanted."""
 _BYTES_PER_PIXEL = 3
 """Of a decoded frame at the most, but for more than 8 bits: 1.5 bytes in 4:2:0, 3 in 4:4:4."""
 _TOO_LARGE = f"at most {MOST_PIXELS} are read"
@@ -81,7 +86,10 @@ class Decoder(Protocol):
 
 
 class Decord:
-    """decord: jumps to the key frame before each wanted one. One thread; its memory goes with the object."""
+    """decord: jumps to the key frame before each wanted one. One thread.
+
+    Its memory goes with the object.
+    """
 
     name = "decord"
 
@@ -106,7 +114,10 @@ class Decord:
 
 
 class TorchCodec:
-    """torchcodec: scans the file's packets once, then jumps. An optional extra; it needs FFmpeg's libraries."""
+    """torchcodec: scans the file's packets once, then jumps. An optional extra.
+
+    It needs FFmpeg's libraries.
+    """
 
     name = "torchcodec"
 
@@ -135,7 +146,9 @@ _JUMPING: dict[str, type[Decord] | type[TorchCodec]] = {"torchcodec": TorchCodec
 
 @dataclass(frozen=True)
 class SequentialReader:
-    """PyAV, once through the file; its frames are kept only where they take less than ``_KEPT_BYTES``.
+    """PyAV, once through the file.
+
+    Its frames are kept only where they take less than ``_KEPT_BYTES``.
 
     They are kept as they were decoded: most are never asked for, and need no conversion to RGB.
     """
@@ -183,7 +196,9 @@ class SequentialReader:
 
 
 def open_with(decoder: str, path: Path) -> Decoder:
-    """Open a file with ``auto``, ``decord``, ``torchcodec`` or ``pyav``; PyAV has what the chosen one gets wrong.
+    """Open a file with ``auto``, ``decord``, ``torchcodec`` or ``pyav``.
+
+    PyAV has what the chosen one gets wrong.
 
     Raises:
         BrokenVideo: no frame can be found.
@@ -200,7 +215,10 @@ def open_with(decoder: str, path: Path) -> Decoder:
 
 
 def _open_exactly(decoder: str, path: Path) -> Decord | TorchCodec | None:
-    """Open a file with a decoder that jumps; none where its frames might be others than asked for."""
+    """Open a file with a decoder that jumps.
+
+    None where its frames might be others than asked for.
+    """
     state = path.stat()
     file = (decoder, str(path), state.st_ino, state.st_size, state.st_mtime_ns)
     if file not in _is_exact:
@@ -220,7 +238,8 @@ def _open_exactly(decoder: str, path: Path) -> Decord | TorchCodec | None:
 
 
 _is_exact: dict[tuple[str, str, int, int, int], bool] = {}
-"""Decoder and file, with what tells that the file has changed -> whether the decoder may jump in it."""
+"""Decoder and file, with what tells that the file has changed -> whether the decoder may jump in
+it."""
 
 
 def _agrees(load_index: Decord | TorchCodec, index: StreamIndex) -> bool:
@@ -269,7 +288,9 @@ def check(decoder: str) -> None:
 
 @lru_cache
 def probe_decoder(decoder: str) -> str:
-    """Prove a decoder: write a clip of known brightness, read it back. Returns what is wrong, or nothing.
+    """Prove a decoder: write a clip of known brightness, read it back.
+
+    Returns what is wrong, or nothing.
 
     That it can be imported proves little: decord may lack its wheel, torchcodec FFmpeg's libraries.
     """
@@ -306,9 +327,12 @@ def write_video(file: Path, frames: Frames, frames_per_s: int = 12, **options: s
 
 
 def iter_frames(path: Path, properties: dict[str, float] | None = None) -> Iterator[Any]:
-    """Yield PyAV's frames as a player shows them, in the decoder's order; a bad packet is passed over.
+    """Yield PyAV's frames as a player shows them, in the decoder's order.
 
-    A file whose size changes in the middle is scaled to its first frame, as a player's window would show it.
+    A bad packet is passed over.
+
+    A file whose size changes in the middle is scaled to its first frame, as a player's window would
+    show it.
 
     ``told`` is filled with what the file says of its frame rate.
 
@@ -374,7 +398,10 @@ def _preference(stream: Any) -> tuple[bool, bool, int]:
 
 
 def pixels_of(frame: Any) -> Frames:
-    """Return the frame as RGB, turned as its display matrix says; the others do that by themselves."""
+    """Return the frame as RGB, turned as its display matrix says.
+
+    The others do that by themselves.
+    """
     from av.video.reformatter import VideoReformatter
 
     if not hasattr(_converter, "reformatter"):
@@ -385,7 +412,8 @@ def pixels_of(frame: Any) -> Frames:
 
 
 _converter = threading.local()
-"""Each thread's converter to RGB: to make one takes five times as long as to convert a small frame."""
+"""Each thread's converter to RGB: to make one takes five times as long as to convert a small
+frame."""
 
 
 def _hush() -> None:

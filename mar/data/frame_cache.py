@@ -1,7 +1,9 @@
-"""The frame cache: each video's frames written once, small, so that fifty trials do not decode it fifty times.
+"""The frame cache: each video's frames written once, small.
 
-A cache that was cut short goes on where it stopped; a video that has changed since makes it stale, which is said.
-Its layout is in ``mar.cache_index``.
+Fifty trials then do not decode it fifty times.
+
+A cache that was cut short goes on where it stopped; a video that has changed since makes it stale,
+which is said. Its layout is in ``mar.cache_index``.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def pack(
     A video that gave no frames is tried again.
 
     Raises:
-        UserError: the annotations cannot be read, the folder holds a cache of another kind, or is being packed.
+        UserError: the annotations cannot be read, the folder holds a cache of another kind, or is
+            being packed.
         Failure: the disk refuses.
     """
     check_decoder(data.decoder)
@@ -141,7 +144,9 @@ def verify(folder: Path, progress: Callable[[int, int], None]) -> list[str]:
 
 
 class CachedVideo:
-    """What ``video.Reader`` is for a file. Frames are read where they lie; a machine's processes share the pages.
+    """What ``video.Reader`` is for a file. Frames are read where they lie.
+
+    A machine's processes share the pages.
 
     Raises:
         BrokenVideo: it gave no frames when it was packed.
@@ -219,7 +224,10 @@ def _mapped(file: Path) -> np.memmap[Any, Any]:
 
 
 def _pack_shard(folder: Path, packing: Packing, decoder: str, part: tuple[int, list[Video]]) -> int:
-    """Write one shard: the frames, where they end, then the file that says it is whole; returns its videos."""
+    """Write one shard: the frames, where they end, then the file that says it is whole.
+
+    Returns its videos.
+    """
     number, videos = part
     entries: list[Entry] = []
     ends: list[int] = []

@@ -1,10 +1,13 @@
-"""A small data set of real video files in which only motion tells the class: demo, tests, first steps.
+"""A small data set of real video files in which only motion tells the class.
 
-Outlines of scikit-learn's handwritten digits, filled with photo textures, move over photos that ship inside
-scikit-image and scikit-learn. Classes come in pairs of opposite motions; a clip of the second class of a pair
-is an independent draw of the first class's motion **played backwards**, so a single frame tells nothing of the
-direction. Training and validation use disjoint photos and disjoint digits. Files are H.264 mp4s, with splits
-and labels in Something-Something's own annotation format.
+For the demo, the tests and first steps.
+
+Outlines of scikit-learn's handwritten digits, filled with photo textures, move over photos that
+ship inside scikit-image and scikit-learn. Classes come in pairs of opposite motions; a clip of the
+second class of a pair is an independent draw of the first class's motion **played backwards**, so a
+single frame tells nothing of the direction. Training and validation use disjoint photos and
+disjoint digits. Files are H.264 mp4s, with splits and labels in Something-Something's own
+annotation format.
 """
 
 from __future__ import annotations
@@ -65,7 +68,8 @@ _INK = 90
 """Brightness, of 255, from which a pixel belongs to a digit."""
 FRAMES_PER_S = 12
 _X264 = {"crf": "16", "threads": "1", "preset": "superfast"}
-"""One thread, and no macroblock tree (slower presets have one): with it, equal frames give unequal files."""
+"""One thread, and no macroblock tree (slower presets have one): with it, equal frames give unequal
+files."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Helper processes: they end with the one that started them; and work on many files, in order, whatever dies over one."""
+"""Helper processes: they end with the one that started them.
+
+And work on many files, in order, whatever dies over one.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,17 @@ Result = TypeVar("Result")
 
 
 def forkserver() -> multiprocessing.context.ForkServerContext:
-    """Return what starts helper processes: forks of a server that has loaded PyTorch and the decoders once for all."""
+    """Return the context that starts helper processes.
+
+    They are forks of a server that has loaded PyTorch and the decoders once.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "mar.data.dataset"])
     return context
 
 
 def end_with_parent() -> None:
-    """Have this helper process end when the process that started it is gone, also when that was killed.
+    """End this helper process when the process that started it is gone, even if it was killed.
 
     The fork server's processes hold each other's pipes open, so without this they stay for ever.
     """
@@ -46,10 +52,12 @@ def each(
     processes: int,
     crashed: Callable[[Item], Result],
 ) -> Iterator[Result]:
-    """Yield what ``work`` returns for each item, in order; what decoders print in those processes is dropped.
+    """Yield what ``work`` returns for each item, in order.
 
-    A decoder may end its process. Then the items that were being worked on are tried again one by one, each alone, and
-    what ``crashed`` returns stands for the one that does it again.
+    What decoders print in those processes is dropped.
+
+    A decoder may end its process. Then the items that were being worked on are tried again one by
+    one, each alone, and what ``crashed`` returns stands for the one that does it again.
     """
     waiting, pending = iter(items), deque[tuple[Item, Future[Result]]]()
     pool = _pool(processes)

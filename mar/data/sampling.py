@@ -19,7 +19,8 @@ _IMPLAUSIBLE_FPS = 1000.0
 class Reader:
     """One opened video: its length, and any of its frames. Close it by leaving the ``with`` block.
 
-    A header may promise more frames than there are: what cannot be reached repeats the last frame that can.
+    A header may promise more frames than there are: what cannot be reached repeats the last frame
+    that can.
 
     Raises:
         BrokenVideo: no decoder found a frame.
@@ -85,7 +86,10 @@ class Reader:
 def training_frames(
     clip: ClipConfig, num_frames: int, fps: float | None, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """Return T frame numbers, drawn: one from each of T segments, or T from a random start, ``stride`` apart."""
+    """Draw T frame numbers.
+
+    One from each of T segments, or T from a random start, ``stride`` apart.
+    """
     if clip.sampling == "dense":
         if clip.fps and fps:
             span = _converted_span(clip, fps)
@@ -107,7 +111,10 @@ def evaluation_frames(
     num_clips: int,
     segment_frames: str = "even",
 ) -> list[npt.NDArray[np.int64]]:
-    """Return the frame numbers of each test clip: spread evenly over the video, or over each segment."""
+    """Return the frame numbers of each test clip.
+
+    They are spread evenly over the video, or over each segment.
+    """
     if segment_frames == "videomae":
         return _videomae_frames(clip, num_frames, num_clips)
     if clip.sampling == "dense":
@@ -144,9 +151,10 @@ def _videomae_frames(
 ) -> list[npt.NDArray[np.int64]]:
     """Return the frame numbers of VideoMAE's own test.
 
-    With ``dense``: of every ``stride``-th frame of the video T neighbours, from starts that are spread evenly and rounded
-    down. With ``segments``: the beginnings and the middles of T equal segments, in order; clip c has every
-    ``num_clips``-th of these 2 T from the c-th on, so that with its two clips each frame is seen once.
+    With ``dense``: of every ``stride``-th frame of the video T neighbours, from starts that are
+    spread evenly and rounded down. With ``segments``: the beginnings and the middles of T equal
+    segments, in order; clip c has every ``num_clips``-th of these 2 T from the c-th on, so that
+    with its two clips each frame is seen once.
     """
     if clip.sampling == "dense":
         strided = np.arange(0, num_frames, clip.stride)

@@ -1,4 +1,6 @@
-"""Whether a decoder that jumps to key frames gives the right frames of a file: what its packets say.
+"""Whether a decoder that jumps to key frames returns the right frames of a file.
+
+Decided from the file's packets.
 
 A decoder that jumps starts at a packet flagged as key and takes the n-th packet for the n-th frame.
 Both hold only where the stream says so: the container, the codec and the flags do not decide. The
@@ -24,15 +26,16 @@ _INDEXED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"}
 """Containers, by FFmpeg's names, whose frames are found without reading all that comes before."""
 _SLACK_FRAMES = 10_000
 _SLACK_S = 60.0
-"""A header may count what an edit list cuts off, or an audio track that is longer; what promises more than twice the video,
-and this much besides, is damaged."""
+"""A header may count what an edit list cuts off, or an audio track that is longer; what promises
+more than twice the video, and this much besides, is damaged."""
 _TICKS_PER_S = 1_000_000
 """PyAV counts a container's duration in microseconds."""
 _H264_SLICE, _H264_IDR, _H264_SPS = 1, 5, 7
 """Types of network abstraction layer units, ITU-T H.264 table 7-1."""
 _H264_PARTITION_A = 2
 _HEVC_IDR = {19, 20}
-"""IDR_W_RADL and IDR_N_LP, ITU-T H.265 table 7-1; clean random access pictures are not among them."""
+"""IDR_W_RADL and IDR_N_LP, ITU-T H.265 table 7-1; clean random access pictures are not among
+them."""
 _HEVC_SLICES = range(32)
 _HEVC_SPS = 33
 _SPS_WITH_CHROMA = {44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244}
@@ -109,7 +112,10 @@ def key_frames(path: Path) -> list[int]:
 
 
 def _checked(packets: Iterator[Any], check: _Check) -> Iterator[int]:
-    """Yield the presentation timestamp of each packet; raise NotSeekable at the first that is wrong."""
+    """Yield the presentation timestamp of each packet.
+
+    Raise NotSeekable at the first that is wrong.
+    """
     last_position = last_key = latest = None
     seen: set[int] = set()
     for packet in packets:
@@ -209,7 +215,10 @@ def _hevc(extradata: bytes) -> _Check:
 
 
 def _vp8(_: bytes) -> _Check:
-    """Key packets must be key frames of one size, and every packet must be shown (RFC 6386, 9.1)."""
+    """Check VP8: key packets are key frames of one size, and every packet is shown.
+
+    RFC 6386, section 9.1.
+    """
     sizes: set[bytes] = set()
 
     def check(packet: Any, is_key: bool) -> None:

@@ -27,14 +27,15 @@ from mar.data.seeking import key_frames
 from mar.safe_text import cell, printable
 
 KINDS = ("ok", "missing", "unreadable", "short", "refused", "duplicate", "wrong")
-"""What a video can be. ``short``: fewer frames than a clip takes, so that some repeat; it trains, and is no fault.
-``wrong``: the decoder that jumps gives other frames than a player shows."""
+"""What a video can be. ``short``: fewer frames than a clip takes, so that some repeat; it trains,
+and is no fault. ``wrong``: the decoder that jumps gives other frames than a player shows."""
 _JUMPS = 24
 """Frames of a video that are asked for one by one, each after a jump."""
 _THUMBNAIL = 16
 """Pixels of a side: enough to tell one frame of a video from another."""
 _CLEARLY_NEARER = 0.8
-"""A frame is taken for another one where it differs from that one by less than this share of what it should be."""
+"""A frame is taken for another one where it differs from that one by less than this share of what
+it should be."""
 _SPLITS: tuple[Split, ...] = ("train", "val")
 
 
@@ -63,7 +64,8 @@ class DataReport:
     per_class: dict[Split, dict[str, int]]
     """Split -> class -> videos that can be read."""
     fingerprint: str | None
-    """What stands for the data in a trial's identity; none where the annotations cannot be used as they are."""
+    """What stands for the data in a trial's identity; none where the annotations cannot be used as
+    they are."""
     faults: tuple[str, ...]
     """The kinds that the settings do not put up with (``data.missing``, ``data.broken``)."""
 
@@ -81,7 +83,9 @@ class DataReport:
 def check_data(
     data: DataConfig, clip: ClipConfig, processes: int, progress: Callable[[int, int], None]
 ) -> DataReport:
-    """Open every video of both splits and decode one clip of it; ``progress`` is told (done, of how many).
+    """Open every video of both splits and decode one clip of it.
+
+    ``progress`` is told (done, of how many).
 
     Raises:
         UserError: the annotation files cannot be read, or the decoder does not work here.
@@ -151,7 +155,7 @@ def _report(
 
 
 def report_text(report: DataReport, num_named: int = 10) -> str:
-    """Return the counts as a table, the first findings, what is known of the classes, and the fingerprint."""
+    """Return the report as text: counts, first findings, classes and fingerprint."""
     lines = [f"{'':<7}" + "".join(f"{kind:>12}" for kind in KINDS)]
     lines += [
         f"{split:<7}" + "".join(f"{counts[kind]:>12}" for kind in KINDS)
@@ -215,7 +219,10 @@ def _look(clip: ClipConfig, decoder: str, video: Video) -> tuple[str, str]:
 
 
 def _disagreement(reader: Reader) -> str:
-    """Compare frames that a decoder jumps to with all frames, decoded from the front; say where they differ."""
+    """Compare frames that a decoder jumps to with all frames, decoded from the front.
+
+    Say where they differ.
+    """
     name = reader.decoder
     if name == "pyav":
         return ""
@@ -233,7 +240,8 @@ def _disagreement(reader: Reader) -> str:
 def _jumps(path: Path, num_frames: int) -> list[int]:
     """Return frames to ask for, beside key frames first: there a decoder that jumps goes wrong.
 
-    They are in no order: a decoder that is asked for neighbours goes on from the last one, and is right.
+    They are in no order: a decoder that is asked for neighbours goes on from the last one, and is
+    right.
     """
     rng = np.random.default_rng(0)
     keys = key_frames(path)

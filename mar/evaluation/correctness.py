@@ -1,4 +1,7 @@
-"""What reading thousands of results needs of each: which test videos were right, a bit each; its epochs. Imports no torch."""
+"""What reading thousands of results needs of each: which test videos were right, a bit each.
+
+Its epochs. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 CORRECTNESS = "answers.npz"
-"""File of a result: two kilobytes where the predictions of the same 20,000 videos are two megabytes."""
+"""File of a result: two kilobytes where the predictions of the same 20,000 videos are two
+megabytes."""
 
 
 def videos_digest(names: Iterable[str]) -> str:
-    """Return a digest of videos' names in their order: models with the same one were tested on the same videos."""
+    """Return a digest of the videos' names in their order.
+
+    Models with the same digest were tested on the same videos.
+    """
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
 

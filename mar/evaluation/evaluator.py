@@ -1,4 +1,4 @@
-"""Multi-view evaluation: class probabilities averaged over clips and crops, top-1 and top-5 in percent."""
+"""Multi-view evaluation: probabilities averaged over clips and crops; top-1, top-5 in percent."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class Predictions:
     """Videos that could not be decoded, with the reason; accuracies do not count them."""
 
     def accuracy(self, k: int) -> float:
-        """Return top-k accuracy in percent; a video counts if its label is among the k most probable classes."""
+        """Return top-k accuracy in percent.
+
+        A video counts if its label is among the k most probable classes.
+        """
         best = self.probabilities.topk(min(k, self.probabilities.shape[1]), dim=1).indices
         return 100 * (best == self.labels[:, None]).any(dim=1).double().mean().item()
 
@@ -81,10 +84,13 @@ class Reconstruction:
 
 
 class Evaluator:
-    """Evaluates a model on one split, as often as asked; with ``is_kept`` its loader processes live as long as it does.
+    """Evaluates a model on one split, as often as asked.
+
+    With ``is_kept`` its loader processes live as long as it does.
 
     Raises:
-        UserError: the frame cache lacks a video or is stale, or the decoder that the settings name does not work.
+        UserError: the frame cache lacks a video or is stale, or the decoder that the settings name
+            does not work.
     """
 
     def __init__(
@@ -134,7 +140,10 @@ class Evaluator:
     def _gathered(
         self, model: MAR, measure: Callable[[MAR, Tensor], Tensor]
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[str, ...]]:
-        """Return videos, labels and what was measured of each, from all workers; and the broken videos."""
+        """Return videos, labels and what was measured of each, from all workers.
+
+        And the broken videos.
+        """
         model.eval()
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
         broken: list[str] = []
@@ -189,7 +198,7 @@ class Evaluator:
 
 
 def write_predictions(predictions: Predictions, videos: list[Video], file: Path) -> None:
-    """Write one row a video: its label, the label's probability and the five most probable classes."""
+    """Write one row a video: its label, that label's probability, the five most probable classes."""
     best = predictions.probabilities.topk(min(5, predictions.probabilities.shape[1]), dim=1)
     header = ["video", "label", "probability_of_label"]
     for rank in range(1, best.indices.shape[1] + 1):

@@ -1,4 +1,7 @@
-"""From visible tokens to class scores: the bridging classifier of Eq. 2, and the linear and MLP baselines."""
+"""From visible tokens to class scores: the bridging classifier of Eq.
+
+2, and the linear and MLP baselines.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transform
 def build_classifier(
     config: ClassifierConfig, encoder_width: int, num_tokens: int, num_classes: int
 ) -> nn.Module:
-    """Return the classifier that ``config.kind`` names; each maps tokens and their places to scores."""
+    """Return the classifier that ``config.kind`` names.
+
+    Each maps tokens and their places to scores.
+    """
     if config.kind == "bridging":
         return BridgingClassifier(config, encoder_width, num_tokens, num_classes)
     if config.kind == "mlp":
@@ -22,7 +28,10 @@ def build_classifier(
 
 
 class BridgingClassifier(nn.Module):
-    """p = φ(h(F_v)), Eq. 2: blocks h over the visible tokens, then the average φ, a norm and a linear layer."""
+    """p = φ(h(F_v)), Eq.
+
+    2: blocks h over the visible tokens, then the average φ, a norm and a linear layer.
+    """
 
     positions: Tensor
 
@@ -59,7 +68,10 @@ class BridgingClassifier(nn.Module):
     def _input(
         self, tokens: Float[Tensor, "B K W"], visible: Int[Tensor, "B K"]
     ) -> Float[Tensor, "B N W"]:
-        """Table VII: optionally all N tokens instead of the K visible ones, optionally with positions."""
+        """Return the input of the blocks, with the options of Table VII.
+
+        All N tokens instead of the K visible ones, and positions.
+        """
         indices = visible
         if self.mask_token is not None:
             num_clips = tokens.shape[0]  # len() would fix it when the model is exported
@@ -70,7 +82,10 @@ class BridgingClassifier(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """The baseline of Table V: average, dropout, one linear layer, which starts near zero as VideoMAE's does."""
+    """The linear baseline of Table V: average, dropout, one linear layer.
+
+    The layer starts near zero as VideoMAE's does.
+    """
 
     def __init__(self, config: ClassifierConfig, encoder_width: int, num_classes: int) -> None:
         super().__init__()
@@ -88,7 +103,7 @@ class LinearClassifier(nn.Module):
 
 
 class MLPClassifier(nn.Module):
-    """The MLP of Table VI: one token-wise layer, the average, then the remaining layers on one vector.
+    """The MLP of Table VI: one token-wise layer, the average, then layers on one vector.
 
     That is the only reading whose cost is the paper's 80.15 GFLOPs.
     """

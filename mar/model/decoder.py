@@ -14,8 +14,8 @@ from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transform
 class Decoder(nn.Module):
     """Predicts the pixels of hidden tubelets from visible tokens.
 
-    The last block's queries, its MLP and the pixel head run on hidden tokens only; the released code runs them on all
-    and then selects.
+    The last block's queries, its MLP and the pixel head run on hidden tokens only; the released
+    code runs them on all and then selects.
     """
 
     positions: Tensor
@@ -61,7 +61,10 @@ def reconstruction_target(
     tubelet: tuple[int, int, int],
     normalize: bool,
 ) -> Float[Tensor, "B M P"]:
-    """Return x_M of Eq. 3: hidden tubelets of ``pixels`` (0 to 1), normalised by channel within each tubelet."""
+    """Return x_M of Eq.
+
+    3: hidden tubelets of ``pixels`` (0 to 1), normalised by channel within each tubelet.
+    """
     tubelets = take_tubelets(pixels, tubelet, hidden)
     channels = tubelets.unflatten(-1, (pixels.shape[1], -1)).transpose(-1, -2)
     if normalize:

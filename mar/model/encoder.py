@@ -13,14 +13,20 @@ from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transform
 def patchify(
     video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int]
 ) -> Float[Tensor, "B N P"]:
-    """Cut clips into tubelets, tokens in order t, h, w; within one, channel, frame, row, column (P values)."""
+    """Cut clips into tubelets, tokens in order t, h, w.
+
+    Within one, channel, frame, row, column (P values).
+    """
     return _tubelets(video, tubelet).flatten(1, 3).flatten(2)
 
 
 def take_tubelets(
     video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int], indices: Int[Tensor, "B K"]
 ) -> Float[Tensor, "B K P"]:
-    """Return some of the tubelets of ``patchify``, by their flat index; the others are not copied."""
+    """Return some of the tubelets of ``patchify``, by their flat index.
+
+    The others are not copied.
+    """
     tubelets = _tubelets(video, tubelet)
     _, _, h, w = tubelets.shape[:4]
     clip = torch.arange(video.shape[0], device=indices.device)[:, None]

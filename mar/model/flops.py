@@ -1,8 +1,8 @@
 """What a model costs: GFLOPs in the paper's convention, parameters and tokens, without building it.
 
-The convention (it reproduces every GFLOPs figure of the paper for MAR): one multiply-add counts one, a
-LayerNorm counts five for each value, the patch embedding is counted on all tokens, the reconstruction
-branch is not in it, and biases, GELU, softmax, residuals and averages count nothing.
+The convention (it reproduces every GFLOPs figure of the paper for MAR): one multiply-add counts
+one, a LayerNorm counts five for each value, the patch embedding is counted on all tokens, the
+reconstruction branch is not in it, and biases, GELU, softmax, residuals and averages count nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Cost:
     gflops: float
     """Inference, 10⁹ multiply-adds."""
     train_gflops: float
-    """One training step of one clip: three times the forward pass, reconstruction branch included."""
+    """One training step of one clip: three times the forward pass, reconstruction branch
+    included."""
     params_m: float
     """Millions of parameters without the reconstruction branch, as the paper counts."""
     train_params_m: float

@@ -1,8 +1,8 @@
-"""The parts that encoder, decoder and bridging classifier share: sin-cos positions and transformer blocks.
+"""What encoder, decoder and bridging classifier share: positions and transformer blocks.
 
-Departures from the released code: attention never builds the matrix softmax(QKᵀ), except where that is faster;
-and the blocks are timm's, whose key projection has a bias. Softmax does not change when every key moves by the
-same vector, so a checkpoint without one is loaded with zeros.
+Departures from the released code: attention never builds the matrix softmax(QKᵀ), except where that
+is faster; and the blocks are timm's, whose key projection has a bias. Softmax does not change when
+every key moves by the same vector, so a checkpoint without one is loaded with zeros.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 def sin_cos_positions(num_tokens: int, width: int) -> Float[Tensor, "N D"]:
-    """Return the fixed table: sine in even and cosine in odd channels of p / 10000^(2⌊j/2⌋/D), p the flat index."""
+    """Return the fixed table of sin-cos positions.
+
+    Sine in even and cosine in odd channels of p / 10000^(2⌊j/2⌋/D), where p is the flat index.
+    """
     position = torch.arange(num_tokens, dtype=torch.float64)[:, None]
     channel = torch.arange(width)
     angle = position / torch.pow(10000.0, 2 * (channel // 2).double() / width)
@@ -40,8 +43,9 @@ def attention(
 ) -> Float[Tensor, "B heads Q d"]:
     """Return softmax(QKᵀ/√d)V by the fastest way on the device.
 
-    That is PyTorch's fused kernel, except on a CPU in bfloat16: its matrix units multiply whole matrices several times
-    faster than the fused kernel uses them, forward and backward (benchmarks/, docs/log.md).
+    That is PyTorch's fused kernel, except on a CPU in bfloat16: its matrix units multiply whole
+    matrices several times faster than the fused kernel uses them, forward and backward
+    (benchmarks/, docs/log.md).
     """
     if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
         if torch.is_grad_enabled():
@@ -63,7 +67,10 @@ def explicit_attention(
 
 
 class Attention(TimmAttention):
-    """timm's self-attention, with :func:`attention` inside, and for the last ``num_queries`` tokens alone if asked."""
+    """timm's self-attention, with :func:`attention` inside.
+
+    With ``num_queries``, for the last tokens alone.
+    """
 
     def forward(
         self,
@@ -94,7 +101,10 @@ class Block(TimmBlock):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Tensor, "B N D"], num_out: int | None = None
     ) -> Float[Tensor, "B Q D"]:
-        """Return all tokens, or the last ones: nothing but keys and values is computed for the others."""
+        """Return all tokens, or the last ones.
+
+        For the others only keys and values are computed.
+        """
         kept = x if num_out is None else x[:, -num_out:]
         x = kept + self.drop_path1(self.attention_branch(x, num_out))
         return x + self.drop_path2(self.mlp_branch(x))
@@ -110,7 +120,10 @@ class Block(TimmBlock):
         return self.mlp(self.norm2(x))
 
     def compile_parts(self, mode: str = "default") -> None:
-        """Compile what is between the residual sums: the code is one for all blocks, which differ in stochastic depth."""
+        """Compile what is between the residual sums.
+
+        The compiled code is the same for all blocks, which differ in stochastic depth.
+        """
         self.attention_branch = torch.compile(self.attention_branch, mode=mode, dynamic=False)
         self.mlp_branch = torch.compile(self.mlp_branch, mode=mode, dynamic=False)
 
@@ -119,7 +132,8 @@ class Blocks(nn.Sequential):
     """Transformer blocks, one after another."""
 
     activation_checkpointing = False
-    """Keep no activations inside a block: compute them again in the backward pass. Less memory, a third more work."""
+    """Keep no activations inside a block: compute them again in the backward pass. Less memory, a
+    third more work."""
 
     def forward(
         self, input: Float[Tensor, "B N D"], num_out: int | None = None
@@ -136,7 +150,10 @@ class Blocks(nn.Sequential):
 
 
 def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.0) -> Blocks:
-    """Return ``depth`` pre-norm blocks (MLP ratio 4, GELU); stochastic depth rises linearly to ``drop_path``."""
+    """Return ``depth`` pre-norm blocks (MLP ratio 4, GELU).
+
+    Stochastic depth rises linearly to ``drop_path``.
+    """
     rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
     block = partial(
         Block,
@@ -152,7 +169,10 @@ def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.
 def set_execution_mode(
     model: nn.Module, compiled: str = "", activation_checkpointing: bool = False
 ) -> None:
-    """Set how a model's blocks run: compiled in a mode of ``torch.compile`` (empty: not), activations recomputed."""
+    """Set how a model's blocks run.
+
+    Compiled in a mode of ``torch.compile`` (empty: not compiled), and with activations recomputed.
+    """
     if (
         compiled
     ):  # what an earlier trial in this process compiled counts against PyTorch's limit of eight
@@ -165,7 +185,9 @@ def set_execution_mode(
 
 
 def initialise(module: nn.Module, as_made: Sequence[nn.Module] = ()) -> None:
-    """Xavier-uniform weights and zero biases for linear layers, but for those that stay ``as_made``, by PyTorch.
+    """Give linear layers Xavier-uniform weights and zero biases.
+
+    Those in ``as_made`` keep PyTorch's own initialisation.
 
     Norms start as the identity.
     """

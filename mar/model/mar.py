@@ -41,7 +41,10 @@ def _decoder(settings: TrainingConfig, width: int, num_tokens: int, patch_values
 
 
 class MAR(nn.Module):
-    """Masked Action Recognition (Fig. 2): videos of pixels from 0 to 1, and a mask that is True where hidden."""
+    """Masked Action Recognition (Fig.
+
+    2): videos of pixels from 0 to 1, and a mask that is True where hidden.
+    """
 
     mean: Tensor
     std: Tensor
@@ -70,7 +73,10 @@ class MAR(nn.Module):
         hidden: Bool[Tensor, "B t h w"],
         labels: Float[Tensor, "B classes"],
     ) -> Losses:
-        """Return L = λ L_r + L_c for each clip (Eq. 5), or L_r alone; ``labels`` are class probabilities."""
+        """Return L = λ L_r + L_c for each clip (Eq. 5), or L_r alone.
+
+        ``labels`` are class probabilities.
+        """
         visible_places, hidden_places = self._places(hidden)
         tokens = self.encoder((pixels - self.mean) / self.std, visible_places)
         nothing = torch.zeros(len(pixels), device=pixels.device)

@@ -1,17 +1,19 @@
 """Which tokens are hidden: cell running masking (section III-B) and the masks it is compared with.
 
-A mask is True where a token is **hidden**. Every clip of a batch has the same number of hidden tokens
-(``MaskConfig.num_hidden``), so that the visible ones form a dense tensor.
+A mask is True where a token is **hidden**. Every clip of a batch has the same number of hidden
+tokens (``MaskConfig.num_hidden``), so that the visible ones form a dense tensor.
 
 Departures from the released code, and choices where the paper is silent:
 
-- A cell whose share of hidden tokens is not whole (7 × 7 at 50 %, 7 × 2 at 25 %) alternates between the two
-  neighbouring counts, so that the clip's total is kept; the released code rounds each cell's share up, or crashes.
+- A cell whose share of hidden tokens is not whole (7 × 7 at 50 %, 7 × 2 at 25 %) alternates between
+  the two neighbouring counts, so that the clip's total is kept; the released code rounds each
+  cell's share up, or crashes.
 - Random and block running masks move by one column a slice; the paper does not say how far.
 - A standard block mask is one rectangle, the same in every slice.
 - A uniform mask is a running cell as large as the token grid (section III-B).
 
-A new strategy is a function like those below, an entry in ``_STRATEGIES``, and a name in ``MaskConfig.strategy``.
+A new strategy is a function like those below, an entry in ``_STRATEGIES``, and a name in
+``MaskConfig.strategy``.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ def evaluation_mask(
 ) -> Bool[Tensor, "1 t h w"]:
     """Return the one mask that all clips of an evaluation share (section III-B, last paragraph).
 
-    Cells run in order from ``evaluation.mask.start``. Strategies that are random in testing too are drawn once, from a
-    fixed seed.
+    Cells run in order from ``evaluation.mask.start``. Strategies that are random in testing too are
+    drawn once, from a fixed seed.
     """
     mask = settings.test_mask
     grid = settings.grid
@@ -112,7 +114,11 @@ def _run_cells(
     num_hidden: int,
     starts: Int[Tensor, "B rows columns"],
 ) -> Bool[Tensor, "B t h w"]:
-    """Eq. 1: in slice t, a cell that started in state i is in state t + i, each state the last one rotated by one."""
+    """Eq.
+
+    1: in slice t, a cell that started in state i is in state t + i, each state the last one rotated
+        by one.
+    """
     t, h, w = grid
     r, q = cell
     rows = h // r
@@ -132,14 +138,16 @@ def _run_cells(
 def _cell_states(
     cell: tuple[int, int], num_hidden: int, num_cells: int
 ) -> tuple[Bool[Tensor, "2 area area"], Int[Tensor, " num_cells"]]:
-    """Return the states of a cell, and which of the two counts of hidden tokens each cell of a clip has.
+    """Return the states of a cell, and which count of hidden tokens each cell of a clip has.
 
-    The first tensor has the rotations of state A, with the mean count of hidden tokens rounded down, and with one more.
-    The second has 0 or 1 for each cell: evenly spread over the clip, so that its total is ``num_hidden``.
+    The first tensor has the rotations of state A, with the mean count of hidden tokens rounded
+    down, and with one more. The second has 0 or 1 for each cell: evenly spread over the clip, so
+    that its total is ``num_hidden``.
     """
     area = cell[0] * cell[1]
     few = num_hidden // num_cells
-    # How many tokens are hidden before each cell, if they are spread evenly; the differences are few or few + 1.
+    # How many tokens are hidden before each cell, if they are spread evenly; the differences are
+    # few or few + 1.
     before = torch.arange(num_cells + 1) * num_hidden // num_cells
     rotations: list[Tensor] = []
     for count in (few, few + 1):
@@ -149,10 +157,13 @@ def _cell_states(
 
 
 def _state_a(cell: tuple[int, int], num_hidden: int) -> Bool[Tensor, " area"]:
-    """State A, row by row: the first tokens of a 2 × 2 cell; in a larger one, the rarer kind is spread.
+    """State A, row by row: the first tokens of a 2 × 2 cell.
 
-    Packed together, the mask of a large cell would be a block (section IV-B, "the spatial size of the running cell"). The
-    released code spreads with a whole stride; where that leaves tokens over and it fails, ours are spread evenly.
+    In a larger one, the rarer kind is spread.
+
+    Packed together, the mask of a large cell would be a block (section IV-B, "the spatial size of
+    the running cell"). The released code spreads with a whole stride; where that leaves tokens over
+    and it fails, ours are spread evenly.
     """
     area = cell[0] * cell[1]
     if cell == (2, 2):
@@ -189,7 +200,8 @@ def _block(
 ) -> Bool[Tensor, "B t h w"]:
     """A rectangle of random position and shape, the same in every slice, or running.
 
-    Its tokens are those nearest to its centre, by the larger of two scaled distances: so their number is exact.
+    Its tokens are those nearest to its centre, by the larger of two scaled distances: so their
+    number is exact.
     """
     t, h, w = grid
     device = generator.device
@@ -229,7 +241,10 @@ def _frame(
 
 
 def _smallest(values: Float[Tensor, "B n"], count: int) -> Bool[Tensor, "B n"]:
-    """True at the ``count`` smallest values of each row; of equal values the earlier one counts as smaller."""
+    """True at the ``count`` smallest values of each row.
+
+    Of equal values the earlier one counts as smaller.
+    """
     chosen = values.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, chosen, True)
 

@@ -1,4 +1,4 @@
-"""How the C library's allocator keeps freed memory during a training, and gives it back after it."""
+"""Lets the C library keep freed memory during a training, and give it back after it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import ctypes
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep the memory that it frees, for its next use: for processes that train on the CPU.
+    """Let this process keep the memory that it frees, for its next use.
 
-    Elsewise glibc gives every large tensor back to the system, which hands the next one out zeroed, page by page: up to
-    half of the time of a step. Does nothing where the C library is another.
+    For processes that train on the CPU.
+
+    Elsewise glibc gives every large tensor back to the system, which hands the next one out zeroed,
+    page by page: up to half of the time of a step. Does nothing where the C library is another.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -19,7 +21,10 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Give the system what :func:`keep_freed_memory` had this process keep: between trials, and when memory is short."""
+    """Return to the system what :func:`keep_freed_memory` kept.
+
+    Between trials, and when memory is short.
+    """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)

@@ -1,9 +1,10 @@
 """What a checkpoint holds; atomic save, verified load.
 
-A checkpoint is a folder ``step_00000123``: ``model.safetensors``, ``training.pt`` (the optimiser's state) and,
-written last, ``manifest.json`` with the settings, the progress and every file's SHA-256. It is written beside
-its place and then renamed, so a folder with that name is complete. There is no random state in it: every draw
-follows from the seed and the step (``mar.dataset``). A training waits while its state is copied, not while that is written.
+A checkpoint is a folder ``step_00000123``: ``model.safetensors``, ``training.pt`` (the optimiser's
+state) and, written last, ``manifest.json`` with the settings, the progress and every file's
+SHA-256. It is written beside its place and then renamed, so a folder with that name is complete.
+There is no random state in it: every draw follows from the seed and the step (``mar.dataset``). A
+training waits while its state is copied, not while that is written.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Progress:
     step: int = 0
     """Optimiser steps done."""
     sums: list[float] = field(default_factory=lambda: [0.0] * 5)
-    """Of the epoch so far, over all workers: total, classification and reconstruction loss, clips, broken videos."""
+    """Of the epoch so far, over all workers: total, classification and reconstruction loss, clips,
+    broken videos."""
     elapsed_s: float = 0.0
     """Seconds spent training and evaluating, over all attempts."""
     history: list[dict[str, float]] = field(default_factory=list)
@@ -64,7 +66,7 @@ def save(
     keep: RetentionPolicy,
     try_again: Callable[[Failure], bool] = lambda failure: False,
 ) -> Path:
-    """Save a training's state below ``folder`` and remove the checkpoints that ``keep`` does not name."""
+    """Save a training's state below ``folder``; remove the checkpoints that ``keep`` drops."""
     path = path_for(folder, state.progress)
     writers: Writers = {
         "model.safetensors": lambda file: save_file(dict(state.model), file),
@@ -82,10 +84,13 @@ def save(
 
 
 class Saver:
-    """Saves checkpoints in a thread of its own, one at a time; the training waits while its state is copied.
+    """Saves checkpoints in a thread of its own, one at a time.
 
-    What kept a checkpoint from being written is raised by the call after it, or on leaving. ``stored`` is told of each that
-    is whole, in that thread; there ``try_again`` is asked when the disk refuses one.
+    The training waits while its state is copied.
+
+    What kept a checkpoint from being written is raised by the call after it, or on leaving.
+    ``stored`` is told of each that is whole, in that thread; there ``try_again`` is asked when the
+    disk refuses one.
     """
 
     def __init__(
@@ -167,7 +172,10 @@ def path_for(folder: Path, progress: Progress) -> Path:
 
 
 def latest(folder: Path, settings: TrainingConfig, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint below ``folder`` that is whole and has these settings; tell of others."""
+    """Return the newest checkpoint below ``folder`` that is whole and has these settings.
+
+    Tell of others.
+    """
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
             manifest = read_atomic_dir(path)

@@ -1,7 +1,8 @@
 """``fit``: the only training loop. It reports through callbacks and does not know what runs it.
 
-Load order: settings, data, model, optimiser, then the newest complete checkpoint of the trial's folder. A training that was
-stopped and resumed equals one that was not: bit for bit on the CPU (``mar.training.step``).
+Load order: settings, data, model, optimiser, then the newest complete checkpoint of the trial's
+folder. A training that was stopped and resumed equals one that was not: bit for bit on the CPU
+(``mar.training.step``).
 """
 
 from __future__ import annotations
@@ -61,15 +62,17 @@ class Training(TrainState):
 def fit(
     settings: TrainingConfig, folder: Path, runtime: RuntimeConfig, callbacks: TrainingCallbacks
 ) -> dict[str, float]:
-    """Train from the newest checkpoint in ``folder`` (or from the start), test, and return the final metrics.
+    """Train from the newest checkpoint in ``folder`` (or from the start), then test.
 
-    Reports every epoch, replaying those before a resumption, so that a reader that lost some gets all. Leaves
-    ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``metrics.json``, ``history.csv``, ``curves.png`` and, where
-    there are classes, ``predictions.csv``, ``correctness.npz`` and ``confusion.png``.
+    Reports every epoch, replaying those before a resumption, so that a reader that lost some gets
+    all. Leaves ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``metrics.json``,
+    ``history.csv``, ``curves.png`` and, where there are classes, ``predictions.csv``,
+    ``correctness.npz`` and ``confusion.png``.
 
     Raises:
         UserError: the settings do not fit the data.
-        Failure: the loss is not finite, a video is broken (``data.broken: error``), or the disk refuses.
+        Failure: the loss is not finite, a video is broken (``data.broken: error``), or the disk
+            refuses.
         Stopped: ``callbacks.on_step`` asked for it; what was done is saved.
     """
     finished = distributed.broadcast_from_rank0(lambda: _finished(settings, folder))
@@ -133,10 +136,13 @@ def reevaluate(
     runtime: RuntimeConfig,
     callbacks: TrainingCallbacks,
 ) -> dict[str, float]:
-    """Test a finished training under other settings of ``evaluation`` (Tables III b, III c); returns the final metrics.
+    """Test a finished training under other settings of ``evaluation`` (Tables III b, III c).
 
-    ``result`` is the training's result folder. Its training metrics are reported unchanged. Leaves ``folder/result`` as
-    ``fit`` does, without the model: ``trained_by.txt`` names the folder that has it.
+    Returns the final metrics.
+
+    ``result`` is the training's result folder. Its training metrics are reported unchanged. Leaves
+    ``folder/result`` as ``fit`` does, without the model: ``trained_by.txt`` names the folder that
+    has it.
 
     Raises:
         UserError: the settings do not fit the data.
@@ -159,9 +165,12 @@ def reevaluate(
 
 
 def _finished(settings: TrainingConfig, folder: Path) -> list[dict[str, float]] | None:
-    """Return the metrics of each epoch and last the final ones, if the folder has a result of these settings.
+    """Return the metrics of each epoch, and last the final ones, of a result in the folder.
 
-    It has one when the launch was killed before it recorded the result, or when the database was lost since.
+    None: it has none of these settings.
+
+    It has one when the launch was killed before it recorded the result, or when the database was
+    lost since.
 
     Raises:
         Failure: the result is damaged.
@@ -235,7 +244,9 @@ def _evaluate(
 
 
 def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, float]:
-    """Train to the end of the epoch that the progress is in; returns the epoch's metrics and starts new sums.
+    """Train to the end of the epoch that the progress is in.
+
+    Returns the epoch's metrics and starts new sums.
 
     Raises:
         Stopped: the step callback asked to stop before the epoch's end.
@@ -276,7 +287,8 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
 def _resumed_sums(training: Training) -> Tensor:
     """Return this worker's sums at the epoch's current step.
 
-    A checkpoint has them over all workers; the first worker carries them on, the others start at zero.
+    A checkpoint has them over all workers; the first worker carries them on, the others start at
+    zero.
     """
     device = training.runtime.device
     sums = torch.tensor(training.progress.sums, dtype=torch.float64, device=device)

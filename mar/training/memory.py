@@ -1,4 +1,4 @@
-"""Memory: its peak in training on a CUDA device (Table V, "GPU Mem."), and how the CPU's is given back."""
+"""Peak memory of training on a CUDA device (Table V, "GPU Mem.")."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _STEPS = 3
 
 
 def peak_training_memory_gib(settings: TrainingConfig, num_clips: int) -> float:
-    """Return the most memory that PyTorch held at once over a few optimiser steps on random clips, GiB.
+    """Return the peak of PyTorch's memory over a few optimiser steps on random clips, GiB.
 
-    Weights, gradients, AdamW's state, activations and workspaces; not the CUDA context, which no setting changes.
+    Weights, gradients, AdamW's state, activations and workspaces; not the CUDA context, which no
+    setting changes.
 
     Raises:
         UserError: there is no CUDA device here, or it has too little memory.

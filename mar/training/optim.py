@@ -1,4 +1,4 @@
-"""AdamW's parameter groups with layer-wise decay, and the learning rate as a pure function of the step."""
+"""AdamW's parameter groups with layer-wise decay, and the learning rate as a pure function."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from mar.model.mar import MAR
 
 
 def peak_lr(recipe: RecipeConfig) -> float:
-    """Return the learning rate after warm-up: base x batch / 256 under linear scaling (Table I, footnote)."""
+    """Return the learning rate after warm-up.
+
+    base × batch / 256 under linear scaling (Table I, footnote).
+    """
     return recipe.base_lr * (recipe.batch_size / 256 if recipe.lr_scaling == "linear" else 1)
 
 
 def learning_rate(recipe: RecipeConfig, epoch: float) -> float:
-    """Return the learning rate at a time in epochs: linear warm-up, then half a cosine to ``min_lr``."""
+    """Return the learning rate at a time in epochs.
+
+    Linear warm-up, then half a cosine to ``min_lr``.
+    """
     if epoch < recipe.warmup_epochs:
         end = _cosine(recipe, recipe.warmup_epochs)
         return recipe.warmup_lr + (end - recipe.warmup_lr) * epoch / recipe.warmup_epochs
@@ -35,10 +41,12 @@ def _cosine(recipe: RecipeConfig, epoch: float) -> float:
 
 
 def layer_scale(name: str, depth: int, recipe: RecipeConfig) -> float:
-    """Return the learning-rate factor of a parameter: decay^(L - k) in block k of L, decay^(L + 1) at the embedding.
+    """Return the learning-rate factor of a parameter.
 
-    Under ``layer_decay_of: weights``, the release's rule, norms and biases have a factor of 1 everywhere, and the
-    decoder's mask token has the embedding's.
+    decay^(L - k) in block k of L, decay^(L + 1) at the embedding.
+
+    Under ``layer_decay_of: weights``, the release's rule, norms and biases have a factor of 1
+    everywhere, and the decoder's mask token has the embedding's.
     """
     decay, weights_only = recipe.layer_decay, recipe.layer_decay_of == "weights"
     if weights_only and (_is_norm(name) or name.endswith("bias")):
@@ -55,14 +63,20 @@ def _is_norm(name: str) -> bool:
 
 
 def is_decayed(name: str, recipe: RecipeConfig) -> bool:
-    """Whether weight decay applies: not to norms and biases; to mask tokens under the release's rule alone."""
+    """Whether weight decay applies: not to norms and biases.
+
+    To mask tokens under the release's rule alone.
+    """
     if name.endswith("mask_token"):
         return recipe.layer_decay_of == "weights"
     return not _is_norm(name) and not name.endswith("bias")
 
 
 def parameter_groups(model: MAR, recipe: RecipeConfig) -> list[dict[str, Any]]:
-    """Return one group for each learning-rate factor and each weight decay; its factor is ``lr_scale``."""
+    """Return one group for each learning-rate factor and each weight decay.
+
+    Its factor is ``lr_scale``.
+    """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     depth = len(model.encoder.blocks)
     for name, parameter in model.named_parameters():
@@ -98,6 +112,9 @@ def gradient_norm(model: nn.Module, limit: float | None) -> Tensor:
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, has_non_finite_grad: Tensor) -> None:
-    """Take the step; where ``spoiled``, change nothing. Decided on the device: nobody waits for the answer."""
+    """Take the step; where ``spoiled``, change nothing.
+
+    Decided on the device: nobody waits for the answer.
+    """
     optimizer.grad_scale, optimizer.found_inf = None, has_non_finite_grad.float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()

@@ -11,7 +11,10 @@ from mar.errors import Failure
 
 
 class TrainingSignal(IntEnum):
-    """What a training is to do after a step; of the answers of several workers the highest counts."""
+    """What a training is to do after a step.
+
+    Of the answers of several workers the highest counts.
+    """
 
     CONTINUE = 0
     CHECKPOINT = 1
@@ -30,16 +33,19 @@ class EpochReport:
     """Finished epochs."""
     metrics: Mapping[str, float]
     is_replay: bool = False
-    """Reported once before, by an attempt that this one resumes: who reads reports may have lost that one."""
+    """Reported once before, by an attempt that this one resumes: who reads reports may have lost
+    that one."""
     is_final: bool = False
-    """After the test; ``epoch`` is the last epoch again, ``metrics`` has what the test measured too."""
+    """After the test; ``epoch`` is the last epoch again, ``metrics`` has what the test measured
+    too."""
 
 
 @dataclass(frozen=True)
 class TrainingCallbacks:
     """What a training calls; the defaults print and never stop it.
 
-    Every worker of a data-parallel training calls ``report`` and ``on_step`` equally often, in the same order.
+    Every worker of a data-parallel training calls ``report`` and ``on_step`` equally often, in the
+    same order.
     """
 
     report: Callable[[EpochReport], None] = lambda report: None
@@ -47,10 +53,12 @@ class TrainingCallbacks:
     log: Callable[[str], None] = print
     """Receives messages for a person."""
     on_step: Callable[[int, int], TrainingSignal] = lambda done, total: TrainingSignal.CONTINUE
-    """Called after each step with the steps done and their total. All workers must get the same answer."""
+    """Called after each step with the steps done and their total. All workers must get the same
+    answer."""
     heartbeat: Callable[[], None] = lambda: None
     """Called for each batch that is tested: the training is alive."""
     on_checkpoint: Callable[[Path], None] = lambda path: None
     """Called with each checkpoint that is complete on the disk, in the thread that wrote it."""
     on_write_error: Callable[[Failure], bool] = lambda failure: False
-    """Called when the disk refuses a checkpoint or the result. True: try again; it may wait for room first."""
+    """Called when the disk refuses a checkpoint or the result. True: try again; it may wait for
+    room first."""

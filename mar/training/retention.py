@@ -1,4 +1,7 @@
-"""Which checkpoints of a training stay on the disk. Imports no torch: a launch is configured without it."""
+"""Which checkpoints of a training stay on the disk.
+
+Imports no torch: a launch is configured without it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,9 @@ class RetentionPolicy:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the policy that ``last=1,best,every=10`` stands for; what is not said is the default.
+        """Return the policy that ``last=1,best,every=10`` stands for.
+
+        What is not said is the default.
 
         Raises:
             ValueError: not in the notation.
@@ -78,7 +83,10 @@ def prune(folder: Path, keep: RetentionPolicy) -> None:
 
 
 def _epochs(path: Path) -> list[Mapping[str, float]]:
-    """Return the metrics of each epoch that ended with this checkpoint or before; none in the middle of one."""
+    """Return the metrics of each epoch that ended with this checkpoint or before.
+
+    None in the middle of one.
+    """
     with suppress(OSError, ValueError, KeyError, TypeError):  # damaged
         progress: dict[str, Any] = read_json(path / MANIFEST)["progress"]
         return [] if any(progress["sums"]) else progress["history"]

@@ -1,7 +1,8 @@
 """One optimiser step on one worker's share of a batch, and how it runs.
 
-What a step draws (masks, flips, mixing, dropout) follows from the seed and the step number alone. Random draws happen on
-the CPU and are sent to the device; checks of numbers run on the device, without a synchronisation.
+What a step draws (masks, flips, mixing, dropout) follows from the seed and the step number alone.
+Random draws happen on the CPU and are sent to the device; checks of numbers run on the device,
+without a synchronisation.
 """
 
 from __future__ import annotations
@@ -27,17 +28,22 @@ from mar.training.retention import RetentionPolicy
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How to run, not what: no value here changes a result (up to the order of floating-point sums)."""
+    """How to run, not what: no value here changes a result.
+
+    Up to the order of floating-point sums.
+    """
 
     device: torch.device
     loader_processes: int = 0
     """Processes that decode; 0: the training process does."""
     max_microbatch_clips: int | None = None
-    """Largest forward-backward pass of one worker; a larger share of the batch accumulates gradients over several."""
+    """Largest forward-backward pass of one worker; a larger share of the batch accumulates
+    gradients over several."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass where memory is short: a third more work."""
     compile: bool = False
-    """Compile the transformer blocks: half a minute and more at the start, for steps that are 3 % faster on a CPU."""
+    """Compile the transformer blocks: half a minute and more at the start, for steps that are 3 %
+    faster on a CPU."""
     checkpoint_every_steps: int | None = None
     """Also save in the middle of an epoch."""
     keep: RetentionPolicy = field(default_factory=RetentionPolicy)
@@ -79,11 +85,13 @@ class TrainState:
 def train_step(state: TrainState, batch: Batch) -> Tensor:
     """Take one optimiser step on this worker's share of the batch.
 
-    Each clip's loss is divided by the global batch size, so that the step does not depend on how the batch is divided
-    over workers and micro-batches. A broken video keeps its position in the batch and has no weight in the loss.
+    Each clip's loss is divided by the global batch size, so that the step does not depend on how
+    the batch is divided over workers and micro-batches. A broken video keeps its position in the
+    batch and has no weight in the loss.
 
     Returns:
-        Sums over this worker's good clips: total, classification and reconstruction loss, and their number.
+        Sums over this worker's good clips: total, classification and reconstruction loss, and their
+            number.
     """
     settings = state.settings
     device = state.runtime.device
@@ -96,7 +104,8 @@ def train_step(state: TrainState, batch: Batch) -> Tensor:
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     state.optimizer.zero_grad(set_to_none=True)
     microbatches = _microbatches(len(batch.labels), state.runtime.max_microbatch_clips)
-    # DistributedDataParallel averages gradients over the workers; the loss is a sum over the global batch.
+    # DistributedDataParallel averages gradients over the workers; the loss is a sum over the global
+    # batch.
     scale = rank.world / settings.recipe.batch_size
     for part in microbatches:
         chosen = drawn.of(range(len(drawn.erased))[part])

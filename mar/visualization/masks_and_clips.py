@@ -31,7 +31,9 @@ def example_masks(settings: TrainingConfig, num_clips: int) -> dict[str, Bool[Te
 
 
 def draw_clips(settings: TrainingConfig, num_clips: int, num_frames: int, file: Path) -> None:
-    """Draw clips of the first step as training sees them, augmented (mixing included), some frames of each.
+    """Draw clips of the first step as training sees them, some frames of each.
+
+    They are augmented and mixed.
 
     Raises:
         UserError: the data is not there, or matplotlib does not write that format.

@@ -1,4 +1,7 @@
-"""What the reconstruction branch redraws: the original video, the masked one, the rebuilt one (Fig. 6)."""
+"""What the reconstruction branch reconstructs (Fig. 6).
+
+The original video, the masked one, the reconstructed one.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +37,12 @@ def rebuilt(
     pixels: Float[Tensor, "B C T H W"],
     hidden: Bool[Tensor, "B t h w"],
 ) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B C T H W"]]:
-    """Return the masked videos (hidden patches grey) and the rebuilt ones (hidden patches as the model draws them).
+    """Return the masked videos and the reconstructed ones.
 
-    A model that draws normalised patches says nothing of their mean and deviation: the original's are taken.
+    Hidden patches are grey in the first, the model's in the second.
+
+    A model that draws normalised patches says nothing of their mean and deviation: the original's
+    are taken.
     """
     tubelet, channels = settings.encoder.tubelet, pixels.shape[1]
     patches, indices = patchify(pixels, tubelet), split_indices(hidden)[1].to(pixels.device)
@@ -64,7 +70,8 @@ def draw_reconstructions(
     """Draw three lines for each video: original, masked, rebuilt.
 
     Raises:
-        UserError: the model has no reconstruction branch, nothing is hidden, or matplotlib does not write that format.
+        UserError: the model has no reconstruction branch, nothing is hidden, or matplotlib does not
+            write that format.
         Failure: a video is broken.
     """
     if not settings.redraws_in_testing:

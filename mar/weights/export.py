@@ -1,4 +1,7 @@
-"""Weights out: a folder of safetensors, ``config.json`` and a model card; Hugging Face's VideoMAE; ONNX."""
+"""Weights out: a folder of safetensors, ``config.json`` and a model card.
+
+Hugging Face's VideoMAE; ONNX.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,9 @@ def write_model(folder: Path, weights: Weights, settings: TrainingConfig) -> Non
 
 
 def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig) -> list[str]:
-    """Write a folder for ``transformers``' VideoMAE; returns the names it has no place for (a bridging classifier's).
+    """Write a folder for ``transformers``' VideoMAE.
+
+    Returns the names it has no place for (a bridging classifier's).
 
     Raises:
         UserError: the folder is there already, the weights do not fit, or tubelets are not square.
@@ -129,7 +134,10 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
 
 
 def _labels(weights: Weights, num_unnamed: int = 0) -> dict[str, Any]:
-    """Return the class names as Hugging Face's configs have them; ``num_unnamed`` classes get names without a meaning."""
+    """Return the class names as Hugging Face's configs have them.
+
+    ``num_unnamed`` classes get names without a meaning.
+    """
     names = list(weights.classes) or [f"LABEL_{number}" for number in range(num_unnamed)]
     if not names:
         return {}
@@ -155,7 +163,10 @@ def _processor(size: int) -> dict[str, Any]:
 
 
 def check_fit(weights: Weights, settings: TrainingConfig) -> None:
-    """Raise a UserError if a part that the file has does not fit the settings; nothing is computed."""
+    """Raise a UserError if a part that the file has does not fit the settings.
+
+    Nothing is computed.
+    """
     with torch.device("meta"):
         model = MAR(settings)
     has = {name.split(".")[0] for name in weights.tensors}
@@ -163,7 +174,10 @@ def check_fit(weights: Weights, settings: TrainingConfig) -> None:
 
 
 class Inference(nn.Module):
-    """What is deployed: pixels to class scores, under the mask of evaluation; hidden tubelets are never read."""
+    """What is deployed: pixels to class scores, under the mask of evaluation.
+
+    Hidden tubelets are never read.
+    """
 
     visible: Tensor
 
@@ -181,12 +195,16 @@ class Inference(nn.Module):
 
 
 def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
-    """Write the inference path to ONNX, any number of clips at once; returns the largest difference from PyTorch.
+    """Write the inference path to ONNX, any number of clips at once.
 
-    The difference is that of onnxruntime's class scores on two random clips, after the file was read again.
+    Returns the largest difference from PyTorch.
+
+    The difference is that of onnxruntime's class scores on two random clips, after the file was
+    read again.
 
     Raises:
-        UserError: the file is there already, onnx is not installed, or the weights have no classifier.
+        UserError: the file is there already, onnx is not installed, or the weights have no
+            classifier.
     """
     if not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         raise UserError(

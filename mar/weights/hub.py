@@ -1,4 +1,7 @@
-"""Where pre-trained weights come from: a file, a folder, or a name on Hugging Face. Imports neither torch nor Ray."""
+"""Where pre-trained weights come from: a file, a folder, or a name on Hugging Face.
+
+Imports neither torch nor Ray.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from mar.errors import UserError
 from mar.safe_input import below, read_json
 
 ABSENT = "absent: "
-"""A fingerprint that begins so is of weights that are not on this machine yet; their name follows."""
+"""A fingerprint that begins so is of weights that are not on this machine yet; their name
+follows."""
 _DIGEST = "sha256: "
 _FILE_ENDINGS = (".pth", ".pt", ".pyth", ".bin", ".ckpt", ".safetensors", ".tar")
 _SAFE = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -18,9 +22,12 @@ _OLD = ("config.json", "pytorch_model.bin")
 
 
 def fetch(name: str) -> Path:
-    """Return the file or folder that ``name`` means: a path, ``organisation/model``, or a timm model's name.
+    """Return the file or folder that ``name`` means.
 
-    What is not on this machine is downloaded from Hugging Face, where timm's models stand under ``timm/``.
+    A path, ``organisation/model``, or the name of one of timm's models.
+
+    What is not on this machine is downloaded from Hugging Face, where timm's models stand under
+    ``timm/``.
 
     Raises:
         UserError: there is no such file, or no such model can be had.
@@ -75,7 +82,9 @@ def is_path(name: str) -> bool:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the files that hold the weights: the path itself, or what a folder has, safetensors first.
+    """Return the files that contain the weights.
+
+    The path itself, or files of a folder, safetensors first.
 
     Raises:
         UserError: the folder has none.
@@ -109,7 +118,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(name: str) -> str:
-    """Return what stands for the weights in a trial's identity: their content's SHA-256, wherever they lie.
+    """Return the fingerprint of the weights in a trial's identity.
+
+    The SHA-256 of their content, wherever they are stored.
 
     A fingerprint is returned as it is, so that an identity read back gives itself.
     """

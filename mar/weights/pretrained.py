@@ -54,7 +54,8 @@ class Weights:
     settings: dict[str, Any]
     """Dotted settings as the file tells them; ``…heads`` are missing where it does not."""
     stated: frozenset[str] = frozenset()
-    """Of those, what a config beside the weights says, or the embedding's shape: not what known models have."""
+    """Of those, what a config beside the weights says, or the embedding's shape: not what known
+    models have."""
     classes: tuple[str, ...] = ()
     """The classes' names by number; none where nobody told."""
 
@@ -127,7 +128,8 @@ def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None)
     """Return settings whose model has the sizes of the file.
 
     Raises:
-        SettingError: the number of heads is neither in the file, nor that of a known model, nor given.
+        SettingError: the number of heads is neither in the file, nor that of a known model, nor
+            given.
     """
     known = {**weights.settings, **flatten(overrides or {})}
     needs = [("encoder.heads", known.get("encoder.size") == "custom")]
@@ -147,12 +149,15 @@ def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None)
 def read_model(
     name: str, shared: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> tuple[TrainingConfig, MAR, tuple[str, ...]]:
-    """Return a whole classifier, ready to test, and its settings: the file's, then ``shared``, then ``overrides``.
+    """Return a complete classifier, ready to test, and its settings.
+
+    Settings come from the file, then ``shared``, then ``overrides``.
 
     Last its classes' names by number; none where the file has none.
 
     Raises:
-        UserError: the file has no classifier, or does not fit; or its number of heads must be given.
+        UserError: the file has no classifier, or does not fit; or its number of heads must be
+            given.
     """
     weights = read_weights(name)
     if "classifier.head.weight" not in weights.tensors:
@@ -166,7 +171,9 @@ def read_model(
 
 
 def start(model: MAR, settings: TrainingConfig) -> str:
-    """Load ``encoder.weights`` as training starts: the encoder, and the decoder if it is to be pre-trained.
+    """Load ``encoder.weights`` at the start of a training.
+
+    The encoder, and the decoder if it is to be pre-trained.
 
     Returns the report, a line each for what was loaded, initialised and left over.
 
@@ -226,14 +233,17 @@ def fitting(
     parts: Sequence[str],
     lends_norm: bool = False,
 ) -> tuple[str, ...]:
-    """Return the tensors of those parts; model and file must have the same ones, in the same shapes.
+    """Return the tensors of those parts.
 
-    With ``lends_norm``, one may be the file's or the model's alone: the encoder's last norm, which fine-tuned VideoMAE
-    models do not have, and which a model with ``classifier.norm: pooled`` has elsewhere.
+    Model and file must have the same ones, in the same shapes.
+
+    With ``lends_norm``, one may be the file's or the model's alone: the encoder's last norm, which
+    fine-tuned VideoMAE models do not have, and which a model with ``classifier.norm: pooled`` has
+    elsewhere.
 
     Raises:
-        UserError: tensors are missing, too many or of other shapes, or the file states other heads or tubelets; the
-            first are named, and the settings that would fit.
+        UserError: tensors are missing, too many or of other shapes, or the file states other heads
+            or tubelets; the first are named, and the settings that would fit.
     """
     ours = model.state_dict()
     of_parts = [name for name in {**ours, **weights.tensors} if name.startswith(tuple(parts))]
@@ -319,7 +329,10 @@ def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
 def _settings_of(
     translated: Translated, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], frozenset[str]]:
-    """Return dotted settings, those saved beside the weights and the sizes of the tensors; and which are stated."""
+    """Return dotted settings, those saved beside the weights and the sizes of the tensors.
+
+    And which are stated.
+    """
     if translated.layout is OURS and config:
         known = flatten(config)
         if known.get("encoder.size") != "custom":
@@ -462,7 +475,10 @@ def _counted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
 
 
 def contents(weights: Weights) -> str:
-    """Return what a checkpoint has, a line each: layout, parts, settings that follow from it, what is of no use."""
+    """Return what a checkpoint contains, one item a line.
+
+    Its layout, parts, the settings that follow from it, and unused tensors.
+    """
     by_reason: dict[str, list[str]] = {}
     for key, why in weights.unused.items():
         by_reason.setdefault(why, []).append(key)

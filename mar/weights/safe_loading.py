@@ -1,4 +1,7 @@
-"""Others' files, opened so that nothing in them can run: safetensors, PyTorch's with ``weights_only``, JSON, YAML."""
+"""Opens files of others so that nothing in them can run.
+
+safetensors, PyTorch's with ``weights_only``, JSON and YAML.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""The names that others give to the same tensors: VideoMAE, the MAR release, Hugging Face, image ViTs.
+"""The names that others give to the same tensors.
 
-Each layout is a list of rules, from a pattern of its names to ours. What all do differently from us is mended
-after renaming: query, key and value in one matrix, a key bias of zero (``mar.layers``), the embedding's
-convolution as a matrix, and a 2D embedding inflated to 3D (section IV-B, "Pre-training Dataset").
+VideoMAE, the MAR release, Hugging Face and image ViTs.
+
+Each layout is a list of rules, from a pattern of its names to ours. What all do differently from us
+is mended after renaming: query, key and value in one matrix, a key bias of zero (``mar.layers``),
+the embedding's convolution as a matrix, and a 2D embedding inflated to 3D (section IV-B,
+"Pre-training Dataset").
 """
 
 from __future__ import annotations
@@ -182,8 +185,8 @@ LAYOUTS = (
 def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
     """Return a checkpoint's tensors under our names, in float32; none where no layout fits.
 
-    A 2D patch embedding is inflated over ``inflate_frames`` frames: repeated, and divided by their number, so that
-    a still clip has the tokens of its image.
+    A 2D patch embedding is inflated over ``inflate_frames`` frames: repeated, and divided by their
+    number, so that a still clip has the tokens of its image.
     """
     layout = next(
         (layout for layout in LAYOUTS if all(_fits(mark, tensors) for mark in layout.marks)), None
@@ -212,12 +215,15 @@ def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
 
 
 def inflated(weight: Float[Tensor, "D C h w"], frames: int) -> Float[Tensor, "D C t h w"]:
-    """Return an image's patch embedding for tubelets of ``frames`` frames (section IV-B; I3D's rule)."""
+    """Return an image's patch embedding for tubelets of ``frames`` frames (section IV-B.
+
+    I3D's rule).
+    """
     return weight[:, :, None].expand(-1, -1, frames, -1, -1) / frames
 
 
 def hugging_face_names(tensors: Tensors, tubelet: tuple[int, int, int]) -> dict[str, Tensor]:
-    """Return encoder, decoder and a linear classifier under Hugging Face's VideoMAE names: the way back.
+    """Return encoder, decoder and a linear classifier under the names of Hugging Face's VideoMAE.
 
     Its attention has no key bias; leaving ours out changes nothing (``mar.layers``).
     """
@@ -289,8 +295,8 @@ def _first(rules: tuple[tuple[str, str], ...], key: str) -> str | None:
 def _joined(renamed: dict[str, Tensor], may_lack_biases: bool) -> dict[str, Tensor]:
     """Put query, key and value into one matrix and one bias; a key without a bias has zeros.
 
-    Where no block of a part has an attention bias, the model has none (``qkv_bias: false``), and all are zero.
-    Where some have and one lacks it, a tensor is missing, and stays so.
+    Where no block of a part has an attention bias, the model has none (``qkv_bias: false``), and
+    all are zero. Where some have and one lacks it, a tensor is missing, and stays so.
     """
     joined = {
         name: value

@@ -1,4 +1,4 @@
-"""What a backend trains, and what it reports: the protocols between a launch and whatever runs its trials."""
+"""The protocols between a launch and a backend: what it trains, and what it reports."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ class TrialSource(Protocol):
 class TrialCallback(Protocol):
     """Receives a trial's events, in the launch's own process.
 
-    Every trial that a backend starts has ``started`` first and one of ``finished``, ``failed``, ``pruned`` and
-    ``stopped`` last.
+    Every trial that a backend starts has ``started`` first and one of ``finished``, ``failed``,
+    ``pruned`` and ``stopped`` last.
     """
 
     def started(self, key: str) -> None:
         """A trial runs."""
 
     def epoch(self, key: str, report: EpochReport) -> None:
-        """A trial reports an epoch; epochs before a resumption are reported again (``is_replay``)."""
+        """A trial reports an epoch.
+
+        Epochs before a resumption are reported again (``is_replay``).
+        """
 
     def finished(self, key: str) -> None:
         """A trial has a complete result folder."""
@@ -61,9 +64,12 @@ REPLAYED_EPOCHS = "replayed_epochs"
 
 
 def report_with_replay(send: Callable[[dict[str, Any]], None]) -> Callable[[EpochReport], None]:
-    """Return a callback that sends each epoch to Ray as it ends, and replayed epochs along with the first new one.
+    """Return a callback that sends each epoch to Ray as it ends.
 
-    Each Ray report blocks until the next poll, so a hundred replayed epochs one by one would take a minute.
+    Replayed epochs are sent along with the first new one.
+
+    Each Ray report blocks until the next poll, so a hundred replayed epochs one by one would take a
+    minute.
     """
     replayed: list[dict[str, Any]] = []
 
@@ -80,7 +86,10 @@ def report_with_replay(send: Callable[[dict[str, Any]], None]) -> Callable[[Epoc
 
 
 def reports_in(result: Mapping[str, Any]) -> Sequence[EpochReport]:
-    """Return the epochs in a report that Ray delivered, the replayed ones first; none in one without metrics."""
+    """Return the epochs in a report that Ray delivered, the replayed ones first.
+
+    None in one without metrics.
+    """
     reports = [_from_ray(values, is_replay=True) for values in result.get(REPLAYED_EPOCHS, [])]
     if "epoch" in result:
         reports.append(_from_ray(result, is_replay=False))

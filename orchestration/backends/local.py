@@ -42,7 +42,9 @@ def run_search(
     callback: TrialCallback,
     announce: Callable[[Trial], None],
 ) -> None:
-    """Train what ``source`` proposes, one trial after the other; ``announce`` is called before each starts.
+    """Train what ``source`` proposes, one trial after the other.
+
+    ``announce`` is called before each starts.
 
     Raises:
         UserError: more than one worker is asked for.
@@ -71,7 +73,10 @@ def _never(key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
 
 
 class _PrunedError(BaseException):
-    """Ends a training that is pruned. Not an ``Exception``: the worker must not take it for a failure."""
+    """Ends a training that is pruned.
+
+    Not an ``Exception``: the worker must not take it for a failure.
+    """
 
 
 def _run_trial(spec: TrialSpec, callback: TrialCallback, should_prune: ShouldPrune) -> None:

@@ -14,7 +14,8 @@ def ray_environment(launch: LaunchConfig) -> dict[str, str]:
     else:
         reach = {
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's default on a Mac: its servers listen on loopback alone
-            # Whoever is on the machine could read the metrics, without a token; nobody collects those of a private Ray.
+            # Whoever is on the machine could read the metrics, without a token; nobody collects
+            # those of a private Ray.
             "RAY_enable_metrics_collection": "0",
             "AUTOSCALER_METRIC_PORT": "-1",
             "DASHBOARD_METRIC_PORT": "-1",

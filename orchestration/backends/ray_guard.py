@@ -1,7 +1,7 @@
-"""What sees to it that a private Ray and the launch that started it end together, however either ends.
+"""Ends a private Ray together with the launch that started it, however either ends.
 
-Run as a script, this file is the guard: a process that waits until its launch is gone and then ends what Ray left.
-It imports nothing of ours, so that it is there at once and small.
+Run as a script, this file is the guard: a process that waits until its launch is gone and then ends
+what Ray left. It imports nothing of ours, so that it is there at once and small.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = "MAR_PRIVATE_RAY"
-"""Environment variable that all processes of a private Ray inherit: a random value, by which they are found."""
+"""Environment variable that all processes of a private Ray inherit: a random value, by which they
+are found."""
 _PROC = Path("/proc")
 _SERVERS = ("raylet", "gcs_server")
 _LOOKS_S = 1.0
@@ -41,7 +42,10 @@ class Guard:
         )
 
     def ray_has_started(self) -> None:
-        """Begin to look whether Ray's servers are alive; when one is not, the launch ends in words, exit code 1."""
+        """Begin to look whether Ray's servers are alive.
+
+        When one is not, the launch ends in words, exit code 1.
+        """
         os.environ.pop(MARK, None)
         servers = _servers_of(os.getpid())
         if servers:
@@ -94,7 +98,10 @@ def _is_alive(pid: int) -> bool:
 
 
 def _facts(folder: Path) -> tuple[str, str, int]:
-    """Return a process's name, its state (``Z``: ended, nobody has asked how) and its parent; empty for none."""
+    """Return a process's name, its state (``Z``: ended, nobody has asked how) and its parent.
+
+    Empty for none.
+    """
     try:
         name, _, rest = (
             (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
@@ -106,7 +113,10 @@ def _facts(folder: Path) -> tuple[str, str, int]:
 
 
 def _processes() -> dict[int, tuple[int, str]]:
-    """Return every process's parent and when it was started, by id; an id alone may be given to another process."""
+    """Return every process's parent and when it was started, by id.
+
+    An id alone may be given to another process.
+    """
     found: dict[int, tuple[int, str]] = {}
     for folder in _PROC.glob("[0-9]*"):
         with suppress(OSError, ValueError, IndexError):
@@ -121,7 +131,10 @@ def _processes() -> dict[int, tuple[int, str]]:
 
 
 def _of_ray(launch: int, mark: str) -> dict[int, str]:
-    """Return what a launch's Ray has started, by id, with when: what descends from its servers or has the mark."""
+    """Return the processes that a launch's Ray has started: id -> start time.
+
+    Those that descend from its servers or carry its mark.
+    """
     processes = _processes()
     wanted, found = f"{MARK}={mark}".encode(), dict[int, str]()
     for pid, (parent, began) in processes.items():

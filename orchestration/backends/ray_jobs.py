@@ -1,8 +1,11 @@
-"""``mar submit``: a study becomes a job on a Ray cluster, through Ray's Jobs API; it runs on when nobody looks.
+"""``mar submit``: a study becomes a job on a Ray cluster, through Ray's Jobs API.
 
-The job has the code and the study's files, not the data. Its id follows from what was asked for, so that the same
-submission a second time joins the first. Whoever may submit a job may run any code on the cluster, so a cluster that
-answers without a token is refused unless it is on this machine (CVE-2023-48022).
+It runs on when nobody looks.
+
+The job has the code and the study's files, not the data. Its id follows from what was asked for, so
+that the same submission a second time joins the first. Whoever may submit a job may run any code on
+the cluster, so a cluster that answers without a token is refused unless it is on this machine
+(CVE-2023-48022).
 """
 
 from __future__ import annotations
@@ -98,7 +101,10 @@ class Jobs:
     def submit(
         self, study: str, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> tuple[str, bool]:
-        """Submit ``mar run STUDY WORDS``, or join it where it is under way; returns its id and whether it is new."""
+        """Submit ``mar run STUDY WORDS``, or join it where it is under way.
+
+        Returns its id and whether it is new.
+        """
         asked = json.dumps([study, *arguments])
         base = f"mar-{Path(study).stem}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
         earlier = [job for job in self.list() if job.job_id.rpartition("-run")[0] == base]
@@ -163,7 +169,9 @@ class Jobs:
 
 
 def printable_arguments(arguments: Sequence[str], folder: Path) -> list[str]:
-    """Return the words as the cluster may show them, in its list of jobs and in its logs; a webhook goes into a file.
+    """Return the words as the cluster may show them, in its list of jobs and in its logs.
+
+    A webhook goes into a file.
 
     Raises:
         UserError: an address has a password in it, or a webhook is none.
@@ -198,7 +206,10 @@ def _told(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _packed(study: str, folder: Path) -> str:
-    """Copy the code and the study's files into a folder; returns the study's place in it, or its name if it ships."""
+    """Copy the code and the study's files into a folder.
+
+    Returns the study's place in it, or its name if it ships.
+    """
     ignored = shutil.ignore_patterns(*_UNSHIPPED)
     for package in package_folders():
         shutil.copytree(package, folder / package.name, ignore=ignored)

@@ -32,7 +32,10 @@ _OBJECT_STORE_BYTES = 200 * 2**20
 
 @contextmanager
 def ray_session(launch: LaunchConfig) -> Generator[None]:
-    """Provide Ray: the one this process has joined already, or one that is started here and left at the end."""
+    """Provide Ray: one that this process has joined already, or one that is started here.
+
+    The latter is left at the end.
+    """
     # Ray reads some of it when it is imported.
     os.environ.update(ray_environment(launch))
     import ray
@@ -70,7 +73,8 @@ def _start(launch: LaunchConfig) -> None:
         options["include_dashboard"] = False
         options["object_store_memory"] = _OBJECT_STORE_BYTES
         options["_temp_dir"] = str(_private_folder() / "ray")
-        # A token of this process's own, in no file: Ray would write one below the home folder, readable by everybody.
+        # A token of this process's own, in no file: Ray would write one below the home folder,
+        # readable by everybody.
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
             os.environ["RAY_AUTH_TOKEN"] = _TOKEN
     else:
@@ -95,7 +99,9 @@ def _start(launch: LaunchConfig) -> None:
 
 
 def _private_folder() -> Path:
-    """Return a folder for Ray's sockets and logs that nobody else can enter: Ray's own is writable for everybody.
+    """Return a folder for Ray's sockets and logs that nobody else can enter.
+
+    Ray's own is writable for everybody.
 
     Raises:
         Failure: none can be made.
@@ -124,8 +130,9 @@ def _private_folder() -> Path:
 def stop_ray() -> None:
     """Leave Ray.
 
-    Ray ends the whole process, exit code 1, if one of its references is freed while it shuts down. A garbage collection
-    that happens to run in another thread (the tracking writer's) frees some, so there is none meanwhile.
+    Ray ends the whole process, exit code 1, if one of its references is freed while it shuts down.
+    A garbage collection that happens to run in another thread (the tracking writer's) frees some,
+    so there is none meanwhile.
     """
     import ray
 

@@ -1,8 +1,10 @@
-"""Ray Tune runs trials, a fixed, ordered list or what a search proposes, concurrently as resources allow.
+"""Ray Tune runs trials concurrently as resources allow.
 
-Tune stores nothing for us: what is finished is in MLflow, what is under way is in the trial's own checkpoints, and both
-are found by the trial's settings. So a launch that died is started again from the beginning, and no pickle of an earlier
-one is ever read.
+They are a fixed, ordered list, or what a search proposes.
+
+Tune stores nothing for us: what is finished is in MLflow, what is under way is in the trial's own
+checkpoints, and both are found by the trial's settings. So a launch that died is started again from
+the beginning, and no pickle of an earlier one is ever read.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def run_search(
     callback: TrialCallback,
     announce: Callable[[Trial], None],
 ) -> None:
-    """Train what ``source`` proposes, concurrently as resources allow; ``announce`` is called before each starts.
+    """Train what ``source`` proposes, concurrently as resources allow.
+
+    ``announce`` is called before each starts.
 
     Raises:
         UserError: one trial asks for more than the cluster has.
@@ -74,7 +78,8 @@ def _run(
 ) -> None:
     """Have Tune run the trials.
 
-    Tune gets them one by one from a searcher: of a grid it would copy the whole for each of its trials.
+    Tune gets them one by one from a searcher: of a grid it would copy the whole for each of its
+    trials.
     """
     # Ray reads some of it when it is imported.
     os.environ.update(ray_environment(launch))
@@ -127,7 +132,8 @@ def _run(
 def _keep_keys_out_of_logs() -> None:
     """Have Tune send no cloud keys along with a trial: Ray writes what is sent into its logs.
 
-    The workers of a private Ray inherit the launch's environment; on a cluster each node has keys of its own.
+    The workers of a private Ray inherit the launch's environment; on a cluster each node has keys
+    of its own.
     """
     from ray.tune.execution import class_cache
 
@@ -136,7 +142,10 @@ def _keep_keys_out_of_logs() -> None:
 
 
 def _searcher(next_config: Callable[[], dict[str, Any] | None]) -> Any:
-    """Return Tune's searcher that proposes the next trial. MLflow and Optuna's storage remember, so Tune need not."""
+    """Return Tune's searcher that proposes the next trial.
+
+    MLflow and Optuna's storage remember, so Tune need not.
+    """
     from ray.tune.search import Searcher
 
     class TrialSearcher(Searcher):
@@ -164,7 +173,10 @@ def _searcher(next_config: Callable[[], dict[str, Any] | None]) -> Any:
 
 
 def _pruning_scheduler(source: TrialSource, pruned: set[str]) -> Any:
-    """Return Tune's scheduler that ends a trial when ``source`` prunes it, and adds its key to ``pruned``."""
+    """Return Tune's scheduler that ends a trial when ``source`` prunes it.
+
+    It adds the trial's key to ``pruned``.
+    """
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
     class PruningScheduler(FIFOScheduler):
@@ -237,7 +249,9 @@ def _gpus_per_worker(launch: LaunchConfig) -> int:
 
 
 def _max_concurrent_trials(launch: LaunchConfig, gpus: int) -> int:
-    """Return how many trials fit at once; with more of them, trials would wait for each other's workers for ever.
+    """Return how many trials fit at once.
+
+    With more of them, trials would wait for each other's workers for ever.
 
     Raises:
         UserError: not one fits.
@@ -269,7 +283,10 @@ def _key_of(trial: Any) -> str:
 
 
 def _trial_dir_of(trial: Any) -> TrialDir:
-    """Return a trial's folder; where another node's disk has it, what it left is downloaded first."""
+    """Return a trial's folder.
+
+    Where another node's disk has it, what it left is downloaded first.
+    """
     spec = TrialSpec.from_json(_spec_of(trial))
     if spec.worker.object_store:
         # If it cannot be downloaded, the trial has no result here, and that is reported.
@@ -299,7 +316,7 @@ def _tune_callback(callback: TrialCallback, pruned: set[str]) -> Any:
             self.pruned = pruned
 
         def __getstate__(self) -> dict[str, Any]:
-            """Tune pickles its callbacks into a snapshot that is never read: leave threads and locks out."""
+            """Leave threads and locks out: Tune pickles callbacks into a snapshot that is never read."""
             return {"callback": None, "pruned": set()}
 
         def on_trial_start(
@@ -337,7 +354,10 @@ def _tune_callback(callback: TrialCallback, pruned: set[str]) -> Any:
             self._ended(trial, trial_dir, reason)
 
         def _ended(self, trial: Any, trial_dir: TrialDir, reason: FailureReason) -> None:
-            """Pass on how a trial ended; ``reason`` holds unless there is a result, or it was ended on purpose."""
+            """Pass on how a trial ended.
+
+            ``reason`` holds unless there is a result, or it was ended on purpose.
+            """
             if not self.callback:
                 return
             key = _key_of(trial)

@@ -1,14 +1,16 @@
 """Ray Train's workers, used for one trial after the other.
 
-A TorchTrainer starts five processes of its own, and its workers load PyTorch: fourteen seconds for every trial. So the
-workers of one trainer train not one trial but all that are put into a queue, one after another, each with its own settings,
-folder and log. Whatever ends a worker (a lost node, a stall, memory) is handled by Ray Train as in any training: it restarts
-the group, which takes the same trial again and resumes it from its checkpoint. A pool whose group was restarted gets no other
+A TorchTrainer starts five processes of its own, and its workers load PyTorch: fourteen seconds for
+every trial. So the workers of one trainer train not one trial but all that are put into a queue,
+one after another, each with its own settings, folder and log. Whatever ends a worker (a lost node,
+a stall, memory) is handled by Ray Train as in any training: it restarts the group, which takes the
+same trial again and resumes it from its checkpoint. A pool whose group was restarted gets no other
 trial: each trial has its retries to itself.
 
 Three parts, in three kinds of process:
 
-- ``PooledTrainable``, Tune's trainable, in a process of Tune: has one ``WorkerPool`` and hands it one trial after the other;
+- ``PooledTrainable``, Tune's trainable, in a process of Tune: has one ``WorkerPool`` and hands it
+  one trial after the other;
 - ``TrialQueue``, an actor: trials go in, reports come out;
 - ``run_worker``, on each worker of the TorchTrainer: takes trials from the queue and trains them.
 
@@ -21,9 +23,10 @@ The states of a trial in the queue, and the methods that change them:
 | cancelled | ``cancel``: it is pruned; ``poll_signal`` is ABORT, it stops after its next step | ``mark_done`` |
 | done | its reason, if it failed permanently, is in ``QueueStatus`` | ``submit`` of the next, or ``shutdown`` |
 
-``shutdown`` ends the queue in any state: ``next_trial`` then returns none, and ``poll_signal`` is STOP, so that a trial under
-way saves first. A group that is restarted calls ``next_trial`` with 0 and gets the trial under way again. Every wait
-is bounded: ``poll`` returns after ``_POLL_S`` at the latest, a cancelled trial has ``_CANCEL_S``, a shutdown ``_SHUTDOWN_S``.
+``shutdown`` ends the queue in any state: ``next_trial`` then returns none, and ``poll_signal`` is
+STOP, so that a trial under way saves first. A group that is restarted calls ``next_trial`` with 0
+and gets the trial under way again. Every wait is bounded: ``poll`` returns after ``_POLL_S`` at the
+latest, a cancelled trial has ``_CANCEL_S``, a shutdown ``_SHUTDOWN_S``.
 """
 
 from __future__ import annotations
@@ -80,7 +83,8 @@ class QueueStatus:
     reason: dict[str, str] | None
     """Why the trial failed permanently, if it did."""
     was_restarted: bool
-    """Whether Ray Train restarted the workers: then they have used some of the next trial's retries."""
+    """Whether Ray Train restarted the workers: then they have used some of the next trial's
+    retries."""
     placement_group: PlacementGroup | None
     """Where the workers run."""
 
@@ -117,7 +121,10 @@ class TrialQueue:
     async def next_trial(
         self, after: int, rank: int, placement_group: Any
     ) -> tuple[int, dict[str, Any] | None]:
-        """Wait for the trial after number ``after`` (0: the one under way); returns its number, and none at the end."""
+        """Wait for the trial after number ``after`` (0: the one under way).
+
+        Returns its number, and none at the end.
+        """
         if rank == 0 and after == 0:
             self.num_groups += 1
             self.placement_group = placement_group
@@ -142,7 +149,10 @@ class TrialQueue:
         self.is_cancelled = True
 
     async def poll_signal(self) -> TrainingSignal:
-        """Return the signal for the trial under way; a cancelled trial is not resumed, so it does not save."""
+        """Return the signal for the trial under way.
+
+        A cancelled trial is not resumed, so it does not save.
+        """
         if self.is_cancelled:
             return TrainingSignal.ABORT
         if self.is_shut_down:
@@ -208,18 +218,24 @@ class WorkerPool:
             self.error = error
 
     def is_usable(self) -> bool:
-        """Whether it can take another trial: the one before it is done, and its workers were never restarted."""
+        """Whether it can take another trial.
+
+        The one before it is done, and its workers were never restarted.
+        """
         status = self._poll()
         return self.thread.is_alive() and status.is_done and not status.was_restarted
 
     def train(self, spec: TrialSpec) -> Generator[dict[str, Any], None, bool]:
-        """Have a trial trained; yields its reports. If it fails permanently, the reason is in its folder.
+        """Have a trial trained; yields its reports.
+
+        If it fails permanently, the reason is in its folder.
 
         Returns whether a worker started it: a trainer may end while it waits for another trial.
         """
         ray.get(self.queue.submit.remote(spec.to_json()))
         while True:
-            # Checked before the poll: what was reported before the trainer ended is then among the reports.
+            # Checked before the poll: what was reported before the trainer ended is then among the
+            # reports.
             is_alive = self.thread.is_alive()
             status = self._poll()
             yield from status.reports
@@ -249,7 +265,10 @@ class WorkerPool:
         spec.trial_dir.write_failure(reason)
 
     def cancel(self) -> None:
-        """Stop the trial under way, if there is one, after its next step; its workers are ended if it does not stop."""
+        """Stop the trial under way, if there is one, after its next step.
+
+        Its workers are ended if it does not stop.
+        """
         ray.get(self.queue.cancel.remote())
         deadline = time.monotonic() + _CANCEL_S
         # Each poll waits for up to a second.
@@ -260,7 +279,8 @@ class WorkerPool:
     def close(self, timeout_s: float) -> None:
         """End the workers and wait for it: the next pool, or the next study, needs their resources.
 
-        Ray frees the placement group of a trainer that is not ended in order only when the whole job ends.
+        Ray frees the placement group of a trainer that is not ended in order only when the whole
+        job ends.
         """
         with suppress(RayActorError):  # the queue is lost; the workers notice
             ray.get(self.queue.shutdown.remote())
@@ -279,10 +299,12 @@ class WorkerPool:
 
 
 class PooledTrainable(tune.Trainable):
-    """Tune's trainable; Tune reuses its process for one trial after the other, and so it reuses its pool.
+    """Tune's trainable.
 
-    When Ray Train fails a trial permanently, after its retries, this ends normally: Tune tries again only when this process
-    itself is lost.
+    Tune reuses its process for one trial after the other, and so it reuses its pool.
+
+    When Ray Train fails a trial permanently, after its retries, this ends normally: Tune tries
+    again only when this process itself is lost.
     """
 
     _pool: WorkerPool | None = None

@@ -1,6 +1,7 @@
 """The command ``mar`` and its verbs: parsing and printing, nothing else.
 
-Imports only what parsing needs; each verb imports its own, so that ``mar --help`` and ``mar plan`` are quick.
+Imports only what parsing needs; each verb imports its own, so that ``mar --help`` and ``mar plan``
+are quick.
 """
 
 from __future__ import annotations

@@ -35,7 +35,10 @@ def bench(
         typer.Option("-o", "--output", help="Default: below benchmarks/, by machine and date."),
     ] = None,
 ) -> None:
-    """Measure the training step and all around it, beside their peers; print tables and keep them in a dated file."""
+    """Measure the training step and all around it, beside their peers.
+
+    Print tables and keep them in a dated file.
+    """
     unknown = [part for part in parts or [] if part not in PARTS]
     if unknown:
         raise UserError(f"{unknown[0]}: no such part; there are {', '.join(PARTS)}")

@@ -126,7 +126,10 @@ def data_pack(
     ] = False,
     object_store: ObjectStoreUri = None,
 ) -> None:
-    """Write each video's frames once, small, for all trials to read; goes on where it was stopped."""
+    """Write each video's frames once, small, for all trials to read.
+
+    Goes on where it was stopped.
+    """
     from mar.data.cache_index import Index, Packing
     from mar.data.frame_cache import pack
     from mar.data.frame_cache import verify as damaged_shards
@@ -165,7 +168,10 @@ def data_pack(
 
 @contextmanager
 def _bar(unit: str) -> Generator[Callable[[int, int], None]]:
-    """Show a bar on the error stream, so that what is printed stays for programs; yields what moves it."""
+    """Show a bar on the error stream, so that what is printed stays for programs.
+
+    Yields what moves it.
+    """
     from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeRemainingColumn
 

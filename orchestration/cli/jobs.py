@@ -49,7 +49,10 @@ def submit(
         bool, typer.Option("--any-versions", help="Run in whatever versions are there.")
     ] = False,
 ) -> None:
-    """Run a study on a Ray cluster, through its Jobs API: packs code and study, not data. Takes mar run's options."""
+    """Run a study on a Ray cluster, through its Jobs API: packs code and study, not data.
+
+    Takes mar run's options.
+    """
     from orchestration.backends.ray_jobs import Jobs, leave
     from orchestration.tracking.provenance import PINNED, package_versions
 
@@ -106,7 +109,10 @@ def status(
     object_store: ObjectStoreUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what runs in a store, and how far it is; from any terminal or machine that sees the store."""
+    """Show what runs in a store, and how far it is.
+
+    From any terminal or machine that sees the store.
+    """
     from dataclasses import asdict
 
     from orchestration.config import LaunchConfig, WorkerConfig
@@ -155,7 +161,7 @@ def _follow(job_id: str, address: str, allow_unauthenticated: bool) -> None:
 
 
 def _check(study: str, arguments: list[str]) -> None:
-    """Read the study and mar run's options here, so that a mistake is reported now and not by the cluster.
+    """Check the study and mar run's options here: a mistake is then reported before submission.
 
     Raises:
         UserError: something is wrong, or a path is relative to here.

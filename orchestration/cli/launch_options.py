@@ -1,6 +1,9 @@
-"""The options of ``mar run`` that say where and how trials run: made from the fields of the launch's configuration.
+"""The options of ``mar run`` that say where and how trials run.
 
-An option is spelled once, as a field of ``LaunchConfig`` or ``WorkerConfig``: its name, type, default, range and help text.
+They are made from the fields of the launch's configuration.
+
+An option is spelled once, as a field of ``LaunchConfig`` or ``WorkerConfig``: its name, type,
+default, range and help text.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ _ENVIRONMENT = {"object_store": "MAR_OBJECT_STORE"}
 
 
 def takes_launch_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """Add the launch's options to a verb with the parameters ``store``, ``tracking_uri`` and ``launch``.
+    """Add the launch's options to a verb that has the parameters ``store`` and ``tracking_uri``.
 
     The verb is called with the ``LaunchConfig`` that they make as ``launch``.
     """

@@ -114,7 +114,9 @@ def studies_of(
     store: Path,
     claims: bool = False,
 ) -> list[Study]:
-    """Return the study that was named, or with ``--all`` every study of the paper, in its order, by their names in the store.
+    """Return the study that was named, or with ``--all`` every study of the paper.
+
+    In the paper's order, under their names in the store.
 
     ``claims`` keeps these names in the store for their files.
 
@@ -157,7 +159,9 @@ def is_search_file(name: str) -> bool:
 
 
 def file_finder(store: Path, tracking_uri: str | None) -> Callable[[Any, str], Path]:
-    """Return a function that finds a file of a run's result, and downloads it from MLflow where it is not on this disk.
+    """Return a function that finds a file of a run's result.
+
+    It downloads the file from MLflow where it is not on this disk.
 
     The tracking store is opened when the first file is asked for.
     """

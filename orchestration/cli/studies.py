@@ -113,7 +113,10 @@ def _run_studies(
 def _studies_to_run(
     name: str | None, overrides: list[str] | None, only: list[str] | None, is_all: bool, store: Path
 ) -> list[Study]:
-    """Return the studies; with a filter, whole ones of which some trials are to run, so that reports stay whole."""
+    """Return the studies.
+
+    With a filter, whole ones of which some trials are to run, so that reports stay whole.
+    """
     from dataclasses import replace
 
     whole = studies_of(name, overrides, None, is_all, store, claims=True)
@@ -128,7 +131,9 @@ def _studies_to_run(
 
 
 def _fetch_cache(uri: str, overrides: list[str]) -> None:
-    """Download the frame cache to this machine, which reads the study; each node that trains downloads it too.
+    """Download the frame cache to this machine, which reads the study.
+
+    Each node that trains downloads it too.
 
     Raises:
         UserError: it is not said where to, or there is no frame cache.
@@ -215,7 +220,10 @@ def plan(
 
 
 def _initial_points(name: str, overrides: list[str]) -> Study:
-    """Return the points with which a search starts, as a study; prints how many more it proposes."""
+    """Return the points with which a search starts, as a study.
+
+    Prints how many more it proposes.
+    """
     from orchestration.search.initial_points import as_study
     from orchestration.search.schema import read_search
 
@@ -249,7 +257,7 @@ def figure(
     tracking_uri: TrackingUri = None,
     output: Output = None,
 ) -> None:
-    """Draw a study's figure from what MLflow remembers (png, pdf, svg, or html that answers the mouse)."""
+    """Draw a study's figure from its runs in MLflow (png, pdf, svg, or interactive html)."""
     from orchestration.reporting.plotly_figures import write_figure
 
     (read,) = studies_of(study, overrides, only, False, store)
@@ -266,7 +274,10 @@ def report(
     output: Output = None,
     is_all: IsAll = False,
 ) -> None:
-    """Write a study's table in every format, its figure and a page; with --all one page over all studies."""
+    """Write a study's table in every format, its figure and a page.
+
+    With --all one page over all studies.
+    """
     from orchestration.reporting.study_report import write_report
 
     launch = LaunchConfig(store=store, tracking_uri=tracking_uri)

@@ -55,7 +55,10 @@ def ui(
 
 
 def recover(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None) -> None:
-    """Write runs into MLflow for finished results whose database was lost. Exit code 1 if a result is damaged."""
+    """Write runs into MLflow for finished results whose database was lost.
+
+    Exit code 1 if a result is damaged.
+    """
     from orchestration.config import LaunchConfig
     from orchestration.execution.recover import recover as recover_store
 
@@ -74,7 +77,10 @@ def recover(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None
 def doctor(
     store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None, as_json: AsJson = False
 ) -> None:
-    """Try what mar needs here: devices, decoders, Ray, the tracking store. Exit code 1 if something does not work."""
+    """Try what mar needs here: devices, decoders, Ray, the tracking store.
+
+    Exit code 1 if something does not work.
+    """
     from orchestration.config import LaunchConfig
     from orchestration.diagnostics.doctor import examine
 

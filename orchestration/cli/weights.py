@@ -1,4 +1,7 @@
-"""``mar weights``, ``mar evaluate``, ``mar predict``: what one does with a model. Parsing and printing, nothing else."""
+"""``mar weights``, ``mar evaluate``, ``mar predict``: what one does with a model.
+
+Parsing and printing, nothing else.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,7 @@ def weights_export(
     file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="File to write.")],
     overrides: Overrides = None,
 ) -> None:
-    """Write the inference path under the mask of evaluation to ONNX, and compare it with PyTorch."""
+    """Write the inference path under the evaluation mask to ONNX, and compare it with PyTorch."""
     from mar.weights.export import write_onnx
     from mar.weights.pretrained import model_settings, read_weights
     from orchestration.studies.recipe import parse_overrides
@@ -217,7 +220,10 @@ def reconstruct(
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Settings; repeatable.")
     ] = None,
 ) -> None:
-    """Draw videos, what the mask of testing leaves of them, and what the model rebuilds (Fig. 6)."""
+    """Draw videos, what the mask of testing leaves of them, and what the model rebuilds (Fig.
+
+    6).
+    """
     from mar.data.annotations import Video
     from mar.distributed import default_device
     from mar.visualization.reconstructions import draw_reconstructions

@@ -16,14 +16,16 @@ from orchestration.storage.object_store import open_object_store
 from orchestration.studies.trial import Study
 
 _PROBE_S = 1.0
-"""``mar status`` holds a study's lock for a moment to see whether the study runs; a launch waits so long for it."""
+"""``mar status`` holds a study's lock for a moment to see whether the study runs; a launch waits so
+long for it."""
 
 
 @contextmanager
 def study_lock(study: Study, launch: LaunchConfig) -> Generator[None]:
     """Hold the study's lock: two launches at once would train the same trials.
 
-    A trial that another study trains at the same time is protected by its own lock, which its worker holds.
+    A trial that another study trains at the same time is protected by its own lock, which its
+    worker holds.
 
     Raises:
         UserError: another launch holds it; the message names the process and its start.

@@ -10,7 +10,9 @@ from orchestration.studies.trial import ABSENT, Trial
 
 
 def check_data(trials: Sequence[Trial], only_present: bool = False) -> None:
-    """Read the annotations of the trials' data, each data set once; ``only_present`` skips data sets that are missing.
+    """Read the annotations of the trials' data, each data set once.
+
+    ``only_present`` skips data sets that are missing.
 
     Raises:
         UserError: a data set is missing, a line of it is wrong, or it is smaller than a batch.

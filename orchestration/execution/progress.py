@@ -115,7 +115,10 @@ class LiveProgress:
         self.console.print(text, soft_wrap=True)
 
     def counts(self) -> dict[str, int]:
-        """Return how many trials are in which state; those finished in earlier launches count as done."""
+        """Return how many trials are in which state.
+
+        Those finished in earlier launches count as done.
+        """
         # A copy: the live display runs in a thread of its own.
         states = [state.status for state in tuple(self.states.values())]
         counts = {
@@ -138,8 +141,8 @@ class LiveProgress:
     def seconds_left(self) -> float | None:
         """Return the estimated seconds to the end; none before the first epoch is done.
 
-        The estimate: a queued trial needs what the running ones need, its start included, and as many trials run at a time
-        as ever did.
+        The estimate: a queued trial needs what the running ones need, its start included, and as
+        many trials run at a time as ever did.
         """
         running = [
             state

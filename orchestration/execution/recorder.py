@@ -198,7 +198,10 @@ class RunRecorder:
         self.progress.failed(self.trials[key], reason.message)
 
     def pruned(self, key: str) -> None:
-        """Mark a trial that was pruned; its checkpoints are removed when its workers have left it."""
+        """Mark a trial that was pruned.
+
+        Its checkpoints are removed when its workers have left it.
+        """
         message = "pruned: others were better at this epoch"
         self.pruned_trials.add(key)
         self.writer.tag(key, PRUNED, message)
@@ -206,10 +209,13 @@ class RunRecorder:
         self.progress.pruned(self.trials[key], message)
 
     def stopped(self, key: str) -> None:
-        """A trial saved and stopped; ``finalize`` marks its run with those that did not get so far."""
+        """A trial saved and stopped.
+
+        ``finalize`` marks its run with those that did not get so far.
+        """
 
     def is_over(self) -> bool:
-        """Whether no other trial is to start: the disk was full for longer than the launch waits."""
+        """Whether no other trial is to start: the disk was full for longer than a launch waits."""
         return any(reason.kind == "disk" for reason in self.failures.values())
 
     # What a launch asks and reports.
@@ -230,7 +236,10 @@ class RunRecorder:
 
     @property
     def unfinished(self) -> list[str]:
-        """Trials that were started and neither finished, failed nor pruned: the launch was stopped."""
+        """Trials that were started and neither finished, failed nor pruned.
+
+        The launch was stopped.
+        """
         over = self.done | self.pruned_trials | self.failures.keys()
         return [key for key in self.begun if key not in over]
 
@@ -254,7 +263,7 @@ class RunRecorder:
         self.writer.flush()
 
     def log_report(self, reports: Path, results: StudyResults | None, note: str) -> None:
-        """Log the report's files with the study's run, and which runs its table is made of, of whatever study.
+        """Log the report's files with the study's run, and which runs its table is made of.
 
         ``note`` is what MLflow shows as the run's description: the table.
         """
@@ -298,7 +307,7 @@ class RunRecorder:
             self.writer.artifacts(key, trial_dir.worker_logs, trial_dir.worker_logs.name)
 
     def _prune(self, trial_dir: TrialDir, policy: RetentionPolicy) -> None:
-        """Remove the checkpoints of a trial that MLflow knows to be finished, but for those that are kept."""
+        """Remove the checkpoints of a finished trial, but for those that are kept."""
         prune(trial_dir.root, policy)
         object_store = self.launch.worker.object_store
         if object_store:
@@ -361,7 +370,10 @@ class RunRecorder:
         return tags
 
     def _write_record(self, trial: Trial) -> None:
-        """Write beside a trial's result what its run is made from: the database may be lost (``mar recover``)."""
+        """Write what a trial's run is made from beside its result.
+
+        If the database is lost, ``mar recover`` reads it.
+        """
         tags = self._tags_of(trial)
         del tags[PARENT_RUN]
         record = {"study": self.study.name, "name": trial.name, "tags": tags}
@@ -374,7 +386,10 @@ class RunRecorder:
 
 
 def _columns(study: Study) -> tuple[list[str], list[str]]:
-    """Return the columns of the study's page in MLflow: its table's metrics, and the settings in which its trials differ."""
+    """Return the columns of the study's page in MLflow.
+
+    The metrics of its table, and the settings in which its trials differ.
+    """
     sources = [METRICS[name].source for name in study.file.table.columns]
     metrics = [name.replace("cost.", "cost/") for name in sources if name != "views"]
     trees = [flatten(without_paths(trial.settings)) for trial in study.trials]

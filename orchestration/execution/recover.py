@@ -127,7 +127,8 @@ def _record(folder: Path, settings: TrainingConfig) -> dict[str, Any]:
     """Return what the trial's study wrote about it; where it wrote nothing, what its settings say.
 
     Raises:
-        Failure: neither gives the folder's name, which follows from what was trained: a table must not mix trainings.
+        Failure: neither gives the folder's name, which follows from what was trained: a table must
+            not mix trainings.
     """
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         record = read_json(TrialDir(folder).record)

@@ -19,7 +19,10 @@ from orchestration.tracking.store import Store
 
 
 def missing_trials(study: Study, store: Store) -> list[Trial]:
-    """Return the trials that no finished run of any study answers, each once, in the study's order."""
+    """Return the trials that no finished run answers, each once, in the study's order.
+
+    A run of any study counts.
+    """
     if not study.trains:
         return []
     found = match(study.to_run, store.trials())
@@ -27,7 +30,9 @@ def missing_trials(study: Study, store: Store) -> list[Trial]:
 
 
 def train_missing(recorder: RunRecorder, trials: Sequence[Trial]) -> None:
-    """Train the trials, then test those that share another's training; failures are in ``recorder.failures``.
+    """Train the trials, then test those that share another's training.
+
+    Failures are in ``recorder.failures``.
 
     Raises:
         UserError: one trial asks for more than the cluster has.
@@ -75,7 +80,9 @@ def _upload_results(store: ObjectStore, results: set[Path]) -> None:
 def shared_trainings(
     trials: Sequence[Trial], records: Sequence[RunRecord]
 ) -> tuple[dict[str, str], dict[str, RunRecord]]:
-    """Map each trial that need not be trained to the trial, or the finished run, whose trained model it reuses.
+    """Map each trial that need not be trained to the one whose trained model it reuses.
+
+    That is another trial, or a finished run.
 
     Of trials that differ in ``evaluation`` alone, the one nearest to the defaults is trained.
     """
@@ -94,7 +101,10 @@ def shared_trainings(
 
 
 def _distance_from_defaults(trial: Trial) -> int:
-    """Return how many settings of the mask in testing are not the defaults, as the identity has them."""
+    """Return how many settings of the testing mask differ from the defaults.
+
+    As the identity has them.
+    """
     mask = json.loads(trial.identity)["evaluation"]["mask"]
     defaults = EvaluationMaskConfig().model_dump()
     return sum(mask[name] != default for name, default in defaults.items())

@@ -1,4 +1,7 @@
-"""``mar run`` of a search: propose trials, train them, report results to Optuna; then print what was found."""
+"""``mar run`` of a search: propose trials, train them, report results to Optuna.
+
+Then print what was found.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
     """Run a search until it has its number of trials; one that was killed resumes.
 
     Raises:
-        UserError: the data is missing, another run of the search is alive, a trial does not fit the cluster.
+        UserError: the data is missing, another run of the search is alive, a trial does not fit the
+            cluster.
         Failure: trials failed, or no point keeps the constraints; what was found is printed.
     """
     console = Console(soft_wrap=True)
@@ -111,7 +115,10 @@ def _train(callback: SearchRecorder, launch: LaunchConfig) -> None:
 
 
 class SearchRecorder:
-    """Backend callback of a search: records trials in MLflow as any launch does, and reports results to Optuna."""
+    """Backend callback of a search.
+
+    Records trials in MLflow as any launch does, and reports results to Optuna.
+    """
 
     def __init__(
         self, recorder: RunRecorder, optuna_search: OptunaSearch, progress: LiveProgress

@@ -15,7 +15,9 @@ from orchestration.execution.lock import request_stop
 
 @contextmanager
 def graceful_shutdown(launch: LaunchConfig) -> Generator[None]:
-    """Let SIGTERM, which Slurm and Kubernetes send before they kill, and Ctrl-C do what ``mar stop`` does.
+    """Let SIGTERM and Ctrl-C do what ``mar stop`` does.
+
+    Slurm and Kubernetes send SIGTERM before they kill.
 
     The trials save first. A second Ctrl-C ends everything at once.
     """

@@ -1,4 +1,7 @@
-"""``mar status`` and ``mar stop``: what runs in a store, from any terminal or machine that sees it."""
+"""``mar status`` and ``mar stop``: what runs in a store.
+
+From any terminal or machine that sees it.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +154,10 @@ def _is_alive(trial: RunningTrial) -> bool:
 
 
 def _left_s(running: Sequence[RunningTrial], queued: int) -> float | None:
-    """Return the seconds that all remaining steps take at the present rate; none while no rate is known."""
+    """Return the seconds that all remaining steps take at the present rate.
+
+    None while no rate is known.
+    """
     rate = 0.0
     steps_left = 0
     num_known = 0

@@ -42,11 +42,15 @@ class _Plan:
 
 
 def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) -> None:
-    """Run a study to its table; with a ``budget``, of what is missing only what fits, in the study's order.
+    """Run a study to its table.
+
+    With a ``budget``, of what is missing only what fits, in the study's order.
 
     Raises:
-        UserError: the data is missing, another run of the study is alive, a trial does not fit the cluster.
-        Failure: a trial failed permanently, or the study was stopped; the table shows what is finished.
+        UserError: the data is missing, another run of the study is alive, a trial does not fit the
+            cluster.
+        Failure: a trial failed permanently, or the study was stopped; the table shows what is
+            finished.
     """
     console = Console(soft_wrap=True)
     launch = replace(launch, study=study.name)
@@ -143,7 +147,9 @@ def _raise_if_unfinished(study: Study, recorder: RunRecorder) -> None:
 
 
 def _finalize(recorder: RunRecorder) -> None:
-    """Wait until MLflow has everything; if it stays away, print the table from the results on this disk.
+    """Wait until MLflow has everything.
+
+    If it stays away, print the table from the results on this disk.
 
     Raises:
         Failure: the tracking store was not back in time.
@@ -163,7 +169,10 @@ def _finalize(recorder: RunRecorder) -> None:
 
 
 def _mention_unrecorded(launch: LaunchConfig, store: Store) -> None:
-    """Print a note if the store has results that its database does not know: the database was lost."""
+    """Print a note if the store has results that its database does not know.
+
+    The database was lost.
+    """
     lost = unrecorded(launch, {record.key for record in store.trials()})
     if lost:
         notice(
@@ -210,7 +219,10 @@ def run_studies(
 def _print_summary(
     studies: Sequence[Study], launch: LaunchConfig, before: set[str], minutes: float
 ) -> None:
-    """Print how many trials were trained and tested; ``before`` are the runs that were finished at the start."""
+    """Print how many trials were trained and tested.
+
+    ``before`` are the runs that were finished at the start.
+    """
     records = Store(launch).trials()
     new = [
         record for record in records if record.run_id not in before and record.status == "FINISHED"

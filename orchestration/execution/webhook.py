@@ -19,7 +19,10 @@ def failures_by_kind(recorder: RunRecorder) -> dict[FailureKind, list[str]]:
 
 
 def notify_webhook(study: Study, recorder: RunRecorder) -> None:
-    """Post how the study ended to the webhook, if there is one; an address that does not answer is only mentioned."""
+    """Post how the study ended to the webhook, if there is one.
+
+    An address that does not answer is only mentioned.
+    """
     address = recorder.launch.webhook
     if not address:
         return
@@ -42,6 +45,7 @@ def notify_webhook(study: Study, recorder: RunRecorder) -> None:
         request = urllib.request.Request(address, body, headers)  # noqa: S310
         urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
     except (OSError, ValueError) as error:
-        # Not the error's own message: it may contain the address, and whoever has that can post there.
+        # Not the error's own message: it may contain the address, and whoever has that can post
+        # there.
         reason = getattr(error, "reason", None) or type(error).__name__
         print(f"--webhook: the message was not delivered ({reason})")

@@ -150,7 +150,10 @@ def _series(
 
 
 def _front(name: str, series: Series, is_low_x_better: bool, is_high_y_better: bool) -> Series:
-    """Return which of a series' points no other beats in both quantities, along the horizontal axis."""
+    """Return the Pareto front of a series, along the horizontal axis.
+
+    The points that no other beats in both metrics.
+    """
     points = list(zip(series.labels, series.x, series.y, strict=True))
     x_sign, y_sign = (1 if is_low_x_better else -1), (-1 if is_high_y_better else 1)
     front: list[tuple[str, float, float]] = []
@@ -193,7 +196,8 @@ def draw_figure(
     The ending of ``file`` says the format: png, pdf or svg.
 
     Raises:
-        UserError: matplotlib does not write that format, or a model's reconstructions are not there yet.
+        UserError: matplotlib does not write that format, or a model's reconstructions are not there
+            yet.
     """
     study = results.study
     kind = study.file.figure.kind

@@ -1,4 +1,4 @@
-"""What every page says of itself: when, from which code, on which machine, by which command, and where the runs are."""
+"""The last lines of every page: when and how it was made, and where the runs are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from orchestration.tracking import provenance
 
 
 def footer(command: Sequence[str], experiments: Sequence[str] = ()) -> str:
-    """Return a page's last lines, in HTML; ``experiments`` are the ids in MLflow of those that its runs are in."""
+    """Return a page's last lines, in HTML.
+
+    ``experiments`` are the ids in MLflow of those that its runs are in.
+    """
     tags = provenance.tags()
     commit = tags.get("mlflow.source.git.commit", "")[:12] or "no checkout"
     dirty = " with uncommitted changes" if tags.get("git.dirty") == "True" else ""
@@ -30,7 +33,10 @@ def footer(command: Sequence[str], experiments: Sequence[str] = ()) -> str:
 
 
 def _links(experiments: Sequence[str]) -> str:
-    """Return links to the runs in MLflow; the port is the reader's, 5000 unless they say another."""
+    """Return links to the runs in MLflow.
+
+    The port is the reader's, 5000 unless they say another.
+    """
     if not experiments:
         return ""
     links = " ".join(

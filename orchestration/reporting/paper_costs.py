@@ -46,7 +46,10 @@ class PaperRow:
 
 
 def paper_rows() -> list[PaperRow]:
-    """Return the rows of Tables II, III c, VI, VII, XI and XII that print a cost of MAR or VideoMAE."""
+    """Return the rows of the paper's tables that print a cost of MAR or VideoMAE.
+
+    Tables II, III c, VI, VII, XI and XII.
+    """
     document = Document(packaged("search_spaces") / "paper" / "cost.yaml")
     return [
         PaperRow(
@@ -71,7 +74,10 @@ def cost_frame() -> pd.DataFrame:
 
 
 def _agrees(ours: float, printed: float | int) -> str:
-    """Return in which sense ours is the printed figure: a whole number by rounding, two decimals within 0.01."""
+    """Return in which sense our figure equals the printed one.
+
+    A whole number by rounding, two decimals within 0.01.
+    """
     if isinstance(printed, int):
         return "rounded" if round(ours) == printed else "no"
     return "within 0.01" if abs(ours - printed) <= 0.01 else "no"

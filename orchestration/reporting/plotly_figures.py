@@ -1,4 +1,4 @@
-"""Figures that answer the mouse, by plotly: in a page of their own, or as a part of one that has plotly's script."""
+"""Interactive figures by plotly: in a page of their own, or as part of one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ _LOOK: dict[str, Any] = {
 
 
 def write_figure(results: StudyResults, file: Path) -> None:
-    """Write a study's figure: png, pdf, svg, or html, a page that answers the mouse and needs nothing else.
+    """Write a study's figure: png, pdf, svg, or html.
+
+    The html is interactive and needs no other file.
 
     Raises:
         UserError: there is no such format, or a model's reconstructions are not there yet.
@@ -59,7 +61,10 @@ def write_html(file: Path, title: str, parts: str, script: str | None = None) ->
 
 
 def study_chart(results: StudyResults) -> str:
-    """Return a study's figure as a part of a page; empty for one that is a picture: masks, reconstructions."""
+    """Return a study's figure as a part of a page.
+
+    Empty for one that is a picture: masks, reconstructions.
+    """
     if results.study.file.figure.kind in ("masks", "reconstructions"):
         return ""
     return chart(figure_info(results))
@@ -91,7 +96,10 @@ def chart(info: FigureInfo) -> str:
 
 
 def confusion_chart(confusion: Confusion) -> str:
-    """Return a confusion matrix as a part of a page: shares of each class, counts under the mouse."""
+    """Return a confusion matrix as part of a page.
+
+    Shares of each class are shown as colours, counts on hovering.
+    """
     counts = confusion.counts
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     names = [html.escape(name) for name in confusion.names]

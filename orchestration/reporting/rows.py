@@ -1,4 +1,4 @@
-"""From the runs that MLflow remembers to the cells of a table: seeds, mean, interval, complete or partial."""
+"""From runs to the cells of a table: seeds, mean, interval, complete or partial."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Cell:
     """One quantity of one row."""
 
     status: Literal["complete", "partial", "missing", "quoted"]
-    """Of its seeds, all, some or none are there; ``quoted``: there is only what the paper says of another method."""
+    """Of its seeds, all, some or none are there; ``quoted``: there is only what the paper says of
+    another method."""
     values: tuple[float, ...] = ()
     """By seed."""
     paper: float | None = None
@@ -35,7 +36,10 @@ class Cell:
 
     @property
     def half_width(self) -> float | None:
-        """Half the 95 % confidence interval of the mean (Student's t); none with fewer than two seeds."""
+        """Half the 95 % confidence interval of the mean (Student's t).
+
+        None with fewer than two seeds.
+        """
         if len(self.values) < 2:
             return None
         return (
@@ -81,7 +85,7 @@ class Row:
 
 
 def build_rows(study: Study, found: Mapping[str, Record]) -> list[Row]:
-    """Return the study's rows in its order, with every metric of its table, its figure and its report.
+    """Return the study's rows in its order, with every metric that its report needs.
 
     ``found`` maps a trial's key to its finished run.
     """

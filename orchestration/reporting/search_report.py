@@ -1,4 +1,4 @@
-"""What a search found: the best settings as a recipe, the Pareto front, importances, and Optuna's pictures."""
+"""What a search found: best settings as a recipe, Pareto front, importances, pictures."""
 
 from __future__ import annotations
 
@@ -92,7 +92,10 @@ def _shown(value: Any) -> Any:
 
 
 def importance_frame(proposer: OptunaSearch) -> pd.DataFrame:
-    """Return how much of the variation of each goal each setting explains; empty while there are too few trials."""
+    """Return how much of the variation of each goal each setting explains.
+
+    Empty while there are too few trials.
+    """
     columns: dict[str, dict[str, float]] = {}
     complete = _complete(proposer)
     for index, name in enumerate(proposer.search.file.goals):
@@ -111,7 +114,11 @@ def importance_frame(proposer: OptunaSearch) -> pd.DataFrame:
 
 
 def write_search_report(proposer: OptunaSearch, folder: Path) -> None:
-    """Write ``report.md`` and ``.html``, ``best.yaml`` (a recipe, ready to run), ``front.csv``, ``trials.csv``, pictures."""
+    """Write the report of a search.
+
+    ``report.md`` and ``.html``, ``best.yaml`` (a recipe, ready to run), ``front.csv``,
+    ``trials.csv`` and pictures.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(found_text(proposer), encoding="utf-8")
     write_text(folder / "front.csv", csv_text(front_frame(proposer)))

@@ -1,7 +1,8 @@
 """What the test videos can tell: paired comparisons of rows, from each run's stored predictions.
 
-Two models that are tested on the same videos are compared video by video: most gaps between ablations are smaller than
-the standard error of either accuracy (0.32 points at 71 % of 20,000 videos), and only the pairing can see them.
+Two models that are tested on the same videos are compared video by video: most gaps between
+ablations are smaller than the standard error of either accuracy (0.32 points at 71 % of 20,000
+videos), and only the pairing can see them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from orchestration.studies.matching import Record
 from orchestration.studies.trial import Trial
 
 IN_ONE = " in one training"
-"""Behind the verdict of a claim some of whose rows have one training: another seed might say another thing."""
+"""Behind the verdict of a claim some of whose rows have one training: another seed might say
+another thing."""
 ONE_TRAINING = "One training a row: what another seed would change is not in the interval."
 Verdict = Literal[
     "supported",
@@ -65,7 +67,8 @@ class Comparison:
     high: float
     """95 % interval, over other videos, and over other seeds where there are several."""
     p: float
-    """Two-sided: McNemar's exact test with one seed each, else a t test over seeds and videos; not yet corrected."""
+    """Two-sided: McNemar's exact test with one seed each, else a t test over seeds and videos; not
+    yet corrected."""
     num_videos: int
     num_seeds: int = 1
     """Trainings of the row that has fewer."""
@@ -83,7 +86,8 @@ class Claim:
     text: str
     verdict: Verdict
     pairs: Mapping[str, Comparison | None]
-    """``better > worse`` -> better less worse (corrected over the claim's pairs); none: not there yet."""
+    """``better > worse`` -> better less worse (corrected over the claim's pairs); none: not there
+    yet."""
 
 
 def read_correctness(run: Record, file_of: FileOf) -> Correctness:
@@ -107,8 +111,9 @@ def read_correctness(run: Record, file_of: FileOf) -> Correctness:
 def compare(ours: Sequence[Correctness], theirs: Sequence[Correctness]) -> Comparison | None:
     """Compare two rows, each given by its seeds; none: no video is in all of them.
 
-    With one training each the question is whether these two models differ: McNemar's exact test over the videos. With
-    several it is whether the settings differ, over other seeds and other videos: a t test, see :func:`_variance`.
+    With one training each the question is whether these two models differ: McNemar's exact test
+    over the videos. With several it is whether the settings differ, over other seeds and other
+    videos: a t test, see :func:`_variance`.
     """
     one, other = (np.array(row, dtype=float) for row in _over_the_same(ours, theirs))
     num_videos = one.shape[1]
@@ -130,13 +135,16 @@ def compare(ours: Sequence[Correctness], theirs: Sequence[Correctness]) -> Compa
 
 
 def _variance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Return the variance of the difference of two rows' means, and its degrees of freedom; arrays are seeds × videos.
+    """Return the variance of the difference of two rows' means, and its degrees of freedom.
 
-    Seeds and videos are crossed and both are drawn: the variance between seeds and the variance between videos add up,
-    less what is in both, the part that belongs to a seed on a video. The first has few degrees of freedom (the rows'
-    variances are pooled), the second many. They are combined as in Satterthwaite's formula, but with the ratio of the
-    variances as it is and not squared: what two seeds say of the spread is often too small by chance, and the formula
-    then trusts it too much (7 % false positives at two seeds, ``benchmarks/false_positives.py``).
+    Arrays are seeds × videos.
+
+    Seeds and videos are crossed and both are drawn: the variance between seeds and the variance
+    between videos add up, less what is in both, the part that belongs to a seed on a video. The
+    first has few degrees of freedom (the rows' variances are pooled), the second many. They are
+    combined as in Satterthwaite's formula, but with the ratio of the variances as it is and not
+    squared: what two seeds say of the spread is often too small by chance, and the formula then
+    trusts it too much (7 % false positives at two seeds, ``benchmarks/false_positives.py``).
     """
     num_videos = one.shape[1]
     gaps = one.mean(axis=0) - other.mean(axis=0)
@@ -203,7 +211,10 @@ def holm_corrected(comparisons: Mapping[str, Comparison | None]) -> dict[str, Co
 
 
 def against_reference(results: StudyResults) -> dict[str, Comparison]:
-    """Return, by row, each finished row less the table's reference row, corrected for the number of rows."""
+    """Return each finished row's difference from the table's reference row.
+
+    Corrected for the number of rows.
+    """
     reference = results.study.file.table.reference
     if reference is None:
         return {}
@@ -229,7 +240,10 @@ def tells_apart(results: StudyResults, row: str, other: str) -> bool:
 
 
 def are_apart(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Whether seeds tell two means of a measured quantity apart, at 5 % (Welch's t test); one seed tells nothing."""
+    """Whether seeds tell two means of a measured quantity apart, at 5 % (Welch's t test).
+
+    One seed tells nothing.
+    """
     from scipy import stats  # slow to import, and a plan needs none
 
     if min(len(ours), len(theirs)) < 2:
@@ -273,7 +287,10 @@ def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correct
 def _correctness_of_rows(
     results: StudyResults, only: set[str] | None = None
 ) -> dict[str, list[Correctness]]:
-    """Return, by row with all its seeds, which videos each seed's model classifies correctly; with ``only``, of some rows."""
+    """Return, by row with all its seeds, which videos each seed's model classifies correctly.
+
+    With ``only``, of some rows.
+    """
     found = results.runs
     file_of = results.file_of
     if file_of is None:

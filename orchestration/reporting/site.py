@@ -1,4 +1,7 @@
-"""``mar report --all``: one self-contained page over all studies. It needs no server and no other file."""
+"""``mar report --all``: one self-contained page over all studies.
+
+It needs no server and no other file.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +132,10 @@ def _failures(sections: Sequence[Section]) -> Counter[str]:
 
 
 def _to_come(studies: Sequence[Study], records: Sequence[RunRecord]) -> str:
-    """Return what is still to be trained, and the device-hours at the throughput of each study's finished trials."""
+    """Return how many trainings are left, and their device-hours.
+
+    At the throughput of each study's finished trials.
+    """
     earlier = Planned()
     new = [
         line

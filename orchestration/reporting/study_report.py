@@ -1,4 +1,4 @@
-"""The report of a study: its table in every format, its figure, and a page that says what was found."""
+"""The report of a study: its table in every format, its figures, and a page."""
 
 from __future__ import annotations
 
@@ -30,11 +30,14 @@ from orchestration.studies.trial import Study
 
 
 def write_report(results: StudyResults, folder: Path) -> tuple[str, list[str]]:
-    """Write ``table.*``, ``figure.*``, ``curves.*``, ``confusion.*``, ``report.md`` and ``report.html``.
+    """Write the report of a study.
+
+    ``table.*``, ``figure.*``, ``curves.*``, ``confusion.*``, ``report.md`` and ``report.html``.
 
     Returns the table in Markdown, and what was found, line by line.
 
-    What is not there yet, reconstructions or curves, is left out; whatever else is in the folder stays.
+    What is not there yet, reconstructions or curves, is left out; whatever else is in the folder
+    stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     study = results.study

@@ -1,4 +1,7 @@
-"""What the runs in MLflow say about a study: matched once, and handed to everything that draws or prints it."""
+"""A study and the runs that answer its trials.
+
+Matched once, and handed to everything that draws or prints them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from orchestration.studies.matching import Record, match
 from orchestration.studies.trial import Study
 
 FileOf = Callable[[Any, str], Path]
-"""Finds one file of a run's result, by the run and the file's name; downloads it where it is not on this disk."""
+"""Finds one file of a run's result, by the run and the file's name; downloads it where it is not on
+this disk."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class StudyResults:
 
     study: Study
     runs: Mapping[str, Any]
-    """Key of a trial -> its finished run (``Record``), of whatever study; a trial without one is missing."""
+    """Key of a trial -> its finished run (``Record``), of whatever study; a trial without one is
+    missing."""
     file_of: FileOf | None = None
     """None: the runs' files are not at hand, and what needs them is left out."""
 

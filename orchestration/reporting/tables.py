@@ -61,7 +61,8 @@ class TableInfo:
     own_notes: Sequence[str] = ()
     """What the study's file says below its table."""
     is_significant: Mapping[str, bool] = field(default_factory=dict[str, bool])
-    """Quantity -> whether its best row is told apart from the next one: only then it is printed bold."""
+    """Quantity -> whether its best row is told apart from the next one: only then it is printed
+    bold."""
 
     @property
     def common_seeds(self) -> int | None:
@@ -75,7 +76,10 @@ class TableInfo:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know: how many trials are missing, which videos were not counted, what is quoted."""
+        """What a reader must know.
+
+        How many trials are missing, which videos were not counted, what is quoted.
+        """
         finished, wanted = (
             sum(row.finished for row in self.rows),
             sum(row.seeds for row in self.rows),
@@ -143,7 +147,9 @@ def table_info(results: StudyResults) -> TableInfo:
 
 
 def _is_best_significant(results: StudyResults, name: str) -> bool:
-    """Whether a metric's best row differs significantly from the next: over the videos for top-1, else over the seeds.
+    """Whether a metric's best row differs significantly from the next.
+
+    Over the videos for top-1, else over the seeds.
 
     What is counted and not measured (operations, parameters) always does.
     """
@@ -169,7 +175,10 @@ def to_markdown(info: TableInfo) -> str:
 
 
 def to_latex(info: TableInfo) -> str:
-    r"""Return a LaTeX ``table`` with booktabs rules; needs ``\\usepackage{booktabs,amssymb,graphicx}``."""
+    r"""Return a LaTeX ``table`` with booktabs rules.
+
+    Needs ``\\usepackage{booktabs,amssymb,graphicx}``.
+    """
     frame = _frame(info, best="\\textbf{{{}}}".format, plain=latex_escaped)
     frame.iloc[:, 0] = [
         "{}" + text if text[:1] in ("[", "*") else text for text in frame.iloc[:, 0]
@@ -186,7 +195,10 @@ def to_latex(info: TableInfo) -> str:
 
 
 def to_html(info: TableInfo, has_caption: bool = True) -> str:
-    """Return an HTML table with its title as the caption; a page that has the title leaves it out."""
+    """Return an HTML table with its title as the caption.
+
+    A page that has the title leaves it out.
+    """
     frame = _frame(info, best="<b>{}</b>".format, plain=html.escape)
     body: str = frame.to_html(index=False, escape=False, border=0)
     start, rest = body.split("\n", 1)
@@ -258,7 +270,8 @@ def cell_text(
 ) -> str:
     """Return "70.97", "70.97 ± 0.12", "70.97 [70.90, 71.05]" (a range), "70.97 (1 of 3)" or "–".
 
-    How many trainings it is the mean of stands behind it, "(n = 3)", unless that is said for the whole table.
+    How many trainings it is the mean of stands behind it, "(n = 3)", unless that is said for the
+    whole table.
     """
     if cell.mean is None:
         return MISSING
@@ -280,7 +293,10 @@ def _spread_text(cell: Cell, digits: int, spread: Spread) -> str:
 def _frame(
     info: TableInfo, best: Callable[[str], str], plain: Callable[[str], str]
 ) -> pd.DataFrame:
-    """Return the table as text: labels, words, and of each quantity ours, the paper's and the difference."""
+    """Return the table as text.
+
+    Labels, extra columns, and of each metric ours, the paper's and the difference.
+    """
     lines, heads = _lines(info)
     firsts = [next(row for row in line if row is not None) for line in lines]
     columns: list[tuple[str, list[str]]] = []
@@ -351,7 +367,10 @@ def _gap(comparison: Comparison) -> str:
 
 
 def _lines(info: TableInfo) -> tuple[list[list[Row | None]], list[str]]:
-    """Return the rows of each printed line, and the label above each of its columns (none: one column)."""
+    """Return the rows of each printed line, and the label above each of its columns.
+
+    None: one column.
+    """
     across = info.across
     if across is None:
         return [[row] for row in info.rows], [""]
@@ -409,7 +428,11 @@ def _gain(info: TableInfo, row: Row, value: Callable[[Cell], float | None]) -> s
 
 
 def _leader(info: TableInfo, name: str) -> Row | None:
-    """Return the row with the best value, if all are there, better means something and it is told from the next."""
+    """Return the row with the best value of a metric.
+
+    None: a row is missing, no direction is better, or it does not differ significantly from the
+    next.
+    """
     ranked = _ranked(info.rows, name)
     if len(ranked) < 2 or not info.is_significant.get(name, True):
         return None
@@ -418,7 +441,10 @@ def _leader(info: TableInfo, name: str) -> Row | None:
 
 
 def _ranked(rows: Sequence[Row], name: str) -> list[Row]:
-    """Return our rows, the best first; none where one is not there yet or no value is better than another."""
+    """Return our rows, the best first.
+
+    None where one is not there yet or no value is better than another.
+    """
     direction = METRICS[name].higher_is_better
     ours = [row for row in rows if not row.is_quoted]
     if direction is None or any(row.cells[name].mean is None for row in ours):

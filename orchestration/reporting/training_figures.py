@@ -1,4 +1,4 @@
-"""Figures that every study has beside its own: its learning curves, and what its best model takes for what."""
+"""Figures that every study has: learning curves, and the confusion matrix of its best model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ class Confusion:
 
 
 def curves_info(results: StudyResults) -> FigureInfo | None:
-    """Return the learning curve of each row, the mean over its seeds; none: no finished training has one."""
+    """Return the learning curve of each row, the mean over its seeds.
+
+    None: no finished training has one.
+    """
     study = results.study
     found = results.runs
     if results.file_of is None:
@@ -82,7 +85,10 @@ def curves_info(results: StudyResults) -> FigureInfo | None:
 
 
 def confusion(results: StudyResults) -> Confusion | None:
-    """Return the confusion matrix of the row with the best top-1 (its first seed); none: no predictions are there."""
+    """Return the confusion matrix of the row with the best top-1 (its first seed).
+
+    None: no predictions are there.
+    """
     study = results.study
     found = results.runs
     best = max(results.rows, key=lambda row: row.cells["top1"].mean or -1.0, default=None)

@@ -14,7 +14,9 @@ from orchestration.studies.trial import ABSENT, Study, Trial
 
 
 def as_study(search: Search) -> Study:
-    """Return a study of the points with which a search begins; of one that names none, of its recipe as it is.
+    """Return a study of the points with which a search begins.
+
+    Of one that names none, of its recipe as it is.
 
     Raises:
         UserError: a point breaks a rule of the settings.

@@ -1,9 +1,10 @@
 """A search becomes an Optuna study that proposes trials.
 
-Knows nothing of Ray: whoever trains asks ``Proposer.next`` for a trial and tells it what came of it. The study is kept in
-an SQLite file (``optuna-dashboard`` opens it), so that a search that was killed goes on: what it had proposed and not
-finished is proposed again first, and a proposal that some finished run equals is answered without training.
-Other settings, data, goals or constraints are another search, with an Optuna study of its own in the same file.
+Knows nothing of Ray: whoever trains asks ``Proposer.next`` for a trial and tells it what came of
+it. The study is kept in an SQLite file (``optuna-dashboard`` opens it), so that a search that was
+killed goes on: what it had proposed and not finished is proposed again first, and a proposal that
+some finished run equals is answered without training. Other settings, data, goals or constraints
+are another search, with an Optuna study of its own in the same file.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _MOST_FAILURES = 3
 """Trials that fail one after the other before the search stops: the next would too."""
 _INFEASIBLE, _KEY, _RUN, _AGAIN, _COPY = "infeasible", "key", "run", "again", "copy"
 UNCOUNTED = {_INFEASIBLE, _RUN, _COPY}
-"""What marks a trial of the Optuna study that this search did not train: broken rules, others' runs, equals of others."""
+"""What marks a trial of the Optuna study that this search did not train: broken rules, others'
+runs, equals of others."""
 
 
 @dataclass
@@ -88,7 +90,9 @@ class OptunaSearch:
         return sum(_COPY in each.user_attrs for each in self.study.get_trials(deepcopy=False))
 
     def next(self) -> Trial | None:
-        """Return the next trial to train; none: there are enough, finished or under way, or nothing is left to try.
+        """Return the next trial to train.
+
+        None: there are enough, finished or under way, or nothing is left to try.
 
         Raises:
             Failure: no point of the space keeps the constraints.
@@ -123,7 +127,10 @@ class OptunaSearch:
         return None
 
     def _trial(self, asked: optuna.Trial) -> Trial | None:
-        """Return the proposal as a trial; none: it breaks a rule of the settings, or a constraint."""
+        """Return the proposal as a trial.
+
+        None: it breaks a rule of the settings, or a constraint.
+        """
         try:
             params = suggested(asked, self.search)
             settings = self.search.settings(params)
@@ -143,7 +150,9 @@ class OptunaSearch:
         return trial
 
     def _sample_untried(self) -> dict[str, Any] | None:
-        """Draw a point that keeps the rules and constraints and is new, where Optuna's proposals in a row do not.
+        """Draw a new point that keeps the rules and constraints, without Optuna.
+
+        For when Optuna proposes known or infeasible points in a row.
 
         Returns none when all that are drawn were tried, as happens in a space of few points.
 
@@ -173,7 +182,10 @@ class OptunaSearch:
         )
 
     def _reached(self, trial: Trial) -> list[float] | None:
-        """Return what a proposal's equal reached, in this launch or before; none: nobody trained it."""
+        """Return what a proposal's equal reached, in this launch or before.
+
+        None: nobody trained it.
+        """
         found = match([trial], self.records)
         if trial.key in self.reached or not found:
             return self.reached.get(trial.key)
@@ -205,7 +217,9 @@ class OptunaSearch:
         self.study.tell(self.asked.pop(key), state=TrialState.FAIL)
 
     def should_prune(self, key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
-        """Whether a trial is to be ended at this epoch; Optuna is told of its validation accuracy either way.
+        """Whether a trial is to be ended at this epoch.
+
+        Optuna is told of its validation accuracy either way.
 
         It is not at the last one: what is left is the test.
         """
@@ -248,7 +262,10 @@ def suggested(asked: optuna.Trial, search: Search) -> dict[str, Any]:
 
 
 def open_search(search: Search, file: Path, records: Sequence[Record]) -> OptunaSearch:
-    """Open a search's Optuna study below the store; makes it, with its start points and what is known, if there is none."""
+    """Open a search's Optuna study below the store.
+
+    Makes it, with its start points and what is known, if there is none.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter(
         "ignore", optuna.exceptions.ExperimentalWarning

@@ -101,7 +101,8 @@ class SearchFile(_Part):
     goals: dict[str, Literal["max", "min"]] = {"top1": "max"}
     """Quantity -> its better end; several goals make a Pareto front."""
     constraints: tuple[str, ...] = ()
-    """As ``gflops <= 90``: costs that are known before training; what breaks one is never trained."""
+    """As ``gflops <= 90``: costs that are known before training; what breaks one is never
+    trained."""
     trials: PositiveInt = 20
     """How many this search trains; what it finds trained comes on top."""
     sampler: Literal["tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "tpe"
@@ -129,7 +130,9 @@ class Search:
     """The search's file."""
 
     def study_name(self, base: str) -> str:
-        """Return the name of its Optuna study: another for other settings, data, goals or constraints.
+        """Return the name of the search's Optuna study.
+
+        It differs for other settings, data, objectives or constraints.
 
         ``base`` is the identity of the settings that all trials share.
         """
@@ -192,7 +195,10 @@ def read_search(name: str, overrides: Sequence[str] = ()) -> Search:
 
 
 def _typed(space: Mapping[str, Dimension], whole: Mapping[str, Any]) -> dict[str, Dimension]:
-    """Return the space with fractions where the setting has them: ``low: 0, high: 1`` of λ is a range, not two points."""
+    """Return the space with fractions where the setting has them.
+
+    ``low: 0, high: 1`` of λ is a range, not two points.
+    """
     typed: dict[str, Dimension] = {}
     for path, dimension in space.items():
         ends = {

@@ -1,8 +1,9 @@
 """Object storage (``s3://``, ``gs://``) for clusters whose nodes share no disk.
 
-Every node then has a store of its own, under the same path; what others need of it is copied here, and from here. A
-folder that was sealed with a manifest is copied with the manifest last, so what has one here is whole. Addresses and
-keys come from where the provider's own tools find them (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, …).
+Every node then has a store of its own, under the same path; what others need of it is copied here,
+and from here. A folder that was sealed with a manifest is copied with the manifest last, so what
+has one here is whole. Addresses and keys come from where the provider's own tools find them
+(``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, …).
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ class ObjectStore:
             self.upload(file, f"{name}/{file.relative_to(folder)}")
 
     def download_dir(self, name: str, folder: Path) -> bool:
-        """Have here the sealed folder that is there, verified; false where there is no whole one."""
+        """Have here the sealed folder that is there, verified.
+
+        False where there is no whole one.
+        """
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / ".pulling"):  # workers of one node share its disk
             unfinished = folder.with_name(f".{folder.name}.pulled")
@@ -105,7 +109,10 @@ class ObjectStore:
             return is_whole
 
     def download_missing(self, name: str, folder: Path) -> int:
-        """Copy those files of a folder that are not here, or here with another size; returns how many."""
+        """Copy those files of a folder that are not here, or here with another size.
+
+        Returns how many.
+        """
         here = {
             str(file.relative_to(folder)): file.stat().st_size
             for file in folder.rglob("*")
@@ -121,7 +128,10 @@ class ObjectStore:
         return len(wanted)
 
     def upload_missing(self, folder: Path, name: str) -> int:
-        """Copy those files of a folder that are not there, or there with another size; returns how many."""
+        """Copy those files of a folder that are not there, or there with another size.
+
+        Returns how many.
+        """
         there = self._sizes(name)
         files = [
             file

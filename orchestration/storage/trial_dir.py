@@ -110,8 +110,8 @@ class TrialDir:
     def read_failure(self, error: object = None) -> FailureReason | None:
         """Return why the trial failed permanently.
 
-        The reason that its own process recorded comes first. Without one, ``error`` (Ray's) means that Ray lost the
-        process; without an error either, the trial has not failed.
+        The reason that its own process recorded comes first. Without one, ``error`` (Ray's) means
+        that Ray lost the process; without an error either, the trial has not failed.
         """
         try:
             return FailureReason(**read_json(self.failure))

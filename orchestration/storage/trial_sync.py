@@ -15,7 +15,10 @@ from orchestration.storage.trial_dir import TrialDir
 
 
 def fetch_trial_dir(store: ObjectStore, key: str, trial_dir: TrialDir) -> None:
-    """Download a trial's result, logs and small files: what a launch reads of a trial that another node trained."""
+    """Download a trial's result, logs and small files.
+
+    What a launch reads of a trial that another node trained.
+    """
     store.download_dir(f"trials/{key}/{RESULT_DIR}", trial_dir.result)
     for name in store.names(f"trials/{key}"):
         if name.endswith((".txt", ".json")):
@@ -25,7 +28,7 @@ def fetch_trial_dir(store: ObjectStore, key: str, trial_dir: TrialDir) -> None:
 
 
 def prune_remote_checkpoints(store: ObjectStore, key: str, policy: RetentionPolicy) -> None:
-    """Remove the checkpoints of a finished training from the object store, but for those that are kept."""
+    """Remove a finished training's checkpoints from the object store, but for those kept."""
     complete = {name for name in store.complete_dirs(f"trials/{key}") if name.startswith("step_")}
     # The policy reads manifests: download those, without the weights.
     with tempfile.TemporaryDirectory() as scratch:
@@ -45,7 +48,10 @@ def push_cache(store: ObjectStore, folder: Path) -> int:
 
 
 def fetch_cache(store: ObjectStore, folder: Path) -> int:
-    """Bring a frame cache to this node, once for all that train on it; returns how many files were missing."""
+    """Bring a frame cache to this node, once for all that train on it.
+
+    Returns how many files were missing.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.fetching")):
         return store.download_missing("", folder)

@@ -22,7 +22,10 @@ class Budget:
     def take(
         self, study: Study, missing: Sequence[Trial], records: Sequence[Record]
     ) -> list[Trial]:
-        """Return the missing trials that fit, in order; a test of another's model costs next to nothing."""
+        """Return the missing trials that fit, in order.
+
+        A test of another's model costs next to nothing.
+        """
         planned = {line.trial.key: line for line in plan_trials(study, records, self.device)}
         chosen: list[Trial] = []
         paid = match_training(missing, records).keys()

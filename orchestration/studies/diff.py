@@ -55,9 +55,12 @@ class Neighbours:
         self._runs = [(record.run_id, _leaves(line)) for line, record in newest.items() if line]
 
     def nearest(self, trial: Trial) -> tuple[str, list[Difference]] | None:
-        """Return the run with the fewest other settings, and those, the run's value first; none: there is no run.
+        """Return the run with the fewest other settings, and those, the run's value first.
 
-        ``fingerprint`` is the data's content, ``results`` the version of the code that results depend on.
+        None: there is no run.
+
+        ``fingerprint`` is the data's content, ``results`` the version of the code that results
+        depend on.
         """
         wanted = _leaves(trial.identity)
         ours = set(wanted.items())

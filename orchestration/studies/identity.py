@@ -20,7 +20,10 @@ _KEY_LENGTH = 12
 
 @lru_cache
 def weights_fingerprint(name: str) -> str:
-    """Return the fingerprint of pre-trained weights; read once for a study, a thousand trials may start from them."""
+    """Return the fingerprint of pre-trained weights.
+
+    Read once for a study, a thousand trials may start from them.
+    """
     return fingerprint(name)
 
 
@@ -30,7 +33,9 @@ def key_of(identity_line: str) -> str:
 
 
 def identity(settings: TrainingConfig, data_fingerprint: str) -> str:
-    """Return one line of JSON that is equal for equal results: settings, with fingerprints in place of paths.
+    """Return one line of JSON that is equal for equal results.
+
+    The settings, with fingerprints in place of paths.
 
     It has the version of results too: with another one, equal settings give other results.
     """
@@ -49,7 +54,10 @@ def identity(settings: TrainingConfig, data_fingerprint: str) -> str:
 
 
 def training_identity(identity_line: str) -> str:
-    """Return the part of an identity that the training depends on: everything but how it is tested."""
+    """Return the part of an identity that the training depends on.
+
+    Everything but how it is tested.
+    """
     tree: dict[str, Any] = json.loads(identity_line)
     tree.pop("evaluation")
     # Without a mask in training, the other mask settings are those of testing alone.
@@ -61,10 +69,11 @@ def training_identity(identity_line: str) -> str:
 def with_defaults_filled(
     identity_line: str, data_fingerprint: str | None = None, weights: str | None = None
 ) -> str:
-    """Return an identity that an earlier version wrote, with the settings it did not know at their defaults.
+    """Return an identity of an earlier version, with settings it did not know at defaults.
 
-    ``data_fingerprint`` replaces its own: where the data is missing, its content is unknown and the settings alone must
-    do. ``weights``, the name of the pre-trained weights, replaces their content for the same reason.
+    ``data_fingerprint`` replaces its own: where the data is missing, its content is unknown and the
+    settings alone must do. ``weights``, the name of the pre-trained weights, replaces their content
+    for the same reason.
     """
     tree: dict[str, Any] = json.loads(identity_line)
     own_fingerprint = tree.pop("fingerprint")

@@ -1,4 +1,7 @@
-"""A study file becomes an ordered list of trials: labels and complete settings, before anything runs."""
+"""A study file becomes an ordered list of trials, before anything runs.
+
+Each has labels and complete settings.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,15 @@ def _of_one(path: Path, overrides: Sequence[str]) -> Study:
 
 
 def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Study:
-    """Read a study file and list its trials in the order of the file: last axis fastest, then seeds.
+    """Read a study file and list its trials in the file's order.
 
-    ``overrides`` are ``path=value`` from the command line, the last word on every setting; ``recipe=FILE``
-    puts another recipe under the study (a folder's name, as ``recipe=released``: that folder's of the same names), and
-    ``axes.AXIS.LABEL.path=value`` changes one label's own settings, ``rows.ROW.path=value`` those of one row. ``only`` keeps the trials with the given ``axis=label``. A recipe's file is
-    read as a study of one trial.
+    The last axis changes fastest, then the seeds.
+
+    ``overrides`` are ``path=value`` from the command line, the last word on every setting;
+    ``recipe=FILE`` puts another recipe under the study (a folder's name, as ``recipe=released``:
+    that folder's of the same names), and ``axes.AXIS.LABEL.path=value`` changes one label's own
+    settings, ``rows.ROW.path=value`` those of one row. ``only`` keeps the trials with the given
+    ``axis=label``. A recipe's file is read as a study of one trial.
 
     Raises:
         UserError: a bad file, setting, label or override; the message says where.
@@ -102,13 +108,16 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
 
 
 def _is_recipe(document: Document) -> bool:
-    """Whether a file has a recipe's settings: ``recipe`` is a study's recipe where it is text, else a branch of settings."""
+    """Whether a file contains a recipe's settings.
+
+    In a study ``recipe`` is a text, in a recipe it is a group of settings.
+    """
     content = document.content
     return not {"axes", "title"} & content.keys() and not isinstance(content.get("recipe"), str)
 
 
 def paper_studies() -> list[str]:
-    """Return the files of the paper's tables and figures that ship with mar, in the paper's order."""
+    """Return the shipped files of the paper's tables and figures, in the paper's order."""
     files = [
         file
         for kind in ("table", "figure")
@@ -121,7 +130,10 @@ def paper_studies() -> list[str]:
 
 
 def _with_changed_axes(file: StudyFile, changes: dict[str, Any]) -> StudyFile:
-    """Take ``axes.AXIS.LABEL.path`` out of the command line's changes: they are one label's own settings."""
+    """Take ``axes.AXIS.LABEL.path`` out of the command line's changes.
+
+    They are the settings of one label.
+    """
     axes = {axis: dict(labels) for axis, labels in file.axes.items()}
     for path in [path for path in changes if path.startswith("axes.")]:
         candidates = [
@@ -141,7 +153,10 @@ def _with_changed_axes(file: StudyFile, changes: dict[str, Any]) -> StudyFile:
 
 
 def _of_rows(file: StudyFile, changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Take ``rows.ROW.path`` out of the command line's changes: they are settings of one row alone."""
+    """Take ``rows.ROW.path`` out of the command line's changes.
+
+    They are the settings of one row.
+    """
     rows = [BETWEEN_LABELS.join(labels) for labels in itertools.product(*file.axes.values())]
     found: dict[str, dict[str, Any]] = {}
     for path in [path for path in changes if path.startswith("rows.")]:
@@ -230,7 +245,7 @@ def _select(trials: list[Trial], file: StudyFile, only: Sequence[str]) -> list[T
 
 
 def fetch_weights(study: Study) -> None:
-    """Have the pre-trained weights of all trials on this machine, downloading those that have a hub's name.
+    """Download the pre-trained weights that have a hub's name, for all trials.
 
     Call it before any trial's identity is asked for: an identity has the weights' content in it.
 

@@ -50,9 +50,9 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 def match(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
     """Return, by trial key, the newest finished run with the trial's settings, of whatever study.
 
-    A run logged before a setting existed matches if the trial leaves that setting at its default. Where the data
-    is not at hand, its fingerprint is unknown, and the settings alone decide: a table needs no videos. So it is with
-    pre-trained weights, and their name.
+    A run logged before a setting existed matches if the trial leaves that setting at its default.
+    Where the data is not at hand, its fingerprint is unknown, and the settings alone decide: a
+    table needs no videos. So it is with pre-trained weights, and their name.
     """
     return _match(trials, records, lambda line: line)
 

@@ -1,4 +1,4 @@
-"""The quantities that a study's table and figure may name: where each comes from, how it is printed."""
+"""The metrics that a study's table and figure may name: their sources, and how they are printed."""
 
 from __future__ import annotations
 

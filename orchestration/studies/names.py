@@ -1,7 +1,8 @@
-"""What a study is called in a store: its file's name, told apart from another file of the same name.
+"""The name of a study in a store: its file's name, made distinct from other files' names.
 
-A name stands for a study's experiment in MLflow, its lock and its report. The first file that runs under a name keeps it
-in that store; another file of that name, in another folder, is called by its folder's name too.
+A name stands for a study's experiment in MLflow, its lock and its report. The first file that runs
+under a name keeps it in that store; another file of that name, in another folder, is called by its
+folder's name too.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def _keep(note: Path, owner: str, store: Path) -> None:
 
 
 def name_of(given: str, store: Path) -> str:
-    """Return the name in a store of the study, search or recipe that a person means; or what was given, if it is no file.
+    """Return the name in a store of the study, search or recipe that a person means.
+
+    Or what was given, if it is no file.
 
     Raises:
         UserError: the file cannot be read.

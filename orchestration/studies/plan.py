@@ -1,4 +1,7 @@
-"""What studies will cost, before they run: which trials are there, which are new, how much each computes."""
+"""What studies will cost, before they run.
+
+Which trials are finished, which are new, how much each computes.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ class PlannedTrial:
     study: str
     trial: Trial
     state: Literal["have", "new", "test", "same"]
-    """``test``: its training is there, or an earlier line's; ``same``: an earlier line is this very trial."""
+    """``test``: its training is there, or an earlier line's; ``same``: an earlier line is this very
+    trial."""
     of: str
     """The earlier line, or the run, that it is the same as or tested from."""
     gflops: float
@@ -51,7 +55,8 @@ class PlannedTrial:
     num_clips: int | None
     """Clips seen in training; none where nothing tells the size of the split."""
     device_hours: float | None
-    """At the throughput of the newest finished trial that ran equal models, or at a device's; none: neither is known."""
+    """At the throughput of the newest finished trial that ran equal models, or at a device's; none:
+    neither is known."""
     storage_gib: float
     run_id: str | None
 
@@ -71,7 +76,10 @@ def plan_trials(
     device: Device | None = None,
     earlier: Planned | None = None,
 ) -> list[PlannedTrial]:
-    """Return a line for each trial in the study's order; ``earlier`` studies train what they train."""
+    """Return a line for each trial in the study's order.
+
+    ``earlier`` studies train what they train.
+    """
     earlier = earlier if earlier is not None else Planned()
     trials = study.trials if study.trains else []
     found, trained = match(trials, records), match_training(trials, records)
@@ -149,7 +157,10 @@ def plan_text(
     device: Device | None = None,
     neighbours: Neighbours | None = None,
 ) -> str:
-    """Return the plan as a table, by study, with a line of totals; with ``neighbours``, why what is new is new."""
+    """Return the plan as a table, by study, with a line of totals.
+
+    With ``neighbours``, why what is new is new.
+    """
     width = max([len(line.trial.name) for line in lines], default=0) + 2
     header = (
         f"{'':<5}{'trial':<{width}}{'GFLOPs':>9}{'Param (M)':>11}{'clips':>12}{'device-hours':>14}"
@@ -280,7 +291,10 @@ def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | No
 
 
 def _measured_rate(study: Study, found: dict[str, AnyRecord]) -> float | None:
-    """Return the training GFLOPs a second that finished trials of this study reached, their mean; none without one."""
+    """Return the mean training GFLOPs a second of this study's finished trials.
+
+    None: it has none.
+    """
     runs: list[tuple[Trial, Record]] = [
         (trial, found[trial.key]) for trial in study.trials if trial.key in found
     ]

@@ -67,13 +67,16 @@ _SETTING = re.compile(rf"\.(?:{'|'.join(re.escape(path) for path in SETTING_PATH
 
 
 def in_family(recipe: str, family: str) -> str:
-    """Return the recipe of the same name in another folder (``recipe=released`` for ``recipes/paper``), or itself."""
+    """Return the recipe of the same name in another folder, or itself.
+
+    ``recipe=released`` for ``recipes/paper``.
+    """
     near = packaged("search_spaces") / "recipes" / family / Path(recipe).name
     return str(near) if near.is_file() else recipe
 
 
 def touches(path: str, changes: Mapping[str, Any]) -> bool:
-    """Whether one of the changes is to this setting, to something in it, or to the branch it is in."""
+    """Whether a change is to this setting, to a part of it, or to the group it is in."""
     return any(
         change == path or change.startswith(f"{path}.") or path.startswith(f"{change}.")
         for change in changes
@@ -81,7 +84,10 @@ def touches(path: str, changes: Mapping[str, Any]) -> bool:
 
 
 def absolute_paths(settings: TrainingConfig) -> TrainingConfig:
-    """Return the settings with absolute paths to data and weights, for workers whose working folder is another."""
+    """Return the settings with absolute paths to data and weights.
+
+    Workers have another working folder.
+    """
     data, encoder, weights = settings.data, settings.encoder, settings.encoder.weights
     cache = str(Path(data.cache).resolve()) if data.cache else None
     data = data.model_copy(update={"root": str(Path(data.root).resolve()), "cache": cache})

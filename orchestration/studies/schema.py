@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 BETWEEN_LABELS = " / "
-"""Joins the labels of a row; an axis and its labels may have it too, and then stand for several columns."""
+"""Joins the labels of a row; an axis and its labels may have it too, and then stand for several
+columns."""
 
 
 def label_parts(axis: str, label: str) -> list[str]:
@@ -25,14 +26,17 @@ class TableLayout(_Part):
     columns: tuple[str, ...] = ("top1", "top5", "gflops")
     """By their short names (``quantities.QUANTITIES``)."""
     across: str | None = None
-    """An axis whose labels stand side by side, as columns of each quantity, and not one below the other."""
+    """An axis whose labels stand side by side, as columns of each quantity, and not one below the
+    other."""
     reference: str | None = None
     """The row that others are compared with; none: no comparison."""
     delta: dict[str, str] = {}
-    """Axis -> label: each row's gain in top-1 over the row with this label and otherwise its own (Table V's Δ)."""
+    """Axis -> label: each row's gain in top-1 over the row with this label and otherwise its own
+    (Table V's Δ)."""
     spread: Literal["interval", "std", "range"] | None = None
-    """What stands beside a mean over seeds: the 95 % interval of the mean (Student's t), the seeds' standard deviation, or
-    the least and the greatest. None: the interval from three seeds on, the range of two."""
+    """What stands beside a mean over seeds: the 95 % interval of the mean (Student's t), the seeds'
+    standard deviation, or the least and the greatest. None: the interval from three seeds on, the
+    range of two."""
     order: tuple[str, ...] = ()
     """Rows, quoted ones too, as they are printed; what is not named follows."""
 
@@ -41,8 +45,8 @@ class FigureLayout(_Part):
     """Which figure a study draws."""
 
     kind: Literal["points", "bars", "masks", "reconstructions"] = "bars"
-    """``points``: one quantity against another. ``bars``: quantities side by side for each row. ``masks``: of each row,
-    slice by slice. ``reconstructions``: of the first row's model."""
+    """``points``: one quantity against another. ``bars``: quantities side by side for each row.
+    ``masks``: of each row, slice by slice. ``reconstructions``: of the first row's model."""
     x: str | None = None
     """Quantity on the horizontal axis, for ``points``."""
     y: tuple[str, ...] = ("top1",)
@@ -61,7 +65,8 @@ class StudyFile(_Part):
     title: str
     """Printed above the table."""
     recipe: str
-    """File of the settings that all trials share; a label's settings may name another ``recipe``."""
+    """File of the settings that all trials share; a label's settings may name another
+    ``recipe``."""
     seeds: tuple[NonNegativeInt, ...] = (0,)
     """Each setting is trained once with each."""
     fixed: dict[str, Any] = {}
@@ -75,7 +80,8 @@ class StudyFile(_Part):
     about: dict[str, dict[str, str]] = {}
     """Label of a row, quoted or not -> column of words -> what stands there."""
     claims: dict[str, tuple[str, ...]] = {}
-    """What the paper concludes, in words -> comparisons of rows that would support it, each ``better > worse``."""
+    """What the paper concludes, in words -> comparisons of rows that would support it, each
+    ``better > worse``."""
     notes: tuple[str, ...] = ()
     """What a reader of the table must know, printed below it."""
     table: TableLayout = TableLayout()

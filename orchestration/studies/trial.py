@@ -38,12 +38,18 @@ class Trial:
 
     @cached_property
     def identity(self) -> str:
-        """Equal identities, equal results: all settings, the data's fingerprint in the place of its paths."""
+        """Equal identities, equal results.
+
+        All settings, with the data's fingerprint in place of its paths.
+        """
         return identity(self.settings, self.fingerprint)
 
     @cached_property
     def training(self) -> str:
-        """Equal trainings, equal models: trials that differ in ``evaluation`` alone are one training."""
+        """Equal trainings, equal models.
+
+        Trials that differ in ``evaluation`` alone are one training.
+        """
         return training_identity(self.identity)
 
     @property

@@ -1,4 +1,7 @@
-"""Checks of a study file that need more than its schema; every message names the file and the line."""
+"""Checks of a study file that need more than its schema.
+
+Every message names the file and the line.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ from orchestration.studies.yaml_document import Document
 
 
 def parse_study_file(document: Document) -> StudyFile:
-    """Return the file's content, checked against its schema; an axis given as a list of values gets labels."""
+    """Return the file's content, checked against its schema.
+
+    An axis given as a list of values gets labels.
+    """
     content = {**document.content}
     if isinstance(content.get("axes"), dict):
         content["axes"] = {

@@ -42,7 +42,10 @@ def find(name: str, kind: str) -> Path:
 
 
 class _KeysAsWritten(PlainLoader):
-    """YAML takes a label like ``on`` or ``0.10`` for a boolean or a number; a name is what is written."""
+    """YAML takes a label like ``on`` or ``0.10`` for a boolean or a number.
+
+    A name is what is written.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         for key, _ in node.value:

@@ -1,4 +1,4 @@
-"""The only module that imports mlflow: its client and entities, quieted, and what its errors mean to a user."""
+"""The only module that imports mlflow: its client and entities, and its errors explained."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ from orchestration.secrets import without_secrets
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
-# Of a database that is full for a moment: a page of traceback for what is tried again, and said in our words.
+# Of a database that is full for a moment: a page of traceback for what is tried again, and said in
+# our words.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether the store understood and refused, so that to try again is in vain; or a run is asked for that it refused."""
+    """Whether the store understood and refused, so that to try again is in vain.
+
+    Or a run is asked for that it refused.
+    """
     if isinstance(error, MlflowException):
         return error.error_code in _REFUSALS
     return isinstance(error, KeyError)

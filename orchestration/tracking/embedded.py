@@ -18,7 +18,10 @@ _DATABASE_MADE_S = 120.0
 
 @contextlib.contextmanager
 def one_at_a_time(launch: LaunchConfig) -> Generator[None]:
-    """Hold the embedded store while its database is opened: two first launches would both make its tables."""
+    """Hold the embedded store while its database is opened.
+
+    Two first launches would both create its tables.
+    """
     if launch.tracking_uri is not None or not os.access(launch.store, os.W_OK):
         yield
         return
@@ -43,8 +46,8 @@ _PLACES = {
 def follow_move(launch: LaunchConfig, locations: Sequence[str]) -> None:
     """Have an embedded store that was moved or copied know where its artifacts are now.
 
-    MLflow writes absolute addresses into its database and has no call that changes them; with the old ones a moved
-    store would read from, and write to, the place where it was.
+    MLflow writes absolute addresses into its database and has no call that changes them; with the
+    old ones a moved store would read from, and write to, the place where it was.
     """
     now = launch.artifacts
     moved = {
@@ -73,11 +76,14 @@ def follow_move(launch: LaunchConfig, locations: Sequence[str]) -> None:
 
 
 def serve(launch: LaunchConfig, port: int) -> tuple[list[str], dict[str, str]]:
-    """Return the command that serves the store's pages on the loopback interface, and its environment.
+    """Return the command that serves the store's pages on the loopback interface.
 
-    The database's address is in the environment: everybody on the machine can read a command line. It answers to this
-    machine's own names alone, on any port, for ``ssh -L``: MLflow's default takes ``10.evil.example`` for a private address,
-    so that a page of that name could read the store (DNS rebinding).
+    And the environment it needs.
+
+    The database's address is in the environment: everybody on the machine can read a command line.
+    It answers to this machine's own names alone, on any port, for ``ssh -L``: MLflow's default
+    takes ``10.evil.example`` for a private address, so that a page of that name could read the
+    store (DNS rebinding).
     """
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     if launch.artifacts:

@@ -42,7 +42,10 @@ def package_versions() -> dict[str, str | None]:
 
 
 def _git() -> dict[str, str]:
-    """Return the checkout's commit and whether it has uncommitted changes; nothing outside a checkout."""
+    """Return the checkout's commit and whether it has uncommitted changes.
+
+    Nothing outside a checkout.
+    """
     if CODE in os.environ:
         return json.loads(os.environ[CODE])
     program = shutil.which("git")

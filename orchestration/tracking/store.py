@@ -1,7 +1,8 @@
-"""MLflow, and nothing else of MLflow anywhere: one writer, in batches, that finds its runs again by tags.
+"""The tracking store: reads runs, and finds or creates them by their tags.
 
-A study is an experiment, a launch of it a parent run (found again, not made anew, when the study goes on), a
-trial a child run. A run's tag ``mar.identity`` says which training it is, whatever study it belongs to.
+A study is an experiment, a launch of it a parent run (found again, not made anew, when the study
+goes on), a trial a child run. A run's tag ``mar.identity`` says which training it is, whatever
+study it belongs to.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Store:
         return {names[run.info.experiment_id]: int(run.data.tags.get(EXPECTED, 0)) for run in runs}
 
     def result_of(self, record: RunRecord) -> Path:
-        """Return the result folder of a finished trial: where it was trained, or else fetched from the store.
+        """Return the result folder of a finished trial; downloads it where it was not trained.
 
         Raises:
             Failure: it is in neither place.
@@ -124,7 +125,7 @@ class Store:
         return here
 
     def file_of(self, record: RunRecord, name: str) -> Path:
-        """Return one file of a finished trial's result, fetched from the store where it is not here.
+        """Return one file of a finished trial's result; downloads it where it is not on this disk.
 
         Raises:
             Failure: it is in neither place, or the result has no such file.
@@ -163,7 +164,10 @@ class Store:
     def show_columns(
         self, experiment_id: str, metrics: Sequence[str], params: Sequence[str]
     ) -> None:
-        """Make the view of an experiment's page (``VIEW``) with these columns, the first metric's best runs on top."""
+        """Create the view of an experiment's page (``VIEW``) with these columns.
+
+        The best runs by the first metric come first.
+        """
         columns = ["attributes.`Created`", "attributes.`Duration`"]
         columns += [f"metrics.`{name}`" for name in metrics] + [
             f"params.`{name}`" for name in params
@@ -176,7 +180,10 @@ class Store:
             )
 
     def pages(self) -> dict[str, str]:
-        """Return each study's page below the server's address: its runs, in the view that ``show_columns`` made."""
+        """Return each study's page below the server's address.
+
+        It lists the runs in the view of ``show_columns``.
+        """
         with explained(self.launch):
             studies = [
                 item
@@ -189,7 +196,10 @@ class Store:
         }
 
     def close_stale(self, experiment_id: str) -> int:
-        """Mark as killed the trials of this store that a driver that is no more left running; returns how many."""
+        """Mark as killed the trials of this store that a driver that is no more left running.
+
+        Returns how many.
+        """
         ours = f"{self.launch.store.resolve()}/"
         is_embedded = (
             self.launch.tracking_uri is None
@@ -209,7 +219,10 @@ class Store:
         return len(stale)
 
     def register(self, run_id: str, name: str, tags: Mapping[str, str]) -> None:
-        """Make a run's result a version of the study's registered model, once: weights in safetensors, no pickle."""
+        """Make a run's result a version of the study's registered model, once.
+
+        The weights are safetensors, without pickles.
+        """
         try:
             if not self.client.search_registered_models(f"name = '{name}'", max_results=1):
                 self.client.create_registered_model(name)
@@ -223,7 +236,10 @@ class Store:
     def run(
         self, experiment_id: str, name: str, find: Mapping[str, str], tags: Mapping[str, str]
     ) -> str:
-        """Return the id of the run that has the tags ``find``, running again; makes it if there is none."""
+        """Return the id of the run that has the tags ``find``, running again.
+
+        Makes it if there is none.
+        """
         with explained(self.launch):
             query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in find.items())
             runs = self.client.search_runs([experiment_id], query, max_results=1)
@@ -259,7 +275,11 @@ def _parameter(value: Any) -> str:
 
 @contextlib.contextmanager
 def _uncollected() -> Generator[None]:
-    """Collect no garbage: among the hundred objects that MLflow makes of a run there is none, and looking takes most of the time."""
+    """Suspend garbage collection.
+
+    Among the hundred objects that MLflow makes of a run there is no garbage, and looking for it
+    takes most of the time.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:

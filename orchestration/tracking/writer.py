@@ -29,8 +29,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 class Writer:
     """Writes to MLflow in a thread of its own, in the order of the calls; a caller never waits.
 
-    What cannot be written is tried again, and later operations wait for it: a store that was away for a while gets
-    everything, once. Runs are named by a key of the caller's, because their creation may have to wait too.
+    What cannot be written is tried again, and later operations wait for it: a store that was away
+    for a while gets everything, once. Runs are named by a key of the caller's, because their
+    creation may have to wait too.
     """
 
     def __init__(self, store: Store, patience_s: float = 30.0) -> None:
@@ -48,7 +49,8 @@ class Writer:
         self._last_names: dict[str, set[str]] = {}
         """Key -> the metrics that this process logged of that epoch."""
         self._failure: Exception | None = None
-        """Why the operation at the head of the queue could not be carried out; none: it was, or is being tried."""
+        """Why the operation at the head of the queue could not be carried out; none: it was, or is
+        being tried."""
         self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
@@ -62,7 +64,10 @@ class Writer:
         self.log_report(key, EpochReport(epoch, metrics))
 
     def log_report(self, key: str, report: EpochReport) -> None:
-        """Log an epoch. This is the one place where replays are dropped: an epoch that the store has is not logged again.
+        """Log an epoch.
+
+        This is the one place where replays are dropped: an epoch that the store has is not logged
+        again.
 
         Of a final report, the metrics that the store lacks are logged: what the test measured.
         """
@@ -142,7 +147,10 @@ class Writer:
                 self._execute(self._flush)
 
     def _execute(self, operation: Callable[[], object]) -> None:
-        """Carry an operation out; try again until it succeeds, is refused permanently, or is abandoned."""
+        """Carry an operation out.
+
+        Try again until it succeeds, is refused permanently, or is abandoned.
+        """
         pause_s = _FIRST_PAUSE_S
         while not self._abandoned.is_set():
             try:
@@ -182,7 +190,7 @@ class Writer:
         self._pending.setdefault(key, []).extend(points)
 
     def _has(self, key: str, name: str, epoch: int) -> bool:
-        """Whether a metric of the newest epoch is logged, by this launch or by one that was killed."""
+        """Whether a metric of the newest epoch is logged, by this launch or an earlier one."""
         if name in self._last_names.get(key, ()):
             return True
         history = self.client.get_metric_history(self._runs[key], name)
@@ -197,7 +205,10 @@ class Writer:
             del self._pending[key]
 
     def _log(self, key: str, points: list[Metric]) -> None:
-        """Log points of a run; if some are refused permanently, each alone, so that the others are written."""
+        """Log points of a run.
+
+        If some are refused permanently, each alone, so that the others are written.
+        """
         try:
             self.client.log_batch(self._runs[key], metrics=points)
         except Exception as error:

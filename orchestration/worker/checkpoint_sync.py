@@ -1,4 +1,7 @@
-"""Keeps a trial's folder in an object store: checkpoints as they are written, logs and heartbeat meanwhile."""
+"""Keeps a trial's folder in an object store.
+
+Checkpoints as they are written, logs and heartbeat every few seconds.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class CheckpointSync:
         self._thread = threading.Thread(target=self._run, name="checkpoint-sync", daemon=True)
 
     def __enter__(self) -> CheckpointSync:
-        """Discard the local traces of an earlier launch: a stop request, a failure, a shorter log."""
+        """Discard local files of an earlier launch: a stop request, a failure, a shorter log."""
         if not self.store.exists(f"locks/{self.stop_file.name}"):
             self.stop_file.unlink(missing_ok=True)
         for file in self._small_files():
@@ -55,7 +58,9 @@ class CheckpointSync:
             self._upload_small_files()
 
     def restore(self) -> list[str]:
-        """Make the checkpoints on every worker's node and in the object store the same; all workers call it.
+        """Make the checkpoints on every worker's node and in the object store the same.
+
+        All workers call it.
 
         Returns:
             The names of the checkpoints that were downloaded.
@@ -86,7 +91,10 @@ class CheckpointSync:
         self._known = local
 
     def finished(self) -> None:
-        """Upload the result, by the first worker; no checkpoint is needed on this node's disk any more."""
+        """Upload the result, by the first worker.
+
+        No checkpoint is needed on this node's disk any more.
+        """
         if worker_rank().rank == 0:
             self.store.upload_dir(self.trial_dir.result, f"{self.remote_dir}/{RESULT_DIR}")
         for path in self.trial_dir.checkpoints():
@@ -135,7 +143,10 @@ class CheckpointSync:
                     self._uploaded[str(file)] = state
 
     def _small_files(self) -> list[Path]:
-        """Return this worker's log and failure; for the first worker, the trial's common files too."""
+        """Return this worker's log and failure.
+
+        For the first worker, the trial's common files too.
+        """
         trial_dir = self.trial_dir
         own = [trial_dir.failure, trial_dir.worker_log(worker_rank().rank)]
         if worker_rank().rank == 0:

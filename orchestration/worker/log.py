@@ -19,9 +19,12 @@ _STDERR = 2
 
 
 class WorkerLog(logging.Handler):
-    """A worker's log, ``logs/worker0.txt``; messages of the first worker for a person are in ``log.txt`` too.
+    """A worker's log, ``logs/worker0.txt``.
 
-    While it is open, warnings of libraries and everything logged in this process go to the worker's log.
+    Messages of the first worker for a person are in ``log.txt`` too.
+
+    While it is open, warnings of libraries and everything logged in this process go to the worker's
+    log.
     """
 
     def __init__(self, trial_dir: TrialDir, worker_rank: WorkerRank, device: torch.device) -> None:

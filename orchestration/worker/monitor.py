@@ -84,7 +84,10 @@ class TrainingMonitor:
         self.last_progress = time.monotonic()
 
     def on_step(self, done: int, total: int) -> TrainingSignal:
-        """Return the signal after a step; with several workers, the strongest that one of them got."""
+        """Return the signal after a step.
+
+        With several workers, the strongest that one of them got.
+        """
         self.heartbeat()
         self._write_heartbeat(done, total)
         if worker_rank().world > 1 and done % _POLL_EVERY_STEPS:
@@ -140,7 +143,10 @@ class TrainingMonitor:
             atomic_write(self.trial_dir.heartbeat, json.dumps(heartbeat).encode())
 
     def _watchdog(self, timeout_s: float) -> None:
-        """End the process when there was no progress for too long; Ray, or the user, starts it again."""
+        """End the process when there was no progress for too long.
+
+        Ray, or the user, starts it again.
+        """
         while not self._over.wait(min(1.0, timeout_s / 4)):
             if time.monotonic() - self.last_progress < timeout_s:
                 continue

@@ -1,9 +1,10 @@
 """When a trial that failed is tried again: said here, once.
 
-Three layers can try again: the worker itself, after an error that it caught; Ray Train, after it lost a worker; Tune, after
-it lost the trial's own process. Each of them gets the same number of retries, and all of them share one count, in the
-trial's folder: whoever starts an attempt adds to it, and a worker that finds it used up fails permanently. Without the
-common count the retries of the layers would multiply.
+Three layers can try again: the worker itself, after an error that it caught; Ray Train, after it
+lost a worker; Tune, after it lost the trial's own process. Each of them gets the same number of
+retries, and all of them share one count, in the trial's folder: whoever starts an attempt adds to
+it, and a worker that finds it used up fails permanently. Without the common count the retries of
+the layers would multiply.
 
 | failure | who tries again | from |
 |---|---|---|
@@ -53,7 +54,10 @@ class RetryPolicy:
         return kind != "stalled" and self.is_temporary(kind)
 
     def count_attempt(self, trial_dir: TrialDir) -> int:
-        """Count an attempt that begins; returns how many this launch has begun, in all processes."""
+        """Count an attempt that begins.
+
+        Returns how many this launch has begun, in all processes.
+        """
         begun = 0
         with suppress(OSError, ValueError, KeyError, TypeError):
             begun = int(read_json(trial_dir.attempts)["begun"])

@@ -29,7 +29,8 @@ class TrialSpec:
     stop_file: Path
     """While it exists, the trial is to save and stop."""
     environment: dict[str, str]
-    """What Ray Train reads in the trial's own process: on a cluster it does not inherit the launch's environment."""
+    """What Ray Train reads in the trial's own process: on a cluster it does not inherit the
+    launch's environment."""
     waits_for_nodes: bool
     """Whether a node that is lost may be replaced: on a cluster, not on this machine."""
     storage: str

@@ -1,4 +1,7 @@
-"""Runs where the training is: on a Ray Train worker, in Tune's trial, or in the launch's own process."""
+"""Runs where the training is.
+
+On a Ray Train worker, in Tune's trial, or in the launch's own process.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,8 @@ from orchestration.worker.retry_policy import RetryPolicy
 from orchestration.worker.spec import TrialSpec
 
 _PREDECESSOR_S = 20.0
-"""How long a worker of a killed launch may outlive it; a new one waits so long without a message."""
+"""How long a worker of a killed launch may outlive it; a new one waits so long without a
+message."""
 _POLL_S = 2.0
 """How often a wait is checked."""
 
@@ -49,9 +53,9 @@ def train(
 ) -> FailureReason | None:
     """Train one trial in this process (as one of several workers, if a process group is up).
 
-    Permanent failures are returned, not raised, so that Ray does not retry them; the reason is in the trial's folder
-    too. After out of memory it resumes from its last checkpoint with half the micro-batch. With several workers a
-    reason is raised, or the others would wait for this one.
+    Permanent failures are returned, not raised, so that Ray does not retry them; the reason is in
+    the trial's folder too. After out of memory it resumes from its last checkpoint with half the
+    micro-batch. With several workers a reason is raised, or the others would wait for this one.
 
     Returns:
         Why the trial failed permanently; none when it is finished.
@@ -104,13 +108,17 @@ class _Trial:
 def _attempts(
     trial: _Trial, report: Callable[[EpochReport], None], poll_signal: PollSignal
 ) -> FailureReason | None:
-    """Attempt until the trial is finished, would fail again, or has used its retries (``RetryPolicy``)."""
+    """Attempt until the trial is finished, would fail again, or has used its retries.
+
+    ``RetryPolicy`` decides.
+    """
     spec = trial.spec
     policy = RetryPolicy.of(spec.worker)
     reason = None
     for attempt in range(1, policy.retries + 2):
         begun = attempt
-        # With an object store the folder is on the disk of one node: its count may be of another launch.
+        # With an object store the folder is on the disk of one node: its count may be of another
+        # launch.
         if worker_rank().rank == 0 and not spec.worker.object_store:
             begun = max(attempt, policy.count_attempt(trial.trial_dir))
         reason = _attempt(trial, report, poll_signal)
@@ -225,7 +233,8 @@ def _download_result(spec: TrialSpec, result: Path) -> Path:
 def _record_failure(trial_dir: TrialDir, reason: FailureReason) -> FailureReason:
     """Write the reason into the trial's folder, and return it.
 
-    That a worker lost its peer is written only where the peer left no reason of its own: that one is the cause.
+    That a worker lost its peer is written only where the peer left no reason of its own: that one
+    is the cause.
     """
     if reason.kind != "worker_lost" or trial_dir.read_failure() is None:
         # On a full disk not even the reason fits; it is returned all the same.
@@ -254,7 +263,7 @@ def _check_previous_failure(spec: TrialSpec, sync: CheckpointSync | None) -> Non
 
 
 def _microbatch_clips(spec: TrialSpec) -> int | None:
-    """Return the largest micro-batch: the one that was asked for, or less after that one did not fit."""
+    """Return the largest micro-batch: as asked for, or less after that did not fit."""
     with suppress(OSError, ValueError, KeyError):
         return int(read_json(spec.trial_dir.microbatch)["max_microbatch_clips"])
     return spec.worker.max_microbatch_clips
@@ -272,7 +281,10 @@ def _halve_microbatch(spec: TrialSpec) -> bool:
 
 
 class _WaitForRoom:
-    """Waits for a full disk to have room again: other processes write there too, and remove what they wrote."""
+    """Waits for a full disk to have room again.
+
+    Other processes write there too, and remove what they wrote.
+    """
 
     def __init__(self, trial: _Trial, heartbeat: Callable[[], None]) -> None:
         self.trial = trial

@@ -89,7 +89,8 @@ def tracking_table(rounds: int, command: str) -> Table:
                 )
             )
     note = (
-        f"A trial: a run with its tags, epochs of {len(_METRICS)} metrics, its end. Ray's own MLflow logger does the second, in "
+        f"A trial: a run with its tags, epochs of {len(_METRICS)} metrics, its end. Ray's own "
+        "MLflow logger does the second, in "
         "the driver."
     )
     return Table(
@@ -140,8 +141,10 @@ def report_table(rounds: int, command: str, num_rows: int = ROWS) -> Table:
             with _launch(folder, kind) as launch:
                 rows += [(kind, *row) for row in _read_out(study, launch, folder, rounds)]
     note = (
-        f"{num_rows * SEEDS:,} runs in one study of {num_rows} rows × {SEEDS} seeds, each with {FILLED_EPOCHS} epochs of "
-        f"{len(_METRICS)} metrics and the predictions of {VIDEOS:,} videos; every row is compared with the reference row, "
+        f"{num_rows * SEEDS:,} runs in one study of {num_rows} rows × {SEEDS} seeds, each with "
+        f"{FILLED_EPOCHS} epochs of "
+        f"{len(_METRICS)} metrics and the predictions of {VIDEOS:,} videos; every row is compared "
+        "with the reference row, "
         "video by video. The first part is in each of the others' commands once."
     )
     return Table("Read-out", command, ("store", "what", "s"), rows, (note,))
@@ -193,7 +196,10 @@ def search_table(rounds: int, command: str) -> Table:
                     )
                 )
         rows.append((sampler, *cells))
-    note = "The paper's search (search_accuracy_and_cost.yaml: six settings, two conditional, gflops <= 90), SQLite storage."
+    note = (
+        "The paper's search (search_accuracy_and_cost.yaml: six settings, two conditional, gflops "
+        "<= 90), SQLite storage."
+    )
     columns = ("sampler", "ms a proposal at 10 trials", "at 100", "at 1,000")
     return Table("Search", command, columns, rows, (note,))
 

@@ -62,8 +62,10 @@ def main() -> None:
     )  # fmt: skip
     error = 100 * (LEVEL * (1 - LEVEL) / args.simulations) ** 0.5
     note = (
-        f"{args.simulations} simulations a cell, at 5 %; the standard error of 5 % is {error:.2f}. With one "
-        "seed and a spread above 0 the rate is that of a difference between two trainings, not between settings."
+        f"{args.simulations} simulations a cell, at 5 %; the standard error of 5 % is "
+        f"{error:.2f}. With one "
+        "seed and a spread above 0 the rate is that of a difference between two trainings, not "
+        "between settings."
     )
     heading = [f"# False positives of the paired tests, {date.today().isoformat()}"]
     write(args.output, heading, [Table("False positives", COMMAND, columns, rows, (note,))])

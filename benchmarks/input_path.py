@@ -71,8 +71,10 @@ def heading(videos: list[Path]) -> list[str]:
     return [
         f"# The input path, {datetime.date.today()}",
         "",
-        f"`python benchmarks/input_path.py` on {len(videos)} videos of {width} × {height} pixels, clips of {FRAMES} frames; "
-        f"one core ({model}), Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}.",
+        f"`python benchmarks/input_path.py` on {len(videos)} videos of {width} × {height} pixels, "
+        f"clips of {FRAMES} frames; "
+        f"one core ({model}), Python {platform.python_version()}, torch {torch.__version__}, timm "
+        f"{timm.__version__}.",
         "",
         "| step | ms a clip | spread | clips/s a core |",
         "|:--|--:|--:|--:|",

@@ -118,7 +118,8 @@ def profiled(root: Path) -> dict[str, float]:
     step = statistics.median(found["seconds"])
     scale = step / sum(groups.values())
     print(
-        f"{root.name}: {step:.2f} s a step, {statistics.median(found['system_s']):.2f} s of both cores in the kernel"
+        f"{root.name}: {step:.2f} s a step, {statistics.median(found['system_s']):.2f} s of both "
+        "cores in the kernel"
     )
     return {group: scale * seconds for group, seconds in groups.items()}
 

@@ -259,19 +259,26 @@ def main() -> None:
         )
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     lines = [
-        f"# A simulated study of {len(study.trials):,} trials on {args.devices:,} devices, {time.strftime('%Y-%m-%d')}",
+        f"# A simulated study of {len(study.trials):,} trials on {args.devices:,} devices, "
+        f"{time.strftime('%Y-%m-%d')}",
         "",
-        f"`python benchmarks/simulated_study.py --trials {args.trials} --devices {args.devices} --epochs {args.epochs}`"
-        f"; {platform.processor() or platform.machine()}, {psutil.cpu_count()} cores; Python {platform.python_version()}, "
-        f"Ray {version('ray')}, MLflow {version('mlflow')}, {'a server' if args.tracking_uri else 'SQLite'}.",
+        f"`python benchmarks/simulated_study.py --trials {args.trials} --devices {args.devices} "
+        f"--epochs {args.epochs}`"
+        f"; {platform.processor() or platform.machine()}, {psutil.cpu_count()} cores; Python "
+        f"{platform.python_version()}, "
+        f"Ray {version('ray')}, MLflow {version('mlflow')}, "
+        f"{'a server' if args.tracking_uri else 'SQLite'}.",
         "",
-        f"{wall_s:.0f} s in all, {len(study.trials) / wall_s:.1f} trials/s, {len(study.trials) * args.epochs / wall_s:.0f} "
-        f"epochs/s; driver's peak memory {peak_mib:.0f} MiB; database {database_mib:.0f} MiB; study read in {read_s:.1f} s.",
+        f"{wall_s:.0f} s in all, {len(study.trials) / wall_s:.1f} trials/s, "
+        f"{len(study.trials) * args.epochs / wall_s:.0f} "
+        f"epochs/s; driver's peak memory {peak_mib:.0f} MiB; database {database_mib:.0f} MiB; "
+        f"study read in {read_s:.1f} s.",
         "",
         "| what | calls | seconds | ms a call |",
         "|:--|--:|--:|--:|",
         *(
-            f"| {label} | {clock.calls[label]:,} | {seconds:.1f} | {1000 * seconds / clock.calls[label]:.2f} |"
+            f"| {label} | {clock.calls[label]:,} | {seconds:.1f} | "
+            f"{1000 * seconds / clock.calls[label]:.2f} |"
             for label, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1])
         ),
         "",

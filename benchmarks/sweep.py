@@ -188,10 +188,12 @@ def table(
     lines = [
         f"# A sweep's own time, {date.today().isoformat()}",
         "",
-        f"`python benchmarks/sweep.py --before {args.before} --trials {args.trials} --rounds {args.rounds}`: medians of the "
+        f"`python benchmarks/sweep.py --before {args.before} --trials {args.trials} --rounds "
+        f"{args.rounds}`: medians of the "
         f"rounds, seconds; {os.cpu_count()} cores, Python {platform.python_version()}.",
         "",
-        "| backend | | to the first trial's code | a trial, end to end | of that, not training | the whole command |",
+        "| backend | | to the first trial's code | a trial, end to end | of that, not training | "
+        "the whole command |",
         "|:--|:--|--:|--:|--:|--:|",
     ]
     for backend in args.backends:

@@ -26,7 +26,10 @@ Writers = Mapping[str, Callable[[Path], None]]
 _FULL_BYTES = 64 * 2**20
 """With less than this left, a failed write is put down to a full disk; torch's own words would not
 say so."""
-_ADVICE = "Earlier checkpoints are kept: make room or choose another --store, and run the same command again"
+_ADVICE = (
+    "Earlier checkpoints are kept: make room or choose another --store, and run the same command "
+    "again"
+)
 
 
 def write_atomic_dir(

@@ -39,7 +39,8 @@ def below(folder: Path, name: str) -> Path:
     pure = PurePosixPath(name)
     if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or not pure.parts:
         raise UserError(
-            f"{folder}: the name {printable(name)!r} leaves this folder; nothing was read or written there"
+            f"{folder}: the name {printable(name)!r} leaves this folder; nothing was read or "
+            "written there"
         )
     return folder / pure
 
@@ -90,7 +91,10 @@ class PlainLoader(yaml.SafeLoader):
         if len(node.value) > _MOST_DIGITS:
             problem = f"a number of {len(node.value)} characters"
         elif not pattern.fullmatch(node.value):
-            problem = f"{node.value} is not a plain decimal number: write it as 8, 0.5 or 1e-3, or in quotes if it is a name"
+            problem = (
+                f"{node.value} is not a plain decimal number: write it as 8, 0.5 or 1e-3, or in "
+                "quotes if it is a name"
+            )
         if problem:
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 

@@ -71,7 +71,8 @@ class WorkerConfig:
     workers: int = _option(1, "Data-parallel workers of a trial.", minimum=1)
     min_workers: int | None = _option(
         None,
-        "Elastic: continue with so few workers when nodes are lost, and grow again. Default: --workers.",
+        "Elastic: continue with so few workers when nodes are lost, and grow again. Default: "
+        "--workers.",
         minimum=1,
     )
     cpus_per_worker: int = _option(1, "CPU cores of a worker.", minimum=1)
@@ -108,7 +109,8 @@ class WorkerConfig:
     )
     object_store: str | None = _option(
         None,
-        "Object store for checkpoints and results, where nodes share no disk: s3://bucket/folder, gs://….",
+        "Object store for checkpoints and results, where nodes share no disk: s3://bucket/folder, "
+        "gs://….",
         metavar="URI",
     )
     cache_from: str | None = _option(
@@ -166,7 +168,8 @@ class LaunchConfig:
     """Name of the study that runs."""
     backend: Literal["train", "inline", "local"] = _option(
         "train",
-        "train: Ray Train workers. inline: inside Tune's trial, one worker. local: here, without Ray.",
+        "train: Ray Train workers. inline: inside Tune's trial, one worker. local: here, without "
+        "Ray.",
     )
     address: str | None = _option(
         None, "Ray cluster to join. Default: a private one on this machine."

@@ -15,8 +15,14 @@ REMEDIES: dict[FailureKind, str] = {
     "user": "correct the settings",
     "data": "mar data check names every such video; repair it, or set data.broken=skip",
     "disk": "make room, or choose another --store; the same command goes on",
-    "memory": "--max-microbatch-clips N computes the batch in smaller passes, --activation-checkpointing keeps fewer activations; the result is the same",
-    "shm": "--loader-processes 0 needs none; or enlarge /dev/shm (docker run --shm-size=8g, Kubernetes: an emptyDir of medium Memory)",
+    "memory": (
+        "--max-microbatch-clips N computes the batch in smaller passes, "
+        "--activation-checkpointing keeps fewer activations; the result is the same"
+    ),
+    "shm": (
+        "--loader-processes 0 needs none; or enlarge /dev/shm (docker run --shm-size=8g, "
+        "Kubernetes: an emptyDir of medium Memory)"
+    ),
     "non_finite": "a smaller recipe.base_lr, recipe.clip_grad, or recipe.precision=fp32",
     "stalled": "the log has every thread's stack; a slow step wants a larger --hang-timeout-s",
     "worker_lost": "the same command goes on from the last checkpoint",

@@ -34,7 +34,8 @@ def close_token_file() -> None:
         return
     except OSError as error:
         notice(
-            f"others on this machine can read Ray's token, {file}, and it cannot be changed ({error})"
+            f"others on this machine can read Ray's token, {file}, and it cannot be changed "
+            f"({error})"
         )
         return
     notice(

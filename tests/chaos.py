@@ -586,7 +586,10 @@ class Tally:
                 counts = [round(count / 60, 1) for count in counts]
             lines.append(f"| {what} | {' | '.join(map(str, counts))} | {round(sum(counts), 1)} |")
         total = sum(self.faults.values())
-        summary = f"{total} faults, {sum(self.launches.values())} launches, {sum(self.rounds.values())} studies"
+        summary = (
+            f"{total} faults, {sum(self.launches.values())} launches, {sum(self.rounds.values())} "
+            "studies"
+        )
         lines += [
             "",
             f"{summary}; {self.points} points compared; {len(self.problems)} problems.",
@@ -628,7 +631,8 @@ def run(
         tally.seconds[setting.name] += round(time.monotonic() - began)
         tally.problems += [f"round {number}: {problem}" for problem in problems]
         say(
-            f"round {number}, {setting.name}: {time.monotonic() - began:.0f} s, {sum(tally.faults.values())} faults so far"
+            f"round {number}, {setting.name}: {time.monotonic() - began:.0f} s, "
+            f"{sum(tally.faults.values())} faults so far"
             + "".join(f"\n  {problem}" for problem in problems)
         )
         number += 1

@@ -116,7 +116,10 @@ def ucf101(root: Path) -> DataConfig:
         "HandstandPushups/v_HandStandPushups_g08_c01.mp4",
     )
     write(root, "ucfTrainTestlist/classInd.txt", "1 ApplyEyeMakeup\r\n2 HandstandPushups\r\n")
-    train = "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\r\nHandstandPushups/v_HandstandPushups_g08_c01.avi 2\r\n"
+    train = (
+        "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi "
+        "1\r\nHandstandPushups/v_HandstandPushups_g08_c01.avi 2\r\n"
+    )
     write(root, "ucfTrainTestlist/trainlist01.txt", train)
     write(
         root,

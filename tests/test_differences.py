@@ -21,7 +21,8 @@ def recipes(tmp_path: Path) -> Path:
         "recipe:\n  epochs: 5\n  base_lr: 1.0e-3  # as printed\nmask: {ratio: 0.5, cell: [2, 2]}\n"
     )
     (tmp_path / "other.yaml").write_text(
-        'extends: base.yaml\nrecipe.base_lr: 2.0e-3  # "measured", not # printed\nmask.ratio: 0.75\n'
+        'extends: base.yaml\nrecipe.base_lr: 2.0e-3  # "measured", not # printed\nmask.ratio: '
+        "0.75\n"
     )
     return tmp_path
 

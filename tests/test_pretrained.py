@@ -332,7 +332,8 @@ def test_a_fine_tuned_model_lacks_the_last_norm_and_the_report_says_so(tmp_path:
         r"at random +encoder\.norm\.weight, encoder\.norm\.bias, classifier\.…", report
     )
     assert re.search(
-        r"left over +classifier\.… \(4 tensors\)|left over +classifier\.norm\.weight, classifier\.norm\.bias",
+        r"left over +classifier\.… \(4 tensors\)|left over +classifier\.norm\.weight, "
+        r"classifier\.norm\.bias",
         report,
     )
     reconstructing = weights_settings(

@@ -103,7 +103,8 @@ def test_rays_own_launcher_of_a_slurm_job_runs_a_command_over_its_node(tmp_path:
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "mar").write_text(
-        "#!/bin/bash\necho \"mar $*\"\nexec python -c \"import ray; ray.init('$4', log_to_driver=False); print(len(ray.nodes()), 'node')\"\n"
+        '#!/bin/bash\necho "mar $*"\nexec python -c "import ray; ray.init(\'$4\', '
+        "log_to_driver=False); print(len(ray.nodes()), 'node')\"\n"
     )
     (tmp_path / "mar").chmod(0o755)
     script = (

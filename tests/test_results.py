@@ -159,7 +159,10 @@ def test_latex_has_every_letter_and_sign(text: str, printed: str) -> None:
 
 def test_a_first_cell_in_brackets_is_no_length_to_latex(tmp_path: Path, videos: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
-    text = 'title: "Cells."\nrecipe: recipe.yaml\naxes:\n  cell:\n    "[2, 2]": {mask.cell: [2, 2]}\n    "[4, 4]": {mask.cell: [4, 4]}\n'
+    text = (
+        'title: "Cells."\nrecipe: recipe.yaml\naxes:\n  cell:\n    "[2, 2]": {mask.cell: [2, '
+        '2]}\n    "[4, 4]": {mask.cell: [4, 4]}\n'
+    )
     (tmp_path / "cells.yaml").write_text(text)
     printed = to_latex(table_info(StudyResults.match(read_study(str(tmp_path / "cells.yaml")), [])))
     assert "\n{}[2, 2] &" in printed and ".." not in printed
@@ -264,7 +267,8 @@ def test_a_thousand_trials_are_planned_without_torch_or_ray(tmp_path: Path, vide
     text = STUDY.replace("seeds: [0, 1]", f"seeds: {list(range(500))}")
     (tmp_path / "study.yaml").write_text(text)
     program = (
-        "import sys; from orchestration.studies.plan import plan_trials; from orchestration.studies.loader import read_study;"
+        "import sys; from orchestration.studies.plan import plan_trials; from "
+        "orchestration.studies.loader import read_study;"
         "assert len(plan_trials(read_study(sys.argv[1]), [])) == 1000;"
         "assert not {'torch', 'ray', 'mlflow', 'scipy', 'pandas'} & sys.modules.keys(), 'heavy'"
     )

@@ -260,7 +260,10 @@ def test_a_damaged_index_of_a_frame_cache_is_said(tiny: Settings, tmp_path: Path
 PLAYLISTS = {
     "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{address}\n#EXT-X-ENDLIST\n",
     "concat": "ffconcat version 1.0\nfile good.mp4\nfile nested.mp4\n",
-    "svg": '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="{address}"/></svg>',
+    "svg": (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image '
+        'href="{address}"/></svg>'
+    ),
     "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
     "a=rtpmap:96 H264/90000\n",
     "dash": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period>'

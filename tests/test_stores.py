@@ -316,7 +316,8 @@ def test_one_name_means_one_file_in_every_verb_and_every_file(folder: Path, tmp_
 def test_listed_values_of_a_setting_are_an_axis(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "recipe.yaml", tmp_path)
     (tmp_path / "s.yaml").write_text(
-        "title: S\nrecipe: recipe\naxes:\n  mask.ratio: [0.25, 0.5]\n  mask.cell: [[2, 2], [1, 2]]\n"
+        "title: S\nrecipe: recipe\naxes:\n  mask.ratio: [0.25, 0.5]\n  mask.cell: [[2, 2], [1, "
+        "2]]\n"
     )
     planned, _ = mar(tmp_path, "plan", "s")
     assert all(

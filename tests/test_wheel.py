@@ -40,7 +40,8 @@ def test_an_installed_wheel_finds_a_study_by_name_and_plans_it(wheel: Path, tmp_
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); from orchestration.cli.app import main;"
-        "sys.argv[1:] = ['plan', 'quickstart']; import orchestration; assert sys.path[0] in orchestration.__file__; main()"
+        "sys.argv[1:] = ['plan', 'quickstart']; import orchestration; assert sys.path[0] in "
+        "orchestration.__file__; main()"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "site")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

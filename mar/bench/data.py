@@ -61,9 +61,12 @@ def loader_table(machine: Machine, rounds: int, videos: Path | None, command: st
         *(f"cores for {rate} clips/s" for rate in (10, 100, 622, 1243)),
     )
     note = (
-        f"Clips of 16 frames, cropped and resized to 224², as the trainer gets them (uint8). {_said(videos)} 622 and 1,243 "
-        "clips/s: ViT-B at ρ = 50 % at 40 % and 80 % of an H200's data-sheet arithmetic. A loader's roofline is its core: "
-        "decoding, cropping and resizing; of the memory's bandwidth it takes the share given (the clips, written once)."
+        "Clips of 16 frames, cropped and resized to 224², as the trainer gets them (uint8). "
+        f"{_said(videos)} 622 and 1,243 "
+        "clips/s: ViT-B at ρ = 50 % at 40 % and 80 % of an H200's data-sheet arithmetic. A "
+        "loader's roofline is its core: "
+        "decoding, cropping and resizing; of the memory's bandwidth it takes the share given (the "
+        "clips, written once)."
     )
     return Table("Loader", command, columns, rows, (note,))
 
@@ -94,8 +97,10 @@ def fed_table(case: Case, rounds: int, videos: Path | None, command: str) -> Tab
     )
     threads = torch.get_num_threads()
     note = (
-        f"One loader process reads the raw frame cache beside the step. On the CPU the step has {max(threads - 1, 1)} of "
-        f"{threads} threads in both columns, the loader the other. A step is not slowed while it wants less than the loader gives."
+        "One loader process reads the raw frame cache beside the step. On the CPU the step has "
+        f"{max(threads - 1, 1)} of "
+        f"{threads} threads in both columns, the loader the other. A step is not slowed while it "
+        "wants less than the loader gives."
     )
     return Table("Fed", command, columns, rows, (note,))
 
@@ -144,7 +149,10 @@ def augmentation_table(case: Case, machine: Machine, rounds: int, command: str) 
             )
         )
     columns = ("augmentation", "ms a clip", "clips/s", "of the memory's bandwidth %")
-    note = "Bandwidth: of reading uint8 once and writing float32 once, the least that any of them needs."
+    note = (
+        "Bandwidth: of reading uint8 once and writing float32 once, the least that any of them "
+        "needs."
+    )
     return Table("Augmentation on the device", command, columns, rows, (note,))
 
 

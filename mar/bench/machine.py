@@ -49,8 +49,10 @@ class Machine:
             else f"the measured {self.matmul_tflops:.2f}"
         )
         return (
-            f"MFU: useful operations (two for each multiply-add of the paper's formula; training three times the forward "
-            f"pass, reconstruction branch included) over {peak} TFLOP/s. Measured here: matrix product "
+            "MFU: useful operations (two for each multiply-add of the paper's formula; training "
+            "three times the forward "
+            f"pass, reconstruction branch included) over {peak} TFLOP/s. Measured here: matrix "
+            "product "
             f"{self.matmul_tflops:.2f} TFLOP/s, copy {self.copy_gb_s:.1f} GB/s."
         )
 

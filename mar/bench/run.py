@@ -41,7 +41,10 @@ def _inference(
 
 def _what(case: Case) -> str:
     shape = f"{case.frames} × {case.pixels}²"
-    return f"ViT-{case.size}, {shape}, ρ = {100 * case.ratio:g} %, {case.precision}, {case.clips} clips"
+    return (
+        f"ViT-{case.size}, {shape}, ρ = {100 * case.ratio:g} %, {case.precision}, {case.clips} "
+        "clips"
+    )
 
 
 PARTS: dict[str, Part] = {
@@ -72,7 +75,10 @@ def measure(
     command: str,
 ) -> None:
     """Measure one of ``PARTS``, print it and put it into the file."""
-    model = f"--size {case.size} --ratio {case.ratio:g} --clips {case.clips} --precision {case.precision}"
+    model = (
+        f"--size {case.size} --ratio {case.ratio:g} --clips {case.clips} --precision "
+        f"{case.precision}"
+    )
     line = f"{command} {part} {model} --rounds {rounds} --steps {case.steps}"
     keep(PARTS[part](case, machine, rounds, videos, line), machine, file)
 
@@ -95,7 +101,10 @@ def heading(machine: Machine) -> list[str]:
         "",
         f"{machine.versions}.",
         "",
-        "Medians, and in brackets quartiles, over all rounds; a round runs every contestant in turn, each in a fresh process. "
-        "Roofline: the least time of the step's operations one after another, each limited by arithmetic or by memory "
-        "(inputs read once, outputs written once). Bandwidth: the same traffic over the time taken.",
+        "Medians, and in brackets quartiles, over all rounds; a round runs every contestant in "
+        "turn, each in a fresh process. "
+        "Roofline: the least time of the step's operations one after another, each limited by "
+        "arithmetic or by memory "
+        "(inputs read once, outputs written once). Bandwidth: the same traffic over the time "
+        "taken.",
     ]

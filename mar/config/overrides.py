@@ -102,7 +102,10 @@ def build(tree: Mapping[str, Any]) -> TrainingConfig:
                 for each in SETTING_PATHS
                 if each.startswith(f"{group}.")
             ]
-            message = f"is a group of settings, set one of them ({', '.join(f'{group}.{each}' for each in inside[:4])}, …)"
+            message = (
+                "is a group of settings, set one of them "
+                f"({', '.join(f'{group}.{each}' for each in inside[:4])}, …)"
+            )
         value = (
             "" if isinstance(first["input"], (Mapping, BaseModel)) else f", not {first['input']!r}"
         )

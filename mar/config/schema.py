@@ -392,11 +392,13 @@ class TrainingConfig(Node):
         shape = (self.clip.frames, self.clip.size, self.clip.size)
         if any(length % patch for length, patch in zip(shape, self.encoder.tubelet, strict=True)):
             raise ValueError(
-                f"encoder.tubelet: {list(self.encoder.tubelet)} does not divide a clip of {list(shape)}"
+                f"encoder.tubelet: {list(self.encoder.tubelet)} does not divide a clip of "
+                f"{list(shape)}"
             )
         if prod(self.grid) > _MOST_TOKENS:
             raise ValueError(
-                f"clip: {list(shape)} makes {prod(self.grid)} tokens; at most {_MOST_TOKENS} can be attended to"
+                f"clip: {list(shape)} makes {prod(self.grid)} tokens; at most {_MOST_TOKENS} can "
+                "be attended to"
             )
         ratios = (self.mask.ratio, self.test_ratio)
         if self.mask.strategy == "cell" and any(ratios):
@@ -407,21 +409,25 @@ class TrainingConfig(Node):
                 )
         if self.augment.repeats > 1 and self.recipe.batch_size % (2 * self.augment.repeats):
             raise ValueError(
-                f"recipe.batch_size: {self.recipe.batch_size} is not an even number of videos, each "
+                f"recipe.batch_size: {self.recipe.batch_size} is not an even number of videos, "
+                "each "
                 f"{self.augment.repeats} times (augment.repeats)"
             )
         swapped = [label for pair in self.augment.flip_swaps for label in pair]
         if max(swapped, default=0) >= self.data.num_classes or len({*swapped}) < len(swapped):
             raise ValueError(
-                f"augment.flip_swaps: each of the {self.data.num_classes} classes may stand there once"
+                f"augment.flip_swaps: each of the {self.data.num_classes} classes may stand there "
+                "once"
             )
         if self.pretrains and not self.reconstructs:
             raise ValueError(
-                "recipe.objective: 'reconstruction' needs mask.ratio and reconstruction.weight above 0"
+                "recipe.objective: 'reconstruction' needs mask.ratio and reconstruction.weight "
+                "above 0"
             )
         if self.classifier.norm == "pooled" and self.reconstructs:
             raise ValueError(
-                "classifier.norm: 'pooled' leaves the decoder tokens without a norm; set it to tokens, or "
+                "classifier.norm: 'pooled' leaves the decoder tokens without a norm; set it to "
+                "tokens, or "
                 "reconstruction.weight to 0"
             )
         for path, mask in (("mask.ratio", self.mask), ("evaluation.mask.ratio", self.test_mask)):

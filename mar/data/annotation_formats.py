@@ -120,7 +120,8 @@ class _Folder:
             ] or found
             if len(found) > 1:
                 raise UserError(
-                    f"data.videos: {stem} is {' and '.join(found[:3])}, below {self.root}: which one is it?"
+                    f"data.videos: {stem} is {' and '.join(found[:3])}, below {self.root}: which "
+                    "one is it?"
                 )
             if found:
                 return found[0]
@@ -223,7 +224,8 @@ def _read_list(data: DataConfig, split: Split) -> Annotations:
         found = _LINE.fullmatch(text) if len(text) <= _LONGEST_LINE else None
         if not found:
             raise UserError(
-                f"{location}: expected a path and a class number, as in 'clips/a.mp4 3', not {text!r}"
+                f"{location}: expected a path and a class number, as in 'clips/a.mp4 3', not "
+                f"{text!r}"
             )
         quoted = found["quoted"]
         name = quoted.replace('""', '"') if quoted else found["plain"]
@@ -233,7 +235,8 @@ def _read_list(data: DataConfig, split: Split) -> Annotations:
             and not (folder / name).exists()
         ):
             raise UserError(
-                f"{location}: {name!r} is not UTF-8 text, and no such file is there; save the list as UTF-8"
+                f"{location}: {name!r} is not UTF-8 text, and no such file is there; save the "
+                "list as UTF-8"
             )
         if "\\" in name and not (folder / name).exists():
             raise UserError(
@@ -282,7 +285,8 @@ def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
             or not {"id", "label_idx" if has_numbers else "template"} <= item.keys()
         ):
             raise UserError(
-                f"{location}: expected an object with 'id' and 'template', not {json.dumps(item)[:80]}"
+                f"{location}: expected an object with 'id' and 'template', not "
+                f"{json.dumps(item)[:80]}"
             )
         entry: dict[str, Any] = item
         template = str(entry.get("template", "")).replace("[", "").replace("]", "")
@@ -292,7 +296,8 @@ def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
             )
         if has_numbers and not _NUMBER.fullmatch(str(entry["label_idx"])):
             raise UserError(
-                f"{location}: 'label_idx' must be a class number, not {json.dumps(entry['label_idx'])}"
+                f"{location}: 'label_idx' must be a class number, not "
+                f"{json.dumps(entry['label_idx'])}"
             )
         label = int(entry["label_idx"]) if has_numbers else labels[template]
         stem = str(entry["id"])
@@ -379,7 +384,8 @@ def _read_ucf101(data: DataConfig, split: Split) -> Annotations:
             raise UserError(f"{location}: the class {path.parent.name!r} is not in {index}")
         if len(line.split()) > 1 and line.split()[1] != str(label + 1):
             raise UserError(
-                f"{location}: says class {line.split()[1]}, but {index} says {label + 1} of {path.parent.name}"
+                f"{location}: says class {line.split()[1]}, but {index} says {label + 1} of "
+                f"{path.parent.name}"
             )
         rows.append(
             Row(
@@ -434,7 +440,8 @@ def _read_folders(data: DataConfig, split: Split) -> Annotations:
         folder = _absolute(folder)
         if not folder.is_dir() or not folder.is_relative_to(videos):
             raise UserError(
-                f"data.{part}: {folder} must be a folder of class folders, below data.videos, {videos}"
+                f"data.{part}: {folder} must be a folder of class folders, below data.videos, "
+                f"{videos}"
             )
         members = sorted(
             each for each in folder.iterdir() if each.is_dir() and not _is_hidden(each.name)

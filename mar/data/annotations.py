@@ -60,7 +60,8 @@ def _read_split(settings: str, split: Split, _: _State) -> list[Video]:
     if not there:
         state = f"none of its {len(videos)} videos is there" if videos else "no videos in it"
         raise UserError(
-            f"data.{split}: {state}; it must name at least one below {Path(data.root) / data.videos}"
+            f"data.{split}: {state}; it must name at least one below "
+            f"{Path(data.root) / data.videos}"
         )
     return there
 

@@ -117,7 +117,8 @@ class Index:
         for problem, names in (("are not in it", absent), ("have changed since", stale)):
             if names:
                 raise UserError(
-                    f"data.cache: {len(names)} videos {problem}, the first: {names[0]}; run mar data pack again, into {self.folder}"
+                    f"data.cache: {len(names)} videos {problem}, the first: {names[0]}; run mar "
+                    f"data pack again, into {self.folder}"
                 )
 
 

@@ -308,11 +308,13 @@ class TrainingOrder:
         size = settings.videos_per_batch
         if size > num_videos:
             raise UserError(
-                f"recipe.batch_size: {size} is more than the {num_videos} training videos; make it smaller"
+                f"recipe.batch_size: {size} is more than the {num_videos} training videos; make "
+                "it smaller"
             )
         if size < 2 * worker_rank.world:
             raise UserError(
-                f"recipe.batch_size: {size} gives {worker_rank.world} workers less than two videos each"
+                f"recipe.batch_size: {size} gives {worker_rank.world} workers less than two "
+                "videos each"
             )
         self.settings, self.num_videos, self.worker_rank, self.first_step = (
             settings,
@@ -434,7 +436,8 @@ def _check_shared_memory(processes: int, bytes_per_batch: int, batches: Iterable
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if at_once * bytes_per_batch > free:
         raise _shared_memory_full(
-            f"{_mb(free)} are free, {processes} loader processes need about {_mb(at_once * bytes_per_batch)}"
+            f"{_mb(free)} are free, {processes} loader processes need about "
+            f"{_mb(at_once * bytes_per_batch)}"
         )
 
 

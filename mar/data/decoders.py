@@ -282,7 +282,8 @@ def check(decoder: str) -> None:
     fault = probe_decoder(decoder) if decoder != "auto" else ""
     if fault:
         raise UserError(
-            f"data.decoder: {decoder} does not work here ({fault}); repair it (mar doctor), or set auto"
+            f"data.decoder: {decoder} does not work here ({fault}); repair it (mar doctor), or "
+            "set auto"
         )
 
 

@@ -67,7 +67,8 @@ def pack(
     settings = folder / SETTINGS
     if settings.is_file() and packing_of(folder) != packing:
         raise UserError(
-            f"{folder} holds a cache of {packing_of(folder).name}: choose another folder, or remove it"
+            f"{folder} holds a cache of {packing_of(folder).name}: choose another folder, or "
+            "remove it"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,8 @@ def _pack(
 def _crashed(part: tuple[int, list[Video]]) -> int:
     first, last = part[1][0].name, part[1][-1].name
     raise Failure(
-        f"a decoder ended its process over a video from {first} to {last}: mar data check finds which one"
+        f"a decoder ended its process over a video from {first} to {last}: mar data check finds "
+        "which one"
     )
 
 

@@ -136,7 +136,8 @@ def make(
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
-            f"{folder} is there already and holds something else; choose another folder or remove it"
+            f"{folder} is there already and holds something else; choose another folder or remove "
+            "it"
         )
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -314,7 +315,8 @@ def _photo(name: str) -> Image.Image:
         if file.is_file():
             return Image.open(file).convert("RGB")
     raise Failure(
-        f"the photo {name} is neither in scikit-image nor in scikit-learn; install the versions in constraints.txt"
+        f"the photo {name} is neither in scikit-image nor in scikit-learn; install the versions "
+        "in constraints.txt"
     )
 
 

@@ -356,7 +356,8 @@ def _check_finite(training: Training, rate: float) -> None:
         recipe = training.settings.recipe
         step = training.progress.step
         raise Failure(
-            f"the gradient is not finite at or before step {step} (epoch {training.epoch + 1}); no step was taken with "
+            f"the gradient is not finite at or before step {step} (epoch {training.epoch + 1}); "
+            "no step was taken with "
             f"it. Likely causes: recipe.base_lr={recipe.base_lr:g} (rate {rate:.2g}), "
             f"recipe.clip_grad={recipe.clip_grad}, recipe.precision={recipe.precision}",
             "non_finite",
@@ -371,7 +372,8 @@ def _count_broken(training: Training, batch: Batch) -> int:
     """
     if batch.broken and training.settings.data.broken == "error":
         raise Failure(
-            f"{batch.broken[0]}. Repair or remove it, or set data.broken: skip to leave such videos out",
+            f"{batch.broken[0]}. Repair or remove it, or set data.broken: skip to leave such "
+            "videos out",
             "data",
         )
     return len(batch.broken)

@@ -49,6 +49,7 @@ def peak_training_memory_gib(settings: TrainingConfig, num_clips: int) -> float:
             optimizer.zero_grad(set_to_none=True)
     except torch.OutOfMemoryError:
         raise UserError(
-            f"--memory: {num_clips} clips a step do not fit this device: take a smaller --batch-size"
+            f"--memory: {num_clips} clips a step do not fit this device: take a smaller "
+            "--batch-size"
         ) from None
     return (torch.cuda.max_memory_allocated(device) - held_bytes) / 2**30

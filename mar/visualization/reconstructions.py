@@ -76,7 +76,8 @@ def draw_reconstructions(
     """
     if not settings.redraws_in_testing:
         raise UserError(
-            "no reconstruction: this model has no reconstruction branch, or nothing is hidden in testing"
+            "no reconstruction: this model has no reconstruction branch, or nothing is hidden in "
+            "testing"
         )
     check(settings.data, videos)
     clips = EvaluationClips(settings, videos, 1, 1, shuffled=False)

@@ -98,7 +98,8 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
     translated = translate(tensors, inflate_frames)
     if translated is None:
         raise UserError(
-            f"{name}: not a layout that mar knows (VideoMAE, MAR, Hugging Face VideoMAE, image ViT, mar's own); "
+            f"{name}: not a layout that mar knows (VideoMAE, MAR, Hugging Face VideoMAE, image "
+            "ViT, mar's own); "
             f"its first keys: {_listed(list(tensors))}"
         )
     layout, kept, unused = translated.layout.name, translated.tensors, dict(translated.unused)
@@ -109,7 +110,8 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
         )
     if config.get("hidden_act", "gelu") != "gelu":
         raise UserError(
-            f"{name}: its activation is {config['hidden_act']}; mar's blocks have GELU, and no other"
+            f"{name}: its activation is {config['hidden_act']}; mar's blocks have GELU, and no "
+            "other"
         )
     reads_first = (
         "classifier.head.weight" in kept
@@ -162,7 +164,8 @@ def read_model(
     weights = read_weights(name)
     if "classifier.head.weight" not in weights.tensors:
         raise UserError(
-            f"{name} ({weights.layout}) has no classifier: it was pre-trained only; fine-tune it first"
+            f"{name} ({weights.layout}) has no classifier: it was pre-trained only; fine-tune it "
+            "first"
         )
     settings = model_settings(weights, {**flatten(shared), **flatten(overrides)})
     model = MAR(settings).eval()

@@ -55,7 +55,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     is_archive = zipfile.is_zipfile(file)
     if is_archive and _is_compressed(file):
         raise UserError(
-            f"{file}: refused, because it is compressed, which PyTorch does not do: it may be larger than memory"
+            f"{file}: refused, because it is compressed, which PyTorch does not do: it may be "
+            "larger than memory"
         )
     try:
         with (
@@ -87,7 +88,10 @@ def _is_compressed(file: Path) -> bool:
 
 def _why_not(error: Exception) -> str:
     """Return why a PyTorch file was not opened; torch's own words advise to open it unsafely."""
-    advice = "If you trust where it comes from, open it apart from here and save its tensors alone, as safetensors"
+    advice = (
+        "If you trust where it comes from, open it apart from here and save its tensors alone, as "
+        "safetensors"
+    )
     named = re.search(r"GLOBAL (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and named:
         return (
@@ -95,7 +99,10 @@ def _why_not(error: Exception) -> str:
         )
     operand = re.search(r"Unsupported operand (\d+)", str(error))
     if operand and int(operand.group(1)) in _NEWER_PICKLE:
-        return f"refused, because it is pickled in a way that cannot be checked (protocol 4 or later). {advice}"
+        return (
+            "refused, because it is pickled in a way that cannot be checked (protocol 4 or "
+            f"later). {advice}"
+        )
     return f"not a whole PyTorch checkpoint ({type(error).__name__})"
 
 

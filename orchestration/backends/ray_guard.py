@@ -72,7 +72,8 @@ class Guard:
                 _LOOKS_S
             ):  # the launch may be stopping it in this moment
                 print(
-                    f"mar: Ray's {lost[0]} has ended, and with it all that ran (out of memory? killed?). "
+                    f"mar: Ray's {lost[0]} has ended, and with it all that ran (out of memory? "
+                    "killed?). "
                     "Checkpoints are safe; the same command resumes from them",
                     file=sys.stderr,
                     flush=True,

@@ -81,8 +81,10 @@ class Jobs:
         is_open = _answers_without_a_token(self.address)
         if is_open and not is_open_allowed and not _is_loopback(self.address):
             raise UserError(
-                f"--address {address}: this cluster answers without a token, so anybody who reaches it can run code there "
-                "(CVE-2023-48022). Start it with RAY_AUTH_MODE=token; or, on a network that you trust, give --allow-unauthenticated"
+                f"--address {address}: this cluster answers without a token, so anybody who "
+                "reaches it can run code there "
+                "(CVE-2023-48022). Start it with RAY_AUTH_MODE=token; or, on a network that you "
+                "trust, give --allow-unauthenticated"
             )
         if not is_open:
             os.environ["RAY_AUTH_MODE"] = "token"
@@ -164,7 +166,8 @@ class Jobs:
         known = [job.job_id for job in self.list()]
         if job_id not in known:
             raise UserError(
-                f"no job {job_id!r} on {self.address} ({', '.join(known[:5]) or 'it has none of ours'})"
+                f"no job {job_id!r} on {self.address} "
+                f"({', '.join(known[:5]) or 'it has none of ours'})"
             )
 
 
@@ -187,8 +190,10 @@ def printable_arguments(arguments: Sequence[str], folder: Path) -> list[str]:
             shown.append(f"--webhook=@{_WEBHOOK}")
         elif has_secrets(word):
             raise UserError(
-                f"{without_secrets(word)}: leave user and password out, the cluster shows a job's command to whoever "
-                "asks. MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on each node"
+                f"{without_secrets(word)}: leave user and password out, the cluster shows a job's "
+                "command to whoever "
+                "asks. MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on each "
+                "node"
             )
         else:
             shown.append(word)

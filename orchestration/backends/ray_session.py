@@ -88,7 +88,8 @@ def _start(launch: LaunchConfig) -> None:
         ) from None
     except OSError as error:
         raise Failure(
-            f"Ray does not start: {error}. It needs a temporary folder that can be written, with a short path (TMPDIR); "
+            f"Ray does not start: {error}. It needs a temporary folder that can be written, with "
+            "a short path (TMPDIR); "
             "--backend local runs without Ray"
         ) from None
     finally:
@@ -109,7 +110,8 @@ def _private_folder() -> Path:
     parent = Path(tempfile.gettempdir())
     if len(str(parent)) > _LONGEST_TEMPORARY and os.access("/tmp", os.W_OK):  # noqa: S108
         notice(
-            f"Ray's sockets are below /tmp: the path of TMPDIR ({parent}) is too long for a socket's"
+            f"Ray's sockets are below /tmp: the path of TMPDIR ({parent}) is too long for a "
+            "socket's"
         )
         parent = Path("/tmp")  # noqa: S108
     folder = parent / f"mar-{os.getuid()}"
@@ -154,4 +156,7 @@ def describe_cluster() -> str:
         task: Any = ray.remote(num_cpus=0.1)(lambda: "ran")
         answer: Any = ray.get(task.remote(), timeout=60)
         total = ray.cluster_resources()
-        return f"{ray.__version__}: a task {answer}; {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
+        return (
+            f"{ray.__version__}: a task {answer}; {total.get('CPU', 0):g} CPU, "
+            f"{total.get('GPU', 0):g} GPU"
+        )

@@ -447,5 +447,6 @@ def run_worker(config: dict[str, Any]) -> None:
         # After an error of a kernel every later call on that device fails in this process.
         if reason and reason.kind == "internal" and spec["gpus_per_worker"]:
             raise Failure(
-                f"{reason.message}: a new process for the next trial, the device may be unusable in this one"
+                f"{reason.message}: a new process for the next trial, the device may be unusable "
+                "in this one"
             )

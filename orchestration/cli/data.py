@@ -58,7 +58,8 @@ def data_make(
         made = make(folder, options, advance)
     outcome = f"made in {folder}" if made else f"is in {folder} already"
     print(
-        f"{kind}: {options.train} training and {options.validation} validation videos of {options.classes} classes {outcome}"
+        f"{kind}: {options.train} training and {options.validation} validation videos of "
+        f"{options.classes} classes {outcome}"
     )
 
 
@@ -143,7 +144,8 @@ def data_pack(
     size_gib = sum(file.stat().st_size for file in folder.glob("*.bin")) / 2**30
     broken = [entry.name for entry in entries if entry.broken]
     print(
-        f"{folder}: {len(entries)} videos ({before} were there), {sum(entry.num_frames for entry in entries)} frames, {size_gib:.2f} GiB"
+        f"{folder}: {len(entries)} videos ({before} were there), "
+        f"{sum(entry.num_frames for entry in entries)} frames, {size_gib:.2f} GiB"
     )
     if broken:
         print(f"{len(broken)} gave no frames, the first: {printable(broken[0])}")
@@ -152,7 +154,8 @@ def data_pack(
             damaged = damaged_shards(folder, advance)
         if damaged:
             raise Failure(
-                f"{folder}: damaged: {', '.join(damaged)}; remove them and their .json, and pack again"
+                f"{folder}: damaged: {', '.join(damaged)}; remove them and their .json, and pack "
+                "again"
             )
         print("every shard is what was written")
     if object_store:

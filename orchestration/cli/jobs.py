@@ -81,7 +81,10 @@ def list_jobs(
     for job in found:
         minutes = "" if job.minutes is None else f"{job.minutes:.1f} min"
         print(
-            f"{job.job_id:<44} {job.status:<10} {job.began:<17} {minutes:>10}  {printable(job.message)}".rstrip()
+            (
+                f"{job.job_id:<44} {job.status:<10} {job.began:<17} {minutes:>10}  "
+                f"{printable(job.message)}"
+            ).rstrip()
         )
     print(f"{len(found)} jobs" if found else "no jobs of ours")
 

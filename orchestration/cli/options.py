@@ -33,7 +33,10 @@ StudyName = Annotated[
     str | None,
     typer.Argument(
         metavar="STUDY",
-        help="A study file, or the name of one that ships with mar; or a recipe, as a study of one trial.",
+        help=(
+            "A study file, or the name of one that ships with mar; or a recipe, as a study of one "
+            "trial."
+        ),
     ),
 ]
 RecipeName = Annotated[
@@ -60,7 +63,10 @@ ObjectStoreUri = Annotated[
         envvar="MAR_OBJECT_STORE",
         metavar="URI",
         callback=_object_store,
-        help="Object store for checkpoints and results, where nodes share no disk: s3://bucket/folder, gs://….",
+        help=(
+            "Object store for checkpoints and results, where nodes share no disk: "
+            "s3://bucket/folder, gs://…."
+        ),
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -58,14 +58,16 @@ def run(
     check_pinned()
     if device and budget is None:
         raise UserError(
-            f"--device {device}: it says what --budget is spent on; give --budget too, or leave it out"
+            f"--device {device}: it says what --budget is spent on; give --budget too, or leave "
+            "it out"
         )
     if launch.worker.cache_from:
         _fetch_cache(launch.worker.cache_from, overrides or [])
     if study and not is_all and is_search_file(study):
         if only or budget is not None:
             raise UserError(
-                f"{study} is a search: --filter and --budget are for studies; 'trials=N' says how many it trains"
+                f"{study} is a search: --filter and --budget are for studies; 'trials=N' says how "
+                "many it trains"
             )
         _run_search(study, overrides or [], launch)
     else:
@@ -149,7 +151,8 @@ def _fetch_cache(uri: str, overrides: list[str]) -> None:
     folder = Path(folders[-1])
     if not fetch_cache(open_object_store(uri), folder) and not folder.is_dir():
         raise UserError(
-            f"--cache-from {uri}: there is no frame cache; mar data pack RECIPE DIR --object-store URI"
+            f"--cache-from {uri}: there is no frame cache; mar data pack RECIPE DIR "
+            "--object-store URI"
         )
 
 
@@ -293,7 +296,8 @@ def report(
         return
     if output and output.suffix:
         raise UserError(
-            f"-o {output}: a study's report is a folder of files, its page is report.html in it; name a folder"
+            f"-o {output}: a study's report is a folder of files, its page is report.html in it; "
+            "name a folder"
         )
     folder = output or launch.report_folder(studies[0].name)
     write_report(_results(studies[0], store, tracking_uri), folder)

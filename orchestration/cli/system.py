@@ -68,7 +68,8 @@ def recover(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None
     for damage in found.damaged:
         print(f"damaged    {damage}")
     print(
-        f"{len(found.names)} recovered, {found.num_known} known before, {len(found.damaged)} damaged"
+        f"{len(found.names)} recovered, {found.num_known} known before, {len(found.damaged)} "
+        "damaged"
     )
     if found.damaged:
         sys.exit(1)

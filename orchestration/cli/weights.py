@@ -74,7 +74,8 @@ def weights_convert(
     print(contents(weights))
     if left:
         print(
-            f"left out   {len(left)} tensors that this format has no place for, the first: {printable(left[0])}"
+            f"left out   {len(left)} tensors that this format has no place for, the first: "
+            f"{printable(left[0])}"
         )
     print(f"written    {folder}")
 
@@ -137,9 +138,15 @@ def evaluate(
     metrics = predictions.metrics("test")
     if output:
         write_predictions(predictions, videos, output)
-    summary = f"top-1 {metrics['test/top1']:.2f} %, top-5 {metrics['test/top5']:.2f} % of {len(predictions.labels)} videos"
+    summary = (
+        f"top-1 {metrics['test/top1']:.2f} %, top-5 {metrics['test/top5']:.2f} % of "
+        f"{len(predictions.labels)} videos"
+    )
     broken = f"; {len(predictions.broken)} more could not be decoded" if predictions.broken else ""
-    views = f"{settings.evaluation.clips} clips × {settings.evaluation.crops} crops, {settings.test_ratio:.0%} hidden"
+    views = (
+        f"{settings.evaluation.clips} clips × {settings.evaluation.crops} crops, "
+        f"{settings.test_ratio:.0%} hidden"
+    )
     print(json.dumps(metrics, indent=1) if as_json else f"{summary} ({views}){broken}")
 
 

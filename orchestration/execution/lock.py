@@ -47,7 +47,8 @@ def study_lock(study: Study, launch: LaunchConfig) -> Generator[None]:
         if holder_file.is_file():
             holder = holder_file.read_text(encoding="utf-8")
         raise UserError(
-            f"the study {study.name} is being run already ({holder}); wait for it, or stop that process"
+            f"the study {study.name} is being run already ({holder}); wait for it, or stop that "
+            "process"
         ) from None
     with held:
         clear_stop_request(launch)  # of an earlier launch

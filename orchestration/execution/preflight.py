@@ -30,7 +30,8 @@ def check_data(trials: Sequence[Trial], only_present: bool = False) -> None:
         available = num_training_videos[name]
         if batch_size > available:
             raise UserError(
-                f"recipe.batch_size: {batch_size} is more than the {available} training videos ({trial.name})"
+                f"recipe.batch_size: {batch_size} is more than the {available} training videos "
+                f"({trial.name})"
             )
 
 

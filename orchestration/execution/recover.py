@@ -140,6 +140,7 @@ def _record(folder: Path, settings: TrainingConfig) -> dict[str, Any]:
     line = identity(settings, data)
     if key_of(line) != folder.name:
         raise Failure(
-            "its settings cannot be identified: its data is missing, or another version of mar trained it"
+            "its settings cannot be identified: its data is missing, or another version of mar "
+            "trained it"
         )
     return {"study": _UNKNOWN_STUDY, "name": folder.name, "tags": {IDENTITY: line}}

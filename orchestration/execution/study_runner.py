@@ -163,7 +163,8 @@ def _finalize(recorder: RunRecorder) -> None:
         results = StudyResults.match(study, finished_here(store.launch, keys), store.file_of)
         print(f"\n{FORMATS['md'](table_info(results))}")
         raise Failure(
-            f"{error}. The table above is from the results in the store; the same command records them in MLflow "
+            f"{error}. The table above is from the results in the store; the same command records "
+            "them in MLflow "
             "when it is back, or, without --tracking-uri, here"
         ) from None
 
@@ -176,7 +177,8 @@ def _mention_unrecorded(launch: LaunchConfig, store: Store) -> None:
     lost = unrecorded(launch, {record.key for record in store.trials()})
     if lost:
         notice(
-            f"{len(lost)} finished results in {launch.store / 'trials'} are not in the tracking store. Those of this "
+            f"{len(lost)} finished results in {launch.store / 'trials'} are not in the tracking "
+            "store. Those of this "
             f"study are used, not trained again; mar recover --store {launch.store} records all"
         )
 
@@ -231,8 +233,10 @@ def _print_summary(
     trials = [trial for study in studies for trial in study.trials]
     num_missing = len({trial.key for trial in trials}) - len(match(trials, records))
     print(
-        f"{len(studies)} studies, {len(trials)} rows: {num_trained} trained and {len(new) - num_trained} tested in "
-        f"{minutes:.1f} min; {num_missing} trials are missing, all other rows were finished before or are shared"
+        f"{len(studies)} studies, {len(trials)} rows: {num_trained} trained and "
+        f"{len(new) - num_trained} tested in "
+        f"{minutes:.1f} min; {num_missing} trials are missing, all other rows were finished "
+        "before or are shared"
     )
 
 

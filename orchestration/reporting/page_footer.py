@@ -41,7 +41,8 @@ def _links(experiments: Sequence[str]) -> str:
         return ""
     links = " ".join(
         f'<a class="mlflow" data-page="/#/experiments/{html.escape(each)}" '
-        f'href="http://127.0.0.1:5000/#/experiments/{html.escape(each)}">experiment {html.escape(each)}</a>'
+        f'href="http://127.0.0.1:5000/#/experiments/{html.escape(each)}">experiment '
+        f"{html.escape(each)}</a>"
         for each in experiments
     )
     change = (

@@ -17,7 +17,8 @@ from orchestration.reporting.training_figures import Confusion
 
 PAGE_STYLE = (
     "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-    "table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd}"
+    "table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:left;border-bottom:1px "
+    "solid #ddd}"
     "caption{caption-side:top;text-align:left;font-weight:bold;padding:.5em 0}img{max-width:100%}"
 )
 _LABELLED = 12
@@ -53,7 +54,10 @@ def write_html(file: Path, title: str, parts: str, script: str | None = None) ->
     heading, script = html.escape(title), plotly_script() if script is None else script
     file.parent.mkdir(parents=True, exist_ok=True)
     style = f"<style>{PAGE_STYLE}</style>"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{heading}</title>{style}{script}'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>{heading}</title>{style}{script}'
+    )
     body = f"<body><h1>{heading}</h1>{parts}</body>"
     file.write_text(
         f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n', encoding="utf-8"

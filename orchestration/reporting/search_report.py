@@ -46,8 +46,14 @@ def _counts_text(proposer: OptunaSearch) -> str:
     copies = proposer.known
     rejected = sum("infeasible" in each.user_attrs for each in trials)
     counts[TrialState.PRUNED] -= rejected
-    counts_text = f"{counts[TrialState.COMPLETE] - others - copies} trials finished, {counts[TrialState.PRUNED]} ended early, "
-    counts_text += f"{counts[TrialState.FAIL]} failed or were asked twice, {copies} were found trained; {rejected} proposals broke a rule or a constraint and were not trained; "
+    counts_text = (
+        f"{counts[TrialState.COMPLETE] - others - copies} trials finished, "
+        f"{counts[TrialState.PRUNED]} ended early, "
+    )
+    counts_text += (
+        f"{counts[TrialState.FAIL]} failed or were asked twice, {copies} were found trained; "
+        f"{rejected} proposals broke a rule or a constraint and were not trained; "
+    )
     return counts_text + f"{others} finished trials of other studies were known before."
 
 
@@ -131,7 +137,10 @@ def write_search_report(proposer: OptunaSearch, folder: Path) -> None:
         chosen = best[-1] if next(iter(proposer.search.file.goals.values())) == "max" else best[0]
         goals = dict(zip(proposer.search.file.goals, chosen.values or [], strict=True))
         tree = proposer.search.settings(chosen.params).model_dump(mode="json")
-        head = f"# {proposer.search.file.title}: trial {chosen.number}, {json.dumps(goals)}. Run it: mar run best.yaml\n"
+        head = (
+            f"# {proposer.search.file.title}: trial {chosen.number}, {json.dumps(goals)}. Run it: "
+            "mar run best.yaml\n"
+        )
         text = head + yaml.safe_dump(
             tree, sort_keys=False, allow_unicode=True, default_flow_style=None
         )

@@ -64,7 +64,8 @@ def write_report(results: StudyResults, folder: Path) -> tuple[str, list[str]]:
     charts += [f"<h2>Learning curves</h2>\n{chart(curves)}"] if curves else []
     charts += (
         [
-            f"<h2>{html.escape(mistaken.title)}: what it takes for what</h2>\n{confusion_chart(mistaken)}"
+            f"<h2>{html.escape(mistaken.title)}: what it takes for "
+            f"what</h2>\n{confusion_chart(mistaken)}"
         ]
         if mistaken
         else []
@@ -81,7 +82,8 @@ def claim_lines(judged: Sequence[Claim]) -> list[str]:
     lines: list[str] = []
     for claim in judged:
         gaps = [
-            f"{pair}: {gap.difference:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}], p = {gap.p:.2g}, n = {gap.num_seeds}"
+            f"{pair}: {gap.difference:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}], p = {gap.p:.2g}, n "
+            f"= {gap.num_seeds}"
             for pair, gap in claim.pairs.items()
             if gap is not None
         ]
@@ -155,7 +157,10 @@ def _differing_settings(study: Study) -> str:
         + "</tr>\n"
         for name, tree in trees.items()
     )
-    return f"<h2>Settings in which trials differ</h2>\n<table><tr><th>trial</th>{heads}</tr>\n{lines}</table>\n"
+    return (
+        "<h2>Settings in which trials "
+        f"differ</h2>\n<table><tr><th>trial</th>{heads}</tr>\n{lines}</table>\n"
+    )
 
 
 def _html(
@@ -172,9 +177,11 @@ def _html(
     claimed = f"<h2>The paper's claims</h2>\n<ul>{lines}</ul>\n" if judged else ""
     found = "".join(f"<p>{html.escape(note)}</p>\n" for note in findings(results))
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>{plotly_script()}\n'
+        '<!doctype html>\n<html lang="en"><head><meta '
+        f'charset="utf-8"><title>{title}</title>{plotly_script()}\n'
         f"<style>{PAGE_STYLE}</style></head>\n"
         f"<body><h1>{title}</h1>\n{found}{to_html(table, has_caption=False)}{''.join(charts)}\n{claimed}"
-        f"{_differing_settings(study)}<details><summary>The {len(shared)} settings that all trials share</summary>\n"
+        f"{_differing_settings(study)}<details><summary>The {len(shared)} settings that all "
+        "trials share</summary>\n"
         f"<table>{rows_text}</table></details>\n{end}</body></html>\n"
     )

@@ -97,7 +97,8 @@ class TableInfo:
         legend = (
             [
                 f"To {self.reference}: difference in top-1 over the same videos, 95 % interval; "
-                f"{_ALIKE}: these videos cannot tell the two apart (paired test, Holm's correction for "
+                f"{_ALIKE}: these videos cannot tell the two apart (paired test, Holm's "
+                "correction for "
                 f"{len(self.comparisons)} rows, 5 %)."
                 + (f" {ONE_TRAINING}" if max(row.seeds for row in self.rows) == 1 else "")
             ]

@@ -178,7 +178,8 @@ class OptunaSearch:
         if is_any_feasible:
             return None
         raise Failure(
-            f"of {_MOST_REJECTED} points of the space none keeps {', '.join(self.search.file.constraints) or 'the rules'}"
+            f"of {_MOST_REJECTED} points of the space none keeps "
+            f"{', '.join(self.search.file.constraints) or 'the rules'}"
         )
 
     def _reached(self, trial: Trial) -> list[float] | None:

@@ -235,7 +235,8 @@ def _check(file: SearchFile, document: Document) -> None:
     for name in file.goals:
         if name not in METRICS:
             raise UserError(
-                f"{document.location('goals')}: no quantity {name!r} (there are: {', '.join(METRICS)})"
+                f"{document.location('goals')}: no quantity {name!r} (there are: "
+                f"{', '.join(METRICS)})"
             )
     for constraint in file.constraints:
         parsed = CONSTRAINT.fullmatch(constraint)
@@ -244,13 +245,15 @@ def _check(file: SearchFile, document: Document) -> None:
                 name for name, each in METRICS.items() if each.source.startswith("cost.")
             )
             raise UserError(
-                f"{document.location('constraints')}: {constraint!r}: expected a cost and a bound, as 'gflops <= 90' ({known})"
+                f"{document.location('constraints')}: {constraint!r}: expected a cost and a "
+                f"bound, as 'gflops <= 90' ({known})"
             )
     for number, point in enumerate(file.start):
         unknown = set(point) - set(file.space)
         if unknown:
             raise UserError(
-                f"{document.location('start')}: start {number + 1}: {', '.join(sorted(unknown))} is not in the space"
+                f"{document.location('start')}: start {number + 1}: {', '.join(sorted(unknown))} "
+                "is not in the space"
             )
         for path, value in point.items():
             if not file.space[path].holds(as_text(value)):
@@ -259,7 +262,8 @@ def _check(file: SearchFile, document: Document) -> None:
                 )
     if file.stopper != "none" and len(file.goals) > 1:
         raise UserError(
-            f"{document.location('stopper')}: stopper: an early end needs one goal, there are {len(file.goals)}"
+            f"{document.location('stopper')}: stopper: an early end needs one goal, there are "
+            f"{len(file.goals)}"
         )
 
 

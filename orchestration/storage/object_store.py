@@ -40,8 +40,10 @@ class ObjectStore:
 
         if has_secrets(uri):
             raise UserError(
-                f"{without_secrets(uri)}: leave the keys out of the address, it is written into logs: "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or whatever else the provider's own tools read"
+                f"{without_secrets(uri)}: leave the keys out of the address, it is written into "
+                "logs: "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or whatever else the provider's own "
+                "tools read"
             )
         try:
             self.files, root = pyarrow.fs.FileSystem.from_uri(uri)

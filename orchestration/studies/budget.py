@@ -33,7 +33,8 @@ class Budget:
             line = planned[trial.key]
             if line.device_hours is None:
                 raise UserError(
-                    "--budget: nothing tells the hours: is the data there, and is a trial of the study finished here? "
+                    "--budget: nothing tells the hours: is the data there, and is a trial of the "
+                    "study finished here? "
                     "Or give --device (v100, h200, NAME=GFLOPS_PER_S)"
                 )
             is_paid = trial.key in paid or any(trial.training == other.training for other in chosen)

@@ -229,7 +229,8 @@ def _select(trials: list[Trial], file: StudyFile, only: Sequence[str]) -> list[T
         axis, equals, label = word.partition("=")
         if not equals or axis not in file.axes:
             raise UserError(
-                f"--filter {word}: expected axis=label with an axis of the study ({', '.join(file.axes)})"
+                f"--filter {word}: expected axis=label with an axis of the study "
+                f"({', '.join(file.axes)})"
             )
         if label not in file.axes[axis]:
             known = ", ".join(file.axes[axis])

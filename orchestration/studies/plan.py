@@ -224,8 +224,10 @@ def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
     notes = [summary]
     if new:
         notes.append(
-            f"storage about {sum(line.storage_gib for line in new):.1f} GiB for their models, and for each that "
-            f"runs {_CHECKPOINTS * max(line.storage_gib for line in new):.1f} GiB at most for its checkpoints"
+            f"storage about {sum(line.storage_gib for line in new):.1f} GiB for their models, and "
+            "for each that "
+            f"runs {_CHECKPOINTS * max(line.storage_gib for line in new):.1f} GiB at most for its "
+            "checkpoints"
         )
     absent = {
         line.trial.settings.data.root: None for line in lines if line.trial.fingerprint == ABSENT

@@ -24,7 +24,8 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     if {"axes", "space"} & recipe.content.keys():
         what = "a search" if "space" in recipe.content else "a study"
         raise UserError(
-            f"{recipe.documents[-1].path} is {what}, not a recipe; its settings are in {recipe.content.get('recipe')}"
+            f"{recipe.documents[-1].path} is {what}, not a recipe; its settings are in "
+            f"{recipe.content.get('recipe')}"
         )
     changes = parse_overrides(overrides)
     try:

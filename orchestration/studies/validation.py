@@ -50,7 +50,8 @@ def _labelled(axis: str, labels: Any, document: Document) -> Any:
         near = difflib.get_close_matches(axis, SETTING_PATHS, n=1, cutoff=0.6)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"{document.location('axes', axis)}: axes.{axis}: a list of values needs a setting's name, as mask.ratio{hint}"
+            f"{document.location('axes', axis)}: axes.{axis}: a list of values needs a setting's "
+            f"name, as mask.ratio{hint}"
         )
     return {_value_text(value): {axis: value} for value in labels}
 
@@ -120,7 +121,10 @@ def check_references(study: Study, document: Document) -> None:
     ]
     for location, row, known in references:
         if row not in known:
-            message = f"{'.'.join(location[:2])}: no trial is labelled {row!r} (there are: {', '.join(known)})"
+            message = (
+                f"{'.'.join(location[:2])}: no trial is labelled {row!r} (there are: "
+                f"{', '.join(known)})"
+            )
             raise UserError(f"{document.location(*location)}: {message}")
     parts = [part for axis in file.axes for part in label_parts(axis, axis)]
     axes = {"table.across": table.across, "figure.group": figure.group}
@@ -129,7 +133,8 @@ def check_references(study: Study, document: Document) -> None:
         if axis is not None and axis not in parts:
             part = location.split(".")[0]
             raise UserError(
-                f"{document.location(part)}: {location}: no axis {axis!r} (there are: {', '.join(parts)})"
+                f"{document.location(part)}: {location}: no axis {axis!r} (there are: "
+                f"{', '.join(parts)})"
             )
     for axis, label in table.delta.items():
         known = {each.split(BETWEEN_LABELS)[parts.index(axis)] for each in rows}
@@ -142,7 +147,8 @@ def check_references(study: Study, document: Document) -> None:
         for label in labels:
             if len(label_parts(axis, label)) != len(label_parts(axis, axis)):
                 raise UserError(
-                    f"{document.location('axes', axis, label)}: {label!r} must have the parts of {axis!r}"
+                    f"{document.location('axes', axis, label)}: {label!r} must have the parts of "
+                    f"{axis!r}"
                 )
 
 

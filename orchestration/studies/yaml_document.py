@@ -107,7 +107,8 @@ class Document:
             name = (*above, str(key.value))
             if name in self.lines:
                 raise UserError(
-                    f"{self.path}:{key.start_mark.line + 1}: {'.'.join(name)} stands here a second time"
+                    f"{self.path}:{key.start_mark.line + 1}: {'.'.join(name)} stands here a "
+                    "second time"
                 )
             self.lines[name] = key.start_mark.line + 1
             if isinstance(value, yaml.MappingNode):

@@ -80,6 +80,7 @@ def check_pinned() -> None:
     ]
     if others:
         raise UserError(
-            f"the cluster has other versions than you: {', '.join(others)}. Install the same there (constraints.txt), "
+            f"the cluster has other versions than you: {', '.join(others)}. Install the same "
+            "there (constraints.txt), "
             "or submit with --any-versions"
         )

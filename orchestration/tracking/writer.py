@@ -122,7 +122,8 @@ class Writer:
                 raise Failure(unusable(self.store.launch, self._failure))
             reason = without_secrets(str(self._failure).strip().splitlines()[0])[:200]
             notice(
-                f"all is trained and safe in {self.store.launch.store}; waiting up to {self.patience_s / 60:g} min for "
+                f"all is trained and safe in {self.store.launch.store}; waiting up to "
+                f"{self.patience_s / 60:g} min for "
                 f"the tracking store {self.store.launch.shown_tracking} to record it: {reason}"
             )
 

@@ -34,7 +34,8 @@ class WorkerLog(logging.Handler):
         if worker_rank.rank == 0:
             self.user_log = trial_dir.log
         self.header = (
-            f"worker {worker_rank.rank} of {worker_rank.world} on {platform.node()}, process {os.getpid()}, "
+            f"worker {worker_rank.rank} of {worker_rank.world} on {platform.node()}, process "
+            f"{os.getpid()}, "
             f"{device_name(device)}; what its process prints is in {_target_of(_STDERR)}"
         )
 

@@ -383,7 +383,7 @@ def test_a_claim_is_supported_contradicted_or_left_open(study: Study, tmp_path: 
         "Less hidden is better": "supported in one training",
         "More hidden is better": "contradicted in one training",
     }
-    assert claims(StudyResults.match(study, records[:1], file_of))[0].verdict == "not there yet"
+    assert claims(StudyResults.match(study, records[:1], file_of))[0].verdict == "missing"
     text = to_markdown(table_info(StudyResults.match(study, records, file_of)))
     assert "-40.00 [" in text and "to 50 %" in text
     correct["75 %"] = 89

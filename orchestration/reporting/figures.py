@@ -252,7 +252,7 @@ def draw(info: FigureInfo, file: Path) -> None:
     axes.set(title=info.title, xlabel=info.x_title, ylabel=info.y_title)
     if len(info.series) > 1 or info.chance is not None:
         axes.legend(frameon=False, fontsize=7 if len(info.series) > _FEW else None)
-    lacking = {"not there yet": info.missing, "seeds not there yet": info.partial}
+    lacking = {"missing": info.missing, "seeds not there yet": info.partial}
     note = "; ".join(f"{what}: {', '.join(labels)}" for what, labels in lacking.items() if labels)
     notes = textwrap.fill(note, _NOTE_WIDTH)
     axes.text(0.01, 0.01, notes, transform=axes.transAxes, fontsize=7, in_layout=False)

@@ -9,18 +9,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import plotly.graph_objects as go
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from orchestration.reporting.figures import COLOURS, FigureInfo, Series, draw_figure, figure_info
+from orchestration.reporting.html_pages import write_page
 from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.training_figures import Confusion
 
-PAGE_STYLE = (
-    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-    "table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:left;border-bottom:1px "
-    "solid #ddd}"
-    "caption{caption-side:top;text-align:left;font-weight:bold;padding:.5em 0}img{max-width:100%}"
-)
 _LABELLED = 12
 """So many points of a series have their labels beside them; of more they are under the mouse."""
 _LOOK: dict[str, Any] = {
@@ -38,48 +34,35 @@ def write_figure(results: StudyResults, file: Path) -> None:
     The html is interactive and needs no other file.
 
     Raises:
-        UserError: there is no such format, or a model's reconstructions are not there yet.
+        UserError: there is no such format, or a model's reconstructions are missing.
     """
     if file.suffix.lower() != ".html":
         draw_figure(results, file)
         return
-    part = study_chart(results)
-    script = plotly_script() if part else ""
-    part = part or f'<img style="max-width:100%" src="{picture(results)}" alt="">'
-    write_html(file, results.study.file.title, part, script)
+    figure = study_chart(results)
+    script = plotly_script()
+    if not figure:
+        figure = Markup('<img src="{}" alt="">').format(picture(results))
+        script = Markup("")
+    write_page(file, "figure.html", title=results.study.file.title, script=script, figure=figure)
 
 
-def write_html(file: Path, title: str, parts: str, script: str | None = None) -> None:
-    """Write a page of charts that needs nothing else; ``script`` is plotly's unless given."""
-    heading, script = html.escape(title), plotly_script() if script is None else script
-    file.parent.mkdir(parents=True, exist_ok=True)
-    style = f"<style>{PAGE_STYLE}</style>"
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width"><title>{heading}</title>{style}{script}'
-    )
-    body = f"<body><h1>{heading}</h1>{parts}</body>"
-    file.write_text(
-        f'<!doctype html>\n<html lang="en"><head>{head}</head>{body}</html>\n', encoding="utf-8"
-    )
-
-
-def study_chart(results: StudyResults) -> str:
+def study_chart(results: StudyResults) -> Markup:
     """Return a study's figure as a part of a page.
 
     Empty for one that is a picture: masks, reconstructions.
     """
     if results.study.file.figure.kind in ("masks", "reconstructions"):
-        return ""
+        return Markup("")
     return chart(figure_info(results))
 
 
-def plotly_script() -> str:
+def plotly_script() -> Markup:
     """Return plotly's own script (4.8 MB), which a page needs once."""
-    return f"<script>{get_plotlyjs()}</script>"
+    return Markup(f"<script>{get_plotlyjs()}</script>")  # noqa: S704  (plotly's own)
 
 
-def chart(info: FigureInfo) -> str:
+def chart(info: FigureInfo) -> Markup:
     """Return a figure as a part of a page."""
     figure: Any = go.Figure()
     names = list(dict.fromkeys(series.name.removesuffix(", paper") for series in info.series))
@@ -99,7 +82,7 @@ def chart(info: FigureInfo) -> str:
     return part_of_page(figure)
 
 
-def confusion_chart(confusion: Confusion) -> str:
+def confusion_chart(confusion: Confusion) -> Markup:
     """Return a confusion matrix as part of a page.
 
     Shares of each class are shown as colours, counts on hovering.
@@ -165,11 +148,12 @@ def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
     )
 
 
-def part_of_page(figure: Any) -> str:
+def part_of_page(figure: Any) -> Markup:
     """Return one of plotly's figures as a part of a page that has its script."""
-    return figure.to_html(
-        full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}
-    )
+    config = {"responsive": True, "displaylogo": False}
+    html_text = figure.to_html(full_html=False, include_plotlyjs=False, config=config)
+    # plotly writes data as JSON; names that it shows as HTML are escaped where a trace is made.
+    return Markup(html_text)  # noqa: S704
 
 
 def picture(results: StudyResults) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import warnings
 from collections.abc import Callable
@@ -12,13 +11,15 @@ from typing import Any
 import optuna
 import pandas as pd
 import yaml
+from markupsafe import Markup
 from optuna.trial import FrozenTrial, TrialState
 
 from mar.atomic_dir import write_text
 from mar.safe_text import markdown
 from orchestration.reporting.csv_text import csv_text
+from orchestration.reporting.html_pages import write_page
 from orchestration.reporting.page_footer import footer
-from orchestration.reporting.plotly_figures import part_of_page, write_html
+from orchestration.reporting.plotly_figures import part_of_page, plotly_script
 from orchestration.search.optuna_search import OptunaSearch
 from orchestration.studies.metrics import METRICS
 
@@ -166,20 +167,30 @@ def _draw(proposer: OptunaSearch, folder: Path) -> None:
     charts = [
         part_of_page(figure) for draw in parts.values() if (figure := _quietly(draw)) is not None
     ]
-    page = _found_html(proposer) + "".join(charts) + footer(["mar", "run", proposer.search.name])
-    write_html(folder / "report.html", proposer.search.file.title, page)
-
-
-def _found_html(proposer: OptunaSearch) -> str:
-    """Return what was found as a part of a page."""
-    kind = "Pareto front" if len(proposer.search.file.goals) > 1 else "Best"
-    parts = [f"<p>{html.escape(_counts_text(proposer))}</p>", f"<h2>{kind}</h2>"]
-    parts.append(front_frame(proposer).to_html(index=False, border=0))
     importances = importance_frame(proposer)
+    importance_table = None
     if not importances.empty:
-        parts.append("<h2>Importance of each setting (fANOVA)</h2>")
-        parts.append(importances.to_html(index=False, border=0, float_format="{:.2f}".format))
-    return "\n".join(parts)
+        importance_table = _html_table(importances, float_format="{:.2f}".format)
+    front_title = "Best"
+    if len(proposer.search.file.goals) > 1:
+        front_title = "Pareto front"
+    write_page(
+        folder / "report.html",
+        "search_report.html",
+        title=proposer.search.file.title,
+        script=plotly_script(),
+        counts=_counts_text(proposer),
+        front_title=front_title,
+        front=_html_table(front_frame(proposer)),
+        importances=importance_table,
+        charts=charts,
+        **footer(["mar", "run", proposer.search.name]),
+    )
+
+
+def _html_table(frame: pd.DataFrame, **options: Any) -> Markup:
+    """Return a table as part of a page; pandas escapes what is in it."""
+    return Markup(frame.to_html(index=False, border=0, escape=True, **options))  # noqa: S704
 
 
 def _pictures(proposer: OptunaSearch, library: Any) -> dict[str, Callable[[], Any]]:

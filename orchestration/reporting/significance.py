@@ -33,7 +33,7 @@ Verdict = Literal[
     "contradicted in one training",
     "open",
     "open in one training",
-    "not there yet",
+    "missing",
 ]
 
 
@@ -278,7 +278,7 @@ def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correct
     if any(gap.difference < 0 for gap in significant):
         verdict = "contradicted in one training" if is_one_training else "contradicted"
     elif None in gaps.values():
-        verdict = "not there yet"
+        verdict = "missing"
     elif len(significant) == len(gaps):
         verdict = "supported in one training" if is_one_training else "supported"
     return Claim(text, verdict, gaps)

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
+from markupsafe import Markup
 
 from mar.errors import UserError
+from orchestration.reporting.html_pages import write_page
 from orchestration.reporting.plotly_figures import (
     chart,
     confusion_chart,
@@ -39,7 +40,7 @@ _SHOWN_TAGS = ("mlflow.source.git.commit", "version.torch", "version.ray", "host
 _LAST_LINES = 12
 _OWN_SERVER = "http://127.0.0.1:5000"
 """Where ``mar ui`` shows an embedded store."""
-_STATES = ("finished", "tested", "running", "failed", "killed", "not there yet")
+_STATES = ("finished", "tested", "running", "failed", "killed", "missing")
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ class Section:
 
     name: str
     title: str
-    table: str
+    table: Markup
     picture: str
     """A data URI, for print; empty where there is no figure yet."""
-    chart: str
+    chart: Markup
     """The same, answering the mouse; empty where the figure is a picture."""
-    curves: str
-    confusion: str
-    findings_text: list[str]
+    curves: Markup
+    confusion: Markup
+    findings: list[str]
     claims: list[Claim]
     trials: list[TrialState]
     command: str
@@ -108,8 +109,10 @@ def write_site(
         for trial in section.trials
         if trial.state == "finished"
     }
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(_PAGE).render(
+    write_page(
+        file,
+        "site.html",
+        title="Masked Action Recognition: report",
         sections=sections,
         one_training=ONE_TRAINING if all(len(study.file.seeds) == 1 for study in studies) else "",
         script=plotly_script(),
@@ -120,8 +123,6 @@ def write_site(
         failures=_failures(sections),
         tracking=store.launch.shown_tracking,
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page, encoding="utf-8")
 
 
 def _failures(sections: Sequence[Section]) -> Counter[str]:
@@ -177,11 +178,11 @@ def _section(
     return Section(
         study.name,
         study.file.title,
-        to_html(table_info(results)),
+        Markup(to_html(table_info(results))),  # noqa: S704  (escaped there)
         _picture(results),
         study_chart(results),
-        chart(curves) if curves else "",
-        confusion_chart(mistaken) if mistaken else "",
+        chart(curves) if curves else Markup(""),
+        confusion_chart(mistaken) if mistaken else Markup(""),
         notes,
         claims(results),
         trials if study.trains else [],
@@ -204,9 +205,7 @@ def _state(
             [f"{each.setting}: {each.first} → {each.second}" for each in near[1]] if near else []
         )
         unlike = f"unlike run {near[0][:8]}: {'; '.join(differing)}" if near else ""
-        return TrialState(
-            trial.name, trial.key, "not there yet", "", "", "", "", None, "", own, unlike
-        )
+        return TrialState(trial.name, trial.key, "missing", "", "", "", "", None, "", own, unlike)
     state = {"FINISHED": "finished" if run.has_model else "tested"}.get(
         run.status, run.status.lower()
     )
@@ -251,64 +250,3 @@ def _picture(results: StudyResults) -> str:
         return picture(results)
     except UserError:  # no reconstruction yet
         return ""
-
-
-_PAGE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Masked Action Recognition: report</title>
-{{ script | safe }}
-<style>
-:root { --line: #d8dde3; --soft: #57606a; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; color: #1f2328; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; width: max-content; max-width: none; }
-caption { display: none; } th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
-th { text-align: right; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
-.words th, .words td { text-align: left; white-space: normal; } .words td:nth-child(3) { max-width: 26rem; }
-img { max-width: 100%; height: auto; } code, pre { font-size: .85em; background: #f4f6f8; padding: .1em .3em; }
-pre { white-space: pre-wrap; padding: .6rem; } .soft { color: var(--soft); font-size: .88rem; }
-.supported { color: #116329; } .contradicted { color: #a40e26; } .open { color: #7a4e00; }
-nav { columns: 16rem; font-size: .92rem; } nav a { display: block; } summary { cursor: pointer; }
-.printed { display: none; }
-@media print { .live { display: none; } .printed { display: block; } nav { display: none; } details { display: block; } h2 { break-before: page; } .wide { overflow: visible; }
-  table { font-size: .62rem; width: auto; } body { max-width: none; } }
-</style></head><body>
-<h1>Masked Action Recognition: all studies</h1>
-<p>{{ sections | length }} studies. Trials, each counted once:
-{{ states }}.
-{{ "%.2f" | format(hours) }} hours of training spent; {{ to_come }}.</p>
-{% if failures %}<p>Failures, by kind and reason:</p><ul>{% for reason, count in failures.most_common() %}<li>{{ count }} × {{ reason }}</li>{% endfor %}</ul>{% endif %}
-<p>Of the paper's {{ verdicts.values() | sum }} claims our runs support {{ verdicts["supported"] }}, contradict
-{{ verdicts["contradicted"] }} and leave open {{ verdicts["open"] }}; of {{ verdicts["not there yet"] }} the runs are not there yet.
-<span class="soft">Supported: the test videos tell every comparison it rests on apart, in the paper's direction; contradicted:
-at least one, in the other direction (paired, at 5 % after Holm's correction). {{ one_training }}</span></p>
-<nav>{% for section in sections %}<a href="#{{ section.name }}">{{ section.title }}</a>{% endfor %}</nav>
-{% for section in sections %}
-<h2 id="{{ section.name }}">{{ section.title }}</h2>
-{% for words in section.findings_text %}<p>{{ words }}</p>{% endfor %}
-<div class="wide">{{ section.table | safe }}</div>
-{% if section.chart %}<div class="live">{{ section.chart | safe }}</div>{% endif %}
-{% if section.picture %}<p{% if section.chart %} class="printed"{% endif %}><img src="{{ section.picture }}" alt="{{ section.title }}"></p>{% endif %}
-{% if section.curves %}<details class="live"><summary>Learning curves</summary>{{ section.curves | safe }}</details>{% endif %}
-{% if section.confusion %}<details class="live"><summary>What the best model takes for what</summary>{{ section.confusion | safe }}</details>{% endif %}
-{% if section.claims %}<ul>{% for claim in section.claims %}
-<li><b class="{{ claim.verdict.split()[0] }}">{{ claim.verdict }}</b>: {{ claim.text }}
-{% for pair, gap in claim.pairs.items() if gap %}<br><span class="soft">{{ pair }}:
-{{ "%+.2f [%+.2f, %+.2f], p = %.2g" | format(gap.difference, gap.low, gap.high, gap.p) }}</span>{% endfor %}</li>
-{% endfor %}</ul>{% endif %}
-<p><code>{{ section.command }}</code> <span class="soft">data {{ section.fingerprints }}</span></p>
-{% if section.trials %}<details><summary>{{ section.trials | length }} trials: {{ section.counts }}</summary>
-<div class="wide words"><table><tr><th>trial</th><th>state</th><th>its settings</th><th>hours</th><th>run</th><th>made by</th></tr>
-{% for trial in section.trials %}<tr><td>{{ trial.name }}</td><td>{{ trial.state }}</td><td><code>{{ trial.settings }}</code></td>
-<td>{{ "%.3f" | format(trial.hours) if trial.hours is not none else "–" }}</td>
-<td>{% if trial.link %}<a href="{{ trial.link }}">{{ trial.run_id[:8] }}</a>{% else %}<code>{{ trial.run_id[:8] }}</code>{% endif %}</td>
-<td class="soft">{{ trial.made_by }}{{ trial.unlike }}</td></tr>{% endfor %}</table></div></details>
-{% for trial in section.trials if trial.reason or trial.log %}<p><b>{{ trial.name }}</b> {{ trial.state }}: {{ trial.reason }}</p>
-{% if trial.log %}<pre>{{ trial.log }}</pre>{% endif %}{% endfor %}{% endif %}
-{% endfor %}
-<p class="soft">Runs are in MLflow at {{ tracking }} (<code>mar ui</code> opens it, and then the links to runs lead there).</p>
-<script>document.querySelectorAll("details").forEach(each =>
-  each.addEventListener("toggle", () => window.dispatchEvent(new Event("resize"))));</script>
-</body></html>
-"""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from markupsafe import Markup
 
 from mar.atomic_dir import write_text
 from mar.config.overrides import flatten, without_paths
@@ -13,10 +14,10 @@ from mar.errors import UserError
 from mar.safe_text import markdown
 from mar.visualization.charts import draw_confusion
 from orchestration.reporting.csv_text import csv_text
-from orchestration.reporting.figures import draw, draw_figure, figure_info
+from orchestration.reporting.figures import FigureInfo, draw, draw_figure, figure_info
+from orchestration.reporting.html_pages import write_page
 from orchestration.reporting.page_footer import footer
 from orchestration.reporting.plotly_figures import (
-    PAGE_STYLE,
     chart,
     confusion_chart,
     plotly_script,
@@ -60,19 +61,23 @@ def write_report(results: StudyResults, folder: Path) -> tuple[str, list[str]]:
             write_text(folder / "confusion.csv", csv_text(mistaken.frame(), index=True))
     judged = claim_lines(claims(results))
     (folder / "report.md").write_text(_markdown(results, table, judged), encoding="utf-8")
-    charts = [study_chart(results) or '<img src="figure.png" alt="">']
-    charts += [f"<h2>Learning curves</h2>\n{chart(curves)}"] if curves else []
-    charts += (
-        [
-            f"<h2>{html.escape(mistaken.title)}: what it takes for "
-            f"what</h2>\n{confusion_chart(mistaken)}"
-        ]
-        if mistaken
-        else []
-    )
-    end = footer(["mar", "run", study.name], results.experiment_ids)
-    (folder / "report.html").write_text(
-        _html(results, table, judged, charts, end), encoding="utf-8"
+    trees = {trial.name: flatten(without_paths(trial.settings)) for trial in study.trials}
+    write_page(
+        folder / "report.html",
+        "study_report.html",
+        title=study.file.title,
+        script=plotly_script(),
+        findings=findings(results),
+        table=Markup(to_html(table, has_caption=False)),  # noqa: S704  (escaped there)
+        chart=study_chart(results),
+        curves=_chart_or_none(curves),
+        confusion_title="" if mistaken is None else mistaken.title,
+        confusion=None if mistaken is None else confusion_chart(mistaken),
+        claims=judged,
+        differing_settings=_differing(trees),
+        trials=trees,
+        shared_settings=_shared_settings(study),
+        **footer(["mar", "run", study.name], results.experiment_ids),
     )
     return FORMATS["md"](table), [*findings(results), *judged]
 
@@ -141,47 +146,13 @@ def _markdown(results: StudyResults, table: TableInfo, judged: Sequence[str]) ->
     )
 
 
-def _differing_settings(study: Study) -> str:
-    """Return the settings in which trials differ, a row each, in HTML."""
-    trees = {trial.name: flatten(without_paths(trial.settings)) for trial in study.trials}
-    paths = list(dict.fromkeys(path for tree in trees.values() for path in tree))
-    differing = [
-        path for path in paths if len({str(tree.get(path)) for tree in trees.values()}) > 1
-    ]
-    if not differing:
-        return ""
-    heads = "".join(f"<th><code>{html.escape(path)}</code></th>" for path in differing)
-    lines = "".join(
-        f"<tr><td>{html.escape(name)}</td>"
-        + "".join(f"<td>{html.escape(str(tree.get(path)))}</td>" for path in differing)
-        + "</tr>\n"
-        for name, tree in trees.items()
-    )
-    return (
-        "<h2>Settings in which trials "
-        f"differ</h2>\n<table><tr><th>trial</th>{heads}</tr>\n{lines}</table>\n"
-    )
+def _chart_or_none(info: FigureInfo | None) -> Markup | None:
+    if info is None:
+        return None
+    return chart(info)
 
 
-def _html(
-    results: StudyResults, table: TableInfo, judged: Sequence[str], charts: Sequence[str], end: str
-) -> str:
-    study = results.study
-    title = html.escape(study.file.title)
-    shared = _shared_settings(study)
-    rows_text = "".join(
-        f"<tr><td><code>{html.escape(path)}</code></td><td>{html.escape(value)}</td></tr>\n"
-        for path, value in shared
-    )
-    lines = "".join(f"<li>{html.escape(line)}</li>\n" for line in judged)
-    claimed = f"<h2>The paper's claims</h2>\n<ul>{lines}</ul>\n" if judged else ""
-    found = "".join(f"<p>{html.escape(note)}</p>\n" for note in findings(results))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta '
-        f'charset="utf-8"><title>{title}</title>{plotly_script()}\n'
-        f"<style>{PAGE_STYLE}</style></head>\n"
-        f"<body><h1>{title}</h1>\n{found}{to_html(table, has_caption=False)}{''.join(charts)}\n{claimed}"
-        f"{_differing_settings(study)}<details><summary>The {len(shared)} settings that all "
-        "trials share</summary>\n"
-        f"<table>{rows_text}</table></details>\n{end}</body></html>\n"
-    )
+def _differing(trees: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Return the settings in which trials differ; ``trees`` are the trials' settings by their names."""
+    paths = dict.fromkeys(path for tree in trees.values() for path in tree)
+    return [path for path in paths if len({str(tree.get(path)) for tree in trees.values()}) > 1]

@@ -66,7 +66,7 @@ _FINAL = ("test/top1", "test/top5", "test/num_videos", "test/num_broken")
 
 
 def tracking_table(rounds: int, command: str) -> Table:
-    """Time what a trial's tracking costs, into SQLite and through a server: our writer, and a call for each metric."""
+    """Time the tracking of a trial: our writer, and a call for each metric."""
     rows: list[tuple[str, ...]] = []
     for kind in ("SQLite", "MLflow server"):
         ways: dict[str, list[float]] = {}
@@ -130,7 +130,7 @@ def _planned(names: Sequence[str]) -> tuple[float, float, int]:
 
 
 def report_table(rounds: int, command: str, num_rows: int = ROWS) -> Table:
-    """Time table, figure and report of a study of thousands of runs, from SQLite and from a server."""
+    """Time table, figure and report of a study of thousands of runs."""
     rows: list[tuple[str, ...]] = []
     for kind in ("SQLite", "MLflow server"):
         with tempfile.TemporaryDirectory() as name:
@@ -306,7 +306,7 @@ def _study_file(folder: Path, num_rows: int) -> Path:
 
 
 def fill(study: Study, launch: LaunchConfig) -> None:
-    """Log a finished run of each trial into a store, with its result folder, without training it."""
+    """Log a finished run of each trial into a store, without training it."""
     store = Store(launch)
     experiment = store.experiment(study.name)
     rng = np.random.default_rng(0)

@@ -57,7 +57,7 @@ RECIPE = {
 
 
 class StubActors:
-    """In place of Ray's actors: whatever is asked of one is answered at the controller's next look."""
+    """Stands for Ray's actors: answers each request at the controller's next poll."""
 
     num_epochs = 10
 

@@ -3,11 +3,15 @@
 __version__ = "0.1.0"
 
 RESULTS_VERSION = 5
-"""Part of a trial's identity, raised when equal settings begin to give other results. Runs without one are of version 1.
+"""Part of a trial's identity, raised when equal settings begin to give other results.
+
+Runs without one are of version 1.
 
 2: the bridging classifier's projection and the linear head start as in the release and in VideoMAE.
-3: HEVC, MPEG-4 part 2, MPEG-2, ts and wmv videos give the frames asked for; a broken video leaves its place empty.
-4: H.264 with open groups or intra refresh, files with edit lists and VP8 with hidden frames give the frames asked for.
+3: HEVC, MPEG-4 part 2, MPEG-2, ts and wmv videos give the frames asked for; a broken video keeps
+   its position in the batch.
+4: H.264 with open groups or intra refresh, files with edit lists and VP8 with hidden frames give
+   the frames asked for.
 5: the test with shuffled frames draws from a stream of its own.
 """
 RESULT_DIR = "result"

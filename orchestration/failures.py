@@ -92,7 +92,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     signs = (
         "can't allocate memory",  # PyTorch on a CPU
         "could not create a primitive",  # oneDNN when memory is all but gone
-        "out of memory",  # "CUDA error: out of memory", "CUDNN_STATUS… out of memory", the driver itself
+        # "CUDA error: out of memory", "CUDNN_STATUS… out of memory", the driver itself
+        "out of memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",

@@ -1,4 +1,4 @@
-"""Studies under random faults, again and again: what comes out must equal a study that nobody disturbed.
+"""Studies under random faults: their results must equal those of an undisturbed study.
 
 ``make chaos`` runs it for an hour; ``tests/test_chaos.py`` for a short while. A round is one study
 in one setting: it is launched, disturbed, launched again, until it is done, and then compared with
@@ -97,7 +97,7 @@ class Launch:
         return self.process.poll() is not None
 
     def look(self) -> None:
-        """Learn of its processes: by their parents, and by the mark, which some write over with their title."""
+        """Find the launch's processes: by their parents, and by the mark in their environment."""
         there = [*psutil.process_iter()]
         for process in there:
             with suppress(psutil.Error):
@@ -730,7 +730,7 @@ def _disturb(at: Round, tally: Tally) -> None:
 
 
 def _judge(at: Round, launch: Launch, code: int | None, done: list[str]) -> None:
-    """Look at how a launch ended: in words, with an exit code of those that are promised, and with nothing left."""
+    """Check how a launch ended: with a message, an expected exit code, and nothing left over."""
     output, after = launch.output, f"after {', '.join(done) or 'no fault'}"
     if code is None:
         at.problem(f"it hangs {after}: {output[-1500:]}")

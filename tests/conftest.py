@@ -1,4 +1,4 @@
-"""A tiny data set of real videos, tiny settings for it, and the shapes in signatures switched on."""
+"""A tiny data set of real videos, tiny settings for it, and checks of shapes in signatures."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -69,7 +69,7 @@ BUCKET = "s3://bucket"
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[None]:
-    """An object store: a real server that speaks S3, where the environment says it is, with a bucket."""
+    """An object store: a real S3 server, with a bucket; the environment has its address."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -104,13 +104,13 @@ _WITH_RAY = ("test_run.py", "test_chaos.py", "test_ray_cluster.py", "test_cluste
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that wait most, for Ray's processes: the other core has the rest meanwhile."""
+    """Begin with the files that wait most, for Ray's processes: the other core has the rest."""
     items.sort(key=lambda item: item.path.name not in _WITH_RAY)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep a file's tests together, and those of the files that start Ray: a second Ray on the node disturbs the first."""
+    """Keep a file's tests together, and all those that start Ray: two would disturb each other."""
     from xdist.scheduler import LoadFileScheduling
 
     class OneRay(LoadFileScheduling):

@@ -1,4 +1,4 @@
-"""The files of ``cluster/``: valid where they are used, and every name in them is one that exists."""
+"""The files of ``cluster/``: valid where they are used, and every name in them exists."""
 
 import re
 import shlex

@@ -591,7 +591,7 @@ def test_a_file_says_its_frame_rate(tmp_path: Path) -> None:
 
 
 def test_decord_is_given_the_time_it_takes_to_decode_a_real_size_of_video(tmp_path: Path) -> None:
-    """With too few retries it fails before its thread has decoded anything, and PyAV takes over, slowly and silently."""
+    """With too few retries it fails before decoding anything, and PyAV takes over, slowly."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 240, 320, 3), dtype=np.uint8)
     write_video(tmp_path / "a.mp4", noise)
     for _ in range(10):

@@ -111,7 +111,7 @@ def test_a_decoder_that_kills_its_process_costs_its_file_alone() -> None:
 
 
 def test_a_pool_that_has_died_meanwhile_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two results it may die while nobody waits for it: the next item cannot be submitted then."""
+    """A helper may die between two results: then the next item cannot be submitted."""
     submit, calls = ProcessPoolExecutor.submit, [0]
 
     def dying(pool: ProcessPoolExecutor, *arguments: Any) -> Any:

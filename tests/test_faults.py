@@ -196,7 +196,7 @@ def hungry(self, pixels, *rest):
 if {room}:
     MAR.forward = hungry
     resource.setrlimit(resource.RLIMIT_DATA, ({room} * 2**20, resource.RLIM_INFINITY))
-sys.argv = ['mar', 'run', 'tiny.yaml', '--filter', 'ρ=50 %', '--backend local', '--retries', '3', '--store', 's{room}']
+sys.argv = ['mar', 'run', 'tiny.yaml', '--filter', 'ρ=50 %', '--backend', 'local', '--retries', '3', '--store', 's{room}']
 main()
 """
     outputs = {}

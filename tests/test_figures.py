@@ -1,4 +1,4 @@
-"""Figures of a study beside its table: learning curves, confusions, Pareto front, pages that answer the mouse."""
+"""Figures of a study beside its table: learning curves, confusions, Pareto front, pages."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Frame n is the n-th frame that a player shows: for every decoder, with the frame cache and without it."""
+"""Frame n is the n-th frame that a player shows, for every decoder and the frame cache."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""A real Ray cluster of two nodes on this machine: jobs, workers on both nodes, what Slurm would start."""
+"""A real Ray cluster of two nodes on this machine: jobs, workers on both nodes, Slurm."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def mar(workdir: Path, *arguments: str, code: int = 0) -> str:
 
 
 def test_rays_own_launcher_of_a_slurm_job_runs_a_command_over_its_node(tmp_path: Path) -> None:
-    """What ``study.sbatch`` asks of each node, on this one, with the names that Slurm would give."""
+    """What ``study.sbatch`` asks of each node, on this one, with Slurm's names."""
     for name, script in {"scontrol": "echo 127.0.0.1", "srun": 'shift; exec "$@"'}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
@@ -191,7 +191,7 @@ def server(workdir: Path) -> Generator[Server]:
 
 
 def commands_for_a_cluster() -> list[tuple[str, str]]:
-    """Each different `mar submit` and `mar run … --address auto` of the cluster files, with the file that has it."""
+    """Each different `mar submit` and `mar run … --address auto` of the cluster files."""
     found: dict[str, str] = {}
     for path in sorted((ROOT / "cluster").rglob("*")):
         if path.is_file():
@@ -206,7 +206,7 @@ def commands_for_a_cluster() -> list[tuple[str, str]]:
 def test_the_commands_of_the_cluster_files_run_as_they_stand(
     cluster: Path, workdir: Path, videos: Path, server: Server, file: str, line: str
 ) -> None:
-    """Only the places are this machine's, and the model a tiny one: the words are those of the file."""
+    """Only the paths are this machine's, and the model a tiny one."""
     here = {
         "/mar/store": f"{workdir}/store",
         "http://127.0.0.1:8265": ADDRESS,
@@ -350,7 +350,7 @@ def test_a_mistake_is_told_before_anything_is_submitted(
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Generator[str]:
-    """The address of a machine of our own, a network namespace, on which Ray asks nobody for a token."""
+    """The address of a network namespace of our own, on which Ray asks for no token."""
     if os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("a network namespace takes root and iproute2")
     for line in (

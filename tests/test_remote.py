@@ -1,4 +1,4 @@
-"""An object store (a real server that speaks S3) and a tracking server, for nodes that share no disk."""
+"""An object store (a real S3 server) and a tracking server, for nodes that share no disk."""
 
 import os
 import shutil
@@ -146,7 +146,7 @@ def free_port() -> int:
 
 
 class Server:
-    """An MLflow server over HTTP: a database, and artifacts in the object store or wherever it is told."""
+    """An MLflow server over HTTP: a database, and artifacts in the object store or elsewhere."""
 
     def __init__(self, folder: Path, artifacts: str | None = None) -> None:
         self.port, self.folder = free_port(), folder

@@ -1,4 +1,4 @@
-"""Studies run for real: every backend, MLflow, a killed driver, and what a user's mistakes are answered with."""
+"""Studies run for real: every backend, MLflow, a killed driver, and a user's mistakes."""
 
 import json
 import os
@@ -744,7 +744,7 @@ _KEYS = {
 def test_a_private_ray_listens_on_loopback_alone_and_its_logs_have_no_keys_of_a_cloud(
     workdir: Path,
 ) -> None:
-    """Whole clusters were taken over through ports of Ray that listened to everybody (CVE-2023-48022)."""
+    """Whole clusters were taken over through Ray's open ports (CVE-2023-48022)."""
     temporary = workdir / "t"
     temporary.mkdir()
     environment = {**os.environ, **_KEYS, "TMPDIR": str(temporary)}

@@ -1,4 +1,4 @@
-"""Attacks that were run: each ends in words, in seconds, in bounded memory, and nothing of the user's is touched."""
+"""Attacks: each ends with a message, in seconds, in bounded memory; nothing is overwritten."""
 
 import http.server
 import json
@@ -351,7 +351,7 @@ for name in sys.argv[2:]:
 
 @pytest.mark.parametrize("decoder", ["decord", "pyav"])
 def test_a_small_file_with_an_absurd_header_ends_no_process(decoder: str, tmp_path: Path) -> None:
-    """2 KB that state two thousand million frames, or a duration of years, ended the process inside decord."""
+    """2 KB that state two thousand million frames, or a duration of years, ended the process."""
     write_video(
         tmp_path / "good.mp4",
         np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), dtype=np.uint8),

@@ -186,7 +186,7 @@ assert counters["stats"]["unique_graphs"] == 8, counters
 
 
 def test_compiled_blocks_give_the_same_losses() -> None:
-    """Eight graphs for eighteen blocks: attention and MLP of encoder, decoder and classifier, the decoder's last of each."""
+    """Eight graphs for eighteen blocks: attention and MLP of encoder, decoder and classifier."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

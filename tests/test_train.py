@@ -386,7 +386,7 @@ def test_broken_videos_can_be_left_out_and_are_counted(
 
 @pytest.fixture
 def mostly_broken(videos: Path, tmp_path: Path) -> Path:
-    """Of sixteen training videos every second is no video: many a worker's share of a batch has none that is."""
+    """Of sixteen training videos every second is broken: many a worker's share has no good one."""
     shutil.copytree(videos, tmp_path / "data")
     for identifier in range(1000000, 1000016, 2):
         (tmp_path / "data" / "videos" / f"{identifier}.mp4").write_text("gone")
@@ -447,7 +447,7 @@ def test_bfloat16_trains_too(tiny: Settings, tmp_path: Path) -> None:
 
 @pytest.fixture
 def pretrained(tiny: Settings, tmp_path: Path) -> Path:
-    """Weights that another training left, as a checkpoint that VideoMAE's code might have written."""
+    """Weights of another training, as a checkpoint that VideoMAE's code might have written."""
     torch.manual_seed(7)
     folder = tmp_path / "weights"
     weights = Weights("a test", "mar", MAR(tiny()).state_dict(), {}, {})

@@ -1,4 +1,4 @@
-"""What is installed from a wheel has the studies, recipes and cluster files in it, and finds them by name."""
+"""What a wheel installs has the studies, recipes and cluster files, and finds them by name."""
 
 import subprocess
 import sys

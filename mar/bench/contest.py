@@ -19,7 +19,8 @@ from mar.errors import UserError
 
 Say = Callable[[str], None]
 COLUMNS = (
-    "contestant", "ms a step", "clips/s", "MAR is", "MFU %", "roofline ms", "limited by memory %", "of the roofline %",
+    "contestant", "ms a step", "clips/s", "MAR is", "MFU %", "roofline ms",
+    "limited by memory %", "of the roofline %",
     "bandwidth %", "peak GiB", "first step s",
 )  # fmt: skip
 

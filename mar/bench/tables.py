@@ -39,7 +39,8 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def file_name(machine: str) -> str:
     """Return the name of today's file of a machine."""
-    return f"bench_{date.today().isoformat()}_{re.sub(r'[^a-z0-9]+', '_', machine.lower()).strip('_')}.md"
+    parts = re.findall(r"[a-z0-9]+", machine.lower())
+    return f"bench_{date.today().isoformat()}_{'_'.join(parts)}.md"
 
 
 def write(file: Path, heading: Sequence[str], tables: Sequence[Table]) -> None:

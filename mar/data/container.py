@@ -18,8 +18,10 @@ MOST_PIXELS = 2**26
 """Of a frame: twice an 8K video's. A clip of more would not fit the memory, and 2 KB of a file can
 promise it."""
 _FORMATS = (
-    "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,asf,asf_o,ogg,m4v,h264,hevc,h261,h263,vc1,mjpeg,ivf,obu,av1,nut,"
-    "mxf,mxg,dv,gif,apng,rm,ivr,wtv,nuv,dirac,yuv4mpegpipe,amv,pva,gxf,avs2,avs3,cavsvideo,live_flv,hxvs,iv8,webp,swf"
+    "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,asf,asf_o,ogg,m4v,h264,hevc,"
+    "h261,h263,vc1,mjpeg,ivf,obu,av1,nut,"
+    "mxf,mxg,dv,gif,apng,rm,ivr,wtv,nuv,dirac,yuv4mpegpipe,amv,pva,gxf,avs2,avs3,"
+    "cavsvideo,live_flv,hxvs,iv8,webp,swf"
 )
 """FFmpeg's names; not among them: playlists (hls, dash, concat), single pictures, drawings
 (svg_pipe), devices."""

@@ -198,7 +198,7 @@ class Evaluator:
 
 
 def write_predictions(predictions: Predictions, videos: list[Video], file: Path) -> None:
-    """Write one row a video: its label, that label's probability, the five most probable classes."""
+    """Write a row for each video: its label, that label's probability, the top five classes."""
     best = predictions.probabilities.topk(min(5, predictions.probabilities.shape[1]), dim=1)
     header = ["video", "label", "probability_of_label"]
     for rank in range(1, best.indices.shape[1] + 1):

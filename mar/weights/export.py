@@ -38,28 +38,31 @@ tags: [masked-action-recognition, video, vit]
 ---
 # {title}
 
-A video ViT for Masked Action Recognition ([Qing et al., 2022](https://arxiv.org/abs/2207.11660)), converted from
-`{source}` ({layout}). The licence of that source holds for these weights; mar adds nothing to it.
+A video ViT for Masked Action Recognition
+([Qing et al., 2022](https://arxiv.org/abs/2207.11660)), converted from `{source}` ({layout}). The licence of that source holds for these weights; mar adds nothing to it.
 
 | | |
 |---|---|
 | parts | {parts} |
 | encoder | {width} wide, {depth} deep, {heads} heads, tubelets of {tubelet} |
-| clip | {frames} frames of {size} × {size} pixels, {tokens} tokens, {visible} of them visible at ρ = {ratio:.0%} |
+| clip | {frames} frames of {size} × {size} pixels, {tokens} tokens |
+| visible tokens | {visible} at ρ = {ratio:.0%} |
 | classes | {classes} |
-| cost{as_what} | {gflops:.2f} GFLOPs a view (one multiply-add counts one), {params:.2f} M parameters |
+| cost{as_what} | {gflops:.2f} GFLOPs a view, {params:.2f} M parameters |
 
 {how}
 """
-_HOW_OURS = """Input: RGB from 0 to 1, axes B, C, T, H, W; the model normalises by ImageNet's mean and deviation itself.
+_HOW_OURS = """Input: RGB from 0 to 1, axes B, C, T, H, W. The model normalises it by
+ImageNet's mean and deviation. One multiply-add counts one in the cost.
 
 ```
 mar weights show DIR
 mar weights export DIR model.onnx
 mar run STUDY encoder.weights=DIR
 ```"""
-_HOW_HUGGING_FACE = """`transformers.{architecture}.from_pretrained("DIR")`; its input is normalised already, axes B, T, C, H, W.
-LayerNorm's ε is 1e-6 where its config can say so; in `decoder.norm` and `fc_norm` it is torch's 1e-5."""
+_HOW_HUGGING_FACE = """`transformers.{architecture}.from_pretrained("DIR")`; its input is
+normalised already, axes B, T, C, H, W. LayerNorm's ε is 1e-6 where its config can say so; in
+`decoder.norm` and `fc_norm` it is torch's 1e-5. One multiply-add counts one in the cost."""
 
 
 def write_model(folder: Path, weights: Weights, settings: TrainingConfig) -> None:

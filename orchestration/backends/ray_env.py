@@ -13,7 +13,8 @@ def ray_environment(launch: LaunchConfig) -> dict[str, str]:
         reach = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
     else:
         reach = {
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's default on a Mac: its servers listen on loopback alone
+            # Ray's default on a Mac: its servers listen on loopback alone.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             # Whoever is on the machine could read the metrics, without a token; nobody collects
             # those of a private Ray.
             "RAY_enable_metrics_collection": "0",

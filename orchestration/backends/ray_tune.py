@@ -316,7 +316,7 @@ def _tune_callback(callback: TrialCallback, pruned: set[str]) -> Any:
             self.pruned = pruned
 
         def __getstate__(self) -> dict[str, Any]:
-            """Leave threads and locks out: Tune pickles callbacks into a snapshot that is never read."""
+            """Leave threads out: Tune pickles callbacks into a snapshot that is never read."""
             return {"callback": None, "pruned": set()}
 
         def on_trial_start(

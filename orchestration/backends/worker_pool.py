@@ -20,8 +20,8 @@ The states of a trial in the queue, and the methods that change them:
 |---|---|---|
 | submitted | ``submit``: no worker has taken it | ``next_trial`` |
 | taken | the workers train it; ``report`` adds its epochs | ``mark_done``, by the first worker |
-| cancelled | ``cancel``: it is pruned; ``poll_signal`` is ABORT, it stops after its next step | ``mark_done`` |
-| done | its reason, if it failed permanently, is in ``QueueStatus`` | ``submit`` of the next, or ``shutdown`` |
+| cancelled | it is pruned; ``poll_signal`` is ABORT after its next step | ``mark_done`` |
+| done | ``QueueStatus`` has the reason of a failure | the next ``submit``, ``shutdown`` |
 
 ``shutdown`` ends the queue in any state: ``next_trial`` then returns none, and ``poll_signal`` is
 STOP, so that a trial under way saves first. A group that is restarted calls ``next_trial`` with 0

@@ -39,9 +39,8 @@ def diff(
     values = [(f"{each.first}", f"{each.second}") for each in found]
     widths = [max((len(pair[side]) for pair in values), default=0) for side in (0, 1)]
     for each, (one, other) in zip(found, values, strict=True):
-        print(
-            f"{each.setting:<{width}}  {one:>{widths[0]}}  {other:>{widths[1]}}  {each.reason}".rstrip()
-        )
+        columns = (f"{each.setting:<{width}}", f"{one:>{widths[0]}}", f"{other:>{widths[1]}}")
+        print("  ".join([*columns, each.reason]).rstrip())
     print(f"{len(found)} settings differ" if found else "equal: no setting differs")
 
 

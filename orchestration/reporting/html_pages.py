@@ -1,7 +1,7 @@
 """HTML pages, from the templates beside this file.
 
-Every value is escaped: labels, messages and settings are written by others. A part that is HTML already
-is passed as ``Markup``, and whoever makes it escapes what is inside.
+Every value is escaped: labels, messages and settings are written by others. A part that is HTML
+already is passed as ``Markup``; the code that makes it escapes what is inside.
 """
 
 from __future__ import annotations

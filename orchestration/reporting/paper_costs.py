@@ -15,12 +15,13 @@ from orchestration.studies.yaml_document import Document
 
 _HEAD = """# What the models cost: the paper's figures and ours
 
-Made by `mar cost --paper -o docs/cost.md`, from the settings of each row alone. One multiply-add counts one, a
-LayerNorm five for each value; the patch embedding is counted on all tokens, the reconstruction branch not at all
-(`mar/model/flops.py`). The paper prints two decimals in Tables II to VII and whole numbers in XI and XII, and rounds
-parameters up. "Δ" is ours less the paper's.
+Made by `mar cost --paper -o docs/cost.md`, from the settings of each row alone. One multiply-add
+counts one, a LayerNorm five for each value; the patch embedding is counted on all tokens, the
+reconstruction branch not at all (`mar/model/flops.py`). The paper prints two decimals in Tables II
+to VII and whole numbers in XI and XII, and rounds parameters up. "Δ" is ours less the paper's.
 
-The memory that Table V prints depends on the device: `mar cost RECIPE --memory` measures it, and nothing is copied here.
+The memory that Table V prints depends on the device: `mar cost RECIPE --memory` measures it, and
+nothing is copied here.
 """
 
 

@@ -153,6 +153,6 @@ def _chart_or_none(info: FigureInfo | None) -> Markup | None:
 
 
 def _differing(trees: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """Return the settings in which trials differ; ``trees`` are the trials' settings by their names."""
+    """Return the settings in which trials differ; ``trees`` are their settings by name."""
     paths = dict.fromkeys(path for tree in trees.values() for path in tree)
     return [path for path in paths if len({str(tree.get(path)) for tree in trees.values()}) > 1]

@@ -179,7 +179,8 @@ def plan_text(
                 else ""
             )
             text.append(
-                f"{line.state:<5}{line.trial.name:<{width}}{line.gflops:>9.4g}{line.params_m:>11.2f}"
+                f"{line.state:<5}{line.trial.name:<{width}}"
+                f"{line.gflops:>9.4g}{line.params_m:>11.2f}"
                 f"{_or_dash(line.num_clips if runs else None, ','):>12}"
                 f"{_or_dash(line.device_hours if runs else None, '.2f'):>14}{of}"
             )

@@ -30,11 +30,12 @@ def one_at_a_time(launch: LaunchConfig) -> Generator[None]:
             yield
     except filelock.Timeout:
         raise Failure(
-            f"another process has been making the database in {launch.store} for {_DATABASE_MADE_S:g} s"
+            f"another process has been making the database in {launch.store} for "
+            f"{_DATABASE_MADE_S:g} s"
         ) from None
 
 
-_PLACES = {
+_ADDRESS_COLUMNS = {
     "experiments": ("artifact_location",),
     "runs": ("artifact_uri",),
     "model_versions": ("source", "storage_location"),
@@ -61,18 +62,25 @@ def follow_move(launch: LaunchConfig, locations: Sequence[str]) -> None:
     try:
         known = sqlalchemy.inspect(engine)
         with engine.begin() as connection:
-            for table, columns in _PLACES.items():
+            for table, columns in _ADDRESS_COLUMNS.items():
                 if not known.has_table(table):
                     continue
                 for column in columns:
                     for old in moved:
-                        statement = sqlalchemy.text(
-                            f"UPDATE {table} SET {column} = :now || substr({column}, length(:old) + 1) "  # noqa: S608  (our own names)
-                            f"WHERE {column} = :old OR substr({column}, 1, length(:old) + 1) = :old || '/'"
-                        )
+                        statement = sqlalchemy.text(_move_statement(table, column))
                         connection.execute(statement, {"now": now, "old": old})
     finally:
         engine.dispose()
+
+
+def _move_statement(table: str, column: str) -> str:
+    """Return SQL that replaces the address ``:old`` before each address of a column by ``:now``."""
+    # The names of table and column are our own, not a user's.
+    return (
+        f"UPDATE {table} SET {column} = :now || substr({column}, length(:old) + 1) "  # noqa: S608
+        f"WHERE {column} = :old "
+        f"OR substr({column}, 1, length(:old) + 1) = :old || '/'"
+    )
 
 
 def serve(launch: LaunchConfig, port: int) -> tuple[list[str], dict[str, str]]:

@@ -9,7 +9,7 @@ the layers would multiply.
 | failure | who tries again | from |
 |---|---|---|
 | ``memory`` | the worker | the last checkpoint, with half the micro-batch |
-| ``worker_lost`` | Ray Train, or Tune where the trial's own process is lost; the worker itself for a lost loader | the last checkpoint |
+| ``worker_lost`` | Ray Train; Tune for the trial's process; the worker for a loader | the same |
 | ``stalled`` | as ``worker_lost``: the watchdog ends the process | the last checkpoint |
 | ``non_finite`` | the worker, with ``--retry-non-finite`` | the last checkpoint |
 | any other | nobody: it would fail again | |

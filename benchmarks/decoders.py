@@ -1,4 +1,4 @@
-"""Which decoder reads which kind of file fastest, and what our reader costs beside the bare decoder.
+"""Which decoder reads which kind of file fastest, and what our reader adds to the bare decoder.
 
     python benchmarks/decoders.py VIDEOS -o benchmarks/decoders_DATE.md
 

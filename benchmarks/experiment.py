@@ -60,8 +60,19 @@ thousands of runs."""
 VIDEOS = 20_000
 ROWS = 400
 SEEDS = 5
-_METRICS = ("train/loss", "train/lr", "train/classification_loss", "train/reconstruction_loss", "train/num_broken",
-            "throughput/clips_per_s", "val/top1", "val/top5", "val/num_videos", "val/num_broken", "time/elapsed_s")  # fmt: skip
+_METRICS = (
+    "train/loss",
+    "train/lr",
+    "train/classification_loss",
+    "train/reconstruction_loss",
+    "train/num_broken",
+    "throughput/clips_per_s",
+    "val/top1",
+    "val/top5",
+    "val/num_videos",
+    "val/num_broken",
+    "time/elapsed_s",
+)
 _FINAL = ("test/top1", "test/top5", "test/num_videos", "test/num_broken")
 
 

@@ -1,4 +1,4 @@
-"""The way of the data, step by step, beside what the peers do: clips a second on one core, in one run.
+"""The input path, step by step, beside the peers': clips a second on one core, in one run.
 
     python benchmarks/input_path.py VIDEO… -o benchmarks/input_path_DATE.md
 

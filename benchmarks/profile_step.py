@@ -36,12 +36,12 @@ GROUPS = {
 INSIDE = """
 import json, resource, sys, time, torch
 from torch.profiler import ProfilerActivity, profile
-from mar.masking import training_mask
-from mar.model import MAR
-from mar.optim import build_optimizer
-from mar.settings import build
+from mar.model.masking import training_mask
+from mar.model.mar import MAR
+from mar.training.optim import build_optimizer
+from mar.config.overrides import build
 try:
-    from mar.memory import keep_freed_memory
+    from mar.training.memory import keep_freed_memory
     keep_freed_memory()
 except ImportError:
     pass

@@ -1,4 +1,4 @@
-"""How far one head node goes: a study of many trials on many devices, through everything but the training.
+"""How far one head node goes: a study of many trials on many devices, without the training.
 
     python benchmarks/simulated_study.py --trials 10000 --devices 1000
 
@@ -39,7 +39,7 @@ from orchestration.config import LaunchConfig
 from orchestration.execution import study_runner
 from orchestration.execution.study_runner import run_study
 from orchestration.studies.loader import read_study
-from orchestration.tracking import store, writer
+from orchestration.tracking.store import store, writer
 
 HERE = Path(__file__).parent
 RECIPE = {

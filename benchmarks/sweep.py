@@ -1,6 +1,7 @@
 """What a sweep costs besides the training: now and at an earlier commit, in turn.
 
-    python benchmarks/sweep.py [--before COMMIT] [--backends local inline train] [--trials 6] [--rounds 2]
+    python benchmarks/sweep.py [--before COMMIT] [--backends local inline train] [--trials 6]
+        [--rounds 2]
 
 A study of tiny trainings (one epoch of sixteen clips) is run by the command line, by the package
 here and by that of an earlier commit (checked out beside, under the same interpreter). It is timed

@@ -226,8 +226,14 @@ def test_a_check_finds_each_kind_of_fault(odd: DataConfig) -> None:
         ("val", "a.mp4", "duplicate"),
     }
     assert report.counts["train"] == {
-        "ok": 1, "missing": 1, "unreadable": 1, "short": 0, "refused": 2, "duplicate": 0, "wrong": 0,
-    }  # fmt: skip
+        "ok": 1,
+        "missing": 1,
+        "unreadable": 1,
+        "short": 0,
+        "refused": 2,
+        "duplicate": 0,
+        "wrong": 0,
+    }
     assert report.per_class == {"train": {"0": 1, "1": 0}, "val": {"0": 2, "1": 1}}
     assert not report.is_sound
     assert report.fingerprint is None

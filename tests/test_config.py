@@ -113,9 +113,7 @@ def test_a_setting_added_later_and_left_at_its_default_makes_no_difference() -> 
     assert with_defaults_filled(json.dumps(before)) != now
 
 
-def test_a_mask_that_rounds_to_everything_is_refused_and_one_that_rounds_to_nothing_reconstructs_nothing() -> (
-    None
-):
+def test_a_mask_that_rounds_to_everything_is_refused_and_to_nothing_reconstructs_nothing() -> None:
     frame = {"mask.strategy": "frame", "mask.motion": "standard"}
     with pytest.raises(SettingError, match=r"mask\.ratio: 0\.95 leaves no token of 1568 visible"):
         build(merge({}, {**frame, "mask.ratio": 0.95}))

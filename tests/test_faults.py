@@ -39,8 +39,8 @@ from orchestration.execution.status import stop
 from orchestration.studies.loader import read_study
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
-from orchestration.worker import retry_policy, trial_runner
 from orchestration.worker.spec import build_trial_spec
+from orchestration.worker.trial_runner import retry_policy, trial_runner
 
 BIN = Path(sys.executable).parent
 _ROOM_MIB = 13 * 1024
@@ -186,8 +186,8 @@ def test_out_of_memory_goes_on_in_smaller_passes_with_the_same_batch(
     (workdir / "recipe.yaml").write_text(yaml.safe_dump(tree))
     script = """
 import resource, sys, torch
-from mar.model import MAR
-from orchestration.cli import main
+from mar.model.mar import MAR
+from orchestration.cli.app import main
 forward = MAR.forward
 def hungry(self, pixels, *rest):
     if self.training:  # a GiB a clip is asked for, and not used
@@ -196,7 +196,8 @@ def hungry(self, pixels, *rest):
 if {room}:
     MAR.forward = hungry
     resource.setrlimit(resource.RLIMIT_DATA, ({room} * 2**20, resource.RLIM_INFINITY))
-sys.argv = ['mar', 'run', 'tiny.yaml', '--filter', 'ρ=50 %', '--backend', 'local', '--retries', '3', '--store', 's{room}']
+sys.argv = ['mar', 'run', 'tiny.yaml', '--filter', 'ρ=50 %', '--backend', 'local']
+sys.argv += ['--retries', '3', '--store', 's{room}']
 main()
 """
     outputs = {}
@@ -510,7 +511,7 @@ def test_two_first_launches_on_a_new_store_at_once_both_end_well(workdir: Path) 
 _KILLED_BEFORE_CLEARING = """
 import os, signal, sys
 from orchestration import launch
-from orchestration.cli import main
+from orchestration.cli.app import main
 launch.clear = lambda folder, keep: os.kill(os.getpid(), signal.SIGKILL)
 sys.argv = ["mar", "run", "tiny.yaml", "--filter", "ρ=50 %", "--backend", "local"]
 main()

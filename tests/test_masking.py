@@ -20,7 +20,8 @@ STRATEGIES = [
     ("tube", "standard"),
     ("frame", "standard"),
 ]
-RELEASED_STATES = {  # top left, top right, bottom left, bottom right; 1 is hidden; states A, B, C, D
+# States A, B, C, D: top left, top right, bottom left, bottom right; 1 is hidden.
+RELEASED_STATES = {
     0.25: ["1000", "0100", "0010", "0001"],
     0.5: ["1100", "0110", "0011", "1001"],
     0.75: ["1110", "0111", "1011", "1101"],

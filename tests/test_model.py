@@ -102,7 +102,7 @@ def test_a_raw_target_is_the_pixels_and_a_normalised_one_has_mean_0_and_deviatio
 
 
 def test_the_encoder_is_timms_vit_when_nothing_is_hidden(tiny: Settings) -> None:
-    """timm's own loop over the same weights: positions, blocks and norm are those of a plain ViT."""
+    """timm's own loop over the same weights: positions, blocks, norm are those of a plain ViT."""
     settings = tiny({"mask.ratio": 0.0, **QUIET})
     model = MAR(settings).eval()
     pixels, mask, _ = clips_and_mask(settings)

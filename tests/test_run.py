@@ -30,7 +30,7 @@ from orchestration.failures import FailureReason
 from orchestration.studies.trial import Trial
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
-from orchestration.worker import trial_runner
+from orchestration.worker.trial_runner import trial_runner
 
 STUDY = """\
 title: "Tiny"

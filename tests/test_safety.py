@@ -338,8 +338,8 @@ _OPENED = """
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
-from mar.decoders import BrokenVideo
-from mar.video import Reader
+from mar.data.decoders import BrokenVideo
+from mar.data.sampling import Reader
 for name in sys.argv[2:]:
     try:
         with Reader(Path(name), sys.argv[1]) as reader:

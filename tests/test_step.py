@@ -23,16 +23,16 @@ from mar.bench.roofline import Recorder
 from mar.bench.steps import Case, time_case
 from mar.config.schema import TrainingConfig
 from mar.data.dataset import Batch
-from mar.model import mar as model_module
 from mar.model.encoder import patchify, take_tubelets
 from mar.model.flops import cost
 from mar.model.layers import attention, explicit_attention, set_execution_mode, transformer_blocks
 from mar.model.mar import MAR
+from mar.model.mar import mar as model_module
 from mar.model.masking import evaluation_mask, training_mask
 from mar.training.checkpoint import Progress
 from mar.training.optim import build_optimizer
 from mar.training.step import RuntimeConfig, TrainState, train_step
-from orchestration.cli import bench
+from orchestration.cli.app import bench
 
 CPU = torch.device("cpu")
 AUGMENTED = {
@@ -63,13 +63,13 @@ def stepped(
 ) -> tuple[list[Any], dict[str, Any]]:
     torch.manual_seed(0)
     model = MAR(settings)
-    learner = TrainState(
+    state = TrainState(
         settings, runtime, model, build_optimizer(model, settings.recipe), Progress()
     )
     sums: list[Any] = []
     for step in range(steps):
-        learner.progress.step = step
-        sums.append(train_step(learner, batch_of(settings)))
+        state.progress.step = step
+        sums.append(train_step(state, batch_of(settings)))
     return sums, model.state_dict()
 
 
@@ -93,7 +93,7 @@ class _NoWaiting(TorchDispatchMode):
 def test_a_step_never_waits_for_its_device(
     tiny: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but the backward pass, on a device that is not there: whoever looks at a number (``item``, booleans) fails.
+    """All but the backward pass, on a device that does not exist: reading a number there fails.
 
     ``benchmarks/device.py`` has a device that is there say so of the whole step.
     """
@@ -104,7 +104,7 @@ def test_a_step_never_waits_for_its_device(
         torch.zeros(4, tokens - tokens // 2, dtype=torch.long),
     )
     monkeypatch.setattr(
-        model_module, "split_places", lambda hidden: batch_indices
+        model_module, "split_indices", lambda hidden: batch_indices
     )  # looks at the mask, while it is on the CPU
     monkeypatch.setattr(
         torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor
@@ -112,7 +112,7 @@ def test_a_step_never_waits_for_its_device(
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             model = MAR(settings)
-        learner = TrainState(
+        state = TrainState(
             settings,
             RuntimeConfig(torch.device("cuda")),
             model,
@@ -127,7 +127,7 @@ def test_a_step_never_waits_for_its_device(
 
         monkeypatch.setattr(torch.Tensor, "backward", backward)
         with _NoWaiting() as mode:
-            sums = train_step(learner, batch)
+            sums = train_step(state, batch)
         with pytest.raises(Exception, match="_local_scalar_dense"):
             sums[0].item()
     assert sums.device.type == "cuda"
@@ -167,18 +167,18 @@ def test_recomputing_activations_keeps_fewer_of_them(tiny: Callable[..., Trainin
 
 COMPILED = """
 import torch
-from mar.bench.steps import Case, learner_of, random_batch
-from mar.step import train_step
+from mar.bench.steps import Case, train_state_of, random_batch
+from mar.training.step import train_step
 from torch._dynamo.utils import counters
 sums = []
 for mode in ("", "default"):
     torch.manual_seed(0)
     case = Case("mar", size="tiny", frames=4, pixels=32, precision="fp32", clips=4, compiles=mode)
-    learner = learner_of(case)
+    state = train_state_of(case)
     batch = random_batch(case, torch.device("cpu"))
-    for block in learner.model.encoder.blocks:
+    for block in state.model.encoder.blocks:
         block.eval()  # stochastic depth draws in another order
-    sums.append(torch.stack([train_step(learner, batch) for _ in range(2)]))
+    sums.append(torch.stack([train_step(state, batch) for _ in range(2)]))
 torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-5)
 assert not counters["graph_break"] and not counters["recompile_limit"], counters
 assert counters["stats"]["unique_graphs"] == 8, counters
@@ -193,13 +193,13 @@ def test_compiled_blocks_give_the_same_losses() -> None:
 
 COMPILED_IN_TURN = """
 import torch
-from mar.layers import execute, transformer_blocks
+from mar.model.layers import set_execution_mode, transformer_blocks
 compile_ = torch.compile
 torch.compile = lambda part, mode, dynamic: compile_(part, backend="eager", dynamic=dynamic)
 with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
     for width in range(8, 8 * 12, 8):
         model = transformer_blocks(width, 1, 2)
-        execute(model, "default")
+        set_execution_mode(model, "default")
         model(torch.rand(1, 4, width))
 """
 

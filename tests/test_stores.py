@@ -371,7 +371,6 @@ def test_other_mistakes_have_words_too(folder: Path, tmp_path: Path) -> None:
         ("plan", str(tmp_path)): "is a folder (recipe.yaml, two.yaml); name a file",
         ("plan", "twoo.yaml"): "no study 'twoo.yaml'",
         ("predict", "nowhere", "gone.mp4"): "no such video: gone.mp4",
-        ("run", "two.yaml", "--backend", "local", "--backend", "inline"): "one or the other",
         ("run", "two.yaml", "--device", "v100"): "give --budget too",
     }
     for command, expected in said.items():

@@ -39,7 +39,8 @@ tags: [masked-action-recognition, video, vit]
 # {title}
 
 A video ViT for Masked Action Recognition
-([Qing et al., 2022](https://arxiv.org/abs/2207.11660)), converted from `{source}` ({layout}). The licence of that source holds for these weights; mar adds nothing to it.
+([Qing et al., 2022](https://arxiv.org/abs/2207.11660)), converted from
+`{source}` ({layout}). The licence of that source holds for these weights; mar adds nothing to it.
 
 | | |
 |---|---|

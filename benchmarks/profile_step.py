@@ -41,11 +41,12 @@ from mar.model.mar import MAR
 from mar.training.optim import build_optimizer
 from mar.config.overrides import build
 try:
-    from mar.training.memory import keep_freed_memory
+    from mar.training.allocator import keep_freed_memory
     keep_freed_memory()
 except ImportError:
     pass
-settings = build({"data": {"num_classes": 174}, "mask": {"ratio": 0.5}, "recipe": {"batch_size": 2}})
+settings = build({"data": {"num_classes": 174}, "mask": {"ratio": 0.5},
+                  "recipe": {"batch_size": 2}})
 torch.manual_seed(0)
 model = MAR(settings)
 optimizer = build_optimizer(model, settings.recipe)

@@ -264,7 +264,8 @@ PLAYLISTS = {
         '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image '
         'href="{address}"/></svg>'
     ),
-    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+    "m=video 5004 RTP/AVP 96\n"
     "a=rtpmap:96 H264/90000\n",
     "dash": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period>'
     "<BaseURL>{address}</BaseURL></Period></MPD>",

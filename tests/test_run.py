@@ -255,7 +255,7 @@ def test_a_trial_finished_in_another_study_is_not_trained_again(workdir: Path) -
     experiment = store.client.get_experiment_by_name("other")
     assert experiment
     (parent,) = store.client.search_runs([experiment.experiment_id], "tags.`mar.kind` = 'study'")
-    used = json.loads(parent.data.tags["runs"])
+    used = json.loads(parent.data.tags["mar.runs"])
     assert sorted(used.values()) == sorted(run.run_id for run in trial_runs(workdir))
     plan = json.loads(mar(workdir, "plan", "other.yaml", "--json"))
     assert [line["state"] for line in plan] == ["have", "have"]

@@ -1,4 +1,1 @@
-"""How fast it is, beside its peers, on this machine.
-
-Needs no Ray and no MLflow: ``python -m mar.bench``.
-"""
+"""Benchmarks of MAR beside its peers on this machine, without Ray or MLflow."""

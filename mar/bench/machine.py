@@ -1,4 +1,4 @@
-"""The machine that is measured: what it is, and how fast it multiplies and copies."""
+"""The machine under test: its name, and its rates of matrix multiplication and of copying."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+# The first name that occurs in the device's name counts: "H100 PCIe" comes before "H100".
 _PEAK_TFLOPS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
@@ -21,67 +23,82 @@ _PEAK_TFLOPS = {
     "A10": 125.0,
     "V100": 125.0,
 }
-"""Dense bf16 (V100: fp16) matrix products, from the makers' data sheets; the first name that occurs
-counts."""
+"""Dense bf16 (V100: fp16) matrix products by the data sheets, 10¹² operations a second."""
 _PACKAGES = ("torch", "timm", "transformers", "numpy", "ray", "mlflow", "optuna")
+"""The packages whose versions a benchmark states."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What limits a step here."""
+    """The rates of a machine that limit a step on it."""
 
     name: str
     versions: str
     matmul_tflops: float
-    """Measured: a large bfloat16 (or float32) matrix product, two operations a multiply-add."""
+    """Measured: a large bfloat16 (or float32) matrix product, two operations for a multiply-add."""
     copy_gb_s: float
-    """Measured: copying 256 MiB, bytes read and bytes written."""
+    """Measured: copying 256 MiB, bytes read plus bytes written."""
     peak_tflops: float
-    """The data sheet's for bfloat16; where we know none: ``matmul_tflops``."""
+    """From the data sheet, for bfloat16; for a device that we do not know, ``matmul_tflops``."""
 
     @property
     def convention(self) -> str:
-        """How the shares of a step are counted."""
-        known = self.peak_tflops != self.matmul_tflops
-        peak = (
-            f"the data sheet's {self.peak_tflops:.0f}"
-            if known
-            else f"the measured {self.matmul_tflops:.2f}"
-        )
+        """The note that explains how the shares of a step are counted."""
+        peak = f"the measured {self.matmul_tflops:.2f}"
+        if self.peak_tflops != self.matmul_tflops:
+            peak = f"the data sheet's {self.peak_tflops:.0f}"
         return (
-            "MFU: useful operations (two for each multiply-add of the paper's formula; training "
-            "three times the forward "
-            f"pass, reconstruction branch included) over {peak} TFLOP/s. Measured here: matrix "
-            "product "
-            f"{self.matmul_tflops:.2f} TFLOP/s, copy {self.copy_gb_s:.1f} GB/s."
+            f"MFU: useful operations (two for each multiply-add of the paper's formula; training "
+            f"counts three times the forward pass, reconstruction branch included) over {peak} "
+            f"TFLOP/s. Measured here: matrix product {self.matmul_tflops:.2f} TFLOP/s, "
+            f"copy {self.copy_gb_s:.1f} GB/s."
         )
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def this_machine(device: torch.device, precision: str = "bf16") -> Machine:
-    """Name and measure the machine, seconds."""
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
-    c = torch.empty(size, size, device=device, dtype=kind)
-    rate = 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=c), device) / 1e12
+    """Name the machine and measure its rates; this takes seconds."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        size = 8192
+    else:
+        name = _processor()
+        size = 2048
+    # Outputs are allocated before the timing, so that no allocation is timed.
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    product = torch.empty(size, size, device=device, dtype=dtype)
+    seconds = _median_seconds(lambda: torch.mm(left, right, out=product), device)
+    # A product of n × n matrices has n³ multiply-adds, of two operations each.
+    matmul_tflops = 2 * size**3 / seconds / 1e12
+    # 2²⁶ float32 values are 256 MiB; a copy reads and writes each of them.
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
-    copied = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device) / 1e9
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    peak = next((each for known, each in _PEAK_TFLOPS.items() if known in name), rate)
-    return Machine(name, _versions(), rate, copied, peak)
+    seconds = _median_seconds(lambda: target.copy_(source), device)
+    copy_gb_s = 2 * source.nbytes / seconds / 1e9
+    peak_tflops = _peak_tflops(name, matmul_tflops)
+    return Machine(name, _versions(), matmul_tflops, copy_gb_s, peak_tflops)
 
 
-def _seconds(work: object, device: torch.device) -> float:
-    assert callable(work)
+def _peak_tflops(device_name: str, measured: float) -> float:
+    """Return a device's rate by its data sheet; for one that is not listed, the measured rate."""
+    for known, tflops in _PEAK_TFLOPS.items():
+        if known in device_name:
+            return tflops
+    return measured
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the median time of ten repetitions, after two that warm up."""
     times: list[float] = []
     for _ in range(12):
+        # A device works asynchronously: without waiting, only the launch would be timed.
         synchronise(device)
         started = time.perf_counter()
         work()
@@ -91,15 +108,20 @@ def _seconds(work: object, device: torch.device) -> float:
 
 
 def _processor() -> str:
+    """Return the name of the CPU and its number of cores."""
     name = platform.processor() or platform.machine()
+    # Linux: Python gives the architecture alone, this file has the model.
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(": ")[1]
+                break
     return f"{name}, {os.cpu_count()} cores"
 
 
 def _versions() -> str:
+    """Return the versions of Python and of the installed ones of ``_PACKAGES``."""
     parts = [f"Python {platform.python_version()}"]
     for package in _PACKAGES:
         try:

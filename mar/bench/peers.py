@@ -1,4 +1,4 @@
-"""The peers of a step: the same weights and inputs, computed as others compute them."""
+"""The peers of a step: the same weights and inputs, computed as other code computes them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from mar.weights.state_dict_mapping import hugging_face_names
 
 
 class Released(nn.Module):
-    """MAR as its released code computes it, written from the facts known about it.
+    """MAR computed as in its released code: our reconstruction, from what is known about that code.
 
-    Every token is embedded before the mask; attention builds softmax(QKᵀ); every block's output is
-    normalised and put into a list of which the last alone is used; the pixel head runs on all
+    It differs from ours in the work that it does, not in the result. Every token is embedded
+    before the mask is applied; attention builds softmax(QKᵀ); the output of every block is
+    normalised and put into a list of which only the last is used; the pixel head runs on all
     tokens, and the target is made of all tubelets.
     """
 
@@ -35,90 +36,97 @@ class Released(nn.Module):
         hidden: Bool[Tensor, "B t h w"],
         labels: Float[Tensor, "B classes"],
     ) -> Float[Tensor, " B"]:
-        """Return L of each clip (Eq. 5)."""
+        """Return the loss L of each clip (Eq. 5)."""
         hidden = hidden.to(pixels.device).flatten(1)
-        tokens = self._encoded(pixels, hidden)
-        loss = F.cross_entropy(self._scores(tokens).float(), labels, reduction="none")
+        tokens = self._encode(pixels, hidden)
+        loss = F.cross_entropy(self._class_scores(tokens).float(), labels, reduction="none")
         if self.mar.decoder is None:
             return loss
-        predicted, target = self._redrawn(tokens, hidden), self._target(pixels, hidden)
+        predicted = self._reconstruct(tokens, hidden)
+        target = self._target(pixels, hidden)
         return loss + self.mar.reconstruction.weight * reconstruction_loss(predicted, target)
 
     def classify(
         self, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"]
     ) -> Float[Tensor, "B classes"]:
         """Return the class scores."""
-        return self._scores(self._encoded(pixels, hidden.to(pixels.device).flatten(1)))
+        return self._class_scores(self._encode(pixels, hidden.to(pixels.device).flatten(1)))
 
-    def _encoded(self, pixels: Tensor, hidden: Tensor) -> Tensor:
+    def _encode(self, pixels: Tensor, hidden: Tensor) -> Tensor:
+        """Return the visible tokens F_v of the encoder."""
         encoder = self.mar.encoder
+        # Our embedding is a matrix over visible tubelets; the release convolves the whole video.
         kernel = encoder.embed.weight.unflatten(1, (3, *encoder.tubelet))
         video = (pixels - self.mar.mean) / self.mar.std
-        tokens = (
-            F.conv3d(video, kernel, encoder.embed.bias, stride=encoder.tubelet)
-            .flatten(2)
-            .transpose(1, 2)
-        )
+        embedded = F.conv3d(video, kernel, encoder.embed.bias, stride=encoder.tubelet)
+        tokens = embedded.flatten(2).transpose(1, 2)
         visible = (tokens + encoder.positions)[~hidden].unflatten(0, (len(pixels), -1))
         outputs: list[Tensor] = []
         for block in encoder.blocks:
             visible = _block(block, visible)
+            # A norm after every block, as in the release; only the last one is used.
             outputs.append(encoder.norm(visible))
         return outputs[-1]
 
-    def _scores(self, tokens: Tensor) -> Tensor:
+    def _class_scores(self, tokens: Tensor) -> Tensor:
+        """Return the class scores of the bridging classifier."""
         classifier: Any = self.mar.classifier
         bridged = classifier.project(tokens)
         for block in classifier.blocks:
             bridged = _block(block, bridged)
         return classifier.head(classifier.dropout(classifier.norm(bridged.mean(dim=1))))
 
-    def _redrawn(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+    def _reconstruct(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Return the decoder's prediction of the hidden tubelets."""
         decoder = self.mar.decoder
         assert decoder is not None
         positions = decoder.positions.expand(len(tokens), -1, -1)
-        seen, unseen = (
-            positions[where].unflatten(0, (len(tokens), -1)) for where in (~hidden, hidden)
-        )
-        seen = decoder.project(tokens) + seen
-        everywhere = torch.cat([seen, (decoder.mask_token + unseen).to(seen.dtype)], dim=1)
+        visible_positions = positions[~hidden].unflatten(0, (len(tokens), -1))
+        hidden_positions = positions[hidden].unflatten(0, (len(tokens), -1))
+        seen = decoder.project(tokens) + visible_positions
+        unseen = (decoder.mask_token + hidden_positions).to(seen.dtype)
+        decoded = torch.cat([seen, unseen], dim=1)
         for block in decoder.blocks:
-            everywhere = _block(block, everywhere)
-        return decoder.head(decoder.norm(everywhere))[:, seen.shape[1] :]
+            decoded = _block(block, decoded)
+        # The head runs on all tokens; the hidden ones, which come last, are selected after it.
+        return decoder.head(decoder.norm(decoded))[:, seen.shape[1] :]
 
     def _target(self, pixels: Tensor, hidden: Tensor) -> Tensor:
-        tubelets = (
-            patchify(pixels, self.mar.encoder.tubelet)
-            .unflatten(-1, (pixels.shape[1], -1))
-            .transpose(-1, -2)
-        )
+        """Return x_M of Eq. 3, normalised by channel within each tubelet if the settings say so."""
+        # All tubelets are prepared; the hidden ones are selected at the end.
+        tubelets = patchify(pixels, self.mar.encoder.tubelet)
+        tubelets = tubelets.unflatten(-1, (pixels.shape[1], -1)).transpose(-1, -2)
         if self.mar.reconstruction.normalize_target:
-            mean, std = tubelets.mean(dim=-2, keepdim=True), tubelets.std(dim=-2, keepdim=True)
+            mean = tubelets.mean(dim=-2, keepdim=True)
+            std = tubelets.std(dim=-2, keepdim=True)
             tubelets = (tubelets - mean) / (std + 1e-6)
         return tubelets.flatten(-2)[hidden].unflatten(0, (len(pixels), -1))
 
 
 def _block(block: Any, x: Tensor) -> Tensor:
+    """Return the output of a pre-norm transformer block, with explicit attention."""
     x = x + block.drop_path1(_attention(block.attn, block.norm1(x)))
     return x + block.drop_path2(block.mlp(block.norm2(x)))
 
 
 def _attention(layer: Attention, x: Tensor) -> Tensor:
-    queries, keys, values = (
-        layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    )
+    """Return self-attention that builds the matrix softmax(QKᵀ)."""
+    # (B, N, 3 D) -> (3, B, heads, N, d)
+    projected = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    queries, keys, values = projected
     weights = torch.softmax(queries * layer.scale @ keys.transpose(-2, -1), dim=-1)
     return layer.proj((weights @ values).transpose(1, 2).flatten(2))
 
 
 def videomae(model: MAR, settings: TrainingConfig) -> Any:
-    """Return ``transformers``' VideoMAE classifier with the weights of one of our models.
+    """Return ``transformers``' VideoMAE classifier with the weights of ``model``.
 
-    The model needs the linear classifier with ``norm: pooled``.
+    The model must have a linear classifier (``norm: pooled``).
 
     Raises:
         ImportError: ``transformers`` is not installed.
     """
+    # An optional package: only this peer needs it.
     from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
     width, depth, heads = settings.encoder.dimensions
@@ -132,23 +140,22 @@ def videomae(model: MAR, settings: TrainingConfig) -> Any:
         num_hidden_layers=depth,
         num_attention_heads=heads,
         intermediate_size=4 * width,
+        # The ε of the official models; the default of transformers is 1e-12.
         layer_norm_eps=1e-6,
         use_mean_pooling=True,
     )
     config.num_labels = settings.data.num_classes
     theirs = VideoMAEForVideoClassification(config)
-    named = hugging_face_names(
-        model.state_dict(), settings.encoder.tubelet
-    )  # as checkpoints have them, not the module
-    renamed = {
-        name.replace("q_bias", "query.bias").replace("v_bias", "value.bias"): named[name]
-        for name in named
-    }
-    expected = theirs.state_dict()
-    for name, value in expected.items():
-        if (
-            name.endswith("key.bias") and name not in renamed
-        ):  # transformers 5.17 has it, of zeros; 5.23 has not
+    # Biases have one name in checkpoints, which this function returns, and another in the module.
+    named = hugging_face_names(model.state_dict(), settings.encoder.tubelet)
+    renamed: dict[str, Tensor] = {}
+    for name, value in named.items():
+        module_name = name.replace("q_bias", "query.bias").replace("v_bias", "value.bias")
+        renamed[module_name] = value
+    for name, value in theirs.state_dict().items():
+        # transformers 5.17 has a key bias, 5.23 has none. Zeros give the same result as ours,
+        # because softmax does not change when every key moves by the same vector.
+        if name.endswith("key.bias") and name not in renamed:
             renamed[name] = torch.zeros_like(value)
     theirs.load_state_dict(renamed)
     return theirs

@@ -1,7 +1,4 @@
-"""The roofline of a step: the least time that its arithmetic and its memory traffic need.
-
-Counted for each operation.
-"""
+"""The roofline of a step: the least time that the arithmetic or memory of each operation needs."""
 
 from __future__ import annotations
 
@@ -23,8 +20,7 @@ class Work:
 
     name: str
     operations: float
-    """Two for each multiply-add of a matrix product or of attention; other operations count
-    none."""
+    """Two for each multiply-add of a matrix product or of attention; none for other operations."""
     bytes: float
     """Its inputs read once and its outputs written once."""
 
@@ -39,24 +35,37 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        """Run the operation and record its work."""
         out = func(*args, **(kwargs or {}))
+        # Views and allocations of memory ("empty") read and write no values.
         if not func.is_view and "empty" not in str(func):
             name = func._overloadpacket
-            tensors = [
-                each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)
-            ]
-            moved = sum(each.numel() * each.element_size() for each in tensors)
+            moved = 0
+            for leaf in tree_leaves((args, kwargs, out)):
+                if isinstance(leaf, Tensor):
+                    moved += leaf.numel() * leaf.element_size()
             self.work.append(Work(str(name), _operations(name, args, kwargs or {}, out), moved))
         return out
 
 
 def _operations(name: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+    """Return an operation's arithmetic, by PyTorch's counter where it knows the operation."""
     count: Callable[..., int] | None = flop_registry.get(name)
     if count is not None:
         return count(*args, **kwargs, out_val=out)
-    if "flash_attention_for_cpu" in str(name):  # that PyTorch's counter does not know
-        query, key = (args[1], args[2]) if "backward" in str(name) else (args[0], args[1])
-        products = 5 if "backward" in str(name) else 2
+    # PyTorch's counter does not know attention's fused kernel for the CPU.
+    if "flash_attention_for_cpu" in str(name):
+        if "backward" in str(name):
+            # The first argument is the output's gradient. Five matrix products: QKᵀ once more, and
+            # the gradients of softmax(QKᵀ), V, Q and K.
+            query = args[1]
+            key = args[2]
+            products = 5
+        else:
+            # Two matrix products: QKᵀ, and its softmax with V.
+            query = args[0]
+            key = args[1]
+            products = 2
         return 2.0 * products * query.numel() * key.shape[-2]
     return 0.0
 
@@ -66,27 +75,28 @@ class Floor:
     """The least time of a step whose operations run one after another."""
 
     arithmetic_s: float
-    """Of those that arithmetic limits."""
+    """The time of the operations that arithmetic limits."""
     memory_s: float
-    """Of those that memory limits."""
+    """The time of the operations that memory limits."""
     bytes: float
+    """Memory traffic of all operations."""
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """The time of all operations."""
         return self.arithmetic_s + self.memory_s
 
 
 def floor(work: list[Work], machine: Machine) -> Floor:
-    """Return the least time on a machine, at the rates that were measured on it."""
-    arithmetic_s = memory_s = 0.0
+    """Return the least time of the work on a machine, at the rates that were measured on it."""
+    arithmetic_s = 0.0
+    memory_s = 0.0
     for each in work:
-        computing, moving = (
-            each.operations / machine.matmul_tflops / 1e12,
-            each.bytes / machine.copy_gb_s / 1e9,
-        )
-        if computing > moving:
-            arithmetic_s += computing
+        # An operation computes while it moves data, so the slower of the two is its least time.
+        computing_s = each.operations / machine.matmul_tflops / 1e12
+        moving_s = each.bytes / machine.copy_gb_s / 1e9
+        if computing_s > moving_s:
+            arithmetic_s += computing_s
         else:
-            memory_s += moving
+            memory_s += moving_s
     return Floor(arithmetic_s, memory_s, sum(each.bytes for each in work))

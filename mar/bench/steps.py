@@ -1,6 +1,6 @@
-"""One contestant's step, timed in a process of its own.
+"""The step of one contestant, timed in a process of its own.
 
-``python -m mar.bench.steps CASE``, with the case as JSON.
+``python -m mar.bench.steps CASE``, with the case and the machine in JSON, prints the times in JSON.
 """
 
 from __future__ import annotations
@@ -46,11 +46,14 @@ CONTESTANTS: dict[Contestant, str] = {
     "videomae-fp32": "transformers' VideoMAE, as it comes (float32)",
 }
 _CLASSES = 174
+"""Those of Something-Something v2."""
+_SMOOTHING = 0.1
+"""Label smoothing, the default of ``augment.smoothing``."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What to time."""
+    """What to time: a contestant, its settings, and how it runs."""
 
     contestant: Contestant
     training: bool = True
@@ -63,27 +66,36 @@ class Case:
     device: str = "cpu"
     steps: int = 3
     warm_up: int = 1
+    """Steps between the first one, which is timed apart, and the timed ones."""
     keeps_memory: bool = False
-    """CPU: keep freed memory, as our trials do
-    (:func:`mar.training.allocator.keep_freed_memory`)."""
+    """CPU: keep freed memory, as trials do (:func:`mar.training.allocator.keep_freed_memory`)."""
     compiles: Literal["", "default", "reduce-overhead"] = ""
+    """The mode of ``torch.compile`` for the blocks; empty: not compiled."""
     recomputes: bool = False
+    """Recompute activations in the backward pass."""
 
     @property
     def settings(self) -> TrainingConfig:
-        """The model.
+        """The settings of the model, without augmentation but label smoothing.
 
-        No augmentation but label smoothing, so that every contestant does the same.
+        So every contestant does the same work on its input.
         """
-        is_masked = self.contestant in ("mar", "released")
+        # Standard training and VideoMAE see all tokens and have a linear classifier.
+        ratio = 0.0
+        classifier: dict[str, Any] = {"kind": "linear", "norm": "pooled"}
+        reconstruction: dict[str, Any] = {"weight": 0.0}
+        if self.contestant in ("mar", "released"):
+            ratio = self.ratio
+            classifier = {}
+            reconstruction = _decoder(self.size)
         return build(
             {
                 "data": {"num_classes": _CLASSES},
                 "clip": {"frames": self.frames, "size": self.pixels},
                 "encoder": {"size": self.size},
-                "mask": {"ratio": self.ratio if is_masked else 0.0},
-                "classifier": {} if is_masked else {"kind": "linear", "norm": "pooled"},
-                "reconstruction": _decoder(self.size) if is_masked else {"weight": 0.0},
+                "mask": {"ratio": ratio},
+                "classifier": classifier,
+                "reconstruction": reconstruction,
                 "augment": {"mixup": 0.0, "cutmix": 0.0, "flip": False},
                 "recipe": {"batch_size": self.clips, "precision": self.precision},
             }
@@ -91,99 +103,120 @@ class Case:
 
 
 def case_of(size: str, ratio: float, clips: int | None, precision: str, steps: int | None) -> Case:
-    """Return our case on this machine's device, with what fits it where nothing is said.
+    """Return our case for this machine's device.
+
+    Clips and steps that are not given have a default for the device.
 
     Raises:
-        UserError: a size or ratio that no settings have.
+        UserError: the settings do not allow the size or the ratio.
     """
     device = default_device().type
-    is_cpu = device == "cpu"
+    # A step of ViT-B takes seconds on a CPU and a fraction of one on a GPU (benchmarks/).
+    if device == "cpu":
+        default_clips = 2
+        default_steps = 3
+        warm_up = 1
+    else:
+        default_clips = 32
+        default_steps = 10
+        warm_up = 3
     case = Case(
         "mar",
         size=size,
         ratio=ratio,
         precision=precision,
-        clips=clips or (2 if is_cpu else 32),
+        clips=clips or default_clips,
         device=device,
-        steps=steps or (3 if is_cpu else 10),
-        warm_up=1 if is_cpu else 3,
+        steps=steps or default_steps,
+        warm_up=warm_up,
     )
-    _ = case.settings  # is checked
+    # Building the settings checks them.
+    _ = case.settings
     return case
 
 
 def _decoder(size: str) -> dict[str, Any]:
-    """Return the reconstruction decoder that the recipes have for that size."""
-    return {"width": 512, "depth": 12, "heads": 8} if size == "large" else {}
+    """Return the reconstruction decoder that the recipes have for an encoder size."""
+    if size == "large":
+        return {"width": 512, "depth": 12, "heads": 8}
+    return {}
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What came of a case."""
+    """The measurements of a case."""
 
     case: Case
     seconds: list[float]
-    """Of each step."""
+    """The time of each timed step."""
     first_s: float
-    """Of the first step, compiling included."""
+    """The time of the first step, compiling included."""
     peak_gib: float
-    """CUDA: the most that PyTorch held. CPU: the most that the process held, less what it held
-    before the model was built."""
+    """CUDA: the most memory that PyTorch held. CPU: by how much the process grew at most.
+
+    The growth is counted from before the model was built.
+    """
     useful_operations: float
     """Of one step: two for each multiply-add of the paper's formula."""
     floor_s: float = 0.0
-    """The roofline's least time of a step; 0: not asked for."""
+    """The least time of a step by the roofline; 0: not measured."""
     memory_share: float = 0.0
-    """How much of that is limited by memory."""
+    """The share of ``floor_s`` that is limited by memory."""
     bytes: float = 0.0
-    """Memory traffic of a step, each operation's inputs read and outputs written once."""
+    """Memory traffic of a step: each operation's inputs read and outputs written once."""
 
 
 def time_case(case: Case, machine: Machine | None = None) -> Timed:
-    """Time a contestant's steps in this process.
+    """Time the steps of a contestant in this process.
 
-    With a machine, also find its roofline (one more step).
+    With a machine, one more step finds the roofline.
 
     Raises:
         ImportError: the contestant's package is not installed.
     """
     device = torch.device(case.device)
+    # Before the first allocation of a tensor, as in a trial.
     if case.keeps_memory:
         keep_freed_memory()
-    before_gib = _forget_peak()
+    before_gib = _reset_peak_memory()
+    # Contestants of the same settings start from the same clips and weights.
     torch.manual_seed(0)
-    step = (_training if case.training else _inference)(case, device)
+    step = _training(case, device) if case.training else _inference(case, device)
     times: list[float] = []
     for _ in range(1 + case.warm_up + case.steps):
+        # A device works asynchronously: without waiting, only the launches would be timed.
         synchronise(device)
         started = time.perf_counter()
         step()
         synchronise(device)
         times.append(time.perf_counter() - started)
-    peak = (
-        torch.cuda.max_memory_allocated(device) / 2**30
-        if device.type == "cuda"
-        else _held_gib("VmHWM") - before_gib
-    )
+    if device.type == "cuda":
+        peak_gib = torch.cuda.max_memory_allocated(device) / 2**30
+    else:
+        peak_gib = _process_memory_gib("VmHWM") - before_gib
     costs = cost(case.settings)
-    useful = 2e9 * case.clips * (costs.train_gflops if case.training else costs.gflops)
-    timed = Timed(case, times[1 + case.warm_up :], times[0], peak, useful)
+    gflops = costs.train_gflops if case.training else costs.gflops
+    # The paper counts a multiply-add as one operation, data sheets and this benchmark as two.
+    useful_operations = 2e9 * case.clips * gflops
+    timed = Timed(case, times[1 + case.warm_up :], times[0], peak_gib, useful_operations)
     if machine is None:
         return timed
+    # The peak was read before this step: recording is not part of what is measured.
     with Recorder() as recorder:
         step()
     least = floor(recorder.work, machine)
-    return replace(
-        timed, floor_s=least.seconds, memory_share=least.memory_s / least.seconds, bytes=least.bytes
-    )
+    memory_share = least.memory_s / least.seconds
+    return replace(timed, floor_s=least.seconds, memory_share=memory_share, bytes=least.bytes)
 
 
 def _training(case: Case, device: torch.device) -> Callable[[], object]:
+    """Return the training step of a contestant: ours is the trainer's own step."""
     batch = random_batch(case, device)
     if case.contestant in ("mar", "standard"):
-        learner = train_state_of(case)
-        return lambda: train_step(learner, batch)
+        state = train_state_of(case)
+        return lambda: train_step(state, batch)
     losses = _losses(case, MAR(case.settings), device)
+    # The values of the rate and of the decay do not change the time of a step.
     optimizer = torch.optim.AdamW(
         losses.parameters(), lr=1e-4, weight_decay=0.05, fused="videomae" in case.contestant
     )
@@ -200,51 +233,59 @@ def _training(case: Case, device: torch.device) -> Callable[[], object]:
 
 def train_state_of(case: Case) -> TrainState:
     """Return our own model of a case, ready for its first step."""
-    settings, device = case.settings, torch.device(case.device)
+    settings = case.settings
+    device = torch.device(case.device)
     model = MAR(settings).to(device)
-    learner = TrainState(
-        settings, RuntimeConfig(device), model, build_optimizer(model, settings.recipe), Progress()
-    )
+    optimizer = build_optimizer(model, settings.recipe)
+    state = TrainState(settings, RuntimeConfig(device), model, optimizer, Progress())
+    # After the state, which sets the mode of a trial: a case has modes that trials do not have.
     set_execution_mode(model, case.compiles, case.recomputes)
-    return learner
+    return state
 
 
 class _Losses(nn.Module):
-    """From uint8 clips to losses, for those whose training loop is not ours."""
+    """From uint8 clips to losses, for contestants whose training loop is not ours."""
 
     def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.model, self.loss = model, loss
+        # The model is an attribute so that ``parameters`` finds its weights.
+        self.model = model
+        self.loss = loss
 
     def forward(self, clips: Tensor, labels: Tensor) -> Tensor:
         return self.loss(to_pixels(clips), labels)
 
 
 def _losses(case: Case, model: MAR, device: torch.device) -> nn.Module:
-    settings, generator = case.settings, torch.Generator().manual_seed(0)
+    """Return the module that computes a peer's losses with the weights of ``model``."""
+    settings = case.settings
     if case.contestant == "released":
+        generator = torch.Generator().manual_seed(0)
         released = Released(model).to(device)
 
-        def loss(pixels: Tensor, labels: Tensor) -> Tensor:
+        def released_loss(pixels: Tensor, labels: Tensor) -> Tensor:
             hidden = training_mask(settings.mask, settings.grid, len(pixels), generator)
-            return released(pixels, hidden, soft_labels(labels, _CLASSES, 0.1))
+            return released(pixels, hidden, soft_labels(labels, _CLASSES, _SMOOTHING))
 
-        return _Losses(released, loss)
-    theirs, mean, std = (
-        videomae(model, settings).to(device),
-        model.mean.to(device),
-        model.std.to(device),
-    )
+        return _Losses(released, released_loss)
+    peer = videomae(model, settings).to(device)
+    mean = model.mean.to(device)
+    std = model.std.to(device)
 
-    def loss_of(pixels: Tensor, labels: Tensor) -> Tensor:
-        return theirs(pixel_values=((pixels - mean) / std).transpose(1, 2), labels=labels).loss
+    def videomae_loss(pixels: Tensor, labels: Tensor) -> Tensor:
+        # transformers expects (B, T, C, H, W).
+        normalised = (pixels - mean) / std
+        return peer(pixel_values=normalised.transpose(1, 2), labels=labels).loss
 
-    return _Losses(theirs.train(), loss_of)
+    return _Losses(peer.train(), videomae_loss)
 
 
 def _inference(case: Case, device: torch.device) -> Callable[[], object]:
-    settings, clips = case.settings, random_batch(case, device).clips.flatten(0, 1)
+    """Return the inference step of a contestant: from uint8 clips to class probabilities."""
+    settings = case.settings
+    clips = random_batch(case, device).clips.flatten(0, 1)
     model = MAR(settings).to(device).eval()
+    # Nothing is recomputed: there is no backward pass.
     set_execution_mode(model, case.compiles)
     hidden = evaluation_mask(settings).expand(case.clips, -1, -1, -1)
     classify: Callable[[Tensor], Tensor] = partial(model.classify, hidden=hidden)
@@ -267,47 +308,50 @@ def _inference(case: Case, device: torch.device) -> Callable[[], object]:
     return step
 
 
-def _forget_peak() -> float:
-    """Have Linux count this process's peak memory anew; returns what it holds now, GiB."""
+def _reset_peak_memory() -> float:
+    """Reset this process's peak memory (Linux); returns the memory that it holds now, GiB."""
+    # Writing 5 to this file sets VmHWM, the peak, to VmRSS, the current value.
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return _held_gib("VmRSS")
+    return _process_memory_gib("VmRSS")
 
 
-def _held_gib(field: str) -> float:
+def _process_memory_gib(field: str) -> float:
+    """Return a memory figure of this process, GiB; 0 where the system has no such figure."""
     status = Path("/proc/self/status")
-    found = (
-        re.search(rf"{field}:\s+(\d+) kB", status.read_text(encoding="utf-8"))
-        if status.exists()
-        else None
-    )
-    return int(found[1]) / 2**20 if found else 0.0
+    if not status.exists():
+        return 0.0
+    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+    if found is None:
+        return 0.0
+    return int(found[1]) / 2**20
 
 
 def _autocast(case: Case) -> Any:
-    is_on = case.precision == "bf16" and case.contestant != "videomae-fp32"
-    return (
-        torch.autocast(torch.device(case.device).type, torch.bfloat16) if is_on else nullcontext()
-    )
+    """Return the context in which a contestant's forward pass runs."""
+    if case.precision == "bf16" and case.contestant != "videomae-fp32":
+        return torch.autocast(torch.device(case.device).type, torch.bfloat16)
+    return nullcontext()
 
 
 def random_batch(case: Case, device: torch.device) -> Batch:
     """Return clips of random pixels, on the device."""
+    # One view of each video; the last dimension has the three colours, as decoders give them.
     shape = (case.clips, 1, case.frames, case.pixels, case.pixels, 3)
     clips = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
     labels = (torch.arange(case.clips) % _CLASSES).to(device)
-    return Batch(
-        clips,
-        labels,
-        torch.arange(case.clips),
-        torch.ones(case.clips, dtype=torch.bool, device=device),
-    )
+    videos = torch.arange(case.clips)
+    good = torch.ones(case.clips, dtype=torch.bool, device=device)
+    return Batch(clips, labels, videos, good)
 
 
 def main() -> None:
-    """Time the case that the command line gives; print what came of it, in JSON."""
+    """Time the case that the command line gives; print its measurements in JSON."""
     request = json.loads(sys.argv[1])
-    machine = Machine(**request["machine"]) if request["machine"] else None
+    machine = None
+    if request["machine"]:
+        machine = Machine(**request["machine"])
+    # The caller reads standard output: a case that cannot run is an answer, not an error.
     try:
         print(json.dumps(asdict(time_case(Case(**request["case"]), machine))))
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a benchmark prints and writes: Markdown, a file for each machine and date."""
+"""The tables of a benchmark, in Markdown: one file for each machine and date."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Table:
-    """One part of a benchmark."""
+    """One part of a benchmark; ``str`` gives it in Markdown."""
 
     title: str
     command: str
+    """The command that measures this part again."""
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        """Return the table in Markdown: title, command, cells, notes."""
         lines = [f"## {self.title}", "", f"    {self.command}", ""]
-        lines += [
-            "| " + " | ".join(row) + " |"
-            for row in (self.columns, ("---",) * len(self.columns), *self.rows)
-        ]
+        rule = ("---",) * len(self.columns)
+        lines += ["| " + " | ".join(row) + " |" for row in (self.columns, rule, *self.rows)]
         return "\n".join([*lines, "", *(f"{note}\n" for note in self.notes)])
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Return the median and, in brackets, the quartiles."""
+    # One value has no quartiles.
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -38,17 +39,20 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def file_name(machine: str) -> str:
-    """Return the name of today's file of a machine."""
+    """Return the name of today's benchmark file of a machine."""
     parts = re.findall(r"[a-z0-9]+", machine.lower())
     return f"bench_{date.today().isoformat()}_{'_'.join(parts)}.md"
 
 
 def write(file: Path, heading: Sequence[str], tables: Sequence[Table]) -> None:
-    """Write a benchmark.
+    """Write tables to a file; the file's other tables are kept.
 
-    Parts of an earlier one in the same file that were not measured again stay.
+    A table replaces the one of the same title. So the parts of a benchmark can be measured one by
+    one into the same file.
     """
-    parts = _parts(file.read_text(encoding="utf-8")) if file.exists() else {}
+    parts: dict[str, str] = {}
+    if file.exists():
+        parts = _parts(file.read_text(encoding="utf-8"))
     parts |= {table.title: str(table) for table in tables}
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "\n".join([*heading, "", *parts.values()]).rstrip() + "\n"
@@ -56,5 +60,7 @@ def write(file: Path, heading: Sequence[str], tables: Sequence[Table]) -> None:
 
 
 def _parts(text: str) -> dict[str, str]:
+    """Return the tables of a benchmark file: title -> Markdown."""
+    # What comes before the first title is the heading, which is written anew.
     pieces = re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]
     return {piece.splitlines()[0].removeprefix("## "): piece.rstrip() + "\n" for piece in pieces}

@@ -1,10 +1,10 @@
-"""What a checkpoint holds; atomic save, verified load.
+"""The content of a checkpoint, its atomic save and its verified load.
 
-A checkpoint is a folder ``step_00000123``: ``model.safetensors``, ``training.pt`` (the optimiser's
-state) and, written last, ``manifest.json`` with the settings, the progress and every file's
-SHA-256. It is written beside its place and then renamed, so a folder with that name is complete.
-There is no random state in it: every draw follows from the seed and the step (``mar.dataset``). A
-training waits while its state is copied, not while that is written.
+A checkpoint is a folder ``step_00000123``. It has ``model.safetensors``, ``training.pt`` (the
+optimiser's state) and, written last, ``manifest.json`` with the settings, the progress and every
+file's SHA-256. The folder is written under another name and then renamed, so a folder of this name
+is complete. It has no random state: every draw follows from the seed and the step (``mar.rng``).
+A training waits while its state is copied to memory, not while the copy is written to the disk.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ class Progress:
     step: int = 0
     """Optimiser steps done."""
     sums: list[float] = field(default_factory=lambda: [0.0] * 5)
-    """Of the epoch so far, over all workers: total, classification and reconstruction loss, clips,
-    broken videos."""
+    """Sums of the epoch so far, over all workers.
+
+    Total, classification and reconstruction loss, number of clips, number of broken videos.
+    """
     elapsed_s: float = 0.0
     """Seconds spent training and evaluating, over all attempts."""
     history: list[dict[str, float]] = field(default_factory=list)
@@ -52,7 +54,7 @@ class Checkpoint:
 
 
 class State(NamedTuple):
-    """What a training is made of, at one moment."""
+    """The state of a training at one moment."""
 
     model: Mapping[str, Tensor]
     optimizer: dict[str, Any]
@@ -66,7 +68,14 @@ def save(
     keep: RetentionPolicy,
     try_again: Callable[[Failure], bool] = lambda failure: False,
 ) -> Path:
-    """Save a training's state below ``folder``; remove the checkpoints that ``keep`` drops."""
+    """Save a training's state below ``folder``; remove the checkpoints that ``keep`` does not keep.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        Failure: the disk refuses, and ``try_again`` returns false.
+    """
     path = path_for(folder, state.progress)
     writers: Writers = {
         "model.safetensors": lambda file: save_file(dict(state.model), file),
@@ -74,11 +83,12 @@ def save(
     }
     metadata = {"settings": settings.model_dump(mode="json"), "progress": asdict(state.progress)}
     write_atomic_dir(path, writers, metadata, try_again=try_again)
-    there = sorted(folder.glob("step_*"))
-    older = [
-        each for each in there if each.name <= path.name
-    ]  # newer ones were found to be damaged
-    for old in {*there, *folder.glob(".step_*.unfinished")} - keep.of(older):
+    present = sorted(folder.glob("step_*"))
+    # Newer ones could not be used when this training resumed (``latest``): they must not count
+    # among the last ones.
+    up_to_this = [each for each in present if each.name <= path.name]
+    unfinished = folder.glob(".step_*.unfinished")
+    for old in {*present, *unfinished} - keep.of(up_to_this):
         shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -86,11 +96,10 @@ def save(
 class Saver:
     """Saves checkpoints in a thread of its own, one at a time.
 
-    The training waits while its state is copied.
-
-    What kept a checkpoint from being written is raised by the call after it, or on leaving.
-    ``stored`` is told of each that is whole, in that thread; there ``try_again`` is asked when the
-    disk refuses one.
+    The training waits only while its state is copied. A failure to write a checkpoint is raised by
+    the next call, or when the block ends. Both callbacks run in the thread: ``stored`` receives
+    each checkpoint that is complete; ``try_again`` decides, when the disk refuses one, whether to
+    write it again.
     """
 
     def __init__(
@@ -101,98 +110,117 @@ class Saver:
         stored: Callable[[Path], None] = lambda path: None,
         try_again: Callable[[Failure], bool] = lambda failure: False,
     ) -> None:
-        self.folder, self.settings, self.keep = folder, settings, keep
-        self.stored, self.try_again = stored, try_again
+        self.folder = folder
+        self.settings = settings
+        self.keep = keep
+        self.stored = stored
+        self.try_again = try_again
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
 
     def __enter__(self) -> Self:
+        """Return the saver."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish what was begun."""
+        """Finish the save that was begun.
+
+        Raises:
+            Failure: it could not be written, and no other exception ends the block.
+        """
         try:
-            with suppress(
-                *(() if kind is None else (Failure,))
-            ):  # the first failure is the one to tell of
+            if kind is None:
                 self.wait()
+            else:
+                # The exception that ends the block came first, and is the one to report.
+                with suppress(Failure):
+                    self.wait()
         finally:
             self._thread.shutdown()
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Copy the state, and have it written.
+        """Copy the state and start writing the copy.
 
         Raises:
             Failure: the checkpoint before this one could not be written.
         """
+        # The buffers are in use until the last checkpoint is written.
         self.wait()
-        weights, moments = (
-            self._copy("model", model.state_dict()),
-            self._copy("optimizer", optimizer.state_dict()),
-        )
+        weights = self._copy("model", model.state_dict())
+        moments = self._copy("optimizer", optimizer.state_dict())
         copied = Progress(progress.step, [*progress.sums], progress.elapsed_s, [*progress.history])
+        # Copies from a GPU run asynchronously: the thread must not write incomplete buffers.
         if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # the copies are under way
+            torch.cuda.current_stream().synchronize()
         self._pending = self._thread.submit(self._write, State(weights, moments, copied))
 
     def wait(self) -> None:
-        """Return when all that was to be saved is on the disk.
+        """Wait until the last checkpoint is on the disk.
 
         Raises:
             Failure: it could not be written.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        # A failure is raised once: a later call must not raise it again.
+        self._pending = None
         if pending:
             pending.result()
 
     def _write(self, state: State) -> None:
-        self.stored(save(self.folder, self.settings, state, self.keep, self.try_again))
+        path = save(self.folder, self.settings, state, self.keep, self.try_again)
+        self.stored(path)
 
     def _copy(self, name: str, value: Any) -> Any:
         """Copy the tensors of a state to this machine's memory, into the same buffers each time."""
         if isinstance(value, Mapping):
             return {key: self._copy(f"{name}.{key}", each) for key, each in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(
-                self._copy(f"{name}.{index}", each) for index, each in enumerate(value)
-            )
+            copies = (self._copy(f"{name}.{index}", each) for index, each in enumerate(value))
+            return type(value)(copies)
         if not isinstance(value, Tensor):
             return value
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            # Only into pinned memory does a GPU copy asynchronously.
             buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             self._buffers[name] = buffer
         return buffer.copy_(value.detach(), non_blocking=True)
 
 
 def path_for(folder: Path, progress: Progress) -> Path:
-    """Return where a checkpoint of this progress belongs."""
+    """Return the path of the checkpoint of a training at this progress."""
+    # Eight digits: names sort by step up to 10⁸ steps.
     return folder / f"step_{progress.step:08d}"
 
 
 def latest(folder: Path, settings: TrainingConfig, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint below ``folder`` that is whole and has these settings.
+    """Return the newest checkpoint below ``folder`` that is complete and has these settings.
 
-    Tell of others.
+    Each newer one that is not used is reported to ``say``, with the reason.
     """
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
             manifest = read_atomic_dir(path)
-            saved, progress = build(manifest["settings"]), Progress(**manifest["progress"])
-        except (Failure, UserError, KeyError, TypeError) as error:  # damaged, or of another version
+            saved = build(manifest["settings"])
+            progress = Progress(**manifest["progress"])
+        except (Failure, UserError, KeyError, TypeError) as error:
+            # It is damaged, or another version of the program wrote it.
             say(f"checkpoint not used: {path}: {error}")
             continue
+        # Paths may differ: the data may have moved.
         if without_paths(saved) == without_paths(settings):
             return Checkpoint(path, progress)
-        say(f"checkpoint not used: {path} has other settings")
+        say(f"checkpoint not used: {path} was saved with other settings")
     return None
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Load weights and optimiser state; returns the progress to go on from."""
+    """Load the weights and the optimiser's state; returns the progress from which to resume."""
     model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
-    optimizer.load_state_dict(
-        torch.load(checkpoint.path / "training.pt", weights_only=True, map_location="cpu")
+    # ``weights_only``: the file can hold no code that loading would run.
+    optimizer_state = torch.load(
+        checkpoint.path / "training.pt", weights_only=True, map_location="cpu"
     )
+    optimizer.load_state_dict(optimizer_state)
     return checkpoint.progress

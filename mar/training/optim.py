@@ -1,4 +1,4 @@
-"""AdamW's parameter groups with layer-wise decay, and the learning rate as a pure function."""
+"""AdamW's parameter groups with layer-wise decay, and the learning rate, a function of the step."""
 
 from __future__ import annotations
 
@@ -15,46 +15,52 @@ from mar.model.mar import MAR
 def peak_lr(recipe: RecipeConfig) -> float:
     """Return the learning rate after warm-up.
 
-    base × batch / 256 under linear scaling (Table I, footnote).
+    Under linear scaling it is the base rate x batch size / 256 (Table I, footnote).
     """
-    return recipe.base_lr * (recipe.batch_size / 256 if recipe.lr_scaling == "linear" else 1)
+    if recipe.lr_scaling == "linear":
+        return recipe.base_lr * (recipe.batch_size / 256)
+    return recipe.base_lr
 
 
 def learning_rate(recipe: RecipeConfig, epoch: float) -> float:
-    """Return the learning rate at a time in epochs.
-
-    Linear warm-up, then half a cosine to ``min_lr``.
-    """
+    """Return the rate at a time in epochs: linear warm-up, then half a cosine to ``min_lr``."""
     if epoch < recipe.warmup_epochs:
+        # With ``cosine_from: start`` the cosine is below its peak when warm-up ends.
         end = _cosine(recipe, recipe.warmup_epochs)
         return recipe.warmup_lr + (end - recipe.warmup_lr) * epoch / recipe.warmup_epochs
     return _cosine(recipe, epoch)
 
 
 def _cosine(recipe: RecipeConfig, epoch: float) -> float:
-    start = recipe.warmup_epochs if recipe.cosine_from == "warmup" else 0.0
+    """Return the cosine's rate at a time in epochs; ``min_lr`` from the last epoch on."""
+    start = 0.0
+    if recipe.cosine_from == "warmup":
+        start = recipe.warmup_epochs
+    # At least 1e-9: no division by zero if warm-up takes all epochs.
     progress = (epoch - start) / max(recipe.epochs - start, 1e-9)
-    return (
-        recipe.min_lr
-        + (peak_lr(recipe) - recipe.min_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
-    )
+    height = peak_lr(recipe) - recipe.min_lr
+    # Falls from 2 to 0.
+    wave = 1 + math.cos(math.pi * min(progress, 1))
+    return recipe.min_lr + height * wave / 2
 
 
 def layer_scale(name: str, depth: int, recipe: RecipeConfig) -> float:
-    """Return the learning-rate factor of a parameter.
+    """Return the learning-rate factor of a parameter, for an encoder of ``depth`` blocks.
 
-    decay^(L - k) in block k of L, decay^(L + 1) at the embedding.
-
+    It is decay^(L - k) in block k of L, decay^(L + 1) at the embedding, and 1 outside the encoder.
     Under ``layer_decay_of: weights``, the release's rule, norms and biases have a factor of 1
-    everywhere, and the decoder's mask token has the embedding's.
+    everywhere, and the decoder's mask token has the embedding's factor.
     """
-    decay, weights_only = recipe.layer_decay, recipe.layer_decay_of == "weights"
+    decay = recipe.layer_decay
+    weights_only = recipe.layer_decay_of == "weights"
     if weights_only and (_is_norm(name) or name.endswith("bias")):
         return 1.0
     if name.startswith("encoder.embed") or (weights_only and name == "decoder.mask_token"):
         return decay ** (depth + 1)
     if name.startswith("encoder.blocks."):
-        return decay ** (depth - int(name.split(".")[2]))
+        # Names count blocks from 0, as k does: "encoder.blocks.11.attn.qkv.weight".
+        block = int(name.split(".")[2])
+        return decay ** (depth - block)
     return 1.0
 
 
@@ -63,9 +69,9 @@ def _is_norm(name: str) -> bool:
 
 
 def is_decayed(name: str, recipe: RecipeConfig) -> bool:
-    """Whether weight decay applies: not to norms and biases.
+    """Whether weight decay applies to a parameter.
 
-    To mask tokens under the release's rule alone.
+    It does not apply to norms and biases. It applies to mask tokens under the release's rule only.
     """
     if name.endswith("mask_token"):
         return recipe.layer_decay_of == "weights"
@@ -73,48 +79,47 @@ def is_decayed(name: str, recipe: RecipeConfig) -> bool:
 
 
 def parameter_groups(model: MAR, recipe: RecipeConfig) -> list[dict[str, Any]]:
-    """Return one group for each learning-rate factor and each weight decay.
-
-    Its factor is ``lr_scale``.
-    """
+    """Return one group for each pair of learning-rate factor (``lr_scale``) and weight decay."""
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     depth = len(model.encoder.blocks)
     for name, parameter in model.named_parameters():
         scale = layer_scale(name, depth, recipe)
         decay = recipe.weight_decay if is_decayed(name, recipe) else 0.0
-        group = groups.setdefault(
-            (scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay}
-        )
+        new_group: dict[str, Any] = {"params": [], "lr_scale": scale, "weight_decay": decay}
+        group = groups.setdefault((scale, decay), new_group)
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def build_optimizer(model: MAR, recipe: RecipeConfig) -> torch.optim.AdamW:
     """Return AdamW (Table I) over the model's parameter groups."""
+    # The fused kernel is also what reads ``found_inf`` (see ``step_if_finite``).
     return torch.optim.AdamW(
         parameter_groups(model, recipe), lr=peak_lr(recipe), betas=recipe.betas, fused=True
     )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give each group ``rate`` times its layer's factor."""
+    """Set the rate of each group to ``rate`` times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
 
 
 def gradient_norm(model: nn.Module, limit: float | None) -> Tensor:
-    """Return the gradient's norm; where there is a ``limit``, shorten the gradient to it."""
+    """Return the norm of the gradient; with a ``limit``, also scale the gradient down to it."""
     if limit is not None:
         return nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return nn.utils.get_total_norm(
-        [each.grad for each in model.parameters() if each.grad is not None]
-    )
+    gradients = [each.grad for each in model.parameters() if each.grad is not None]
+    return nn.utils.get_total_norm(gradients)
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, has_non_finite_grad: Tensor) -> None:
-    """Take the step; where ``spoiled``, change nothing.
+    """Take a step, or change nothing if ``has_non_finite_grad``.
 
-    Decided on the device: nobody waits for the answer.
+    The device decides: the flag is not read by the CPU, so nothing waits for the device.
     """
-    optimizer.grad_scale, optimizer.found_inf = None, has_non_finite_grad.float()  # pyright: ignore[reportAttributeAccessIssue]
+    # PyTorch's GradScaler sets these two attributes; fused AdamW skips a step if found_inf is 1.
+    # No gradient is scaled here.
+    optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.found_inf = has_non_finite_grad.float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()

@@ -1,4 +1,4 @@
-"""What a finished training leaves: its result folder."""
+"""The result folder of a finished training."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ from mar.visualization.charts import draw_confusion, draw_curves
 from mar.visualization.reconstructions import draw_reconstructions
 from mar.weights.pretrained import CLASSES
 
+_SHOWN = 3
+"""Videos whose reconstructions are drawn."""
+
 
 @dataclass(frozen=True)
 class FinishedTraining:
-    """A training that is over."""
+    """A training that has finished, with its model."""
 
     settings: TrainingConfig
     folder: Path
@@ -34,7 +37,7 @@ class FinishedTraining:
     history: list[dict[str, float]]
     """Metrics of each epoch."""
     trained_in: Path | None = None
-    """The result folder it was read from; none: it was trained here."""
+    """The result folder from which the model was read; none: it was trained in ``folder``."""
 
 
 def write_result(
@@ -44,7 +47,11 @@ def write_result(
     metrics: dict[str, float],
     on_write_error: Callable[[Failure], bool],
 ) -> None:
-    """Write the result folder of a training or a test, as a whole or not at all."""
+    """Write the result folder of a training or of a test, completely or not at all.
+
+    Raises:
+        Failure: the disk refuses, and ``on_write_error`` does not ask for another try.
+    """
     settings = trained.settings.model_dump(mode="json")
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     broken = "".join(f"{reason}\n" for reason in predictions.broken)
@@ -53,30 +60,18 @@ def write_result(
         "metrics.json": lambda file: write_text(file, json.dumps(metrics, indent=1)),
         "broken_videos.txt": lambda file: write_text(file, broken),
     }
+    # A test reuses the model of another trial: it names that folder and does not copy the model.
     if trained.trained_in:
         writers["trained_by.txt"] = lambda file: write_text(file, f"{trained.trained_in}\n")
     else:
         writers["model.safetensors"] = lambda file: save_file(trained.model.state_dict(), file)
         writers["history.csv"] = lambda file: _write_history(trained.history, file)
         writers["curves.png"] = lambda file: draw_curves(trained.history, file)
+    # Pre-training has no classes, hence no predictions.
     if isinstance(predictions, Predictions):
-        names = class_names(trained.settings.data)
-        writers[CLASSES] = lambda file: write_text(
-            file, json.dumps({"classes": names}, ensure_ascii=False, indent=1)
-        )
-        writers["predictions.csv"] = lambda file: write_predictions(predictions, val, file)
-        right = (predictions.probabilities.argmax(dim=1) == predictions.labels).numpy()
-        tested = [val[index].name for index in predictions.videos.tolist()]
-        writers[CORRECTNESS] = lambda file: write_correctness(right, tested, file)
-        writers["confusion.png"] = lambda file: draw_confusion(
-            predictions.confusion().numpy(), names, file
-        )
+        writers |= _prediction_writers(trained.settings, val, predictions)
     if trained.settings.redraws_in_testing:
-        shown = [
-            video
-            for video in val
-            if not any(str(video.path) in reason for reason in predictions.broken)
-        ][:_SHOWN]
+        shown = _decodable(val, predictions.broken)[:_SHOWN]
         writers["reconstructions.png"] = lambda file: draw_reconstructions(
             trained.settings, trained.model, shown, file
         )
@@ -85,16 +80,34 @@ def write_result(
     write_atomic_dir(trained.folder / RESULT_DIR, files, metadata, try_again=on_write_error)
 
 
+def _prediction_writers(
+    settings: TrainingConfig, val: list[Video], predictions: Predictions
+) -> dict[str, Callable[[Path], None]]:
+    """Return what writes the files about predicted classes, by file name."""
+    names = class_names(settings.data)
+    classes = json.dumps({"classes": names}, ensure_ascii=False, indent=1)
+    # One flag for each video: paired tests over many runs read these alone (docs/log.md).
+    correct = (predictions.probabilities.argmax(dim=1) == predictions.labels).numpy()
+    tested = [val[index].name for index in predictions.videos.tolist()]
+    return {
+        CLASSES: lambda file: write_text(file, classes),
+        "predictions.csv": lambda file: write_predictions(predictions, val, file),
+        CORRECTNESS: lambda file: write_correctness(correct, tested, file),
+        "confusion.png": lambda file: draw_confusion(predictions.confusion().numpy(), names, file),
+    }
+
+
+def _decodable(videos: list[Video], broken: tuple[str, ...]) -> list[Video]:
+    """Return the videos that no reason in ``broken`` names."""
+    return [video for video in videos if not any(str(video.path) in reason for reason in broken)]
+
+
 def _write_history(history: list[dict[str, float]], file: Path) -> None:
-    """Write one row an epoch."""
+    """Write the metrics of each epoch, one row an epoch."""
+    # Epochs may have different metrics: validation is not due in every epoch.
     names = list(dict.fromkeys(name for epoch in history for name in epoch))
     with file.open("w", newline="", encoding="utf-8") as output:
         writer = csv.DictWriter(output, ["epoch", *names])
         writer.writeheader()
-        writer.writerows(
-            {"epoch": number, **epoch} for number, epoch in enumerate(history, start=1)
-        )
-
-
-_SHOWN = 3
-"""Videos whose reconstructions are drawn."""
+        for number, metrics in enumerate(history, start=1):
+            writer.writerow({"epoch": number, **metrics})

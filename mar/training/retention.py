@@ -1,6 +1,6 @@
-"""Which checkpoints of a training stay on the disk.
+"""The policy that decides which checkpoints of a training stay on the disk.
 
-Imports no torch: a launch is configured without it.
+Imports no torch, because a launch is configured without it.
 """
 
 from __future__ import annotations
@@ -20,35 +20,36 @@ _EXPECTED = "expected last=N, best, every=N (epochs), as last=1,best,every=10"
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """A policy; a checkpoint that it does not name goes when a newer one is whole."""
+    """Which checkpoints stay; the others are removed when a newer one is complete."""
 
     last: int = 2
-    """The newest ones: more than one, in case it is damaged. They go when the result is safe."""
+    """How many of the newest; more than one, in case the newest is damaged.
+
+    They are removed when the result is safe.
+    """
     best: bool = False
-    """The epoch with the best validation accuracy (in pre-training, the least loss)."""
+    """The epoch with the best validation accuracy (in pre-training, the lowest loss)."""
     every_epochs: int | None = None
-    """Each so many epochs' end."""
+    """The end of every so many epochs."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the policy that ``last=1,best,every=10`` stands for.
-
-        What is not said is the default.
+        """Return the policy written as ``last=1,best,every=10``; what is missing has its default.
 
         Raises:
-            ValueError: not in the notation.
+            ValueError: the text is not in this notation.
         """
         parts = [each.strip().partition("=") for each in text.split(",")]
         given = {name: value for name, _, value in parts}
-        counts = {
-            name: int(value) for name, value in given.items() if value.isdecimal() and int(value)
-        }
-        if (
-            given.keys() - counts.keys() - {"best"}
-            or counts.keys() - {"last", "every"}
-            or given.get("best")
-        ):
-            raise ValueError(_EXPECTED)
+        counts: dict[str, int] = {}
+        for name, value in given.items():
+            # The only name without a number.
+            if name == "best" and not value:
+                continue
+            is_count = value.isdecimal() and int(value) > 0
+            if name not in ("last", "every") or not is_count:
+                raise ValueError(_EXPECTED)
+            counts[name] = int(value)
         return cls(counts.get("last", cls.last), "best" in given, counts.get("every"))
 
     def __str__(self) -> str:
@@ -61,39 +62,60 @@ class RetentionPolicy:
         return ",".join(parts)
 
     def of(self, there: list[Path]) -> set[Path]:
-        """Return those of a training's checkpoints, the newest last, that stay while it goes on."""
+        """Return which of a training's checkpoints (newest last) stay while it runs."""
         return {*there[-self.last :], *self.after_training(there)}
 
     def after_training(self, there: list[Path]) -> set[Path]:
-        """Return those that stay when the training is over."""
+        """Return which of a training's checkpoints stay when it has finished."""
+        # Without this, every manifest would be read after each save.
         if not self.best and not self.every_epochs:
             return set()
-        ends = {path: history for path in there if (history := _epochs(path))}
-        every = self.every_epochs
-        kept = {path for path, history in ends.items() if every and len(history) % every == 0}
-        ranked = sorted(ends, key=lambda path: (_merit(ends[path][-1]), path.name))
-        return kept | {*(ranked[-1:] if self.best else [])}
+        histories: dict[Path, list[Mapping[str, float]]] = {}
+        for path in there:
+            history = _epochs(path)
+            # Only a checkpoint at the end of an epoch can be the best or the N-th.
+            if history:
+                histories[path] = history
+        kept: set[Path] = set()
+        if self.every_epochs:
+            for path, history in histories.items():
+                if len(history) % self.every_epochs == 0:
+                    kept.add(path)
+        # Of epochs that are equally good, the newest ranks last and stays.
+        ranked = sorted(histories, key=lambda path: (_merit(histories[path][-1]), path.name))
+        if self.best:
+            kept.update(ranked[-1:])
+        return kept
 
 
 def prune(folder: Path, keep: RetentionPolicy) -> None:
-    """Remove the checkpoints of a training whose result is safe, but for those to be kept."""
-    there = sorted(folder.glob("step_*"))
-    for old in {*there, *folder.glob(".step_*.unfinished")} - keep.after_training(there):
+    """Remove the checkpoints of a training whose result is safe, except those to keep."""
+    present = sorted(folder.glob("step_*"))
+    # Folders that a killed process was writing are removed too.
+    unfinished = folder.glob(".step_*.unfinished")
+    for old in {*present, *unfinished} - keep.after_training(present):
         shutil.rmtree(old, ignore_errors=True)
 
 
 def _epochs(path: Path) -> list[Mapping[str, float]]:
-    """Return the metrics of each epoch that ended with this checkpoint or before.
+    """Return the metrics of each epoch up to the one that ended with this checkpoint.
 
-    None in the middle of one.
+    The list is empty if the checkpoint was saved in the middle of an epoch.
     """
-    with suppress(OSError, ValueError, KeyError, TypeError):  # damaged
+    # A damaged checkpoint counts as one in the middle of an epoch: it is not worth keeping.
+    with suppress(OSError, ValueError, KeyError, TypeError):
         progress: dict[str, Any] = read_json(path / MANIFEST)["progress"]
-        return [] if any(progress["sums"]) else progress["history"]
+        # The sums start again at zero when an epoch ends.
+        if not any(progress["sums"]):
+            return progress["history"]
     return []
 
 
 def _merit(metrics: Mapping[str, float]) -> float:
-    return metrics.get(
-        "val/top1", -metrics.get("val/reconstruction_loss", metrics.get("train/loss", 0.0))
-    )
+    """Return how good an epoch is: its accuracy, or the negative loss if it has no accuracy."""
+    if "val/top1" in metrics:
+        return metrics["val/top1"]
+    # Pre-training has no classes; epochs without validation have the training's loss alone.
+    if "val/reconstruction_loss" in metrics:
+        return -metrics["val/reconstruction_loss"]
+    return -metrics.get("train/loss", 0.0)

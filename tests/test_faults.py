@@ -40,7 +40,7 @@ from orchestration.studies.loader import read_study
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
 from orchestration.worker.spec import build_trial_spec
-from orchestration.worker.trial_runner import retry_policy, trial_runner
+from orchestration.worker import retry_policy, trial_runner
 
 BIN = Path(sys.executable).parent
 _ROOM_MIB = 13 * 1024
@@ -93,7 +93,7 @@ def wait_for(there: Callable[[], object], timeout_s: float = 60) -> None:
 
 def losses(workdir: Path, store: str) -> dict[str, list[tuple[int, float]]]:
     client = Store(LaunchConfig(store=workdir / store)).client
-    found = {record.tags["labels"]: record.run_id for record in records(workdir, store)}
+    found = {record.tags["mar.labels"]: record.run_id for record in records(workdir, store)}
     return {
         label: [
             (point.step, point.value) for point in client.get_metric_history(run_id, "train/loss")
@@ -118,7 +118,7 @@ def test_a_study_that_is_stopped_saves_first_and_goes_on_as_if_nothing_had_been(
         assert "tiny stops as soon as its trials have saved" in here(workdir, "stop", "tiny")
     else:
         running.send_signal(signal.SIGTERM)
-    assert "stopped with 1 trials unfinished; run the same command to go on" in end(running, 1)
+    assert "stopped with 1 trials unfinished; run the same command to resume" in end(running, 1)
     assert {record.status for record in records(workdir)} == {"KILLED"}
     assert "not running" in here(workdir, "status")
     if how == "SIGTERM":
@@ -139,12 +139,12 @@ def test_a_loss_that_is_not_finite_stops_its_trial_before_the_step(workdir: Path
     )
     output = here(workdir, "run", "tiny.yaml", "--backend", "local", "--retry-non-finite", code=1)
     assert "✓ 50 % (seed 0)" in output, "the other trial is not touched"
-    assert output.count("going on from the last checkpoint") == 1, "as was asked for"
+    assert output.count("resuming from the last checkpoint") == 1, "as was asked for"
     assert (
         "the gradient is not finite at or before step" in output
         and "recipe.base_lr=1e+30" in output
     )
-    assert "numbers  1 trials: 75 % (seed 0). A smaller recipe.base_lr" in output
+    assert "non_finite 1 trials: 75 % (seed 0). A smaller recipe.base_lr" in output
     (failed,) = [record for record in records(workdir) if record.status == "FAILED"]
     assert failed.tags["mar.failure_kind"] == "non_finite"
 
@@ -212,12 +212,12 @@ main()
         outputs[room] = done.stdout + done.stderr
         assert done.returncode == 0, outputs[room]
     assert re.search(
-        r"out of memory: .*going on from the last checkpoint in passes of \d clips",
+        r"out of memory: .*resuming from the last checkpoint in micro-batches of \d clips",
         outputs[_ROOM_MIB],
     )
     (record,), (whole,) = records(workdir, f"s{_ROOM_MIB}"), records(workdir, "s0")
     assert (
-        record.tags["max_clips_per_pass"] in ("8", "4", "2")
+        record.tags["mar.microbatch_clips"] in ("8", "4", "2")
         and "max_clips_per_pass" not in whole.tags
     )
     assert record.metrics["train/loss"] == pytest.approx(whole.metrics["train/loss"], rel=1e-5), (
@@ -251,7 +251,7 @@ def test_a_loader_process_that_is_killed_costs_no_step(workdir: Path) -> None:
     wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     for loader in loaders_of(psutil.Process(running.pid)):  # of training and of testing
         loader.kill()
-    assert "going on from the last checkpoint" in end(
+    assert "resuming from the last checkpoint" in end(
         running, 0
     )  # lost in the middle of a batch, or between two
     here(workdir, *arguments, "--store", "undisturbed")
@@ -460,7 +460,7 @@ def test_a_webhook_hears_how_a_study_ended(workdir: Path) -> None:
         "--webhook",
         "http://127.0.0.1:9/SECRET",
     )
-    assert "--webhook: nobody took the message" in output and "SECRET" not in output
+    assert "--webhook: the message was not delivered" in output and "SECRET" not in output
 
 
 @pytest.mark.parametrize("is_full", [False, True])
@@ -508,11 +508,11 @@ def test_two_first_launches_on_a_new_store_at_once_both_end_well(workdir: Path) 
     assert len({record.key for record in records(workdir)}) == 3, "75 % is trained once"
 
 
-_KILLED_BEFORE_CLEARING = """
+_KILLED_BEFORE_PRUNING = """
 import os, signal, sys
-from orchestration import launch
+from orchestration.execution import recorder
 from orchestration.cli.app import main
-launch.clear = lambda folder, keep: os.kill(os.getpid(), signal.SIGKILL)
+recorder.prune = lambda folder, policy: os.kill(os.getpid(), signal.SIGKILL)
 sys.argv = ["mar", "run", "tiny.yaml", "--filter", "ρ=50 %", "--backend", "local"]
 main()
 """
@@ -522,7 +522,7 @@ def test_checkpoints_of_a_trial_whose_launch_was_killed_before_it_cleared_them_g
     workdir: Path,
 ) -> None:
     killed = subprocess.run(
-        [sys.executable, "-c", _KILLED_BEFORE_CLEARING], cwd=workdir, capture_output=True, text=True
+        [sys.executable, "-c", _KILLED_BEFORE_PRUNING], cwd=workdir, capture_output=True, text=True
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert list(workdir.glob("mar_store/trials/*/step_*"))

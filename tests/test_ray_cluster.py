@@ -339,7 +339,7 @@ def test_a_mistake_is_told_before_anything_is_submitted(
     )
     # a private Ray of the tests that follow in this process must not hear that there is a token to
     # use
-    assert "nobody answers there" in mar(
+    assert "no dashboard answers there" in mar(
         workdir, "jobs", "list", "--address", "http://127.0.0.1:9", code=2
     )
     assert "expected the dashboard's address" in mar(

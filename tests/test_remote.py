@@ -124,7 +124,7 @@ def test_a_frame_cache_is_fetched_to_where_the_training_is(workdir: Path) -> Non
         "--object-store",
         f"{BUCKET}/cache",
     )
-    assert f"files copied to {BUCKET}/cache" in output
+    assert f"files uploaded to {BUCKET}/cache" in output
     shutil.rmtree(workdir / "cache")
     arguments = [
         "run",
@@ -209,7 +209,7 @@ def test_a_tracking_server_that_is_killed_and_comes_back_has_every_metric_once(
     time.sleep(12)
     assert running.poll() is None
     assert max((int(path.name.removeprefix("step_")) for path in trials()), default=999) > before, (
-        "training goes on"
+        "training continues"
     )
     server.start()
     assert "✓ 50 %" in end(running, 0)
@@ -239,4 +239,4 @@ def test_a_tracking_server_that_is_gone_for_good_costs_no_result_and_the_table_i
     assert "Traceback" not in output
     output = mar(workdir, *arguments)
     assert "Top-1 (%)" in output and "resumes at epoch" not in output, "nothing is trained again"
-    assert "1 finished results" in output and "are taken as they are, not trained again" in output
+    assert "1 finished results" in output and "are used, not trained again" in output

@@ -30,7 +30,7 @@ from orchestration.failures import FailureReason
 from orchestration.studies.trial import Trial
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
-from orchestration.worker.trial_runner import trial_runner
+from orchestration.worker import trial_runner
 
 STUDY = """\
 title: "Tiny"
@@ -354,7 +354,7 @@ def test_a_killed_study_resumes_without_repeating_a_trial(workdir: Path) -> None
 GARBAGE = """
 import gc, logging, sys, threading, time
 import ray
-from orchestration import sweep
+from orchestration.backends.ray_session import stop_ray
 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 references = [ray.put(number) for number in range(10_000)]
 def make_garbage():
@@ -364,7 +364,7 @@ def make_garbage():
         time.sleep(0.0001)
 gc.set_threshold(10, 1, 1)
 threading.Thread(target=make_garbage, daemon=True).start()
-{"ours": sweep.stop, "ray's": ray.shutdown}[sys.argv[1]]()
+{"ours": stop_ray, "ray's": ray.shutdown}[sys.argv[1]]()
 print("alive")
 """
 
@@ -410,8 +410,8 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(workdir: Path) -> None
     (workdir / "tiny.yaml").write_text(study)
     output = mar(workdir, "run", "tiny.yaml", "--backend", "inline", "--retries", "0", code=1)
     assert "✗ 50 % (seed 0): the gradient is not finite" in output
-    assert "numbers  1 trials: 50 % (seed 0). A smaller recipe.base_lr" in output
-    assert "1 of 2 trials failed; run the same command to go on" in output
+    assert "non_finite 1 trials: 50 % (seed 0). A smaller recipe.base_lr" in output
+    assert "1 of 2 trials failed; run the same command to resume" in output
     assert "✓ 75 % (seed 0)" in output
     assert sorted(record.status for record in trial_runs(workdir)) == ["FAILED", "FINISHED"]
 
@@ -809,7 +809,7 @@ def test_with_ray_a_signal_is_a_gentle_stop_and_the_trial_resumes_where_it_was(
     running.send_signal(number)
     output = end(running, 1)
     assert "stopping: the trials that run are saving" in output
-    assert "stopped with 1 trials unfinished; run the same command to go on" in output
+    assert "stopped with 1 trials unfinished; run the same command to resume" in output
     saved = max(
         int(path.name.removeprefix("step_")) for path in workdir.glob("mar_store/trials/*/step_*")
     )

@@ -73,7 +73,7 @@ def test_a_run_is_never_finished_before_all_of_it_is_written(
     break_for(writer, monkeypatch, "log_artifacts", times=10_000)
     writer.artifacts("a", tmp_path, "result")
     writer.end("a", "FINISHED")
-    with pytest.raises(Failure, match=r"the server went away.*the same command goes on"):
+    with pytest.raises(Failure, match=r"the server went away.*the same command resumes"):
         writer.close()
     assert [run.status for run in store.trials()] == ["RUNNING"]
 

@@ -15,7 +15,7 @@ def ray_environment(launch: LaunchConfig) -> dict[str, str]:
         reach = {
             # Ray's default on a Mac: its servers listen on loopback alone.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            # Whoever is on the machine could read the metrics, without a token; nobody collects
+            # Every user of the machine could read the metrics, without a token; nothing collects
             # those of a private Ray.
             "RAY_enable_metrics_collection": "0",
             "AUTOSCALER_METRIC_PORT": "-1",

@@ -1,6 +1,6 @@
 """``mar submit``: a study becomes a job on a Ray cluster, through Ray's Jobs API.
 
-It runs on when nobody looks.
+It runs without anybody watching.
 
 The job has the code and the study's files, not the data. Its id follows from what was asked for, so
 that the same submission a second time joins the first. Whoever may submit a job may run any code on
@@ -45,7 +45,7 @@ from orchestration.tracking.provenance import tags
 
 _TIMEOUT_S = 10.0
 _WEBHOOK = "webhook.txt"
-"""In a job's folder: the address that hears of its end. Whoever knows it may write there."""
+"""File in a job's folder: the webhook, a secret, since whoever has it can post there."""
 _UNSHIPPED = ("__pycache__", "*.pyc")
 
 
@@ -66,7 +66,7 @@ class Jobs:
     """The jobs of a cluster.
 
     Raises:
-        UserError: the address is none, nobody answers there, or the cluster is open to everybody.
+        UserError: the address is invalid or does not answer, or the cluster answers without a token.
     """
 
     def __init__(self, address: str, is_open_allowed: bool = False) -> None:
@@ -158,7 +158,7 @@ class Jobs:
             time.sleep(1)
 
     def stop(self, job_id: str) -> None:
-        """End a job now; what it trained is kept, and the same submission goes on."""
+        """End a job now; what it trained is kept, and the same submission resumes it."""
         self._known(job_id)
         self.client.stop_job(job_id)
 
@@ -260,7 +260,7 @@ def _answers_without_a_token(address: str) -> bool:
             return False
         raise UserError(f"--address {address}: no Ray dashboard: {error}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"--address {address}: nobody answers there: {error}") from None
+        raise UserError(f"--address {address}: no dashboard answers there: {error}") from None
 
 
 def _is_loopback(address: str) -> bool:

@@ -69,5 +69,5 @@ def unusable(launch: LaunchConfig, error: Exception) -> str:
     )
     return (
         f"the tracking store {launch.shown_tracking} cannot be used: {reason}. "
-        f"{advice}Checkpoints are safe; when it works again, the same command goes on"
+        f"{advice}Checkpoints are safe; when it works again, the same command resumes"
     )

@@ -39,7 +39,7 @@ from orchestration.config import LaunchConfig
 from orchestration.execution import study_runner
 from orchestration.execution.study_runner import run_study
 from orchestration.studies.loader import read_study
-from orchestration.tracking.store import store, writer
+from orchestration.tracking import store, writer
 
 HERE = Path(__file__).parent
 RECIPE = {

@@ -9,8 +9,9 @@ from fvcore.nn import FlopCountAnalysis
 
 from mar.config.overrides import build, merge
 from mar.config.schema import TrainingConfig
+from mar.model import layers
 from mar.model.flops import cost
-from mar.model.mar import MAR, layers
+from mar.model.mar import MAR
 from mar.weights.export import Inference
 
 

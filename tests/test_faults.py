@@ -39,8 +39,8 @@ from orchestration.execution.status import stop
 from orchestration.studies.loader import read_study
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
-from orchestration.worker.spec import build_trial_spec
 from orchestration.worker import retry_policy, trial_runner
+from orchestration.worker.spec import build_trial_spec
 
 BIN = Path(sys.executable).parent
 _ROOM_MIB = 13 * 1024

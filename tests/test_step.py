@@ -23,16 +23,16 @@ from mar.bench.roofline import Recorder
 from mar.bench.steps import Case, time_case
 from mar.config.schema import TrainingConfig
 from mar.data.dataset import Batch
+from mar.model import mar as model_module
 from mar.model.encoder import patchify, take_tubelets
 from mar.model.flops import cost
 from mar.model.layers import attention, explicit_attention, set_execution_mode, transformer_blocks
 from mar.model.mar import MAR
-from mar.model.mar import mar as model_module
 from mar.model.masking import evaluation_mask, training_mask
 from mar.training.checkpoint import Progress
 from mar.training.optim import build_optimizer
 from mar.training.step import RuntimeConfig, TrainState, train_step
-from orchestration.cli.app import bench
+from orchestration.cli import bench
 
 CPU = torch.device("cpu")
 AUGMENTED = {

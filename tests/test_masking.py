@@ -128,7 +128,7 @@ def test_states_of_other_cells_are_the_released_ones_where_a_cells_share_is_whol
     if mask.num_hidden(grid) != num_hidden * grid[0] * grid[1] * grid[2] // area:
         return  # the ratio is not exact in floating point
     starts = torch.full((1, grid[1] // cell[0], grid[2] // cell[1]), start)
-    drawn = _run_cells(mask, grid, cell, starts)
+    drawn = _run_cells(mask, grid, cell, mask.num_hidden(grid), starts)
     assert drawn.sum() == mask.num_hidden(grid)
     if expected is not None:
         state = expected.roll(start + slice_).view(cell)

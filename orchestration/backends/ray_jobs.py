@@ -66,7 +66,7 @@ class Jobs:
     """The jobs of a cluster.
 
     Raises:
-        UserError: the address is invalid or does not answer, or the cluster answers without a token.
+        UserError: the address is invalid, does not answer, or answers without a token.
     """
 
     def __init__(self, address: str, is_open_allowed: bool = False) -> None:

@@ -775,7 +775,7 @@ def _compare(at: Round, undisturbed: Outcome, tally: Tally) -> None:
     kept = [
         *at.store.glob("trials/*/step_*"),
         *at.store.rglob("*.unfinished"),
-        *at.store.rglob("*.pulled"),
+        *at.store.rglob("*.downloading"),
     ]
     kept += [*at.store.glob("trials/*/pruning.json"), *at.store.glob("locks/*.stop")]
     shared = [

@@ -67,7 +67,7 @@ def test_keys_of_a_bucket_write_nothing_outside_the_folder(s3: None, tmp_path: P
     with pytest.raises(UserError, match="leaves this folder"):
         ObjectStore(f"{BUCKET}/evil").download_dir("trials/t/step_00000001", tmp_path / "step")
     assert victim.read_text() == "mine"
-    assert {each.name for each in tmp_path.iterdir()} <= {".pulling", "victim.txt", "cache"}
+    assert {each.name for each in tmp_path.iterdir()} <= {".downloading", "victim.txt", "cache"}
 
 
 def test_a_manifest_and_an_index_name_no_files_elsewhere(tmp_path: Path) -> None:

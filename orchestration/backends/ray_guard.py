@@ -1,7 +1,7 @@
 """Ends a private Ray together with the launch that started it, however either ends.
 
-Run as a script, this file is the guard: a process that waits until its launch is gone and then ends
-what Ray left. It imports nothing of ours, so that it is there at once and small.
+Run as a script, this file is the guard: a process that waits until its launch is gone and then
+kills what Ray left. It imports nothing of ours: so it starts at once and stays small.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = "MAR_PRIVATE_RAY"
-"""Environment variable that all processes of a private Ray inherit: a random value, by which they
-are found."""
+"""Environment variable that all processes of a private Ray inherit: its random value marks them."""
 _PROC = Path("/proc")
 _SERVERS = ("raylet", "gcs_server")
-_LOOKS_S = 1.0
+_POLL_S = 1.0
 _RAY_CLEANS_UP_S = 4.0
 """How long Ray's own processes may take to notice that their launch is gone."""
+_START_TIME = 19
+"""Field of ``/proc/PID/stat`` after the name: with the id, it identifies a process."""
 
 
 class Guard:
-    """Watches over a private Ray; make it before Ray starts, in the process that starts it."""
+    """Guards a private Ray. Create it before Ray starts, in the process that starts it."""
 
     def __init__(self, mark: str) -> None:
         os.environ[MARK] = mark
         self._over = threading.Event()
-        # Its input is a pipe that this process alone writes to: it ends when this process does.
+        # Its input is a pipe that only this process writes to: the pipe closes when this process
+        # ends, even by SIGKILL. A session of its own: Ctrl-C in the terminal does not reach it.
         self._process = subprocess.Popen(  # noqa: S603  (our own file)
             [sys.executable, "-S", __file__, str(os.getpid()), mark],
             stdin=subprocess.PIPE,
@@ -42,10 +44,8 @@ class Guard:
         )
 
     def ray_has_started(self) -> None:
-        """Begin to look whether Ray's servers are alive.
-
-        When one is not, the launch ends in words, exit code 1.
-        """
+        """Start to watch Ray's servers; when one is lost, the launch ends with exit code 1."""
+        # What this process starts from now on is not Ray's.
         os.environ.pop(MARK, None)
         servers = _servers_of(os.getpid())
         if servers:
@@ -54,120 +54,121 @@ class Guard:
             ).start()
 
     def ray_is_to_stop(self) -> None:
-        """Take its servers' end for what it is from now on."""
+        """Stop to watch: from now on its servers end on purpose."""
         self._over.set()
 
     def close(self) -> None:
-        """Have what Ray may have left ended; Ray is stopped."""
+        """Let the guard kill what Ray may have left; Ray is stopped."""
         self._over.set()
         os.environ.pop(MARK, None)
         if self._process.stdin:
             self._process.stdin.close()
+        # The guard takes seconds; waiting for it in a thread leaves no zombie.
         threading.Thread(target=self._process.wait, name="ray-guard-end", daemon=True).start()
 
     def _watch(self, servers: dict[int, str]) -> None:
-        while not self._over.wait(_LOOKS_S):
+        while not self._over.wait(_POLL_S):
             lost = [name for pid, name in servers.items() if not _is_alive(pid)]
-            if lost and not self._over.wait(
-                _LOOKS_S
-            ):  # the launch may be stopping it in this moment
-                print(
-                    f"mar: Ray's {lost[0]} has ended, and with it all that ran (out of memory? "
-                    "killed?). "
-                    "Checkpoints are safe; the same command resumes from them",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                sys.stdout.flush()
-                os._exit(
-                    1
-                )  # Ray would wait for a server that does not come back; the guard ends the rest
+            if not lost:
+                continue
+            # The launch may be stopping Ray at this moment: look once more.
+            if self._over.wait(_POLL_S):
+                return
+            print(
+                f"mar: Ray's {lost[0]} has ended, and with it all that ran (out of memory? "
+                "killed?). Checkpoints are safe; the same command resumes from them",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.stdout.flush()
+            # Not sys.exit: Ray would wait for a server that does not come back. The guard kills the
+            # rest.
+            os._exit(1)
 
 
 def _servers_of(parent: int) -> dict[int, str]:
-    """Return the processes of Ray's servers that a process has started, by id."""
+    """Return the processes of Ray's servers that a process has started: id -> name."""
     found: dict[int, str] = {}
     for folder in _PROC.glob("[0-9]*"):
-        name, _, started_by = _facts(folder)
+        name, _, started_by = _stat(folder)
         if name in _SERVERS and started_by == parent:
             found[int(folder.name)] = name
     return found
 
 
 def _is_alive(pid: int) -> bool:
-    return _facts(_PROC / str(pid))[1] not in ("", "Z")
+    _, state, _ = _stat(_PROC / str(pid))
+    # "Z": it has ended, and its parent has not asked for its exit code.
+    return state not in ("", "Z")
 
 
-def _facts(folder: Path) -> tuple[str, str, int]:
-    """Return a process's name, its state (``Z``: ended, nobody has asked how) and its parent.
-
-    Empty for none.
-    """
+def _stat(folder: Path) -> tuple[str, str, int]:
+    """Return a process's name, its state and its parent; empty texts if there is none."""
     try:
-        name, _, rest = (
-            (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
-        )
+        text = (folder / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "", "", 0
+    # "PID (NAME) STATE PARENT …"; a name may contain brackets and spaces.
+    before, _, rest = text.rpartition(")")
     state, parent = rest.split()[:2]
-    return name.partition("(")[2], state, int(parent)
+    return before.partition("(")[2], state, int(parent)
 
 
 def _processes() -> dict[int, tuple[int, str]]:
-    """Return every process's parent and when it was started, by id.
-
-    An id alone may be given to another process.
-    """
+    """Return every process's parent and start time, by id: an id may be used again."""
     found: dict[int, tuple[int, str]] = {}
     for folder in _PROC.glob("[0-9]*"):
+        # A process may end while it is read.
         with suppress(OSError, ValueError, IndexError):
-            rest = (
-                (folder / "stat")
-                .read_text(encoding="utf-8", errors="replace")
-                .rpartition(")")[2]
-                .split()
-            )
-            found[int(folder.name)] = int(rest[1]), rest[19]
+            text = (folder / "stat").read_text(encoding="utf-8", errors="replace")
+            fields = text.rpartition(")")[2].split()
+            found[int(folder.name)] = (int(fields[1]), fields[_START_TIME])
     return found
 
 
 def _of_ray(launch: int, mark: str) -> dict[int, str]:
     """Return the processes that a launch's Ray has started: id -> start time.
 
-    Those that descend from its servers or carry its mark.
+    Those that carry its mark, and those that descend from its servers.
     """
     processes = _processes()
-    wanted, found = f"{MARK}={mark}".encode(), dict[int, str]()
-    for pid, (parent, began) in processes.items():
+    marked = f"{MARK}={mark}".encode()
+    found: dict[int, str] = {}
+    for pid, (parent, start_time) in processes.items():
         with suppress(OSError):
-            is_server = parent == launch and _facts(_PROC / str(pid))[0] in _SERVERS
-            if is_server or wanted in (_PROC / str(pid) / "environ").read_bytes().split(b"\0"):
-                found[pid] = began
+            is_server = parent == launch and _stat(_PROC / str(pid))[0] in _SERVERS
+            environment = (_PROC / str(pid) / "environ").read_bytes().split(b"\0")
+            if is_server or marked in environment:
+                found[pid] = start_time
     while True:
-        more = {
-            pid: began
-            for pid, (parent, began) in processes.items()
+        children = {
+            pid: start_time
+            for pid, (parent, start_time) in processes.items()
             if parent in found and pid not in found
         }
-        if not more:
+        if not children:
             return found
-        found |= more
+        found |= children
 
 
 def _guard(launch: int, mark: str) -> None:
+    """Wait until the launch is gone, then kill what its Ray left."""
+    # It ends with its launch, not before.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it ends with its launch, not before
-    own, known = os.getpid(), dict[int, str]()
-    while not select.select([sys.stdin], [], [], _LOOKS_S)[0]:
-        known |= _of_ray(
-            launch, mark
-        )  # some write over their environment, and lose their parent before they end
-    for _ in range(2):  # a process may start another meanwhile
+        signal.signal(number, signal.SIG_IGN)
+    own = os.getpid()
+    known: dict[int, str] = {}
+    # Collected all the time: some processes overwrite their environment with a title, and lose
+    # their parent before they end.
+    while not select.select([sys.stdin], [], [], _POLL_S)[0]:
+        known |= _of_ray(launch, mark)
+    # Twice: a process may start another one meanwhile.
+    for _ in range(2):
         time.sleep(_RAY_CLEANS_UP_S / 2)
         known |= _of_ray(launch, mark)
-        there = _processes()
-        for pid, began in known.items():
-            if pid != own and pid in there and there[pid][1] == began:
+        processes = _processes()
+        for pid, start_time in known.items():
+            if pid != own and pid in processes and processes[pid][1] == start_time:
                 with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
 

@@ -2,10 +2,10 @@
 
 It runs without anybody watching.
 
-The job has the code and the study's files, not the data. Its id follows from what was asked for, so
-that the same submission a second time joins the first. Whoever may submit a job may run any code on
-the cluster, so a cluster that answers without a token is refused unless it is on this machine
-(CVE-2023-48022).
+The job contains the code and the study's files, not the data. Its id follows from the command, so
+that a second submission of the same command joins the first. Everybody who can submit a job can run
+any code on the cluster: a cluster that answers without a token is refused, unless it is on this
+machine (CVE-2023-48022).
 """
 
 from __future__ import annotations
@@ -71,10 +71,8 @@ class Jobs:
 
     def __init__(self, address: str, is_open_allowed: bool = False) -> None:
         self.address = address.rstrip("/")
-        if (
-            urlsplit(self.address).scheme not in ("http", "https")
-            or not urlsplit(self.address).hostname
-        ):
+        parts = urlsplit(self.address)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(
                 f"--address {address}: expected the dashboard's address, as http://127.0.0.1:8265"
             )
@@ -82,37 +80,41 @@ class Jobs:
         if is_open and not is_open_allowed and not _is_loopback(self.address):
             raise UserError(
                 f"--address {address}: this cluster answers without a token, so anybody who "
-                "reaches it can run code there "
-                "(CVE-2023-48022). Start it with RAY_AUTH_MODE=token; or, on a network that you "
-                "trust, give --allow-unauthenticated"
+                "reaches it can run code there (CVE-2023-48022). Start it with "
+                "RAY_AUTH_MODE=token; or, on a network that you trust, give "
+                "--allow-unauthenticated"
             )
         if not is_open:
             os.environ["RAY_AUTH_MODE"] = "token"
             close_token_file()
+        # Ray reads the authentication mode when this is imported.
         from ray.job_submission import JobSubmissionClient
 
         logging.getLogger("ray").setLevel(logging.WARNING)
         try:
             self.client = JobSubmissionClient(self.address)
-        except Exception as error:  # of several kinds, Ray's authentication errors among them
-            advice = (
-                "is the token right? (~/.ray/auth_token, or RAY_AUTH_TOKEN) " if not is_open else ""
-            )
+        # Ray raises several kinds, its authentication errors among them.
+        except Exception as error:
+            advice = ""
+            if not is_open:
+                advice = "is the token right? (~/.ray/auth_token, or RAY_AUTH_TOKEN) "
             raise UserError(f"--address {address}: {advice}{first_line(error)}") from None
 
     def submit(
         self, study: str, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> tuple[str, bool]:
-        """Submit ``mar run STUDY WORDS``, or join it where it is under way.
+        """Submit ``mar run STUDY ARGUMENTS``, or join it if it is running.
 
-        Returns its id and whether it is new.
+        Returns:
+            The job's id, and whether it is new.
         """
-        asked = json.dumps([study, *arguments])
-        base = f"mar-{Path(study).stem}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+        digest = hashlib.sha256(json.dumps([study, *arguments]).encode()).hexdigest()[:8]
+        base = f"mar-{Path(study).stem}-{digest}"
         earlier = [job for job in self.list() if job.job_id.rpartition("-run")[0] == base]
-        alive = next((job for job in earlier if job.status in ("PENDING", "RUNNING")), None)
-        if alive:
-            return alive.job_id, False
+        for job in earlier:
+            if job.status in ("PENDING", "RUNNING"):
+                return job.job_id, False
+        # Ray refuses an id that was used before.
         job_id = f"{base}-run{len(earlier) + 1}"
         with TemporaryDirectory() as folder:
             study_argument = _packed(study, Path(folder))
@@ -122,11 +124,12 @@ class Jobs:
                 self.client.submit_job(
                     entrypoint=f"python -m orchestration {line}",
                     submission_id=job_id,
-                    runtime_env={"working_dir": folder, "env_vars": _told(environment)},
+                    runtime_env={"working_dir": folder, "env_vars": _job_environment(environment)},
                     metadata={"study": Path(study).stem, "asked": json.dumps([study, *shown])},
                 )
             except RuntimeError as error:
-                if "already exists" in str(error):  # somebody was quicker
+                # Another submission of the same command was quicker.
+                if "already exists" in str(error):
                     return job_id, False
                 raise Failure(f"{self.address}: {first_line(error)}") from None
         return job_id, True
@@ -150,7 +153,8 @@ class Jobs:
                 print(lines, end="", flush=True)
 
         while True:
-            with suppress(RuntimeError):  # the connection was lost: look again
+            # If the connection is lost, the log is read again from its start.
+            with suppress(RuntimeError):
                 asyncio.run(tail())
             info: Any = self.client.get_job_info(job_id)
             if info.status.is_terminal():
@@ -172,12 +176,12 @@ class Jobs:
 
 
 def printable_arguments(arguments: Sequence[str], folder: Path) -> list[str]:
-    """Return the words as the cluster may show them, in its list of jobs and in its logs.
+    """Return the arguments as the cluster may show them, in its list of jobs and in its logs.
 
-    A webhook goes into a file.
+    A webhook is written into a file of the job's folder.
 
     Raises:
-        UserError: an address has a password in it, or a webhook is none.
+        UserError: an address contains a password, or a webhook is not an address.
     """
     shown: list[str] = []
     for word in arguments:
@@ -191,17 +195,16 @@ def printable_arguments(arguments: Sequence[str], folder: Path) -> list[str]:
         elif has_secrets(word):
             raise UserError(
                 f"{without_secrets(word)}: leave user and password out, the cluster shows a job's "
-                "command to whoever "
-                "asks. MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on each "
-                "node"
+                "command to everybody. MLflow reads MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD on each node"
             )
         else:
             shown.append(word)
     return shown
 
 
-def _told(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the job's environment: what was asked for, and where its code comes from."""
+def _job_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the job's environment: the given variables, and the commit of its code."""
     commit = {
         name: value
         for name, value in tags().items()
@@ -213,7 +216,8 @@ def _told(environment: Mapping[str, str]) -> dict[str, str]:
 def _packed(study: str, folder: Path) -> str:
     """Copy the code and the study's files into a folder.
 
-    Returns the study's place in it, or its name if it ships.
+    Returns:
+        The study's path in it, or its name if it ships with mar.
     """
     ignored = shutil.ignore_patterns(*_UNSHIPPED)
     for package in package_folders():
@@ -225,35 +229,42 @@ def _packed(study: str, folder: Path) -> str:
     own = [file for file in _files_of(path) if shipped not in file.parents]
     if not own:
         return study
+    # The files keep their relative paths: they name each other by them.
     root = Path(os.path.commonpath([file.parent for file in own]))
     for file in own:
         target = folder / "study" / file.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
-    return str(Path("study") / path.relative_to(root)) if path in own else study
+    if path not in own:
+        return study
+    return str(Path("study") / path.relative_to(root))
 
 
 def _files_of(path: Path) -> list[Path]:
-    """Return a study's or a recipe's file and all that it names, its own folder first."""
+    """Return a study's or a recipe's file and the files that it names, directly or not."""
     content = Document(path).content
-    labels = [
-        settings for axis in (content.get("axes") or {}).values() for settings in axis.values()
-    ]
-    named = [
-        content.get("recipe"),
-        content.get("extends"),
-        *((each or {}).get("recipe") for each in labels),
-    ]
+    named = [content.get("recipe"), content.get("extends")]
+    for labels in (content.get("axes") or {}).values():
+        named += [(settings or {}).get("recipe") for settings in labels.values()]
     files = [path.resolve()]
     for name in dict.fromkeys(each for each in named if isinstance(each, str)):
-        near = path.parent / name
-        files += _files_of(near if near.is_file() else find(name, "recipe"))
+        # A name is relative to the file that has it, or of a recipe that ships with mar.
+        file = path.parent / name
+        if not file.is_file():
+            file = find(name, "recipe")
+        files += _files_of(file)
     return files
 
 
 def _answers_without_a_token(address: str) -> bool:
+    """Whether a cluster lists its jobs to a request without a token.
+
+    Raises:
+        UserError: it does not answer as a dashboard does.
+    """
     try:
-        with urllib.request.urlopen(f"{address}/api/jobs/", timeout=_TIMEOUT_S):  # noqa: S310  (http or https: checked)
+        # The scheme was checked: http or https.
+        with urllib.request.urlopen(f"{address}/api/jobs/", timeout=_TIMEOUT_S):  # noqa: S310
             return True
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
@@ -272,27 +283,26 @@ def _is_loopback(address: str) -> bool:
 
 
 def _job(info: Any) -> Job:
-    began = (
-        ""
-        if not info.start_time
-        else time.strftime("%Y-%m-%d %H:%M", time.localtime(info.start_time / 1000))
-    )
-    end = info.end_time or time.time() * 1000
-    minutes = (end - info.start_time) / 60_000 if info.start_time else None
-    study = (info.metadata or {}).get("study", "")
+    """Return one of Ray's jobs as ours; its times are milliseconds since 1970."""
+    began = ""
+    minutes = None
+    if info.start_time:
+        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.start_time / 1000))
+        end = info.end_time or time.time() * 1000
+        minutes = (end - info.start_time) / 60_000
     return Job(
-        str(info.submission_id),
-        study,
-        str(info.status),
-        began,
-        minutes,
-        first_line(info.message or ""),
+        job_id=str(info.submission_id),
+        study=(info.metadata or {}).get("study", ""),
+        status=str(info.status),
+        began=began,
+        minutes=minutes,
+        message=first_line(info.message or ""),
     )
 
 
 def leave(job_id: str, address: str) -> None:
-    """Say how to come back to a job that runs on."""
+    """Print how to follow or stop a job that keeps running."""
     print(
-        f"\n{job_id} runs on. mar jobs follow {job_id} --address {address}; mar jobs stop …",
+        f"\n{job_id} keeps running. mar jobs follow {job_id} --address {address}; mar jobs stop …",
         file=sys.stderr,
     )

@@ -1,4 +1,4 @@
-"""What works here: each check does the thing itself and says what it saw."""
+"""What works on this machine: each check does the thing itself and reports what it saw."""
 
 from __future__ import annotations
 
@@ -39,19 +39,16 @@ def examine(launch: LaunchConfig) -> list[Finding]:
     for name, check in checks.items():
         try:
             findings.append(Finding(name, True, check()))
+        # Whatever the error is, it is the finding.
         except Exception as error:
-            findings.append(
-                Finding(
-                    name, False, str(error).strip().splitlines()[0] if str(error) else repr(error)
-                )
-            )
+            message = str(error).strip() or repr(error)
+            findings.append(Finding(name, False, message.splitlines()[0]))
     return findings
 
 
 def _packages() -> str:
-    return ", ".join(
-        f"{name} {version or 'missing'}" for name, version in package_versions().items()
-    )
+    versions = package_versions()
+    return ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
 
 
 def _devices() -> str:
@@ -88,11 +85,9 @@ def _tracking(launch: LaunchConfig) -> str:
 
 
 def _disk(launch: LaunchConfig) -> str:
-    folder = next(
-        parent
-        for parent in (launch.store.resolve(), *launch.store.resolve().parents)
-        if parent.exists()
-    )
+    # The store itself may not exist yet: its disk is that of its nearest parent.
+    store = launch.store.resolve()
+    folder = next(parent for parent in (store, *store.parents) if parent.exists())
     free_gib = shutil.disk_usage(folder).free / 2**30
     if free_gib < 1:
         raise Failure(f"{free_gib:.2f} GiB free at {folder}: too little for checkpoints")

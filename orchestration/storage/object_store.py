@@ -1,9 +1,9 @@
 """Object storage (``s3://``, ``gs://``) for clusters whose nodes share no disk.
 
-Every node then has a store of its own, under the same path; what others need of it is copied here,
-and from here. A folder that was sealed with a manifest is copied with the manifest last, so what
-has one here is whole. Addresses and keys come from where the provider's own tools find them
-(``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, …).
+Every node then has a local store under the same path, and what other nodes need is uploaded to the
+object store and downloaded from it. A folder with a manifest is uploaded with the manifest last: in
+the object store, a folder that has one is complete. Addresses and keys are read from where the
+provider's own tools find them (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, …).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _CHUNK_BYTES = 2**22
 
 
 class ObjectStore:
-    """A place in an object store; names in it are relative, as ``trials/KEY/result``.
+    """A folder in an object store; names in it are relative, as ``trials/KEY/result``.
 
     Raises:
-        UserError: the address is none.
+        UserError: the address is not one, or contains keys.
     """
 
     def __init__(self, uri: str) -> None:
@@ -40,10 +40,9 @@ class ObjectStore:
 
         if has_secrets(uri):
             raise UserError(
-                f"{without_secrets(uri)}: leave the keys out of the address, it is written into "
-                "logs: "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or whatever else the provider's own "
-                "tools read"
+                f"{without_secrets(uri)}: leave the keys out of the address, which is written into "
+                "logs. The provider's own variables are read: AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, …"
             )
         try:
             self.files, root = pyarrow.fs.FileSystem.from_uri(uri)
@@ -51,10 +50,11 @@ class ObjectStore:
             raise UserError(
                 f"--object-store {uri}: {error}; expected s3://bucket/folder or gs://bucket/folder"
             ) from None
-        self.uri, self.root = uri, str(root).rstrip("/")
+        self.uri = uri
+        self.root = str(root).rstrip("/")
 
     def upload(self, file: Path, name: str) -> None:
-        """Copy a file there, whole or not at all."""
+        """Upload a file: as a whole or not at all."""
         with (
             self._explained(name),
             file.open("rb") as source,
@@ -63,13 +63,12 @@ class ObjectStore:
             shutil.copyfileobj(source, target, _CHUNK_BYTES)
 
     def download(self, name: str, file: Path) -> bool:
-        """Copy a file from there, whole or not at all; false where there is none."""
+        """Download a file, as a whole or not at all; false if it does not exist."""
         if not self.exists(name):
             return False
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(
-            f".{file.name}.{os.getpid()}.pulled"
-        )  # workers of a node share its disk
+        # Workers of a node share its disk: each has its own unfinished file.
+        unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
         with self._explained(name), self.files.open_input_stream(self._at(name)) as source:
             with unfinished.open("wb") as target:
                 shutil.copyfileobj(source, target, _CHUNK_BYTES)
@@ -77,113 +76,108 @@ class ObjectStore:
         return True
 
     def upload_dir(self, folder: Path, name: str) -> None:
-        """Copy a folder's files there, its manifest last."""
+        """Upload a folder's files, the manifest last: it marks a complete folder."""
         files = [file for file in folder.rglob("*") if file.is_file()]
-        for file in sorted(files, key=lambda each: (each.name == MANIFEST, str(each))):
+        files.sort(key=lambda file: (file.name == MANIFEST, str(file)))
+        for file in files:
             self.upload(file, f"{name}/{file.relative_to(folder)}")
 
     def download_dir(self, name: str, folder: Path) -> bool:
-        """Have here the sealed folder that is there, verified.
-
-        False where there is no whole one.
-        """
+        """Download a folder with a manifest, verified; false if there is no complete one."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / ".pulling"):  # workers of one node share its disk
-            unfinished = folder.with_name(f".{folder.name}.pulled")
+        # Workers of one node share its disk.
+        with FileLock(folder.parent / ".downloading"):
+            unfinished = folder.with_name(f".{folder.name}.downloading")
             shutil.rmtree(unfinished, ignore_errors=True)
             if not self.download(f"{name}/{MANIFEST}", unfinished / MANIFEST):
                 return False
-            if (
-                _is_whole(folder)
-                and (folder / MANIFEST).read_bytes() == (unfinished / MANIFEST).read_bytes()
-            ):
+            if _is_complete(folder) and _has_same_manifest(folder, unfinished):
                 shutil.rmtree(unfinished)
                 return True
             try:
                 for each in self.names(name):
                     self.download(f"{name}/{each}", below(unfinished, each))
-                is_whole = _is_whole(unfinished)
-                if is_whole:
+                is_complete = _is_complete(unfinished)
+                if is_complete:
                     shutil.rmtree(folder, ignore_errors=True)
                     unfinished.rename(folder)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            return is_whole
+            return is_complete
 
     def download_missing(self, name: str, folder: Path) -> int:
-        """Copy those files of a folder that are not here, or here with another size.
+        """Download those files of a folder that the disk lacks, or has in another size.
 
-        Returns how many.
+        Returns:
+            How many they were.
         """
-        here = {
-            str(file.relative_to(folder)): file.stat().st_size
-            for file in folder.rglob("*")
-            if file.is_file()
-        }
-        wanted = {
-            each: below(folder, each)
-            for each, size in self._sizes(name).items()
-            if here.get(each) != size
-        }
-        for each, file in wanted.items():
-            self.download("/".join(part for part in (name, each) if part), file)
-        return len(wanted)
+        local: dict[str, int] = {}
+        for file in folder.rglob("*"):
+            if file.is_file():
+                local[str(file.relative_to(folder))] = file.stat().st_size
+        remote = self._sizes(name)
+        missing = [each for each, size in remote.items() if local.get(each) != size]
+        for each in missing:
+            self.download(_joined(name, each), below(folder, each))
+        return len(missing)
 
     def upload_missing(self, folder: Path, name: str) -> int:
-        """Copy those files of a folder that are not there, or there with another size.
+        """Upload those files of a folder that the object store lacks, or has in another size.
 
-        Returns how many.
+        Hidden files, which are unfinished ones, are left out.
+
+        Returns:
+            How many they were.
         """
-        there = self._sizes(name)
-        files = [
-            file
-            for file in sorted(folder.rglob("*"))
-            if file.is_file() and not file.name.startswith(".")
-        ]
-        wanted = [
-            file
-            for file in files
-            if there.get(str(file.relative_to(folder))) != file.stat().st_size
-        ]
-        for file in wanted:
-            self.upload(
-                file, "/".join(part for part in (name, str(file.relative_to(folder))) if part)
-            )
-        return len(wanted)
+        remote = self._sizes(name)
+        num_uploaded = 0
+        for file in sorted(folder.rglob("*")):
+            if not file.is_file() or file.name.startswith("."):
+                continue
+            each = str(file.relative_to(folder))
+            if remote.get(each) != file.stat().st_size:
+                self.upload(file, _joined(name, each))
+                num_uploaded += 1
+        return num_uploaded
 
     def names(self, name: str) -> list[str]:
-        """Return what is directly in a folder."""
+        """Return the names of the files and folders directly in a folder."""
         return sorted({each.split("/")[0] for each in self._sizes(name)})
 
     def complete_dirs(self, name: str) -> set[str]:
-        """Return the folders directly in a folder that are whole: those with a manifest."""
-        return {
-            each.split("/")[0] for each in self._sizes(name) if each.split("/")[1:] == [MANIFEST]
-        }
+        """Return the complete folders directly in a folder: those with a manifest."""
+        found: set[str] = set()
+        for each in self._sizes(name):
+            first, _, rest = each.partition("/")
+            if rest == MANIFEST:
+                found.add(first)
+        return found
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether a file exists."""
         import pyarrow.fs
 
         with self._explained(name):
             return self.files.get_file_info(self._at(name)).type == pyarrow.fs.FileType.File
 
     def touch(self, name: str) -> None:
-        """Make an empty file."""
+        """Create an empty file."""
         with self._explained(name), self.files.open_output_stream(self._at(name)):
             pass
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder, if there is one."""
+        """Remove a file or a folder, if it exists."""
         with suppress(FileNotFoundError), self._explained(name):
             if self.exists(name):
                 self.files.delete_file(self._at(name))
             else:
-                for each in (MANIFEST, *self._sizes(name)):  # what has no manifest is not whole
+                # The manifest first: a folder without one is not complete, so nobody reads it.
+                for each in (MANIFEST, *self._sizes(name)):
                     if self.exists(f"{name}/{each}"):
                         self.files.delete_file(self._at(f"{name}/{each}"))
 
     def _sizes(self, name: str) -> dict[str, int]:
+        """Return the files below a folder, by their relative names, with their sizes in bytes."""
         import pyarrow.fs
 
         path = self._at(name)
@@ -194,7 +188,7 @@ class ObjectStore:
         return {str(each.path).removeprefix(f"{path}/"): int(each.size) for each in files}
 
     def _at(self, name: str) -> str:
-        return f"{self.root}/{name}" if name else self.root
+        return _joined(self.root, name)
 
     @contextmanager
     def _explained(self, name: str) -> Generator[None]:
@@ -208,7 +202,13 @@ class ObjectStore:
             ) from None
 
 
-def _is_whole(folder: Path) -> bool:
+def _joined(folder: str, name: str) -> str:
+    """Return a name in a folder; either may be empty."""
+    return "/".join(part for part in (folder, name) if part)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder on the disk has all files of its manifest, unchanged."""
     try:
         read_atomic_dir(folder)
     except Failure:
@@ -216,7 +216,11 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
+def _has_same_manifest(one: Path, other: Path) -> bool:
+    return (one / MANIFEST).read_bytes() == (other / MANIFEST).read_bytes()
+
+
 @lru_cache(maxsize=8)
 def open_object_store(uri: str) -> ObjectStore:
-    """Return the remote at an address; one for all that a process does there."""
+    """Return the object store at an address; opened once in a process."""
     return ObjectStore(uri)

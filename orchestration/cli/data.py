@@ -50,13 +50,23 @@ def data_make(
     """Make a set of H.264 videos in which only motion tells the class."""
     from mar.data.motion_verbs import DIFFICULTIES, make
 
-    given: dict[str, Any] = {"size": size, "frames": frames, "classes": classes, "train": train}
-    given |= {"validation": validation, "clutter": clutter, "shake": shake}
+    given: dict[str, Any] = {
+        "size": size,
+        "frames": frames,
+        "classes": classes,
+        "train": train,
+        "validation": validation,
+        "clutter": clutter,
+        "shake": shake,
+    }
+    # What is not given is as the difficulty has it.
     chosen = {name: value for name, value in given.items() if value is not None}
     options = replace(DIFFICULTIES[difficulty], seed=seed, **chosen)
     with _bar("videos") as advance:
         made = make(folder, options, advance)
-    outcome = f"made in {folder}" if made else f"is in {folder} already"
+    outcome = f"is in {folder} already"
+    if made:
+        outcome = f"made in {folder}"
     print(
         f"{kind}: {options.train} training and {options.validation} validation videos of "
         f"{options.classes} classes {outcome}"
@@ -82,9 +92,10 @@ def data_check(
         report = check_data(settings.data, settings.clip, processes, advance)
     if output:
         write_findings(report, output)
-    print(
-        json.dumps(asdict(report), indent=1, ensure_ascii=False) if as_json else report_text(report)
-    )
+    if as_json:
+        print(json.dumps(asdict(report), indent=1, ensure_ascii=False))
+    else:
+        print(report_text(report))
     if not report.is_sound:
         sys.exit(1)
 
@@ -157,7 +168,7 @@ def data_pack(
                 f"{folder}: damaged: {', '.join(damaged)}; remove them and their .json, and pack "
                 "again"
             )
-        print("every shard is what was written")
+        print("every shard is unchanged")
     if object_store:
         from orchestration.storage.object_store import open_object_store
         from orchestration.storage.trial_sync import push_cache

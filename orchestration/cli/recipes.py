@@ -20,7 +20,10 @@ def show(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = Fals
 
     tree = read_recipe(recipe, overrides or []).model_dump(mode="json")
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=None)
-    print(json.dumps(tree, indent=1, ensure_ascii=False) if as_json else text.rstrip())
+    if as_json:
+        print(json.dumps(tree, indent=1, ensure_ascii=False))
+    else:
+        print(text.rstrip())
 
 
 def diff(
@@ -41,7 +44,10 @@ def diff(
     for each, (one, other) in zip(found, values, strict=True):
         columns = (f"{each.setting:<{width}}", f"{one:>{widths[0]}}", f"{other:>{widths[1]}}")
         print("  ".join([*columns, each.reason]).rstrip())
-    print(f"{len(found)} settings differ" if found else "equal: no setting differs")
+    if found:
+        print(f"{len(found)} settings differ")
+    else:
+        print("equal: no setting differs")
 
 
 def cost(
@@ -68,11 +74,10 @@ def cost(
         from orchestration.reporting.paper_costs import cost_frame, write_page
 
         text = write_page(output)
-        print(
-            cost_frame().to_json(orient="records", indent=1, force_ascii=False)
-            if as_json
-            else output or text
-        )
+        if as_json:
+            print(cost_frame().to_json(orient="records", indent=1, force_ascii=False))
+        else:
+            print(output or text)
         return
     if recipe is None:
         raise UserError("cost: which recipe? (or --paper, for the paper's figures beside ours)")
@@ -83,12 +88,14 @@ def cost(
 
     settings = read_recipe(recipe, overrides or [])
     figures: dict[str, float | int] = asdict(cost_of(settings))
-    units = {"gflops": "GFLOPs a view, inference", "train_gflops": "GFLOPs a clip, training step"}
-    units |= {
+    units = {
+        "gflops": "GFLOPs a view, inference",
+        "train_gflops": "GFLOPs a clip, training step",
         "params_m": "M parameters",
         "train_params_m": "M parameters with the reconstruction branch",
+        "tokens": "tokens a clip",
+        "visible_tokens": "visible tokens a clip, in testing",
     }
-    units |= {"tokens": "tokens a clip", "visible_tokens": "visible tokens a clip, in testing"}
     if memory:
         from mar.training.memory import peak_training_memory_gib
 
@@ -96,13 +103,15 @@ def cost(
         units["peak_training_gib"] = (
             f"GiB at the peak of training, {batch_size} clips a step, measured here"
         )
-    lines = (
-        f"{value:>10.2f}  {units[name]}"
-        if isinstance(value, float)
-        else f"{value:>10d}  {units[name]}"
-        for name, value in figures.items()
-    )
-    print(json.dumps(figures, indent=1) if as_json else "\n".join(lines))
+    if as_json:
+        print(json.dumps(figures, indent=1))
+        return
+    for name, value in figures.items():
+        # Tokens are counted, the others are rounded.
+        digits = 0
+        if isinstance(value, float):
+            digits = 2
+        print(f"{value:>10.{digits}f}  {units[name]}")
 
 
 def mask(
@@ -121,6 +130,7 @@ def mask(
     if as_json:
         print(json.dumps({name: hidden.int().tolist() for name, hidden in masks.items()}))
         return
-    chosen, file = settings.mask, output or Path("mask.png")
+    chosen = settings.mask
+    file = output or Path("mask.png")
     draw_masks(masks, f"{chosen.strategy} {chosen.motion}, {chosen.ratio:.0%} hidden (dark)", file)
     print(file)

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from orchestration.tracking.store import Store
 
 
-def _links(address: str, store: Store) -> list[str]:
-    return [f"  {study:<34} {address}{page}" for study, page in store.pages().items()]
+def _print_links(address: str, store: Store) -> None:
+    """Print each study's page on a server."""
+    for study, page in store.pages().items():
+        print(f"  {study:<34} {address}{page}")
+    # The server that follows prints for itself.
+    sys.stdout.flush()
 
 
 def ui(
@@ -38,18 +42,13 @@ def ui(
             f"--store {store}: no tracking store there yet; `mar run quickstart` makes one"
         )
     if tracking_uri and tracking_uri.startswith("http"):
-        links = _links(without_secrets(tracking_uri), Store(launch))
-        print(
-            f"the store is a server already: open {without_secrets(tracking_uri)}", *links, sep="\n"
-        )
+        shown = without_secrets(tracking_uri)
+        print(f"the store is a server already: open {shown}")
+        _print_links(shown, Store(launch))
         return
     address = f"http://127.0.0.1:{port}"
-    print(
-        f"MLflow at {address} (stop with Ctrl-C)",
-        *_links(address, Store(launch)),
-        sep="\n",
-        flush=True,
-    )
+    print(f"MLflow at {address} (stop with Ctrl-C)")
+    _print_links(address, Store(launch))
     command, environment = serve(launch, port)
     sys.exit(subprocess.call([sys.executable, "-m", *command], env=environment))  # noqa: S603
 
@@ -68,8 +67,8 @@ def recover(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None
     for damage in found.damaged:
         print(f"damaged    {damage}")
     print(
-        f"{len(found.names)} recovered, {found.num_known} known before, {len(found.damaged)} "
-        "damaged"
+        f"{len(found.names)} recovered, {found.num_known} known before, "
+        f"{len(found.damaged)} damaged"
     )
     if found.damaged:
         sys.exit(1)
@@ -90,6 +89,9 @@ def doctor(
         print(json.dumps([vars(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
-            print(f"{'ok  ' if finding.works else 'FAIL'}  {finding.name:<15} {finding.message}")
+            outcome = "FAIL"
+            if finding.works:
+                outcome = "ok"
+            print(f"{outcome:<4}  {finding.name:<15} {finding.message}")
     if not all(finding.works for finding in findings):
         sys.exit(1)

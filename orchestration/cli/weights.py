@@ -66,16 +66,16 @@ def weights_convert(
 
     weights = read_weights(source)
     settings = model_settings(weights, parse_overrides(overrides or []))
-    left = (
-        write_hugging_face(folder, weights, settings)
-        if to == "huggingface"
-        else write_model(folder, weights, settings)
-    )
+    left_out: list[str] = []
+    if to == "huggingface":
+        left_out = write_hugging_face(folder, weights, settings)
+    else:
+        write_model(folder, weights, settings)
     print(contents(weights))
-    if left:
+    if left_out:
         print(
-            f"left out   {len(left)} tensors that this format has no place for, the first: "
-            f"{printable(left[0])}"
+            f"left out   {len(left_out)} tensors that this format has no place for, the first: "
+            f"{printable(left_out[0])}"
         )
     print(f"written    {folder}")
 
@@ -99,6 +99,7 @@ def weights_export(
     print(f"onnxruntime and PyTorch differ by at most {difference:.1e} on two random clips")
 
 
+_SHOWN_CLASSES = 5
 _TEST_SETTINGS = ("data", "clip", "mask", "evaluation")
 
 
@@ -127,27 +128,28 @@ def evaluate(
     from orchestration.studies.recipe import parse_overrides, recipe_tree
 
     changes = parse_overrides(overrides or [])
-    shared = (
-        {name: tree for name, tree in recipe_tree(recipe).items() if name in _TEST_SETTINGS}
-        if recipe
-        else {}
-    )
+    shared: dict[str, Any] = {}
+    if recipe:
+        tree = recipe_tree(recipe)
+        shared = {name: tree[name] for name in _TEST_SETTINGS if name in tree}
     settings, trained, _ = read_model(model, shared, changes)
     videos = read_split(settings.data, "val")
     predictions = _tested(trained, settings, videos, default_device())
     metrics = predictions.metrics("test")
     if output:
         write_predictions(predictions, videos, output)
+    if as_json:
+        print(json.dumps(metrics, indent=1))
+        return
+    views = settings.evaluation
     summary = (
         f"top-1 {metrics['test/top1']:.2f} %, top-5 {metrics['test/top5']:.2f} % of "
-        f"{len(predictions.labels)} videos"
+        f"{len(predictions.labels)} videos ({views.clips} clips × {views.crops} crops, "
+        f"{settings.test_ratio:.0%} hidden)"
     )
-    broken = f"; {len(predictions.broken)} more could not be decoded" if predictions.broken else ""
-    views = (
-        f"{settings.evaluation.clips} clips × {settings.evaluation.crops} crops, "
-        f"{settings.test_ratio:.0%} hidden"
-    )
-    print(json.dumps(metrics, indent=1) if as_json else f"{summary} ({views}){broken}")
+    if predictions.broken:
+        summary += f"; {len(predictions.broken)} more could not be decoded"
+    print(summary)
 
 
 def predict(
@@ -183,27 +185,15 @@ def predict(
     settings, trained, known = read_model(
         model, {"data.cache": None}, parse_overrides(setting or [])
     )
-    names = labels.read_text(encoding="utf-8").splitlines() if labels else list(known)
+    names = list(known)
+    if labels:
+        names = labels.read_text(encoding="utf-8").splitlines()
     listed = [Video(str(path), path, 0) for path in videos]
     predictions = _tested(trained, settings, listed, default_device())
-    best = predictions.probabilities.topk(min(5, predictions.probabilities.shape[1]), dim=1)
-    scores = {
-        listed[video].name: {
-            names[label] if label < len(names) else str(label): round(share, 4)
-            for label, share in zip(
-                best.indices[row].tolist(), best.values[row].tolist(), strict=True
-            )
-        }
-        for row, video in enumerate(predictions.videos.tolist())
-    }
+    scores = _most_probable(predictions, listed, names)
     if as_json:
-        print(
-            json.dumps(
-                {"predictions": scores, "broken": list(predictions.broken)},
-                indent=1,
-                ensure_ascii=False,
-            )
-        )
+        payload = {"predictions": scores, "broken": list(predictions.broken)}
+        print(json.dumps(payload, indent=1, ensure_ascii=False))
     else:
         for video, shares in scores.items():
             text = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
@@ -212,6 +202,28 @@ def predict(
         raise Failure(
             f"{len(predictions.broken)} could not be decoded; the first: {predictions.broken[0]}"
         )
+
+
+def _most_probable(
+    predictions: Any, videos: list[Any], names: list[str]
+) -> dict[str, dict[str, float]]:
+    """Return each video's most probable classes, with their probabilities.
+
+    A class without a name is called by its number.
+    """
+    count = min(_SHOWN_CLASSES, predictions.probabilities.shape[1])
+    best = predictions.probabilities.topk(count, dim=1)
+    scores: dict[str, dict[str, float]] = {}
+    for row, video in enumerate(predictions.videos.tolist()):
+        shares: dict[str, float] = {}
+        labels = best.indices[row].tolist()
+        for label, share in zip(labels, best.values[row].tolist(), strict=True):
+            name = str(label)
+            if label < len(names):
+                name = names[label]
+            shares[name] = round(share, 4)
+        scores[videos[video].name] = shares
+    return scores
 
 
 def reconstruct(

@@ -101,6 +101,10 @@ def _to_ray(report: EpochReport) -> dict[str, Any]:
 
 
 def _from_ray(values: Mapping[str, Any], is_replay: bool) -> EpochReport:
-    # Ray adds entries of its own; a metric of ours has a slash in its name.
-    metrics = {name: float(value) for name, value in values.items() if "/" in name}
+    # A metric of ours is a number with a slash in its name. Ray adds entries of its own, and gives
+    # schedulers the trial's configuration too, with names like "config/spec/key".
+    metrics: dict[str, float] = {}
+    for name, value in values.items():
+        if "/" in name and not name.startswith("config/"):
+            metrics[name] = float(value)
     return EpochReport(int(values["epoch"]), metrics, is_replay, bool(values.get("is_final")))

@@ -1,8 +1,11 @@
-"""The command, run in the test's own process: loading Ray and MLflow anew takes seconds."""
+"""The command: in the test's own process (``here``) or in one of its own (``begin``, ``end``)."""
 
 import contextlib
 import io
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -37,3 +40,35 @@ def run_mar(workdir: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
     finally:
         sys.argv = before
     return output.getvalue(), errors.getvalue()
+
+
+BIN = Path(sys.executable).parent
+
+
+def begin(workdir: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [BIN / "mar", *arguments],
+        cwd=workdir,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen[str], code: int) -> str:
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def wait_for(there: Callable[[], object], timeout_s: float = 60) -> None:
+    until = time.monotonic() + timeout_s
+    while not there():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.05)
+
+
+def here(workdir: Path, *arguments: str, code: int = 0) -> str:
+    """Run the command in ``place``; return its errors and what it printed, of JSON that alone."""
+    output, errors = run_mar(workdir, *arguments, code=code)
+    return output if "--json" in arguments else errors + output

@@ -64,6 +64,13 @@ def tiny_tree(root: Path) -> dict[str, Any]:
     }
 
 
+TINY_STUDY = """\
+title: Tiny
+recipe: recipe.yaml
+axes: {ρ: {50 %: {}, 75 %: {mask.ratio: 0.75}}}
+table: {columns: [top1]}
+"""
+
 BUCKET = "s3://bucket"
 
 
@@ -100,7 +107,13 @@ def tiny(videos: Path) -> Callable[..., TrainingConfig]:
     return settings
 
 
-_WITH_RAY = ("test_run.py", "test_chaos.py", "test_ray_cluster.py", "test_cluster_faults.py")
+_WITH_RAY = (
+    "test_backends.py",
+    "test_run.py",
+    "test_chaos.py",
+    "test_ray_cluster.py",
+    "test_cluster_faults.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

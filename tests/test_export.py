@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from test_pretrained import classifying, clips, pretraining, saved
+from checkpoints_of_others import classifying, clips, pretraining, saved
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 from mar.config.overrides import build, merge, without_paths

@@ -22,9 +22,9 @@ import psutil
 import pytest
 import torch
 import yaml
-from commands import loaders_of
+from commands import BIN, begin, end, here, loaders_of, wait_for
+from conftest import TINY_STUDY as STUDY
 from conftest import tiny_tree
-from test_run import mar as here
 
 from mar.atomic_dir import write_atomic_dir, write_text
 from mar.config.schema import TrainingConfig
@@ -42,15 +42,8 @@ from orchestration.tracking.store import Store
 from orchestration.worker import retry_policy, trial_runner
 from orchestration.worker.spec import build_trial_spec
 
-BIN = Path(sys.executable).parent
 _ROOM_MIB = 13 * 1024
 """Half the batch of the test below asks for 8 GiB, the whole for 16; all else takes less than 4."""
-STUDY = """\
-title: Tiny
-recipe: recipe.yaml
-axes: {ρ: {50 %: {}, 75 %: {mask.ratio: 0.75}}}
-table: {columns: [top1]}
-"""
 
 
 @pytest.fixture
@@ -60,35 +53,12 @@ def workdir(tmp_path: Path, videos: Path) -> Path:
     return tmp_path
 
 
-def begin(workdir: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [BIN / "mar", *arguments],
-        cwd=workdir,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def end(process: subprocess.Popen[str], code: int) -> str:
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode == code, output
-    return output
-
-
 def mar(workdir: Path, *arguments: str, code: int = 0) -> str:
     return end(begin(workdir, *arguments), code)
 
 
 def records(workdir: Path, store: str = "mar_store") -> list[RunRecord]:
     return Store(LaunchConfig(store=workdir / store)).trials()
-
-
-def wait_for(there: Callable[[], object], timeout_s: float = 60) -> None:
-    until = time.monotonic() + timeout_s
-    while not there():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.05)
 
 
 def losses(workdir: Path, store: str) -> dict[str, list[tuple[int, float]]]:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import tiny_tree
 from sklearn.metrics import confusion_matrix
-from test_results import STUDY, Run, runs
+from study_runs import STUDY, Run, runs
 
 from mar.errors import Failure, UserError
 from orchestration.reporting import training_figures

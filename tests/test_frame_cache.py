@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from filelock import FileLock
-from test_train import assert_same_weights, train
+from trainings import assert_same_weights, train
 
 from mar.config.schema import DataConfig, TrainingConfig
 from mar.data.annotations import fingerprint, read_split

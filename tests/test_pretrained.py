@@ -16,13 +16,12 @@ import pytest
 import timm
 import torch
 import transformers
+from checkpoints_of_others import classifying, clips, pretraining, randomised, saved, theirs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    VideoMAEConfig,
-    VideoMAEForPreTraining,
     VideoMAEForVideoClassification,
     VideoMAEModel,
 )
@@ -36,53 +35,7 @@ from mar.model.mar import MAR, split_indices
 from mar.weights.hub import ABSENT, fetch, fingerprint, locate
 from mar.weights.pretrained import check_start, load, model_settings, read_weights, start
 
-SIZES: dict[str, Any] = {
-    "image_size": 64,
-    "num_frames": 4,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 192,
-    "decoder_hidden_size": 24,
-    "decoder_num_hidden_layers": 2,
-    "decoder_num_attention_heads": 4,
-    "decoder_intermediate_size": 96,
-    "layer_norm_eps": 1e-6,
-}
 transformers.utils.logging.disable_progress_bar()
-
-
-def randomised(model: nn.Module) -> Any:
-    """Random everywhere, norms and biases too.
-
-    Ε as the official models have it, where transformers fixes another.
-    """
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    for part in model.modules():
-        if isinstance(part, nn.LayerNorm):
-            part.eps = 1e-6
-    return model.eval()
-
-
-def theirs(kind: Any, **overrides: Any) -> Any:
-    torch.manual_seed(0)
-    return randomised(kind(VideoMAEConfig(**{**SIZES, **overrides})))
-
-
-def pretraining(**overrides: Any) -> Any:
-    return theirs(VideoMAEForPreTraining, use_mean_pooling=False, **overrides)
-
-
-def classifying(**overrides: Any) -> Any:
-    return theirs(VideoMAEForVideoClassification, use_mean_pooling=True, num_labels=5, **overrides)
-
-
-def saved(model: Any, folder: Path) -> str:
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 def ours(name: str, overrides: dict[str, Any] | None = None) -> tuple[MAR, TrainingConfig]:
@@ -93,19 +46,6 @@ def ours(name: str, overrides: dict[str, Any] | None = None) -> tuple[MAR, Train
     has = {name.split(".")[0] for name in weights.tensors}
     load(model, weights, settings, [f"{part}." for part in has])
     return model, settings
-
-
-def clips() -> tuple[Tensor, Tensor]:
-    """Pixels from 0 to 1, axes B, C, T, H, W.
-
-    And as transformers wants them, normalised, axes B, T, C, H, W.
-    """
-    pixels = torch.rand(2, 3, 4, 64, 64, generator=torch.Generator().manual_seed(1))
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1, 1)
-        for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-    return pixels, ((pixels - mean) / std).transpose(1, 2)
 
 
 def random_mask(num_hidden: int = 20) -> Tensor:

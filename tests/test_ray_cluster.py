@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 from conftest import tiny_tree
-from test_remote import Server
+from servers import Server
 
 from orchestration.cli.app import main
 from orchestration.config import LaunchConfig

@@ -1,21 +1,19 @@
 """An object store (a real S3 server) and a tracking server, for nodes that share no disk."""
 
-import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import begin, end, wait_for
+from commands import here as mar
 from conftest import BUCKET, tiny_tree
-from test_faults import STUDY, begin, end, wait_for
-from test_run import mar
+from conftest import TINY_STUDY as STUDY
+from servers import Server
 
 from mar.errors import Failure, UserError
 from orchestration.config import LaunchConfig
@@ -89,7 +87,7 @@ def test_a_trial_goes_on_from_the_object_store_on_a_machine_with_an_empty_disk(
     shutil.rmtree(workdir / "mar_store" / "trials")
     mar(workdir, *arguments, "--keep", "every=20")
     log = (workdir / "mar_store" / "trials" / key / "logs" / "worker0.txt").read_text()
-    assert f"{there} fetched from {BUCKET}/store" in log
+    assert f"{there} downloaded from {BUCKET}/store" in log
     store = Store(LaunchConfig(store=workdir / "mar_store"))
     (record,) = store.trials()
     output = [
@@ -137,46 +135,6 @@ def test_a_frame_cache_is_fetched_to_where_the_training_is(workdir: Path) -> Non
     ]
     assert "✓ 50 %" in mar(workdir, *arguments, "--cache-from", f"{BUCKET}/cache")
     assert list((workdir / "cache").glob("*.bin"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Server:
-    """An MLflow server over HTTP: a database, and artifacts in the object store or elsewhere."""
-
-    def __init__(self, folder: Path, artifacts: str | None = None) -> None:
-        self.port, self.folder = free_port(), folder
-        self.artifacts = artifacts or f"{BUCKET}/artifacts"
-        self.address = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        arguments = ["server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        arguments += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
-        with (self.folder / "server.log").open("a") as log:
-            self.process = subprocess.Popen(
-                [BIN / "mlflow", *arguments, "--artifacts-destination", self.artifacts],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        wait_for(self.answers, timeout_s=120)
-
-    def answers(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return True
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):  # it was killed before
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture

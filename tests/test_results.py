@@ -2,7 +2,6 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import yaml
 from conftest import tiny_tree
 from safetensors.torch import save_file
 from scipy import stats
+from study_runs import STUDY, Run, runs
 
 from mar.errors import Failure
 from mar.evaluation.correctness import CORRECTNESS, write_correctness
@@ -41,34 +41,11 @@ from orchestration.studies.matching import match
 from orchestration.studies.plan import plan_json, plan_text, plan_trials
 from orchestration.studies.trial import Study
 
-STUDY = """\
-title: "Mask ratio & 100 %"
-recipe: recipe.yaml
-seeds: [0, 1]
-axes:
-  ρ:
-    50 %: {mask.ratio: 0.5}
-    75 %: {mask.ratio: 0.75}
-paper:
-  top1: {75 %: 69.46}
-table: {columns: [top1, gflops]}
-figure: {kind: points, x: gflops, y: [top1], chance: true}
-"""
 CLAIMS = """\
 claims:
   Less hidden is better: [50 % > 75 %]
   More hidden is better: [75 % > 50 %]
 table: {columns: [top1], reference: 50 %}"""
-
-
-@dataclass
-class Run:
-    identity: str
-    metrics: dict[str, float]
-    status: str = "FINISHED"
-    weights: str | None = None
-    run_id: str = field(default="run")
-    has_model: bool = True
 
 
 def no_result(run: Run, name: str) -> Path:
@@ -80,14 +57,6 @@ def study(tmp_path: Path, videos: Path) -> Study:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
     (tmp_path / "study.yaml").write_text(STUDY)
     return read_study(str(tmp_path / "study.yaml"))
-
-
-def runs(study: Study, *top1: float) -> list[Run]:
-    values = zip(study.trials, top1, strict=False)
-    return [
-        Run(trial.identity, {"test/top1": value, "throughput/clips_per_s": 50.0})
-        for trial, value in values
-    ]
 
 
 def test_a_cell_has_the_mean_and_the_t_interval_of_its_seeds(study: Study) -> None:

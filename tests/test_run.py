@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from commands import loaders_of, run_mar
+from commands import here as mar
+from commands import loaders_of
 from conftest import tiny_tree
 
 from mar.config.schema import TrainingConfig
@@ -94,12 +95,6 @@ def no_orphans() -> Iterator[None]:
             process.kill()
 
 
-def mar(workdir: Path, *arguments: str, code: int = 0) -> str:
-    """Run the command in ``place``; return its errors and what it printed, of JSON that alone."""
-    output, errors = run_mar(workdir, *arguments, code=code)
-    return output if "--json" in arguments else errors + output
-
-
 def trial_runs(workdir: Path, store: str = "mar_store") -> list[RunRecord]:
     records = Store(LaunchConfig(store=workdir / store)).trials()
     return sorted(records, key=lambda record: record.tags["mar.labels"])
@@ -112,29 +107,6 @@ def learnt(record: RunRecord) -> dict[str, float]:
         for name, value in record.metrics.items()
         if not name.startswith(("time/", "throughput/"))
     }
-
-
-@pytest.mark.usefixtures("cluster")
-def test_the_same_settings_give_the_same_numbers_on_every_backend(workdir: Path) -> None:
-    backends = {
-        "plain": ["--backend", "local"],
-        "inline": ["--backend", "inline"],
-        "workers": ["--backend", "train"],
-    }
-    numbers: dict[str, list[dict[str, float]]] = {}
-    for name, arguments in backends.items():
-        output = mar(workdir, "run", "tiny.yaml", "--store", name, "--filter", "ρ=50 %", *arguments)
-        assert "| 50 % |" in output
-        runs = trial_runs(workdir, name)
-        assert [run.status for run in runs] == ["FINISHED"]
-        numbers[name] = [learnt(run) for run in runs]
-    assert numbers["plain"] == numbers["inline"] == numbers["workers"]
-
-    mar(workdir, "run", "tiny.yaml", "--store", "two", "--workers", "2", "--filter", "ρ=50 %")
-    together = trial_runs(workdir, "two")[0].metrics
-    assert together["test/num_videos"] == 8
-    # dropout is drawn by each worker, so two workers' numbers are near, not equal
-    assert together["train/loss"] == pytest.approx(numbers["plain"][0]["train/loss"], rel=0.1)
 
 
 def test_mlflow_remembers_the_study_its_trials_and_what_they_left(workdir: Path) -> None:

@@ -523,8 +523,8 @@ def test_the_stores_pages_answer_to_this_machines_names_alone(tmp_path: Path) ->
     import urllib.error
     import urllib.request
 
-    from test_faults import wait_for
-    from test_remote import free_port
+    from commands import wait_for
+    from servers import free_port
 
     from orchestration.tracking.embedded import serve
 

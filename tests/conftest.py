@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,24 @@ def tiny(videos: Path) -> Callable[..., TrainingConfig]:
         return build(merge(tiny_tree(videos), overrides or {}))
 
     return settings
+
+
+@contextmanager
+def shared_ray() -> Iterator[None]:
+    """A Ray for several tests: what they run finds it, as a second study in one process would."""
+    from orchestration.backends.ray_env import ray_environment
+    from orchestration.backends.ray_session import ray_session
+    from orchestration.config import LaunchConfig
+
+    before = dict(os.environ)
+    os.environ.update(ray_environment(LaunchConfig()))
+    try:
+        with ray_session(LaunchConfig()):
+            yield
+    finally:
+        # The next file's tests start Ray clusters of their own, with another environment.
+        os.environ.clear()
+        os.environ.update(before)
 
 
 _WITH_RAY = (

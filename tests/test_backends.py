@@ -1,13 +1,12 @@
 """What every backend must do, whatever runs its trials: one suite for all of them."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import tiny_tree
+from conftest import shared_ray, tiny_tree
 
 from mar.config.overrides import build, merge
 from mar.config.schema import TrainingConfig
@@ -15,23 +14,20 @@ from mar.errors import UserError
 from mar.safe_input import read_json
 from mar.training.reports import EpochReport
 from orchestration.backends import local, ray_tune
-from orchestration.backends.ray_env import ray_environment
-from orchestration.backends.ray_session import ray_session
 from orchestration.config import LaunchConfig, WorkerConfig
 from orchestration.failures import FailureReason
 from orchestration.storage.trial_dir import TrialDir
 from orchestration.studies.trial import Trial
 
 BACKENDS = ("local", "inline", "train")
-MANY_EPOCHS = {"recipe.epochs": 200}
+MANY_EPOCHS = {"recipe.epochs": 40}
 CLOCKS = ("time/", "throughput/")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def ray() -> Iterator[None]:
     """One Ray for all of these tests."""
-    os.environ.update(ray_environment(LaunchConfig()))
-    with ray_session(LaunchConfig()):
+    with shared_ray():
         yield
 
 
@@ -171,13 +167,13 @@ def test_a_stop_saves_the_trial_and_the_next_launch_resumes_it_and_replays_its_e
     module_of(backend).run(events.trials, launch, events, {})
     assert events.ends == {trial.key: "stopped"}, "and no other trial starts"
     done = TrialDir(launch.trial_folder(trial.key)).num_epochs_done()
-    assert 1 <= done < 200
+    assert 1 <= done < 40
 
     launch.stop_file.unlink()
     resumed = run(backend, launch, [trial])
     assert resumed.ends == {trial.key: "finished"}
     epochs = [report.epoch for report in resumed.epochs[trial.key] if not report.is_final]
-    assert epochs == [*range(1, 201)], "every epoch is reported once, the earlier ones too"
+    assert epochs == [*range(1, 41)], "every epoch is reported once, the earlier ones too"
     replayed = [report.epoch for report in resumed.epochs[trial.key] if report.is_replay]
     assert replayed == [*range(1, done + 1)]
 
@@ -195,7 +191,7 @@ def test_a_pruned_trial_ends_early_and_the_next_one_runs(
     module_of(backend).run_search(events, launch, events, lambda trial: announced.append(trial.key))
     assert announced == events.order == [pruned.key, other.key]
     assert events.ends == {pruned.key: "pruned", other.key: "finished"}
-    assert max(report.epoch for report in events.epochs[pruned.key]) < 200
+    assert max(report.epoch for report in events.epochs[pruned.key]) < 40
     assert not TrialDir(launch.trial_folder(pruned.key)).is_finished
 
 

@@ -19,13 +19,11 @@ import pytest
 import yaml
 from commands import here as mar
 from commands import loaders_of
-from conftest import tiny_tree
+from conftest import shared_ray, tiny_tree
 
 from mar.config.schema import TrainingConfig
 from mar.training.reports import EpochReport
 from orchestration.backends import ray_tune
-from orchestration.backends.ray_env import ray_environment
-from orchestration.backends.ray_session import ray_session
 from orchestration.config import LaunchConfig
 from orchestration.failures import FailureReason
 from orchestration.studies.trial import Trial
@@ -70,9 +68,7 @@ def cluster() -> Iterator[None]:
 
     What they run finds it, as a second study in one process would.
     """
-    launch = LaunchConfig()
-    os.environ.update(ray_environment(launch))
-    with ray_session(launch):
+    with shared_ray():
         yield
 
 
@@ -326,7 +322,6 @@ def test_a_killed_study_resumes_without_repeating_a_trial(workdir: Path) -> None
 GARBAGE = """
 import gc, logging, sys, threading, time
 import ray
-from orchestration.backends.ray_session import stop_ray
 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 references = [ray.put(number) for number in range(10_000)]
 def make_garbage():
@@ -446,9 +441,9 @@ def test_a_search_runs_through_tune_and_goes_on(workdir: Path) -> None:
     assert 2 <= len(runs) <= 3, "what is proposed twice is trained once"
     assert (workdir / "mar_store" / "reports" / "search" / "best.yaml").is_file()
     again = mar(workdir, "run", "search.yaml", "--backend", "local")
-    assert "3 trials wanted, 3 there" in again
+    assert "3 trials wanted, 3 finished" in again
     more = mar(workdir, "run", "search.yaml", "trials=4", "--backend", "local")
-    assert "4 trials wanted, 3 there" in more
+    assert "4 trials wanted, 3 finished" in more
     assert {run.run_id for run in runs} <= {run.run_id for run in trial_runs(workdir)}
 
 
@@ -780,7 +775,7 @@ def test_with_ray_a_signal_is_a_gentle_stop_and_the_trial_resumes_where_it_was(
     wait_for(lambda: list(workdir.glob("mar_store/trials/*/step_*")))
     running.send_signal(number)
     output = end(running, 1)
-    assert "stopping: the trials that run are saving" in output
+    assert "stopping: the running trials are saving" in output
     assert "stopped with 1 trials unfinished; run the same command to resume" in output
     saved = max(
         int(path.name.removeprefix("step_")) for path in workdir.glob("mar_store/trials/*/step_*")

@@ -57,7 +57,10 @@ def write_atomic_dir(
             SafetensorError,
         ) as error:  # torch reports a full disk as a RuntimeError
             free_bytes = shutil.disk_usage(_existing(path)).free
-            reason = "the disk is full" if free_bytes < _FULL_BYTES else str(error)
+            if free_bytes < _FULL_BYTES:
+                reason = "the disk is full"
+            else:
+                reason = str(error)
             message = (
                 f"could not write {path}: {reason} ({free_bytes / 2**30:.1f} GiB free). {advice}"
             )

@@ -57,11 +57,9 @@ def broadcast_from_rank0(find: Callable[[], T]) -> T:
 
 def default_device() -> torch.device:
     """Return this process's accelerator, or the CPU."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,10 @@ def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
         else:
-            parts = node.value if isinstance(node, yaml.SequenceNode) else []
+            if isinstance(node, yaml.SequenceNode):
+                parts = node.value
+            else:
+                parts = []
         known[id(node)] = 1 + sum(_count(part, known, above | {id(node)}) for part in parts)
         if known[id(node)] > _MOST_YAML_VALUES:
             problem = f"its aliases stand for more than {_MOST_YAML_VALUES} values"

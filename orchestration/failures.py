@@ -66,7 +66,9 @@ def classify_error(error: BaseException) -> FailureReason:
         return FailureReason(f"out of memory: {first_line(error)}", "memory")
     if "DataLoader worker (pid" in str(error):
         return FailureReason(f"a loader process was lost: {first_line(error)}", "worker_lost")
-    kind: FailureKind = "worker_lost" if is_lost_peer(error) else "internal"
+    kind: FailureKind = "internal"
+    if is_lost_peer(error):
+        kind = "worker_lost"
     return FailureReason(f"{type(error).__name__}: {first_line(error)}", kind)
 
 

@@ -24,7 +24,8 @@ from mar.model.masking import training_mask
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD, to_pixels
 from mar.rng import Stream, rng, rng_seed
 
-_ERASED_AREA, _ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
+_ERASED_AREA = (0.02, 1 / 3)
+_ERASED_ASPECT = (0.3, 1 / 0.3)
 """timm's: of the picture's area, and height to width."""
 _SWITCH_TO_CUTMIX = 0.5
 """Share of batches that take cutmix when both are on."""
@@ -65,7 +66,8 @@ class Drawn:
 
 def draw_step(settings: TrainingConfig, step: int) -> Drawn:
     """Draw for the whole batch of a step, on the CPU; it follows from seed and step alone."""
-    size, augment = settings.recipe.batch_size, settings.augment
+    size = settings.recipe.batch_size
+    augment = settings.augment
     generator = torch.Generator().manual_seed(rng_seed(settings.seed, Stream.MASK_AND_FLIP, step))
     hidden = training_mask(settings.mask, settings.grid, size, generator)
     mirrored = (torch.rand(size, generator=generator) < 0.5) & augment.flip
@@ -89,14 +91,16 @@ def augmented(
 
     ``mix`` comes after.
     """
-    config, pixels = settings.augment, to_pixels(clips)
+    config = settings.augment
+    pixels = to_pixels(clips)
     if config.randaugment and not config.randaugment_before_crop:
         pixels = rand_augment(pixels, drawn.operations, config.randaugment_interpolation)
     if config.erasing:
         pixels = erase(pixels, drawn.erased)
     if config.flip:
         mirrored = drawn.mirrored.to(pixels.device, non_blocking=True)
-        pixels, labels = flip(pixels, mirrored), swapped(labels, mirrored, config.flip_swaps)
+        pixels = flip(pixels, mirrored)
+        labels = swapped(labels, mirrored, config.flip_swaps)
     return pixels, soft_labels(labels, settings.data.num_classes, config.smoothing)
 
 
@@ -129,21 +133,19 @@ def draw_erased(
 
     Its area, the logarithm of its aspect ratio and its position are uniform.
     """
-    low, high = np.log(_ERASED_ASPECT[0]), np.log(_ERASED_ASPECT[1])
+    low = np.log(_ERASED_ASPECT[0])
+    high = np.log(_ERASED_ASPECT[1])
     boxes: list[Erased | None] = []
     for is_erased in rng.random(num_clips) < config.erasing:
         box = None
         for _ in range(config.erasing_attempts if is_erased else 0):
-            area, aspect = size**2 * rng.uniform(*_ERASED_AREA), np.exp(rng.uniform(low, high))
-            height, width = (
-                round(float(np.sqrt(area * aspect))),
-                round(float(np.sqrt(area / aspect))),
-            )
+            area = size**2 * rng.uniform(*_ERASED_AREA)
+            aspect = np.exp(rng.uniform(low, high))
+            height = round(float(np.sqrt(area * aspect)))
+            width = round(float(np.sqrt(area / aspect)))
             if 0 < height < size and 0 < width < size:
-                top, left = (
-                    int(rng.integers(size - height + 1)),
-                    int(rng.integers(size - width + 1)),
-                )
+                top = int(rng.integers(size - height + 1))
+                left = int(rng.integers(size - width + 1))
                 box = Erased(top, left, height, width, int(rng.integers(2**62)))
                 break
         boxes.append(box)
@@ -214,5 +216,6 @@ def _cut(length: int, kept: float, rng: np.random.Generator) -> tuple[int, int]:
 
     Its centre is random.
     """
-    centre, half = int(rng.integers(length)), int(length * np.sqrt(1 - kept)) // 2
+    centre = int(rng.integers(length))
+    half = int(length * np.sqrt(1 - kept)) // 2
     return max(centre - half, 0), min(centre + half, length)

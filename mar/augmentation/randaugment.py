@@ -99,7 +99,8 @@ def rand_augment(
 
 
 def _auto_contrast(images: Images, _: Levels) -> Images:
-    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    low = images.amin((2, 3), keepdim=True)
+    high = images.amax((2, 3), keepdim=True)
     scale = 255 / (high - low).clamp(min=1).double()
     stretched = (images.double() * scale - low.double() * scale).trunc().clamp(0, 255)
     return torch.where(high > low, stretched.float(), images)
@@ -223,7 +224,8 @@ def _bicubic(images: Images, positions: Float[Tensor, "n H W 2"]) -> Images:
 
 def _cubic_weights(d: Float[Tensor, "n H W"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the weights of four neighbours, the second of which is ``d`` away."""
-    square, cube = d * d, d * d * d
+    square = d * d
+    cube = d * d * d
     return -d + 2 * square - cube, 1 - 2 * square + cube, d + square - cube, cube - square
 
 
@@ -234,9 +236,12 @@ def _matrix(*rows: Tensor | float, like: Levels) -> Float[Tensor, "n 2 3"]:
 def _rotate(images: Images, degrees: Levels) -> Float[Tensor, "n 2 3"]:
     """Counter-clockwise about the centre."""
     height, width = images.shape[2:]
-    cosine, sine = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
-    x, y = width / 2, height / 2
-    shift_x, shift_y = x - cosine * x + sine * y, y - sine * x - cosine * y
+    cosine = torch.cos(torch.deg2rad(degrees))
+    sine = torch.sin(torch.deg2rad(degrees))
+    x = width / 2
+    y = height / 2
+    shift_x = x - cosine * x + sine * y
+    shift_y = y - sine * x - cosine * y
     return _matrix(cosine, -sine, shift_x, sine, cosine, shift_y, like=degrees)
 
 

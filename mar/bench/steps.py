@@ -181,7 +181,10 @@ def time_case(case: Case, machine: Machine | None = None) -> Timed:
     before_gib = _reset_peak_memory()
     # Contestants of the same settings start from the same clips and weights.
     torch.manual_seed(0)
-    step = _training(case, device) if case.training else _inference(case, device)
+    if case.training:
+        step = _training(case, device)
+    else:
+        step = _inference(case, device)
     times: list[float] = []
     for _ in range(1 + case.warm_up + case.steps):
         # A device works asynchronously: without waiting, only the launches would be timed.

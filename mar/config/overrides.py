@@ -80,7 +80,8 @@ def build(tree: Mapping[str, Any]) -> TrainingConfig:
         return TrainingConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        path, message = ".".join(str(part) for part in first["loc"]), _rule(first["msg"])
+        path = ".".join(str(part) for part in first["loc"])
+        message = _rule(first["msg"])
         if not path:  # a rule between branches: its message begins with the setting to blame
             path, message = message.split(": ", 1)
         known = [
@@ -106,9 +107,10 @@ def build(tree: Mapping[str, Any]) -> TrainingConfig:
                 "is a group of settings, set one of them "
                 f"({', '.join(f'{group}.{each}' for each in inside[:4])}, …)"
             )
-        value = (
-            "" if isinstance(first["input"], (Mapping, BaseModel)) else f", not {first['input']!r}"
-        )
+        if isinstance(first["input"], (Mapping, BaseModel)):
+            value = ""
+        else:
+            value = f", not {first['input']!r}"
         raise SettingError(group, f"{message}{value}") from None
 
 

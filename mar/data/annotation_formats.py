@@ -96,7 +96,10 @@ class _Folder:
 
     def __init__(self, data: DataConfig) -> None:
         self.root = Path(data.root) / data.videos
-        cached = set(cache_index.load_index(data.cache).entries) if data.cache else set[str]()
+        if data.cache:
+            cached = set(cache_index.load_index(data.cache).entries)
+        else:
+            cached = set[str]()
         if not self.root.is_dir() and not cached:
             raise UserError(f"data.videos: no folder {self.root}")
         self.by_stem: dict[str, list[str]] = {}
@@ -177,12 +180,12 @@ def annotation_file(data: DataConfig, what: Literal["train", "val", "labels"]) -
     Raises:
         UserError: there is none.
     """
-    root, given = Path(data.root), getattr(data, what)
-    names = (
-        [given]
-        if given
-        else [name.format(split=data.split) for name in _OFFICIAL[data.format].get(what, ())]
-    )
+    root = Path(data.root)
+    given = getattr(data, what)
+    if given:
+        names = [given]
+    else:
+        names = [name.format(split=data.split) for name in _OFFICIAL[data.format].get(what, ())]
     found = next((root / name for name in names if (root / name).exists()), None)
     if found is None:
         raise UserError(
@@ -218,10 +221,14 @@ def _read_list(data: DataConfig, split: Split) -> Annotations:
     folder = Path(data.root) / data.videos
     rows: list[Row] = []
     for number, line in enumerate(_list_text(file).splitlines(), start=1):
-        text, location = line.strip(), f"{file}:{number}"
+        text = line.strip()
+        location = f"{file}:{number}"
         if not text:
             continue
-        found = _LINE.fullmatch(text) if len(text) <= _LONGEST_LINE else None
+        if len(text) <= _LONGEST_LINE:
+            found = _LINE.fullmatch(text)
+        else:
+            found = None
         if not found:
             raise UserError(
                 f"{location}: expected a path and a class number, as in 'clips/a.mp4 3', not "
@@ -271,7 +278,8 @@ def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
     The lists that the MAR release describes have a number, ``label_idx``, in each item; then no
     labels file is needed.
     """
-    file, folder = annotation_file(data, split), _Folder(data)
+    file = annotation_file(data, split)
+    folder = _Folder(data)
     items = _read_json(file, list)
     has_numbers = bool(items) and all(
         isinstance(item, dict) and "label_idx" in item for item in items
@@ -299,7 +307,10 @@ def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
                 f"{location}: 'label_idx' must be a class number, not "
                 f"{json.dumps(entry['label_idx'])}"
             )
-        label = int(entry["label_idx"]) if has_numbers else labels[template]
+        if has_numbers:
+            label = int(entry["label_idx"])
+        else:
+            label = labels[template]
         stem = str(entry["id"])
         rows.append(Row(folder.find(stem, default=f"{stem}.webm"), label, location))
     return Annotations(rows, sorted(labels, key=labels.__getitem__) or None)
@@ -316,7 +327,8 @@ def _read_kinetics(data: DataConfig, split: Split) -> Annotations:
     classes = sorted({line["label"] for table in tables.values() for _, line in table})
     if data.labels:
         classes = _named_classes(data)
-    numbers, folder = {name: number for number, name in enumerate(classes)}, _Folder(data)
+    numbers = {name: number for number, name in enumerate(classes)}
+    folder = _Folder(data)
     rows: list[Row] = []
     for location, line in tables[split]:
         if line["label"] not in numbers:
@@ -373,12 +385,14 @@ def _read_ucf101(data: DataConfig, split: Split) -> Annotations:
                 raise UserError(f"{index}:{number}: expected '1 ApplyEyeMakeup', not {line!r}")
             numbers[parts[1].lower()] = int(parts[0]) - 1
     names = sorted(numbers, key=numbers.__getitem__)
-    file, folder = annotation_file(data, split), _Folder(data)
+    file = annotation_file(data, split)
+    folder = _Folder(data)
     rows: list[Row] = []
     for number, line in enumerate(_text(file).splitlines(), start=1):
         if not line.strip():
             continue
-        path, location = Path(line.split()[0]), f"{file}:{number}"
+        path = Path(line.split()[0])
+        location = f"{file}:{number}"
         label = numbers.get(path.parent.name.lower())
         if label is None:
             raise UserError(f"{location}: the class {path.parent.name!r} is not in {index}")
@@ -410,7 +424,8 @@ def _read_hmdb51(data: DataConfig, split: Split) -> Annotations:
             f"data.{split}: no files <class>_test_split{data.split}.txt in {split_folder}"
         )
     classes = [re.sub(r"_test_split\d$", "", file.stem) for file in files]
-    folder, rows = _Folder(data), list[Row]()
+    folder = _Folder(data)
+    rows = list[Row]()
     for label, (name, file) in enumerate(zip(classes, files, strict=True)):
         for number, line in enumerate(_text(file).splitlines(), start=1):
             video, _, flag = line.strip().rpartition(" ")

@@ -44,7 +44,10 @@ def read_split(data: DataConfig, split: Split) -> list[Video]:
         UserError: a missing file, a line that cannot be understood, an unknown class, or a path
             that leaves the data root. The message names file and line.
     """
-    read = _read_split.__wrapped__ if data.missing == "skip" else _read_split
+    if data.missing == "skip":
+        read = _read_split.__wrapped__
+    else:
+        read = _read_split
     return [*read(data.model_dump_json(), split, _state(data))]
 
 
@@ -58,7 +61,10 @@ def _read_split(settings: str, split: Split, _: _State) -> list[Video]:
     videos = list(videos_of(data, split, refuse))
     there = [video for video in videos if data.missing == "error" or _size(data, video) >= 0]
     if not there:
-        state = f"none of its {len(videos)} videos is there" if videos else "no videos in it"
+        if videos:
+            state = f"none of its {len(videos)} videos is there"
+        else:
+            state = "no videos in it"
         raise UserError(
             f"data.{split}: {state}; it must name at least one below "
             f"{Path(data.root) / data.videos}"
@@ -122,7 +128,10 @@ def _size(data: DataConfig, video: Video) -> int:
     """Return a video's bytes, or what they were when it was packed; -1: it is not there."""
     with suppress(OSError):
         return video.path.stat().st_size
-    known = cache_index.load_index(data.cache).entries.get(video.name) if data.cache else None
+    if data.cache:
+        known = cache_index.load_index(data.cache).entries.get(video.name)
+    else:
+        known = None
     return known[1].source_bytes if known else -1
 
 

@@ -88,7 +88,8 @@ class Index:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.packing = folder, packing_of(folder)
+        self.folder = folder
+        self.packing = packing_of(folder)
         self.entries: dict[str, tuple[int, Entry]] = {}
         self.last_shard = -1
         for file in shard_files(folder):

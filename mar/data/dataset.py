@@ -80,16 +80,16 @@ class TrainingClips(Dataset[Sample]):
     """A video's random clips, ``augment.repeats`` × T × H × W × C; indexed by (video, epoch)."""
 
     def __init__(self, settings: TrainingConfig, videos: list[Video]) -> None:
-        self.settings, self.videos = settings, videos
+        self.settings = settings
+        self.videos = videos
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, epoch = key
-        video, settings = self.videos[index], self.settings
-        rng, repeats, size = (
-            stream(settings.seed, Stream.CLIP, epoch, index),
-            settings.augment.repeats,
-            settings.clip.size,
-        )
+        video = self.videos[index]
+        settings = self.settings
+        rng = stream(settings.seed, Stream.CLIP, epoch, index)
+        repeats = settings.augment.repeats
+        size = settings.clip.size
         times = repeats if settings.augment.repeat == "clips" else 1
         try:
             with open_video(settings.data, video) as reader:
@@ -128,16 +128,19 @@ class EvaluationClips(Dataset[Sample]):
         crops: int,
         shuffled: bool,
     ) -> None:
-        self.settings, self.videos = settings, videos
-        self.clips, self.crops, self.shuffled = clips, crops, shuffled
+        self.settings = settings
+        self.videos = videos
+        self.clips = clips
+        self.crops = crops
+        self.shuffled = shuffled
 
     def __getitem__(self, index: int) -> Sample:
-        video, settings = self.videos[index], self.settings
-        order = (
-            stream(0, Stream.FRAME_SHUFFLE, index).permutation(settings.clip.frames)
-            if self.shuffled
-            else slice(None)
-        )
+        video = self.videos[index]
+        settings = self.settings
+        if self.shuffled:
+            order = stream(0, Stream.FRAME_SHUFFLE, index).permutation(settings.clip.frames)
+        else:
+            order = slice(None)
         try:
             with open_video(settings.data, video) as reader:
                 how = settings.evaluation.segment_frames
@@ -148,7 +151,8 @@ class EvaluationClips(Dataset[Sample]):
                 )  # one call: a long file is gone through once
         except BrokenVideo as broken:
             return Sample(_black(self.clips * self.crops, settings), video.label, index, broken)
-        size, antialias = settings.clip.size, settings.clip.antialias
+        size = settings.clip.size
+        antialias = settings.clip.antialias
         if settings.evaluation.crop_from == "resized":
             clips = [resize_short_side(frames, size, antialias) for frames in clips]
         boxes = test_boxes(
@@ -178,7 +182,8 @@ def random_box(height: int, width: int, settings: TrainingConfig, rng: np.random
     for _ in range(10):
         area = height * width * rng.uniform(*augment.crop_scale)
         aspect = np.exp(rng.uniform(low, high))
-        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        w = round(float(np.sqrt(area * aspect)))
+        h = round(float(np.sqrt(area / aspect)))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
     return _largest_box(height, width, augment.crop_aspect)
@@ -227,9 +232,10 @@ def resize_short_side(frames: Frames, size: int, antialias: bool) -> Frames:
     """
     height, width = frames.shape[1:3]
     short = min(height, width)
-    new = (
-        (size, int(width / short * size)) if height == short else (int(height / short * size), size)
-    )
+    if height == short:
+        new = (size, int(width / short * size))
+    else:
+        new = (int(height / short * size), size)
     return _resized(torch.from_numpy(np.ascontiguousarray(frames)), new, antialias).numpy()
 
 
@@ -316,20 +322,16 @@ class TrainingOrder:
                 f"recipe.batch_size: {size} gives {worker_rank.world} workers less than two "
                 "videos each"
             )
-        self.settings, self.num_videos, self.worker_rank, self.first_step = (
-            settings,
-            num_videos,
-            worker_rank,
-            first_step,
-        )
+        self.settings = settings
+        self.num_videos = num_videos
+        self.worker_rank = worker_rank
+        self.first_step = first_step
         self.steps_per_epoch = num_videos // settings.videos_per_batch
         self.pieces_per_step = -(-len(worker_rank.of(size)) // VIDEOS_PER_PIECE)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        part, size = (
-            self.worker_rank.of(self.settings.videos_per_batch),
-            self.settings.videos_per_batch,
-        )
+        part = self.worker_rank.of(self.settings.videos_per_batch)
+        size = self.settings.videos_per_batch
         first_epoch, skipped = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.settings.recipe.epochs):
             order = stream(self.settings.seed, Stream.ORDER, epoch).permutation(self.num_videos)
@@ -513,7 +515,10 @@ def training_batches(
         * bytes_per_clip(settings)
     )
     pieces = loader(TrainingClips(settings, videos), _Pieces(order), processes, device, size)
-    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if device.type == "cuda":
+        beside = torch.cuda.Stream(device)
+    else:
+        beside = None
     loaded = iter(pieces)
     while step := list(islice(loaded, order.pieces_per_step)):
         with torch.cuda.stream(beside) if beside else nullcontext():

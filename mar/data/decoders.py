@@ -59,7 +59,8 @@ class BrokenVideo(Exception):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(path, reason)
-        self.path, self.reason = path, reason
+        self.path = path
+        self.reason = reason
 
     def __str__(self) -> str:
         return printable(f"{self.path}: {self.reason}")
@@ -303,16 +304,13 @@ def probe_decoder(decoder: str) -> str:
             seen = decode_with(decoder, file)
         except BrokenVideo as broken:
             return broken.reason
-    difference = (
-        float(np.abs(seen.astype(int) - frames.astype(int)).mean())
-        if seen.shape == frames.shape
-        else np.inf
-    )
-    return (
-        f"it decodes wrongly: {seen.shape}, mean difference {difference:.1f}"
-        if difference > 4
-        else ""
-    )
+    if seen.shape == frames.shape:
+        difference = float(np.abs(seen.astype(int) - frames.astype(int)).mean())
+    else:
+        difference = np.inf
+    if difference > 4:
+        return f"it decodes wrongly: {seen.shape}, mean difference {difference:.1f}"
+    return ""
 
 
 def write_video(file: Path, frames: Frames, frames_per_s: int = 12, **options: str) -> None:
@@ -321,7 +319,9 @@ def write_video(file: Path, frames: Frames, frames_per_s: int = 12, **options: s
 
     with av.open(str(file), "w") as container:
         stream: Any = container.add_stream("libx264", rate=Fraction(frames_per_s), options=options)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.height = frames.shape[1]
+        stream.width = frames.shape[2]
+        stream.pix_fmt = "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -119,7 +119,8 @@ def _pack(
 
 
 def _crashed(part: tuple[int, list[Video]]) -> int:
-    first, last = part[1][0].name, part[1][-1].name
+    first = part[1][0].name
+    last = part[1][-1].name
     raise Failure(
         f"a decoder ended its process over a video from {first} to {last}: mar data check finds "
         "which one"
@@ -159,7 +160,8 @@ class CachedVideo:
         self.path = video.path
         if self.entry.broken:
             raise BrokenVideo(video.path, self.entry.broken)
-        self.packing, self.file = index.packing, index.folder / f"{shard:05}.bin"
+        self.packing = index.packing
+        self.file = index.folder / f"{shard:05}.bin"
         self.content = _mapped(self.file)
         end = self.entry.ends_at + BYTES_PER_END * self.entry.num_frames
         self.ends = np.frombuffer(self.content[self.entry.ends_at : end], dtype="<i8")
@@ -193,7 +195,10 @@ class CachedVideo:
             ) from None
 
     def _frame(self, index: int) -> Frames:
-        start = int(self.ends[index - 1]) if index else self.entry.start
+        if index:
+            start = int(self.ends[index - 1])
+        else:
+            start = self.entry.start
         part = self.content[start : int(self.ends[index])]
         if self.packing.format == "raw":
             return part.reshape(self.entry.height, self.entry.width, 3)
@@ -213,11 +218,9 @@ def check(data: DataConfig, videos: Sequence[Video]) -> None:
 
 def open_video(data: DataConfig, video: Video) -> Reader | CachedVideo:
     """Return a video's reader: from the cache where there is one, else from its file."""
-    return (
-        CachedVideo(load_index(data.cache), video)
-        if data.cache
-        else Reader(video.path, data.decoder)
-    )
+    if data.cache:
+        return CachedVideo(load_index(data.cache), video)
+    return Reader(video.path, data.decoder)
 
 
 @lru_cache(maxsize=256)

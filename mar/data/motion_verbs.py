@@ -159,11 +159,13 @@ def _facts(options: MotionVerbs) -> str:
 def _write(folder: Path, options: MotionVerbs, say: Callable[[int, int], None]) -> None:
     (folder / "videos").mkdir(parents=True)
     counts = {"train": options.train, "validation": options.validation}
-    done, total = 0, sum(counts.values())
+    done = 0
+    total = sum(counts.values())
     for part, (split, count) in enumerate(counts.items()):
         items: list[dict[str, Any]] = []
         for index in range(count):
-            identifier, label = str(1_000_000 * (part + 1) + index), index % options.classes
+            identifier = str(1_000_000 * (part + 1) + index)
+            label = index % options.classes
             scene = _Scene(
                 options, split, label, np.random.default_rng([options.seed, part, index])
             )
@@ -198,7 +200,9 @@ class _Scene:
     def __init__(
         self, options: MotionVerbs, split: str, label: int, rng: np.random.Generator
     ) -> None:
-        self.options, self.rng, self.backwards = options, rng, label % 2 == 1
+        self.options = options
+        self.rng = rng
+        self.backwards = label % 2 == 1
         margin = round(3 * options.shake * options.size) + 1
         self.background = _photo_crop(split, options.size + 2 * margin, rng)
         self.margin = margin
@@ -210,7 +214,10 @@ class _Scene:
         self.moving = list(_MOTIONS[label // 2](np.linspace(0, 1, options.frames), rng))
 
     def frames(self) -> Iterator[Frames]:
-        order = reversed(self.moving) if self.backwards else iter(self.moving)
+        if self.backwards:
+            order = reversed(self.moving)
+        else:
+            order = iter(self.moving)
         for poses in order:
             shake = np.clip(
                 self.rng.normal(0, self.options.shake, 2),
@@ -227,7 +234,9 @@ class _Scene:
 
 
 def _move_right(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
-    size, y, length = rng.uniform(0.4, 0.6), rng.uniform(0.25, 0.75), rng.uniform(0.5, 0.8)
+    size = rng.uniform(0.4, 0.6)
+    y = rng.uniform(0.25, 0.75)
+    length = rng.uniform(0.5, 0.8)
     start = rng.uniform(0.1, 0.9 - length)
     return ([_Pose(start + length * t, y, size)] for t in time)
 
@@ -238,23 +247,24 @@ def _move_down(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
 
 def _move_closer(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
     x, y = rng.uniform(0.35, 0.65, 2)
-    small, growth = rng.uniform(0.2, 0.3), rng.uniform(0.4, 0.6)
+    small = rng.uniform(0.2, 0.3)
+    growth = rng.uniform(0.4, 0.6)
     return ([_Pose(x, y, small + growth * t)] for t in time)
 
 
 def _turn_clockwise(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
     x, y = rng.uniform(0.4, 0.6, 2)
-    size, start, turn = rng.uniform(0.6, 0.8), rng.uniform(0, 360), rng.uniform(100, 240)
+    size = rng.uniform(0.6, 0.8)
+    start = rng.uniform(0, 360)
+    turn = rng.uniform(100, 240)
     return ([_Pose(x, y, size, start - turn * t)] for t in time)
 
 
 def _move_together(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
-    y, size, far, near = (
-        rng.uniform(0.3, 0.7),
-        rng.uniform(0.25, 0.35),
-        rng.uniform(0.32, 0.4),
-        rng.uniform(0.1, 0.16),
-    )
+    y = rng.uniform(0.3, 0.7)
+    size = rng.uniform(0.25, 0.35)
+    far = rng.uniform(0.32, 0.4)
+    near = rng.uniform(0.1, 0.16)
     return (
         [_Pose(0.5 - far + (far - near) * t, y, size), _Pose(0.5 + far - (far - near) * t, y, size)]
         for t in time
@@ -262,8 +272,11 @@ def _move_together(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose
 
 
 def _cover(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
-    x, y, size = rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6), rng.uniform(0.35, 0.45)
-    direction, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.45)
+    x = rng.uniform(0.4, 0.6)
+    y = rng.uniform(0.4, 0.6)
+    size = rng.uniform(0.35, 0.45)
+    direction = rng.uniform(0, 2 * np.pi)
+    far = rng.uniform(0.35, 0.45)
     away = far * np.array([np.cos(direction), np.sin(direction)])
     return (
         [_Pose(x, y, size), _Pose(x + away[0] * (1 - t), y + away[1] * (1 - t), 1.5 * size)]
@@ -286,9 +299,12 @@ def _paste(canvas: Image.Image, picture: Image.Image, pose: _Pose) -> None:
 def _object(split: str, size: int, rng: np.random.Generator) -> Image.Image:
     """A digit's outline, filled with a brightened or darkened photo texture; RGBA."""
     digits = _digits()
-    first, last = (
-        (0, _FIRST_VALIDATION_DIGIT) if split == "train" else (_FIRST_VALIDATION_DIGIT, len(digits))
-    )
+    if split == "train":
+        first = 0
+        last = _FIRST_VALIDATION_DIGIT
+    else:
+        first = _FIRST_VALIDATION_DIGIT
+        last = len(digits)
     outline = Image.fromarray(digits[rng.integers(first, last)]).resize(
         (size, size), Image.Resampling.BICUBIC
     )
@@ -324,6 +340,7 @@ def _photo_crop(split: str, side: int, rng: np.random.Generator) -> Image.Image:
     """A random square of a random photo, scaled to ``side`` pixels."""
     photo = _photo(PHOTOS[split][rng.integers(len(PHOTOS[split]))])
     length = int(rng.uniform(0.4, 0.9) * min(photo.size))
-    left, top = int(rng.integers(photo.width - length)), int(rng.integers(photo.height - length))
+    left = int(rng.integers(photo.width - length))
+    top = int(rng.integers(photo.height - length))
     square = photo.crop((left, top, left + length, top + length))
     return square.resize((side, side), Image.Resampling.BILINEAR)

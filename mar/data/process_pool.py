@@ -59,7 +59,8 @@ def each(
     A decoder may end its process. Then the items that were being worked on are tried again one by
     one, each alone, and what ``crashed`` returns stands for the one that does it again.
     """
-    waiting, pending = iter(items), deque[tuple[Item, Future[Result]]]()
+    waiting = iter(items)
+    pending = deque[tuple[Item, Future[Result]]]()
     pool = _pool(processes)
     try:
         while True:

@@ -68,7 +68,9 @@ class Reader:
     def fps(self) -> float | None:
         """Frames a second on average, as the file says; none: it does not."""
         rate = self._decoder.fps
-        return float(rate) if rate and 0 < rate < _IMPLAUSIBLE_FPS else None
+        if rate and 0 < rate < _IMPLAUSIBLE_FPS:
+            return float(rate)
+        return None
 
     def frames(self, indices: Sequence[int]) -> Frames:
         """Return the frames with these numbers, ``[len(indices), H, W, 3]``."""
@@ -121,19 +123,17 @@ def evaluation_frames(
         if clip.fps and fps:
             span = _converted_span(clip, fps)
             room = max(num_frames - span, 0.0)
-            firsts = (
-                np.floor(room / (num_clips - 1)) * np.arange(num_clips)
-                if num_clips > 1
-                else [room / 2]
-            )
+            if num_clips > 1:
+                firsts = np.floor(room / (num_clips - 1)) * np.arange(num_clips)
+            else:
+                firsts = [room / 2]
             return [_converted(clip, num_frames, span, float(first)) for first in firsts]
         span = (clip.frames - 1) * clip.stride + 1
         room = max(num_frames - span, 0)
-        starts = (
-            np.linspace(0, room, num_clips).astype(np.int64)
-            if num_clips > 1
-            else np.array([room // 2])
-        )
+        if num_clips > 1:
+            starts = np.linspace(0, room, num_clips).astype(np.int64)
+        else:
+            starts = np.array([room // 2])
         return [
             np.minimum(start + clip.stride * np.arange(clip.frames), num_frames - 1)
             for start in starts

@@ -30,7 +30,9 @@ _SLACK_S = 60.0
 more than twice the video, and this much besides, is damaged."""
 _TICKS_PER_S = 1_000_000
 """PyAV counts a container's duration in microseconds."""
-_H264_SLICE, _H264_IDR, _H264_SPS = 1, 5, 7
+_H264_SLICE = 1
+_H264_IDR = 5
+_H264_SPS = 7
 """Types of network abstraction layer units, ITU-T H.264 table 7-1."""
 _H264_PARTITION_A = 2
 _HEVC_IDR = {19, 20}
@@ -94,7 +96,10 @@ def index_of(path: Path) -> StreamIndex:
 
 def _stated_seconds(container: Any, stream: Any) -> float:
     """Return the longest duration that a file states of itself."""
-    own = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    if stream.duration:
+        own = float(stream.duration * stream.time_base)
+    else:
+        own = 0.0
     return max(own, (container.duration or 0) / _TICKS_PER_S)
 
 
@@ -292,7 +297,9 @@ def _av1(_: bytes) -> _Check:
         for kind, payload in _av1_units(bytes(packet)):
             if kind in (3, 6):  # a frame header, a frame
                 bits = _Bits(payload[:1])
-                is_existing, frame_type, is_shown = bits.take(1), bits.take(2), bits.take(1)
+                is_existing = bits.take(1)
+                frame_type = bits.take(2)
+                is_shown = bits.take(1)
                 if is_existing or frame_type or not is_shown:
                     raise NotSeekable("a packet flagged as key is no key frame that is shown")
                 return

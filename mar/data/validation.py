@@ -173,16 +173,15 @@ def report_text(report: DataReport, num_named: int = 10) -> str:
     )
     lines.append("")
     for split, classes in report.per_class.items():
-        sizes, empty = (
-            sorted(classes.values()),
-            [name for name, count in classes.items() if not count],
-        )
+        sizes = sorted(classes.values())
+        empty = [name for name, count in classes.items() if not count]
         spread = (
             f"{sizes[0]} to {sizes[-1]} videos each, {sizes[len(sizes) // 2]} in the middle one"
         )
-        nothing = (
-            f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else ""
-        )
+        if empty:
+            nothing = f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}"
+        else:
+            nothing = ""
         lines.append(f"{split:<7}{len(sizes)} classes, {spread}{nothing}")
     shown_fingerprint = report.fingerprint or "none: the annotations cannot be used as they are"
     return printable("\n".join([*lines, f"fingerprint {shown_fingerprint}"]))
@@ -215,7 +214,9 @@ def _look(clip: ClipConfig, decoder: str, video: Video) -> tuple[str, str]:
                 return "wrong", f"{fault}; set data.decoder to pyav"
     except BrokenVideo as broken:
         return "unreadable", broken.reason
-    return ("short", f"{length} frames, a clip takes {wanted}") if length < wanted else ("ok", "")
+    if length < wanted:
+        return ("short", f"{length} frames, a clip takes {wanted}")
+    return ("ok", "")
 
 
 def _disagreement(reader: Reader) -> str:

@@ -111,7 +111,9 @@ class Evaluator:
         mine = list(range(worker_rank.rank, len(videos), worker_rank.world))
         size = max(1, _CLIPS_PER_BATCH // (clips * crops))
         batches = [mine[first : first + size] for first in range(0, len(mine), size)]
-        self.settings, self.device, self.alive = settings, device, alive
+        self.settings = settings
+        self.device = device
+        self.alive = alive
         dataset = EvaluationClips(settings, videos, clips, crops, shuffled)
         bytes_per_batch = size * clips * crops * bytes_per_clip(settings)
         self.loader = loader(dataset, batches, loader_processes, device, bytes_per_batch, is_kept)

@@ -45,9 +45,10 @@ class BridgingClassifier(nn.Module):
             "positions", sin_cos_positions(num_tokens, config.width), persistent=False
         )
         self.add_positions = config.positions
-        self.mask_token = (
-            nn.Parameter(torch.zeros(1, 1, config.width)) if config.mask_tokens else None
-        )
+        if config.mask_tokens:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        else:
+            self.mask_token = None
         self.blocks = transformer_blocks(config.width, config.depth, config.heads)
         self.norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -78,7 +79,9 @@ class BridgingClassifier(nn.Module):
             indices = torch.arange(self.num_tokens, device=tokens.device).expand(num_clips, -1)
             everywhere = self.mask_token.to(tokens.dtype).expand(num_clips, self.num_tokens, -1)
             tokens = everywhere.scatter(1, visible[..., None].expand_as(tokens), tokens)
-        return tokens + self.positions[indices] if self.add_positions else tokens
+        if self.add_positions:
+            return tokens + self.positions[indices]
+        return tokens
 
 
 class LinearClassifier(nn.Module):
@@ -89,7 +92,10 @@ class LinearClassifier(nn.Module):
 
     def __init__(self, config: ClassifierConfig, encoder_width: int, num_classes: int) -> None:
         super().__init__()
-        self.norm = LayerNorm(encoder_width) if config.norm == "pooled" else nn.Identity()
+        if config.norm == "pooled":
+            self.norm = LayerNorm(encoder_width)
+        else:
+            self.norm = nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(encoder_width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)

@@ -69,11 +69,9 @@ def _encoder_flops(settings: TrainingConfig, visible: int) -> int:
 def _classifier_flops(settings: TrainingConfig, visible: int) -> int:
     if settings.pretrains:
         return 0
-    config, width, classes = (
-        settings.classifier,
-        settings.encoder.dimensions[0],
-        settings.data.num_classes,
-    )
+    config = settings.classifier
+    width = settings.encoder.dimensions[0]
+    classes = settings.data.num_classes
     if config.kind == "linear":
         return 5 * width * (config.norm == "pooled") + width * classes
     project = visible * width * config.width
@@ -91,7 +89,8 @@ def _classifier_flops(settings: TrainingConfig, visible: int) -> int:
 def _decoder_flops(settings: TrainingConfig, visible: int) -> int:
     if not settings.reconstructs:
         return 0
-    config, tokens = settings.reconstruction, prod(settings.grid)
+    config = settings.reconstruction
+    tokens = prod(settings.grid)
     unseen = tokens - visible
     ends = visible * settings.encoder.dimensions[
         0
@@ -119,11 +118,9 @@ def _encoder_params(settings: TrainingConfig) -> int:
 def _classifier_params(settings: TrainingConfig) -> int:
     if settings.pretrains:
         return 0
-    config, width, classes = (
-        settings.classifier,
-        settings.encoder.dimensions[0],
-        settings.data.num_classes,
-    )
+    config = settings.classifier
+    width = settings.encoder.dimensions[0]
+    classes = settings.data.num_classes
     if config.kind == "linear":
         return 2 * width * (config.norm == "pooled") + (width + 1) * classes
     head = (config.width + 1) * classes

@@ -87,7 +87,8 @@ class Attention(TimmAttention):
             )
         else:
             width = x.shape[-1]
-            weight, bias = self.qkv.weight, self.qkv.bias
+            weight = self.qkv.weight
+            bias = self.qkv.bias
             query = F.linear(x[:, -num_queries:], weight[:width], bias[:width])
             queries = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             rest = F.linear(x, weight[width:], bias[width:])

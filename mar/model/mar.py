@@ -52,7 +52,8 @@ class MAR(nn.Module):
     def __init__(self, settings: TrainingConfig) -> None:
         super().__init__()
         t, h, w = settings.grid
-        num_tokens, width = t * h * w, settings.encoder.dimensions[0]
+        num_tokens = t * h * w
+        width = settings.encoder.dimensions[0]
         self.reconstruction = settings.reconstruction
         self.encoder = Encoder(
             settings.encoder, num_tokens, last_norm=settings.classifier.norm == "tokens"
@@ -63,7 +64,10 @@ class MAR(nn.Module):
         self.classifier = None if settings.pretrains else classifier
         patch_values = self.encoder.embed.in_features
         has_decoder = settings.reconstructs
-        self.decoder = _decoder(settings, width, num_tokens, patch_values) if has_decoder else None
+        if has_decoder:
+            self.decoder = _decoder(settings, width, num_tokens, patch_values)
+        else:
+            self.decoder = None
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1, 1), persistent=False)
 

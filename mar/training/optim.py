@@ -84,7 +84,10 @@ def parameter_groups(model: MAR, recipe: RecipeConfig) -> list[dict[str, Any]]:
     depth = len(model.encoder.blocks)
     for name, parameter in model.named_parameters():
         scale = layer_scale(name, depth, recipe)
-        decay = recipe.weight_decay if is_decayed(name, recipe) else 0.0
+        if is_decayed(name, recipe):
+            decay = recipe.weight_decay
+        else:
+            decay = 0.0
         new_group: dict[str, Any] = {"params": [], "lr_scale": scale, "weight_decay": decay}
         group = groups.setdefault((scale, decay), new_group)
         group["params"].append(parameter)

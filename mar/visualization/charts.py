@@ -33,7 +33,10 @@ def draw_confusion(
         for row, line in enumerate(counts.tolist()):
             for column, count in enumerate(line):
                 if count:
-                    color = "white" if shares[row, column] > 0.5 else "black"
+                    if shares[row, column] > 0.5:
+                        color = "white"
+                    else:
+                        color = "black"
                     panel.text(
                         column, row, str(count), ha="center", va="center", fontsize=7, color=color
                     )

@@ -46,16 +46,15 @@ def draw_clips(settings: TrainingConfig, num_clips: int, num_frames: int, file: 
     batch = collate([dataset[key] for key in next(iter(order))[:num_clips]])
     if batch.broken and settings.data.broken == "error":
         raise Failure(str(batch.broken[0]))
-    row, shown_clips = one_after_another(batch), slice(min(num_clips, settings.recipe.batch_size))
+    row = one_after_another(batch)
+    shown_clips = slice(min(num_clips, settings.recipe.batch_size))
     drawn = draw_step(settings, 0).of(range(settings.recipe.batch_size)[shown_clips])
     pixels, targets = augmented(row.clips[shown_clips], row.labels[shown_clips], drawn, settings)
     pixels, targets = mix(
         pixels, targets, settings.augment, rng(settings.seed, Stream.MIX, 0), row.good[shown_clips]
     )
-    names, shown = (
-        class_names(settings.data),
-        torch.linspace(0, pixels.shape[2] - 1, num_frames).long(),
-    )
+    names = class_names(settings.data)
+    shown = torch.linspace(0, pixels.shape[2] - 1, num_frames).long()
     figure = Figure(
         figsize=(4 * num_frames * 0.9, 1.05 * (-(-len(pixels) // 4))), layout="constrained"
     )

@@ -44,8 +44,10 @@ def rebuilt(
     A model that draws normalised patches says nothing of their mean and deviation: the original's
     are taken.
     """
-    tubelet, channels = settings.encoder.tubelet, pixels.shape[1]
-    patches, indices = patchify(pixels, tubelet), split_indices(hidden)[1].to(pixels.device)
+    tubelet = settings.encoder.tubelet
+    channels = pixels.shape[1]
+    patches = patchify(pixels, tubelet)
+    indices = split_indices(hidden)[1].to(pixels.device)
     index = indices[..., None].expand(-1, -1, patches.shape[-1])
     original = patches.gather(1, index)
     drawn = (

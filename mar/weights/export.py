@@ -100,15 +100,19 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
         for name, tensor in weights.tensors.items()
         if name.startswith("encoder.") or name.startswith("classifier." if pooled else "decoder.")
     }
-    kind = (
-        "VideoClassification"
-        if pooled
-        else "PreTraining"
-        if "decoder.project.weight" in kept
-        else "Model"
-    )
-    architecture = f"VideoMAEFor{kind}" if kind != "Model" else "VideoMAEModel"
-    dimensions, decoder = settings.encoder.dimensions, settings.reconstruction
+    if pooled:
+        kind = "VideoClassification"
+    else:
+        if "decoder.project.weight" in kept:
+            kind = "PreTraining"
+        else:
+            kind = "Model"
+    if kind != "Model":
+        architecture = f"VideoMAEFor{kind}"
+    else:
+        architecture = "VideoMAEModel"
+    dimensions = settings.encoder.dimensions
+    decoder = settings.reconstruction
     config = {
         "model_type": "videomae",
         "architectures": [architecture],
@@ -290,11 +294,9 @@ def _classes_text(weights: Weights, settings: TrainingConfig) -> str:
     names = [
         re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(name.split())) for name in weights.classes
     ]
-    return (
-        f"{settings.data.num_classes}: {', '.join(names)}"
-        if names
-        else str(settings.data.num_classes)
-    )
+    if names:
+        return f"{settings.data.num_classes}: {', '.join(names)}"
+    return str(settings.data.num_classes)
 
 
 def _card(

@@ -38,7 +38,9 @@ def fetch(name: str) -> Path:
     repository = _repository(name)
     try:
         folder = _snapshot(repository, _SAFE)
-        return folder if any(folder.glob("*.safetensors")) else _snapshot(repository, _OLD)
+        if any(folder.glob("*.safetensors")):
+            return folder
+        return _snapshot(repository, _OLD)
     except Exception as error:  # the hub's own errors, its HTTP client's, and a misspelt endpoint's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

@@ -102,12 +102,15 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
             "ViT, mar's own); "
             f"its first keys: {_listed(list(tensors))}"
         )
-    layout, kept, unused = translated.layout.name, translated.tensors, dict(translated.unused)
+    layout = translated.layout.name
+    kept = translated.tensors
+    unused = dict(translated.unused)
     config = _config_beside(path, translated.layout)
     if layout == "ViT":
-        layout = (
-            "image ViT" if "cls_token" in tensors or _is_flat(tensors) else "VideoMAE, fine-tuned"
-        )
+        if "cls_token" in tensors or _is_flat(tensors):
+            layout = "image ViT"
+        else:
+            layout = "VideoMAE, fine-tuned"
     if config.get("hidden_act", "gelu") != "gelu":
         raise UserError(
             f"{name}: its activation is {config['hidden_act']}; mar's blocks have GELU, and no "
@@ -218,7 +221,8 @@ def load(
     Raises:
         UserError: see :func:`fitting`.
     """
-    names, ours = fitting(model, weights, settings, parts, lends_norm), model.state_dict()
+    names = fitting(model, weights, settings, parts, lends_norm)
+    ours = model.state_dict()
     model.load_state_dict({name: weights.tensors[name] for name in names}, strict=False)
     left_over = {
         name: "not asked for" if name in ours else "not of this model" for name in weights.tensors
@@ -310,11 +314,9 @@ def _advice(weights: Weights, settings: TrainingConfig) -> str:
         for path, value in sizes.items()
         if path.startswith(tuple(_BRANCH_OF)) and here[path] != value
     }
-    return (
-        f". The file has {', '.join(f'{key}={value}' for key, value in other.items())}"
-        if other
-        else ""
-    )
+    if other:
+        return f". The file has {', '.join(f'{key}={value}' for key, value in other.items())}"
+    return ""
 
 
 def _is_flat(tensors: Mapping[str, Tensor]) -> bool:
@@ -343,7 +345,8 @@ def _settings_of(
         return {path: value for path, value in known.items() if value is not None}, frozenset(known)
     if "encoder.embed.weight" not in tensors:
         return {}, frozenset()
-    width, depth = len(tensors["encoder.embed.weight"]), _depth(tensors, "encoder")
+    width = len(tensors["encoder.embed.weight"])
+    depth = _depth(tensors, "encoder")
     sizes = {(each[0], each[1]): (name, each[2]) for name, each in ENCODER_SIZES.items()}
     heads: int | None = config.get("num_attention_heads")
     known: dict[str, Any] = {
@@ -416,8 +419,13 @@ def _config_beside(path: Path, layout: Layout) -> dict[str, Any]:
         if settings.is_file() and not (folder / "config.json").is_file():
             return read_mapping(settings)
         config = read_mapping(folder / "config.json")
-        return config.get("settings", {}) if config.get("model_type") == "mar" else {}
-    config = read_mapping(folder / "config.json") if layout.name == "Hugging Face VideoMAE" else {}
+        if config.get("model_type") == "mar":
+            return config.get("settings", {})
+        return {}
+    if layout.name == "Hugging Face VideoMAE":
+        config = read_mapping(folder / "config.json")
+    else:
+        config = {}
     return config if config.get("model_type") == "videomae" else {}
 
 
@@ -439,13 +447,17 @@ def _classes_beside(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...
     names_given: Any = read_mapping(folder / CLASSES).get("classes")
     if names_given is None:
         labels: Any = read_mapping(folder / "config.json").get("id2label")
-        names_given = (
-            [labels.get(str(number)) for number in range(len(labels))]
-            if isinstance(labels, dict)
-            else []
-        )
-    names = tuple(str(name) for name in names_given) if isinstance(names_given, list) else ()
-    return names if len(names) == len(tensors["classifier.head.weight"]) else ()
+        if isinstance(labels, dict):
+            names_given = [labels.get(str(number)) for number in range(len(labels))]
+        else:
+            names_given = []
+    if isinstance(names_given, list):
+        names = tuple(str(name) for name in names_given)
+    else:
+        names = ()
+    if len(names) == len(tensors["classifier.head.weight"]):
+        return names
+    return ()
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -48,9 +48,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             f"{file}: a git-LFS pointer, not the weights themselves: fetch them with git lfs pull"
         )
     if start[:1] == b"<" or start[8:9] == b"{":
-        what = (
-            "a web page" if start[:1] == b"<" else "a safetensors file: name it so (.safetensors)"
-        )
+        if start[:1] == b"<":
+            what = "a web page"
+        else:
+            what = "a safetensors file: name it so (.safetensors)"
         raise UserError(f"{file}: not a PyTorch checkpoint but {what}")
     is_archive = zipfile.is_zipfile(file)
     if is_archive and _is_compressed(file):

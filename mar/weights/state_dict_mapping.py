@@ -207,7 +207,10 @@ def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
     tubelet = None
     embedding = renamed.get("encoder.embed.weight")
     if embedding is not None and embedding.ndim > 2:
-        embedding = inflated(embedding, inflate_frames) if embedding.ndim == 4 else embedding
+        if embedding.ndim == 4:
+            embedding = inflated(embedding, inflate_frames)
+        else:
+            embedding = embedding
         frames, height, width = embedding.shape[2:]
         tubelet = (frames, height, width)
         renamed["encoder.embed.weight"] = flat_conv_weight(embedding)
@@ -232,10 +235,8 @@ def hugging_face_names(tensors: Tensors, tubelet: tuple[int, int, int]) -> dict[
         if name == "encoder.embed.weight":
             value = value.unflatten(1, (3, *tubelet))
         if ".attn.qkv." in name:
-            prefix, kind = (
-                _first(_THEIRS, name.split(".attn.")[0] + ".") or "",
-                name.rpartition(".")[2],
-            )
+            prefix = _first(_THEIRS, name.split(".attn.")[0] + ".") or ""
+            kind = name.rpartition(".")[2]
             query, key, third = value.chunk(3)
             if kind == "bias":
                 named |= {

@@ -58,7 +58,10 @@ def submit(
 
     _check(study, context.args)
     jobs = Jobs(address, allow_unauthenticated)
-    environment = {} if any_versions else {PINNED: json.dumps(package_versions())}
+    if any_versions:
+        environment = {}
+    else:
+        environment = {PINNED: json.dumps(package_versions())}
     job_id, is_new = jobs.submit(study, context.args, environment)
     print(f"{job_id} {'submitted' if is_new else 'is under way already: joined'}", flush=True)
     if detach:
@@ -79,7 +82,10 @@ def list_jobs(
         print(json.dumps([vars(job) for job in found], indent=1))
         return
     for job in found:
-        minutes = "" if job.minutes is None else f"{job.minutes:.1f} min"
+        if job.minutes is None:
+            minutes = ""
+        else:
+            minutes = f"{job.minutes:.1f} min"
         print(
             (
                 f"{job.job_id:<44} {job.status:<10} {job.began:<17} {minutes:>10}  "

@@ -79,10 +79,14 @@ def figure_info(results: StudyResults) -> FigureInfo:
     study = results.study
     layout = study.file.figure
     all_rows = [row for row in results.rows if not row.is_quoted]
-    part = axis_parts(study).index(layout.group) if layout.group else None
-    groups = (
-        list(dict.fromkeys(row.labels[part] for row in all_rows)) if part is not None else [None]
-    )
+    if layout.group:
+        part = axis_parts(study).index(layout.group)
+    else:
+        part = None
+    if part is not None:
+        groups = list(dict.fromkeys(row.labels[part] for row in all_rows))
+    else:
+        groups = [None]
     series: list[Series] = []
     for name in layout.y:
         for group in groups:
@@ -101,7 +105,10 @@ def figure_info(results: StudyResults) -> FigureInfo:
     if layout.front and layout.x:
         directions = [METRICS[name].higher_is_better for name in (layout.x, layout.y[0])]
         for each in [each for each in series if not each.is_papers]:
-            name = "Pareto front" if groups == [None] else f"Pareto front, {each.name}"
+            if groups == [None]:
+                name = "Pareto front"
+            else:
+                name = f"Pareto front, {each.name}"
             series.append(
                 _front(
                     name,
@@ -155,16 +162,15 @@ def _front(name: str, series: Series, is_low_x_better: bool, is_high_y_better: b
     The points that no other beats in both metrics.
     """
     points = list(zip(series.labels, series.x, series.y, strict=True))
-    x_sign, y_sign = (1 if is_low_x_better else -1), (-1 if is_high_y_better else 1)
+    x_sign = 1 if is_low_x_better else -1
+    y_sign = -1 if is_high_y_better else 1
     front: list[tuple[str, float, float]] = []
     for point in sorted(points, key=lambda point: (x_sign * point[1], y_sign * point[2])):
         if not front or y_sign * point[2] < y_sign * front[-1][2]:
             front.append(point)
-    labels, x, y = (
-        [each[0] for each in front],
-        [each[1] for each in front],
-        [each[2] for each in front],
-    )
+    labels = [each[0] for each in front]
+    x = [each[1] for each in front]
+    y = [each[2] for each in front]
     return Series(name, labels, x, y, [0.0] * len(front), is_line=True)
 
 
@@ -172,7 +178,8 @@ def _papers(title: str, positions: Sequence[tuple[int, Row]], name: str, x: str)
     """Return the points of which the paper prints both."""
     points: list[tuple[str, float, float]] = []
     for _, row in positions:
-        across, up = row.cells[x].paper, row.cells[name].paper
+        across = row.cells[x].paper
+        up = row.cells[name].paper
         if across is not None and up is not None:
             points.append((row.label, across, up))
     columns = [[point[column] for point in points] for column in range(3)]
@@ -263,7 +270,10 @@ def draw(info: FigureInfo, file: Path) -> None:
 
 def _line(axes: Any, series: Series, position: int, alone: bool) -> None:
     if alone:
-        style = "-" if position < len(COLOURS) else "--" if position < 2 * len(COLOURS) else ":"
+        if position < len(COLOURS):
+            style = "-"
+        else:
+            style = "--" if position < 2 * len(COLOURS) else ":"
         axes.plot(
             series.x,
             series.y,
@@ -291,9 +301,9 @@ def _points(axes: Any, series: Series, colour: str) -> None:
             capsize=3,
         )
     many = len(series.labels) > _FEW
-    style: dict[str, Any] = (
-        {"ha": "left", "rotation": 35, "fontsize": 6} if many else {"ha": "center", "fontsize": 8}
-    )
+    style: dict[str, Any] = {"ha": "center", "fontsize": 8}
+    if many:
+        style = {"ha": "left", "rotation": 35, "fontsize": 6}
     style |= {"color": "0.45", "fontsize": 6} if series.is_papers else {}
     for label, x, y in zip(series.labels, series.x, series.y, strict=True):
         axes.annotate(label, (x, y), textcoords="offset points", xytext=_ABOVE, **style)

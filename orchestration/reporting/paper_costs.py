@@ -103,4 +103,6 @@ def write_page(file: Path | None) -> str:
 def _printed(value: Any, form: str) -> str:
     if value is None or value != value:
         return "–"
-    return str(value) if isinstance(value, int) else format(value, form)
+    if isinstance(value, int):
+        return str(value)
+    return format(value, form)

@@ -108,7 +108,9 @@ def confusion_chart(confusion: Confusion) -> Markup:
 
 def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
     bars = {"type": "data", "array": list(series.error), "visible": any(series.error)}
-    x, y, name = list(series.x), list(series.y), html.escape(series.name)
+    x = list(series.x)
+    y = list(series.y)
+    name = html.escape(series.name)
     labels = [html.escape(label) for label in series.labels]
     hover = "%{text}<br>%{y}<extra>%{fullData.name}</extra>"
     if info.kind == "bars":

@@ -32,7 +32,9 @@ class Cell:
     @property
     def mean(self) -> float | None:
         """The mean over seeds; none while nothing is there."""
-        return sum(self.values) / len(self.values) if self.values else None
+        if self.values:
+            return sum(self.values) / len(self.values)
+        return None
 
     @property
     def half_width(self) -> float | None:
@@ -51,7 +53,9 @@ class Cell:
     @property
     def deviation(self) -> float | None:
         """The standard deviation over seeds; none with fewer than two."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        if len(self.values) > 1:
+            return statistics.stdev(self.values)
+        return None
 
 
 @cache

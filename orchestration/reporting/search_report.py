@@ -30,11 +30,10 @@ def best_trials(proposer: OptunaSearch) -> list[FrozenTrial]:
     """Return the Pareto front, by its first goal; with one goal, the best trial."""
     if not _complete(proposer):
         return []
-    front = (
-        proposer.study.best_trials
-        if len(proposer.search.file.goals) > 1
-        else [proposer.study.best_trial]
-    )
+    if len(proposer.search.file.goals) > 1:
+        front = proposer.study.best_trials
+    else:
+        front = [proposer.study.best_trial]
     front = [trial for trial in front if "copy" not in trial.user_attrs] or front
     return sorted(front, key=lambda trial: trial.values[0])
 
@@ -60,7 +59,8 @@ def _counts_text(proposer: OptunaSearch) -> str:
 
 def found_text(proposer: OptunaSearch) -> str:
     """Return what was found, as Markdown."""
-    frame, search = front_frame(proposer), proposer.search
+    frame = front_frame(proposer)
+    search = proposer.search
     counts_text = _counts_text(proposer)
     kind = "Pareto front" if len(search.file.goals) > 1 else "Best"
     shown = frame.map(_shown)
@@ -117,7 +117,9 @@ def importance_frame(proposer: OptunaSearch) -> pd.DataFrame:
             continue
         columns[METRICS[name].title] = found
     frame = pd.DataFrame(columns)
-    return frame.reset_index(names="setting") if not frame.empty else frame
+    if not frame.empty:
+        return frame.reset_index(names="setting")
+    return frame
 
 
 def write_search_report(proposer: OptunaSearch, folder: Path) -> None:
@@ -135,7 +137,10 @@ def write_search_report(proposer: OptunaSearch, folder: Path) -> None:
     write_text(folder / "trials.csv", csv_text(frame))
     best = best_trials(proposer)
     if best:
-        chosen = best[-1] if next(iter(proposer.search.file.goals.values())) == "max" else best[0]
+        if next(iter(proposer.search.file.goals.values())) == "max":
+            chosen = best[-1]
+        else:
+            chosen = best[0]
         goals = dict(zip(proposer.search.file.goals, chosen.values or [], strict=True))
         tree = proposer.search.settings(chosen.params).model_dump(mode="json")
         head = (
@@ -158,7 +163,8 @@ def _draw(proposer: OptunaSearch, folder: Path) -> None:
     import optuna.visualization.matplotlib as pictures
     from matplotlib import pyplot
 
-    drawn, parts = _pictures(proposer, pictures), _pictures(proposer, interactive)
+    drawn = _pictures(proposer, pictures)
+    parts = _pictures(proposer, interactive)
     for name in drawn:
         _quietly(lambda name=name: drawn[name]())
         if pyplot.get_fignums():
@@ -196,9 +202,9 @@ def _html_table(frame: pd.DataFrame, **options: Any) -> Markup:
 def _pictures(proposer: OptunaSearch, library: Any) -> dict[str, Callable[[], Any]]:
     """Return what draws each picture, by its name, with either of Optuna's libraries of them."""
     goals = [METRICS[name].title for name in proposer.search.file.goals]
-    first: dict[str, Any] = (
-        {"target": _value_of(0), "target_name": goals[0]} if len(goals) > 1 else {}
-    )
+    first: dict[str, Any] = {}
+    if len(goals) > 1:
+        first = {"target": _value_of(0), "target_name": goals[0]}
     study = proposer.study
     drawn: dict[str, Callable[[], Any]] = {
         "history": lambda: library.plot_optimization_history(study, **first),

@@ -130,7 +130,8 @@ def compare(ours: Sequence[Correctness], theirs: Sequence[Correctness]) -> Compa
         p = float(2 * _student(freedom).sf(abs(difference) / variance**0.5))
     else:
         p = 1.0 if difference == 0 else 0.0
-    low, high = 100 * (difference - reach), 100 * (difference + reach)
+    low = 100 * (difference - reach)
+    high = 100 * (difference + reach)
     return Comparison(100 * difference, low, high, p, num_videos, num_seeds)
 
 
@@ -148,7 +149,10 @@ def _variance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> t
     """
     num_videos = one.shape[1]
     gaps = one.mean(axis=0) - other.mean(axis=0)
-    between_videos = float(gaps.var(ddof=1)) / num_videos if num_videos > 1 else 0.0
+    if num_videos > 1:
+        between_videos = float(gaps.var(ddof=1)) / num_videos
+    else:
+        between_videos = 0.0
     few = len(one) + len(other) - 2
     if few == 0:
         return between_videos, max(num_videos - 1.0, 1.0)
@@ -191,17 +195,16 @@ def mcnemar(study_lock: int, only_other: int) -> float:
     """Return the p of McNemar's exact test, from the videos that one model alone gets right."""
     from scipy import stats  # slow to import, and a plan needs none
 
-    return (
-        float(stats.binomtest(study_lock, study_lock + only_other).pvalue)
-        if study_lock + only_other
-        else 1.0
-    )
+    if study_lock + only_other:
+        return float(stats.binomtest(study_lock, study_lock + only_other).pvalue)
+    return 1.0
 
 
 def holm_corrected(comparisons: Mapping[str, Comparison | None]) -> dict[str, Comparison | None]:
     """Return the comparisons with Holm's correction for their number."""
     there = sorted((each.p, name) for name, each in comparisons.items() if each is not None)
-    result, highest = dict(comparisons), 0.0
+    result = dict(comparisons)
+    highest = 0.0
     for rank, (p, name) in enumerate(there):
         highest = max(highest, min(1.0, (len(there) - rank) * p))
         each = comparisons[name]
@@ -267,20 +270,29 @@ def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correct
     gaps: dict[str, Comparison | None] = {}
     for pair in pairs:
         better, worse = pair.split(" > ")
-        gaps[pair] = (
-            compare(rows[better], rows[worse]) if better in rows and worse in rows else None
-        )
+        if better in rows and worse in rows:
+            gaps[pair] = compare(rows[better], rows[worse])
+        else:
+            gaps[pair] = None
     gaps = holm_corrected(gaps)
     there = [gap for gap in gaps.values() if gap is not None]
     significant = [gap for gap in there if gap.is_significant]
     is_one_training = any(gap.num_seeds == 1 for gap in there)
-    verdict: Verdict = "open in one training" if is_one_training else "open"
+    verdict: Verdict = "open"
+    if is_one_training:
+        verdict = "open in one training"
     if any(gap.difference < 0 for gap in significant):
-        verdict = "contradicted in one training" if is_one_training else "contradicted"
+        if is_one_training:
+            verdict = "contradicted in one training"
+        else:
+            verdict = "contradicted"
     elif None in gaps.values():
         verdict = "missing"
     elif len(significant) == len(gaps):
-        verdict = "supported in one training" if is_one_training else "supported"
+        if is_one_training:
+            verdict = "supported in one training"
+        else:
+            verdict = "supported"
     return Claim(text, verdict, gaps)
 
 

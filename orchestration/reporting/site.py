@@ -147,11 +147,10 @@ def _to_come(studies: Sequence[Study], records: Sequence[RunRecord]) -> str:
     hours = [line.device_hours for line in new if line.device_hours is not None]
     if not new:
         return "nothing is left to train"
-    known = (
-        f", {len(hours)} of them about {sum(hours):.2f} hours at the throughput so far"
-        if hours
-        else ""
-    )
+    if hours:
+        known = f", {len(hours)} of them about {sum(hours):.2f} hours at the throughput so far"
+    else:
+        known = ""
     return f"{len(new)} trainings to come{known}"
 
 
@@ -172,7 +171,10 @@ def _section(
         _state(study, trial, found.get(trial.key) or newest.get(trial.key), store, neighbours)
         for trial in study.trials
     ]
-    notes = findings(results) if "top1" in study.file.table.columns else []
+    if "top1" in study.file.table.columns:
+        notes = findings(results)
+    else:
+        notes = []
     curves = curves_info(results)
     mistaken = confusion(results)
     return Section(
@@ -201,24 +203,32 @@ def _state(
     )
     if run is None:
         near = neighbours.nearest(trial)
-        differing = (
-            [f"{each.setting}: {each.first} → {each.second}" for each in near[1]] if near else []
-        )
-        unlike = f"unlike run {near[0][:8]}: {'; '.join(differing)}" if near else ""
+        if near:
+            differing = [f"{each.setting}: {each.first} → {each.second}" for each in near[1]]
+        else:
+            differing = []
+        if near:
+            unlike = f"unlike run {near[0][:8]}: {'; '.join(differing)}"
+        else:
+            unlike = ""
         return TrialState(trial.name, trial.key, "missing", "", "", "", "", None, "", own, unlike)
     state = {"FINISHED": "finished" if run.has_model else "tested"}.get(
         run.status, run.status.lower()
     )
     seconds = run.metrics.get("time/elapsed_s")
-    server = (
-        store.launch.shown_tracking if store.launch.tracking.startswith("http") else _OWN_SERVER
-    )
+    if store.launch.tracking.startswith("http"):
+        server = store.launch.shown_tracking
+    else:
+        server = _OWN_SERVER
     link = f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
     made = ", ".join(
         f"{name.split('.')[-1]} {run.tags[name][:12]}" for name in _SHOWN_TAGS if name in run.tags
     )
     log = TrialDir(store.launch.trial_folder(run.key)).log
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    if log.is_file():
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    else:
+        lines = []
     is_bad = state in ("failed", "killed")
     return TrialState(
         trial.name,

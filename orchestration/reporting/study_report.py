@@ -102,9 +102,12 @@ def findings(results: StudyResults) -> list[str]:
     all_rows = results.rows
     there = [row for row in all_rows if row.cells["top1"].mean is not None]
     if not there:
-        return [] if any(row.finished for row in all_rows) else ["No trial is finished yet."]
+        if any(row.finished for row in all_rows):
+            return []
+        return ["No trial is finished yet."]
     best = max(there, key=lambda row: row.cells["top1"].mean or 0.0)
-    top1, settings = best.cells["top1"].mean or 0.0, study.trials[0].settings
+    top1 = best.cells["top1"].mean or 0.0
+    settings = study.trials[0].settings
     chance = 100 / settings.data.num_classes
     notes = [
         f"Best: {best.label}, {top1:.2f} % top-1 on videos that it has not seen "

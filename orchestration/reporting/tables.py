@@ -80,31 +80,26 @@ class TableInfo:
 
         How many trials are missing, which videos were not counted, what is quoted.
         """
-        finished, wanted = (
-            sum(row.finished for row in self.rows),
-            sum(row.seeds for row in self.rows),
-        )
-        missing = (
-            []
-            if finished == wanted
-            else [f"{finished} of {wanted} trials are finished; {MISSING}: not there yet."]
-        )
-        quoted = (
-            [f"{_QUOTED}: as the paper quotes it; not run here."]
-            if any(row.is_quoted for row in self.rows)
-            else []
-        )
-        legend = (
-            [
+        finished = sum(row.finished for row in self.rows)
+        wanted = sum(row.seeds for row in self.rows)
+        if finished == wanted:
+            missing = []
+        else:
+            missing = [f"{finished} of {wanted} trials are finished; {MISSING}: not there yet."]
+        if any(row.is_quoted for row in self.rows):
+            quoted = [f"{_QUOTED}: as the paper quotes it; not run here."]
+        else:
+            quoted = []
+        if self.comparisons:
+            legend = [
                 f"To {self.reference}: difference in top-1 over the same videos, 95 % interval; "
                 f"{_ALIKE}: these videos cannot tell the two apart (paired test, Holm's "
                 "correction for "
                 f"{len(self.comparisons)} rows, 5 %)."
                 + (f" {ONE_TRAINING}" if max(row.seeds for row in self.rows) == 1 else "")
             ]
-            if self.comparisons
-            else []
-        )
+        else:
+            legend = []
         return (
             missing
             + self._seed_notes
@@ -120,7 +115,10 @@ class TableInfo:
         if not counts:
             return []
         meanings = {SPREADS[self.spread_of(count)] for count in counts}
-        number = f"n = {self.common_seeds} trainings a row; " if self.common_seeds else ""
+        if self.common_seeds:
+            number = f"n = {self.common_seeds} trainings a row; "
+        else:
+            number = ""
         return [f"{number}beside a mean: {' or '.join(sorted(meanings))}."]
 
 
@@ -204,7 +202,10 @@ def to_html(info: TableInfo, has_caption: bool = True) -> str:
     body: str = frame.to_html(index=False, escape=False, border=0)
     start, rest = body.split("\n", 1)
     notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in info.notes)
-    caption = f"<caption>{html.escape(info.title)}</caption>\n" if has_caption else ""
+    if has_caption:
+        caption = f"<caption>{html.escape(info.title)}</caption>\n"
+    else:
+        caption = ""
     return f"{start}\n{caption}{rest}\n{notes}"
 
 
@@ -281,13 +282,18 @@ def cell_text(
         text += _spread_text(cell, digits, spread)
         if cell.status == "complete" and not is_number_said:
             text += f" (n = {seeds})"
-    return text if cell.status == "complete" else f"{text} ({len(cell.values)} of {seeds})"
+    if cell.status == "complete":
+        return text
+    return f"{text} ({len(cell.values)} of {seeds})"
 
 
 def _spread_text(cell: Cell, digits: int, spread: Spread) -> str:
     if spread == "range":
         return f" [{min(cell.values):.{digits}f}, {max(cell.values):.{digits}f}]"
-    reach = cell.half_width if spread == "interval" else cell.deviation
+    if spread == "interval":
+        reach = cell.half_width
+    else:
+        reach = cell.deviation
     return f" ± {reach:.{digits}f}"
 
 
@@ -315,16 +321,17 @@ def _frame(
     columns += [(name, [row.about.get(name, "") for row in firsts]) for name in _words(info)]
     columns = [(title, [plain(text) for text in texts]) for title, texts in columns]
     for name in info.columns:
-        metric, leader = METRICS[name], _leader(info, name)
+        metric = METRICS[name]
+        leader = _leader(info, name)
         for column, head in enumerate([""] if _is_same_across(lines, name) else heads):
             rows_of = [line[column] for line in lines]
-            title = (
-                metric.title
-                if not head
-                else head
-                if len(info.columns) == 1
-                else f"{metric.title}, {head}"
-            )
+            if not head:
+                title = metric.title
+            else:
+                if len(info.columns) == 1:
+                    title = head
+                else:
+                    title = f"{metric.title}, {head}"
             columns.append(
                 (title, [_text(info, row, name, leader, best, plain) for row in rows_of])
             )
@@ -424,8 +431,11 @@ def _gain(info: TableInfo, row: Row, value: Callable[[Cell], float | None]) -> s
     column, label = info.delta
     reference = (*row.labels[:column], label, *row.labels[column + 1 :])
     base = next((other for other in info.rows if tuple(other.labels) == reference), None)
-    ours, theirs = value(row.cells["top1"]), value(base.cells["top1"]) if base else None
-    return MISSING if base is row or ours is None or theirs is None else f"{ours - theirs:+.2f}"
+    ours = value(row.cells["top1"])
+    theirs = value(base.cells["top1"]) if base else None
+    if base is row or ours is None or theirs is None:
+        return MISSING
+    return f"{ours - theirs:+.2f}"
 
 
 def _leader(info: TableInfo, name: str) -> Row | None:

@@ -141,7 +141,10 @@ def _read(file: Path) -> list[dict[str, str]]:
 
 def _curve(name: str, seeds: Sequence[dict[int, float]]) -> Series:
     """Return the mean over seeds at each epoch that all of them have."""
-    epochs = sorted(set.intersection(*(set(each) for each in seeds))) if seeds else []
+    if seeds:
+        epochs = sorted(set.intersection(*(set(each) for each in seeds)))
+    else:
+        epochs = []
     means = [sum(each[epoch] for each in seeds) / len(seeds) for epoch in epochs]
     return Series(
         name, [f"epoch {each}" for each in epochs], epochs, means, [0.0] * len(epochs), is_line=True

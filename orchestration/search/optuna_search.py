@@ -37,7 +37,11 @@ _MOST_REJECTED = 1000
 """Points that are drawn blindly before the search is given up."""
 _MOST_FAILURES = 3
 """Trials that fail one after the other before the search stops: the next would too."""
-_INFEASIBLE, _KEY, _RUN, _AGAIN, _COPY = "infeasible", "key", "run", "again", "copy"
+_INFEASIBLE = "infeasible"
+_KEY = "key"
+_RUN = "run"
+_AGAIN = "again"
+_COPY = "copy"
 UNCOUNTED = {_INFEASIBLE, _RUN, _COPY}
 """What marks a trial of the Optuna study that this search did not train: broken rules, others'
 runs, equals of others."""
@@ -232,7 +236,8 @@ class OptunaSearch:
             or key not in self.asked
         ):
             return False
-        trial, value = self.asked[key], metrics["val/top1"]
+        trial = self.asked[key]
+        value = metrics["val/top1"]
         trial.report(
             value if next(iter(self.search.file.goals.values())) == "max" else -value, epoch
         )
@@ -244,11 +249,15 @@ class OptunaSearch:
 
     def values(self, settings: TrainingConfig, metrics: Mapping[str, float]) -> list[float]:
         """Return what a trial reached, goal by goal; raises a KeyError if its metrics lack one."""
-        figures, values = cost(settings), list[float]()
+        figures = cost(settings)
+        values = list[float]()
         for name in self.search.file.goals:
             metric = METRICS[name]
             is_cost = metric.source.startswith("cost.")
-            value = cost_figure(figures, metric.source) if is_cost else metrics[metric.source]
+            if is_cost:
+                value = cost_figure(figures, metric.source)
+            else:
+                value = metrics[metric.source]
             values.append(metric.scale * value + metric.offset)
         return values
 
@@ -363,4 +372,6 @@ def _active(search: Search, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(search: Search, path: str, value: Any) -> Any:
-    return as_text(value) if search.file.space[path].choices is not None else value
+    if search.file.space[path].choices is not None:
+        return as_text(value)
+    return value

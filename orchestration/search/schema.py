@@ -151,11 +151,13 @@ class Search:
 
     def excess(self, settings: TrainingConfig) -> list[float]:
         """Return by how much each constraint is broken; none is where all are 0 or less."""
-        figures, found = cost(settings), list[float]()
+        figures = cost(settings)
+        found = list[float]()
         for constraint in self.file.constraints:
             parsed = CONSTRAINT.fullmatch(constraint)
             assert parsed
-            value, bound = cost_figure(figures, METRICS[parsed[1]].source), float(parsed[3])
+            value = cost_figure(figures, METRICS[parsed[1]].source)
+            bound = float(parsed[3])
             found.append(value - bound if parsed[2] == "<=" else bound - value)
         return found
 
@@ -187,7 +189,10 @@ def read_search(name: str, overrides: Sequence[str] = ()) -> Search:
         tree = merge(merge(base.content, file.fixed), changes)
         whole = flatten(build(tree).model_dump(mode="json"))
     except SettingError as error:
-        location = "" if error.path in changes else f"{document.location('fixed')}: "
+        if error.path in changes:
+            location = ""
+        else:
+            location = f"{document.location('fixed')}: "
         raise UserError(f"{location}{error}") from None
     file = file.model_copy(update={"space": _typed(file.space, whole)})
     _check(file, document)
@@ -206,9 +211,10 @@ def _typed(space: Mapping[str, Dimension], whole: Mapping[str, Any]) -> dict[str
             for name in ("low", "high")
             if (value := getattr(dimension, name)) is not None
         }
-        typed[path] = (
-            dimension.model_copy(update=ends) if isinstance(whole.get(path), float) else dimension
-        )
+        if isinstance(whole.get(path), float):
+            typed[path] = dimension.model_copy(update=ends)
+        else:
+            typed[path] = dimension
     return typed
 
 
@@ -227,7 +233,10 @@ def _check(file: SearchFile, document: Document) -> None:
             raise UserError(f"{document.location('space', path)}: {path}: {error}") from None
         for other in dimension.when:
             if other not in SETTING_PATHS or (other in file.space and other not in above):
-                reason = "stands below it" if other in file.space else "no such setting"
+                if other in file.space:
+                    reason = "stands below it"
+                else:
+                    reason = "no such setting"
                 raise UserError(
                     f"{document.location('space', path, 'when')}: {path}: when: {other}: {reason}"
                 )
@@ -269,9 +278,13 @@ def _check(file: SearchFile, document: Document) -> None:
 
 def as_text(value: Any) -> Any:
     """Return a choice as Optuna keeps it: a scalar as it is, a list as JSON."""
-    return json.dumps(list(value)) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return json.dumps(list(value))
+    return value
 
 
 def from_text(value: Any) -> Any:
     """Return what a choice stands for."""
-    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+    if isinstance(value, str) and value.startswith("["):
+        return json.loads(value)
+    return value

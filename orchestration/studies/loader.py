@@ -30,7 +30,10 @@ from orchestration.studies.yaml_document import Document, Recipe, find
 def _of_one(path: Path, overrides: Sequence[str]) -> Study:
     """Return a study of one trial: a recipe as it is. Its name is the recipe's and its folder's."""
     settings = read_recipe(str(path), overrides)
-    column = "test_reconstruction_loss" if settings.pretrains else "top1"
+    if settings.pretrains:
+        column = "test_reconstruction_loss"
+    else:
+        column = "top1"
     columns = (column, *(() if settings.pretrains else ("top5",)), "gflops", "time_s")
     title = recipe_title(path)
     file = StudyFile(
@@ -65,13 +68,20 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     changes = parse_overrides(overrides)
     file = _with_changed_axes(parse_study_file(document), changes)
     of_rows = _of_rows(file, changes)
-    another = changes.pop("recipe") if isinstance(changes.get("recipe"), str) else None
-    family = (
-        another if another and (packaged("search_spaces") / "recipes" / another).is_dir() else None
-    )
+    if isinstance(changes.get("recipe"), str):
+        another = changes.pop("recipe")
+    else:
+        another = None
+    if another and (packaged("search_spaces") / "recipes" / another).is_dir():
+        family = another
+    else:
+        family = None
     another = None if family else another
     recipes: dict[str, Recipe] = {}
-    seeds = (changes.pop("seed"),) if "seed" in changes else file.seeds
+    if "seed" in changes:
+        seeds = (changes.pop("seed"),)
+    else:
+        seeds = file.seeds
     fingerprints: dict[str, str] = {}
     trials: list[Trial] = []
     for labels in itertools.product(*(axis.items() for axis in file.axes.values())):
@@ -214,11 +224,10 @@ def _fingerprint(settings: TrainingConfig, known: dict[str, str]) -> str:
     data = settings.data
     location = data.model_dump_json()
     if location not in known:
-        known[location] = (
-            fingerprint(data)
-            if Path(data.root).is_dir() and any(Path(data.root).iterdir())
-            else ABSENT
-        )
+        if Path(data.root).is_dir() and any(Path(data.root).iterdir()):
+            known[location] = fingerprint(data)
+        else:
+            known[location] = ABSENT
     return known[location]
 
 

@@ -27,7 +27,10 @@ def name_in_store(base: str, file: Path, store: Path, claims: bool = False) -> s
     digest = hashlib.sha256(owner.encode(errors="surrogateescape")).hexdigest()[:6]
     for name in (base, f"{file.parent.name}_{base}", f"{base}_{digest}"):
         note = store / _FOLDER / f"{name}.txt"
-        known = note.read_text(encoding="utf-8", errors="surrogateescape") if note.is_file() else ""
+        if note.is_file():
+            known = note.read_text(encoding="utf-8", errors="surrogateescape")
+        else:
+            known = ""
         has_moved = bool(known) and not known.startswith("mar:") and not Path(known).is_file()
         if known in ("", owner) or has_moved:
             if claims and known != owner:
@@ -71,7 +74,9 @@ def base_name(file: Path) -> str:
 
 def recipe_title(file: Path) -> str:
     """Return what people call a recipe: its name, behind its folder's."""
-    return f"{file.parent.name}/{file.stem}" if file.parent.name != "recipes" else file.stem
+    if file.parent.name != "recipes":
+        return f"{file.parent.name}/{file.stem}"
+    return file.stem
 
 
 def _owner(file: Path) -> str:

@@ -82,25 +82,39 @@ def plan_trials(
     """
     earlier = earlier if earlier is not None else Planned()
     trials = study.trials if study.trains else []
-    found, trained = match(trials, records), match_training(trials, records)
-    rate = device.train_gflops_per_s if device else _measured_rate(study, found)
+    found = match(trials, records)
+    trained = match_training(trials, records)
+    if device:
+        rate = device.train_gflops_per_s
+    else:
+        rate = _measured_rate(study, found)
     sizes: dict[str, int | None] = {}
     lines: list[PlannedTrial] = []
     for trial in trials:
-        figures, recipe, name = (
-            cost(trial.settings),
-            trial.settings.recipe,
-            f"{study.name}: {trial.name}",
-        )
+        figures = cost(trial.settings)
+        recipe = trial.settings.recipe
+        name = f"{study.name}: {trial.name}"
         size = _num_training_videos(trial, sizes)
-        steps = size // trial.settings.videos_per_batch if size is not None else 0
-        clips = None if size is None else steps * recipe.batch_size * recipe.epochs
-        hours = clips * figures.train_gflops / rate / 3600 if clips is not None and rate else None
+        if size is not None:
+            steps = size // trial.settings.videos_per_batch
+        else:
+            steps = 0
+        if size is None:
+            clips = None
+        else:
+            clips = steps * recipe.batch_size * recipe.epochs
+        if clips is not None and rate:
+            hours = clips * figures.train_gflops / rate / 3600
+        else:
+            hours = None
         state, of = _state(trial, found, trained, earlier)
         earlier.trials.setdefault(trial.key, name)
         earlier.trainings.setdefault(trial.training, name)
         storage_gib = figures.train_params_m * 1e6 * _BYTES_PER_PARAMETER / 2**30
-        run_id = found[trial.key].run_id if trial.key in found else None
+        if trial.key in found:
+            run_id = found[trial.key].run_id
+        else:
+            run_id = None
         costs = (figures.gflops, figures.params_m, figures.train_gflops / 1e3)
         lines.append(
             PlannedTrial(study.name, trial, state, of, *costs, clips, hours, storage_gib, run_id)
@@ -171,13 +185,13 @@ def plan_text(
         text += [study] if len(studies) > 1 else []
         for line in (line for line in lines if line.study == study):
             runs = line.state == "new"
-            of = (
-                f"  = {line.of}"
-                if line.state == "same"
-                else f"  model of {line.of}"
-                if line.state == "test"
-                else ""
-            )
+            if line.state == "same":
+                of = f"  = {line.of}"
+            else:
+                if line.state == "test":
+                    of = f"  model of {line.of}"
+                else:
+                    of = ""
             text.append(
                 f"{line.state:<5}{line.trial.name:<{width}}"
                 f"{line.gflops:>9.4g}{line.params_m:>11.2f}"
@@ -210,11 +224,10 @@ def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
     summary += f", {counts['same']} the same as another" if counts["same"] else ""
     hours = [line.device_hours for line in new if line.device_hours is not None]
     if new and len(hours) == len(new):
-        where = (
-            f"on {device.name} ({device.source})"
-            if device
-            else "at the throughput of this study's finished trials"
-        )
+        if device:
+            where = f"on {device.name} ({device.source})"
+        else:
+            where = "at the throughput of this study's finished trials"
         summary += f", about {sum(hours):.2f} device-hours {where}"
         if device and device.price_per_h:
             summary += f", {sum(hours) * device.price_per_h:,.0f} in money"
@@ -244,7 +257,10 @@ def plan_json(lines: Sequence[PlannedTrial], neighbours: Neighbours | None = Non
     """Return the plan for a program."""
 
     def unlike(line: PlannedTrial) -> dict[str, object]:
-        near = neighbours.nearest(line.trial) if neighbours and line.state == "new" else None
+        if neighbours and line.state == "new":
+            near = neighbours.nearest(line.trial)
+        else:
+            near = None
         if near is None:
             return {}
         return {
@@ -289,7 +305,10 @@ def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | No
     source = data.model_dump_json()
     if source not in known:
         official = _known()["train_videos"].get(data.format)
-        known[source] = official if trial.fingerprint == ABSENT else len(read_split(data, "train"))
+        if trial.fingerprint == ABSENT:
+            known[source] = official
+        else:
+            known[source] = len(read_split(data, "train"))
     return known[source]
 
 

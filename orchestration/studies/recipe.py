@@ -31,9 +31,10 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     try:
         return build(merge(recipe.content, changes))
     except SettingError as error:
-        location = (
-            "" if touches(error.path, changes) else f"{recipe.location_of_setting(error.path)}: "
-        )
+        if touches(error.path, changes):
+            location = ""
+        else:
+            location = f"{recipe.location_of_setting(error.path)}: "
         raise UserError(f"{location}{error}") from None
 
 
@@ -53,7 +54,12 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                 for location in range(len(word))
                 if word[location] == "=" and _SETTING.search(word[:location])
             ]
-            path, text = (word[: ends[0]], word[ends[0] + 1 :]) if ends else (path, text)
+            if ends:
+                path = word[: ends[0]]
+                text = word[ends[0] + 1 :]
+            else:
+                path = path
+                text = text
         if not equals or not path:
             raise UserError(f"{word!r}: expected path=value, as in mask.ratio=0.75")
         try:
@@ -89,7 +95,9 @@ def absolute_paths(settings: TrainingConfig) -> TrainingConfig:
 
     Workers have another working folder.
     """
-    data, encoder, weights = settings.data, settings.encoder, settings.encoder.weights
+    data = settings.data
+    encoder = settings.encoder
+    weights = settings.encoder.weights
     cache = str(Path(data.cache).resolve()) if data.cache else None
     data = data.model_copy(update={"root": str(Path(data.root).resolve()), "cache": cache})
     if weights and is_path(weights):

@@ -13,7 +13,9 @@ columns."""
 
 def label_parts(axis: str, label: str) -> list[str]:
     """Return a label's columns: several if the axis names several."""
-    return label.split(BETWEEN_LABELS) if BETWEEN_LABELS in axis else [label]
+    if BETWEEN_LABELS in axis:
+        return label.split(BETWEEN_LABELS)
+    return [label]
 
 
 class _Part(BaseModel):

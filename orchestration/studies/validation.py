@@ -74,13 +74,13 @@ def mistake_in(document: Document, error: ValidationError, kind: type[BaseModel]
             inner: Any = getattr(known.get(names[0]), "annotation", None)
             known = getattr(inner, "model_fields", {})
         near = difflib.get_close_matches(str(names[-1]) if names else "", known, n=1, cutoff=0.5)
-        hint = (
-            f"; did you mean {near[0]}?"
-            if near
-            else f" (there are: {', '.join(known)})"
-            if known
-            else ""
-        )
+        if near:
+            hint = f"; did you mean {near[0]}?"
+        else:
+            if known:
+                hint = f" (there are: {', '.join(known)})"
+            else:
+                hint = ""
         message = f"no such key{hint}"
     elif first["type"] in ("dict_type", "model_type"):
         message = f"must be a mapping, 'name: value' line by line, not {first['input']!r}"
@@ -91,8 +91,10 @@ def mistake_in(document: Document, error: ValidationError, kind: type[BaseModel]
 
 def check_references(study: Study, document: Document) -> None:
     """Every quantity must be known, and every label that stands for a row must be one's."""
-    file, rows = study.file, sorted({trial.row for trial in study.trials})
-    table, figure = file.table, file.figure
+    file = study.file
+    rows = sorted({trial.row for trial in study.trials})
+    table = file.table
+    figure = file.figure
     named = [("table", name) for name in table.columns] + [("figure", name) for name in figure.y]
     named += [("figure", figure.x)] if figure.x else []
     named += [("paper", name) for name in file.paper]

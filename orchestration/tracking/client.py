@@ -64,9 +64,10 @@ def explained(launch: LaunchConfig) -> Generator[None]:
 def unusable(launch: LaunchConfig, error: Exception) -> str:
     """Return the message for a tracking store that cannot be used."""
     reason = without_secrets(str(error).strip().splitlines()[0])[:200]
-    advice = (
-        "Is the server up, and --tracking-uri right? " if launch.tracking.startswith("http") else ""
-    )
+    if launch.tracking.startswith("http"):
+        advice = "Is the server up, and --tracking-uri right? "
+    else:
+        advice = ""
     return (
         f"the tracking store {launch.shown_tracking} cannot be used: {reason}. "
         f"{advice}Checkpoints are safe; when it works again, the same command resumes"

@@ -102,11 +102,12 @@ class Store:
                 item.experiment_id: item.name
                 for item in self._pages(self.client.search_experiments)
             }
-            runs = (
-                self.client.search_runs(list(names), f"tags.`{KIND}` = 'study'", max_results=1000)
-                if names
-                else []
-            )
+            if names:
+                runs = self.client.search_runs(
+                    list(names), f"tags.`{KIND}` = 'study'", max_results=1000
+                )
+            else:
+                runs = []
         return {names[run.info.experiment_id]: int(run.data.tags.get(EXPECTED, 0)) for run in runs}
 
     def result_of(self, record: RunRecord) -> Path:
@@ -172,7 +173,10 @@ class Store:
         columns += [f"metrics.`{name}`" for name in metrics] + [
             f"params.`{name}`" for name in params
         ]
-        order = {"orderByKey": f"metrics.`{metrics[0]}`", "orderByAsc": False} if metrics else {}
+        if metrics:
+            order = {"orderByKey": f"metrics.`{metrics[0]}`", "orderByAsc": False}
+        else:
+            order = {}
         shown = {**_WHOLE_VIEW, **order, "selectedColumns": columns}
         with explained(self.launch):
             self.client.set_experiment_tag(

@@ -29,7 +29,7 @@ from mar.config.randaugment_policy import RandAugmentPolicy
 from mar.config.schema import DataConfig
 from mar.data.annotations import Video
 from mar.data.cache_index import Packing
-from mar.data.dataset import crop_and_resize
+from mar.data.crops import crop_and_resize
 from mar.data.decoders import TorchCodec, decode_with, probe_decoder
 from mar.data.frame_cache import open_video, pack
 from mar.data.sampling import Reader

@@ -14,6 +14,8 @@ _SHAPED = [
     "mar.model",
     "mar.augmentation",
     "mar.data.dataset",
+    "mar.data.loaders",
+    "mar.data.crops",
     "mar.evaluation.evaluator",
     "mar.training.optim",
 ]

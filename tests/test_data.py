@@ -20,18 +20,16 @@ from torch.utils.data import Dataset
 from mar.augmentation.augment import draw_erased, erase, flip, mix, soft_labels, swapped
 from mar.config.schema import AugmentConfig, ClipConfig, DataConfig, TrainingConfig
 from mar.data.annotations import class_names, fingerprint, read_split
+from mar.data.crops import random_box, test_boxes
 from mar.data.dataset import (
     EvaluationClips,
     Sample,
     TrainingClips,
     TrainingOrder,
-    collate,
-    loader,
     one_after_another,
-    random_box,
-    test_boxes,
 )
 from mar.data.decoders import BrokenVideo, decode_with, write_video
+from mar.data.loaders import collate, loader
 from mar.data.motion_verbs import FRAMES_PER_S, PHOTOS, VERBS, MotionVerbs, make
 from mar.data.sampling import Reader, evaluation_frames, training_frames
 from mar.distributed import WorkerRank

@@ -122,10 +122,10 @@ def test_a_loss_that_is_not_finite_stops_its_trial_before_the_step(workdir: Path
 def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight(
     tiny: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mar.training import loop
+    from mar.training import epoch
 
     kept: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
-    step = loop.train_step
+    step = epoch.train_step
 
     def spoiled_third(training: Any, batch: Any) -> torch.Tensor:
         if training.progress.step == 2:
@@ -137,7 +137,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight(
         )
         return sums
 
-    monkeypatch.setattr(loop, "train_step", spoiled_third)
+    monkeypatch.setattr(epoch, "train_step", spoiled_third)
     with pytest.raises(Failure, match="not finite at or before step 3") as caught:
         fit(tiny(), tmp_path, RuntimeConfig(torch.device("cpu")), TrainingCallbacks())
     assert caught.value.kind == "non_finite"

@@ -23,7 +23,8 @@ from orchestration.config import LaunchConfig
 from orchestration.execution.study_runner import run_studies
 from orchestration.reporting.site import write_site
 from orchestration.reporting.study_results import StudyResults
-from orchestration.reporting.tables import table_info, to_latex, to_markdown
+from orchestration.reporting.table_formats import to_latex, to_markdown
+from orchestration.reporting.tables import table_info
 from orchestration.studies.budget import Budget
 from orchestration.studies.loader import paper_studies, read_study
 from orchestration.studies.plan import Planned, device, plan_text, plan_trials

@@ -18,7 +18,8 @@ from mar.augmentation.augment import augmented, draw_step
 from mar.config.overrides import build, merge
 from mar.config.schema import ClipConfig, TrainingConfig
 from mar.data.annotations import read_split
-from mar.data.dataset import EvaluationClips, TrainingClips, random_box
+from mar.data.crops import random_box
+from mar.data.dataset import EvaluationClips, TrainingClips
 from mar.data.decoders import decode_with, write_video
 from mar.data.sampling import evaluation_frames, training_frames
 from mar.model.mar import MAR

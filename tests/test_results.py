@@ -28,14 +28,14 @@ from orchestration.reporting.significance import (
 )
 from orchestration.reporting.study_report import findings, write_report
 from orchestration.reporting.study_results import StudyResults
-from orchestration.reporting.tables import (
+from orchestration.reporting.table_formats import (
     FORMATS,
     cell_text,
     latex_escaped,
-    table_info,
     to_latex,
     to_markdown,
 )
+from orchestration.reporting.tables import table_info
 from orchestration.studies.loader import read_study
 from orchestration.studies.matching import match
 from orchestration.studies.plan import plan_json, plan_text, plan_trials

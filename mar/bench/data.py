@@ -22,8 +22,9 @@ from mar.config.overrides import build, merge
 from mar.config.schema import DataConfig, TrainingConfig
 from mar.data.annotations import Video
 from mar.data.cache_index import Packing
-from mar.data.dataset import Batch, TrainingClips, TrainingOrder, training_batches
+from mar.data.dataset import Batch, TrainingClips, TrainingOrder
 from mar.data.frame_cache import pack
+from mar.data.loaders import training_batches
 from mar.distributed import worker_rank
 from mar.errors import UserError
 from mar.rng import Stream, rng

@@ -12,33 +12,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mar.config.schema import DataConfig
-from mar.data import cache_index
+from mar.data.video_files import VideoFolder, absolute_path, is_hidden, videos_below
 from mar.errors import UserError, notice
 from mar.safe_input import parse_json
 
 Split = Literal["train", "val"]
-VIDEO_ENDINGS = (
-    ".mp4",
-    ".avi",
-    ".webm",
-    ".mkv",
-    ".mov",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".flv",
-    ".ts",
-    ".3gp",
-    ".wmv",
-)
 _OFFICIAL: dict[str, dict[str, tuple[str, ...]]] = {
     "list": {"train": ("train.txt", "train.csv"), "val": ("val.txt", "val.csv", "test.csv")},
     "folders": {"train": ("train",), "val": ("val", "validation", "test")},
@@ -86,82 +71,6 @@ class Annotations:
     rows: list[Row]
     classes: list[str] | None = None
     """Class names by number; none where the format has only numbers."""
-
-
-class _Folder:
-    """The videos below the video folder (links followed) or in the frame cache, found by name.
-
-    Whatever the sub-folder, the ending and the case of letters; the very case before another.
-    """
-
-    def __init__(self, data: DataConfig) -> None:
-        self.root = Path(data.root) / data.videos
-        if data.cache:
-            cached = set(cache_index.load_index(data.cache).entries)
-        else:
-            cached = set[str]()
-        if not self.root.is_dir() and not cached:
-            raise UserError(f"data.videos: no folder {self.root}")
-        self.by_stem: dict[str, list[str]] = {}
-        for path in sorted(cached | set(_videos_below(self.root))):
-            self.by_stem.setdefault(_stem(path).lower(), []).append(path)
-
-    def find(self, *stems: str, near: str = "", default: str) -> str:
-        """Return the path of the first stem that exists; a file in a folder ``near`` wins.
-
-        Raises:
-            UserError: several are left.
-        """
-        for stem in stems:
-            found = self.by_stem.get(stem.lower(), [])
-            found = [path for path in found if _stem(path) == stem] or found
-            found = [path for path in found if near.lower() in _folders(path)] or found
-            found = [
-                path
-                for path in found
-                if any(each.startswith(near.lower()) for each in _folders(path))
-            ] or found
-            if len(found) > 1:
-                raise UserError(
-                    f"data.videos: {stem} is {' and '.join(found[:3])}, below {self.root}: which "
-                    "one is it?"
-                )
-            if found:
-                return found[0]
-        return default
-
-
-def _videos_below(root: Path) -> Iterator[str]:
-    """Yield the videos below a folder, links followed; what a file system hides is no video."""
-    seen: set[str] = set()
-    for folder, below, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back to a folder above
-            below.clear()
-            continue
-        seen.add(real)
-        below[:] = [name for name in below if not _is_hidden(name)]
-        inside = os.path.relpath(folder, root)
-        for name in files:
-            is_video = os.path.splitext(name)[1].lower() in VIDEO_ENDINGS  # noqa: PTH122  (a hundred thousand Paths take seconds)
-            if is_video and not _is_hidden(name):
-                yield name if inside == "." else f"{inside}/{name}"
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether a system made the file or folder, and not a person.
-
-    As ``.ipynb_checkpoints``, ``@eaDir``, ``._a.mp4``, ``__MACOSX``.
-    """
-    return name.startswith((".", "@")) or name == "__MACOSX"
-
-
-def _folders(path: str) -> list[str]:
-    return path.lower().split("/")[:-1]
-
-
-def _stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]  # noqa: PTH119, PTH122
 
 
 def read_annotations(data: DataConfig, split: Split) -> Annotations:
@@ -279,7 +188,7 @@ def _read_ssv2(data: DataConfig, split: Split) -> Annotations:
     labels file is needed.
     """
     file = annotation_file(data, split)
-    folder = _Folder(data)
+    folder = VideoFolder(data)
     items = _read_json(file, list)
     has_numbers = bool(items) and all(
         isinstance(item, dict) and "label_idx" in item for item in items
@@ -328,7 +237,7 @@ def _read_kinetics(data: DataConfig, split: Split) -> Annotations:
     if data.labels:
         classes = _named_classes(data)
     numbers = {name: number for number, name in enumerate(classes)}
-    folder = _Folder(data)
+    folder = VideoFolder(data)
     rows: list[Row] = []
     for location, line in tables[split]:
         if line["label"] not in numbers:
@@ -386,7 +295,7 @@ def _read_ucf101(data: DataConfig, split: Split) -> Annotations:
             numbers[parts[1].lower()] = int(parts[0]) - 1
     names = sorted(numbers, key=numbers.__getitem__)
     file = annotation_file(data, split)
-    folder = _Folder(data)
+    folder = VideoFolder(data)
     rows: list[Row] = []
     for number, line in enumerate(_text(file).splitlines(), start=1):
         if not line.strip():
@@ -424,7 +333,7 @@ def _read_hmdb51(data: DataConfig, split: Split) -> Annotations:
             f"data.{split}: no files <class>_test_split{data.split}.txt in {split_folder}"
         )
     classes = [re.sub(r"_test_split\d$", "", file.stem) for file in files]
-    folder = _Folder(data)
+    folder = VideoFolder(data)
     rows = list[Row]()
     for label, (name, file) in enumerate(zip(classes, files, strict=True)):
         for number, line in enumerate(_text(file).splitlines(), start=1):
@@ -449,24 +358,24 @@ def _read_folders(data: DataConfig, split: Split) -> Annotations:
     split, are no classes.
     """
     folders: dict[str, Path] = {part: annotation_file(data, part) for part in ("train", "val")}
-    videos = _absolute(Path(data.root) / data.videos)
+    videos = absolute_path(Path(data.root) / data.videos)
     found: dict[str, dict[str, list[str]]] = {}
     for part, folder in folders.items():
-        folder = _absolute(folder)
+        folder = absolute_path(folder)
         if not folder.is_dir() or not folder.is_relative_to(videos):
             raise UserError(
                 f"data.{part}: {folder} must be a folder of class folders, below data.videos, "
                 f"{videos}"
             )
         members = sorted(
-            each for each in folder.iterdir() if each.is_dir() and not _is_hidden(each.name)
+            each for each in folder.iterdir() if each.is_dir() and not is_hidden(each.name)
         )
-        found[part] = {each.name: sorted(_videos_below(each)) for each in members}
+        found[part] = {each.name: sorted(videos_below(each)) for each in members}
     classes = sorted({name for part in found.values() for name, inside in part.items() if inside})
     empty = sorted({name for part in found.values() for name in part} - {*classes})
     if empty:
         notice(f"{data.root}: no video in {', '.join(empty)}: not taken for classes")
-    folder = _absolute(folders[split])
+    folder = absolute_path(folders[split])
     inside = folder.relative_to(videos)
     rows = [
         Row((inside / name / video).as_posix(), label, str(folder / name))
@@ -474,11 +383,6 @@ def _read_folders(data: DataConfig, split: Split) -> Annotations:
         for video in found[split].get(name, [])
     ]
     return Annotations(rows, classes)
-
-
-def _absolute(path: Path) -> Path:
-    """Return a path from the root, without ``..``, its links as they are."""
-    return Path(os.path.abspath(path))  # noqa: PTH100  (Path.resolve follows links)
 
 
 _READERS: dict[str, Callable[[DataConfig, Split], Annotations]] = {

@@ -27,7 +27,7 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
     They are forks of a server that has loaded PyTorch and the decoders once.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "mar.data.dataset"])
+    context.set_forkserver_preload(["__main__", "mar.data.loaders"])
     return context
 
 

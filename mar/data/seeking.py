@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mar.data.bitstream import BitReader, NotSeekable, has_fields, leb128, nal_units
 from mar.data.container import MOST_PIXELS, open_container
 
 _INDEXED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"}
@@ -40,12 +41,6 @@ _HEVC_IDR = {19, 20}
 them."""
 _HEVC_SLICES = range(32)
 _HEVC_SPS = 33
-_SPS_WITH_CHROMA = {44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244}
-"""Values of profile_idc for which chroma_format_idc follows, H.264 section 7.3.2.1.1."""
-
-
-class NotSeekable(Exception):
-    """A decoder that jumps may be wrong on this file; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +158,7 @@ def _h264(extradata: bytes) -> _Check:
         raise NotSeekable("its H.264 stream has no avcC header")
     length_size = (extradata[4] & 3) + 1
     sets = _h264_parameter_sets(extradata)
-    if any(_has_fields(each) for each in sets):
+    if any(has_fields(each) for each in sets):
         raise NotSeekable("it may be interlaced")
     if len(sets) > 1:
         raise NotSeekable("its parameters change in the middle")
@@ -171,7 +166,7 @@ def _h264(extradata: bytes) -> _Check:
     def check(packet: Any, is_key: bool) -> None:
         if not is_key:
             return
-        for unit in _units(bytes(packet), length_size):
+        for unit in nal_units(bytes(packet), length_size):
             kind = unit[0] & 31
             if kind == _H264_SPS and unit not in sets:
                 raise NotSeekable("its parameters change in the middle")
@@ -206,7 +201,7 @@ def _hevc(extradata: bytes) -> _Check:
     def check(packet: Any, is_key: bool) -> None:
         if not is_key:
             return
-        for unit in _units(bytes(packet), length_size):
+        for unit in nal_units(bytes(packet), length_size):
             kind = (unit[0] >> 1) & 63
             if kind == _HEVC_SPS and unit not in extradata:
                 raise NotSeekable("its parameters change in the middle")
@@ -277,7 +272,7 @@ def _vp9_frames(packet: memoryview) -> list[bytes]:
 
 def _vp9_header(frame: bytes) -> tuple[bool, bool]:
     """Return whether a frame is a key frame, and whether it is shown (uncompressed header, 6.2)."""
-    bits = _Bits(frame)
+    bits = BitReader(frame)
     bits.take(2)  # frame marker
     profile = bits.take(1) + 2 * bits.take(1)
     if profile == 3:
@@ -296,7 +291,7 @@ def _av1(_: bytes) -> _Check:
             return
         for kind, payload in _av1_units(bytes(packet)):
             if kind in (3, 6):  # a frame header, a frame
-                bits = _Bits(payload[:1])
+                bits = BitReader(payload[:1])
                 is_existing = bits.take(1)
                 frame_type = bits.take(2)
                 is_shown = bits.take(1)
@@ -316,20 +311,10 @@ def _av1_units(packet: bytes) -> Iterator[tuple[int, bytes]]:
         offset += 2 if header & 4 else 1
         size = len(packet) - offset
         if header & 2:
-            size, used = _leb128(packet, offset)
+            size, used = leb128(packet, offset)
             offset += used
         yield (header >> 3) & 15, packet[offset : offset + size]
         offset += size
-
-
-def _leb128(packet: bytes, offset: int) -> tuple[int, int]:
-    """Return a number in little-endian base 128, and how many bytes it takes."""
-    value = 0
-    for used, byte in enumerate(packet[offset : offset + 8]):
-        value |= (byte & 127) << (7 * used)
-        if not byte & 128:
-            return value, used + 1
-    raise NotSeekable("its AV1 stream is damaged")
 
 
 _CHECKS: dict[str, Callable[[bytes], _Check]] = {
@@ -342,90 +327,3 @@ _CHECKS: dict[str, Callable[[bytes], _Check]] = {
 """Codec -> what makes the check of one stream's packets from its extradata."""
 _ALIASES = {"libvpx": "vp8", "libvpx-vp9": "vp9", "libdav1d": "av1", "libaom-av1": "av1"}
 """FFmpeg names the decoder that it took; others of the same codec have other names."""
-
-
-def _units(packet: bytes, length_size: int) -> Iterator[bytes]:
-    """Yield the network abstraction layer units of a packet, each behind its length."""
-    offset = 0
-    while offset + length_size < len(packet):
-        size = int.from_bytes(packet[offset : offset + length_size], "big")
-        offset += length_size
-        if size:
-            yield packet[offset : offset + size]
-        offset += size
-
-
-def _has_fields(parameter_set: bytes) -> bool:
-    """Whether pictures may be fields: frame_mbs_only_flag is 0 (H.264 section 7.3.2.1.1)."""
-    bits = _Bits(parameter_set[1:].replace(b"\0\0\3", b"\0\0"))
-    profile = bits.take(8)
-    bits.take(16)  # constraints and level
-    bits.unsigned()  # seq_parameter_set_id
-    if profile in _SPS_WITH_CHROMA:
-        chroma = bits.unsigned()
-        if chroma == 3:
-            bits.take(1)
-        bits.unsigned()  # bit depths
-        bits.unsigned()
-        bits.take(1)
-        if bits.take(1):
-            lists = 12 if chroma == 3 else 8
-            for number in range(lists):
-                if bits.take(1):
-                    _skip_scaling_list(bits, 16 if number < 6 else 64)
-    bits.unsigned()  # log2_max_frame_num_minus4
-    order_type = bits.unsigned()
-    if order_type == 0:
-        bits.unsigned()
-    elif order_type == 1:
-        bits.take(1)
-        bits.signed()
-        bits.signed()
-        for _ in range(min(bits.unsigned(), 255)):
-            bits.signed()
-    bits.unsigned()  # max_num_ref_frames
-    bits.take(1)
-    bits.unsigned()  # width and height
-    bits.unsigned()
-    return not bits.take(1)
-
-
-def _skip_scaling_list(bits: _Bits, size: int) -> None:
-    last = following = 8
-    for _ in range(size):
-        if following:
-            following = (last + bits.signed()) % 256
-        last = following or last
-
-
-class _Bits:
-    """Reads numbers of some bits, the most significant first; beyond the end there are zeros."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-        self.position = 0
-
-    def take(self, count: int) -> int:
-        """Return the next bits as a number."""
-        value = 0
-        for _ in range(count):
-            byte, bit = divmod(self.position, 8)
-            value <<= 1
-            if byte < len(self.content):
-                value |= (self.content[byte] >> (7 - bit)) & 1
-            self.position += 1
-        return value
-
-    def unsigned(self) -> int:
-        """Return the next number in Exp-Golomb code, ue(v)."""
-        zeros = 0
-        while not self.take(1):
-            zeros += 1
-            if zeros > 32:
-                raise NotSeekable("its header is damaged")
-        return (1 << zeros) - 1 + self.take(zeros)
-
-    def signed(self) -> int:
-        """Return the next number in signed Exp-Golomb code, se(v)."""
-        code = self.unsigned()
-        return (code + 1) // 2 if code % 2 else -(code // 2)

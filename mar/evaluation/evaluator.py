@@ -14,8 +14,9 @@ from torch import Tensor
 from mar import distributed
 from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video
-from mar.data.dataset import EvaluationClips, bytes_per_clip, loader
+from mar.data.dataset import EvaluationClips, bytes_per_clip
 from mar.data.frame_cache import check
+from mar.data.loaders import loader
 from mar.errors import Failure
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask

@@ -7,15 +7,11 @@ folder. A training that was stopped and resumed equals one that was not: bit for
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from mar import MANIFEST, RESULT_DIR, distributed
 from mar.atomic_dir import read_atomic_dir
@@ -23,40 +19,21 @@ from mar.config.overrides import build, without_paths
 from mar.config.schema import TrainingConfig
 from mar.data import frame_cache
 from mar.data.annotations import Video, read_split
-from mar.data.dataset import Batch, TrainingOrder, training_batches
-from mar.errors import Failure, Stopped, UserError
+from mar.data.dataset import TrainingOrder
+from mar.data.loaders import training_batches
+from mar.errors import Failure, UserError
 from mar.evaluation.correctness import read_history
-from mar.evaluation.evaluator import Evaluator, Predictions, Reconstruction
+from mar.evaluation.evaluator import Evaluator
 from mar.model.mar import MAR
 from mar.training import checkpoint
 from mar.training.checkpoint import Progress, Saver
+from mar.training.epoch import Training, evaluate, run_epoch
 from mar.training.memory import peak_training_memory_gib
-from mar.training.optim import build_optimizer, learning_rate, set_learning_rate
-from mar.training.reports import EpochReport, TrainingCallbacks, TrainingSignal
+from mar.training.optim import build_optimizer
+from mar.training.reports import EpochReport, TrainingCallbacks
 from mar.training.result import FinishedTraining, write_result
-from mar.training.step import RuntimeConfig, TrainState, train_step
+from mar.training.step import RuntimeConfig
 from mar.weights import pretrained
-
-
-@dataclass
-class Training(TrainState):
-    """A training in progress."""
-
-    callbacks: TrainingCallbacks
-    steps_per_epoch: int
-    saver: Saver
-    is_to_stop: bool = False
-    """Whether it was asked to save and stop."""
-
-    @property
-    def epoch(self) -> int:
-        """Finished epochs."""
-        return len(self.progress.history)
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of the whole training."""
-        return self.steps_per_epoch * self.settings.recipe.epochs
 
 
 def fit(
@@ -121,7 +98,7 @@ def fit(
             saver,
         )
         while training.epoch < settings.recipe.epochs:
-            _epoch(training, batches, validate)
+            run_epoch(training, batches, validate)
     # Their loader processes end before those of testing start.
     batches.close()
     del batches, validate
@@ -201,190 +178,6 @@ def _replay_result(
     return final
 
 
-class _Clock:
-    """Adds the time from its creation to ``stop`` to the progress."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.started = time.perf_counter()
-
-    def stop(self) -> None:
-        self.progress.elapsed_s += time.perf_counter() - self.started
-
-
-def _epoch(training: Training, batches: Iterator[Batch], validate: Evaluator) -> None:
-    """Finish the epoch that the progress is in: train, validate when it is due, save, report.
-
-    Raises:
-        Stopped: it was asked to stop; the epoch is saved.
-    """
-    settings = training.settings
-    progress = training.progress
-    metrics = _train_epoch(training, batches)
-    if (training.epoch + 1) % settings.evaluation.every_epochs == 0:
-        clock = _Clock(progress)
-        metrics |= _evaluate(validate, training.model, settings).metrics("val")
-        clock.stop()
-    metrics["time/elapsed_s"] = progress.elapsed_s
-    progress.history.append(metrics)
-    _save(training)
-    training.callbacks.report(EpochReport(training.epoch, metrics))
-    if training.is_to_stop and training.epoch < settings.recipe.epochs:
-        training.saver.wait()
-        raise Stopped(f"stopped after epoch {training.epoch}, saved")
-
-
-def _evaluate(
-    evaluator: Evaluator, model: MAR, settings: TrainingConfig
-) -> Predictions | Reconstruction:
-    """Measure what the training is for: accuracy, or in pre-training the reconstruction loss."""
-    if settings.pretrains:
-        return evaluator.reconstruction(model)
-    return evaluator(model)
-
-
-def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, float]:
-    """Train to the end of the epoch that the progress is in.
-
-    Returns the epoch's metrics and starts new sums.
-
-    Raises:
-        Stopped: the step callback asked to stop before the epoch's end.
-    """
-    settings = training.settings
-    progress = training.progress
-    end = (training.epoch + 1) * training.steps_per_epoch
-    sums = _resumed_sums(training)
-    clock = _Clock(progress)
-    first_step = progress.step
-    elapsed_before_s = progress.elapsed_s
-    rate = 0.0
-    while progress.step < end:
-        batch = next(batches)
-        sums[4] += _count_broken(training, batch)
-        rate = learning_rate(settings.recipe, progress.step / training.steps_per_epoch)
-        set_learning_rate(training.optimizer, rate)
-        sums[:4] += train_step(training, batch)
-        progress.step += 1
-        # On an accelerator, reading the flag waits for the device: once an epoch is enough there.
-        if training.runtime.device.type == "cpu" or progress.step == end:
-            _check_finite(training, rate)
-        if _is_checkpoint_due(training) and progress.step < end:
-            _check_finite(training, rate)
-            progress.sums = distributed.all_reduce_sum(sums).tolist()
-            clock.stop()
-            _save_inside_epoch(training)
-            clock = _Clock(progress)
-    totals = distributed.all_reduce_sum(sums).tolist()
-    clock.stop()
-    progress.sums = Progress().sums
-    metrics = _epoch_metrics(training, totals, rate)
-    num_clips = (progress.step - first_step) * settings.recipe.batch_size
-    metrics["throughput/clips_per_s"] = num_clips / (progress.elapsed_s - elapsed_before_s)
-    return metrics
-
-
-def _resumed_sums(training: Training) -> Tensor:
-    """Return this worker's sums at the epoch's current step.
-
-    A checkpoint has them over all workers; the first worker carries them on, the others start at
-    zero.
-    """
-    device = training.runtime.device
-    sums = torch.tensor(training.progress.sums, dtype=torch.float64, device=device)
-    return sums * (training.worker_rank.rank == 0)
-
-
-def _is_checkpoint_due(training: Training) -> bool:
-    """Ask what to do after a step; whether to save now, in the middle of an epoch.
-
-    Raises:
-        Stopped: to stop without saving.
-    """
-    step = training.progress.step
-    signal = training.callbacks.on_step(step, training.num_steps)
-    if signal == TrainingSignal.ABORT:
-        raise Stopped(f"left at step {step}, not saved")
-    if signal == TrainingSignal.STOP:
-        training.is_to_stop = True
-    every = training.runtime.checkpoint_every_steps
-    is_due = every is not None and step % every == 0
-    return is_due or signal != TrainingSignal.CONTINUE
-
-
-def _save_inside_epoch(training: Training) -> None:
-    """Save in the middle of an epoch, and stop if that was asked for.
-
-    Raises:
-        Stopped: it was, and the checkpoint is on the disk.
-    """
-    _save(training)
-    if training.is_to_stop:
-        training.saver.wait()
-        raise Stopped(f"stopped at step {training.progress.step}, saved")
-
-
-def _epoch_metrics(training: Training, totals: list[float], rate: float) -> dict[str, float]:
-    """Return an epoch's mean losses from its sums over all workers.
-
-    Raises:
-        Failure: not one video could be decoded.
-    """
-    settings = training.settings
-    total, classification, reconstruction, clips, broken = totals
-    if not clips:
-        raise Failure(
-            f"not one video of epoch {training.epoch + 1} could be decoded: run mar data check",
-            "data",
-        )
-    metrics = {"train/loss": total / clips, "train/lr": rate}
-    if not settings.pretrains:
-        metrics["train/classification_loss"] = classification / clips
-    if settings.reconstructs:
-        metrics["train/reconstruction_loss"] = reconstruction / clips
-    metrics["train/num_broken"] = broken
-    return metrics
-
-
-def _check_finite(training: Training, rate: float) -> None:
-    """Check that every gradient so far was finite.
-
-    Raises:
-        Failure: one was not; the weights are those before it, and the last checkpoint is good.
-    """
-    if training.has_non_finite_grad.item():
-        recipe = training.settings.recipe
-        step = training.progress.step
-        raise Failure(
-            f"the gradient is not finite at or before step {step} (epoch {training.epoch + 1}); "
-            "no step was taken with "
-            f"it. Likely causes: recipe.base_lr={recipe.base_lr:g} (rate {rate:.2g}), "
-            f"recipe.clip_grad={recipe.clip_grad}, recipe.precision={recipe.precision}",
-            "non_finite",
-        )
-
-
-def _count_broken(training: Training, batch: Batch) -> int:
-    """Return the number of broken videos in the batch.
-
-    Raises:
-        Failure: there is one, and the settings allow none.
-    """
-    if batch.broken and training.settings.data.broken == "error":
-        raise Failure(
-            f"{batch.broken[0]}. Repair or remove it, or set data.broken: skip to leave such "
-            "videos out",
-            "data",
-        )
-    return len(batch.broken)
-
-
-def _save(training: Training) -> None:
-    """Have a checkpoint written beside the training; one worker writes for all."""
-    if training.worker_rank.rank == 0:
-        training.saver.save(training.model, training.optimizer, training.progress)
-
-
 def _finish(
     trained: FinishedTraining,
     val: list[Video],
@@ -395,7 +188,7 @@ def _finish(
     settings = trained.settings
     model = trained.model
     test = _evaluator(trained, val, runtime, callbacks)
-    predictions = _evaluate(test, model, settings)
+    predictions = evaluate(test, model, settings)
     if predictions.broken:
         callbacks.log(
             f"{len(predictions.broken)} of {len(val)} test videos could not be decoded, "

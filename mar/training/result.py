@@ -21,7 +21,7 @@ from mar.evaluation.evaluator import Predictions, Reconstruction, write_predicti
 from mar.model.mar import MAR
 from mar.visualization.charts import draw_confusion, draw_curves
 from mar.visualization.reconstructions import draw_reconstructions
-from mar.weights.pretrained import CLASSES
+from mar.weights.checkpoint_settings import CLASSES
 
 _SHOWN = 3
 """Videos whose reconstructions are drawn."""

@@ -13,8 +13,9 @@ from torch import Tensor
 from mar.augmentation.augment import augmented, draw_step, mix
 from mar.config.schema import TrainingConfig
 from mar.data.annotations import class_names, read_split
-from mar.data.dataset import TrainingClips, TrainingOrder, collate, one_after_another
+from mar.data.dataset import TrainingClips, TrainingOrder, one_after_another
 from mar.data.frame_cache import check
+from mar.data.loaders import collate
 from mar.distributed import WorkerRank
 from mar.errors import Failure
 from mar.model.masking import evaluation_mask, training_mask

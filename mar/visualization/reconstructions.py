@@ -16,8 +16,9 @@ from torch.nn.functional import pad
 
 from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video
-from mar.data.dataset import EvaluationClips, collate
+from mar.data.dataset import EvaluationClips
 from mar.data.frame_cache import check
+from mar.data.loaders import collate
 from mar.errors import Failure, UserError
 from mar.model.encoder import patchify, unpatchify
 from mar.model.mar import MAR, split_indices

@@ -5,32 +5,35 @@ Files are opened so that nothing in them can run: safetensors, or ``torch.load(w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mar.config.overrides import SETTING_PATHS, SettingError, build, flatten, merge
-from mar.config.schema import ENCODER_SIZES, TrainingConfig
+from mar.config.schema import TrainingConfig
 from mar.errors import UserError
 from mar.model.mar import MAR
 from mar.safe_text import printable
+from mar.weights.checkpoint_settings import (
+    BLOCK_PATTERN,
+    SIZES,
+    STATED_SETTINGS,
+    classes_beside,
+    config_beside,
+    is_bridging,
+    is_flat,
+    settings_of,
+)
 from mar.weights.hub import fetch, weight_files
-from mar.weights.safe_loading import read_mapping, read_tensors
-from mar.weights.state_dict_mapping import NOT_KNOWN, OURS, Layout, Translated, translate
+from mar.weights.safe_loading import read_tensors
+from mar.weights.state_dict_mapping import NOT_KNOWN, OURS, translate
 
 EVERYTHING = ("encoder.", "decoder.", "classifier.")
 """The parts of a model, for :func:`load`."""
-_BLOCK = re.compile(r"(^|\.)(blocks|layer|layers|decoder_layers)\.\d+\.")
-_STATED = ("encoder.tubelet", "encoder.heads", "classifier.heads", "reconstruction.heads")
-"""What shapes do not tell, and what must agree where the file states it."""
-_KNOWN_CLASSIFIER_HEADS = {512: 4}
-_KNOWN_DECODER_HEADS = {192: 3, 384: 6, 512: 8}
 _BRANCH_OF = {
     "encoder.": "encoder.",
     "classifier.": "classifier.",
@@ -38,7 +41,6 @@ _BRANCH_OF = {
     "reconstruction.": "decoder.",
 }
 """Branch of the settings -> the model's part that it describes."""
-_SIZES = ("size", "width", "depth", "heads", "tubelet", "kind", "norm", "num_classes", "frames")
 _MAX_NAMED = 3
 
 
@@ -105,9 +107,9 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
     layout = translated.layout.name
     kept = translated.tensors
     unused = dict(translated.unused)
-    config = _config_beside(path, translated.layout)
+    config = config_beside(path, translated.layout)
     if layout == "ViT":
-        if "cls_token" in tensors or _is_flat(tensors):
+        if "cls_token" in tensors or is_flat(tensors):
             layout = "image ViT"
         else:
             layout = "VideoMAE, fine-tuned"
@@ -125,8 +127,8 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
         heads = [key for key in kept if key.startswith("classifier.")]
         unused |= dict.fromkeys(heads, "its classifier reads the first token, and ours the average")
         kept = {key: value for key, value in kept.items() if key not in heads}
-    settings, stated = _settings_of(translated, kept, config)
-    return Weights(name, layout, kept, unused, settings, stated, _classes_beside(path, kept))
+    settings, stated = settings_of(translated, kept, config)
+    return Weights(name, layout, kept, unused, settings, stated, classes_beside(path, kept))
 
 
 def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None) -> TrainingConfig:
@@ -141,7 +143,7 @@ def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None)
     needs += [
         (
             "classifier.heads",
-            "classifier.project.weight" in weights.tensors and _is_bridging(weights.tensors),
+            "classifier.project.weight" in weights.tensors and is_bridging(weights.tensors),
         )
     ]
     needs += [("reconstruction.heads", "decoder.project.weight" in weights.tensors)]
@@ -258,7 +260,11 @@ def fitting(
     faults = {
         "missing": [name for name in both if name not in weights.tensors],
         "too many": [name for name in both if name not in ours]
-        + [key for key, why in weights.unused.items() if why == NOT_KNOWN and _BLOCK.search(key)],
+        + [
+            key
+            for key, why in weights.unused.items()
+            if why == NOT_KNOWN and BLOCK_PATTERN.search(key)
+        ],
         "other shapes": [
             name
             for name in of_parts
@@ -268,7 +274,7 @@ def fitting(
         ],
         "other settings": [
             path
-            for path in _STATED
+            for path in STATED_SETTINGS
             if path in weights.stated and _contradicts(path, weights, settings)
         ],
     }
@@ -307,7 +313,7 @@ def _contradicts(path: str, weights: Weights, settings: TrainingConfig) -> bool:
 def _advice(weights: Weights, settings: TrainingConfig) -> str:
     here = flatten(settings.model_dump(mode="json"))
     sizes = {
-        path: value for path, value in weights.settings.items() if path.split(".")[-1] in _SIZES
+        path: value for path, value in weights.settings.items() if path.split(".")[-1] in SIZES
     }
     other = {
         path: value
@@ -317,147 +323,6 @@ def _advice(weights: Weights, settings: TrainingConfig) -> str:
     if other:
         return f". The file has {', '.join(f'{key}={value}' for key, value in other.items())}"
     return ""
-
-
-def _is_flat(tensors: Mapping[str, Tensor]) -> bool:
-    return tensors["patch_embed.proj.weight"].ndim == 4
-
-
-def _is_bridging(tensors: Mapping[str, Tensor]) -> bool:
-    return "classifier.blocks.0.attn.qkv.weight" in tensors
-
-
-def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    return len({name.split(".")[2] for name in tensors if name.startswith(f"{prefix}.blocks.")})
-
-
-def _settings_of(
-    translated: Translated, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> tuple[dict[str, Any], frozenset[str]]:
-    """Return dotted settings, those saved beside the weights and the sizes of the tensors.
-
-    And which are stated.
-    """
-    if translated.layout is OURS and config:
-        known = flatten(config)
-        if known.get("encoder.size") != "custom":
-            known["encoder.heads"] = None
-        return {path: value for path, value in known.items() if value is not None}, frozenset(known)
-    if "encoder.embed.weight" not in tensors:
-        return {}, frozenset()
-    width = len(tensors["encoder.embed.weight"])
-    depth = _depth(tensors, "encoder")
-    sizes = {(each[0], each[1]): (name, each[2]) for name, each in ENCODER_SIZES.items()}
-    heads: int | None = config.get("num_attention_heads")
-    known: dict[str, Any] = {
-        "encoder.size": "custom",
-        "encoder.width": width,
-        "encoder.depth": depth,
-    }
-    if (width, depth) in sizes and heads in (None, sizes[width, depth][1]):
-        known = {"encoder.size": sizes[width, depth][0]}
-    stated_settings = {"encoder.heads": heads if known["encoder.size"] == "custom" else None}
-    stated_settings |= {"encoder.tubelet": list(translated.tubelet) if translated.tubelet else None}
-    stated_settings |= {
-        "clip.size": config.get("image_size"),
-        "clip.frames": config.get("num_frames"),
-    }
-    stated_settings |= {"reconstruction.normalize_target": config.get("norm_pix_loss")}
-    known |= _classifier_settings(tensors) | _decoder_settings(tensors)
-    if "decoder.project.weight" in tensors:
-        stated_settings["reconstruction.heads"] = config.get("decoder_num_attention_heads")
-    stated = {path: value for path, value in stated_settings.items() if value is not None}
-    return known | stated, frozenset(stated)
-
-
-def _classifier_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    if "classifier.head.weight" not in tensors:
-        return {}
-    known: dict[str, Any] = {"data.num_classes": len(tensors["classifier.head.weight"])}
-    if _is_bridging(tensors):
-        width = len(tensors["classifier.project.weight"])
-        known |= {"classifier.kind": "bridging", "classifier.width": width}
-        known |= {"classifier.depth": _depth(tensors, "classifier")}
-        return known | (
-            {"classifier.heads": heads} if (heads := _KNOWN_CLASSIFIER_HEADS.get(width)) else {}
-        )
-    if "classifier.project.weight" in tensors:
-        return known | {
-            "classifier.kind": "mlp",
-            "classifier.width": len(tensors["classifier.project.weight"]),
-        }
-    pooled = "classifier.norm.weight" in tensors
-    sees_all = (
-        {"mask.ratio": 0.0, "reconstruction.weight": 0.0} if pooled else {}
-    )  # as VideoMAE is fine-tuned
-    return (
-        known
-        | {"classifier.kind": "linear", "classifier.norm": "pooled" if pooled else "tokens"}
-        | sees_all
-    )
-
-
-def _decoder_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    if "decoder.project.weight" not in tensors:
-        return {}
-    width = len(tensors["decoder.project.weight"])
-    known = {"reconstruction.width": width, "reconstruction.depth": _depth(tensors, "decoder")}
-    return known | (
-        {"reconstruction.heads": heads} if (heads := _KNOWN_DECODER_HEADS.get(width)) else {}
-    )
-
-
-def _config_beside(path: Path, layout: Layout) -> dict[str, Any]:
-    """Return Hugging Face's config, or our settings, where they are beside weights of that layout.
-
-    Raises:
-        UserError: they are there and cannot be read.
-    """
-    folder = path if path.is_dir() else path.parent
-    if layout is OURS:
-        settings = folder / "settings.yaml"
-        if settings.is_file() and not (folder / "config.json").is_file():
-            return read_mapping(settings)
-        config = read_mapping(folder / "config.json")
-        if config.get("model_type") == "mar":
-            return config.get("settings", {})
-        return {}
-    if layout.name == "Hugging Face VideoMAE":
-        config = read_mapping(folder / "config.json")
-    else:
-        config = {}
-    return config if config.get("model_type") == "videomae" else {}
-
-
-CLASSES = "classes.json"
-"""File of a result: the classes' names by number."""
-
-
-def _classes_beside(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return the class names that stand beside weights with a classifier, as many as it has scores.
-
-    In ``classes.json`` of a result, or in ``id2label`` of a ``config.json``, whosever it is.
-
-    Raises:
-        UserError: a file is there and cannot be read.
-    """
-    if "classifier.head.weight" not in tensors:
-        return ()
-    folder = path if path.is_dir() else path.parent
-    names_given: Any = read_mapping(folder / CLASSES).get("classes")
-    if names_given is None:
-        labels: Any = read_mapping(folder / "config.json").get("id2label")
-        if isinstance(labels, dict):
-            names_given = [labels.get(str(number)) for number in range(len(labels))]
-        else:
-            names_given = []
-    if isinstance(names_given, list):
-        names = tuple(str(name) for name in names_given)
-    else:
-        names = ()
-    if len(names) == len(tensors["classifier.head.weight"]):
-        return names
-    return ()
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -509,7 +374,7 @@ def contents(weights: Weights) -> str:
     }
     in_order = sorted(sizes.items(), key=lambda each: SETTING_PATHS.index(each[0]))
     listed = ", ".join(
-        f"{path}={value}" for path, value in in_order if path.split(".")[-1] in _SIZES and value
+        f"{path}={value}" for path, value in in_order if path.split(".")[-1] in SIZES and value
     )
     lines = [
         f"weights    {weights.source} ({weights.layout})",

@@ -246,7 +246,8 @@ def table(
     form: Annotated[Literal["md", "tex", "html", "csv", "json"], typer.Option("--format")] = "md",
 ) -> None:
     """Print a study's table from what MLflow remembers."""
-    from orchestration.reporting.tables import FORMATS, table_info
+    from orchestration.reporting.table_formats import FORMATS
+    from orchestration.reporting.tables import table_info
 
     (read,) = studies_of(study, overrides, only, False, store)
     print(FORMATS[form](table_info(_results(read, store, tracking_uri))), end="")

@@ -23,7 +23,8 @@ from orchestration.execution.webhook import failures_by_kind, notify_webhook
 from orchestration.failures import REMEDIES
 from orchestration.reporting.study_report import write_report
 from orchestration.reporting.study_results import StudyResults
-from orchestration.reporting.tables import FORMATS, table_info
+from orchestration.reporting.table_formats import FORMATS
+from orchestration.reporting.tables import table_info
 from orchestration.studies.budget import Budget
 from orchestration.studies.loader import fetch_weights
 from orchestration.studies.matching import match

@@ -25,7 +25,8 @@ from orchestration.reporting.plotly_figures import (
 from orchestration.reporting.significance import IN_ONE, ONE_TRAINING, Claim, claims
 from orchestration.reporting.study_report import findings
 from orchestration.reporting.study_results import StudyResults
-from orchestration.reporting.tables import table_info, to_html
+from orchestration.reporting.table_formats import to_html
+from orchestration.reporting.tables import table_info
 from orchestration.reporting.training_figures import confusion, curves_info
 from orchestration.storage.trial_dir import TrialDir
 from orchestration.studies.diff import Neighbours

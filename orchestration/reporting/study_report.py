@@ -25,7 +25,8 @@ from orchestration.reporting.plotly_figures import (
 )
 from orchestration.reporting.significance import Claim, claims
 from orchestration.reporting.study_results import StudyResults
-from orchestration.reporting.tables import FORMATS, TableInfo, table_info, to_html
+from orchestration.reporting.table_formats import FORMATS, to_html
+from orchestration.reporting.tables import TableInfo, table_info
 from orchestration.reporting.training_figures import confusion, curves_info
 from orchestration.studies.trial import Study
 

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import html
-import json
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-import pandas as pd
-
-from mar.safe_text import markdown
-from orchestration.reporting.csv_text import csv_text
-from orchestration.reporting.rows import Cell, Row, axis_parts
+from orchestration.reporting.rows import Row, axis_parts
 from orchestration.reporting.significance import (
     ONE_TRAINING,
     Comparison,
@@ -31,11 +24,8 @@ SPREADS: dict[Spread, str] = {
     "range": "[least, greatest] over seeds",
 }
 MISSING = "–"
-_QUOTED = "†"
-_ALIKE = "≈"
-_CAPITALS = ("Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega")
-_WIDE = 8
-"""Columns; a LaTeX table of more is set to the width of the page."""
+QUOTED = "†"
+ALIKE = "≈"
 
 
 @dataclass(frozen=True)
@@ -87,13 +77,13 @@ class TableInfo:
         else:
             missing = [f"{finished} of {wanted} trials are finished; {MISSING}: not there yet."]
         if any(row.is_quoted for row in self.rows):
-            quoted = [f"{_QUOTED}: as the paper quotes it; not run here."]
+            quoted = [f"{QUOTED}: as the paper quotes it; not run here."]
         else:
             quoted = []
         if self.comparisons:
             legend = [
                 f"To {self.reference}: difference in top-1 over the same videos, 95 % interval; "
-                f"{_ALIKE}: these videos cannot tell the two apart (paired test, Holm's "
+                f"{ALIKE}: these videos cannot tell the two apart (paired test, Holm's "
                 "correction for "
                 f"{len(self.comparisons)} rows, 5 %)."
                 + (f" {ONE_TRAINING}" if max(row.seeds for row in self.rows) == 1 else "")
@@ -154,304 +144,15 @@ def _is_best_significant(results: StudyResults, name: str) -> bool:
     """
     if METRICS[name].source.startswith("cost.") or METRICS[name].source == "views":
         return True
-    ranked = _ranked(results.rows, name)
-    if len(ranked) < 2:
+    ordered = ranked(results.rows, name)
+    if len(ordered) < 2:
         return False
     if name == "top1" and results.file_of:
-        return tells_apart(results, ranked[0].label, ranked[1].label)
-    return are_apart(ranked[0].cells[name].values, ranked[1].cells[name].values)
+        return tells_apart(results, ordered[0].label, ordered[1].label)
+    return are_apart(ordered[0].cells[name].values, ordered[1].cells[name].values)
 
 
-def to_markdown(info: TableInfo) -> str:
-    """Return a Markdown table with its title."""
-    text = _frame(info, best="**{}**".format, plain=markdown)
-    lines = [
-        f"**{markdown(info.title)}**",
-        "",
-        text.to_markdown(index=False, disable_numparse=True),
-    ]
-    return "\n".join([*lines, *(f"\n{markdown(note)}" for note in info.notes)]) + "\n"
-
-
-def to_latex(info: TableInfo) -> str:
-    r"""Return a LaTeX ``table`` with booktabs rules.
-
-    Needs ``\\usepackage{booktabs,amssymb,graphicx}``.
-    """
-    frame = _frame(info, best="\\textbf{{{}}}".format, plain=latex_escaped)
-    frame.iloc[:, 0] = [
-        "{}" + text if text[:1] in ("[", "*") else text for text in frame.iloc[:, 0]
-    ]
-    num_text_columns = len(info.axes) - (info.across is not None) + len(_words(info))
-    columns = "l" * num_text_columns + "r" * (frame.shape[1] - num_text_columns)
-    body: str = frame.to_latex(index=False, escape=False, column_format=columns)
-    if frame.shape[1] > _WIDE:
-        body = f"\\resizebox{{\\linewidth}}{{!}}{{%\n{body}}}\n"
-    caption = latex_escaped(
-        ". ".join(sentence.rstrip(".") for sentence in [info.title, *info.notes]) + "."
-    )
-    return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\\end{{table}}\n"
-
-
-def to_html(info: TableInfo, has_caption: bool = True) -> str:
-    """Return an HTML table with its title as the caption.
-
-    A page that has the title leaves it out.
-    """
-    frame = _frame(info, best="<b>{}</b>".format, plain=html.escape)
-    body: str = frame.to_html(index=False, escape=False, border=0)
-    start, rest = body.split("\n", 1)
-    notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in info.notes)
-    if has_caption:
-        caption = f"<caption>{html.escape(info.title)}</caption>\n"
-    else:
-        caption = ""
-    return f"{start}\n{caption}{rest}\n{notes}"
-
-
-def to_csv(info: TableInfo) -> str:
-    """Return one line for each row and quantity, unrounded."""
-    return csv_text(pd.DataFrame(_plain_rows(info)))
-
-
-def to_json(info: TableInfo) -> str:
-    """Return the same as CSV, as JSON, with the title."""
-    return (
-        json.dumps({"title": info.title, "cells": _plain_rows(info)}, indent=1, ensure_ascii=False)
-        + "\n"
-    )
-
-
-FORMATS: dict[str, Callable[[TableInfo], str]] = {
-    "md": to_markdown,
-    "tex": to_latex,
-    "html": to_html,
-    "csv": to_csv,
-    "json": to_json,
-}
-
-
-def latex_escaped(text: str) -> str:
-    """Return text that LaTeX prints as it stands."""
-    specials = {symbol: f"\\{symbol}" for symbol in "&%$#_{}"} | {
-        "\\": "\\textbackslash{}",
-        "~": "\\textasciitilde{}",
-        "^": "\\textasciicircum{}",
-        "×": "$\\times$",
-        "±": "$\\pm$",
-        **{letter: f"${name}$" for letter, name in _GREEK.items()},
-        **{
-            "<": "$<$",
-            ">": "$>$",
-            "|": "$|$",
-            "→": "$\\to$",
-            "≥": "$\\geq$",
-            "≤": "$\\leq$",
-            "·": "$\\cdot$",
-        },
-        "–": "--",
-        "−": "$-$",
-        "≈": "$\\approx$",
-        "†": "$\\dagger$",
-        "²": "$^2$",
-        "✓": "\\checkmark{}",
-        "✗": "$\\times$",
-    }
-    return text.translate(str.maketrans(specials))
-
-
-_GREEK = {
-    chr(code): f"\\{unicodedata.name(chr(code)).split()[-1].lower().replace('lamda', 'lambda')}"
-    for code in range(ord("α"), ord("ω") + 1)
-    if chr(code) not in "ςο"
-} | {letter: f"\\{name}" for letter, name in zip("ΓΔΘΛΞΠΣΦΨΩ", _CAPITALS, strict=True)}
-
-
-def cell_text(
-    cell: Cell, digits: int, seeds: int, spread: Spread = "interval", is_number_said: bool = False
-) -> str:
-    """Return "70.97", "70.97 ± 0.12", "70.97 [70.90, 71.05]" (a range), "70.97 (1 of 3)" or "–".
-
-    How many trainings it is the mean of stands behind it, "(n = 3)", unless that is said for the
-    whole table.
-    """
-    if cell.mean is None:
-        return MISSING
-    text = f"{cell.mean:.{digits}f}"
-    if len(cell.values) > 1:
-        text += _spread_text(cell, digits, spread)
-        if cell.status == "complete" and not is_number_said:
-            text += f" (n = {seeds})"
-    if cell.status == "complete":
-        return text
-    return f"{text} ({len(cell.values)} of {seeds})"
-
-
-def _spread_text(cell: Cell, digits: int, spread: Spread) -> str:
-    if spread == "range":
-        return f" [{min(cell.values):.{digits}f}, {max(cell.values):.{digits}f}]"
-    if spread == "interval":
-        reach = cell.half_width
-    else:
-        reach = cell.deviation
-    return f" ± {reach:.{digits}f}"
-
-
-def _frame(
-    info: TableInfo, best: Callable[[str], str], plain: Callable[[str], str]
-) -> pd.DataFrame:
-    """Return the table as text.
-
-    Labels, extra columns, and of each metric ours, the paper's and the difference.
-    """
-    lines, heads = _lines(info)
-    firsts = [next(row for row in line if row is not None) for line in lines]
-    columns: list[tuple[str, list[str]]] = []
-    for column, axis in enumerate(info.axes):
-        if column != info.across:
-            columns.append(
-                (
-                    axis,
-                    [
-                        row.labels[column] + f" {_QUOTED}" * (row.is_quoted and not column)
-                        for row in firsts
-                    ],
-                )
-            )
-    columns += [(name, [row.about.get(name, "") for row in firsts]) for name in _words(info)]
-    columns = [(title, [plain(text) for text in texts]) for title, texts in columns]
-    for name in info.columns:
-        metric = METRICS[name]
-        leader = _leader(info, name)
-        for column, head in enumerate([""] if _is_same_across(lines, name) else heads):
-            rows_of = [line[column] for line in lines]
-            if not head:
-                title = metric.title
-            else:
-                if len(info.columns) == 1:
-                    title = head
-                else:
-                    title = f"{metric.title}, {head}"
-            columns.append(
-                (title, [_text(info, row, name, leader, best, plain) for row in rows_of])
-            )
-            columns += [
-                (key, [plain(text) for text in texts]) for key, texts in _beside(rows_of, name)
-            ]
-        if name == "top1" and info.comparisons:
-            comparisons = [info.comparisons.get(row.label) for row in firsts]
-            columns.append(
-                (
-                    f"to {info.reference}",
-                    [plain(_gap(each)) if each else "" for each in comparisons],
-                )
-            )
-        if name == "top1" and info.delta:
-            columns.append(
-                ("Δ", [plain(_gain(info, row, lambda cell: cell.mean)) for row in firsts])
-            )
-            columns.append(
-                ("Δ, paper", [plain(_gain(info, row, lambda cell: cell.paper)) for row in firsts])
-            )
-    frame = pd.DataFrame({column: texts for column, (_, texts) in enumerate(columns)})
-    frame.columns = [plain(title) for title, _ in columns]
-    return frame
-
-
-def _is_same_across(lines: Sequence[Sequence[Row | None]], name: str) -> bool:
-    """Whether a quantity is the same in all columns of each printed line, and so is one column."""
-    cells = [[row.cells[name] if row else None for row in line] for line in lines]
-    return len(cells[0]) > 1 and all(cell == line[0] and cell for line in cells for cell in line)
-
-
-def _words(info: TableInfo) -> list[str]:
-    """Return the columns of words about the rows."""
-    return list(dict.fromkeys(name for row in info.rows for name in row.about))
-
-
-def _gap(comparison: Comparison) -> str:
-    alike = "" if comparison.is_significant else f" {_ALIKE}"
-    return f"{comparison.difference:+.2f} [{comparison.low:+.2f}, {comparison.high:+.2f}]{alike}"
-
-
-def _lines(info: TableInfo) -> tuple[list[list[Row | None]], list[str]]:
-    """Return the rows of each printed line, and the label above each of its columns.
-
-    None: one column.
-    """
-    across = info.across
-    if across is None:
-        return [[row] for row in info.rows], [""]
-    heads = list(dict.fromkeys(row.labels[across] for row in info.rows))
-    lines: dict[tuple[str, ...], list[Row | None]] = {}
-    for row in info.rows:
-        rest = (*row.labels[:across], *row.labels[across + 1 :])
-        lines.setdefault(rest, [None] * len(heads))[heads.index(row.labels[across])] = row
-    return list(lines.values()), heads
-
-
-def _text(
-    info: TableInfo,
-    row: Row | None,
-    name: str,
-    leader: Row | None,
-    best: Callable[[str], str],
-    plain: Callable[[str], str],
-) -> str:
-    if row is None or row.is_quoted:
-        return ""
-    cell = row.cells[name]
-    spread = info.spread_of(len(cell.values))
-    text = plain(
-        cell_text(cell, METRICS[name].digits, row.seeds, spread, info.common_seeds is not None)
-    )
-    return best(text) if row is leader else text
-
-
-def _beside(rows_of: Sequence[Row | None], name: str) -> list[tuple[str, list[str]]]:
-    """Return the paper's numbers and, of accuracies, ours less the paper's."""
-    cells = [row.cells[name] if row else None for row in rows_of]
-    if not any(cell and cell.paper is not None for cell in cells):
-        return []
-    papers = [None if cell is None else cell.paper for cell in cells]
-    digits = max(len(f"{value:g}".partition(".")[2]) for value in papers if value is not None)
-    printed = [MISSING if value is None else f"{value:.{digits}f}" for value in papers]
-    there = [(cell.mean, cell.paper) if cell else (None, None) for cell in cells]
-    gaps = [
-        MISSING if ours is None or paper is None else f"{ours - paper:+.2f}"
-        for ours, paper in there
-    ]
-    is_accuracy = name in ("top1", "top5") and any(gap != MISSING for gap in gaps)
-    return [("paper", printed), *([("− paper", gaps)] if is_accuracy else [])]
-
-
-def _gain(info: TableInfo, row: Row, value: Callable[[Cell], float | None]) -> str:
-    """Return what a row has in top-1 above the row that differs from it in one label."""
-    assert info.delta
-    column, label = info.delta
-    reference = (*row.labels[:column], label, *row.labels[column + 1 :])
-    base = next((other for other in info.rows if tuple(other.labels) == reference), None)
-    ours = value(row.cells["top1"])
-    theirs = value(base.cells["top1"]) if base else None
-    if base is row or ours is None or theirs is None:
-        return MISSING
-    return f"{ours - theirs:+.2f}"
-
-
-def _leader(info: TableInfo, name: str) -> Row | None:
-    """Return the row with the best value of a metric.
-
-    None: a row is missing, no direction is better, or it does not differ significantly from the
-    next.
-    """
-    ranked = _ranked(info.rows, name)
-    if len(ranked) < 2 or not info.is_significant.get(name, True):
-        return None
-    is_alone = ranked[0].cells[name].mean != ranked[1].cells[name].mean
-    return ranked[0] if is_alone else None
-
-
-def _ranked(rows: Sequence[Row], name: str) -> list[Row]:
+def ranked(rows: Sequence[Row], name: str) -> list[Row]:
     """Return our rows, the best first.
 
     None where one is not there yet or no value is better than another.
@@ -461,19 +162,3 @@ def _ranked(rows: Sequence[Row], name: str) -> list[Row]:
     if direction is None or any(row.cells[name].mean is None for row in ours):
         return []
     return sorted(ours, key=lambda row: row.cells[name].mean or 0.0, reverse=direction)
-
-
-def _plain_rows(info: TableInfo) -> list[dict[str, Any]]:
-    return [
-        {
-            **dict(zip(info.axes, row.labels, strict=True)),
-            "quantity": name,
-            "status": row.cells[name].status,
-            "mean": row.cells[name].mean,
-            "half_width": row.cells[name].half_width,
-            "values": list(row.cells[name].values),
-            "paper": row.cells[name].paper,
-        }
-        for row in info.rows
-        for name in info.columns
-    ]

@@ -1,0 +1,103 @@
+"""Crops of clips in training and in testing, and resizing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import UInt8
+from torch import Tensor
+
+from mar.config.schema import TrainingConfig
+from mar.data.decoders import Frames
+
+Box = tuple[int, int, int, int]
+"""Top, left, height and width, pixels."""
+
+
+def random_box(height: int, width: int, settings: TrainingConfig, rng: np.random.Generator) -> Box:
+    """Draw a random-resized crop, with ten attempts.
+
+    Its area and the logarithm of its aspect ratio are uniform.
+    """
+    augment = settings.augment
+    low, high = np.log(augment.crop_aspect)
+    for _ in range(10):
+        area = height * width * rng.uniform(*augment.crop_scale)
+        aspect = np.exp(rng.uniform(low, high))
+        w = round(float(np.sqrt(area * aspect)))
+        h = round(float(np.sqrt(area / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    return _largest_box(height, width, augment.crop_aspect)
+
+
+def _largest_box(height: int, width: int, aspects: tuple[float, float]) -> Box:
+    """Return the largest box in the centre whose aspect ratio is within the limits."""
+    w = min(width, round(height * aspects[1]))
+    h = min(height, round(width / aspects[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_and_resize(
+    frames: Frames, box: Box, size: int, antialias: bool = True
+) -> UInt8[Tensor, "T size size C"]:
+    """Cut ``box`` from every frame and resize it to ``size`` × ``size`` (bilinear), in uint8."""
+    top, left, height, width = box
+    cut = torch.from_numpy(np.ascontiguousarray(frames[:, top : top + height, left : left + width]))
+    if (height, width) == (size, size):
+        return cut
+    return _resized(cut, (size, size), antialias).contiguous()
+
+
+def resize_short_side(frames: Frames, size: int, antialias: bool) -> Frames:
+    """Resize frames so that the short side has ``size`` pixels.
+
+    The long side keeps the aspect ratio, rounded down.
+    """
+    height, width = frames.shape[1:3]
+    short = min(height, width)
+    if height == short:
+        new = (size, int(width / short * size))
+    else:
+        new = (int(height / short * size), size)
+    return _resized(torch.from_numpy(np.ascontiguousarray(frames)), new, antialias).numpy()
+
+
+def _resized(
+    frames: UInt8[Tensor, "T H W C"], size: tuple[int, int], antialias: bool
+) -> UInt8[Tensor, "T h w C"]:
+    """Resize by PyTorch's bilinear interpolation.
+
+    Without antialiasing in floats, rounded at the end.
+    """
+    channels_first = frames.permute(0, 3, 1, 2)
+    if antialias:
+        resized = F.interpolate(channels_first, size=size, mode="bilinear", antialias=True)
+    else:
+        resized = (
+            F.interpolate(channels_first.float(), size=size, mode="bilinear")
+            .round()
+            .to(torch.uint8)
+        )
+    return resized.permute(0, 2, 3, 1)
+
+
+def test_boxes(height: int, width: int, crops: int, crop_from: str = "frame") -> list[Box]:
+    """Return the centre square, or three squares along the long side: both ends and the centre.
+
+    From a ``frame`` the centre's corner is rounded to the nearest pixel, from a ``resized`` one
+    down, as the release has it.
+    """
+    side = min(height, width)
+    shares = (0.5,) if crops == 1 else (0.0, 0.5, 1.0)
+    whole = math.floor if crop_from == "resized" else round
+    return [
+        (whole((height - side) * worker_rank), whole((width - side) * worker_rank), side, side)
+        for worker_rank in shares
+    ]
+
+
+test_boxes.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,0 +1,249 @@
+"""Loaders: batches of a data set, decoded in this process or in helper processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import traceback
+from collections.abc import Generator, Iterable, Iterator, Sized
+from contextlib import nullcontext
+from itertools import islice
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from mar.config.schema import TrainingConfig
+from mar.data.annotations import Video
+from mar.data.dataset import (
+    VIDEOS_PER_PIECE,
+    Batch,
+    Sample,
+    TrainingClips,
+    TrainingOrder,
+    bytes_per_clip,
+)
+from mar.data.process_pool import end_with_parent, forkserver
+from mar.errors import Failure, UserError
+
+_BATCHES_AHEAD = 2
+"""Of each loader process, on their way or waiting."""
+
+
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack the clips, and list the videos that could not be decoded.
+
+    A loader process does it in shared memory.
+
+    PyTorch would move the batch there while it sends it, where an error is printed and the batch is
+    lost: the trainer would wait for it for ever.
+
+    Raises:
+        Failure: the batch does not fit into shared memory (``shm``).
+    """
+    clips, labels, videos, broken = zip(*samples, strict=True)
+    good = [each is None for each in broken]
+    reasons = tuple(each for each in broken if each is not None)
+    stacked = torch.empty(len(clips), *clips[0].shape, dtype=torch.uint8)
+    batch = Batch(stacked, torch.tensor(labels), torch.tensor(videos), torch.tensor(good), reasons)
+    if get_worker_info() is not None:
+        try:
+            for tensor in (batch.clips, batch.labels, batch.videos, batch.good):
+                tensor.share_memory_()
+        except RuntimeError as error:
+            raise _shared_memory_full(
+                f"a batch of {_mb(stacked.nbytes)} does not fit: {error}"
+            ) from None
+    torch.stack(clips, out=stacked)
+    return batch
+
+
+def _shared_memory_full(reason: str) -> Failure:
+    return Failure(
+        f"{_SHARED_MEMORY}, through which loader processes send clips, is too small: {reason}",
+        "shm",
+    )
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def loader(
+    dataset: Dataset[Sample],
+    batches: Iterable[Any],
+    processes: int,
+    device: torch.device,
+    bytes_per_batch: int,
+    is_kept: bool = False,
+) -> Iterable[Batch]:
+    """Return a loader that decodes in this process, or in ``processes`` others.
+
+    With ``is_kept`` these stay alive between passes; otherwise they end with each pass.
+
+    Raises:
+        Failure: the batches that are on their way at once do not fit into shared memory (``shm``).
+            A pass raises one of the kind ``node`` when a process is lost in the middle of a batch;
+            when it is lost between two, PyTorch raises a RuntimeError.
+    """
+    if processes:
+        _check_shared_memory(processes, bytes_per_batch, batches)
+    loading: DataLoader[Any] = DataLoader(
+        _Batches(dataset),
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType]
+        num_workers=processes,
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context=forkserver() if processes else None,
+        persistent_workers=is_kept and processes > 0,
+        prefetch_factor=_BATCHES_AHEAD if processes else None,
+        worker_init_fn=_begin_loader_process,
+    )
+    return _Loading(loading)
+
+
+def _begin_loader_process(number: int) -> None:
+    end_with_parent()
+    # Whatever else cannot be sent ends the process: the trainer notices that within seconds, a lost
+    # batch never.
+    Queue._on_queue_feeder_error = staticmethod(_end_over_lost_batch)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _end_over_lost_batch(error: BaseException, batch: object) -> None:
+    traceback.print_exception(error)
+    os._exit(1)
+
+
+def _check_shared_memory(processes: int, bytes_per_batch: int, batches: Iterable[Any]) -> None:
+    """Check that all batches in flight from loader processes fit into shared memory.
+
+    Raises:
+        Failure: it does not.
+    """
+    if not _SHARED_MEMORY.is_dir():  # not Linux
+        return
+    at_once = processes * _BATCHES_AHEAD + 1  # one is being used
+    if isinstance(batches, Sized):
+        at_once = min(at_once, len(batches))
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if at_once * bytes_per_batch > free:
+        raise _shared_memory_full(
+            f"{_mb(free)} are free, {processes} loader processes need about "
+            f"{_mb(at_once * bytes_per_batch)}"
+        )
+
+
+class _Batches(Dataset[Any]):
+    """A dataset's batches.
+
+    Where one fails, its error stands for it: PyTorch would drop the failure's kind on the way.
+    """
+
+    def __init__(self, dataset: Dataset[Sample]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, keys: list[Any]) -> Batch | Failure | UserError:
+        try:
+            return collate([self.dataset[key] for key in keys])
+        except (Failure, UserError) as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class _Loading:
+    """A loader that raises when one of its processes is lost while it sends a batch.
+
+    PyTorch alone would end the batch early.
+    """
+
+    def __init__(self, loading: Iterable[Batch | Failure | UserError]) -> None:
+        self.loading = loading
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            for batch in self.loading:
+                if not isinstance(batch, Batch):
+                    raise batch
+                yield batch
+        except (Failure, UserError):
+            raise
+        except (EOFError, ConnectionError, RuntimeError) as error:
+            if "Bus error" in str(error):  # a page of shared memory that could not be had
+                raise _shared_memory_full(str(error)) from error
+            is_cut_off = not isinstance(error, RuntimeError) or str(error).startswith(
+                "Pin memory thread exited"
+            )
+            is_ours = str(error).startswith(
+                "Caught "
+            )  # raised by our code in such a process: it would come again
+            if is_ours or not is_cut_off:
+                raise
+            raise Failure(
+                f"a loader process was lost: {type(error).__name__}", "worker_lost"
+            ) from error
+
+
+def training_batches(
+    settings: TrainingConfig,
+    videos: list[Video],
+    order: TrainingOrder,
+    processes: int,
+    device: torch.device,
+) -> Generator[Batch]:
+    """Yield this worker's share of each step, on the device.
+
+    A share is loaded in pieces, so that all processes work on the first one and none holds more
+    than a few megabytes ahead. On an accelerator the pieces are copied beside the step that is
+    under way.
+    """
+    size = (
+        min(VIDEOS_PER_PIECE, settings.videos_per_batch)
+        * settings.augment.repeats
+        * bytes_per_clip(settings)
+    )
+    pieces = loader(TrainingClips(settings, videos), _Pieces(order), processes, device, size)
+    if device.type == "cuda":
+        beside = torch.cuda.Stream(device)
+    else:
+        beside = None
+    loaded = iter(pieces)
+    while step := list(islice(loaded, order.pieces_per_step)):
+        with torch.cuda.stream(beside) if beside else nullcontext():
+            clips = torch.cat([piece.clips.to(device, non_blocking=True) for piece in step])
+            labels, batch_indices, good = (
+                torch.cat([column.to(device, non_blocking=True) for column in columns])
+                for columns in zip(
+                    *((piece.labels, piece.videos, piece.good) for piece in step), strict=True
+                )
+            )
+        if beside:
+            torch.cuda.current_stream(device).wait_stream(beside)
+            for column in (clips, labels, batch_indices, good):
+                column.record_stream(torch.cuda.current_stream(device))
+        yield Batch(
+            clips,
+            labels,
+            batch_indices,
+            good,
+            tuple(reason for piece in step for reason in piece.broken),
+        )
+
+
+class _Pieces:
+    """An order's steps, each cut into pieces of a few videos."""
+
+    def __init__(self, order: TrainingOrder) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for keys in self.order:
+            for first in range(0, len(keys), VIDEOS_PER_PIECE):
+                yield keys[first : first + VIDEOS_PER_PIECE]

@@ -1,0 +1,173 @@
+"""The settings that follow from a checkpoint: from its tensors' shapes and the files beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mar.config.overrides import flatten
+from mar.config.schema import ENCODER_SIZES
+from mar.weights.safe_loading import read_mapping
+from mar.weights.state_dict_mapping import OURS, Layout, Translated
+
+BLOCK_PATTERN = re.compile(r"(^|\.)(blocks|layer|layers|decoder_layers)\.\d+\.")
+
+
+STATED_SETTINGS = ("encoder.tubelet", "encoder.heads", "classifier.heads", "reconstruction.heads")
+"""What shapes do not tell, and what must agree where the file states it."""
+
+
+_KNOWN_CLASSIFIER_HEADS = {512: 4}
+
+
+_KNOWN_DECODER_HEADS = {192: 3, 384: 6, 512: 8}
+
+
+SIZES = ("size", "width", "depth", "heads", "tubelet", "kind", "norm", "num_classes", "frames")
+
+
+def is_flat(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an encoder is of images: its patches have no time axis."""
+    return tensors["patch_embed.proj.weight"].ndim == 4
+
+
+def is_bridging(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a classifier is a bridging one: it has transformer blocks."""
+    return "classifier.blocks.0.attn.qkv.weight" in tensors
+
+
+def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    return len({name.split(".")[2] for name in tensors if name.startswith(f"{prefix}.blocks.")})
+
+
+def settings_of(
+    translated: Translated, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """Return dotted settings, those saved beside the weights and the sizes of the tensors.
+
+    And which are stated.
+    """
+    if translated.layout is OURS and config:
+        known = flatten(config)
+        if known.get("encoder.size") != "custom":
+            known["encoder.heads"] = None
+        return {path: value for path, value in known.items() if value is not None}, frozenset(known)
+    if "encoder.embed.weight" not in tensors:
+        return {}, frozenset()
+    width = len(tensors["encoder.embed.weight"])
+    depth = _depth(tensors, "encoder")
+    sizes = {(each[0], each[1]): (name, each[2]) for name, each in ENCODER_SIZES.items()}
+    heads: int | None = config.get("num_attention_heads")
+    known: dict[str, Any] = {
+        "encoder.size": "custom",
+        "encoder.width": width,
+        "encoder.depth": depth,
+    }
+    if (width, depth) in sizes and heads in (None, sizes[width, depth][1]):
+        known = {"encoder.size": sizes[width, depth][0]}
+    stated_settings = {"encoder.heads": heads if known["encoder.size"] == "custom" else None}
+    stated_settings |= {"encoder.tubelet": list(translated.tubelet) if translated.tubelet else None}
+    stated_settings |= {
+        "clip.size": config.get("image_size"),
+        "clip.frames": config.get("num_frames"),
+    }
+    stated_settings |= {"reconstruction.normalize_target": config.get("norm_pix_loss")}
+    known |= _classifier_settings(tensors) | _decoder_settings(tensors)
+    if "decoder.project.weight" in tensors:
+        stated_settings["reconstruction.heads"] = config.get("decoder_num_attention_heads")
+    stated = {path: value for path, value in stated_settings.items() if value is not None}
+    return known | stated, frozenset(stated)
+
+
+def _classifier_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    if "classifier.head.weight" not in tensors:
+        return {}
+    known: dict[str, Any] = {"data.num_classes": len(tensors["classifier.head.weight"])}
+    if is_bridging(tensors):
+        width = len(tensors["classifier.project.weight"])
+        known |= {"classifier.kind": "bridging", "classifier.width": width}
+        known |= {"classifier.depth": _depth(tensors, "classifier")}
+        return known | (
+            {"classifier.heads": heads} if (heads := _KNOWN_CLASSIFIER_HEADS.get(width)) else {}
+        )
+    if "classifier.project.weight" in tensors:
+        return known | {
+            "classifier.kind": "mlp",
+            "classifier.width": len(tensors["classifier.project.weight"]),
+        }
+    pooled = "classifier.norm.weight" in tensors
+    sees_all = (
+        {"mask.ratio": 0.0, "reconstruction.weight": 0.0} if pooled else {}
+    )  # as VideoMAE is fine-tuned
+    return (
+        known
+        | {"classifier.kind": "linear", "classifier.norm": "pooled" if pooled else "tokens"}
+        | sees_all
+    )
+
+
+def _decoder_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    if "decoder.project.weight" not in tensors:
+        return {}
+    width = len(tensors["decoder.project.weight"])
+    known = {"reconstruction.width": width, "reconstruction.depth": _depth(tensors, "decoder")}
+    return known | (
+        {"reconstruction.heads": heads} if (heads := _KNOWN_DECODER_HEADS.get(width)) else {}
+    )
+
+
+def config_beside(path: Path, layout: Layout) -> dict[str, Any]:
+    """Return Hugging Face's config, or our settings, where they are beside weights of that layout.
+
+    Raises:
+        UserError: they are there and cannot be read.
+    """
+    folder = path if path.is_dir() else path.parent
+    if layout is OURS:
+        settings = folder / "settings.yaml"
+        if settings.is_file() and not (folder / "config.json").is_file():
+            return read_mapping(settings)
+        config = read_mapping(folder / "config.json")
+        if config.get("model_type") == "mar":
+            return config.get("settings", {})
+        return {}
+    if layout.name == "Hugging Face VideoMAE":
+        config = read_mapping(folder / "config.json")
+    else:
+        config = {}
+    return config if config.get("model_type") == "videomae" else {}
+
+
+CLASSES = "classes.json"
+"""File of a result: the classes' names by number."""
+
+
+def classes_beside(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the class names that stand beside weights with a classifier, as many as it has scores.
+
+    In ``classes.json`` of a result, or in ``id2label`` of a ``config.json``, whosever it is.
+
+    Raises:
+        UserError: a file is there and cannot be read.
+    """
+    if "classifier.head.weight" not in tensors:
+        return ()
+    folder = path if path.is_dir() else path.parent
+    names_given: Any = read_mapping(folder / CLASSES).get("classes")
+    if names_given is None:
+        labels: Any = read_mapping(folder / "config.json").get("id2label")
+        if isinstance(labels, dict):
+            names_given = [labels.get(str(number)) for number in range(len(labels))]
+        else:
+            names_given = []
+    if isinstance(names_given, list):
+        names = tuple(str(name) for name in names_given)
+    else:
+        names = ()
+    if len(names) == len(tensors["classifier.head.weight"]):
+        return names
+    return ()

@@ -248,4 +248,4 @@ def test_the_command_packs_verifies_and_packs_nothing_twice(
         assert not ended.value.code
         out = capsys.readouterr().out
         assert f"24 videos ({before} were there), 192 frames" in out
-        assert out.endswith("every shard is what was written\n")
+        assert out.endswith("every shard is unchanged\n")

@@ -121,15 +121,15 @@ axes:
   Training:
     50 %: {}
     75 %: {recipe: other.yaml}
-quoted:
+baselines:
   Another method / 50 %: {top1: 12.3}
-about:
+extra_columns:
   Another method / 50 %: {Backbone: ResNet}
 claims:
   Less hidden in testing is better: [test 25 % / 50 % > test 50 % / 50 %]
 paper:
   top1: {test 50 % / 50 %: 70.9, test 25 % / 50 %: 71.25}
-table: {columns: [top1], across: Training}
+table: {columns: [top1], pivot: Training}
 """
 
 
@@ -195,14 +195,14 @@ def test_a_labels_own_settings_can_be_changed_from_the_command_line(workdir: Pat
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("across: Training", "across: Train", "table.across: no axis 'Train'"),
+        ("pivot: Training", "pivot: Train", "table.pivot: no axis 'Train'"),
         ("{Backbone", "{a: b}\n  Nobody: {Backbone", "about.Nobody: no trial is labelled 'Nobody'"),
         (
             "test 25 % / 50 % > test 50 % / 50 %",
             "test 25 % / 50 %",
             "expected 'better row > worse row'",
         ),
-        ("{top1: 12.3}", "{accuracy: 12.3}", "no quantity 'accuracy'"),
+        ("{top1: 12.3}", "{accuracy: 12.3}", "no metric 'accuracy'"),
     ],
 )
 def test_a_mistake_in_a_study_is_named(workdir: Path, old: str, new: str, message: str) -> None:

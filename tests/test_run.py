@@ -44,10 +44,10 @@ SEARCH = """\
 title: "Tiny search"
 recipe: recipe.yaml
 space: {mask.ratio: {low: 0.25, high: 0.75, step: 0.25}, mask.cell: {choices: [[2, 2], [4, 4]]}}
-goals: {top1: max}
+objectives: {top1: max}
 trials: 3
-stopper: median
-start: [{mask.ratio: 0.5, mask.cell: [2, 2]}]
+pruner: median
+initial_points: [{mask.ratio: 0.5, mask.cell: [2, 2]}]
 """
 pytestmark = pytest.mark.filterwarnings("default")  # of Ray's and MLflow's own code
 MAR = [sys.executable, "-c", "from orchestration.cli.app import main; main()"]

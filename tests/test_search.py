@@ -26,13 +26,16 @@ SEARCH: dict[str, Any] = {
         "mask.ratio": {"low": 0.0, "high": 0.75, "step": 0.25},
         "mask.cell": {"choices": [[2, 2], [4, 4]]},
         "classifier.kind": {"choices": ["linear", "bridging"]},
-        "classifier.width": {"choices": [8, 16, 32], "when": {"classifier.kind": ["bridging"]}},
+        "classifier.width": {
+            "choices": [8, 16, 32],
+            "condition": {"classifier.kind": ["bridging"]},
+        },
         "reconstruction.weight": {"low": 0.01, "high": 1.0, "log": True},
     },
-    "goals": {"top1": "max", "gflops": "min"},
+    "objectives": {"top1": "max", "gflops": "min"},
     "constraints": ["gflops <= 0.0004"],
     "trials": 8,
-    "start": [
+    "initial_points": [
         {
             "mask.ratio": 0.5,
             "mask.cell": [2, 2],
@@ -258,7 +261,7 @@ def test_a_search_whose_trials_all_fail_ends(open_: Open) -> None:
 
 def test_a_condition_may_look_at_what_the_recipe_leaves_at_its_default(open_: Open) -> None:
     space = {
-        "mask.cell": {"choices": [[2, 2], [4, 4]], "when": {"classifier.mask_tokens": [False]}}
+        "mask.cell": {"choices": [[2, 2], [4, 4]], "condition": {"classifier.mask_tokens": [False]}}
     }
     trial = open_(space=space, start=[], constraints=[]).next()
     assert trial
@@ -274,7 +277,7 @@ def test_whole_ends_of_a_fraction_are_a_range(open_: Open) -> None:
 
 
 def test_a_goal_that_was_not_measured_is_named(open_: Open) -> None:
-    proposer = open_(goals={"memory_gib": "min"}, constraints=[])
+    proposer = open_(objectives={"memory_gib": "min"}, constraints=[])
     trial = proposer.next()
     assert trial
     with pytest.raises(Failure, match="no memory/batch_of_1_gib"):
@@ -301,7 +304,7 @@ def test_a_mistake_on_the_command_line_of_a_search_is_named(
 
 
 def test_a_trial_that_is_worse_than_others_were_is_ended_early(open_: Open) -> None:
-    proposer = open_(goals={"top1": "max"}, stopper="median", trials=12, constraints=[])
+    proposer = open_(objectives={"top1": "max"}, pruner="median", trials=12, constraints=[])
     for _ in range(6):
         trial = proposer.next()
         assert trial
@@ -319,7 +322,7 @@ def test_a_trial_that_is_worse_than_others_were_is_ended_early(open_: Open) -> N
 
 
 def test_a_trial_that_has_only_its_test_before_it_is_not_ended(open_: Open) -> None:
-    proposer = open_(goals={"top1": "max"}, stopper="median", trials=12, constraints=[])
+    proposer = open_(objectives={"top1": "max"}, pruner="median", trials=12, constraints=[])
     for _ in range(6):
         trial = proposer.next()
         assert trial
@@ -334,36 +337,42 @@ def test_a_trial_that_has_only_its_test_before_it_is_not_ended(open_: Open) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"goals": {"top2": "max"}}, "no quantity 'top2'"),
+        ({"objectives": {"top2": "max"}}, "no metric 'top2'"),
         (
             {"constraints": ["top1 >= 50"]},
             "'top1 >= 50': expected a cost and a bound, as 'gflops <= 90'",
         ),
         (
-            {"space": {"mask.ration": {"low": 0, "high": 1}}, "start": []},
+            {"space": {"mask.ration": {"low": 0, "high": 1}}, "initial_points": []},
             "mask.ration: no such setting",
         ),
         (
-            {"space": {"mask.ratio": {"low": 0.1}}, "start": []},
+            {"space": {"mask.ratio": {"low": 0.1}}, "initial_points": []},
             "mask.ratio: expected low and high, or choices",
         ),
-        ({"start": [{"clip.frames": 8}]}, "start 1: clip.frames is not in the space"),
-        ({"stopper": "asha"}, "an early end needs one goal, there are 2"),
-        ({"sampler": "magic"}, "sampler: must be"),
-        ({"space": {}, "start": []}, "a search needs a space and goals"),
-        ({"goals": {}}, "a search needs a space and goals"),
         (
-            {"space": {"seed": {"low": 0, "high": 3}}, "start": []},
+            {"initial_points": [{"clip.frames": 8}]},
+            "initial point 1: clip.frames is not in the space",
+        ),
+        ({"pruner": "asha"}, "an early end needs one goal, there are 2"),
+        ({"sampler": "magic"}, "sampler: must be"),
+        ({"space": {}, "initial_points": []}, "a search needs a space and goals"),
+        ({"objectives": {}}, "a search needs a space and goals"),
+        (
+            {"space": {"seed": {"low": 0, "high": 3}}, "initial_points": []},
             "seed: no such setting to search",
         ),
-        ({"start": [{"mask.ratio": 0.9}]}, "start 1: mask.ratio cannot be 0.9"),
-        ({"start": [{"mask.cell": [3, 3]}]}, "start 1: mask.cell cannot be [3, 3]"),
+        ({"initial_points": [{"mask.ratio": 0.9}]}, "initial point 1: mask.ratio cannot be 0.9"),
+        (
+            {"initial_points": [{"mask.cell": [3, 3]}]},
+            "initial point 1: mask.cell cannot be [3, 3]",
+        ),
         (
             {
-                "space": {"mask.cell": {"choices": [[2, 2]], "when": {"mask.ration": [0.5]}}},
-                "start": [],
+                "space": {"mask.cell": {"choices": [[2, 2]], "condition": {"mask.ration": [0.5]}}},
+                "initial_points": [],
             },
-            "mask.cell: when: mask.ration: no such setting",
+            "mask.cell: condition: mask.ration: no such setting",
         ),
     ],
 )

@@ -154,9 +154,9 @@ def test_only_keeps_the_named_trials(write: Callable[[str], str]) -> None:
         (
             "paper:",
             "table: {columns: [top_1]}\npaper:",
-            "study.yaml:12: table: no quantity 'top_1' (there are: top1, ",
+            "study.yaml:12: table: no metric 'top_1' (there are: top1, ",
         ),
-        ("top1: {50 %", "topp1: {50 %", "study.yaml:12: paper: no quantity 'topp1'"),
+        ("top1: {50 %", "topp1: {50 %", "study.yaml:12: paper: no metric 'topp1'"),
         (
             "paper:",
             "figure: {kind: points}\npaper:",

@@ -178,10 +178,10 @@ def _papers(title: str, positions: Sequence[tuple[int, Row]], name: str, x: str)
     """Return the points of which the paper prints both."""
     points: list[tuple[str, float, float]] = []
     for _, row in positions:
-        across = row.cells[x].paper
+        pivot = row.cells[x].paper
         up = row.cells[name].paper
-        if across is not None and up is not None:
-            points.append((row.label, across, up))
+        if pivot is not None and up is not None:
+            points.append((row.label, pivot, up))
     columns = [[point[column] for point in points] for column in range(3)]
     labels, xs, ys = columns
     return Series(

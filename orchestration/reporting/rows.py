@@ -77,7 +77,7 @@ class Row:
     finished: int
     notes: tuple[str, ...] = ()
     """What a reader must know of its numbers."""
-    about: Mapping[str, str] = field(default_factory=dict[str, str])
+    extra_columns: Mapping[str, str] = field(default_factory=dict[str, str])
     """Column of words -> what stands there."""
     is_quoted: bool = False
     """Whether it is another method's, quoted by the paper and never run here."""
@@ -104,7 +104,7 @@ def build_rows(study: Study, found: Mapping[str, Record]) -> list[Row]:
     grouped: dict[tuple[str, ...], list[Trial]] = {}
     for trial in study.trials:
         grouped.setdefault(tuple(trial.labels.values()), []).append(trial)
-    about = study.file.about
+    extra_columns = study.file.extra_columns
     ours = [
         Row(
             tuple(
@@ -116,7 +116,7 @@ def build_rows(study: Study, found: Mapping[str, Record]) -> list[Row]:
             len(trials),
             sum(trial.key in found for trial in trials),
             _notes(trials, found),
-            about.get(trials[0].row, {}),
+            extra_columns.get(trials[0].row, {}),
         )
         for labels, trials in grouped.items()
     ]
@@ -127,10 +127,10 @@ def build_rows(study: Study, found: Mapping[str, Record]) -> list[Row]:
             0,
             0,
             (),
-            about.get(label, {}),
+            extra_columns.get(label, {}),
             is_quoted=True,
         )
-        for label, values in study.file.quoted.items()
+        for label, values in study.file.baselines.items()
     ]
     order = {label: rank for rank, label in enumerate(study.file.table.order)}
     return sorted([*quoted, *ours], key=lambda row: order.get(row.label, len(order)))

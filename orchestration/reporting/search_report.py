@@ -27,10 +27,10 @@ _FEWEST_FOR_IMPORTANCE = 4
 
 
 def best_trials(proposer: OptunaSearch) -> list[FrozenTrial]:
-    """Return the Pareto front, by its first goal; with one goal, the best trial."""
+    """Return the Pareto front, by its first objective; with one objective, the best trial."""
     if not _complete(proposer):
         return []
-    if len(proposer.search.file.goals) > 1:
+    if len(proposer.search.file.objectives) > 1:
         front = proposer.study.best_trials
     else:
         front = [proposer.study.best_trial]
@@ -62,7 +62,7 @@ def found_text(proposer: OptunaSearch) -> str:
     frame = front_frame(proposer)
     search = proposer.search
     counts_text = _counts_text(proposer)
-    kind = "Pareto front" if len(search.file.goals) > 1 else "Best"
+    kind = "Pareto front" if len(search.file.objectives) > 1 else "Best"
     shown = frame.map(_shown)
     lines = [
         f"**{markdown(search.file.title)}**",
@@ -85,11 +85,13 @@ def found_text(proposer: OptunaSearch) -> str:
 
 
 def front_frame(proposer: OptunaSearch) -> pd.DataFrame:
-    """Return the best trials: their goals, then their settings."""
+    """Return the best trials: their objectives, then their settings."""
     rows: list[dict[str, Any]] = []
     for trial in best_trials(proposer):
-        goals = zip(proposer.search.file.goals, trial.values, strict=True)
-        values = {METRICS[name].title: round(value, METRICS[name].digits) for name, value in goals}
+        objectives = zip(proposer.search.file.objectives, trial.values, strict=True)
+        values = {
+            METRICS[name].title: round(value, METRICS[name].digits) for name, value in objectives
+        }
         rows.append({"trial": trial.number, **values, **trial.params})
     return pd.DataFrame(rows)
 
@@ -99,13 +101,13 @@ def _shown(value: Any) -> Any:
 
 
 def importance_frame(proposer: OptunaSearch) -> pd.DataFrame:
-    """Return how much of the variation of each goal each setting explains.
+    """Return how much of the variation of each objective each setting explains.
 
     Empty while there are too few trials.
     """
     columns: dict[str, dict[str, float]] = {}
     complete = _complete(proposer)
-    for index, name in enumerate(proposer.search.file.goals):
+    for index, name in enumerate(proposer.search.file.objectives):
         values = {trial.values[index] for trial in complete}
         if len(complete) < _FEWEST_FOR_IMPORTANCE or len(values) < 2:
             continue
@@ -137,14 +139,15 @@ def write_search_report(proposer: OptunaSearch, folder: Path) -> None:
     write_text(folder / "trials.csv", csv_text(frame))
     best = best_trials(proposer)
     if best:
-        if next(iter(proposer.search.file.goals.values())) == "max":
+        if next(iter(proposer.search.file.objectives.values())) == "max":
             chosen = best[-1]
         else:
             chosen = best[0]
-        goals = dict(zip(proposer.search.file.goals, chosen.values or [], strict=True))
+        objectives = dict(zip(proposer.search.file.objectives, chosen.values or [], strict=True))
         tree = proposer.search.settings(chosen.params).model_dump(mode="json")
         head = (
-            f"# {proposer.search.file.title}: trial {chosen.number}, {json.dumps(goals)}. Run it: "
+            f"# {proposer.search.file.title}: trial {chosen.number}, {json.dumps(objectives)}. "
+            "Run it: "
             "mar run best.yaml\n"
         )
         text = head + yaml.safe_dump(
@@ -178,7 +181,7 @@ def _draw(proposer: OptunaSearch, folder: Path) -> None:
     if not importances.empty:
         importance_table = _html_table(importances, float_format="{:.2f}".format)
     front_title = "Best"
-    if len(proposer.search.file.goals) > 1:
+    if len(proposer.search.file.objectives) > 1:
         front_title = "Pareto front"
     write_page(
         folder / "report.html",
@@ -201,10 +204,10 @@ def _html_table(frame: pd.DataFrame, **options: Any) -> Markup:
 
 def _pictures(proposer: OptunaSearch, library: Any) -> dict[str, Callable[[], Any]]:
     """Return what draws each picture, by its name, with either of Optuna's libraries of them."""
-    goals = [METRICS[name].title for name in proposer.search.file.goals]
+    objectives = [METRICS[name].title for name in proposer.search.file.objectives]
     first: dict[str, Any] = {}
-    if len(goals) > 1:
-        first = {"target": _value_of(0), "target_name": goals[0]}
+    if len(objectives) > 1:
+        first = {"target": _value_of(0), "target_name": objectives[0]}
     study = proposer.study
     drawn: dict[str, Callable[[], Any]] = {
         "history": lambda: library.plot_optimization_history(study, **first),
@@ -212,8 +215,8 @@ def _pictures(proposer: OptunaSearch, library: Any) -> dict[str, Callable[[], An
         "parallel_coordinates": lambda: library.plot_parallel_coordinate(study, **first),
         "importances": lambda: library.plot_param_importances(study, evaluator=_fanova(), **first),
     }
-    if 1 < len(goals) < 4:
-        drawn["pareto_front"] = lambda: library.plot_pareto_front(study, target_names=goals)
+    if 1 < len(objectives) < 4:
+        drawn["pareto_front"] = lambda: library.plot_pareto_front(study, target_names=objectives)
     return drawn
 
 

@@ -46,7 +46,7 @@ def to_latex(info: TableInfo) -> str:
     frame.iloc[:, 0] = [
         "{}" + text if text[:1] in ("[", "*") else text for text in frame.iloc[:, 0]
     ]
-    num_text_columns = len(info.axes) - (info.across is not None) + len(_words(info))
+    num_text_columns = len(info.axes) - (info.pivot is not None) + len(_extra_columns(info))
     columns = "l" * num_text_columns + "r" * (frame.shape[1] - num_text_columns)
     body: str = frame.to_latex(index=False, escape=False, column_format=columns)
     if frame.shape[1] > _WIDE:
@@ -172,7 +172,7 @@ def _frame(
     firsts = [next(row for row in line if row is not None) for line in lines]
     columns: list[tuple[str, list[str]]] = []
     for column, axis in enumerate(info.axes):
-        if column != info.across:
+        if column != info.pivot:
             columns.append(
                 (
                     axis,
@@ -182,7 +182,9 @@ def _frame(
                     ],
                 )
             )
-    columns += [(name, [row.about.get(name, "") for row in firsts]) for name in _words(info)]
+    columns += [
+        (name, [row.extra_columns.get(name, "") for row in firsts]) for name in _extra_columns(info)
+    ]
     columns = [(title, [plain(text) for text in texts]) for title, texts in columns]
     for name in info.columns:
         metric = METRICS[name]
@@ -228,9 +230,9 @@ def _is_same_across(lines: Sequence[Sequence[Row | None]], name: str) -> bool:
     return len(cells[0]) > 1 and all(cell == line[0] and cell for line in cells for cell in line)
 
 
-def _words(info: TableInfo) -> list[str]:
+def _extra_columns(info: TableInfo) -> list[str]:
     """Return the columns of words about the rows."""
-    return list(dict.fromkeys(name for row in info.rows for name in row.about))
+    return list(dict.fromkeys(name for row in info.rows for name in row.extra_columns))
 
 
 def _gap(comparison: Comparison) -> str:
@@ -243,14 +245,14 @@ def _lines(info: TableInfo) -> tuple[list[list[Row | None]], list[str]]:
 
     None: one column.
     """
-    across = info.across
-    if across is None:
+    pivot = info.pivot
+    if pivot is None:
         return [[row] for row in info.rows], [""]
-    heads = list(dict.fromkeys(row.labels[across] for row in info.rows))
+    heads = list(dict.fromkeys(row.labels[pivot] for row in info.rows))
     lines: dict[tuple[str, ...], list[Row | None]] = {}
     for row in info.rows:
-        rest = (*row.labels[:across], *row.labels[across + 1 :])
-        lines.setdefault(rest, [None] * len(heads))[heads.index(row.labels[across])] = row
+        rest = (*row.labels[:pivot], *row.labels[pivot + 1 :])
+        lines.setdefault(rest, [None] * len(heads))[heads.index(row.labels[pivot])] = row
     return list(lines.values()), heads
 
 
@@ -319,7 +321,7 @@ def _plain_rows(info: TableInfo) -> list[dict[str, Any]]:
     return [
         {
             **dict(zip(info.axes, row.labels, strict=True)),
-            "quantity": name,
+            "metric": name,
             "status": row.cells[name].status,
             "mean": row.cells[name].mean,
             "half_width": row.cells[name].half_width,

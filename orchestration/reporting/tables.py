@@ -38,7 +38,7 @@ class TableInfo:
     columns: Sequence[str]
     """Quantities, by short name."""
     rows: Sequence[Row]
-    across: int | None = None
+    pivot: int | None = None
     """The place, among the axes, of the one whose labels stand side by side."""
     delta: tuple[int, str] | None = None
     """An axis' place and the label of it that each row's gain in top-1 is over."""
@@ -117,7 +117,7 @@ def table_info(results: StudyResults) -> TableInfo:
     study = results.study
     layout = study.file.table
     axes = axis_parts(study)
-    across = axes.index(layout.across) if layout.across else None
+    pivot = axes.index(layout.pivot) if layout.pivot else None
     delta = next(((axes.index(axis), label) for axis, label in layout.delta.items()), None)
     is_significant = {name: _is_best_significant(results, name) for name in layout.columns}
     return TableInfo(
@@ -125,7 +125,7 @@ def table_info(results: StudyResults) -> TableInfo:
         axes,
         layout.columns,
         results.rows,
-        across,
+        pivot,
         delta,
         layout.reference,
         against_reference(results),

@@ -22,7 +22,7 @@ def as_study(search: Search) -> Study:
         UserError: a point breaks a rule of the settings.
     """
     trials: list[Trial] = []
-    for point in search.file.start or ({},):
+    for point in search.file.initial_points or ({},):
         label = ", ".join(f"{path}={value}" for path, value in point.items()) or "the recipe"
         try:
             settings = search.settings(point)

@@ -3,7 +3,7 @@
 Knows nothing of Ray: whoever trains asks ``Proposer.next`` for a trial and tells it what came of
 it. The study is kept in an SQLite file (``optuna-dashboard`` opens it), so that a search that was
 killed goes on: what it had proposed and not finished is proposed again first, and a proposal that
-some finished run equals is answered without training. Other settings, data, goals or constraints
+some finished run equals is answered without training. Other settings, data, objectives or constraints
 are another search, with an Optuna study of its own in the same file.
 """
 
@@ -203,14 +203,14 @@ class OptunaSearch:
         """Tell Optuna what a trial reached.
 
         Raises:
-            Failure: the metrics lack a goal.
+            Failure: the metrics lack a objective.
         """
         try:
             self.reached[key] = self.values(settings, metrics)
         except KeyError as error:
             self.failed(key)
             raise Failure(
-                f"a goal was not measured: there is no {error.args[0]} (memory needs a GPU)"
+                f"a objective was not measured: there is no {error.args[0]} (memory needs a GPU)"
             ) from None
         self.failures_in_a_row = 0
         self.study.tell(self.asked.pop(key), self.reached[key])
@@ -230,7 +230,7 @@ class OptunaSearch:
         """
         is_tested = any(name.startswith("test/") for name in metrics)
         if (
-            self.search.file.stopper == "none"
+            self.search.file.pruner == "none"
             or is_tested
             or "val/top1" not in metrics
             or key not in self.asked
@@ -239,7 +239,7 @@ class OptunaSearch:
         trial = self.asked[key]
         value = metrics["val/top1"]
         trial.report(
-            value if next(iter(self.search.file.goals.values())) == "max" else -value, epoch
+            value if next(iter(self.search.file.objectives.values())) == "max" else -value, epoch
         )
         if epoch >= self.epochs[key] or not trial.should_prune():
             return False
@@ -248,10 +248,10 @@ class OptunaSearch:
         return True
 
     def values(self, settings: TrainingConfig, metrics: Mapping[str, float]) -> list[float]:
-        """Return what a trial reached, goal by goal; raises a KeyError if its metrics lack one."""
+        """Return what a trial reached, objective by objective; raises a KeyError if its metrics lack one."""
         figures = cost(settings)
         values = list[float]()
-        for name in self.search.file.goals:
+        for name in self.search.file.objectives:
             metric = METRICS[name]
             is_cost = metric.source.startswith("cost.")
             if is_cost:
@@ -274,12 +274,12 @@ def suggested(asked: optuna.Trial, search: Search) -> dict[str, Any]:
 def open_search(search: Search, file: Path, records: Sequence[Record]) -> OptunaSearch:
     """Open a search's Optuna study below the store.
 
-    Makes it, with its start points and what is known, if there is none.
+    Makes it, with its initial points and what is known, if there is none.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter(
         "ignore", optuna.exceptions.ExperimentalWarning
-    )  # names of goals, some samplers
+    )  # names of objectives, some samplers
     file.parent.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.RDBStorage(sqlite_address(file))
     data_fingerprint = fingerprint(search.settings({}).data)
@@ -289,7 +289,7 @@ def open_search(search: Search, file: Path, records: Sequence[Record]) -> Optuna
         study_name=name,
         storage=storage,
         directions=[
-            "maximize" if end == "max" else "minimize" for end in search.file.goals.values()
+            "maximize" if end == "max" else "minimize" for end in search.file.objectives.values()
         ],
         load_if_exists=True,
     )
@@ -297,15 +297,15 @@ def open_search(search: Search, file: Path, records: Sequence[Record]) -> Optuna
         study.get_trials(deepcopy=False)
     )  # a search that goes on must not draw the same again
     study.sampler = _SAMPLERS[search.file.sampler](seed)
-    study.pruner = _STOPPERS[search.file.stopper]()
+    study.pruner = _PRUNERS[search.file.pruner]()
     proposer = OptunaSearch(search, study, records)
     if is_new:
-        study.set_metric_names([METRICS[name].title for name in search.file.goals])
-        for point in search.file.start:
+        study.set_metric_names([METRICS[name].title for name in search.file.objectives])
+        for point in search.file.initial_points:
             study.enqueue_trial(
                 {path: _value(search, path, value) for path, value in point.items()}
             )
-        if search.file.prior:
+        if search.file.warm_start:
             _offer_known(proposer, records)
     return proposer
 
@@ -318,7 +318,7 @@ _SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "qmc": lambda seed: optuna.samplers.QMCSampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
-_STOPPERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+_PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
     "none": optuna.pruners.NopPruner,
     "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
     "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),

@@ -1,4 +1,4 @@
-"""What a search file may say: space, goals, constraints, start points, early stopping."""
+"""What a search file may say: space, objectives, constraints, initial points, early stopping."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Dimension(_Part):
     log: bool = False
     """Drawn uniformly in its logarithm."""
     choices: tuple[Any, ...] | None = None
-    when: dict[str, tuple[Any, ...]] = {}
+    condition: dict[str, tuple[Any, ...]] = {}
     """Setting -> values: it is searched only where that setting has one of these."""
 
     def distribution(self) -> BaseDistribution:
@@ -98,8 +98,8 @@ class SearchFile(_Part):
     """Settings that differ from the recipe in all trials."""
     space: dict[str, Dimension]
     """Setting -> what it may be; in this order, so that ``when`` looks at what is above."""
-    goals: dict[str, Literal["max", "min"]] = {"top1": "max"}
-    """Quantity -> its better end; several goals make a Pareto front."""
+    objectives: dict[str, Literal["max", "min"]] = {"top1": "max"}
+    """Quantity -> its better end; several objectives make a Pareto front."""
     constraints: tuple[str, ...] = ()
     """As ``gflops <= 90``: costs that are known before training; what breaks one is never
     trained."""
@@ -108,11 +108,11 @@ class SearchFile(_Part):
     sampler: Literal["tpe", "nsga2", "nsga3", "gp", "qmc", "random"] = "tpe"
     seed: NonNegativeInt = 0
     """Of the sampler."""
-    start: tuple[dict[str, Any], ...] = ()
+    initial_points: tuple[dict[str, Any], ...] = ()
     """Points to begin with: the paper's setting first."""
-    stopper: Literal["none", "median", "asha"] = "none"
-    """Ends a trial early that is worse than others were at the same epoch; with one goal only."""
-    prior: bool = True
+    pruner: Literal["none", "median", "asha"] = "none"
+    """Ends a trial early that is worse than others were at the same epoch; with one objective only."""
+    warm_start: bool = True
     """Offer the finished trials of other studies that lie in the space as what is known."""
 
 
@@ -136,14 +136,14 @@ class Search:
 
         ``base`` is the identity of the settings that all trials share.
         """
-        included = self.file.model_dump(mode="json", include={"space", "goals", "constraints"})
+        included = self.file.model_dump(mode="json", include={"space", "objectives", "constraints"})
         digest = hashlib.sha256(json.dumps([base, included], sort_keys=True).encode()).hexdigest()
         return f"{self.name}-{digest[:6]}"
 
     def applies(self, dimension: Dimension, params: Mapping[str, Any]) -> bool:
         """Whether a setting is searched where others have the values ``params``."""
         so_far = {**self.whole, **{path: from_text(value) for path, value in params.items()}}
-        return all(so_far.get(other) in values for other, values in dimension.when.items())
+        return all(so_far.get(other) in values for other, values in dimension.condition.items())
 
     def settings(self, params: Mapping[str, Any]) -> TrainingConfig:
         """Return the settings of a point; raises a SettingError if they break a rule."""
@@ -219,8 +219,8 @@ def _typed(space: Mapping[str, Dimension], whole: Mapping[str, Any]) -> dict[str
 
 
 def _check(file: SearchFile, document: Document) -> None:
-    if not file.space or not file.goals:
-        raise UserError(f"{document.path}: a search needs a space and goals")
+    if not file.space or not file.objectives:
+        raise UserError(f"{document.path}: a search needs a space and objectives")
     above: set[str] = set()
     for path, dimension in file.space.items():
         if path not in SETTING_PATHS or path == "seed":
@@ -231,20 +231,21 @@ def _check(file: SearchFile, document: Document) -> None:
             dimension.distribution()
         except ValueError as error:
             raise UserError(f"{document.location('space', path)}: {path}: {error}") from None
-        for other in dimension.when:
+        for other in dimension.condition:
             if other not in SETTING_PATHS or (other in file.space and other not in above):
                 if other in file.space:
                     reason = "stands below it"
                 else:
                     reason = "no such setting"
                 raise UserError(
-                    f"{document.location('space', path, 'when')}: {path}: when: {other}: {reason}"
+                    f"{document.location('space', path, 'condition')}: {path}: condition: "
+                    f"{other}: {reason}"
                 )
         above.add(path)
-    for name in file.goals:
+    for name in file.objectives:
         if name not in METRICS:
             raise UserError(
-                f"{document.location('goals')}: no quantity {name!r} (there are: "
+                f"{document.location('objectives')}: no metric {name!r} (there are: "
                 f"{', '.join(METRICS)})"
             )
     for constraint in file.constraints:
@@ -257,22 +258,24 @@ def _check(file: SearchFile, document: Document) -> None:
                 f"{document.location('constraints')}: {constraint!r}: expected a cost and a "
                 f"bound, as 'gflops <= 90' ({known})"
             )
-    for number, point in enumerate(file.start):
+    for number, point in enumerate(file.initial_points):
         unknown = set(point) - set(file.space)
         if unknown:
             raise UserError(
-                f"{document.location('start')}: start {number + 1}: {', '.join(sorted(unknown))} "
+                f"{document.location('initial_points')}: initial point {number + 1}: "
+                f"{', '.join(sorted(unknown))} "
                 "is not in the space"
             )
         for path, value in point.items():
             if not file.space[path].holds(as_text(value)):
                 raise UserError(
-                    f"{document.location('start')}: start {number + 1}: {path} cannot be {value!r}"
+                    f"{document.location('initial_points')}: initial point {number + 1}: {path} "
+                    f"cannot be {value!r}"
                 )
-    if file.stopper != "none" and len(file.goals) > 1:
+    if file.pruner != "none" and len(file.objectives) > 1:
         raise UserError(
-            f"{document.location('stopper')}: stopper: an early end needs one goal, there are "
-            f"{len(file.goals)}"
+            f"{document.location('pruner')}: pruner: pruning needs one objective, there are "
+            f"{len(file.objectives)}"
         )
 
 

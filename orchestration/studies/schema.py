@@ -27,7 +27,7 @@ class TableLayout(_Part):
 
     columns: tuple[str, ...] = ("top1", "top5", "gflops")
     """By their short names (``quantities.QUANTITIES``)."""
-    across: str | None = None
+    pivot: str | None = None
     """An axis whose labels stand side by side, as columns of each quantity, and not one below the
     other."""
     reference: str | None = None
@@ -77,9 +77,9 @@ class StudyFile(_Part):
     """Axis -> printed label -> the settings that move together."""
     paper: dict[str, dict[str, float]] = {}
     """Quantity -> label (labels of several axes joined by " / ") -> what the paper printed."""
-    quoted: dict[str, dict[str, float]] = {}
+    baselines: dict[str, dict[str, float]] = {}
     """Rows of other methods, never trained here: label -> quantity -> what the paper quotes."""
-    about: dict[str, dict[str, str]] = {}
+    extra_columns: dict[str, dict[str, str]] = {}
     """Label of a row, quoted or not -> column of words -> what stands there."""
     claims: dict[str, tuple[str, ...]] = {}
     """What the paper concludes, in words -> comparisons of rows that would support it, each

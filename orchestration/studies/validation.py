@@ -98,20 +98,20 @@ def check_references(study: Study, document: Document) -> None:
     named = [("table", name) for name in table.columns] + [("figure", name) for name in figure.y]
     named += [("figure", figure.x)] if figure.x else []
     named += [("paper", name) for name in file.paper]
-    named += [("quoted", name) for row in file.quoted.values() for name in row]
+    named += [("baselines", name) for row in file.baselines.values() for name in row]
     for part, name in named:
         if name not in METRICS:
             known = ", ".join(METRICS)
             raise UserError(
-                f"{document.location(part)}: {part}: no quantity {name!r} (there are: {known})"
+                f"{document.location(part)}: {part}: no metric {name!r} (there are: {known})"
             )
     if figure.kind == "points" and figure.x is None:
         raise UserError(f"{document.location('figure')}: figure: kind 'points' needs x")
     references = [
         (("paper", name, row), row, rows) for name, values in file.paper.items() for row in values
     ]
-    all_rows = [*rows, *file.quoted]
-    references += [(("about", row), row, all_rows) for row in file.about]
+    all_rows = [*rows, *file.baselines]
+    references += [(("extra_columns", row), row, all_rows) for row in file.extra_columns]
     references += [(("table", "order"), row, all_rows) for row in table.order]
     references += [
         (("table", "reference"), row, rows) for row in [table.reference] if row is not None
@@ -129,7 +129,7 @@ def check_references(study: Study, document: Document) -> None:
             )
             raise UserError(f"{document.location(*location)}: {message}")
     parts = [part for axis in file.axes for part in label_parts(axis, axis)]
-    axes = {"table.across": table.across, "figure.group": figure.group}
+    axes = {"table.pivot": table.pivot, "figure.group": figure.group}
     axes |= {f"table.delta.{axis}": axis for axis in table.delta}
     for location, axis in axes.items():
         if axis is not None and axis not in parts:

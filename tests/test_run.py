@@ -322,6 +322,7 @@ def test_a_killed_study_resumes_without_repeating_a_trial(workdir: Path) -> None
 GARBAGE = """
 import gc, logging, sys, threading, time
 import ray
+from orchestration.backends.ray_session import stop_ray
 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 references = [ray.put(number) for number in range(10_000)]
 def make_garbage():

@@ -354,10 +354,10 @@ def test_a_trial_that_has_only_its_test_before_it_is_not_ended(open_: Open) -> N
             {"initial_points": [{"clip.frames": 8}]},
             "initial point 1: clip.frames is not in the space",
         ),
-        ({"pruner": "asha"}, "an early end needs one goal, there are 2"),
+        ({"pruner": "asha"}, "pruning needs one objective, there are 2"),
         ({"sampler": "magic"}, "sampler: must be"),
-        ({"space": {}, "initial_points": []}, "a search needs a space and goals"),
-        ({"objectives": {}}, "a search needs a space and goals"),
+        ({"space": {}, "initial_points": []}, "a search needs a space and objectives"),
+        ({"objectives": {}}, "a search needs a space and objectives"),
         (
             {"space": {"seed": {"low": 0, "high": 3}}, "initial_points": []},
             "seed: no such setting to search",

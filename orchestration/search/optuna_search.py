@@ -2,9 +2,9 @@
 
 Knows nothing of Ray: whoever trains asks ``Proposer.next`` for a trial and tells it what came of
 it. The study is kept in an SQLite file (``optuna-dashboard`` opens it), so that a search that was
-killed goes on: what it had proposed and not finished is proposed again first, and a proposal that
-some finished run equals is answered without training. Other settings, data, objectives or constraints
-are another search, with an Optuna study of its own in the same file.
+killed resumes: what it had proposed and not finished is proposed again first, and a proposal that
+some finished run equals is answered without training. Other settings, data, objectives or
+constraints are another search, with an Optuna study of its own in the same file.
 """
 
 from __future__ import annotations
@@ -248,7 +248,11 @@ class OptunaSearch:
         return True
 
     def values(self, settings: TrainingConfig, metrics: Mapping[str, float]) -> list[float]:
-        """Return what a trial reached, objective by objective; raises a KeyError if its metrics lack one."""
+        """Return a trial's value of each objective.
+
+        Raises:
+            KeyError: its metrics lack one.
+        """
         figures = cost(settings)
         values = list[float]()
         for name in self.search.file.objectives:

@@ -111,7 +111,7 @@ class SearchFile(_Part):
     initial_points: tuple[dict[str, Any], ...] = ()
     """Points to begin with: the paper's setting first."""
     pruner: Literal["none", "median", "asha"] = "none"
-    """Ends a trial early that is worse than others were at the same epoch; with one objective only."""
+    """Ends trials that are worse than others at the same epoch; with one objective only."""
     warm_start: bool = True
     """Offer the finished trials of other studies that lie in the space as what is known."""
 

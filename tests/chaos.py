@@ -478,9 +478,9 @@ _INLINE = (
 _TRAIN = (
     _killed("a worker is killed", "ray::RayTrainWorker", "ray::TrainWorker"),
     _paused("a worker is paused", "ray::RayTrainWorker", "ray::TrainWorker"),
-    _killed("Tune's trial is killed", "ray::LaneTrial"),
+    _killed("Tune's trial is killed", "ray::PooledTrainable"),
     _killed("Ray Train's controller is killed", "ray::TrainController"),
-    _killed("the desk is killed", "ray::Desk"),
+    _killed("the trial queue is killed", "ray::TrialQueue"),
 )
 _DISK = (Fault("the disk is full for seconds", _full_disk),)
 _SERVED = (

@@ -277,7 +277,7 @@ def test_a_trials_worker_and_then_its_driver_are_killed_and_no_loss_differs(
     (worker,) = cluster.processes("ray::RayTrainWorker")
     worker.kill()
     running.gets_on()
-    (driver,) = cluster.processes("ray::LaneTrial")
+    (driver,) = cluster.processes("ray::PooledTrainable")
     driver.kill()
     running.ends_well()
     assert losses_of(workdir) == undisturbed(workdir, 30)

@@ -309,7 +309,7 @@ def test_too_little_shared_memory_for_loader_processes_is_said_at_once_with_the_
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("lost", ["ray::TrainController", "ray::Desk"])
+@pytest.mark.parametrize("lost", ["ray::TrainController", "ray::TrialQueue"])
 def test_what_ray_runs_beside_a_trials_workers_is_lost_and_the_trial_goes_on(
     workdir: Path, lost: str
 ) -> None:

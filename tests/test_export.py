@@ -139,9 +139,9 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None
     weights = weights_of(settings)
     (tmp_path / "there").mkdir()
     (tmp_path / "there.onnx").write_text("precious")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         write_model(tmp_path / "there", weights, settings)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         write_onnx(tmp_path / "there.onnx", weights, settings)
     assert (tmp_path / "there.onnx").read_text() == "precious"
     wider = build(merge(SMALL, {"encoder.width": 96}))
@@ -193,7 +193,7 @@ def test_the_command_shows_converts_and_exports(
     assert code == 0
     assert "onnxruntime and PyTorch differ by at most" in out
     code, _, complaint = command(capsys, "weights", "convert", theirs, str(tmp_path / "ours"))
-    assert (code, "is there already" in complaint) == (2, True)
+    assert (code, "exists already" in complaint) == (2, True)
     code, _, complaint = command(
         capsys, "weights", "convert", theirs, str(tmp_path / "new"), "encoder.heads=5"
     )

@@ -62,18 +62,8 @@ def fit(
     torch.manual_seed(settings.seed)
     model = MAR(settings).to(runtime.device)
     optimizer = build_optimizer(model, settings.recipe)
-    # Rank 0 looks for the checkpoint, so that all workers resume from the same one.
-    found = distributed.broadcast_from_rank0(
-        lambda: checkpoint.latest(folder, settings, callbacks.log)
-    )
-    progress = Progress()
-    if found:
-        progress = checkpoint.restore(found, model, optimizer)
-    elif settings.encoder.weights:
-        callbacks.log(pretrained.start(model, settings))
+    progress = _resume(settings, folder, model, optimizer, callbacks)
     order.first_step = progress.step
-    for epoch, metrics in enumerate(progress.history, start=1):
-        callbacks.report(EpochReport(epoch, metrics, is_replay=True))
     processes = runtime.loader_processes
     batches = training_batches(settings, train, order, processes, runtime.device)
     validate = Evaluator(
@@ -104,6 +94,32 @@ def fit(
     del batches, validate
     trained = FinishedTraining(settings, folder, model, progress.history)
     return _finish(trained, val, runtime, callbacks)
+
+
+def _resume(
+    settings: TrainingConfig,
+    folder: Path,
+    model: MAR,
+    optimizer: torch.optim.Optimizer,
+    callbacks: TrainingCallbacks,
+) -> Progress:
+    """Load the newest checkpoint, or the pre-trained weights at the start; replay finished epochs.
+
+    Returns:
+        How far the training is.
+    """
+    # Rank 0 looks for the checkpoint, so that all workers resume from the same one.
+    found = distributed.broadcast_from_rank0(
+        lambda: checkpoint.latest(folder, settings, callbacks.log)
+    )
+    progress = Progress()
+    if found:
+        progress = checkpoint.restore(found, model, optimizer)
+    elif settings.encoder.weights:
+        callbacks.log(pretrained.start(model, settings))
+    for epoch, metrics in enumerate(progress.history, start=1):
+        callbacks.report(EpochReport(epoch, metrics, is_replay=True))
+    return progress
 
 
 def reevaluate(

@@ -71,13 +71,7 @@ def cost(
     if output and not paper:
         raise UserError("cost: -o is for the page that --paper makes; a recipe's cost is printed")
     if paper:
-        from orchestration.reporting.paper_costs import cost_frame, write_page
-
-        text = write_page(output)
-        if as_json:
-            print(cost_frame().to_json(orient="records", indent=1, force_ascii=False))
-        else:
-            print(output or text)
+        _print_paper_costs(output, as_json)
         return
     if recipe is None:
         raise UserError("cost: which recipe? (or --paper, for the paper's figures beside ours)")
@@ -88,14 +82,7 @@ def cost(
 
     settings = read_recipe(recipe, overrides or [])
     figures: dict[str, float | int] = asdict(cost_of(settings))
-    units = {
-        "gflops": "GFLOPs a view, inference",
-        "train_gflops": "GFLOPs a clip, training step",
-        "params_m": "M parameters",
-        "train_params_m": "M parameters with the reconstruction branch",
-        "tokens": "tokens a clip",
-        "visible_tokens": "visible tokens a clip, in testing",
-    }
+    units = dict(_UNITS)
     if memory:
         from mar.training.memory import peak_training_memory_gib
 
@@ -112,6 +99,27 @@ def cost(
         if isinstance(value, float):
             digits = 2
         print(f"{value:>10.{digits}f}  {units[name]}")
+
+
+_UNITS = {
+    "gflops": "GFLOPs a view, inference",
+    "train_gflops": "GFLOPs a clip, training step",
+    "params_m": "M parameters",
+    "train_params_m": "M parameters with the reconstruction branch",
+    "tokens": "tokens a clip",
+    "visible_tokens": "visible tokens a clip, in testing",
+}
+
+
+def _print_paper_costs(output: Path | None, as_json: bool) -> None:
+    """Print the paper's costs beside ours; with ``output``, write the page of them."""
+    from orchestration.reporting.paper_costs import cost_frame, write_page
+
+    text = write_page(output)
+    if as_json:
+        print(cost_frame().to_json(orient="records", indent=1, force_ascii=False))
+    else:
+        print(output or text)
 
 
 def mask(

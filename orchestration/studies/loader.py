@@ -68,45 +68,25 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     changes = parse_overrides(overrides)
     file = _with_changed_axes(parse_study_file(document), changes)
     of_rows = _of_rows(file, changes)
-    if isinstance(changes.get("recipe"), str):
-        another = changes.pop("recipe")
-    else:
-        another = None
-    if another and (packaged("search_spaces") / "recipes" / another).is_dir():
-        family = another
-    else:
-        family = None
-    another = None if family else another
-    recipes: dict[str, Recipe] = {}
+    recipes = _Recipes(document, file, changes)
+    seeds: Sequence[Any] = file.seeds
     if "seed" in changes:
         seeds = (changes.pop("seed"),)
-    else:
-        seeds = file.seeds
     fingerprints: dict[str, str] = {}
     trials: list[Trial] = []
     for labels in itertools.product(*(axis.items() for axis in file.axes.values())):
-        own = [
-            (label, {path: value for path, value in tree.items() if path != "recipe"})
-            for label, tree in labels
-        ]
-        name = another or next(
-            (tree["recipe"] for _, tree in labels if "recipe" in tree), file.recipe
-        )
-        name = in_family(name, family) if family else name
-        recipe = recipes.get(name) or Recipe(
-            find(name if another else _beside(document, name), "recipe")
-        )
-        recipes[name] = recipe
+        recipe = recipes.of(labels)
+        own = [(label, _without_recipe(settings)) for label, settings in labels]
+        # Later wins: recipe, fixed, the axes in their order, the row, the seed, the command line.
         tree = _override(recipe.content, file.fixed, document, ("fixed",))
         for axis, (label, settings) in zip(file.axes, own, strict=True):
             tree = _override(tree, settings, document, ("axes", axis, label))
         row = BETWEEN_LABELS.join(label for label, _ in own)
         tree = _override(tree, of_rows.get(row, {}), document, ("axes",))
+        named = dict(zip(file.axes, (label for label, _ in own), strict=True))
         for seed in seeds:
-            settings = _build(
-                merge(tree, {**changes, "seed": seed}), recipe, document, own, file, changes
-            )
-            named = dict(zip(file.axes, (label for label, _ in own), strict=True))
+            merged = merge(tree, {**changes, "seed": seed})
+            settings = _build(merged, recipe, document, own, file, changes)
             trials.append(Trial(named, settings, _fingerprint(settings, fingerprints)))
     study = Study(document.path.stem, file, trials, document.path)
     if not trials:
@@ -115,6 +95,53 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
         )
     check_references(study, document)
     return replace(study, trials=_select(trials, file, only))
+
+
+class _Recipes:
+    """Which recipe each row of a study has; each file is read once.
+
+    ``recipe=…`` on the command line, which is taken out of ``changes``, puts another recipe under
+    the whole study, or names a folder (``recipe=released``): then that folder's recipes of the same
+    names.
+    """
+
+    def __init__(self, document: Document, file: StudyFile, changes: dict[str, Any]) -> None:
+        self.document = document
+        self.default = file.recipe
+        self.other: str | None = None
+        self.family: str | None = None
+        self._read: dict[str, Recipe] = {}
+        if isinstance(changes.get("recipe"), str):
+            given: str = changes.pop("recipe")
+            if (packaged("search_spaces") / "recipes" / given).is_dir():
+                self.family = given
+            else:
+                self.other = given
+
+    def of(self, labels: Sequence[tuple[str, Mapping[str, Any]]]) -> Recipe:
+        """Return a row's recipe: its first label that names one decides, else the study."""
+        name = self.default
+        for _, settings in labels:
+            if "recipe" in settings:
+                name = settings["recipe"]
+                break
+        if self.other:
+            name = self.other
+        elif self.family:
+            name = in_family(name, self.family)
+        if name not in self._read:
+            # A study names recipes relative to its own folder, the command line relative to the
+            # working folder.
+            path = name
+            if not self.other:
+                path = _beside(self.document, name)
+            self._read[name] = Recipe(find(path, "recipe"))
+        return self._read[name]
+
+
+def _without_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a label's settings without its recipe, which is not a setting."""
+    return {path: value for path, value in settings.items() if path != "recipe"}
 
 
 def _is_recipe(document: Document) -> bool:

@@ -90,13 +90,23 @@ def mistake_in(document: Document, error: ValidationError, kind: type[BaseModel]
 
 
 def check_references(study: Study, document: Document) -> None:
-    """Every quantity must be known, and every label that stands for a row must be one's."""
-    file = study.file
-    rows = sorted({trial.row for trial in study.trials})
-    table = file.table
+    """Check what a study file names: metrics, rows, axes and labels.
+
+    Raises:
+        UserError: one of them does not exist.
+    """
+    _check_metrics(study.file, document)
+    _check_rows(study, document)
+    _check_axes(study, document)
+
+
+def _check_metrics(file: StudyFile, document: Document) -> None:
+    """Check that every metric that is named exists."""
     figure = file.figure
-    named = [("table", name) for name in table.columns] + [("figure", name) for name in figure.y]
-    named += [("figure", figure.x)] if figure.x else []
+    named = [("table", name) for name in file.table.columns]
+    named += [("figure", name) for name in figure.y]
+    if figure.x:
+        named.append(("figure", figure.x))
     named += [("paper", name) for name in file.paper]
     named += [("baselines", name) for row in file.baselines.values() for name in row]
     for part, name in named:
@@ -107,29 +117,37 @@ def check_references(study: Study, document: Document) -> None:
             )
     if figure.kind == "points" and figure.x is None:
         raise UserError(f"{document.location('figure')}: figure: kind 'points' needs x")
-    references = [
-        (("paper", name, row), row, rows) for name, values in file.paper.items() for row in values
-    ]
+
+
+def _check_rows(study: Study, document: Document) -> None:
+    """Check that every label of a row that is named is one's."""
+    file = study.file
+    rows = sorted({trial.row for trial in study.trials})
+    # A baseline is quoted from the paper: it is printed, and has no trial.
     all_rows = [*rows, *file.baselines]
+    references: list[tuple[tuple[str, ...], str, list[str]]] = []
+    for name, values in file.paper.items():
+        references += [(("paper", name, row), row, rows) for row in values]
     references += [(("extra_columns", row), row, all_rows) for row in file.extra_columns]
-    references += [(("table", "order"), row, all_rows) for row in table.order]
-    references += [
-        (("table", "reference"), row, rows) for row in [table.reference] if row is not None
-    ]
-    references += [
-        (("claims", claim), row, rows)
-        for claim, pairs in file.claims.items()
-        for row in _sides(claim, pairs)
-    ]
+    references += [(("table", "order"), row, all_rows) for row in file.table.order]
+    if file.table.reference is not None:
+        references.append((("table", "reference"), file.table.reference, rows))
+    for claim, pairs in file.claims.items():
+        references += [(("claims", claim), row, rows) for row in _sides(claim, pairs)]
     for location, row, known in references:
         if row not in known:
-            message = (
-                f"{'.'.join(location[:2])}: no trial is labelled {row!r} (there are: "
-                f"{', '.join(known)})"
+            raise UserError(
+                f"{document.location(*location)}: {'.'.join(location[:2])}: no trial is labelled "
+                f"{row!r} (there are: {', '.join(known)})"
             )
-            raise UserError(f"{document.location(*location)}: {message}")
+
+
+def _check_axes(study: Study, document: Document) -> None:
+    """Check that every axis that is named exists, and that labels have the parts of their axis."""
+    file = study.file
+    table = file.table
     parts = [part for axis in file.axes for part in label_parts(axis, axis)]
-    axes = {"table.pivot": table.pivot, "figure.group": figure.group}
+    axes = {"table.pivot": table.pivot, "figure.group": file.figure.group}
     axes |= {f"table.delta.{axis}": axis for axis in table.delta}
     for location, axis in axes.items():
         if axis is not None and axis not in parts:
@@ -139,12 +157,12 @@ def check_references(study: Study, document: Document) -> None:
                 f"{', '.join(parts)})"
             )
     for axis, label in table.delta.items():
-        known = {each.split(BETWEEN_LABELS)[parts.index(axis)] for each in rows}
+        known = {trial.row.split(BETWEEN_LABELS)[parts.index(axis)] for trial in study.trials}
         if label not in known:
-            message = (
-                f"table.delta.{axis}: no label {label!r} (there are: {', '.join(sorted(known))})"
+            raise UserError(
+                f"{document.location('table')}: table.delta.{axis}: no label {label!r} (there are: "
+                f"{', '.join(sorted(known))})"
             )
-            raise UserError(f"{document.location('table')}: {message}")
     for axis, labels in file.axes.items():
         for label in labels:
             if len(label_parts(axis, label)) != len(label_parts(axis, axis)):

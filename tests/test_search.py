@@ -231,7 +231,7 @@ def test_a_space_of_few_points_is_tried_out_and_then_the_search_ends(open_: Open
         "mask.ratio": {"choices": [0.25, 0.5, 0.75]},
         "classifier.kind": {"choices": ["linear", "bridging"]},
     }
-    proposer = open_(space=few, start=[], constraints=[], trials=20)
+    proposer = open_(space=few, initial_points=[], constraints=[], trials=20)
     trained = answer(proposer)
     assert len({trial.key for trial in trained}) == len(trained) == 6
     assert proposer.num_done == 6, "what was found trained is not counted as trained"
@@ -246,7 +246,7 @@ def test_a_space_of_few_points_is_tried_out_and_then_the_search_ends(open_: Open
 
 def test_a_search_with_all_points_under_way_waits_for_none(open_: Open) -> None:
     two = {"mask.ratio": {"choices": [0.5, 0.75]}}
-    proposer = open_(space=two, start=[], constraints=[], trials=5)
+    proposer = open_(space=two, initial_points=[], constraints=[], trials=5)
     assert proposer.next() and proposer.next()
     assert proposer.next() is None
 
@@ -263,14 +263,14 @@ def test_a_condition_may_look_at_what_the_recipe_leaves_at_its_default(open_: Op
     space = {
         "mask.cell": {"choices": [[2, 2], [4, 4]], "condition": {"classifier.mask_tokens": [False]}}
     }
-    trial = open_(space=space, start=[], constraints=[]).next()
+    trial = open_(space=space, initial_points=[], constraints=[]).next()
     assert trial
-    assert "mask.cell" in open_(space=space, start=[], constraints=[]).study.trials[0].params
+    assert "mask.cell" in open_(space=space, initial_points=[], constraints=[]).study.trials[0].params
 
 
 def test_whole_ends_of_a_fraction_are_a_range(open_: Open) -> None:
     proposer = open_(
-        space={"reconstruction.weight": {"low": 0, "high": 1}}, start=[], constraints=[], trials=4
+        space={"reconstruction.weight": {"low": 0, "high": 1}}, initial_points=[], constraints=[], trials=4
     )
     drawn = [trial.settings.reconstruction.weight for trial in answer(proposer)]
     assert len(drawn) == 4 and any(0 < weight < 1 for weight in drawn)
@@ -390,7 +390,7 @@ def test_a_shipped_search_is_sound_and_begins_within_its_constraints(name: str) 
     search = read_search(name)
     assert all(
         excess <= 0
-        for point in search.file.start
+        for point in search.file.initial_points
         for excess in search.excess(search.settings(point))
     )
 

@@ -196,7 +196,11 @@ def test_a_labels_own_settings_can_be_changed_from_the_command_line(workdir: Pat
     ("old", "new", "message"),
     [
         ("pivot: Training", "pivot: Train", "table.pivot: no axis 'Train'"),
-        ("{Backbone", "{a: b}\n  Nobody: {Backbone", "extra_columns.Nobody: no trial is labelled 'Nobody'"),
+        (
+            "{Backbone",
+            "{a: b}\n  Nobody: {Backbone",
+            "extra_columns.Nobody: no trial is labelled 'Nobody'",
+        ),
         (
             "test 25 % / 50 % > test 50 % / 50 %",
             "test 25 % / 50 %",

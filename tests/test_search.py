@@ -265,12 +265,17 @@ def test_a_condition_may_look_at_what_the_recipe_leaves_at_its_default(open_: Op
     }
     trial = open_(space=space, initial_points=[], constraints=[]).next()
     assert trial
-    assert "mask.cell" in open_(space=space, initial_points=[], constraints=[]).study.trials[0].params
+    assert (
+        "mask.cell" in open_(space=space, initial_points=[], constraints=[]).study.trials[0].params
+    )
 
 
 def test_whole_ends_of_a_fraction_are_a_range(open_: Open) -> None:
     proposer = open_(
-        space={"reconstruction.weight": {"low": 0, "high": 1}}, initial_points=[], constraints=[], trials=4
+        space={"reconstruction.weight": {"low": 0, "high": 1}},
+        initial_points=[],
+        constraints=[],
+        trials=4,
     )
     drawn = [trial.settings.reconstruction.weight for trial in answer(proposer)]
     assert len(drawn) == 4 and any(0 < weight < 1 for weight in drawn)

@@ -27,6 +27,7 @@ from mar.weights.checkpoint_settings import (
     is_bridging,
     is_flat,
     settings_of,
+    stated_heads,
 )
 from mar.weights.hub import fetch, weight_files
 from mar.weights.safe_loading import read_tensors
@@ -307,7 +308,10 @@ def _contradicts(path: str, weights: Weights, settings: TrainingConfig) -> bool:
         "classifier.heads": settings.classifier.heads,
         "reconstruction.heads": settings.reconstruction.heads,
     }
-    return weights.settings[path] not in (None, here[path])
+    in_file = weights.settings.get(path)
+    if path == "encoder.heads":
+        in_file = stated_heads(weights.settings)
+    return in_file not in (None, here[path])
 
 
 def _advice(weights: Weights, settings: TrainingConfig) -> str:

@@ -131,7 +131,9 @@ def _raise_if_unfinished(study: Study, recorder: RunRecorder) -> None:
     """
     if recorder.failures:
         for kind, names in failures_by_kind(recorder).items():
-            remedy = REMEDIES[kind].capitalize()
+            remedy = REMEDIES[kind]
+            # Not str.capitalize(), which would write the names in it in lower case.
+            remedy = remedy[0].upper() + remedy[1:]
             print(f"{kind:<8} {len(names)} trials: {', '.join(names)}. {remedy}.")
         left = ""
         if recorder.is_over() and recorder.num_left:

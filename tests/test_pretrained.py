@@ -441,7 +441,7 @@ def test_a_named_size_states_its_heads(tmp_path: Path) -> None:
     assert weights_settings(file).encoder.size == "tiny"
     other_heads = {"size": "custom", "width": 192, "depth": 12, "heads": 4}
     settings = weights_settings(file, {"encoder": other_heads})
-    with pytest.raises(UserError, match="other settings: encoder.heads"):
+    with pytest.raises(UserError, match=r"other settings: encoder\.heads"):
         check_start(settings)
 
 

@@ -278,7 +278,7 @@ def test_a_killed_study_resumes_without_repeating_a_trial(workdir: Path) -> None
             if not (folder / "result").is_dir()
         }
 
-    # MLflow is written by a thread of its own: the second trial's run may come after its checkpoint.
+    # A thread of its own writes to MLflow: a run may come later than the trial's checkpoint.
     try:
         wait_for(
             lambda: (

@@ -158,8 +158,8 @@ class Jobs:
                 print(lines, end="", flush=True)
 
         while True:
-            # Ray's client ends without an error when the connection is lost: only the status shows
-            # whether the job has ended. If it has not, the log is read again from its start.
+            # The log also ends when the connection is lost: only the status shows whether the job has
+            # ended. If it has not, the log is read again from its start.
             with suppress(RuntimeError):
                 asyncio.run(tail())
             info: Any = self.client.get_job_info(job_id)
@@ -282,9 +282,7 @@ def _answers_without_a_token(address: str) -> bool:
             return False
         raise UserError(f"--address {address}: no Ray dashboard: {error}") from None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--address {address}: no dashboard answers at this address: {error}"
-        ) from None
+        raise UserError(f"--address {address}: no dashboard answers there: {error}") from None
 
 
 def _is_loopback(address: str) -> bool:

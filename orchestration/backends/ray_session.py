@@ -135,8 +135,8 @@ def _private_folder() -> Path:
 def stop_ray() -> None:
     """Shut Ray down.
 
-    If one of Ray's references is freed during ``ray.shutdown``, Ray ends the whole process with exit
-    code 1. A garbage collection in another thread (the tracking writer's) would free some, so
+    If one of Ray's references is freed during ``ray.shutdown``, Ray ends the whole process with
+    exit code 1. A garbage collection in another thread (the tracking writer's) would free some, so
     garbage is collected before, and collection is off meanwhile.
     """
     import ray

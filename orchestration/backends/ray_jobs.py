@@ -158,8 +158,8 @@ class Jobs:
                 print(lines, end="", flush=True)
 
         while True:
-            # The log also ends when the connection is lost: only the status shows whether the job has
-            # ended. If it has not, the log is read again from its start.
+            # The log also ends when the connection is lost; only the status shows whether the job
+            # has ended. If it has not, the log is read again from its start.
             with suppress(RuntimeError):
                 asyncio.run(tail())
             info: Any = self.client.get_job_info(job_id)

@@ -135,7 +135,7 @@ class LiveProgress:
 
     def summary(self) -> str:
         """Return the counts and the estimated time left."""
-        # No failure is not worth a word; the other counts show progress even at zero.
+        # Zero failed trials are left out; the other counts are shown even at zero.
         parts: list[str] = []
         for status, count in self.counts().items():
             if count or status != "failed":

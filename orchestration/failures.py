@@ -24,7 +24,7 @@ REMEDIES: dict[FailureKind, str] = {
         "Kubernetes: an emptyDir of medium Memory)"
     ),
     "non_finite": "a smaller recipe.base_lr, recipe.clip_grad, or recipe.precision=fp32",
-    "stalled": "the log has every thread's stack; a slow step wants a larger --hang-timeout-s",
+    "stalled": "the log has every thread's stack; for slow steps, give a larger --hang-timeout-s",
     "worker_lost": "the same command resumes from the last checkpoint",
     "internal": "the trial's log has the traceback; please report it",
     "damaged": "the message names the folder; nothing is trained again before it is removed",

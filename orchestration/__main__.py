@@ -1,4 +1,4 @@
-"""``python -m orchestration``: runs the command where it is not installed, as in a cluster's job."""
+"""``python -m orchestration``: runs the command without an installation, as in a cluster's job."""
 
 from orchestration.cli.app import main
 

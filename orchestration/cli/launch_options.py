@@ -29,7 +29,7 @@ def takes_launch_options(verb: Callable[..., None]) -> Callable[..., None]:
     The verb gets the ``LaunchConfig`` that is made from the options as ``launch``.
     """
     signature = inspect.signature(verb, eval_str=True)
-    # No option: ``command`` below makes it.
+    # ``launch`` is no option: ``command`` makes it from the others.
     own = [each for each in signature.parameters.values() if each.name != "launch"]
     launch_fields = _option_fields(LaunchConfig)
     worker_fields = _option_fields(WorkerConfig)

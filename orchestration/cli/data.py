@@ -149,7 +149,7 @@ def data_pack(
 
     If it was stopped, the same command resumes.
     """
-    from mar.data.cache_index import Index, Packing
+    from mar.data.cache_index import Packing
     from mar.data.frame_cache import pack
     from mar.data.frame_cache import verify as damaged_shards
     from mar.errors import Failure
@@ -159,18 +159,7 @@ def data_pack(
     with _bar("videos") as advance:
         # The number of videos that an earlier call had packed.
         before = pack(data, folder, Packing(kind, short_side, quality), processes, advance)
-    # From the index and not from this call: an earlier call may have packed some of the videos.
-    entries = [entry for _, entry in Index(folder).entries.values()]
-    # The shards alone: the index beside them is small.
-    size_gib = sum(file.stat().st_size for file in folder.glob("*.bin")) / 2**30
-    broken = [entry.name for entry in entries if entry.broken]
-    print(
-        f"{folder}: {len(entries)} videos ({before} were there), "
-        f"{sum(entry.num_frames for entry in entries)} frames, {size_gib:.2f} GiB"
-    )
-    # Training treats them as ``data.broken`` says.
-    if broken:
-        print(f"{len(broken)} gave no frames, the first: {printable(broken[0])}")
+    _print_cache(folder, before)
     # Before an upload: a damaged shard must not reach the other nodes.
     if verify:
         with _bar("shards") as advance:
@@ -190,6 +179,24 @@ def data_pack(
             f"{uploaded} files uploaded to {object_store}; "
             f"mar run … data.cache=DIR --cache-from {object_store}"
         )
+
+
+def _print_cache(folder: Path, num_before: int) -> None:
+    """Print what a frame cache contains; ``num_before`` videos were packed by earlier calls."""
+    from mar.data.cache_index import Index
+
+    # From the index and not from this call: an earlier call may have packed some of the videos.
+    entries = [entry for _, entry in Index(folder).entries.values()]
+    # The shards alone: the index beside them is small.
+    size_gib = sum(file.stat().st_size for file in folder.glob("*.bin")) / 2**30
+    broken = [entry.name for entry in entries if entry.broken]
+    print(
+        f"{folder}: {len(entries)} videos ({num_before} were there), "
+        f"{sum(entry.num_frames for entry in entries)} frames, {size_gib:.2f} GiB"
+    )
+    # Training treats them as ``data.broken`` says.
+    if broken:
+        print(f"{len(broken)} gave no frames, the first: {printable(broken[0])}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ so that ``mar --help`` and ``mar plan`` are quick.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import typer
 
@@ -20,9 +20,6 @@ from orchestration.cli.studies import figure, plan, report, run, table
 from orchestration.cli.system import doctor, recover, ui
 from orchestration.cli.weights import evaluate, predict, reconstruct, weights_app
 from orchestration.secrets import without_secrets
-
-if TYPE_CHECKING:
-    pass
 
 # Without Typer's own exceptions: ``main`` prints one line for each error that it knows.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

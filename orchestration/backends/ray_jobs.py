@@ -177,7 +177,7 @@ class Jobs:
         if job_id not in known:
             raise UserError(
                 f"no job {job_id!r} on {self.address} "
-                f"({', '.join(known[:5]) or 'it has none of ours'})"
+                f"({', '.join(known[:5]) or 'it has no jobs of mar submit'})"
             )
 
 

@@ -107,7 +107,7 @@ class LiveProgress:
         self.console.print(Text(f"✗ {trial.name}: {reason}", style="red"), soft_wrap=True)
 
     def announce(self, trial: Trial) -> None:
-        """Add a trial that was not in the list of the start: a search proposed it."""
+        """Add a trial that was not listed at the start: a search proposed it."""
         self.states[trial.key] = _State(trial)
 
     def pruned(self, trial: Trial, message: str) -> None:
@@ -116,7 +116,7 @@ class LiveProgress:
         self._line(f"◼ {trial.name}: {message}   [{self.summary()}]")
 
     def message(self, trial: Trial, message: str) -> None:
-        """A trial has a message for a person."""
+        """Show a message of a trial."""
         text = Text(printable(f"! {trial.name}: {message}"), style="yellow")
         self.console.print(text, soft_wrap=True)
 

@@ -266,9 +266,9 @@ class RunRecorder:
         self.writer.flush()
 
     def log_report(self, reports: Path, results: StudyResults | None, note: str) -> None:
-        """Log the report's files with the study's run, and which runs its table is made of.
+        """Log the report's files with the study's run, and the ids of the runs in its table.
 
-        ``note`` is what MLflow shows as the run's description: the table.
+        ``note`` becomes the run's description in MLflow: the table.
         """
         runs: dict[str, str] = {}
         if results:

@@ -74,14 +74,14 @@ class WorkerConfig:
     # None: all workers are needed, and a trial whose node is lost waits for another node.
     min_workers: int | None = _option(
         None,
-        "Elastic: continue with so few workers when nodes are lost, and grow again. Default: "
-        "--workers.",
+        "Elastic: continue with as few workers as this when nodes are lost, and grow again later. "
+        "Default: --workers.",
         minimum=1,
     )
     cpus_per_worker: int = _option(1, "CPU cores of a worker.", minimum=1)
     # None: decided by the cluster's resources, since the launch's own machine may have no GPU.
     gpus_per_worker: int | None = _option(
-        None, "GPUs of a worker. Default: one where there are any.", minimum=0
+        None, "GPUs of a worker. Default: one if the cluster has any, otherwise none.", minimum=0
     )
     loader_processes: int = _option(
         0, "Decoding processes of a worker; 0: the worker decodes itself.", minimum=0
@@ -96,7 +96,8 @@ class WorkerConfig:
         False, "Recompute activations in the backward pass: less memory, a third more work."
     )
     compile: bool = _option(
-        False, "Compile the model's blocks: slower to start; mar bench shows whether it pays."
+        False,
+        "Compile the model's blocks: slower to start; mar bench shows whether it is worth it.",
     )
     checkpoint_every_steps: int | None = _option(
         None, "Checkpoint inside epochs too; an epoch's end always has one.", minimum=1
@@ -110,7 +111,9 @@ class WorkerConfig:
         1, "How often a failed trial is resumed from its last checkpoint.", minimum=0
     )
     # Off: the same gradient usually comes again, and the settings are to blame.
-    retry_non_finite: bool = _option(False, "Resume after a gradient that is not finite, too.")
+    retry_non_finite: bool = _option(
+        False, "Resume a trial also after a gradient that is not finite."
+    )
     resize_s: float = _option(
         60.0, "How often an elastic trial looks for more workers, seconds.", minimum=1
     )
@@ -130,7 +133,8 @@ class WorkerConfig:
     )
     patience_s: float = _option(
         300.0,
-        "How long to wait for room on a full disk, or for an MLflow server that is away, seconds.",
+        "How long to wait for room on a full disk, or for an MLflow server that does not answer, "
+        "seconds.",
         minimum=1,
     )
 
@@ -186,7 +190,7 @@ class LaunchConfig:
         None, "Ray cluster to join. Default: a private one on this machine."
     )
     max_concurrent_trials: int | None = _option(
-        None, "Most trials at once. Default: as many as fit.", minimum=1
+        None, "Largest number of trials at once. Default: as many as fit.", minimum=1
     )
     webhook: str | None = _option(
         None, "Address that gets a JSON message when a study ends; or @FILE, which contains it."

@@ -69,7 +69,9 @@ def submit(
         environment = {PINNED: json.dumps(package_versions())}
     job_id, is_new = jobs.submit(study, context.args, environment)
     # Flushed: the job's log follows, and whoever reads the output needs the id first.
-    print(f"{job_id} {'submitted' if is_new else 'is under way already: joined'}", flush=True)
+    print(
+        f"{job_id} {'submitted' if is_new else 'is queued or running already: joined'}", flush=True
+    )
     if detach:
         leave(job_id, address)
         return
@@ -99,7 +101,7 @@ def list_jobs(
                 f"{printable(job.message)}"
             ).rstrip()
         )
-    print(f"{len(found)} jobs" if found else "no jobs of ours")
+    print(f"{len(found)} jobs" if found else "no jobs of mar submit")
 
 
 @jobs_app.command()

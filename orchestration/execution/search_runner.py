@@ -151,7 +151,7 @@ class SearchRecorder:
         trial_dir = TrialDir(self.recorder.launch.trial_folder(key))
         metrics: dict[str, float] = read_json(trial_dir.metrics)
         settings = self.recorder.trials[key].settings
-        # An objective that the result lacks is a mistake of the search file; other trials run on.
+        # A result may lack an objective: memory, for example, is measured on GPUs only.
         try:
             self.optuna_search.finished(key, metrics, settings)
         except Failure as error:

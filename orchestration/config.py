@@ -234,6 +234,11 @@ class LaunchConfig:
         """The file that, while it exists, asks the study's workers to save and stop."""
         return self.store.resolve() / "locks" / f"{self.study}.stop"
 
+    @property
+    def frames_root(self) -> Path:
+        """The folder of the frame caches that ``data.cache: auto`` makes."""
+        return self.store.resolve() / "frames"
+
     def trial_folder(self, key: str) -> Path:
         """Return the folder of a trial's checkpoints and result.
 

@@ -1,5 +1,6 @@
-"""Finds where this project is installed: its packages, the files it ships, and its checkout."""
+"""Where this project is installed, and how many cores it may use."""
 
+import os
 from pathlib import Path
 
 import mar
@@ -36,3 +37,14 @@ def checkout() -> Path | None:
 
 CODE = "MAR_CODE"
 """Environment variable of a submitted job: the tags of the commit that was packed, as JSON."""
+
+
+def usable_cores() -> int:
+    """Return how many CPU cores this process may use.
+
+    A container or a batch job may have fewer than the machine.
+    """
+    # macOS and Windows cannot bind a process to cores.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -59,6 +59,10 @@ class Node(BaseModel):
     )
 
 
+AUTO_CACHE = "auto"
+"""``data.cache``: the frames are packed into the store (``mar.data.auto_cache``)."""
+
+
 class DataConfig(Node):
     """Which videos, and what they are labelled."""
 
@@ -81,8 +85,9 @@ class DataConfig(Node):
     split: Annotated[int, Field(ge=1, le=3)] = 1
     """Which of the three splits of UCF101 and HMDB51."""
     cache: str | None = None
-    """Folder of a frame cache (``mar data pack``), read instead of the videos; none: the videos are
-    decoded."""
+    """Where frames are read instead of from the videos: the folder of a frame cache (``mar data
+    pack``), or ``auto``: a cache in the store, packed before the first epoch with the videos' own
+    pixels; none: the videos are decoded for every clip."""
     decoder: Literal["auto", "decord", "torchcodec", "pyav"] = "auto"
     """Who decodes; ``auto``: torchcodec, or where it does not work decord. PyAV has the files in
     which they would be wrong."""
@@ -93,6 +98,11 @@ class DataConfig(Node):
     always are)."""
     broken: Literal["error", "skip"] = "error"
     """A training video that cannot be decoded stops the trial, or is left out and counted."""
+
+    @property
+    def cache_folder(self) -> str | None:
+        """The folder of the frame cache; None where there is none, or none yet (``auto``)."""
+        return None if self.cache == AUTO_CACHE else self.cache
 
 
 class ClipConfig(Node):

@@ -128,8 +128,8 @@ def _size(data: DataConfig, video: Video) -> int:
     """Return a video's bytes, or what they were when it was packed; -1: it is not there."""
     with suppress(OSError):
         return video.path.stat().st_size
-    if data.cache:
-        known = cache_index.load_index(data.cache).entries.get(video.name)
+    if data.cache_folder:
+        known = cache_index.load_index(data.cache_folder).entries.get(video.name)
     else:
         known = None
     return known[1].source_bytes if known else -1
@@ -181,6 +181,9 @@ def fingerprint(data: DataConfig) -> str:
         )
         for video in videos[:: max(1, len(videos) // _FINGERPRINTED_FILES)]:
             digest.update(f"{video.name}\t{_size(data, video)}\n".encode(errors="surrogateescape"))
-    if data.cache:  # its frames are smaller, and compressed: other pixels
-        digest.update(cache_index.packing_of(Path(data.cache)).name.encode())
+    if data.cache_folder:
+        packing = cache_index.packing_of(Path(data.cache_folder))
+        # Frames that were scaled or compressed are other pixels, and give other results.
+        if not packing.is_exact:
+            digest.update(packing.name.encode())
     return digest.hexdigest()[:16]

@@ -9,6 +9,7 @@ SHA-256, and is written last: a shard that has one is whole.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter
 
+from mar.config.schema import DataConfig
 from mar.errors import UserError
 from mar.safe_input import read_json
 
@@ -30,10 +32,15 @@ class Packing:
     """How frames are kept."""
 
     format: Literal["jpeg", "raw"] = "jpeg"
-    short_side: PositiveInt = 256
-    """Pixels; smaller videos keep their size."""
+    short_side: PositiveInt | None = 256
+    """Pixels; smaller videos keep their size; None: all do."""
     quality: int = 90
     """Of JPEG, 1 to 100."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it keeps the videos' own pixels."""
+        return self.format == "raw" and self.short_side is None
 
     @property
     def name(self) -> str:
@@ -121,6 +128,15 @@ class Index:
                     f"data.cache: {len(names)} videos {problem}, the first: {names[0]}; run mar "
                     f"data pack again, into {self.folder}"
                 )
+
+
+def cache_folder(data: DataConfig, root: Path) -> Path:
+    """Return the folder of the cache that ``data.cache: auto`` stands for, below ``root``.
+
+    Data sets with the same video folder share it, whatever their splits.
+    """
+    videos = (Path(data.root) / data.videos).resolve()
+    return root / hashlib.sha256(str(videos).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 @lru_cache(maxsize=8)

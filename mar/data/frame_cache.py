@@ -210,16 +210,16 @@ class CachedVideo:
 
 def check(data: DataConfig, videos: Sequence[Video]) -> None:
     """Raise a UserError unless ``open_video`` can give what is in these videos now."""
-    if data.cache:
-        load_index(data.cache).check(videos)
+    if data.cache_folder:
+        load_index(data.cache_folder).check(videos)
     else:
         check_decoder(data.decoder)
 
 
 def open_video(data: DataConfig, video: Video) -> Reader | CachedVideo:
     """Return a video's reader: from the cache where there is one, else from its file."""
-    if data.cache:
-        return CachedVideo(load_index(data.cache), video)
+    if data.cache_folder:
+        return CachedVideo(load_index(data.cache_folder), video)
     return Reader(video.path, data.decoder)
 
 
@@ -279,8 +279,10 @@ def _packed(file: Any, video: Video, packing: Packing, decoder: str) -> tuple[En
     return replace(entry, num_frames=len(ends)), ends
 
 
-def _small(frame: Frames, short_side: int) -> Frames:
+def _small(frame: Frames, short_side: int | None) -> Frames:
     """Return a frame whose short side is at most ``short_side`` (bilinear, antialiased)."""
+    if short_side is None:
+        return frame
     height, width = frame.shape[:2]
     scale = short_side / min(height, width)
     if scale >= 1:

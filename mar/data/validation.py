@@ -91,8 +91,8 @@ def check_data(
         UserError: the annotation files cannot be read, or the decoder does not work here.
     """
     check_decoder(data.decoder)
-    if data.cache:
-        packing_of(Path(data.cache))
+    if data.cache_folder:
+        packing_of(Path(data.cache_folder))
     findings: list[Finding] = []
     videos: dict[Split, list[Video]] = {}
     for split in _SPLITS:

@@ -34,8 +34,8 @@ class VideoFolder:
 
     def __init__(self, data: DataConfig) -> None:
         self.root = Path(data.root) / data.videos
-        if data.cache:
-            cached = set(cache_index.load_index(data.cache).entries)
+        if data.cache_folder:
+            cached = set(cache_index.load_index(data.cache_folder).entries)
         else:
             cached = set[str]()
         if not self.root.is_dir() and not cached:

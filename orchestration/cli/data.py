@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +12,8 @@ import typer
 
 from mar.safe_text import printable
 from orchestration.cli.options import ObjectStoreUri
+from orchestration.execution.progress_bar import progress_bar
+from orchestration.installation import usable_cores
 
 data_app = typer.Typer(no_args_is_help=True, help="Make, check and pack data sets.")
 
@@ -28,8 +27,7 @@ Overrides = Annotated[
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes that decode; default: one for each core.")
 ]
-# The cores that this process may use: a container or a batch job may have fewer than the machine.
-_CORES = len(os.sched_getaffinity(0))
+_CORES = usable_cores()
 
 
 @data_app.command("make")
@@ -64,7 +62,7 @@ def data_make(
     # Options that are not given have the value of the difficulty.
     chosen = {name: value for name, value in given.items() if value is not None}
     options = replace(DIFFICULTIES[difficulty], seed=seed, **chosen)
-    with _bar("videos") as advance:
+    with progress_bar("videos") as advance:
         made = make(folder, options, advance)
     # ``make`` writes nothing if the folder has the same set already.
     outcome = f"is in {folder} already"
@@ -91,7 +89,7 @@ def data_check(
     from orchestration.studies.recipe import read_recipe
 
     settings = read_recipe(recipe, overrides or [])
-    with _bar("videos") as advance:
+    with progress_bar("videos") as advance:
         report = check_data(settings.data, settings.clip, processes, advance)
     if output:
         write_findings(report, output)
@@ -156,13 +154,13 @@ def data_pack(
     from orchestration.studies.recipe import read_recipe
 
     data = read_recipe(recipe, overrides or []).data
-    with _bar("videos") as advance:
+    with progress_bar("videos") as advance:
         # The number of videos that an earlier call had packed.
         before = pack(data, folder, Packing(kind, short_side, quality), processes, advance)
     _print_cache(folder, before)
     # Before an upload: a damaged shard must not reach the other nodes.
     if verify:
-        with _bar("shards") as advance:
+        with progress_bar("shards") as advance:
             damaged = damaged_shards(folder, advance)
         if damaged:
             raise Failure(
@@ -197,25 +195,3 @@ def _print_cache(folder: Path, num_before: int) -> None:
     # Training treats them as ``data.broken`` says.
     if broken:
         print(f"{len(broken)} gave no frames, the first: {printable(broken[0])}")
-
-
-@contextmanager
-def _bar(unit: str) -> Generator[Callable[[int, int], None]]:
-    """Show a progress bar on the error stream: programs may read the output stream.
-
-    Yields:
-        A function that sets how much is done, of how much.
-    """
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeRemainingColumn
-
-    # The first two of rich's columns are the description and the bar.
-    columns = (
-        *Progress.get_default_columns()[:2],
-        TextColumn(f"{{task.completed}} {unit}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        # The total is known only when the first item is done.
-        task = bar.add_task("")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

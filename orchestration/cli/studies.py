@@ -203,7 +203,8 @@ def plan(
     """List a study's trials: which are finished, which are new, what they cost. Trains nothing."""
     from dataclasses import replace
 
-    from orchestration.execution.preflight import check_data
+    from orchestration.config import LaunchConfig
+    from orchestration.execution.preflight import check_data, frames_to_pack
     from orchestration.studies.diff import Neighbours
     from orchestration.studies.plan import Planned, plan_json, plan_text, plan_trials
     from orchestration.studies.plan import device as profile_of
@@ -235,6 +236,9 @@ def plan(
         print(plan_json(lines, neighbours))
     else:
         print(printable(plan_text(lines, profile, neighbours)))
+        new = [line.trial for line in lines if line.state in ("new", "test")]
+        for cache in frames_to_pack(new, LaunchConfig(store)).values():
+            print(printable(f"frames to pack before the first epoch: {cache.text}"))
 
 
 def _initial_points(name: str, overrides: list[str]) -> Study:

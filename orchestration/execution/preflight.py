@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mar.config.schema import AUTO_CACHE, DataConfig
 from mar.data.annotations import read_split
+from mar.data.auto_cache import CachePlan, ensure_packed, plan_cache, refuse_if_too_large
+from mar.data.cache_index import cache_folder
 from mar.errors import UserError
+from orchestration.config import LaunchConfig
+from orchestration.execution.progress_bar import progress_bar
+from orchestration.installation import usable_cores
 from orchestration.studies.trial import ABSENT, Trial
 
 
@@ -34,6 +40,39 @@ def check_data(trials: Sequence[Trial], only_present: bool = False) -> None:
                 f"recipe.batch_size: {batch_size} is more than the {available} training videos "
                 f"({trial.name})"
             )
+
+
+def pack_frames(trials: Sequence[Trial], launch: LaunchConfig) -> None:
+    """Pack the videos of trials with ``data.cache: auto`` into the store, each data set once.
+
+    Only for a launch whose trials run on this machine: on a cluster each node packs its own, on
+    its own disk, when its first trial starts.
+
+    Raises:
+        UserError: the frames do not fit on the disk.
+        Failure: the disk refuses.
+    """
+    if launch.address is not None:
+        return
+    for data, plan in frames_to_pack(trials, launch).items():
+        refuse_if_too_large(plan)
+        print(f"packing frames: {plan.text}; all trials read them there", flush=True)
+        with progress_bar("videos") as advance:
+            ensure_packed(data, plan.folder, usable_cores(), advance, lambda: None)
+
+
+def frames_to_pack(trials: Sequence[Trial], launch: LaunchConfig) -> dict[DataConfig, CachePlan]:
+    """Return the data sets with ``data.cache: auto`` of which videos are not packed yet.
+
+    Data sets that are missing are left out.
+    """
+    plans: dict[DataConfig, CachePlan] = {}
+    for trial in trials:
+        data = trial.settings.data
+        if data.cache != AUTO_CACHE or data in plans or trial.fingerprint == ABSENT:
+            continue
+        plans[data] = plan_cache(data, cache_folder(data, launch.frames_root))
+    return {data: plan for data, plan in plans.items() if plan.num_missing}
 
 
 def check_weights(trials: Sequence[Trial]) -> None:

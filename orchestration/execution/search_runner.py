@@ -16,7 +16,7 @@ from mar.safe_input import read_json
 from mar.training.reports import EpochReport
 from orchestration.config import LaunchConfig, sqlite_address
 from orchestration.execution.lock import study_lock
-from orchestration.execution.preflight import check_data, check_weights
+from orchestration.execution.preflight import check_data, check_weights, pack_frames
 from orchestration.execution.progress import LiveProgress
 from orchestration.execution.recorder import RunRecorder
 from orchestration.execution.signals import graceful_shutdown
@@ -47,7 +47,7 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
     study = Study(search.name, file, [])
     with study_lock(study, launch):
         store = Store(launch)
-        _check(search, study)
+        _check(search, study, launch)
         optuna_file = _optuna_file(search, launch)
         # Results that MLflow has already answer proposals, without another training.
         optuna_search = open_search(search, optuna_file, store.trials())
@@ -88,8 +88,8 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
         raise Failure(f"{len(recorder.failures)} trials failed, the first: {first}")
 
 
-def _check(search: Search, study: Study) -> None:
-    """Check data and weights with the settings of the recipe: all trials share them.
+def _check(search: Search, study: Study, launch: LaunchConfig) -> None:
+    """Check data and weights and pack the frames; all trials share those of the recipe.
 
     Raises:
         UserError: they are missing, or do not fit.
@@ -98,6 +98,7 @@ def _check(search: Search, study: Study) -> None:
     fetch_weights(Study(search.name, study.file, [sample]))
     check_data([sample])
     check_weights([sample])
+    pack_frames([sample], launch)
 
 
 def _optuna_file(search: Search, launch: LaunchConfig) -> Path:

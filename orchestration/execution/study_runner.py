@@ -13,7 +13,7 @@ from rich.console import Console
 from mar.errors import Failure, UserError, notice
 from orchestration.config import LaunchConfig
 from orchestration.execution.lock import study_lock
-from orchestration.execution.preflight import check_data, check_weights
+from orchestration.execution.preflight import check_data, check_weights, pack_frames
 from orchestration.execution.progress import LiveProgress
 from orchestration.execution.recorder import RunRecorder
 from orchestration.execution.recover import finished_here, unrecorded
@@ -64,6 +64,7 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
         _mention_unrecorded(launch, store)
         plan = _plan(study, store, budget)
         console.print(f"{study.file.title}: {_counts(study, plan)}", markup=False)
+        pack_frames(plan.missing, launch)
         progress = LiveProgress(list(plan.missing), plan.num_finished, console)
         with RunRecorder(study, store, progress) as recorder, graceful_shutdown(launch):
             try:

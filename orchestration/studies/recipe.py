@@ -98,7 +98,9 @@ def absolute_paths(settings: TrainingConfig) -> TrainingConfig:
     data = settings.data
     encoder = settings.encoder
     weights = settings.encoder.weights
-    cache = str(Path(data.cache).resolve()) if data.cache else None
+    cache = data.cache
+    if data.cache_folder:
+        cache = str(Path(data.cache_folder).resolve())
     data = data.model_copy(update={"root": str(Path(data.root).resolve()), "cache": cache})
     if weights and is_path(weights):
         encoder = encoder.model_copy(update={"weights": str(Path(weights).expanduser().resolve())})

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from mar.config.schema import AUTO_CACHE
+from mar.data.cache_index import cache_folder
 from orchestration.config import LaunchConfig, WorkerConfig
 from orchestration.storage.trial_dir import TrialDir
 from orchestration.studies.recipe import absolute_paths
 from orchestration.studies.trial import Trial
 
-_PATHS = ("folder", "stop_file", "trained")
+_PATHS = ("folder", "stop_file", "trained", "frames")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class TrialSpec:
     """Ray Train's own folder."""
     trained: Path | None = None
     """The result folder of a training that is only to be tested; none: train."""
+    frames: Path | None = None
+    """The frame cache that ``data.cache: auto`` stands for; the worker packs what is missing."""
 
     @property
     def trial_dir(self) -> TrialDir:
@@ -70,9 +74,15 @@ def build_trial_spec(
     environment: Mapping[str, str] | None = None,
 ) -> TrialSpec:
     """Return what the workers of a trial receive."""
+    settings = absolute_paths(trial.settings)
+    frames = None
+    if settings.data.cache == AUTO_CACHE:
+        frames = cache_folder(settings.data, launch.frames_root)
+        data = settings.data.model_copy(update={"cache": str(frames)})
+        settings = settings.model_copy(update={"data": data})
     return TrialSpec(
         key=trial.key,
-        settings=absolute_paths(trial.settings).model_dump(mode="json"),
+        settings=settings.model_dump(mode="json"),
         folder=launch.trial_folder(trial.key),
         worker=launch.worker,
         gpus_per_worker=gpus_per_worker,
@@ -81,4 +91,5 @@ def build_trial_spec(
         waits_for_nodes=launch.address is not None,
         storage=str(launch.store.resolve() / "ray"),
         trained=trained,
+        frames=frames,
     )

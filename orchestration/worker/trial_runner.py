@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 
 from mar.atomic_dir import atomic_write
 from mar.config.overrides import build
+from mar.config.schema import DataConfig
+from mar.data.auto_cache import ensure_packed
 from mar.distributed import default_device, worker_rank
 from mar.errors import Failure, Stopped
 from mar.safe_input import read_json
@@ -169,6 +171,7 @@ def _attempt(
                 on_checkpoint=_on_checkpoint(trial.sync),
                 on_write_error=_WaitForRoom(trial, monitor.heartbeat),
             )
+            _pack_frames(trial, settings.data, monitor.heartbeat)
             with _hold_folder(trial, monitor.heartbeat):
                 if spec.trained is not None:
                     result = _download_result(spec, spec.trained)
@@ -188,6 +191,30 @@ def _attempt(
     else:
         return None
     return _record_failure(trial.trial_dir, reason)
+
+
+def _pack_frames(trial: _Trial, data: DataConfig, heartbeat: Callable[[], None]) -> None:
+    """Pack what the node's frame cache lacks, where the settings have ``data.cache: auto``.
+
+    On one machine the launch has packed it before; on a cluster the first trial of a node does.
+
+    Raises:
+        Stopped: the study was stopped while it packed; what is packed is kept.
+    """
+    spec = trial.spec
+    if spec.frames is None:
+        return
+
+    def alive() -> None:
+        heartbeat()
+        if spec.stop_file.exists():
+            raise Stopped("stopped while it packed the frame cache")
+
+    def progress(done: int, total: int) -> None:
+        trial.log.note(f"frame cache: {done} of {total} videos packed")
+        alive()
+
+    ensure_packed(data, spec.frames, spec.worker.cpus_per_worker, progress, alive)
 
 
 def _runtime_config(trial: _Trial) -> RuntimeConfig:

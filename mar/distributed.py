@@ -71,7 +71,7 @@ class WorkerRank:
     world: int = 1
 
     def of(self, count: int) -> range:
-        """Return this worker's indices: the ``rank``-th of ``world`` contiguous parts of ``count``."""
+        """Return this worker's indices among ``count``, one of ``world`` contiguous parts."""
         # Parts start at even indices: mixup and cutmix mix clip 2k with clip 2k + 1, and both must
         # be on the same worker.
         edge = [2 * (part * count // (2 * self.world)) for part in range(self.world)] + [count]

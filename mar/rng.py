@@ -15,8 +15,8 @@ import numpy as np
 class Stream(IntEnum):
     """The purposes of random numbers."""
 
-    # The values go into the seeds of all draws. Never change or reuse one: another value gives other
-    # results, and two purposes with the same value draw the same numbers.
+    # The values go into the seeds of all draws. Never change or reuse one: another value gives
+    # other results, and two purposes with the same value draw the same numbers.
     ORDER = 0
     """The permutation of the training videos; counter: epoch."""
     CLIP = 1

@@ -78,8 +78,8 @@ def rand_augment(
     # Frames become images of their own, with whole values from 0 to 255 as in PIL.
     num_frames = pixels.shape[2]
     images = (pixels * 255).round().transpose(1, 2).contiguous()
-    # All clips that have the same operation in the same turn are processed together: at most fifteen
-    # calls for a batch of any size, instead of one for each clip.
+    # All clips that have the same operation in the same turn are processed together: at most
+    # fifteen calls for a batch of any size, instead of one for each clip.
     for turn in range(max(map(len, operations), default=0)):
         for name, apply in OPERATIONS.items():
             clips = [

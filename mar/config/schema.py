@@ -175,7 +175,7 @@ class MaskConfig(Node):
     """Which tokens are hidden in training (section III-B)."""
 
     strategy: Literal["cell", "random", "block", "uniform", "tube", "frame"] = "cell"
-    """How hidden tokens are placed in a slice (Table II)."""
+    """Arrangement of the hidden tokens (Table II)."""
     motion: Literal["running", "standard"] = "running"
     """Whether the mask moves from slice to slice, Eq. 1 (Table II)."""
     ratio: MaskRatio = 0.5
@@ -415,8 +415,8 @@ class TrainingConfig(Node):
             )
         if prod(self.grid) > _MOST_TOKENS:
             raise ValueError(
-                f"clip: {list(shape)} makes {prod(self.grid)} tokens; at most {_MOST_TOKENS} can "
-                "be attended to"
+                f"clip: {list(shape)} makes {prod(self.grid)} tokens; at most {_MOST_TOKENS} are "
+                "allowed: set a smaller clip.frames or clip.size"
             )
         # Where nothing is hidden, the cell has no effect and need not fit.
         ratios = (self.mask.ratio, self.test_ratio)
@@ -437,8 +437,8 @@ class TrainingConfig(Node):
         swapped = [label for pair in self.augment.flip_swaps for label in pair]
         if max(swapped, default=0) >= self.data.num_classes or len({*swapped}) < len(swapped):
             raise ValueError(
-                f"augment.flip_swaps: each of the {self.data.num_classes} classes may stand there "
-                "once"
+                f"augment.flip_swaps: each of the {self.data.num_classes} classes may be in one "
+                f"pair only, and the last is number {self.data.num_classes - 1}"
             )
         if self.pretrains and not self.reconstructs:
             raise ValueError(

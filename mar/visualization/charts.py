@@ -18,7 +18,7 @@ _NAMED_CLASSES = 40
 def draw_confusion(
     counts: Int[np.ndarray, "classes classes"], names: list[str], file: Path
 ) -> None:
-    """Draw a confusion matrix: rows are true classes, columns predicted ones, in shares of a row."""
+    """Draw a confusion matrix: rows are true classes, columns predicted; shares of each row."""
     # A class without videos has a row of zeros, which clip() saves from a division by zero.
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     is_named = len(names) <= _NAMED_CLASSES

@@ -1,4 +1,4 @@
-"""What encoder, decoder and bridging classifier share: positions and transformer blocks.
+"""Parts of encoder, decoder and bridging classifier: positions and transformer blocks.
 
 Departures from the released code:
 

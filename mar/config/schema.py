@@ -57,9 +57,9 @@ exhaust the memory."""
 class Node(BaseModel):
     """A branch of the settings tree: immutable, and unknown names are refused."""
 
-    # Without extra="forbid" pydantic ignores a misspelt setting, and the trial trains with its
-    # default. nan is refused because it equals nothing, itself included, so a trial with it would
-    # never be found again.
+    # Without extra="forbid" pydantic would ignore a misspelt setting, and the trial would train
+    # with the default. Infinity and nan are refused because no setting can use them, and JSON, in
+    # which settings are stored, has neither.
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )

@@ -112,8 +112,8 @@ class Evaluator:
         is_kept: bool = False,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
-        # Before any video is opened: a stale cache or a decoder that does not work is the user's to
-        # mend, and every video would be reported as broken.
+        # Checked before any video is opened: with a stale cache or a decoder that does not work,
+        # every video would be reported as broken.
         check(settings.data, videos)
         # Every world-th video: the workers have equally many, within one. The split's order is
         # restored when their parts are gathered.

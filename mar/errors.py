@@ -53,7 +53,8 @@ class Stopped(Exception):
 
 def notice(text: str) -> None:
     """Print a note to the user on the error stream, once in a process; it is not an error."""
-    # Standard output is left to the results of a command, which a script may read.
+    # Standard output is left to the results of a command, which a script may read. Several videos
+    # or trials can give the same note.
     if text not in _noticed:
         _noticed.add(text)
         print(f"mar: note: {message(text)}", file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
-"""Folders that are written whole or not at all, and verified when they are read.
+"""Folders that are written completely or not at all, and verified when they are read.
 
-A folder is written beside its place, flushed to the disk, its manifest with every file's SHA-256
-last, and then renamed: one that has its name is complete. Imports no torch.
+A folder is written under a temporary name in the same parent folder. Its manifest, with the SHA-256
+of every file, is written last. All files are flushed to the disk, and then the folder is renamed.
+So a folder with its final name is complete. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from mar.errors import Failure
 from mar.safe_input import below, read_json
 
 Writers = Mapping[str, Callable[[Path], None]]
-"""File name -> what writes that file."""
+"""File name -> function that writes the file at the path it is given."""
 
 _FULL_BYTES = 64 * 2**20
-"""With less than this left, a failed write is put down to a full disk; torch's own words would not
-say so."""
+"""A failed write with fewer bytes free than this is reported as a full disk. PyTorch's own message
+does not name the cause."""
 _ADVICE = (
     "Earlier checkpoints are kept: make room or choose another --store, and run the same command "
     "again"
@@ -41,21 +42,18 @@ def write_atomic_dir(
 ) -> None:
     """Write a folder of files with a manifest, all or nothing.
 
-    ``advice`` is for a user whose disk refuses.
-
-    When it refuses, ``try_again`` may wait and say whether to write once more.
+    ``advice`` ends the error message: it says what the user can do. After a failed write
+    ``try_again`` is called with the failure. It may wait, and returns whether to write once more.
 
     Raises:
-        Failure: the disk is full or refuses; nothing half-written is left behind.
+        Failure: the disk is full or the write failed; no incomplete folder is left.
     """
     while True:
         try:
             _write_atomic_dir(path, writers, metadata)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch reports a full disk as a RuntimeError
+        # torch.save reports a full disk as a RuntimeError, safetensors as its own error.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # The folder itself does not exist after a failed write, and may have no parent yet.
             free_bytes = shutil.disk_usage(_existing(path)).free
             if free_bytes < _FULL_BYTES:
                 reason = "the disk is full"
@@ -72,6 +70,8 @@ def write_atomic_dir(
 
 
 def _write_atomic_dir(path: Path, writers: Writers, metadata: Mapping[str, Any]) -> None:
+    # In the same parent folder, because a rename is atomic only within one file system. A folder of
+    # this name is left by a process that was killed while it wrote.
     unfinished = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -83,23 +83,31 @@ def _write_atomic_dir(path: Path, writers: Writers, metadata: Mapping[str, Any])
         (unfinished / MANIFEST).write_text(
             json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8"
         )
+        # Flush before the rename: after a power failure the disk could otherwise have the new name
+        # and empty files.
         for name in (*writers, MANIFEST):
             _flush(unfinished / name)
+        # POSIX renames a folder only onto an empty one, so an old folder is removed first.
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
+        # The new name is an entry of the parent folder, which is flushed on its own.
         _flush(path.parent)
+    # Also after Ctrl-C and SystemExit: what is incomplete is removed, then the error is raised on.
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
 def read_atomic_dir(path: Path) -> dict[str, Any]:
-    """Return the manifest of a folder whose files are what the manifest says.
+    """Return the manifest of a folder, after checking every file against it.
 
     Raises:
-        Failure: a file is missing or changed, or the manifest is none, or names files elsewhere.
+        Failure: a file is missing or changed, or the manifest is missing, is not valid, or names
+            files outside of the folder.
     """
     try:
+        # A manifest of another origin may be any JSON, so the look-ups below can raise KeyError,
+        # TypeError and AttributeError too.
         manifest: dict[str, Any] = read_json(path / MANIFEST)
         changed = [
             name
@@ -114,16 +122,15 @@ def read_atomic_dir(path: Path) -> dict[str, Any]:
 
 
 def atomic_write(file: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all.
+    """Write a file completely or not at all.
 
-    A reader sees the old content or the new, never a part.
-
-    It is written beside its path and renamed. The process number is in the temporary name, because
-    several processes may write the same file.
+    A reader sees the old content or the new, never a part: the file is written under a temporary
+    name and renamed.
 
     Raises:
-        OSError: the disk refuses; the temporary file is removed.
+        OSError: the write failed; the temporary file is removed.
     """
+    # Several processes may write the same file, so the temporary name has the process number.
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
         unfinished.write_bytes(content)
@@ -144,6 +151,7 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
+    # os.open, because Path.open cannot open a folder.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

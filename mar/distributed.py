@@ -1,7 +1,4 @@
-"""The few things that data-parallel workers say to each other.
-
-With one worker they cost nothing.
-"""
+"""Collective operations of data-parallel workers. With one worker they return at once."""
 
 from __future__ import annotations
 
@@ -17,7 +14,8 @@ T = TypeVar("T")
 
 
 def worker_rank() -> WorkerRank:
-    """Return which worker this is, of how many."""
+    """Return this worker's rank and the number of workers."""
+    # PyTorch can be built without torch.distributed; without Ray Train no process group exists.
     if dist.is_available() and dist.is_initialized():
         return WorkerRank(dist.get_rank(), dist.get_world_size())
     return WorkerRank()
@@ -25,6 +23,7 @@ def worker_rank() -> WorkerRank:
 
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Return the sum of ``values`` over all workers."""
+    # dist.all_reduce works in place; the caller's tensor must not change.
     if worker_rank().world > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -35,6 +34,7 @@ def all_reduce_max(value: int, device: torch.device) -> int:
     """Return the greatest of all workers' values."""
     if worker_rank().world == 1:
         return value
+    # A tensor on the device, because the backend NCCL takes no others.
     values = torch.tensor(value, device=device)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return int(values)
@@ -51,7 +51,8 @@ def all_gather(item: Any) -> list[Any]:
 
 
 def broadcast_from_rank0(find: Callable[[], T]) -> T:
-    """Return what the first worker finds, on every worker; the others wait for it."""
+    """Call ``find`` on the first worker and return its result on every worker; the others wait."""
+    # all_gather instead of dist.broadcast, because the result can be any object.
     return all_gather(find() if worker_rank().rank == 0 else None)[0]
 
 
@@ -64,18 +65,14 @@ def default_device() -> torch.device:
 
 @dataclass(frozen=True)
 class WorkerRank:
-    """Return this worker's part of a batch or split.
-
-    The ``rank``-th of ``world`` contiguous parts.
-    """
+    """The rank of a worker among ``world`` workers, and its part of a batch or split."""
 
     rank: int = 0
     world: int = 1
 
     def of(self, count: int) -> range:
-        """Return this worker's places among ``count``.
-
-        Parts start at even places, so that pairs stay together.
-        """
+        """Return this worker's indices among ``count``, one of ``world`` contiguous parts."""
+        # Parts start at even indices: mixup and cutmix mix clip 2k with clip 2k + 1, and both must
+        # be on the same worker.
         edge = [2 * (part * count // (2 * self.world)) for part in range(self.world)] + [count]
         return range(edge[self.rank], edge[self.rank + 1])

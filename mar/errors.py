@@ -1,7 +1,4 @@
-"""What a user is told: two kinds of error, neither of which prints a traceback.
-
-And a training that was asked to stop.
-"""
+"""Errors whose message is for the user, without a traceback; and the stop of a training."""
 
 from __future__ import annotations
 
@@ -23,15 +20,16 @@ FailureKind = Literal[
     "damaged",
     "stopped",
 ]
-"""What went wrong: the settings, the videos, the disk, out of memory, shared memory (/dev/shm) that
-is too small, a loss that is not finite, no progress, a machine or process that was lost, the code,
-a result that is not what was written; or nothing: somebody stopped it."""
+"""The cause, in this order: the settings, the videos, the disk, too little memory, too little
+shared memory (/dev/shm), a loss or gradient that is not finite, no progress, a lost machine or
+process, the code, a result that changed after it was written; or a stop that was asked for."""
 
 
 class UserError(ValueError):
     """The user's input is wrong: the message says what, where and what to do. Exit code 2."""
 
     def __str__(self) -> str:
+        # Messages quote names and values from files of others, which may have control characters.
         return message(super().__str__())
 
 
@@ -50,11 +48,13 @@ class Failure(RuntimeError):
 
 
 class Stopped(Exception):
-    """A training was asked to stop, and has saved."""
+    """A training was asked to stop, and has saved a checkpoint."""
 
 
 def notice(text: str) -> None:
-    """Tell the user something that is no error, on the error stream, once in a process."""
+    """Print a note to the user on the error stream, once in a process; it is not an error."""
+    # Standard output is left to the results of a command, which a script may read. Several videos
+    # or trials can give the same note.
     if text not in _noticed:
         _noticed.add(text)
         print(f"mar: note: {message(text)}", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""Random numbers: every purpose has a stream of its own, named here.
+"""Random numbers: each purpose has its own named stream.
 
-A stream follows from the seed, its purpose and the counters that name what is drawn for (step,
-epoch, video, …). Nothing depends on how many numbers were drawn before, on the worker that draws,
-or on a resumption.
+A stream follows from the seed, its purpose and counters (the step, epoch, video, … that the numbers
+are for). Nothing depends on how many numbers were drawn before, on which worker draws them, or on
+whether a training was resumed.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What random numbers are for.
+    """The purposes of random numbers."""
 
-    The values are part of every result: never reuse or change one.
-    """
-
+    # The values go into the seeds of all draws. Never change or reuse one: another value gives
+    # other results, and two purposes with the same value draw the same numbers.
     ORDER = 0
     """The permutation of the training videos; counter: epoch."""
     CLIP = 1
-    """Which frames and which crop of a video; counters: epoch, video."""
+    """The frames and the crop of a video; counters: epoch, video."""
     MASK_AND_FLIP = 2
     """Masks, then horizontal flips, of a batch; counter: step."""
     MIX = 3
@@ -39,10 +38,13 @@ class Stream(IntEnum):
 
 
 def rng(seed: int, stream: Stream, *counters: int) -> np.random.Generator:
-    """Return the random numbers of one purpose."""
+    """Return NumPy's generator for one purpose and its counters."""
+    # NumPy hashes the whole list into the generator's state (SeedSequence), so that neighbouring
+    # counters give independent streams.
     return np.random.default_rng([seed, int(stream), *counters])
 
 
 def rng_seed(seed: int, stream: Stream, *counters: int) -> int:
-    """Return a seed of one purpose, for a generator of PyTorch."""
+    """Return a seed for a PyTorch generator, for one purpose and its counters."""
+    # 62 bits fit into the 64-bit integer that torch.Generator.manual_seed takes.
     return int(rng(seed, stream, *counters).integers(2**62))

@@ -509,7 +509,7 @@ def test_a_mirrored_clip_trades_left_for_right() -> None:
 def test_swaps_of_a_class_that_is_not_there_or_stands_twice_are_refused(tiny: Settings) -> None:
     for pairs in ([[0, 2]], [[0, 1], [1, 0]]):
         with pytest.raises(
-            UserError, match=r"augment\.flip_swaps: each of the 2 classes may stand there once"
+            UserError, match=r"augment\.flip_swaps: each of the 2 classes may be in one pair only"
         ):
             tiny({"augment.flip_swaps": pairs})
     with pytest.raises(UserError, match=r"augment\.randaugment: expected timm's notation"):

@@ -1,9 +1,9 @@
 """Augmentation of a batch on its device: random erasing, flip, mixup and cutmix (Table I).
 
 Departure from the released code: mixup and cutmix mix a clip with its neighbour in the (shuffled)
-batch, clip 2k with clip 2k + 1, and not with its mirror image in the batch. The pairs are as
-random, and they never straddle two workers, so that the result does not depend on how many there
-are.
+batch, clip 2k with clip 2k + 1. The release mixes clip k with the k-th from the end. The pairs are
+as random, but both clips of a pair are on one worker, so the result does not depend on the number
+of workers.
 """
 
 from __future__ import annotations
@@ -24,28 +24,30 @@ from mar.model.masking import training_mask
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD, to_pixels
 from mar.rng import Stream, rng, rng_seed
 
+# The ranges of timm's RandomErasing.
 _ERASED_AREA = (0.02, 1 / 3)
+"""Range of a box's area, as a share of the picture."""
 _ERASED_ASPECT = (0.3, 1 / 0.3)
-"""timm's: of the picture's area, and height to width."""
+"""Range of a box's height divided by its width."""
 _SWITCH_TO_CUTMIX = 0.5
-"""Share of batches that take cutmix when both are on."""
+"""Share of batches that are mixed by cutmix if mixup and cutmix are both on."""
 
 
 @dataclass(frozen=True)
 class Erased:
-    """A box of a clip that is to be erased."""
+    """A box of a clip to be replaced with noise, in pixels."""
 
     top: int
     left: int
     height: int
     width: int
     noise: int
-    """Seed of what comes in its place."""
+    """Seed of the noise."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a step draws for each of its clips."""
+    """The random choices of a step, for each of its clips."""
 
     hidden: Bool[Tensor, "B t h w"]
     mirrored: Bool[Tensor, " B"]
@@ -53,7 +55,7 @@ class Drawn:
     erased: list[Erased | None]
 
     def of(self, indices: Sequence[int]) -> Drawn:
-        """Return what is drawn for some of the clips."""
+        """Return the choices for some of the clips, such as those of one worker."""
         chosen = torch.tensor(indices)
         operations = [self.operations[index] for index in indices]
         return Drawn(
@@ -65,12 +67,17 @@ class Drawn:
 
 
 def draw_step(settings: TrainingConfig, step: int) -> Drawn:
-    """Draw for the whole batch of a step, on the CPU; it follows from seed and step alone."""
+    """Draw the choices for the whole batch of a step, on the CPU, from seed and step alone."""
+    # The whole batch is drawn on every worker, which then takes its part: so the number of workers
+    # changes nothing.
     size = settings.recipe.batch_size
     augment = settings.augment
     generator = torch.Generator().manual_seed(rng_seed(settings.seed, Stream.MASK_AND_FLIP, step))
     hidden = training_mask(settings.mask, settings.grid, size, generator)
+    # Drawn after the masks, from the same generator, and also if flip is off: the order of draws is
+    # part of every result.
     mirrored = (torch.rand(size, generator=generator) < 0.5) & augment.flip
+    # Before the crop, the loader draws the operations itself (Stream.RANDAUGMENT_BEFORE_CROP).
     operations: Operations = [[] for _ in range(size)]
     if augment.randaugment and not augment.randaugment_before_crop:
         policy = RandAugmentPolicy.parse(augment.randaugment)
@@ -89,7 +96,7 @@ def augmented(
 ) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B classes"]]:
     """Return pixels and class probabilities: RandAugment, erasing, mirroring, label smoothing.
 
-    ``mix`` comes after.
+    The caller applies :func:`mix` afterwards.
     """
     config = settings.augment
     pixels = to_pixels(clips)
@@ -119,7 +126,8 @@ def flip(pixels: Float[Tensor, "B C T H W"], mirrored: Tensor) -> Float[Tensor, 
 def swapped(
     labels: Int[Tensor, " B"], mirrored: Bool[Tensor, " B"], pairs: tuple[tuple[int, int], ...]
 ) -> Int[Tensor, " B"]:
-    """Return the labels of clips after mirroring: the classes of a pair trade places."""
+    """Return the labels of clips after mirroring: the classes of a pair are swapped."""
+    # No class is in two pairs (TrainingConfig checks it), so the order of pairs has no effect.
     for one, other in pairs:
         traded = torch.where(labels == one, other, torch.where(labels == other, one, labels))
         labels = torch.where(mirrored, traded, labels)
@@ -138,6 +146,8 @@ def draw_erased(
     boxes: list[Erased | None] = []
     for is_erased in rng.random(num_clips) < config.erasing:
         box = None
+        # A long box of a large area does not fit and is drawn again; after the last attempt the
+        # clip stays as it is.
         for _ in range(config.erasing_attempts if is_erased else 0):
             area = size**2 * rng.uniform(*_ERASED_AREA)
             aspect = np.exp(rng.uniform(low, high))
@@ -155,10 +165,9 @@ def draw_erased(
 def erase(
     pixels: Float[Tensor, "B C T H W"], boxes: list[Erased | None]
 ) -> Float[Tensor, "B C T H W"]:
-    """Fill each clip's box with noise.
-
-    The box is the same in all frames, the noise differs; it is normal after normalisation.
-    """
+    """Fill each clip's box with noise. The box is the same in all frames, the noise differs."""
+    # Pixels are from 0 to 1 here. With ImageNet's mean and deviation the noise is a standard normal
+    # once the model has normalised it, as in timm and the release.
     erased = pixels.clone()
     mean, std = (
         torch.tensor(values).view(3, 1, 1, 1).to(pixels.device, non_blocking=True)
@@ -184,27 +193,30 @@ def mix(
 ) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B classes"]]:
     """Mix neighbours by mixup or cutmix.
 
-    One share, and one box for all frames, for the whole batch.
-
-    A clip whose neighbour is not ``good`` stays as it is.
+    The whole batch has one share, and for cutmix one box, which is the same in all frames. A clip
+    whose neighbour is not ``good`` (its video could not be decoded) is not mixed.
     """
+    # rng.random() is drawn only if both are on. More or fewer draws would change all later ones of
+    # this stream.
     use_cutmix = bool(config.cutmix and (not config.mixup or rng.random() < _SWITCH_TO_CUTMIX))
     alpha = config.cutmix if use_cutmix else config.mixup
     if not alpha:
         return pixels, labels
     kept = float(rng.beta(alpha, alpha))
-    partner = (torch.arange(len(pixels), device=pixels.device) ^ 1).clamp(
-        max=len(pixels) - 1
-    )  # the last may be alone
+    # i ^ 1 exchanges 2k and 2k + 1. In a batch of odd size the last clip has no neighbour, and is
+    # mixed with itself.
+    partner = (torch.arange(len(pixels), device=pixels.device) ^ 1).clamp(max=len(pixels) - 1)
     if good is not None:
         partner = torch.where(
             good[partner], partner, torch.arange(len(pixels), device=pixels.device)
         )
     if use_cutmix:
         height, width = pixels.shape[-2:]
-        (top, bottom), (left, right) = _cut(height, kept, rng), _cut(width, kept, rng)
+        top, bottom = _cut(height, kept, rng)
+        left, right = _cut(width, kept, rng)
         mixed = pixels.clone()
         mixed[..., top:bottom, left:right] = pixels[partner][..., top:bottom, left:right]
+        # The box may be clipped at the border, so the labels' share follows from its real area.
         kept = 1 - (bottom - top) * (right - left) / (height * width)
     else:
         mixed = pixels * kept + pixels[partner] * (1 - kept)
@@ -212,10 +224,8 @@ def mix(
 
 
 def _cut(length: int, kept: float, rng: np.random.Generator) -> tuple[int, int]:
-    """Return the two ends of a cut of √(1 - kept) of ``length``, clipped at the borders.
-
-    Its centre is random.
-    """
+    """Return the ends of a cut with a random centre, √(1 - kept) of ``length``, clipped to it."""
+    # The box has the share 1 - kept of the area, so each side has its square root.
     centre = int(rng.integers(length))
     half = int(length * np.sqrt(1 - kept)) // 2
     return max(centre - half, 0), min(centre + half, length)

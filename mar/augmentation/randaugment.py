@@ -1,12 +1,13 @@
 """RandAugment on the device: a batch of clips at once, each clip's frames alike (Table I).
 
-What is drawn follows timm's ``rand-m9-mstd0.5-inc1`` notation and its fifteen operations of rising
-severity; what is done follows PIL, level for level (``tests/test_randaugment.py`` compares each).
-Values stay whole, from 0 to 255, from one operation to the next, as they do in an image. Operations
-that move pixels interpolate bilinearly or as the release does, bicubically
-(``augment.randaugment_interpolation``); a clip is cropped first and then augmented, or the other
-way round (``augment.randaugment_before_crop``). Posterising keeps at least one bit: timm asks PIL
-for none at magnitude 10, which PIL now refuses.
+The random choices follow timm: its notation ``rand-m9-mstd0.5-inc1`` and its fifteen operations of
+rising severity. The operations follow PIL, level for level (``tests/test_randaugment.py`` compares
+each). Values stay whole numbers from 0 to 255 between operations, as in an image.
+
+Operations that move pixels interpolate bilinearly, or bicubically as in the release
+(``augment.randaugment_interpolation``). A clip is cropped first and then augmented, or the other
+way round (``augment.randaugment_before_crop``). Posterising keeps at least one bit: at magnitude 10
+timm asks PIL for no bits, which PIL now refuses.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ from torch import Tensor
 from mar.config.randaugment_policy import MAX_MAGNITUDE, RandAugmentPolicy
 
 Operations = list[list[tuple[str, float]]]
-"""For each clip its operations in order: a name and an argument."""
+"""The operations of each clip in order, each with a name and an argument."""
 Images = Float[Tensor, "n 3 H W"]
 Interpolation = Literal["bilinear", "bicubic"]
 Levels = Float[Tensor, " n"]
-"""An argument for each image."""
+"""The argument of an operation for each image."""
 _APPLIED = 0.5
-"""Chance of each chosen operation to be applied."""
+"""Probability that a chosen operation is applied (timm's)."""
 _FILL = (124.0, 116.0, 104.0)
-"""ImageNet's mean: what comes in from outside the picture."""
+"""Colour of pixels from outside the picture, from 0 to 255: ImageNet's mean, rounded."""
 
 
 def draw_operations(
     policy: RandAugmentPolicy, num_clips: int, rng: np.random.Generator
 ) -> Operations:
-    """Draw each clip's operations and their arguments, with replacement.
+    """Draw each clip's operations, with replacement, and their arguments.
 
-    Those that are not applied are left out.
+    Operations that are chosen but not applied are left out.
     """
     names = list(OPERATIONS)
     drawn: Operations = []
@@ -74,8 +75,11 @@ def rand_augment(
     interpolation: Interpolation = "bilinear",
 ) -> Float[Tensor, "B C T H W"]:
     """Apply each clip's operations, in order, to all its frames; pixel values from 0 to 1."""
+    # Frames become images of their own, with whole values from 0 to 255 as in PIL.
     num_frames = pixels.shape[2]
     images = (pixels * 255).round().transpose(1, 2).contiguous()
+    # All clips that have the same operation in the same turn are processed together: at most
+    # fifteen calls for a batch of any size, instead of one for each clip.
     for turn in range(max(map(len, operations), default=0)):
         for name, apply in OPERATIONS.items():
             clips = [
@@ -85,6 +89,7 @@ def rand_augment(
             ]
             if clips:
                 where = torch.tensor(clips).to(images.device, non_blocking=True)
+                # In double precision, which the matrices below need (see MATRICES).
                 level = torch.tensor(
                     [operations[clip][turn][1] for clip in clips], dtype=torch.float64
                 )
@@ -101,17 +106,20 @@ def rand_augment(
 def _auto_contrast(images: Images, _: Levels) -> Images:
     low = images.amin((2, 3), keepdim=True)
     high = images.amax((2, 3), keepdim=True)
+    # In double precision, as PIL computes: in float32 some levels would be truncated to the one
+    # below. The clamp to 1 avoids a division by zero in a channel of one level, which is kept.
     scale = 255 / (high - low).clamp(min=1).double()
     stretched = (images.double() * scale - low.double() * scale).trunc().clamp(0, 255)
     return torch.where(high > low, stretched.float(), images)
 
 
 def _equalize(images: Images, _: Levels) -> Images:
-    """Equalise as PIL does.
+    """Equalise the histogram of each channel as PIL does.
 
-    A level's new value is the number of pixels below it, in steps of a 255th of all but the last
-    level's.
+    A level's new value is the number of pixels below it, divided by a step. The step is a 255th of
+    the number of pixels, without those of the highest level that occurs.
     """
+    # scatter_add_ counts each level of each channel: torch.histc takes no batch.
     values = images.long().flatten(2)
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
     counts.scatter_add_(2, values, torch.ones_like(values))
@@ -120,6 +128,7 @@ def _equalize(images: Images, _: Levels) -> Images:
     step = (values.shape[2] - counts.gather(2, last)) // 255
     below = counts.cumsum(2) - counts
     table = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
+    # With fewer than 255 pixels below the highest level the step is 0, and PIL changes nothing.
     table = torch.where(step > 0, table, levels)
     return table.gather(2, values).view(images.shape).float()
 
@@ -142,11 +151,17 @@ def _solarize_add(images: Images, added: Levels) -> Images:
 
 
 def _blend(images: Images, other: Tensor, factor: Levels) -> Images:
-    """PIL's: from ``other`` at 0 through the image at 1 and beyond, cut off to whole levels."""
+    """Blend as PIL does: ``other`` at factor 0, the image at 1, cut off to whole levels.
+
+    Factors above 1 extrapolate.
+    """
+    # PIL truncates. The small number lifts a value such as 99.99999, a rounding error of float32,
+    # to its level.
     return (other + factor[:, None, None, None] * (images - other)).clamp(0, 255).add(1e-3).floor()
 
 
 def _grey(images: Images) -> Float[Tensor, "n 1 H W"]:
+    # PIL's conversion to "L": the weights 0.299, 0.587 and 0.114 in units of 2⁻¹⁶, rounded.
     red, green, blue = images.int().split(1, dim=1)
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).float()
 
@@ -156,6 +171,7 @@ def _color(images: Images, factor: Levels) -> Images:
 
 
 def _contrast(images: Images, factor: Levels) -> Images:
+    # The other image has one grey everywhere, the mean of all pixels, which PIL rounds.
     return _blend(images, (_grey(images).mean((1, 2, 3), keepdim=True) + 0.5).floor(), factor)
 
 
@@ -164,7 +180,8 @@ def _brightness(images: Images, factor: Levels) -> Images:
 
 
 def _sharpness(images: Images, factor: Levels) -> Images:
-    """Away from, or towards, a smoothed image; the border is not smoothed."""
+    """Sharpen or smooth: move away from, or towards, a smoothed image. PIL leaves the border."""
+    # PIL's kernel "SMOOTH": 5 in the centre, 1 around it, divided by 13.
     if min(images.shape[2:]) < 3:
         return images
     kernel = torch.ones(3, 1, 3, 3, device=images.device)
@@ -177,9 +194,9 @@ def _sharpness(images: Images, factor: Levels) -> Images:
 def moved(
     images: Images, matrix: Float[Tensor, "n 2 3"], interpolation: Interpolation = "bilinear"
 ) -> Images:
-    """Sample each image where ``matrix`` sends a pixel's centre, in pixels.
+    """Sample each image at the position to which ``matrix`` maps a pixel's centre, in pixels.
 
-    Fill where that lies outside.
+    Positions outside of the image get the fill colour.
     """
     height, width = images.shape[2:]
     y, x = torch.meshgrid(
@@ -188,10 +205,13 @@ def moved(
         indexing="ij",
     )
     positions = torch.einsum("nij,jhw->nhwi", matrix, torch.stack([x, y, torch.ones_like(x)]))
+    # Copies with non_blocking do not make the host wait for the device.
     size = torch.tensor([width, height]).to(images.device, non_blocking=True)
     if interpolation == "bicubic":
         sampled = _bicubic(images, positions)
     else:
+        # grid_sample takes positions from -1 to 1 across the image. The padding at the border is
+        # PIL's: a position inside, less than half a pixel from the edge, repeats the edge.
         sampled = F.grid_sample(
             images, positions / size * 2 - 1, padding_mode="border", align_corners=False
         ).round()
@@ -202,16 +222,16 @@ def moved(
 
 
 def _bicubic(images: Images, positions: Float[Tensor, "n H W 2"]) -> Images:
-    """Sample bicubically as PIL does, which differs from PyTorch.
-
-    The cubic's free parameter is -1, and values are cut off to whole levels.
-    """
+    """Sample bicubically as PIL does: values are cut off to whole levels."""
+    # F.grid_sample cannot do this: its cubic has the free parameter -0.75, PIL's has -1.
     height, width = images.shape[2:]
     first = (positions - 0.5).floor()
     x, y = first.long().unbind(-1)
     flat = images.flatten(2)
     sampled = torch.zeros_like(images)
     weights = [_cubic_weights(part) for part in (positions - 0.5 - first).unbind(-1)]
+    # 4 × 4 neighbours, one at a time: all at once would take 16 times the memory of the images.
+    # Neighbours outside of the image repeat its edge.
     for row in range(4):
         line = torch.zeros_like(images)
         for column in range(4):
@@ -223,7 +243,7 @@ def _bicubic(images: Images, positions: Float[Tensor, "n H W 2"]) -> Images:
 
 
 def _cubic_weights(d: Float[Tensor, "n H W"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the weights of four neighbours, the second of which is ``d`` away."""
+    """Return the weights of four neighbours, of which the second is ``d`` (0 to 1) away."""
     square = d * d
     cube = d * d * d
     return -d + 2 * square - cube, 1 - 2 * square + cube, d + square - cube, cube - square
@@ -234,12 +254,13 @@ def _matrix(*rows: Tensor | float, like: Levels) -> Float[Tensor, "n 2 3"]:
 
 
 def _rotate(images: Images, degrees: Levels) -> Float[Tensor, "n 2 3"]:
-    """Counter-clockwise about the centre."""
+    """Return the matrices that rotate images counter-clockwise about the centre."""
     height, width = images.shape[2:]
     cosine = torch.cos(torch.deg2rad(degrees))
     sine = torch.sin(torch.deg2rad(degrees))
     x = width / 2
     y = height / 2
+    # The shifts keep the centre (x, y) in its position.
     shift_x = x - cosine * x + sine * y
     shift_y = y - sine * x - cosine * y
     return _matrix(cosine, -sine, shift_x, sine, cosine, shift_y, like=degrees)
@@ -268,14 +289,15 @@ MATRICES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "TranslateXRel": _translate_x,
     "TranslateYRel": _translate_y,
 }
-"""Operations that move pixels -> where each pixel comes from. Their arguments stay in double
-precision until the matrix is made: half a pixel must stay half a pixel."""
+"""Operations that move pixels -> the matrix from a pixel to the position it is sampled at. Their
+arguments stay in double precision until the matrix is made, so that half a pixel stays exact."""
 
 
 def _by_matrix(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda images, level: moved(images, MATRICES[name](images, level))
 
 
+# draw_operations() draws an index of this table, so its order is part of every result.
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "AutoContrast": _auto_contrast,
     "Equalize": _equalize,
@@ -297,9 +319,12 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _enhanced(level: float, sign: float) -> float:
+    # A factor of 1 changes nothing; both directions grow with the level, and 0.1 is the least.
     return max(0.1, 1 + sign * level * 0.9)
 
 
+# timm's ranges. Operations with "Increasing" in their name get stronger with the level; timm's
+# variants without it do not.
 ARGUMENTS: dict[str, Callable[[float, float], float]] = {
     "Rotate": lambda level, sign: sign * level * 30,
     "PosterizeIncreasing": lambda level, _: 4.0 - math.floor(level * 4),
@@ -314,5 +339,5 @@ ARGUMENTS: dict[str, Callable[[float, float], float]] = {
     "TranslateXRel": lambda level, sign: sign * level * 0.45,
     "TranslateYRel": lambda level, sign: sign * level * 0.45,
 }
-"""Name -> from the level (0 to 1) and a random sign to the argument: degrees, bits, a threshold, a
-factor, a share."""
+"""Name -> function from the level (0 to 1) and a random sign (-1 or 1) to the argument, in degrees,
+bits, levels of a pixel, a factor, or a share of the side."""

@@ -1,7 +1,4 @@
-"""Settings that have no effect, set to their defaults.
-
-Two trainings that are equal have equal settings then.
-"""
+"""Settings without an effect, set to their defaults: equal trainings then have equal settings."""
 
 from __future__ import annotations
 
@@ -18,23 +15,28 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
     """
     changes: dict[str, Any] = {}
     classifier = settings.classifier
+    # The validator of ClassifierConfig ensures that ``positions`` and ``mask_tokens`` are off here.
     if classifier.kind == "linear":
         effective = {"kind": "linear", "dropout": classifier.dropout, "norm": classifier.norm}
         changes["classifier"] = ClassifierConfig.model_validate(effective)
     if not settings.reconstructs:
         changes["reconstruction"] = ReconstructionConfig(weight=0.0)
+    # With a ratio of 0 in training alone, the cell still shapes the mask in testing.
     if not settings.mask.ratio and not settings.test_ratio:
         changes["mask"] = MaskConfig(ratio=0.0)
     elif _is_running_uniform(settings.mask):
+        # model_copy skips validation on purpose: the cell is the grid, so it divides it.
         cell = settings.grid[1:]
         changes["mask"] = MaskConfig().model_copy(
             update={"ratio": settings.mask.ratio, "cell": cell}
         )
+    # As in the copy above, all changed branches are valid already.
     return settings.model_copy(update=changes)
 
 
 def _is_running_uniform(mask: MaskConfig) -> bool:
-    """Whether a mask is uniform and runs as a cell does by default."""
+    """Return whether a mask is uniform and runs as a cell does by default."""
+    # Only with the default augmentations does the change to MaskConfig() above keep them.
     default = MaskConfig()
     return (
         mask.strategy == "uniform"

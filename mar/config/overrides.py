@@ -1,4 +1,4 @@
-"""Settings from and to plain values: overriding, checking, comparing.
+"""Settings from and to plain values: override, check and compare them.
 
 Imports neither torch nor Ray.
 """
@@ -28,13 +28,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def merge(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``tree`` with dotted (or nested) settings replaced; ``tree`` itself is left alone."""
+    """Return ``tree`` with dotted (or nested) settings replaced; ``tree`` itself is not changed."""
     merged = _branches_copied(tree)
     for path, value in flatten(overrides).items():
         *branches, leaf = path.split(".")
         node = merged
         for branch in branches:
             child = node.setdefault(branch, {})
+            # As in ``seed.x``: the path goes through a setting that has no settings below it.
             if not isinstance(child, dict):
                 raise SettingError(path, f"{branch} is a value, not a branch")
             node = child
@@ -43,7 +44,7 @@ def merge(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
 
 
 def _branches_copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy whose branches may be changed; leaves are shared, nobody changes those."""
+    """Return a copy whose branches may be changed; leaves are shared, because none is changed."""
     return {
         name: _branches_copied(value) if isinstance(value, Mapping) else value
         for name, value in tree.items()
@@ -53,6 +54,7 @@ def _branches_copied(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _paths(model: type[Node], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
+        # issubclass raises TypeError for what is not a class, such as ``float | None``.
         if isinstance(field.annotation, type) and issubclass(field.annotation, Node):
             yield from _paths(field.annotation, f"{prefix}{name}.")
 
@@ -62,7 +64,7 @@ SETTING_PATHS = tuple(_paths(TrainingConfig))
 
 
 class SettingError(UserError):
-    """One setting is wrong; ``path`` says which, so that a caller can name the file and line."""
+    """One setting is wrong; a caller can find the file and line by its ``path``."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path}: {reason}" if path else reason)
@@ -70,10 +72,10 @@ class SettingError(UserError):
 
 
 def build(tree: Mapping[str, Any]) -> TrainingConfig:
-    """Check a nested mapping and make it a settings tree.
+    """Check a nested mapping and return it as settings.
 
     Raises:
-        SettingError: an unknown path (its nearest neighbour is named) or a value that breaks a
+        SettingError: an unknown path (the message suggests a similar one), or a value that breaks a
             rule.
     """
     try:
@@ -82,8 +84,12 @@ def build(tree: Mapping[str, Any]) -> TrainingConfig:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         message = _rule(first["msg"])
-        if not path:  # a rule between branches: its message begins with the setting to blame
+        # A rule between branches has no location; its message begins with the setting to change
+        # (see TrainingConfig).
+        if not path:
             path, message = message.split(": ", 1)
+        # pydantic's location can be longer than a setting's path, as ``mask.cell.0`` for an item of
+        # a list. The longest known path that begins it is the setting.
         known = [
             candidate
             for candidate in SETTING_PATHS
@@ -95,6 +101,7 @@ def build(tree: Mapping[str, Any]) -> TrainingConfig:
                 path, "no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")
             ) from None
         group = max(known, key=len, default=path)
+        # pydantic's own messages for these types name Python classes, such as "a valid tuple".
         if first["type"] in ("tuple_type", "list_type"):
             message = "must be a list, as [2, 2]"
         elif first["type"] in ("model_type", "model_attributes_type", "dict_type"):
@@ -107,6 +114,7 @@ def build(tree: Mapping[str, Any]) -> TrainingConfig:
                 "is a group of settings, set one of them "
                 f"({', '.join(f'{group}.{each}' for each in inside[:4])}, …)"
             )
+        # A group of settings is too long to be quoted.
         if isinstance(first["input"], (Mapping, BaseModel)):
             value = ""
         else:
@@ -115,15 +123,17 @@ def build(tree: Mapping[str, Any]) -> TrainingConfig:
 
 
 def _rule(message: str) -> str:
+    # pydantic puts "Value error, " before the message of a ValueError from a validator.
     return message.removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 PATH_SETTINGS = ("root", "videos", "train", "val", "labels", "cache")
-"""Settings of ``data`` that say where it lies: they bear on no result."""
+"""Settings of ``data`` that are locations of the data: they do not affect a result."""
 
 
 def without_paths(settings: TrainingConfig) -> dict[str, Any]:
     """Return the settings as plain values, without the paths of data and pre-trained weights."""
+    # ``encoder.weights`` is a path or a name. What it refers to has a fingerprint of its own.
     tree = settings.model_dump(mode="json")
     data = {name: value for name, value in tree["data"].items() if name not in PATH_SETTINGS}
     encoder = {name: value for name, value in tree["encoder"].items() if name != "weights"}

@@ -7,26 +7,28 @@ from dataclasses import dataclass
 from typing import Self
 
 MAX_MAGNITUDE = 10.0
-"""Of RandAugment, on timm's scale."""
+"""Largest magnitude of RandAugment on timm's scale."""
+# Of timm's notation only policies with rising severity (inc1) are implemented; -n and -mstd may be
+# left out.
 _RANDAUGMENT = re.compile(r"rand-m(\d+(?:\.\d+)?)(?:-n(\d+))?(?:-mstd(\d+(?:\.\d+)?))?-inc1")
 
 
 @dataclass(frozen=True)
 class RandAugmentPolicy:
-    """What timm's notation says: ``rand-m9-n2-mstd0.5-inc1``."""
+    """A policy in timm's notation, for example ``rand-m9-n2-mstd0.5-inc1``."""
 
     magnitude: float
     operations: int
-    """A clip; 2 unless said."""
+    """Operations for each clip; 2, timm's default, if the text has no ``-n``."""
     deviation: float
-    """Standard deviation of the magnitude; 0 unless said."""
+    """Standard deviation of the magnitude; 0 if the text has no ``-mstd``."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Return the policy that ``text`` stands for.
 
         Raises:
-            ValueError: not in the notation.
+            ValueError: the text is not in this notation, or the magnitude is too large.
         """
         match = _RANDAUGMENT.fullmatch(text)
         if not match or float(match.group(1)) > MAX_MAGNITUDE:

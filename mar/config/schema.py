@@ -1,8 +1,10 @@
-"""Every setting that bears on a result: one frozen, closed, typed tree.
+"""All settings that affect a result: one immutable, closed, typed tree.
 
 Imports neither torch nor Ray, so that a thousand trials can be planned in a second.
-Where and how a trial runs (workers, devices, storage) is not here but in
-``orchestration.config.LaunchConfig``: a result does not depend on it.
+Where and how a trial runs (workers, devices, storage) is in ``orchestration.config.LaunchConfig``,
+because a result does not depend on it.
+
+pydantic takes the string below a field as the field's description.
 """
 
 from __future__ import annotations
@@ -48,12 +50,16 @@ ENCODER_SIZES = {
 
 
 _MOST_TOKENS = 2**18
-"""Of a clip; the paper's have 1,568. More is a slip, or a file that is to exhaust the memory."""
+"""Most tokens of a clip; the paper's have 1,568. More is a mistake, or a file that is made to
+exhaust the memory."""
 
 
 class Node(BaseModel):
-    """A branch of the settings tree: immutable, and closed to names it does not know."""
+    """A branch of the settings tree: immutable, and unknown names are refused."""
 
+    # Without extra="forbid" pydantic would ignore a misspelt setting, and the trial would train
+    # with the default. Infinity and nan are refused because no setting can use them, and JSON, in
+    # which settings are stored, has neither.
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
@@ -64,40 +70,41 @@ AUTO_CACHE = "auto"
 
 
 class DataConfig(Node):
-    """Which videos, and what they are labelled."""
+    """The data set: its videos and their labels."""
 
     format: Literal["list", "folders", "ssv2", "kinetics", "ucf101", "hmdb51"] = "list"
-    """How it is annotated: a path and a class number a line, a folder a class, or as a benchmark is
-    distributed."""
+    """Format of the annotations. ``list``: a path and a class number on each line; ``folders``: a
+    folder for each class; or the format in which a benchmark is distributed."""
     root: str = "data"
-    """Folder of the data set. Not part of a trial's identity: the content's fingerprint is."""
+    """Folder of the data set. It is not part of a trial's identity; the data's fingerprint is."""
     videos: str = "."
     """Folder of the videos; relative to ``root``."""
     train: str | None = None
-    """Annotation file of the training split; relative to ``root``, or absolute; none: by its
-    official name."""
+    """Annotation file of the training split; relative to ``root``, or absolute; none: the file with
+    the official name."""
     val: str | None = None
-    """Annotation file of the evaluation split; relative to ``root``, or absolute; none: by its
-    official name."""
+    """Annotation file of the evaluation split; relative to ``root``, or absolute; none: the file
+    with the official name."""
     labels: str | None = None
     """File of the class names, where the format has one; relative to ``root``, or absolute; none:
-    by its official name."""
+    the file with the official name."""
     split: Annotated[int, Field(ge=1, le=3)] = 1
-    """Which of the three splits of UCF101 and HMDB51."""
+    """Number of the split of UCF101 or HMDB51, which have three."""
     cache: str | None = None
     """Where frames are read instead of from the videos: the folder of a frame cache (``mar data
     pack``), or ``auto``: a cache in the store, packed before the first epoch with the videos' own
     pixels; none: the videos are decoded for every clip."""
     decoder: Literal["auto", "decord", "torchcodec", "pyav"] = "auto"
-    """Who decodes; ``auto``: torchcodec, or where it does not work decord. PyAV has the files in
-    which they would be wrong."""
+    """Library that decodes; ``auto``: torchcodec, or decord where torchcodec does not work. PyAV
+    decodes the files for which the two would return wrong frames."""
     num_classes: ClassCount = 174
     """Number of classes C."""
     missing: Literal["error", "skip"] = "error"
-    """A video that is not there is as a broken one, or is left out of its split (Kinetics: some
-    always are)."""
+    """``error``: a missing video is treated as one that cannot be decoded; ``skip``: it is left out
+    of its split (in Kinetics some videos are always missing)."""
     broken: Literal["error", "skip"] = "error"
-    """A training video that cannot be decoded stops the trial, or is left out and counted."""
+    """``error``: a training video that cannot be decoded stops the trial; ``skip``: it is left out
+    and counted."""
 
     @property
     def cache_folder(self) -> str | None:
@@ -106,7 +113,7 @@ class DataConfig(Node):
 
 
 class ClipConfig(Node):
-    """Which pixels of a video the model is given."""
+    """How a clip is taken from a video: frames, size and sampling."""
 
     frames: FrameCount = 16
     """Frames T in a clip (section IV-A)."""
@@ -116,15 +123,15 @@ class ClipConfig(Node):
     """``segments``: one frame from each of T equal segments (SSv2). ``dense``: T frames, ``stride``
     apart."""
     stride: PositiveInt = 4
-    """Frames from one sampled frame to the next, when ``dense`` (Kinetics: 4)."""
+    """Distance between two sampled frames, when ``dense`` (Kinetics: 4)."""
     fps: PositiveFloat | None = None
-    """Frames a second that ``stride`` is meant for, when ``dense``: another rate is converted
-    (release: 30); none: not."""
+    """Frame rate for which ``stride`` is meant, when ``dense``: for a video with another rate the
+    stride is converted (release: 30); none: not converted."""
     antialias: bool = True
     """Resize with antialiasing; the release resizes without it."""
     round_frames: bool = False
-    """With ``segments``, in training: what is drawn is rounded to the nearest frame (release), and
-    not down."""
+    """With ``segments``, in training: round the drawn position to the nearest frame (release),
+    instead of down."""
 
 
 class EncoderConfig(Node):
@@ -143,14 +150,15 @@ class EncoderConfig(Node):
     drop_path: Fraction = 0.1
     """Stochastic depth of the last block, rising linearly from 0 (Table I)."""
     init: Literal["xavier", "torch"] = "xavier"
-    """How the patch embedding and the decoder's first projection start: Xavier uniform, or as
-    PyTorch's (release)."""
+    """Random start of the patch embedding and the decoder's first projection: Xavier uniform, or
+    PyTorch's own (release)."""
     weights: str | None = None
     """Pre-trained weights to start from: a file, a folder, a Hugging Face or timm name; none:
     random (Table IX b)."""
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
+        # A width beside a named size would be ignored without a word, so it is an error.
         given = (self.width, self.depth, self.heads)
         if self.size == "custom" and None in given:
             raise ValueError("size 'custom' needs width, depth and heads")
@@ -177,7 +185,7 @@ class MaskConfig(Node):
     """Which tokens are hidden in training (section III-B)."""
 
     strategy: Literal["cell", "random", "block", "uniform", "tube", "frame"] = "cell"
-    """How hidden tokens are placed in a slice (Table II)."""
+    """Arrangement of the hidden tokens (Table II)."""
     motion: Literal["running", "standard"] = "running"
     """Whether the mask moves from slice to slice, Eq. 1 (Table II)."""
     ratio: MaskRatio = 0.5
@@ -191,18 +199,19 @@ class MaskConfig(Node):
 
     @model_validator(mode="after")
     def _can_run(self) -> Self:
+        # A tube mask is the same in all slices by definition, and a frame mask hides whole slices.
         if self.strategy in ("tube", "frame") and self.motion == "running":
             raise ValueError(f"a {self.strategy} mask cannot run: set motion: standard (Table II)")
         return self
 
     def num_hidden(self, grid: Grid) -> int:
-        """Return the number of hidden tokens in a clip.
-
-        For one setting, it is the same in every clip.
-        """
+        """Return the number of hidden tokens in a clip, which is the same in every clip."""
         t, h, w = grid
+        # Whole slices.
         if self.strategy == "frame":
             return round(self.ratio * t) * h * w
+        # The mask of one slice is repeated or moved, so each slice hides the same number. int()
+        # rounds down, as the release and VideoMAE do.
         if self.strategy in ("tube", "block") or (
             self.strategy == "random" and self.motion == "running"
         ):
@@ -214,7 +223,7 @@ class ClassifierConfig(Node):
     """From encoded visible tokens to class scores (section III-C)."""
 
     kind: Literal["bridging", "linear", "mlp"] = "bridging"
-    """Transformer blocks, Eq. 2, or the baselines of Tables V and VI."""
+    """``bridging``: transformer blocks (Eq. 2); or the baselines of Tables V and VI."""
     width: Width = 512
     """Token width of the bridging classifier, and hidden width of the MLP (Table VI)."""
     depth: Depth = 2
@@ -222,17 +231,18 @@ class ClassifierConfig(Node):
     heads: PositiveInt = 4
     """Attention heads of the bridging classifier."""
     positions: bool = False
-    """Add sin-cos positions at its input (Table VII)."""
+    """Add sin-cos positions to the input of the bridging classifier (Table VII)."""
     mask_tokens: bool = False
-    """Give it learned tokens in the hidden places (Table VII)."""
+    """Add a learned token to its input for each hidden token (Table VII)."""
     dropout: Fraction = 0.1
     """Dropout before the last linear layer (Table I)."""
     norm: Literal["tokens", "pooled"] = "tokens"
-    """The encoder's last norm: on each token, or on their average, as VideoMAE's fine-tuned models
-    have it."""
+    """The encoder's last norm: on each token, or on their average, as in VideoMAE's fine-tuned
+    models."""
 
     @model_validator(mode="after")
     def _options_apply(self) -> Self:
+        # An option without an effect is refused: trials that differ only in it would be equal.
         if self.kind == "bridging" and self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         if self.kind == "mlp" and self.depth < 2:
@@ -247,12 +257,13 @@ class ClassifierConfig(Node):
 
 
 class ReconstructionConfig(Node):
-    """The auxiliary branch that redraws hidden patches, in training only (section III-D)."""
+    """The auxiliary branch that reconstructs hidden patches, in training only (section III-D)."""
 
     weight: NonNegativeFloat = 0.1
-    """λ of Eq. 5; at 0 there is no such branch (Table IX a)."""
+    """λ of Eq. 5; at 0 the model has no such branch (Table IX a)."""
     normalize_target: bool = True
-    """Normalise each target patch by its own mean and deviation (Table VIII)."""
+    """Normalise each channel of a target patch by its own mean and deviation (Eq. 3, Table
+    VIII)."""
     width: Width = 384
     """Token width of the decoder."""
     depth: Depth = 4
@@ -260,7 +271,7 @@ class ReconstructionConfig(Node):
     heads: PositiveInt = 6
     """Attention heads of the decoder."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """Start the decoder from ``encoder.weights`` too (where there are any), or at random (Table
+    """Start the decoder from ``encoder.weights`` too, if they have a decoder, or at random (Table
     VIII)."""
 
     @model_validator(mode="after")
@@ -274,9 +285,10 @@ class AugmentConfig(Node):
     """Training-time augmentation (Table I)."""
 
     crop_scale: Area = (0.08, 1.0)
-    """Area of the random-resized crop, share of the frame, from and to."""
+    """Range of the random-resized crop's area, as a share of the frame."""
+    # Written out, because the value is part of every trial's identity: 4 / 3 as a float.
     crop_aspect: Scale = (0.75, 1.3333333333333333)
-    """Aspect ratio of the random-resized crop, from and to."""
+    """Range of the random-resized crop's aspect ratio."""
     repeats: PositiveInt = 1
     """Clips of each video in a batch, repeated sampling (Table I: 2 on Kinetics)."""
     repeat: Literal["clips", "frames"] = "clips"
@@ -285,18 +297,18 @@ class AugmentConfig(Node):
     """RandAugment's policy in timm's notation, as ``rand-m9-mstd0.5-inc1``; none: no RandAugment
     (Tables I, X)."""
     randaugment_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Of its operations that move pixels; the release's are bicubic."""
+    """Interpolation of RandAugment's operations that move pixels (release: bicubic)."""
     randaugment_before_crop: bool = False
-    """Before the crop, on whole frames and by the loader (release, on Kinetics); or after it, on
-    the device."""
+    """Apply RandAugment before the crop, to whole frames in the loader (release, on Kinetics); or
+    after it, on the device."""
     erasing: Fraction = 0.0
     """Share of clips in which a box, the same in all frames, is erased with noise (Table X)."""
     erasing_attempts: PositiveInt = 10
-    """Boxes tried until one fits; the release tries 100 on Kinetics."""
+    """Most boxes tried until one fits; the release tries 100 on Kinetics."""
     flip: bool = False
-    """Mirror half of the clips; where a class means left or right, ``flip_swaps`` must say so."""
+    """Mirror half of the clips. If classes differ in left and right, set ``flip_swaps`` too."""
     flip_swaps: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()
-    """Pairs of classes that trade places in a mirrored clip (Something-Something: left and
+    """Pairs of classes that are swapped in a mirrored clip (Something-Something: left and
     right)."""
     mixup: NonNegativeFloat = 0.8
     """Beta parameter of mixup; 0 switches it off (Table X)."""
@@ -308,47 +320,51 @@ class AugmentConfig(Node):
     @field_validator("randaugment")
     @classmethod
     def _is_a_policy(cls, text: str | None) -> str | None:
+        # Parsed here only to be checked: a wrong policy is reported while studies are planned, and
+        # not by a worker.
         if text is not None:
             RandAugmentPolicy.parse(text)
         return text
 
 
 class RecipeConfig(Node):
-    """What is minimised, optimiser and schedule (Table I)."""
+    """Objective, optimiser and schedule (Table I)."""
 
     objective: Literal["classification", "reconstruction"] = "classification"
-    """Eq. 5; or the reconstruction loss alone, with no classifier: VideoMAE's pre-training (Tables
-    IX b, XIII)."""
+    """``classification``: Eq. 5; ``reconstruction``: the reconstruction loss alone (Eq. 3), with no
+    classifier, as in VideoMAE's pre-training (Tables IX b, XIII)."""
     epochs: PositiveInt = 40
     """Passes over the training split."""
     batch_size: PositiveInt = 512
     """Clips per optimiser step, over all workers together."""
     base_lr: PositiveFloat = 1.0e-3
-    """Learning rate at a batch of 256 (``linear``), or as it is (``none``)."""
+    """Learning rate at a batch of 256 (``linear``), or at any batch (``none``)."""
     lr_scaling: Literal["linear", "none"] = "linear"
     """``linear``: multiply by batch_size / 256 (Table I, footnote)."""
     warmup_epochs: NonNegativeFloat = 5.0
     """Epochs of linear warm-up from ``warmup_lr``."""
     cosine_from: Literal["warmup", "start"] = "warmup"
-    """The cosine begins when warm-up ends, at the peak; or at epoch 0, and warm-up rises to meet it
-    (release)."""
+    """``warmup``: the cosine begins at the peak when warm-up ends; ``start``: it begins at epoch 0,
+    and warm-up rises to the cosine's value where the two meet (release)."""
     warmup_lr: NonNegativeFloat = 1.0e-6
-    """Learning rate of the first step when there is a warm-up."""
+    """Learning rate of the first step, if ``warmup_epochs`` is above 0."""
     min_lr: NonNegativeFloat = 1.0e-6
     """Learning rate at the end of the cosine."""
+    # Table I says 0.5; every configuration of the release has 0.05.
     weight_decay: NonNegativeFloat = 0.05
-    """AdamW's; not applied to biases, norms and mask tokens."""
+    """AdamW's weight decay; not applied to biases, norms and mask tokens (in the release, with
+    ``layer_decay_of: weights``, it is applied to mask tokens)."""
     betas: tuple[MaskRatio, MaskRatio] = (0.9, 0.999)
-    """AdamW's momenta β₁, β₂."""
+    """AdamW's momenta β₁, β₂ (Table I)."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
     """Learning-rate factor from each encoder block to the one below it."""
     layer_decay_of: Literal["all", "weights"] = "all"
-    """Layer decay is for all parameters of a block (VideoMAE), or not for norms and biases
-    (release)."""
+    """``all``: layer decay applies to all parameters of a block (VideoMAE); ``weights``: not to
+    norms and biases (release)."""
     clip_grad: PositiveFloat | None = None
     """Largest gradient norm; none: not clipped."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of the matrix products; master weights are float32 always."""
+    """Number format of the matrix products; the weights themselves are always float32."""
 
 
 class EvaluationMaskConfig(Node):
@@ -366,12 +382,12 @@ class EvaluationConfig(Node):
     clips: PositiveInt = 2
     """Clips from each video in the final test; probabilities are averaged."""
     segment_frames: Literal["even", "ends", "videomae"] = "even"
-    """Which frames a video's test clips have. ``even``: with ``segments``, spread evenly within
-    each; ``ends``: from each segment's first to its last frame (release). ``videomae``: as VideoMAE
-    tests, with ``segments`` and with ``dense``."""
+    """Which frames a video's test clips have. With ``segments``, ``even``: spread evenly within
+    each segment; ``ends``: from each segment's first to its last frame (release). ``videomae``: as
+    in VideoMAE's test, with ``segments`` and with ``dense``."""
     crop_from: Literal["frame", "resized"] = "frame"
-    """Test crops are cut from the frame and resized, or cut from the frame resized to its short
-    side (release)."""
+    """``frame``: cut test crops from the frame, then resize them; ``resized``: resize the frame's
+    short side first, then cut (release)."""
     crops: Literal[1, 3] = 3
     """Crops of each clip in the final test: the centre, or three along the long side."""
     mask: EvaluationMaskConfig = EvaluationMaskConfig()
@@ -379,7 +395,7 @@ class EvaluationConfig(Node):
     every_epochs: PositiveInt = 1
     """Epochs between two one-view validations during training."""
     shuffled_frames: bool = False
-    """Also test with each clip's frames in random order: what is left is not motion."""
+    """Also test with each clip's frames in random order, which removes the motion."""
 
 
 class TrainingConfig(Node):
@@ -395,8 +411,10 @@ class TrainingConfig(Node):
     recipe: RecipeConfig = RecipeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: NonNegativeInt = 0
-    """Seed of everything that is drawn."""
+    """Seed of all random numbers."""
 
+    # Rules between branches. Each message begins with the path of the setting to change:
+    # overrides.build() splits it off to name the file and line.
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
         shape = (self.clip.frames, self.clip.size, self.clip.size)
@@ -407,9 +425,10 @@ class TrainingConfig(Node):
             )
         if prod(self.grid) > _MOST_TOKENS:
             raise ValueError(
-                f"clip: {list(shape)} makes {prod(self.grid)} tokens; at most {_MOST_TOKENS} can "
-                "be attended to"
+                f"clip: {list(shape)} makes {prod(self.grid)} tokens; at most {_MOST_TOKENS} are "
+                "allowed: set a smaller clip.frames or clip.size"
             )
+        # Where nothing is hidden, the cell has no effect and need not fit.
         ratios = (self.mask.ratio, self.test_ratio)
         if self.mask.strategy == "cell" and any(ratios):
             _, h, w = self.grid
@@ -417,17 +436,19 @@ class TrainingConfig(Node):
                 raise ValueError(
                     f"mask.cell: {list(self.mask.cell)} does not divide the {h} x {w} token grid"
                 )
+        # Mixup and cutmix mix clips 2k and 2k + 1 of a batch that has one clip of every video, then
+        # another of every video. An even number keeps such a pair on one worker (WorkerRank.of).
         if self.augment.repeats > 1 and self.recipe.batch_size % (2 * self.augment.repeats):
             raise ValueError(
                 f"recipe.batch_size: {self.recipe.batch_size} is not an even number of videos, "
-                "each "
-                f"{self.augment.repeats} times (augment.repeats)"
+                f"each {self.augment.repeats} times (augment.repeats)"
             )
+        # A class in two pairs would be swapped twice, and the result would depend on their order.
         swapped = [label for pair in self.augment.flip_swaps for label in pair]
         if max(swapped, default=0) >= self.data.num_classes or len({*swapped}) < len(swapped):
             raise ValueError(
-                f"augment.flip_swaps: each of the {self.data.num_classes} classes may stand there "
-                "once"
+                f"augment.flip_swaps: each of the {self.data.num_classes} classes may be in one "
+                f"pair only, and the last is number {self.data.num_classes - 1}"
             )
         if self.pretrains and not self.reconstructs:
             raise ValueError(
@@ -437,9 +458,9 @@ class TrainingConfig(Node):
         if self.classifier.norm == "pooled" and self.reconstructs:
             raise ValueError(
                 "classifier.norm: 'pooled' leaves the decoder tokens without a norm; set it to "
-                "tokens, or "
-                "reconstruction.weight to 0"
+                "tokens, or reconstruction.weight to 0"
             )
+        # A ratio below 1 can still hide everything, because a frame mask rounds to whole slices.
         for path, mask in (("mask.ratio", self.mask), ("evaluation.mask.ratio", self.test_mask)):
             if mask.num_hidden(self.grid) >= prod(self.grid):
                 raise ValueError(
@@ -449,7 +470,7 @@ class TrainingConfig(Node):
 
     @property
     def grid(self) -> Grid:
-        """The token grid (t, h, w)."""
+        """The token grid (t, h, w): the tubelets of a clip in time, height and width."""
         frames, height, width = self.encoder.tubelet
         return self.clip.frames // frames, self.clip.size // height, self.clip.size // width
 
@@ -467,19 +488,21 @@ class TrainingConfig(Node):
     @property
     def test_mask(self) -> MaskConfig:
         """The mask's settings in testing."""
+        # model_copy does not validate again, and need not: the ratio has been checked.
         return self.mask.model_copy(update={"ratio": self.test_ratio})
 
     @property
     def redraws_in_testing(self) -> bool:
-        """Whether there is a decoder, and something for it to redraw under the mask of testing."""
+        """Whether the model has a decoder, and the mask of testing hides something."""
         return self.reconstructs and self.test_ratio > 0
 
     @property
     def pretrains(self) -> bool:
-        """Whether it is a self-supervised pre-training: no classifier, no labels."""
+        """Whether this is a self-supervised pre-training: no classifier, no labels."""
         return self.recipe.objective == "reconstruction"
 
     @property
     def reconstructs(self) -> bool:
-        """Whether there is a reconstruction branch: λ > 0 and something to redraw."""
+        """Whether the model has a reconstruction branch: λ > 0, and the mask hides something."""
+        # With nothing hidden the loss of Eq. 3 would be the mean of no values, nan.
         return self.reconstruction.weight > 0 and self.mask.num_hidden(self.grid) > 0

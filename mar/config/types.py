@@ -1,4 +1,4 @@
-"""The constrained types of settings."""
+"""The constrained types of settings. Imports no torch, because settings are checked without it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ MaskRatio = Annotated[float, Field(ge=0.0, lt=1.0)]
 Tubelet = tuple[PositiveInt, PositiveInt, PositiveInt]
 
 
+# pydantic reports the ValueError of a validator with the setting's path before it.
 def _rising(span: tuple[float, float]) -> tuple[float, float]:
     if span[0] > span[1]:
         raise ValueError("must go from the smaller to the larger")
@@ -20,18 +21,19 @@ def _rising(span: tuple[float, float]) -> tuple[float, float]:
 
 
 Area = Annotated[tuple[PositiveFloat, Fraction], AfterValidator(_rising)]
-"""Shares of an area, from and to."""
+"""Smallest and largest share of an area; the smallest above 0, the largest at most 1."""
 Scale = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_rising)]
+"""Smallest and largest ratio."""
 Grid = tuple[int, int, int]
 """Tokens in time, height and width: (t, h, w)."""
-# Bounds that no experiment meets: a setting beyond is a slip, or a damaged file that would exhaust
-# the memory.
+# No experiment reaches these bounds. A larger value is a mistake, or comes from a damaged file, and
+# would exhaust the memory.
 Width = Annotated[int, Field(gt=0, le=2**15)]
-"""Of tokens."""
+"""Width of tokens."""
 Depth = Annotated[int, Field(gt=0, le=2**10)]
-"""Blocks or layers."""
+"""Number of blocks or layers."""
 FrameCount = Annotated[int, Field(gt=0, le=2**13)]
-"""Frames of a clip."""
+"""Number of frames of a clip."""
 PixelCount = Annotated[int, Field(gt=0, le=2**13)]
-"""Of a side of a clip."""
+"""Pixels of a side of a clip."""
 ClassCount = Annotated[int, Field(gt=0, le=10**6)]

@@ -1,4 +1,4 @@
-"""Multi-view evaluation: probabilities averaged over clips and crops; top-1, top-5 in percent."""
+"""Multi-view evaluation: probabilities averaged over clips and crops; accuracies in percent."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from mar.model.masking import evaluation_mask
 from mar.model.pixels import to_pixels
 from mar.safe_text import cell
 
+# Views and not videos, so that the memory of a batch does not grow with the number of views.
 _CLIPS_PER_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said of each video that could be decoded."""
+    """A model's predictions for the videos that could be decoded."""
 
     videos: Int[Tensor, " n"]
-    """Each video's place in the split."""
+    """Each video's index in the split."""
     labels: Int[Tensor, " n"]
     probabilities: Float[Tensor, "n classes"]
     broken: tuple[str, ...]
@@ -42,13 +43,16 @@ class Predictions:
 
         A video counts if its label is among the k most probable classes.
         """
+        # A data set can have fewer than k classes; topk would fail.
         best = self.probabilities.topk(min(k, self.probabilities.shape[1]), dim=1).indices
         return 100 * (best == self.labels[:, None]).any(dim=1).double().mean().item()
 
     def confusion(self) -> Int[Tensor, "classes classes"]:
-        """Return how many videos of each class (rows) were taken for each class (columns)."""
+        """Return the number of videos of each class (rows) by predicted class (columns)."""
         num_classes = self.probabilities.shape[1]
         taken_for = self.probabilities.argmax(dim=1)
+        # bincount has one dimension, so a pair of classes is counted under one number. minlength
+        # gives a cell also to pairs that never occur.
         return torch.bincount(self.labels * num_classes + taken_for, minlength=num_classes**2).view(
             num_classes, -1
         )
@@ -64,10 +68,10 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well a pre-trained model redraws what is hidden."""
+    """How well a pre-trained model reconstructs hidden patches."""
 
     losses: Float[Tensor, " n"]
-    """L_r of each video that could be decoded."""
+    """L_r (Eq. 3) of each video that could be decoded, averaged over its views."""
     broken: tuple[str, ...]
 
     def metrics(self, stage: str) -> dict[str, float]:
@@ -85,9 +89,10 @@ class Reconstruction:
 
 
 class Evaluator:
-    """Evaluates a model on one split, as often as asked.
+    """Evaluates a model on one split; may be called several times.
 
-    With ``is_kept`` its loader processes live as long as it does.
+    With ``is_kept`` its loader processes live as long as it does. ``alive`` is called for every
+    batch.
 
     Raises:
         UserError: the frame cache lacks a video or is stale, or the decoder that the settings name
@@ -107,7 +112,11 @@ class Evaluator:
         is_kept: bool = False,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
+        # Checked before any video is opened: with a stale cache or a decoder that does not work,
+        # every video would be reported as broken.
         check(settings.data, videos)
+        # Every world-th video: the workers have equally many, within one. The split's order is
+        # restored when their parts are gathered.
         worker_rank = distributed.worker_rank()
         mine = list(range(worker_rank.rank, len(videos), worker_rank.world))
         size = max(1, _CLIPS_PER_BATCH // (clips * crops))
@@ -143,16 +152,15 @@ class Evaluator:
     def _gathered(
         self, model: MAR, measure: Callable[[MAR, Tensor], Tensor]
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[str, ...]]:
-        """Return videos, labels and what was measured of each, from all workers.
-
-        And the broken videos.
-        """
+        """Return videos, labels and measures of all workers, and the reasons of broken videos."""
+        # Without dropout and stochastic depth.
         model.eval()
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
         broken: list[str] = []
         for batch in self.loader:
             self.alive()
             broken.extend(str(video) for video in batch.broken)
+            # A broken video has black clips in its position. They must not be measured.
             if batch.good.any():
                 chosen = batch.good
                 seen.append(
@@ -163,6 +171,8 @@ class Evaluator:
                     )
                 )
         model.train()
+        # Every worker gets all parts, also one whose videos are all broken: a worker that skipped
+        # this call would block the others.
         parts = distributed.all_gather((seen, broken))
         rows = [row for part, _ in parts for row in part]
         failed = tuple(sorted(reason for _, part in parts for reason in part))
@@ -180,6 +190,7 @@ class Evaluator:
         num_videos, views = clips.shape[:2]
         pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
         hidden = evaluation_mask(self.settings).expand(len(pixels), -1, -1, -1)
+        # A pre-training has no labels, but the model's forward() takes some.
         labels = torch.zeros(len(pixels), self.settings.data.num_classes, device=self.device)
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"
@@ -197,15 +208,18 @@ class Evaluator:
             self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"
         ):
             scores = model.classify(pixels, hidden)
+        # Probabilities and not scores are averaged over the views, and in float32.
         return scores.float().softmax(dim=1).view(num_videos, views, -1).mean(dim=1).cpu()
 
 
 def write_predictions(predictions: Predictions, videos: list[Video], file: Path) -> None:
-    """Write a row for each video: its label, that label's probability, the top five classes."""
+    """Write a row for each video: its label, the label's probability, and the top five classes."""
     best = predictions.probabilities.topk(min(5, predictions.probabilities.shape[1]), dim=1)
     header = ["video", "label", "probability_of_label"]
     for rank in range(1, best.indices.shape[1] + 1):
         header += [f"class_{rank}", f"probability_{rank}"]
+    # A file name need not be UTF-8. Python keeps such bytes as surrogates, and surrogateescape
+    # writes the same bytes back.
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as output:
         writer = csv.writer(output)
         writer.writerow(header)

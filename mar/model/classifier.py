@@ -1,7 +1,4 @@
-"""From visible tokens to class scores: the bridging classifier of Eq.
-
-2, and the linear and MLP baselines.
-"""
+"""Classifiers of visible tokens: the bridging classifier (Eq. 2), linear and MLP baselines."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ def build_classifier(
 ) -> nn.Module:
     """Return the classifier that ``config.kind`` names.
 
-    Each maps tokens and their places to scores.
+    Each maps the visible tokens and their flat indices to class scores.
     """
     if config.kind == "bridging":
         return BridgingClassifier(config, encoder_width, num_tokens, num_classes)
@@ -28,9 +25,10 @@ def build_classifier(
 
 
 class BridgingClassifier(nn.Module):
-    """p = φ(h(F_v)), Eq.
+    """The bridging classifier, p = φ(h(F_v)) (Eq. 2).
 
-    2: blocks h over the visible tokens, then the average φ, a norm and a linear layer.
+    Transformer blocks h over the visible tokens F_v, then their average φ, a norm and a linear
+    layer.
     """
 
     positions: Tensor
@@ -41,6 +39,7 @@ class BridgingClassifier(nn.Module):
         super().__init__()
         self.num_tokens = num_tokens
         self.project = nn.Linear(encoder_width, config.width, bias=False)
+        # Not persistent: the table follows from its shape alone.
         self.register_buffer(
             "positions", sin_cos_positions(num_tokens, config.width), persistent=False
         )
@@ -53,16 +52,16 @@ class BridgingClassifier(nn.Module):
         self.norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.width, num_classes)
-        for part in (
-            self.blocks,
-            self.head,
-        ):  # the projection keeps torch's default, as in the release
+        # The projection keeps PyTorch's own initialisation, as in the release.
+        for part in (self.blocks, self.head):
             initialise(part)
 
     def forward(
         self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]
     ) -> Float[Tensor, "B classes"]:
         """Return the class scores of each clip."""
+        # Eq. 2: h is the projection and the blocks, φ the mean over tokens. As in the release, the
+        # norm comes after the mean.
         bridged = self.blocks(self._input(self.project(tokens), visible))
         return self.head(self.dropout(self.norm(bridged.mean(dim=1))))
 
@@ -71,11 +70,15 @@ class BridgingClassifier(nn.Module):
     ) -> Float[Tensor, "B N W"]:
         """Return the input of the blocks, with the options of Table VII.
 
-        All N tokens instead of the K visible ones, and positions.
+        The options are: a learned token at each hidden index, so N tokens instead of the K visible
+        ones; and positions.
         """
         indices = visible
         if self.mask_token is not None:
-            num_clips = tokens.shape[0]  # len() would fix it when the model is exported
+            # Not len(tokens): torch.export would make it a constant, and the exported model would
+            # take no other batch size.
+            num_clips = tokens.shape[0]
+            # The mask token fills all N indices; then the visible tokens overwrite theirs.
             indices = torch.arange(self.num_tokens, device=tokens.device).expand(num_clips, -1)
             everywhere = self.mask_token.to(tokens.dtype).expand(num_clips, self.num_tokens, -1)
             tokens = everywhere.scatter(1, visible[..., None].expand_as(tokens), tokens)
@@ -85,19 +88,18 @@ class BridgingClassifier(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """The linear baseline of Table V: average, dropout, one linear layer.
-
-    The layer starts near zero as VideoMAE's does.
-    """
+    """The linear baseline of Table V: average, dropout, one linear layer."""
 
     def __init__(self, config: ClassifierConfig, encoder_width: int, num_classes: int) -> None:
         super().__init__()
+        # "pooled" is VideoMAE's: the norm is on the average, and the encoder has no last norm.
         if config.norm == "pooled":
             self.norm = LayerNorm(encoder_width)
         else:
             self.norm = nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(encoder_width, num_classes)
+        # VideoMAE's start: a truncated normal of deviation 0.02, scaled by 0.001.
         nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)
         nn.init.zeros_(self.head.bias)
 
@@ -111,12 +113,14 @@ class LinearClassifier(nn.Module):
 class MLPClassifier(nn.Module):
     """The MLP of Table VI: one token-wise layer, the average, then layers on one vector.
 
-    That is the only reading whose cost is the paper's 80.15 GFLOPs.
+    The paper does not describe it. Only this layout costs the paper's 80.15 GFLOPs: with a second
+    token-wise layer it would be 80.36.
     """
 
     def __init__(self, config: ClassifierConfig, encoder_width: int, num_classes: int) -> None:
         super().__init__()
         self.project = nn.Linear(encoder_width, config.width)
+        # config.depth counts the linear layers: the first, the last, and those made here.
         hidden = [
             nn.Sequential(nn.GELU(), nn.Linear(config.width, config.width))
             for _ in range(config.depth - 2)

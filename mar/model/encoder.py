@@ -13,9 +13,10 @@ from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transform
 def patchify(
     video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int]
 ) -> Float[Tensor, "B N P"]:
-    """Cut clips into tubelets, tokens in order t, h, w.
+    """Cut clips into N tubelets of P values.
 
-    Within one, channel, frame, row, column (P values).
+    Tubelets are in the order t, h, w. The values of a tubelet are in the order channel, frame, row,
+    column.
     """
     return _tubelets(video, tubelet).flatten(1, 3).flatten(2)
 
@@ -23,12 +24,12 @@ def patchify(
 def take_tubelets(
     video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int], indices: Int[Tensor, "B K"]
 ) -> Float[Tensor, "B K P"]:
-    """Return some of the tubelets of ``patchify``, by their flat index.
-
-    The others are not copied.
-    """
+    """Return some of the tubelets of ``patchify``, by their flat index."""
+    # _tubelets() returns a view, so only the tubelets that are indexed here are copied.
     tubelets = _tubelets(video, tubelet)
     _, _, h, w = tubelets.shape[:4]
+    # A column of clip numbers is broadcast against the K indices of each clip. The flat index
+    # t·h·w is taken apart, because flattening the view would copy all tubelets.
     clip = torch.arange(video.shape[0], device=indices.device)[:, None]
     return tubelets[clip, indices // (h * w), indices // w % h, indices % w].flatten(2)
 
@@ -36,7 +37,9 @@ def take_tubelets(
 def _tubelets(
     video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int]
 ) -> Float[Tensor, "B t h w C frames height width"]:
+    """Return a view of the clips as a grid of tubelets."""
     frames, height, width = tubelet
+    # unfold() with a step of its size cuts a dimension into parts without a copy.
     parts = video.unfold(2, frames, frames).unfold(3, height, height).unfold(4, width, width)
     return parts.permute(0, 2, 3, 4, 1, 5, 6, 7)
 
@@ -44,15 +47,16 @@ def _tubelets(
 def unpatchify(
     patches: Float[Tensor, "B N P"], grid: tuple[int, int, int], tubelet: tuple[int, int, int]
 ) -> Float[Tensor, "B C T H W"]:
-    """Put tubelets together again: the inverse of ``patchify``."""
+    """Join tubelets to clips again: the inverse of ``patchify``."""
     parts = patches.unflatten(1, grid).unflatten(-1, (-1, *tubelet))
+    # B t h w C frames height width -> B C (t frames) (h height) (w width)
     return parts.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(2, 3).flatten(3, 4).flatten(4, 5)
 
 
 class Encoder(nn.Module):
-    """Visible tubelets in, visible tokens F_v out.
+    """The encoder: maps visible tubelets to visible tokens F_v.
 
-    The hidden tubelets are dropped before the embedding: what is hidden is never touched.
+    Hidden tubelets are dropped before the embedding, and cost nothing.
     """
 
     positions: Tensor
@@ -61,10 +65,15 @@ class Encoder(nn.Module):
         super().__init__()
         width, depth, heads = config.dimensions
         self.tubelet = config.tubelet
+        # A 3D convolution whose stride is its kernel is a linear layer on each tubelet. As a linear
+        # layer it can run on the visible ones only.
         self.embed = nn.Linear(3 * config.tubelet[0] * config.tubelet[1] * config.tubelet[2], width)
         self.register_buffer("positions", sin_cos_positions(num_tokens, width), persistent=False)
         self.blocks = transformer_blocks(width, depth, heads, config.drop_path)
+        # Without the last norm a linear classifier norms the average instead (norm: pooled).
         self.norm = LayerNorm(width) if last_norm else nn.Identity()
+        # The release leaves the embedding as PyTorch initialises a Conv3d, uniform in ± 1/√fan_in,
+        # which is also nn.Linear's own start.
         initialise(self, [self.embed] if config.init == "torch" else [])
 
     def forward(
@@ -76,5 +85,6 @@ class Encoder(nn.Module):
 
 
 def flat_conv_weight(weight: Float[Tensor, "D C t h w"]) -> Float[Tensor, "D P"]:
-    """Return a 3D convolution's patch embedding as the matrix that :func:`patchify` order needs."""
+    """Return the weights of a 3D convolution as those of a linear layer on tubelets."""
+    # The convolution's dimensions have patchify()'s order already: channel, frame, row, column.
     return torch.flatten(weight, 1)

@@ -1,8 +1,13 @@
-"""What a model costs: GFLOPs in the paper's convention, parameters and tokens, without building it.
+"""The cost of a model from its settings: GFLOPs in the paper's convention, parameters, tokens.
 
-The convention (it reproduces every GFLOPs figure of the paper for MAR): one multiply-add counts
-one, a LayerNorm counts five for each value, the patch embedding is counted on all tokens, the
-reconstruction branch is not in it, and biases, GELU, softmax, residuals and averages count nothing.
+The convention is fvcore's, and it reproduces every GFLOPs figure of the paper for MAR:
+
+- one multiply-add counts one, and a LayerNorm counts five for each value;
+- biases, GELU, softmax, residuals and averages count nothing;
+- the patch embedding is counted on all tokens, as the release embeds them all before it drops any;
+- the reconstruction branch is not counted, because it does not run in testing.
+
+The number of attention heads has no effect. N is the number of tokens, D the width of them.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ class Cost:
 
 def cost(settings: TrainingConfig) -> Cost:
     """Return the cost of a model from its settings alone."""
+    # Training and testing may hide different shares (Table III c).
     tokens = prod(settings.grid)
     test = tokens - settings.test_mask.num_hidden(settings.grid)
     train = tokens - settings.mask.num_hidden(settings.grid)
@@ -45,6 +51,8 @@ def cost(settings: TrainingConfig) -> Cost:
     inference_params = _encoder_params(settings) + _classifier_params(settings)
     return Cost(
         gflops=(_encoder_flops(settings, test) + _classifier_flops(settings, test)) / 1e9,
+        # A backward pass has about twice the operations of a forward pass: one product each for the
+        # gradients of inputs and of weights.
         train_gflops=3 * forward / 1e9,
         params_m=inference_params / 1e6,
         train_params_m=(inference_params + _decoder_params(settings)) / 1e6,
@@ -54,6 +62,8 @@ def cost(settings: TrainingConfig) -> Cost:
 
 
 def _blocks_flops(num_tokens: int, width: int, depth: int) -> int:
+    # A block: 3 D² for queries, keys and values, D² for their projection, 8 D² for the MLP (ratio
+    # 4), each for N tokens; N² D each for QKᵀ and its product with V; two LayerNorms, 5 N D each.
     return depth * (
         12 * width**2 * num_tokens + 2 * num_tokens**2 * width + 10 * num_tokens * width
     )
@@ -62,6 +72,7 @@ def _blocks_flops(num_tokens: int, width: int, depth: int) -> int:
 def _encoder_flops(settings: TrainingConfig, visible: int) -> int:
     width, depth, _ = settings.encoder.dimensions
     embedding = prod(settings.grid) * _patch_values(settings) * width
+    # With norm: pooled the encoder has no last norm; the linear classifier counts its own.
     last_norm = 5 * visible * width * (settings.classifier.norm == "tokens")
     return embedding + _blocks_flops(visible, width, depth) + last_norm
 
@@ -75,8 +86,10 @@ def _classifier_flops(settings: TrainingConfig, visible: int) -> int:
     if config.kind == "linear":
         return 5 * width * (config.norm == "pooled") + width * classes
     project = visible * width * config.width
+    # Only the MLP's first layer runs on each token; the others run on one averaged vector.
     if config.kind == "mlp":
         return project + max(config.depth - 2, 0) * config.width**2 + config.width * classes
+    # With mask tokens (Table VII) the blocks run on all N tokens instead of the visible ones.
     inside = prod(settings.grid) if config.mask_tokens else visible
     return (
         project
@@ -92,9 +105,10 @@ def _decoder_flops(settings: TrainingConfig, visible: int) -> int:
     config = settings.reconstruction
     tokens = prod(settings.grid)
     unseen = tokens - visible
-    ends = visible * settings.encoder.dimensions[
-        0
-    ] * config.width + unseen * config.width * _patch_values(settings)
+    encoder_width = settings.encoder.dimensions[0]
+    # The projection runs on visible tokens, the last norm and the pixel head on hidden ones. The
+    # blocks are counted on all tokens, though the last one computes less (see Decoder).
+    ends = visible * encoder_width * config.width + unseen * config.width * _patch_values(settings)
     return ends + _blocks_flops(tokens, config.width, config.depth) + 5 * unseen * config.width
 
 
@@ -103,6 +117,8 @@ def _patch_values(settings: TrainingConfig) -> int:
 
 
 def _blocks_params(width: int, depth: int) -> int:
+    # A block's matrices have 12 D² weights. The vectors of 13 D: biases of the query, key, value
+    # and output projections 4 D and of the MLP 5 D, two LayerNorms of 2 D.
     return depth * (12 * width**2 + 13 * width)
 
 

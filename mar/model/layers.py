@@ -1,8 +1,10 @@
-"""What encoder, decoder and bridging classifier share: positions and transformer blocks.
+"""Parts of encoder, decoder and bridging classifier: positions and transformer blocks.
 
-Departures from the released code: attention never builds the matrix softmax(QKᵀ), except where that
-is faster; and the blocks are timm's, whose key projection has a bias. Softmax does not change when
-every key moves by the same vector, so a checkpoint without one is loaded with zeros.
+Departures from the released code:
+
+- Attention does not build the matrix softmax(QKᵀ), except where that is faster.
+- The blocks are timm's, whose key projection has a bias. Softmax does not change when the same
+  vector is added to every key, so a checkpoint without this bias is loaded with zeros.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 _CLIPS_AT_ONCE = 4
-"""Of an evaluation's batch, whose softmax(QKᵀ) is there at one time."""
+"""Clips of an evaluation's batch whose softmax(QKᵀ) is in memory at one time."""
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 """LayerNorm with the ε of the released models."""
 
@@ -30,6 +32,8 @@ def sin_cos_positions(num_tokens: int, width: int) -> Float[Tensor, "N D"]:
 
     Sine in even and cosine in odd channels of p / 10000^(2⌊j/2⌋/D), where p is the flat index.
     """
+    # In double precision, as the release computes it: the angle is up to N - 1 (1,567) radians, and
+    # float32 would lose digits of its sine.
     position = torch.arange(num_tokens, dtype=torch.float64)[:, None]
     channel = torch.arange(width)
     angle = position / torch.pow(10000.0, 2 * (channel // 2).double() / width)
@@ -43,17 +47,16 @@ def attention(
 ) -> Float[Tensor, "B heads Q d"]:
     """Return softmax(QKᵀ/√d)V by the fastest way on the device.
 
-    That is PyTorch's fused kernel, except on a CPU in bfloat16: its matrix units multiply whole
-    matrices several times faster than the fused kernel uses them, forward and backward
-    (benchmarks/, docs/log.md).
+    That is PyTorch's fused kernel, except on a CPU in bfloat16: there, two plain matrix products
+    are about twice as fast, forward and backward (benchmarks/, docs/log.md).
     """
     if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
+        # In training the whole matrix is kept for the backward pass anyway.
         if torch.is_grad_enabled():
             return explicit_attention(queries, keys, values)
+        # In evaluation nothing is kept, so pieces of a batch bound the memory.
         pieces = zip(*(each.split(_CLIPS_AT_ONCE) for each in (queries, keys, values)), strict=True)
-        return torch.cat(
-            [explicit_attention(*piece) for piece in pieces]
-        )  # what is kept for nobody may be small
+        return torch.cat([explicit_attention(*piece) for piece in pieces])
     return F.scaled_dot_product_attention(queries, keys, values)
 
 
@@ -69,7 +72,7 @@ def explicit_attention(
 class Attention(TimmAttention):
     """timm's self-attention, with :func:`attention` inside.
 
-    With ``num_queries``, for the last tokens alone.
+    With ``num_queries``, only that many last tokens are computed.
     """
 
     def forward(
@@ -79,13 +82,17 @@ class Attention(TimmAttention):
         is_causal: bool = False,
         num_queries: int | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        """Return what each token, or each of the last ones, gathers from all."""
+        """Return the attention of each token, or of each of the last ones, to all tokens."""
+        # timm's signature has both arguments. MAR drops hidden tokens before the encoder, so no
+        # attention mask is needed.
         assert attn_mask is None and not is_causal, "every token sees every token here"
         if num_queries is None:
             queries, keys, values = (
                 self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
             )
         else:
+            # timm stacks the projections of queries, keys and values in one matrix, in this order.
+            # The rows of the queries are applied to the last tokens, the others to all.
             width = x.shape[-1]
             weight = self.qkv.weight
             bias = self.qkv.bias
@@ -97,7 +104,7 @@ class Attention(TimmAttention):
 
 
 class Block(TimmBlock):
-    """timm's pre-norm block; if asked, for the last ``num_out`` tokens alone."""
+    """timm's pre-norm block, which can compute the last ``num_out`` tokens only."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Tensor, "B N D"], num_out: int | None = None
@@ -113,18 +120,18 @@ class Block(TimmBlock):
     def attention_branch(
         self, x: Float[Tensor, "B N D"], num_out: int | None = None
     ) -> Float[Tensor, "B Q D"]:
-        """Return what attention adds."""
+        """Return the attention's output, which is added to the tokens."""
         return self.attn(self.norm1(x), num_queries=num_out)
 
     def mlp_branch(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Return what the MLP adds."""
+        """Return the MLP's output, which is added to the tokens."""
         return self.mlp(self.norm2(x))
 
     def compile_parts(self, mode: str = "default") -> None:
-        """Compile what is between the residual sums.
-
-        The compiled code is the same for all blocks, which differ in stochastic depth.
-        """
+        """Compile the parts between the residual sums."""
+        # Stochastic depth is outside of these parts. Its rate differs from block to block and is a
+        # constant of compiled code: whole blocks would be compiled once for each rate, and
+        # torch.compile stops compiling after eight versions (docs/log.md).
         self.attention_branch = torch.compile(self.attention_branch, mode=mode, dynamic=False)
         self.mlp_branch = torch.compile(self.mlp_branch, mode=mode, dynamic=False)
 
@@ -133,8 +140,8 @@ class Blocks(nn.Sequential):
     """Transformer blocks, one after another."""
 
     activation_checkpointing = False
-    """Keep no activations inside a block: compute them again in the backward pass. Less memory, a
-    third more work."""
+    """Keep no activations inside a block: compute them again in the backward pass. This takes less
+    memory and a third more work."""
 
     def forward(
         self, input: Float[Tensor, "B N D"], num_out: int | None = None
@@ -142,6 +149,7 @@ class Blocks(nn.Sequential):
         """Return all tokens, or the last ``num_out``."""
         x = input
         for number, block in enumerate(self, start=1):
+            # Only the last block may drop tokens: the blocks before it need all keys and values.
             wanted = num_out if number == len(self) else None
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = cast("Tensor", checkpoint(block, x, wanted, use_reentrant=False))
@@ -151,10 +159,12 @@ class Blocks(nn.Sequential):
 
 
 def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.0) -> Blocks:
-    """Return ``depth`` pre-norm blocks (MLP ratio 4, GELU).
+    """Return ``depth`` pre-norm blocks (MLP ratio 4, GELU, timm's defaults).
 
-    Stochastic depth rises linearly to ``drop_path``.
+    The rate of stochastic depth rises linearly from 0 in the first block to ``drop_path`` in the
+    last (Table I).
     """
+    # With one block the divisor would be 0; its rate is 0 then.
     rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
     block = partial(
         Block,
@@ -172,11 +182,12 @@ def set_execution_mode(
 ) -> None:
     """Set how a model's blocks run.
 
-    Compiled in a mode of ``torch.compile`` (empty: not compiled), and with activations recomputed.
+    ``compiled`` is a mode of ``torch.compile`` (empty: not compiled). ``activation_checkpointing``
+    recomputes activations in the backward pass.
     """
-    if (
-        compiled
-    ):  # what an earlier trial in this process compiled counts against PyTorch's limit of eight
+    # A worker trains one trial after another. Code that was compiled for an earlier trial counts
+    # against PyTorch's limit of eight versions, and the new model would run uncompiled.
+    if compiled:
         torch.compiler.reset()
     for part in model.modules():
         if isinstance(part, Blocks):
@@ -188,12 +199,12 @@ def set_execution_mode(
 def initialise(module: nn.Module, as_made: Sequence[nn.Module] = ()) -> None:
     """Give linear layers Xavier-uniform weights and zero biases.
 
-    Those in ``as_made`` keep PyTorch's own initialisation.
-
-    Norms start as the identity.
+    Those in ``as_made`` keep PyTorch's own initialisation. So do norms, which start as the
+    identity.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear) and part not in as_made:
             nn.init.xavier_uniform_(part.weight)
+            # nn.Linear declares its bias as a tensor, but with bias=False it is None.
             if part.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
                 nn.init.zeros_(part.bias)

@@ -1,4 +1,4 @@
-"""MAR: mask, encode, two branches, the loss of Eq. 5 (section III, Fig. 2)."""
+"""MAR: encode the visible tokens, run two branches, add their losses by Eq. 5 (section III)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of each clip, before they are averaged over the batch."""
+    """The losses L, L_c and L_r of each clip (Eqs. 3 to 5), before the average over the batch."""
 
     total: Float[Tensor, " B"]
     classification: Float[Tensor, " B"]
@@ -31,7 +31,10 @@ def split_indices(hidden: Bool[Tensor, "B t h w"]) -> tuple[Int[Tensor, "B K"], 
     Masks are drawn on the CPU, so counting here does not make an accelerator wait.
     """
     flat = hidden.flatten(1)
+    # Visible tokens (0) sort before hidden ones (1). The stable sort keeps each group in the order
+    # t, h, w.
     order = flat.to(torch.uint8).argsort(dim=1, stable=True)
+    # The first clip's count serves for all: all masks of a batch hide the same number of tokens.
     num_visible = flat.shape[1] - int(flat[0].sum())
     return order[:, :num_visible], order[:, num_visible:]
 
@@ -41,9 +44,9 @@ def _decoder(settings: TrainingConfig, width: int, num_tokens: int, patch_values
 
 
 class MAR(nn.Module):
-    """Masked Action Recognition (Fig.
+    """Masked Action Recognition (Fig. 2).
 
-    2): videos of pixels from 0 to 1, and a mask that is True where hidden.
+    Takes videos with pixel values from 0 to 1, and a mask that is True where a token is hidden.
     """
 
     mean: Tensor
@@ -58,6 +61,8 @@ class MAR(nn.Module):
         self.encoder = Encoder(
             settings.encoder, num_tokens, last_norm=settings.classifier.norm == "tokens"
         )
+        # Also built for a pre-training, which has none: its initialisation takes numbers from
+        # PyTorch's generator, and without it the decoder would start from other random weights.
         classifier = build_classifier(
             settings.classifier, width, num_tokens, settings.data.num_classes
         )
@@ -68,6 +73,8 @@ class MAR(nn.Module):
             self.decoder = _decoder(settings, width, num_tokens, patch_values)
         else:
             self.decoder = None
+        # Not persistent: the buffers are constants and no part of a checkpoint. As buffers they
+        # move to the device with the model.
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1, 1), persistent=False)
 
@@ -77,22 +84,27 @@ class MAR(nn.Module):
         hidden: Bool[Tensor, "B t h w"],
         labels: Float[Tensor, "B classes"],
     ) -> Losses:
-        """Return L = λ L_r + L_c for each clip (Eq. 5), or L_r alone.
+        """Return L = λ L_r + L_c for each clip (Eq. 5), or L_r alone in a pre-training.
 
         ``labels`` are class probabilities.
         """
-        visible_places, hidden_places = self._places(hidden)
-        tokens = self.encoder((pixels - self.mean) / self.std, visible_places)
+        visible_indices, hidden_indices = self._indices(hidden)
+        tokens = self.encoder((pixels - self.mean) / self.std, visible_indices)
         nothing = torch.zeros(len(pixels), device=pixels.device)
         classification = reconstruction = nothing
         if self.classifier is not None:
-            scores = self.classifier(tokens, visible_places)
+            scores = self.classifier(tokens, visible_indices)
+            # L_c of Eq. 4: minus the sum over classes of z_i log p_i. z has smoothed and mixed
+            # labels (Table I). Under autocast the scores are bfloat16; the loss is in float32.
             classification = F.cross_entropy(scores.float(), labels, reduction="none")
         if self.decoder is not None:
-            predicted = self.decoder(tokens, visible_places, hidden_places)
-            reconstruction = reconstruction_loss(predicted, self._target(pixels, hidden_places))
+            predicted = self.decoder(tokens, visible_indices, hidden_indices)
+            # The target x_M of Eq. 3 has the pixels from 0 to 1, as in the release: without
+            # ImageNet's mean and deviation, which are for the encoder alone.
+            reconstruction = reconstruction_loss(predicted, self._target(pixels, hidden_indices))
         if self.classifier is None:
             return Losses(reconstruction, nothing, reconstruction)
+        # Eq. 5, where λ is reconstruction.weight. Without a decoder L_r is zero here.
         return Losses(
             self.reconstruction.weight * reconstruction + classification,
             classification,
@@ -104,9 +116,9 @@ class MAR(nn.Module):
     ) -> Float[Tensor, "B classes"]:
         """Return the class scores; the reconstruction branch is not run (Fig. 2)."""
         assert self.classifier is not None
-        visible_places, _ = self._places(hidden)
+        visible_indices, _ = self._indices(hidden)
         return self.classifier(
-            self.encoder((pixels - self.mean) / self.std, visible_places), visible_places
+            self.encoder((pixels - self.mean) / self.std, visible_indices), visible_indices
         )
 
     def reconstruct(
@@ -114,9 +126,9 @@ class MAR(nn.Module):
     ) -> Float[Tensor, "B M P"]:
         """Return the predicted values of the hidden tubelets (Fig. 6)."""
         assert self.decoder is not None
-        visible_places, hidden_places = self._places(hidden)
-        tokens = self.encoder((pixels - self.mean) / self.std, visible_places)
-        return self.decoder(tokens, visible_places, hidden_places)
+        visible_indices, hidden_indices = self._indices(hidden)
+        tokens = self.encoder((pixels - self.mean) / self.std, visible_indices)
+        return self.decoder(tokens, visible_indices, hidden_indices)
 
     def _target(
         self, pixels: Float[Tensor, "B C T H W"], hidden: Int[Tensor, "B M"]
@@ -125,10 +137,15 @@ class MAR(nn.Module):
             pixels, hidden, self.encoder.tubelet, self.reconstruction.normalize_target
         )
 
-    def _places(
+    def _indices(
         self, hidden: Bool[Tensor, "B t h w"]
     ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
-        visible, hidden_places = split_indices(hidden)
-        return visible.to(self.mean.device, non_blocking=True), hidden_places.to(
-            self.mean.device, non_blocking=True
+        """Return the indices of visible and of hidden tokens, on the model's device."""
+        visible_indices, hidden_indices = split_indices(hidden)
+        device = self.mean.device
+        # The copies may be asynchronous: the device's stream runs them before the kernels that
+        # read the indices.
+        return (
+            visible_indices.to(device, non_blocking=True),
+            hidden_indices.to(device, non_blocking=True),
         )

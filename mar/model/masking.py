@@ -12,6 +12,9 @@ Departures from the released code, and choices where the paper is silent:
 - A standard block mask is one rectangle, the same in every slice.
 - A uniform mask is a running cell as large as the token grid (section III-B).
 
+The strategies are those of Fig. 3 and Table II. All but ``frame`` and ``tube`` can run, by Eq. 1:
+M_t = s(M_{t-1} | M_{t-2}, ..., M_1), where s rotates the mask from one slice to the next.
+
 A new strategy is a function like those below, an entry in ``_STRATEGIES``, and a name in
 ``MaskConfig.strategy``.
 """
@@ -28,7 +31,7 @@ from torch import Tensor
 from mar.config.schema import Grid, MaskConfig, TrainingConfig
 
 _WIDEST_BLOCK = 3.0
-"""A block's height is up to so many times its width, or the other way round."""
+"""Largest ratio of a block's height to its width, or of its width to its height."""
 
 Strategy = Callable[[MaskConfig, Grid, int, int, torch.Generator], Tensor]
 """(settings, token grid, hidden tokens of a clip, clips, generator) -> mask, B × t × h × w."""
@@ -38,6 +41,8 @@ def training_mask(
     mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator
 ) -> Bool[Tensor, "B t h w"]:
     """Draw an independent mask for each clip, on the generator's device."""
+    # At ratio 0 every strategy gives the same mask, and a grid that the cell does not divide is
+    # allowed (TrainingConfig checks the cell only where a ratio is above 0).
     if mask.ratio == 0:
         return torch.zeros(num_clips, *grid, dtype=torch.bool, device=generator.device)
     strategy = _STRATEGIES[mask.strategy]
@@ -49,11 +54,13 @@ def evaluation_mask(
 ) -> Bool[Tensor, "1 t h w"]:
     """Return the one mask that all clips of an evaluation share (section III-B, last paragraph).
 
-    Cells run in order from ``evaluation.mask.start``. Strategies that are random in testing too are
-    drawn once, from a fixed seed.
+    Cells run in order from ``evaluation.mask.start``. The other strategies are random in testing
+    too: their mask is drawn once, from a fixed seed.
     """
     mask = settings.test_mask
     grid = settings.grid
+    # "In inference, we simply use the spatially repeated running masking": all cells start in the
+    # same state, and the slices are not shuffled.
     if mask.strategy in ("cell", "uniform") and mask.ratio > 0:
         _, h, w = grid
         cell = mask.cell
@@ -61,6 +68,8 @@ def evaluation_mask(
             cell = (h, w)
         starts = torch.full((1, h // cell[0], w // cell[1]), settings.evaluation.mask.start)
         return _run_cells(mask, grid, cell, mask.num_hidden(grid), starts).to(device)
+    # The seed is a constant and not settings.seed: trials that differ only in their seed are tested
+    # under the same mask.
     generator = torch.Generator().manual_seed(0)
     return training_mask(mask, grid, 1, generator).to(device)
 
@@ -68,14 +77,14 @@ def evaluation_mask(
 def _cell(
     mask: MaskConfig, grid: Grid, num_hidden: int, num_clips: int, generator: torch.Generator
 ) -> Bool[Tensor, "B t h w"]:
-    """Cell running masking with cells of ``mask.cell`` tokens."""
+    """Draw cell running masks with cells of ``mask.cell`` tokens (Fig. 3 d, e)."""
     return _cells(mask, grid, mask.cell, num_hidden, num_clips, generator)
 
 
 def _uniform(
     mask: MaskConfig, grid: Grid, num_hidden: int, num_clips: int, generator: torch.Generator
 ) -> Bool[Tensor, "B t h w"]:
-    """Cell running masking with one cell as large as the token grid."""
+    """Draw uniform running masks: one cell as large as the token grid (Fig. 3 c)."""
     return _cells(mask, grid, (grid[1], grid[2]), num_hidden, num_clips, generator)
 
 
@@ -87,13 +96,14 @@ def _cells(
     num_clips: int,
     generator: torch.Generator,
 ) -> Bool[Tensor, "B t h w"]:
-    """Cell running masking with its augmentations (Fig. 4): random starts, shuffled slices."""
+    """Draw cell running masks with their augmentations: random starts (Fig. 4), shuffled slices."""
     t, h, w = grid
     r, q = cell
     device = generator.device
     rows = h // r
     columns = w // q
-    # "Repeated": all cells of a clip start in the same state. "Random": each cell in its own.
+    # "Repeated" (Fig. 4 b): all cells of a clip start in the same state. "Random" (Fig. 4 a): each
+    # cell starts in a state of its own.
     shape = (num_clips, rows, columns)
     if mask.spatial == "repeated":
         shape = (num_clips, 1, 1)
@@ -102,7 +112,8 @@ def _cells(
     hidden = _run_cells(mask, grid, cell, num_hidden, starts)
     if mask.temporal == "fixed":
         return hidden
-    # "Shuffled": the slices of each clip in an order of its own.
+    # "Shuffled": whole slices of each clip are permuted, all cells together, as in the release.
+    # A permutation keeps the number of hidden tokens, which is the same for every clip.
     order = torch.rand(num_clips, t, generator=generator, device=device).argsort(dim=1)
     return torch.take_along_dim(hidden, order[:, :, None, None], dim=1)
 
@@ -114,10 +125,10 @@ def _run_cells(
     num_hidden: int,
     starts: Int[Tensor, "B rows columns"],
 ) -> Bool[Tensor, "B t h w"]:
-    """Eq.
+    """Return the masks of cells that run from given start states (Eq. 1).
 
-    1: in slice t, a cell that started in state i is in state t + i, each state the last one rotated
-        by one.
+    In slice t, a cell that started in state i is in state t + i (modulo the cell's area). Each
+    state is the one before it, rotated by one token: this is the function s of Eq. 1.
     """
     t, h, w = grid
     r, q = cell
@@ -125,6 +136,7 @@ def _run_cells(
     columns = w // q
     states, has_one_more = _cell_states(cell, num_hidden, t * rows * columns)
     slices = torch.arange(t, device=starts.device)[None, :, None, None]
+    # A standard mask stays in its start state: as if every slice were the first.
     if mask.motion == "standard":
         slices = torch.zeros_like(slices)
     state = (slices + starts[:, None]) % (r * q)
@@ -140,14 +152,14 @@ def _cell_states(
 ) -> tuple[Bool[Tensor, "2 area area"], Int[Tensor, " num_cells"]]:
     """Return the states of a cell, and which count of hidden tokens each cell of a clip has.
 
-    The first tensor has the rotations of state A, with the mean count of hidden tokens rounded
-    down, and with one more. The second has 0 or 1 for each cell: evenly spread over the clip, so
-    that its total is ``num_hidden``.
+    The first tensor has all rotations of state A: at index 0 with the mean count of hidden tokens
+    rounded down, at index 1 with one more. The second tensor chooses 0 or 1 for each cell. The ones
+    are spread evenly over the clip, and its total is ``num_hidden``.
     """
     area = cell[0] * cell[1]
     few = num_hidden // num_cells
-    # How many tokens are hidden before each cell, if they are spread evenly; the differences are
-    # few or few + 1.
+    # Hidden tokens before each cell, if they are spread evenly over the cells. The differences are
+    # the cells' counts, few or few + 1, and add up to num_hidden.
     before = torch.arange(num_cells + 1) * num_hidden // num_cells
     rotations: list[Tensor] = []
     for count in (few, few + 1):
@@ -157,25 +169,27 @@ def _cell_states(
 
 
 def _state_a(cell: tuple[int, int], num_hidden: int) -> Bool[Tensor, " area"]:
-    """State A, row by row: the first tokens of a 2 × 2 cell.
+    """Return state A of a cell, row by row (section III-B, "Running cell").
 
-    In a larger one, the rarer kind is spread.
-
-    Packed together, the mask of a large cell would be a block (section IV-B, "the spatial size of
-    the running cell"). The released code spreads with a whole stride; where that leaves tokens over
-    and it fails, ours are spread evenly.
+    In a 2 × 2 cell the first tokens are hidden. In a larger cell the tokens of the rarer kind,
+    hidden or visible, are spread over it: side by side, the hidden tokens of a large cell would
+    form a block (section IV-B, "the spatial size of the running cell"). The released code spreads
+    with a whole stride. Where that stride would leave the cell, and the released code fails, the
+    tokens are spread evenly here.
     """
     area = cell[0] * cell[1]
+    # The paper puts "the masks in the first patches" of a 2 × 2 cell and calls this state A.
     if cell == (2, 2):
         return torch.arange(area) < num_hidden
     rarer = max(min(num_hidden, area - num_hidden), 0)
     stride = math.ceil(area / max(rarer, 1))
+    # The whole stride of the release gives its stripes and checkerboards (7 × 2, 2 × 7, 14 × 14).
     positions = torch.arange(rarer) * stride
     if (rarer - 1) * stride >= area:
         positions = torch.arange(rarer) * area // rarer
     spread = torch.zeros(area, dtype=torch.bool)
     spread[positions] = True
-    # What was spread are the hidden tokens if those are fewer, else the visible ones.
+    # The spread tokens are the hidden ones if the hidden ones are rarer, else the visible ones.
     if num_hidden == rarer:
         return spread
     return ~spread
@@ -184,9 +198,10 @@ def _state_a(cell: tuple[int, int], num_hidden: int) -> Bool[Tensor, " area"]:
 def _random(
     mask: MaskConfig, grid: Grid, num_hidden: int, num_clips: int, generator: torch.Generator
 ) -> Bool[Tensor, "B t h w"]:
-    """Tokens by chance, in the whole clip; a running one is drawn in the first slice and moves."""
+    """Draw tokens at random from the whole clip; running: from the first slice, and move them."""
     t, h, w = grid
     device = generator.device
+    # Fig. 3 a: the random mask of the first slice moves on, so every slice hides the same number.
     if mask.motion == "running":
         noise = torch.rand(num_clips, h * w, generator=generator, device=device)
         first = _smallest(noise, num_hidden // t).view(num_clips, h, w)
@@ -198,23 +213,27 @@ def _random(
 def _block(
     mask: MaskConfig, grid: Grid, num_hidden: int, num_clips: int, generator: torch.Generator
 ) -> Bool[Tensor, "B t h w"]:
-    """A rectangle of random position and shape, the same in every slice, or running.
+    """Draw a rectangle of random position and shape, the same in every slice, or running.
 
-    Its tokens are those nearest to its centre, by the larger of two scaled distances: so their
-    number is exact.
+    Its tokens are those nearest to its centre, by the larger of two scaled distances. So their
+    number is exact, which a rectangle with whole sides could not be.
     """
     t, h, w = grid
     device = generator.device
+    # Both from one call: centre has a row and a column, shape uses the first of its two numbers.
     centre, shape = torch.rand(2, num_clips, 2, 1, generator=generator, device=device)
-    # Height over width is the square of this: uniform in its logarithm.
+    # The ratio of height to width is 1 / stretch², and uniform in its logarithm: a high block is
+    # as likely as a wide one.
     longest = torch.log(torch.tensor(_WIDEST_BLOCK)) / 2
     stretch = torch.exp((2 * shape[:, 0] - 1) * longest)[..., None]
+    # Distances are measured between centres of tokens, which lie at half numbers.
     rows = torch.arange(h, device=device)[None] + 0.5
     columns = torch.arange(w, device=device)[None] + 0.5
     dy = (rows - centre[:, 0] * h).abs()[:, :, None] * stretch
     dx = (columns - centre[:, 1] * w).abs()[:, None, :] / stretch
     distance = torch.maximum(dy, dx).flatten(1)
     block = _smallest(distance, num_hidden // t).view(num_clips, h, w)
+    # Fig. 3 b: the block of the first slice moves on.
     if mask.motion == "running":
         return _run_across(block, t)
     return block[:, None].expand(-1, t, -1, -1)
@@ -223,7 +242,7 @@ def _block(
 def _tube(
     mask: MaskConfig, grid: Grid, num_hidden: int, num_clips: int, generator: torch.Generator
 ) -> Bool[Tensor, "B t h w"]:
-    """Tokens by chance, the same in every slice (VideoMAE)."""
+    """Draw tokens at random, the same ones in every slice (VideoMAE's tube masking)."""
     t, h, w = grid
     noise = torch.rand(num_clips, h * w, generator=generator, device=generator.device)
     tube = _smallest(noise, num_hidden // t).view(num_clips, 1, h, w)
@@ -233,7 +252,7 @@ def _tube(
 def _frame(
     mask: MaskConfig, grid: Grid, num_hidden: int, num_clips: int, generator: torch.Generator
 ) -> Bool[Tensor, "B t h w"]:
-    """Whole slices by chance."""
+    """Draw whole slices at random."""
     t, h, w = grid
     noise = torch.rand(num_clips, t, generator=generator, device=generator.device)
     slices = _smallest(noise, num_hidden // (h * w))
@@ -241,16 +260,18 @@ def _frame(
 
 
 def _smallest(values: Float[Tensor, "B n"], count: int) -> Bool[Tensor, "B n"]:
-    """True at the ``count`` smallest values of each row.
+    """Return a mask that is True at the ``count`` smallest values of each row.
 
     Of equal values the earlier one counts as smaller.
     """
+    # Distances in a block are often equal. An unstable sort would order them differently on other
+    # devices and versions of PyTorch.
     chosen = values.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, chosen, True)
 
 
 def _run_across(first: Bool[Tensor, "B h w"], t: int) -> Bool[Tensor, "B t h w"]:
-    """Eq. 1 with s = one column to the right, round the edge."""
+    """Apply Eq. 1, where s moves the mask by one column to the right, round the edge."""
     return torch.stack([first.roll(step, dims=2) for step in range(t)], dim=1)
 
 

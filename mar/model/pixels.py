@@ -1,4 +1,4 @@
-"""From the uint8 pixels of a video to what the encoder takes."""
+"""Pixel values: from the uint8 of a video to floats, and ImageNet's statistics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def to_pixels(clips: UInt8[Tensor, "B T H W C"]) -> Float[Tensor, "B C T H W"]:
     return clips.permute(0, 4, 1, 2, 3).float() / 255
 
 
+# By channel (red, green, blue), of pixel values from 0 to 1. VideoMAE and the release normalise
+# with these numbers, so their weights expect them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
 IMAGENET_STD = (0.229, 0.224, 0.225)

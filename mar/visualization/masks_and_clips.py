@@ -1,4 +1,4 @@
-"""Pictures of masks, as in Figs. 3 and 4, and of the clips that training sees."""
+"""Pictures of masks, as in Figs. 3 and 4, and of clips after training's augmentation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from mar.visualization.charts import save
 
 
 def example_masks(settings: TrainingConfig, num_clips: int) -> dict[str, Bool[Tensor, "t h w"]]:
-    """Return the mask of evaluation and some drawn as in training, by name."""
+    """Return the mask of evaluation and ``num_clips`` masks drawn as in training, by name."""
+    # Examples, and not the masks of a certain step, whose generator has another seed (draw_step).
     generator = torch.Generator().manual_seed(settings.seed)
     drawn = training_mask(settings.mask, settings.grid, num_clips, generator)
     named = {f"training, clip {number}": mask for number, mask in enumerate(drawn, start=1)}
@@ -32,14 +33,13 @@ def example_masks(settings: TrainingConfig, num_clips: int) -> dict[str, Bool[Te
 
 
 def draw_clips(settings: TrainingConfig, num_clips: int, num_frames: int, file: Path) -> None:
-    """Draw clips of the first step as training sees them, some frames of each.
-
-    They are augmented and mixed.
+    """Draw some frames of clips of the first training step, after augmentation and mixing.
 
     Raises:
-        UserError: the data is not there, or matplotlib does not write that format.
-        Failure: a video is broken.
+        UserError: the data is missing, or matplotlib does not write that format.
+        Failure: a video cannot be decoded, and ``data.broken`` is ``error``.
     """
+    # The same steps as in the training loop, for one worker and step 0, on the CPU.
     videos = read_split(settings.data, "train")
     order = TrainingOrder(settings, len(videos), WorkerRank())
     check(settings.data, videos)
@@ -48,6 +48,8 @@ def draw_clips(settings: TrainingConfig, num_clips: int, num_frames: int, file: 
     if batch.broken and settings.data.broken == "error":
         raise Failure(str(batch.broken[0]))
     row = one_after_another(batch)
+    # Only the first num_clips videos are decoded, so their clips come first in the whole batch too.
+    # The choices are drawn for the whole batch, as in training, and then the first are taken.
     shown_clips = slice(min(num_clips, settings.recipe.batch_size))
     drawn = draw_step(settings, 0).of(range(settings.recipe.batch_size)[shown_clips])
     pixels, targets = augmented(row.clips[shown_clips], row.labels[shown_clips], drawn, settings)
@@ -55,6 +57,7 @@ def draw_clips(settings: TrainingConfig, num_clips: int, num_frames: int, file: 
         pixels, targets, settings.augment, rng(settings.seed, Stream.MIX, 0), row.good[shown_clips]
     )
     names = class_names(settings.data)
+    # Four clips on a line, each as a few frames from its first to its last.
     shown = torch.linspace(0, pixels.shape[2] - 1, num_frames).long()
     figure = Figure(
         figsize=(4 * num_frames * 0.9, 1.05 * (-(-len(pixels) // 4))), layout="constrained"
@@ -67,6 +70,7 @@ def draw_clips(settings: TrainingConfig, num_clips: int, num_frames: int, file: 
         line = panels[number // 4][number % 4 * num_frames :]
         for panel, frame in zip(line, shown.tolist(), strict=False):
             panel.imshow(clip[:, frame].clamp(0, 1).permute(1, 2, 0).numpy())
+        # A mixed clip has the labels of two clips; the title shows both with their shares.
         best = target.topk(min(2, len(target)))
         lines = [
             f"{names[label][:18]} {share:.0%}"
@@ -87,6 +91,7 @@ def draw_masks(masks: dict[str, Bool[Tensor, "t h w"]], title: str, file: Path) 
     panels: Any = figure.subplots(len(masks), num_slices, squeeze=False)
     for row, (line, (name, mask)) in enumerate(zip(panels, masks.items(), strict=True)):
         for step, (panel, hidden) in enumerate(zip(line, mask, strict=True)):
+            # pcolormesh has its first row at the bottom.
             cells = hidden.flip(0).int().numpy()
             panel.pcolormesh(cells, cmap="Greys", vmin=0, vmax=1.6, edgecolors="0.8", linewidth=0.4)
             panel.set(aspect="equal", xticks=[], yticks=[])

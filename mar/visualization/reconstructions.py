@@ -1,7 +1,4 @@
-"""What the reconstruction branch reconstructs (Fig. 6).
-
-The original video, the masked one, the reconstructed one.
-"""
+"""Pictures of reconstructions (Fig. 6): the original, the masked and the reconstructed video."""
 
 from __future__ import annotations
 
@@ -27,8 +24,9 @@ from mar.model.pixels import to_pixels
 from mar.visualization.charts import save
 
 _GREY = 0.5
+"""Value of hidden pixels in the masked video, from 0 to 1."""
 _LABEL_IN = 0.3
-"""Inches beside the frames."""
+"""Width of the labels beside the frames, in inches."""
 
 
 @torch.no_grad()
@@ -40,20 +38,21 @@ def rebuilt(
 ) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B C T H W"]]:
     """Return the masked videos and the reconstructed ones.
 
-    Hidden patches are grey in the first, the model's in the second.
-
-    A model that draws normalised patches says nothing of their mean and deviation: the original's
-    are taken.
+    Hidden patches are grey in the masked videos, and predicted by the model in the others.
     """
     tubelet = settings.encoder.tubelet
     channels = pixels.shape[1]
     patches = patchify(pixels, tubelet)
     indices = split_indices(hidden)[1].to(pixels.device)
+    # gather and scatter need an index for each of the P values of a patch.
     index = indices[..., None].expand(-1, -1, patches.shape[-1])
     original = patches.gather(1, index)
+    # The model predicts patches with the channel last; patchify() has it first.
     drawn = (
         model.reconstruct(pixels, hidden).float().unflatten(-1, (-1, channels)).transpose(-1, -2)
     )
+    # Predictions of normalised patches (Table VIII) have no mean and deviation. They are taken from
+    # the original, and undo the normalisation of reconstruction_target().
     if settings.reconstruction.normalize_target:
         values = original.unflatten(-1, (channels, -1))
         drawn = drawn * (values.std(dim=-1, keepdim=True) + 1e-6) + values.mean(
@@ -64,6 +63,7 @@ def rebuilt(
         for part in (torch.full_like(original, _GREY), drawn.flatten(-2))
     )
     masked, redrawn = (unpatchify(line, settings.grid, tubelet) for line in lines)
+    # A prediction can be outside of the range of pixels.
     return masked, redrawn.clamp(0, 1)
 
 
@@ -75,7 +75,7 @@ def draw_reconstructions(
     Raises:
         UserError: the model has no reconstruction branch, nothing is hidden, or matplotlib does not
             write that format.
-        Failure: a video is broken.
+        Failure: a video cannot be decoded.
     """
     if not settings.redraws_in_testing:
         raise UserError(
@@ -88,6 +88,7 @@ def draw_reconstructions(
     if batch.broken:
         raise Failure(str(batch.broken[0]))
     pixels = to_pixels(batch.clips[:, 0].to(model.mean.device))
+    # The caller may be in the middle of a training, so the model's mode is restored below.
     was_training = model.training
     model.eval()
     lines = (
@@ -98,16 +99,20 @@ def draw_reconstructions(
     )
     model.train(was_training)
     shown = torch.linspace(0, pixels.shape[2] - 1, num_frames).long()
-    tiled = torch.stack([line[:, :, shown].cpu() for line in lines], dim=1)  # B 3 C frames H W
+    # B 3 C frames H W, where 3 are the lines of a video.
+    tiled = torch.stack([line[:, :, shown].cpu() for line in lines], dim=1)
+    # All frames become one image with white gaps: much faster than a matplotlib panel for each.
     height, width = tiled.shape[-2:]
     gap = max(1, width // 32)
     tiled = pad(tiled, (0, gap, 0, gap), value=1.0)
+    # -> (B 3 H) × (frames W) × C. The last gap of each side is cut off.
     picture = tiled.permute(0, 1, 4, 3, 5, 2).flatten(0, 2).flatten(1, 2)[:-gap, :-gap]
     figure = Figure(figsize=(_LABEL_IN + 1.1 * num_frames, 1.1 * height / width * 3 * len(videos)))
     panel: Any = figure.add_axes(
         (_LABEL_IN / figure.get_figwidth(), 0, 1 - _LABEL_IN / figure.get_figwidth(), 1)
     )
     panel.imshow(picture.numpy(), aspect="auto")
+    # A label in the middle of each line of frames, in pixels.
     rows = [(height + gap) * row + height / 2 for row in range(3 * len(videos))]
     panel.set_yticks(
         rows, ["original", "masked", "rebuilt"] * len(videos), fontsize=8, rotation=90, va="center"

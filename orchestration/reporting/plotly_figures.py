@@ -70,8 +70,8 @@ def chart(info: FigureInfo) -> Markup:
         figure.add_trace(_trace(info, series, colour))
     if info.chance is not None:
         figure.add_hline(info.chance, line={"dash": "dot", "color": "#666", "width": 1.5})
-        # The line's name is in the legend, because beside the line it would cover points. plotly
-        # gives add_hline no entry there, so an empty trace has it.
+        # The line's name is in the legend, because beside the line it would cover points. An empty
+        # trace makes the entry.
         legend = {
             "mode": "lines",
             "line": {"dash": "dot", "color": "#666"},
@@ -129,7 +129,7 @@ def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
             hovertemplate=hover,
         )
     if series.is_line:
-        # A curve has its own colour and, beyond the number of colours, dashes. A Pareto front is grey.
+        # With more curves than colours, dashes distinguish those of one colour. A front is grey.
         line: dict[str, Any] = {"color": colour if info.kind == "curves" else "#999"}
         if info.kind == "curves":
             number = [each.name for each in info.series].index(series.name)

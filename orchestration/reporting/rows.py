@@ -146,7 +146,7 @@ def build_rows(study: Study, found: Mapping[str, Record]) -> list[Row]:
 
 
 def _padded(parts: list[str], length: int) -> tuple[str, ...]:
-    """Return exactly ``length`` labels; a quoted method may have fewer labels than there are axes."""
+    """Return exactly ``length`` labels: a quoted method may have fewer labels than the table."""
     return (*parts, *[""] * (length - len(parts)))[:length]
 
 
@@ -184,6 +184,7 @@ def _cell(study: Study, name: str, trials: Sequence[Trial], found: Mapping[str, 
         return Cell("complete", (float(views.crops * views.clips),), paper)
     if source.startswith("cost."):
         return Cell("complete", (cost_figure(cost(trials[0].settings), source),), paper)
+    # A run of an earlier version may lack the metric: it counts as missing.
     runs = [found[trial.key] for trial in trials if trial.key in found]
     values = tuple(
         metric.scale * run.metrics[source] + metric.offset for run in runs if source in run.metrics

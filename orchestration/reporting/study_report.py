@@ -50,7 +50,7 @@ def write_report(results: StudyResults, folder: Path) -> tuple[str, list[str]]:
         # A model's reconstructions are made by its test: before that there is no figure.
         with suppress(UserError):
             draw_figure(results, folder / f"figure.{ending}")
-    # Each picture's numbers are beside it, so that others can draw them in their own style.
+    # ``csv_text`` makes sure that a spreadsheet takes no label for a formula.
     write_text(folder / "figure.csv", csv_text(figure.frame()))
     curves = curves_info(results)
     mistaken = confusion(results)

@@ -65,6 +65,7 @@ def curves_info(results: StudyResults) -> FigureInfo | None:
         _curve(row, [each[shown] for each in several if shown in each])
         for row, several in histories.items()
     ]
+    # A row whose seeds do not all have the metric may have no epoch in common.
     series = [each for each in series if each.x]
     title = f"{study.file.title}: learning curves"
     # A study may have hundreds of rows: their curves could not be distinguished.
@@ -130,7 +131,7 @@ def _history(run: Record, file_of: FileOf) -> dict[str, dict[int, float]]:
         for column, name in enumerate(names)
         if name in _CURVES
     }
-    # A cell is empty if the epoch did not measure the metric, as for a validation every few epochs.
+    # A cell is empty if the metric was not measured in the epoch.
     return {
         name: {epoch: float(value) for epoch, value in zip(epochs, values, strict=True) if value}
         for name, values in columns.items()

@@ -46,16 +46,16 @@ def _counts_text(proposer: OptunaSearch) -> str:
     trials = proposer.study.get_trials(deepcopy=False)
     counts = {state: sum(each.state == state for each in trials) for state in TrialState}
     others = sum("run" in each.user_attrs for each in trials)
-    copies = proposer.known
+    known = proposer.known
     rejected = sum("infeasible" in each.user_attrs for each in trials)
     # Optuna has them as pruned trials, because its samplers do not learn from failed ones.
     counts[TrialState.PRUNED] -= rejected
     counts_text = (
-        f"{counts[TrialState.COMPLETE] - others - copies} trials finished, "
+        f"{counts[TrialState.COMPLETE] - others - known} trials finished, "
         f"{counts[TrialState.PRUNED]} ended early, "
     )
     counts_text += (
-        f"{counts[TrialState.FAIL]} failed or were asked twice, {copies} were found trained; "
+        f"{counts[TrialState.FAIL]} failed or were proposed twice, {known} were already trained; "
         f"{rejected} proposals broke a rule or a constraint and were not trained; "
     )
     return counts_text + f"{others} finished trials of other studies were known before."

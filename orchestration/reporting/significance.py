@@ -25,7 +25,7 @@ from orchestration.studies.trial import Trial
 IN_ONE = " in one training"
 """Suffix of a claim's verdict if some of its rows have one training: another seed might give
 another verdict."""
-ONE_TRAINING = "One training a row: what another seed would change is not in the interval."
+ONE_TRAINING = "One training for each row: the interval does not contain the effect of other seeds."
 Verdict = Literal[
     "supported",
     "supported in one training",

@@ -106,7 +106,7 @@ class TrainingMonitor:
         if self.has_saved:
             return TrainingSignal.CONTINUE
         self.has_saved = True
-        self.log(f"a node of this trial is going away: saving at step {done}")
+        self.log(f"a node of this trial is being preempted: saving at step {done}")
         return TrainingSignal.CHECKPOINT
 
     def _own_signal(self) -> TrainingSignal:
@@ -164,7 +164,7 @@ class TrainingMonitor:
     def _end_stalled(self, timeout_s: float) -> None:
         """Log the stack of every thread, record the failure, and end the process."""
         file = self.trial_dir.worker_log(worker_rank().rank)
-        message = f"no progress for {timeout_s:g} s: what every thread was doing is in {file}"
+        message = f"no progress for {timeout_s:g} s: the stack of every thread is in {file}"
         # The process must end even if the disk cannot be written: it may be the cause of the stall.
         with suppress(OSError):
             with file.open("a", encoding="utf-8") as log:

@@ -72,7 +72,7 @@ def train(
     try:
         spec.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        message = f"{spec.folder} cannot be made: {error}; choose another --store"
+        message = f"{spec.folder} cannot be created: {error}; choose another --store"
         return FailureReason(message, "disk")
     with (
         WorkerLog(spec.trial_dir, worker_rank(), device) as log,
@@ -350,7 +350,7 @@ def _hold_folder(trial: _Trial, heartbeat: Callable[[], None]) -> Generator[None
         holder = _holder(spec.trial_dir)
         if not is_logged and time.monotonic() - began > _PREDECESSOR_S:
             is_logged = True
-            trial.log(f"waiting for {holder}, which trains it now; then its result is taken")
+            trial.log(f"waiting for {holder}, which trains this trial now; its result will be used")
         if spec.stop_file.exists():
             raise Stopped(f"stopped while it waited for {holder}")
     with lock, _named_holder(spec):

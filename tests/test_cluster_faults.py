@@ -301,7 +301,7 @@ def test_a_node_that_is_to_go_has_its_trial_saved_at_once_and_that_is_no_failure
     ]
     ray("drain-node", "--address", cluster.address, "--node-id", node, *reason)
     log = next(workdir.glob("store/trials/*/logs/worker0.txt"))
-    wait_for(lambda: "a node of this trial is to go: saving at step" in log.read_text())
+    wait_for(lambda: "a node of this trial is being preempted: saving at step" in log.read_text())
     cluster.kill("spot")
     cluster.join("another")
     running.ends_well()

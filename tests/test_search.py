@@ -252,8 +252,8 @@ def test_a_space_of_few_points_is_tried_out_and_then_the_search_ends(open_: Open
         best_trials(proposer)
     )
     assert (
-        f"6 trials finished, 0 ended early, 0 failed or were asked twice, {proposer.known} were "
-        "found" in found_text(proposer)
+        f"6 trials finished, 0 ended early, 0 failed or were proposed twice, {proposer.known} were "
+        "already trained" in found_text(proposer)
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures: first the numbers (``FigureInfo``), then the drawing."""
+"""Figures of a study: ``figure_info`` computes the numbers, ``draw`` draws them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from orchestration.studies.metrics import METRICS
 from orchestration.studies.schema import BETWEEN_LABELS
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B2A400")
-"""Of Okabe and Ito: told apart by colour-blind readers too."""
+"""The palette of Okabe and Ito: colour-blind readers can distinguish its colours."""
 _ABOVE = (0, 7)
+"""Offset of a label from its point, in typographic points."""
 _NOTE_WIDTH = 110
+"""Characters in a line of the note below the figure."""
 _LEVEL_CHARACTERS = 70
-"""Of all labels below the bars together; longer ones are written slanting."""
+"""Most characters of all labels below the bars together; longer labels are rotated."""
 _FEW = 6
-"""Points whose labels stand level; more are written slanting and small."""
+"""Most points of a series with horizontal labels; the labels of more are rotated and small."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One quantity over the rows that have it."""
+    """One metric over the rows that have it."""
 
     name: str
     labels: Sequence[str]
@@ -39,32 +41,32 @@ class Series:
     error: Sequence[float]
     """Half widths of 95 % intervals; 0 with one seed."""
     is_papers: bool = False
-    """Whether these are what the paper printed."""
+    """Whether the values are the paper's printed ones."""
     is_line: bool = False
-    """Whether its points are joined: the epochs of a training, the Pareto front."""
+    """Whether its points are joined, as for the epochs of a training or a Pareto front."""
 
 
 @dataclass(frozen=True)
 class FigureInfo:
-    """All that a figure shows, and nothing of how."""
+    """The content of a figure, independent of the library that draws it."""
 
     title: str
     kind: str
-    """points, bars or curves."""
+    """``points``, ``bars`` or ``curves``."""
     x_title: str
     y_title: str
     series: Sequence[Series]
     chance: float | None
-    """Percent, where guessing is drawn."""
+    """Accuracy at chance level in percent. None: its line is not drawn."""
     rows: Sequence[str]
-    """All of them, in the study's order."""
+    """Labels of all rows, in the study's order."""
     missing: Sequence[str]
-    """Rows that have nothing yet."""
+    """Rows without a finished trial."""
     partial: Sequence[str]
-    """Rows of which some seeds are not there yet."""
+    """Rows with some, but not all, seeds finished."""
 
     def frame(self) -> pd.DataFrame:
-        """Return the points, to travel with the picture."""
+        """Return the points as a table, which is stored beside the picture."""
         return pd.DataFrame(
             {"series": series.name, "row": label, "x": x, "y": y, "half_width": error}
             for series in self.series
@@ -75,14 +77,16 @@ class FigureInfo:
 
 
 def figure_info(results: StudyResults) -> FigureInfo:
-    """Return the study's figure as it stands in MLflow."""
+    """Return the numbers of the study's figure, from the runs in MLflow."""
     study = results.study
     layout = study.file.figure
+    # Quoted rows have no runs of ours: they appear only in the series of the paper's numbers.
     all_rows = [row for row in results.rows if not row.is_quoted]
     if layout.group:
         part = axis_parts(study).index(layout.group)
     else:
         part = None
+    # Each label of the group's axis is a series of its own. None stands for a series of all rows.
     if part is not None:
         groups = list(dict.fromkeys(row.labels[part] for row in all_rows))
     else:
@@ -90,6 +94,7 @@ def figure_info(results: StudyResults) -> FigureInfo:
     series: list[Series] = []
     for name in layout.y:
         for group in groups:
+            # The position counts over all groups: it is the row's place on the axis of bars.
             positions = [
                 (position, row)
                 for position, row in enumerate(all_rows)
@@ -97,35 +102,20 @@ def figure_info(results: StudyResults) -> FigureInfo:
             ]
             title = METRICS[name].title if group is None else group
             series.append(_series(title, positions, name, layout.x, part))
-            series += [_papers(f"{title}, paper", positions, name, layout.x)] if layout.x else []
+            if layout.x:
+                series.append(_papers(f"{title}, paper", positions, name, layout.x))
     if layout.x:
         quoted = [(0, row) for row in results.rows if row.is_quoted]
         series += [_papers("quoted by the paper", quoted, name, layout.x) for name in layout.y]
+    # An empty series of ours stays: the colours of the others do not depend on what is finished.
     series = [each for each in series if each.y or not each.is_papers]
     if layout.front and layout.x:
-        directions = [METRICS[name].higher_is_better for name in (layout.x, layout.y[0])]
-        for each in [each for each in series if not each.is_papers]:
-            if groups == [None]:
-                name = "Pareto front"
-            else:
-                name = f"Pareto front, {each.name}"
-            series.append(
-                _front(
-                    name,
-                    each,
-                    is_low_x_better=not directions[0],
-                    is_high_y_better=bool(directions[1]),
-                )
-            )
+        series += _fronts(series, layout.x, layout.y[0], has_groups=groups != [None])
     return FigureInfo(
         title=study.file.title,
         kind=layout.kind,
         x_title=METRICS[layout.x].title if layout.x else ", ".join(study.file.axes),
-        y_title=METRICS[layout.y[0]].title
-        if len(layout.y) == 1
-        else "Top-1 (%)"
-        if "top1" in layout.y
-        else "",
+        y_title=_y_title(layout.y),
         series=series,
         chance=100 / study.trials[0].settings.data.num_classes if layout.chance else None,
         rows=[row.label for row in all_rows],
@@ -134,13 +124,26 @@ def figure_info(results: StudyResults) -> FigureInfo:
     )
 
 
+def _y_title(names: Sequence[str]) -> str:
+    """Return the title of the vertical axis; empty if the metrics have no common unit."""
+    if len(names) == 1:
+        return METRICS[names[0]].title
+    # The figures with several metrics compare top-1 under different conditions.
+    if "top1" in names:
+        return "Top-1 (%)"
+    return ""
+
+
 def _series(
     title: str, positions: Sequence[tuple[int, Row]], name: str, x: str | None, part: int | None
 ) -> Series:
-    """Return a quantity of some rows; ``part`` of their labels is in the title already."""
-    there = [(position, row) for position, row in positions if row.cells[name].mean is not None]
-    there = [
-        (position, row) for position, row in there if x is None or row.cells[x].mean is not None
+    """Return a metric of some rows.
+
+    Labels leave out the axis part with index ``part``, which is in the title already.
+    """
+    present = [(position, row) for position, row in positions if row.cells[name].mean is not None]
+    present = [
+        (position, row) for position, row in present if x is None or row.cells[x].mean is not None
     ]
     return Series(
         title,
@@ -148,20 +151,34 @@ def _series(
             BETWEEN_LABELS.join(
                 each for position, each in enumerate(row.labels) if position != part
             )
-            for _, row in there
+            for _, row in present
         ],
-        [(row.cells[x].mean or 0.0) if x else float(position) for position, row in there],
-        [row.cells[name].mean or 0.0 for _, row in there],
-        [row.cells[name].half_width or 0.0 for _, row in there],
+        [(row.cells[x].mean or 0.0) if x else float(position) for position, row in present],
+        [row.cells[name].mean or 0.0 for _, row in present],
+        [row.cells[name].half_width or 0.0 for _, row in present],
     )
 
 
-def _front(name: str, series: Series, is_low_x_better: bool, is_high_y_better: bool) -> Series:
-    """Return the Pareto front of a series, along the horizontal axis.
+def _fronts(series: Sequence[Series], x: str, y: str, has_groups: bool) -> list[Series]:
+    """Return the Pareto front of each series of ours."""
+    is_low_x_better = not METRICS[x].higher_is_better
+    is_high_y_better = bool(METRICS[y].higher_is_better)
+    fronts: list[Series] = []
+    for each in series:
+        if each.is_papers:
+            continue
+        name = "Pareto front"
+        if has_groups:
+            name = f"Pareto front, {each.name}"
+        fronts.append(_front(name, each, is_low_x_better, is_high_y_better))
+    return fronts
 
-    The points that no other beats in both metrics.
-    """
+
+def _front(name: str, series: Series, is_low_x_better: bool, is_high_y_better: bool) -> Series:
+    """Return the Pareto front of a series: the points that no other point beats in both metrics."""
     points = list(zip(series.labels, series.x, series.y, strict=True))
+    # The signs turn both metrics so that lower is better. Then one pass along x is enough: a point
+    # is on the front if its y is better than that of every point before it.
     x_sign = 1 if is_low_x_better else -1
     y_sign = -1 if is_high_y_better else 1
     front: list[tuple[str, float, float]] = []
@@ -175,13 +192,14 @@ def _front(name: str, series: Series, is_low_x_better: bool, is_high_y_better: b
 
 
 def _papers(title: str, positions: Sequence[tuple[int, Row]], name: str, x: str) -> Series:
-    """Return the points of which the paper prints both."""
+    """Return the rows for which the paper prints both metrics."""
     points: list[tuple[str, float, float]] = []
     for _, row in positions:
         pivot = row.cells[x].paper
         up = row.cells[name].paper
         if pivot is not None and up is not None:
             points.append((row.label, pivot, up))
+    # ``zip(*points)`` would give no columns at all when there are no points.
     columns = [[point[column] for point in points] for column in range(3)]
     labels, xs, ys = columns
     return Series(
@@ -198,17 +216,17 @@ def draw_figure(
     results: StudyResults,
     file: Path,
 ) -> None:
-    """Draw a study's figure, of whatever kind.
+    """Draw a study's figure, of any kind.
 
-    The ending of ``file`` says the format: png, pdf or svg.
+    The suffix of ``file`` gives the format: png, pdf or svg.
 
     Raises:
-        UserError: matplotlib does not write that format, or a model's reconstructions are not there
-            yet.
+        UserError: matplotlib does not write that format, or a model's reconstructions are missing.
     """
     study = results.study
     kind = study.file.figure.kind
     if kind == "masks":
+        # Imports PyTorch, which the other figures do not need.
         from mar.visualization.masks_and_clips import draw_masks, example_masks
 
         drawn = {
@@ -229,9 +247,11 @@ def draw_figure(
 
 
 def _copy_picture(picture: Path, file: Path) -> None:
+    """Draw a stored picture again, in the format of ``file``."""
     from matplotlib.image import imread
 
     pixels: Any = imread(picture)
+    # In inches, at 160 pixels an inch.
     figure = Figure(figsize=(pixels.shape[1] / 160, pixels.shape[0] / 160))
     axes: Any = figure.add_axes((0, 0, 1, 1))
     axes.imshow(pixels)
@@ -240,13 +260,14 @@ def _copy_picture(picture: Path, file: Path) -> None:
 
 
 def draw(info: FigureInfo, file: Path) -> None:
-    """Draw the figure; the ending of ``file`` says the format (png, pdf, svg).
+    """Draw a figure; the suffix of ``file`` gives the format (png, pdf, svg).
 
     Raises:
         UserError: matplotlib does not write that format.
     """
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes: Any = figure.subplots()
+    # A series and the paper's numbers for it have the same colour.
     names = list(dict.fromkeys(series.name.removesuffix(", paper") for series in info.series))
     for position, series in enumerate(info.series):
         if series.is_line:
@@ -258,21 +279,26 @@ def draw(info: FigureInfo, file: Path) -> None:
         else:
             _points(axes, series, colour)
     if info.chance is not None:
-        axes.axhline(info.chance, color="0.4", linestyle=":", label=f"guessing ({info.chance:g} %)")
+        label = f"chance level ({info.chance:g} %)"
+        axes.axhline(info.chance, color="0.4", linestyle=":", label=label)
     axes.set(title=info.title, xlabel=info.x_title, ylabel=info.y_title)
     if len(info.series) > 1 or info.chance is not None:
         axes.legend(frameon=False, fontsize=7 if len(info.series) > _FEW else None)
-    lacking = {"missing": info.missing, "seeds not there yet": info.partial}
+    lacking = {"missing": info.missing, "some seeds missing": info.partial}
     note = "; ".join(f"{what}: {', '.join(labels)}" for what, labels in lacking.items() if labels)
     notes = textwrap.fill(note, _NOTE_WIDTH)
+    # Out of the layout: a long note must not shrink the axes.
     axes.text(0.01, 0.01, notes, transform=axes.transAxes, fontsize=7, in_layout=False)
     axes.spines[["top", "right"]].set_visible(False)
+    # Room for the labels of the outermost points.
     axes.margins(x=0.12, y=0.12)
     save(figure, file)
 
 
 def _line(axes: Any, series: Series, position: int, alone: bool) -> None:
+    """Draw a curve, or (not ``alone``) a Pareto front below the points of the figure."""
     if alone:
+        # With more curves than colours, the style of the line distinguishes those of one colour.
         if position < len(COLOURS):
             style = "-"
         else:
@@ -291,6 +317,7 @@ def _line(axes: Any, series: Series, position: int, alone: bool) -> None:
 
 
 def _points(axes: Any, series: Series, colour: str) -> None:
+    """Draw the labelled points of a series; the paper's are circles that are not filled."""
     if series.is_papers:
         axes.plot(series.x, series.y, "o", color=colour, markerfacecolor="none", label=series.name)
     else:
@@ -308,11 +335,14 @@ def _points(axes: Any, series: Series, colour: str) -> None:
     if many:
         style = {"ha": "left", "rotation": 35, "fontsize": 6}
     style |= {"color": "0.45", "fontsize": 6} if series.is_papers else {}
+    # Rotated labels start at their point, because close points would cover centred ones.
     for label, x, y in zip(series.labels, series.x, series.y, strict=True):
         axes.annotate(label, (x, y), textcoords="offset points", xytext=_ABOVE, **style)
 
 
 def _bars(axes: Any, info: FigureInfo, series: Series, position: int, colour: str) -> None:
+    """Draw one bar of each row; the bars of all series stand side by side."""
+    # The bars of a row take 0.8 of its place, centred on the row's position.
     width = 0.8 / len(info.series)
     shift = (position - (len(info.series) - 1) / 2) * width
     axes.bar(
@@ -324,6 +354,7 @@ def _bars(axes: Any, info: FigureInfo, series: Series, position: int, colour: st
         label=series.name,
         capsize=3,
     )
+    # The ticks are common to all series: they are set once.
     if position == 0:
         slanting: dict[str, Any] = {"rotation": 30, "ha": "right", "fontsize": 7}
         is_long = sum(len(row) for row in info.rows) > _LEVEL_CHARACTERS

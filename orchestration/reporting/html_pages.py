@@ -1,7 +1,7 @@
-"""HTML pages, from the templates beside this file.
+"""HTML pages, made from the templates in ``templates/``.
 
-Every value is escaped: labels, messages and settings are written by others. A part that is HTML
-already is passed as ``Markup``; the code that makes it escapes what is inside.
+Every value is escaped, because labels, messages and settings are written by users. A part that is
+already HTML is passed as ``Markup``; the code that makes that part escapes its content.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ _ENVIRONMENT = jinja2.Environment(
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
-    # A name that a template spells wrongly is an error, not an empty text.
+    # A misspelled name in a template is an error, not an empty text.
     undefined=jinja2.StrictUndefined,
 )
 
 
 def write_page(file: Path, template: str, **values: Any) -> None:
-    """Write a page; makes its folder.
+    """Write a page; creates its folder.
 
-    Every template needs ``title``, and ``script``: plotly's, or an empty text.
+    Every template needs ``title`` and ``script`` (plotly's, or an empty text).
     """
+    # Rendered first: an error in a template leaves an existing page unchanged.
     page = _ENVIRONMENT.get_template(template).render(**values)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page, encoding="utf-8")

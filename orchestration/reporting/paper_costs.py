@@ -1,4 +1,4 @@
-"""The paper's printed GFLOPs and parameters beside ours: a page that a command makes."""
+"""The page of ``mar cost --paper``: the paper's printed GFLOPs and parameters beside ours."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ nothing is copied here.
 """
 
 
+# Ours has more decimals than the paper's two, so that a difference in rounding is visible.
 _FORMS = {
     "GFLOPs, paper": ".2f",
     "GFLOPs, ours": ".4f",
@@ -36,13 +37,13 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row of the paper that prints a cost."""
+    """One row of a table of the paper that prints a cost."""
 
     table: str
     row: str
     settings: dict[str, Any]
     gflops: float | int | None
-    """As printed: two decimals, or a whole number."""
+    """As printed: a float has two decimals, an int is a whole number."""
     params_m: float | None
 
 
@@ -62,30 +63,30 @@ def paper_rows() -> list[PaperRow]:
 
 
 def cost_frame() -> pd.DataFrame:
-    """Return the paper's figures beside ours, a row for each of the paper's."""
+    """Return the paper's figures beside ours, with one line for each row of the paper."""
     lines: list[dict[str, Any]] = []
     for row in paper_rows():
         ours = cost(build(merge({}, row.settings)))
         line: dict[str, Any] = {"table": row.table, "row": row.row, "GFLOPs, paper": row.gflops}
         line |= {"GFLOPs, ours": ours.gflops, "Δ": None, "agrees": None}
+        # The cost of "D.S. 2x" is not readable in our copy of the paper (``cost.yaml``).
         if row.gflops is not None:
             line |= {"Δ": ours.gflops - row.gflops, "agrees": _agrees(ours.gflops, row.gflops)}
         lines.append(line | {"Param (M), paper": row.params_m, "Param (M), ours": ours.params_m})
+    # As objects: pandas would turn a whole number into a float beside a missing value.
     return pd.DataFrame(lines, dtype=object)
 
 
 def _agrees(ours: float, printed: float | int) -> str:
-    """Return in which sense our figure equals the printed one.
-
-    A whole number by rounding, two decimals within 0.01.
-    """
+    """Return how our figure agrees with the printed one: ``rounded``, ``within 0.01`` or ``no``."""
+    # Tables XI and XII print whole numbers.
     if isinstance(printed, int):
         return "rounded" if round(ours) == printed else "no"
     return "within 0.01" if abs(ours - printed) <= 0.01 else "no"
 
 
 def write_page(file: Path | None) -> str:
-    """Return the page, and write it if a file is given."""
+    """Return the page as Markdown, and write it if a file is given."""
     text = _HEAD
     for table, rows in cost_frame().groupby("table", sort=False):
         part = rows.drop(columns="table")
@@ -101,6 +102,8 @@ def write_page(file: Path | None) -> str:
 
 
 def _printed(value: Any, form: str) -> str:
+    """Return a value in its column's format; a dash if it is missing."""
+    # NaN is the only value that differs from itself.
     if value is None or value != value:
         return "–"
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""Interactive figures by plotly: in a page of their own, or as part of one."""
+"""Interactive figures, drawn by plotly: a page of their own, or a part of another page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.training_figures import Confusion
 
 _LABELLED = 12
-"""So many points of a series have their labels beside them; of more they are under the mouse."""
+"""Most points of a series that have labels beside them; the labels of more appear on hovering."""
 _LOOK: dict[str, Any] = {
     "template": "simple_white",
     "margin": {"l": 60, "r": 20, "t": 20, "b": 60},
@@ -29,18 +29,19 @@ _LOOK: dict[str, Any] = {
 
 
 def write_figure(results: StudyResults, file: Path) -> None:
-    """Write a study's figure: png, pdf, svg, or html.
+    """Write a study's figure as png, pdf, svg or html, by the suffix of ``file``.
 
-    The html is interactive and needs no other file.
+    The HTML page is interactive and needs no other file.
 
     Raises:
-        UserError: there is no such format, or a model's reconstructions are missing.
+        UserError: the format is unknown, or a model's reconstructions are missing.
     """
     if file.suffix.lower() != ".html":
         draw_figure(results, file)
         return
     figure = study_chart(results)
     script = plotly_script()
+    # Masks and reconstructions have no chart: the page has their picture, without the script.
     if not figure:
         figure = Markup('<img src="{}" alt="">').format(picture(results))
         script = Markup("")
@@ -48,10 +49,7 @@ def write_figure(results: StudyResults, file: Path) -> None:
 
 
 def study_chart(results: StudyResults) -> Markup:
-    """Return a study's figure as a part of a page.
-
-    Empty for one that is a picture: masks, reconstructions.
-    """
+    """Return a study's figure as a part of a page; empty for masks and reconstructions."""
     if results.study.file.figure.kind in ("masks", "reconstructions"):
         return Markup("")
     return chart(figure_info(results))
@@ -59,7 +57,8 @@ def study_chart(results: StudyResults) -> Markup:
 
 def plotly_script() -> Markup:
     """Return plotly's own script (4.8 MB), which a page needs once."""
-    return Markup(f"<script>{get_plotlyjs()}</script>")  # noqa: S704  (plotly's own)
+    # The text is plotly's own: nothing in it comes from a user.
+    return Markup(f"<script>{get_plotlyjs()}</script>")  # noqa: S704
 
 
 def chart(info: FigureInfo) -> Markup:
@@ -71,7 +70,8 @@ def chart(info: FigureInfo) -> Markup:
         figure.add_trace(_trace(info, series, colour))
     if info.chance is not None:
         figure.add_hline(info.chance, line={"dash": "dot", "color": "#666", "width": 1.5})
-        # Its words stand in the legend: beside the line they would lie on points.
+        # The line's name is in the legend, because beside the line it would cover points. An empty
+        # trace makes the entry.
         legend = {
             "mode": "lines",
             "line": {"dash": "dot", "color": "#666"},
@@ -85,10 +85,12 @@ def chart(info: FigureInfo) -> Markup:
 def confusion_chart(confusion: Confusion) -> Markup:
     """Return a confusion matrix as part of a page.
 
-    Shares of each class are shown as colours, counts on hovering.
+    Colours show the shares of each class; the counts appear on hovering.
     """
     counts = confusion.counts
+    # A class without test videos has a row of zeros: divided by 1, not by 0.
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    # plotly renders some HTML tags in labels.
     names = [html.escape(name) for name in confusion.names]
     heat = go.Heatmap(
         x=names,
@@ -102,11 +104,13 @@ def confusion_chart(confusion: Confusion) -> Markup:
     )
     figure: Any = go.Figure(heat)
     figure.update_layout(xaxis_title="taken for", yaxis_title="class", **_LOOK)
+    # The first class at the top, as in a printed matrix.
     figure.update_yaxes(autorange="reversed")
     return part_of_page(figure)
 
 
 def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
+    """Return plotly's trace of a series: bars, a line or labelled points."""
     bars = {"type": "data", "array": list(series.error), "visible": any(series.error)}
     x = list(series.x)
     y = list(series.y)
@@ -125,6 +129,7 @@ def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
             hovertemplate=hover,
         )
     if series.is_line:
+        # With more curves than colours, dashes distinguish those of one colour. A front is grey.
         line: dict[str, Any] = {"color": colour if info.kind == "curves" else "#999"}
         if info.kind == "curves":
             number = [each.name for each in info.series].index(series.name)
@@ -151,10 +156,10 @@ def _trace(info: FigureInfo, series: Series, colour: str) -> Any:
 
 
 def part_of_page(figure: Any) -> Markup:
-    """Return one of plotly's figures as a part of a page that has its script."""
+    """Return a plotly figure as a part of a page, which must contain plotly's script."""
     config = {"responsive": True, "displaylogo": False}
     html_text = figure.to_html(full_html=False, include_plotlyjs=False, config=config)
-    # plotly writes data as JSON; names that it shows as HTML are escaped where a trace is made.
+    # plotly writes the data as JSON. Names that it shows as HTML are escaped when a trace is made.
     return Markup(html_text)  # noqa: S704
 
 
@@ -162,7 +167,7 @@ def picture(results: StudyResults) -> str:
     """Return a study's figure as a data URI.
 
     Raises:
-        UserError: a model's reconstructions are not there yet.
+        UserError: a model's reconstructions are missing.
     """
     with TemporaryDirectory() as folder:
         file = Path(folder) / "figure.png"

@@ -1,4 +1,4 @@
-"""From runs to the cells of a table: seeds, mean, interval, complete or partial."""
+"""The rows of a table, made from runs: each cell has its seeds, mean, interval and status."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from orchestration.studies.schema import BETWEEN_LABELS, label_parts
 from orchestration.studies.trial import Study, Trial
 
 CONFIDENCE = 0.95
+"""Level of all confidence intervals; tests are at 1 minus this level."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One quantity of one row."""
+    """One metric of one row."""
 
     status: Literal["complete", "partial", "missing", "quoted"]
-    """Of its seeds, all, some or none are there; ``quoted``: there is only what the paper says of
-    another method."""
+    """``complete``, ``partial``, ``missing``: all, some or none of its seeds have a value.
+    ``quoted``: it has only the paper's value for another method."""
     values: tuple[float, ...] = ()
-    """By seed."""
+    """One value for each finished seed."""
     paper: float | None = None
-    """What the paper printed."""
+    """The value that the paper prints."""
 
     @property
     def mean(self) -> float | None:
-        """The mean over seeds; none while nothing is there."""
+        """The mean over seeds; none without a value."""
         if self.values:
             return sum(self.values) / len(self.values)
         return None
@@ -42,6 +43,7 @@ class Cell:
 
         None with fewer than two seeds.
         """
+        # One value has no variance.
         if len(self.values) < 2:
             return None
         return (
@@ -58,29 +60,33 @@ class Cell:
         return None
 
 
+# Cached: a report asks for a few numbers of seeds, thousands of times.
 @cache
 def _quantile(freedom: int) -> float:
-    from scipy import stats  # slow to import, and a plan needs no interval
+    """Return the quantile of Student's t distribution for a two-sided interval."""
+    # Imported here because scipy takes long to import and ``mar plan`` needs no interval.
+    from scipy import stats
 
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting of a study, over its seeds."""
+    """One combination of labels of a study, over its seeds."""
 
     labels: tuple[str, ...]
-    """One for each axis."""
+    """One label for each label column (see :func:`axis_parts`)."""
     cells: Mapping[str, Cell]
-    """By quantity."""
+    """By metric."""
     seeds: int
     finished: int
+    """Number of its seeds that have a finished run."""
     notes: tuple[str, ...] = ()
-    """What a reader must know of its numbers."""
+    """Notes on its numbers, printed below the table."""
     extra_columns: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Column of words -> what stands there."""
+    """Name of a text column -> its text in this row."""
     is_quoted: bool = False
-    """Whether it is another method's, quoted by the paper and never run here."""
+    """Whether the row is another method's, quoted by the paper and never run here."""
 
     @property
     def label(self) -> str:
@@ -94,6 +100,7 @@ def build_rows(study: Study, found: Mapping[str, Record]) -> list[Row]:
     ``found`` maps a trial's key to its finished run.
     """
     figure = study.file.figure
+    # ``findings`` needs both accuracies, whatever the table's columns are.
     wanted = {
         *study.file.table.columns,
         *figure.y,
@@ -101,6 +108,7 @@ def build_rows(study: Study, found: Mapping[str, Record]) -> list[Row]:
         "top1",
         "shuffled_top1",
     }
+    # The trials of a row differ in their seeds alone. A dict keeps the study's order.
     grouped: dict[tuple[str, ...], list[Trial]] = {}
     for trial in study.trials:
         grouped.setdefault(tuple(trial.labels.values()), []).append(trial)
@@ -132,21 +140,27 @@ def build_rows(study: Study, found: Mapping[str, Record]) -> list[Row]:
         )
         for label, values in study.file.baselines.items()
     ]
+    # Rows that ``order`` does not name follow in their own order, because ``sorted`` is stable.
     order = {label: rank for rank, label in enumerate(study.file.table.order)}
     return sorted([*quoted, *ours], key=lambda row: order.get(row.label, len(order)))
 
 
 def _padded(parts: list[str], length: int) -> tuple[str, ...]:
+    """Return exactly ``length`` labels: a quoted method may have fewer labels than the table."""
     return (*parts, *[""] * (length - len(parts)))[:length]
 
 
 def axis_parts(study: Study) -> list[str]:
-    """Return the names of the label columns: an axis may have several."""
+    """Return the names of the label columns; one axis may have several."""
     return [part for axis in study.file.axes for part in label_parts(axis, axis)]
 
 
 def _notes(trials: Sequence[Trial], found: Mapping[str, Record]) -> tuple[str, ...]:
-    """Accuracy is over the videos that could be decoded: say so where some could not."""
+    """Return a note for each number of test videos that could not be decoded.
+
+    Accuracies are over the other videos.
+    """
+    # A set: seeds that lost the same videos have one note in common.
     broken = {
         (int(metrics["test/num_broken"]), int(metrics["test/num_videos"]))
         for metrics in (found[trial.key].metrics for trial in trials if trial.key in found)
@@ -160,14 +174,17 @@ def _notes(trials: Sequence[Trial], found: Mapping[str, Record]) -> tuple[str, .
 
 
 def _cell(study: Study, name: str, trials: Sequence[Trial], found: Mapping[str, Record]) -> Cell:
+    """Return a metric of the row that ``trials`` (its seeds) form."""
     paper = study.file.paper.get(name, {}).get(trials[0].row)
     metric = METRICS[name]
     source = metric.source
+    # Views and costs follow from the settings: they are known before any training.
     if source == "views":
         views = trials[0].settings.evaluation
         return Cell("complete", (float(views.crops * views.clips),), paper)
     if source.startswith("cost."):
         return Cell("complete", (cost_figure(cost(trials[0].settings), source),), paper)
+    # A run of an earlier version may lack the metric: it counts as missing.
     runs = [found[trial.key] for trial in trials if trial.key in found]
     values = tuple(
         metric.scale * run.metrics[source] + metric.offset for run in runs if source in run.metrics

@@ -1,4 +1,4 @@
-"""What a search found: best settings as a recipe, Pareto front, importances, pictures."""
+"""The report of a search: best settings as a recipe, Pareto front, importances, pictures."""
 
 from __future__ import annotations
 
@@ -24,45 +24,50 @@ from orchestration.search.optuna_search import OptunaSearch
 from orchestration.studies.metrics import METRICS
 
 _FEWEST_FOR_IMPORTANCE = 4
+"""Finished trials below which the importances of settings are left out."""
 
 
 def best_trials(proposer: OptunaSearch) -> list[FrozenTrial]:
-    """Return the Pareto front, by its first objective; with one objective, the best trial."""
+    """Return the Pareto front, sorted by the first objective; with one objective the best trial."""
+    # Optuna's best_trial raises an error if no trial is complete.
     if not _complete(proposer):
         return []
     if len(proposer.search.file.objectives) > 1:
         front = proposer.study.best_trials
     else:
         front = [proposer.study.best_trial]
+    # A proposal that an equal finished run answered is marked "copy": the front has its equal too.
     front = [trial for trial in front if "copy" not in trial.user_attrs] or front
     return sorted(front, key=lambda trial: trial.values[0])
 
 
 def _counts_text(proposer: OptunaSearch) -> str:
-    """Return how many trials came to what, in words."""
+    """Return the number of trials by outcome, as text."""
     trials = proposer.study.get_trials(deepcopy=False)
     counts = {state: sum(each.state == state for each in trials) for state in TrialState}
     others = sum("run" in each.user_attrs for each in trials)
-    copies = proposer.known
+    known = proposer.known
     rejected = sum("infeasible" in each.user_attrs for each in trials)
+    # Optuna has them as pruned trials, because its samplers do not learn from failed ones.
     counts[TrialState.PRUNED] -= rejected
     counts_text = (
-        f"{counts[TrialState.COMPLETE] - others - copies} trials finished, "
+        f"{counts[TrialState.COMPLETE] - others - known} trials finished, "
         f"{counts[TrialState.PRUNED]} ended early, "
     )
     counts_text += (
-        f"{counts[TrialState.FAIL]} failed or were asked twice, {copies} were found trained; "
+        f"{counts[TrialState.FAIL]} failed or were proposed twice, {known} were already trained; "
         f"{rejected} proposals broke a rule or a constraint and were not trained; "
     )
     return counts_text + f"{others} finished trials of other studies were known before."
 
 
 def found_text(proposer: OptunaSearch) -> str:
-    """Return what was found, as Markdown."""
+    """Return the counts, the best trials and the importances, as Markdown."""
     frame = front_frame(proposer)
     search = proposer.search
     counts_text = _counts_text(proposer)
     kind = "Pareto front" if len(search.file.objectives) > 1 else "Best"
+    # Values of settings are text of the search file: they must not be read as Markdown.
     shown = frame.map(_shown)
     lines = [
         f"**{markdown(search.file.title)}**",
@@ -97,17 +102,19 @@ def front_frame(proposer: OptunaSearch) -> pd.DataFrame:
 
 
 def _shown(value: Any) -> Any:
+    """Escape a text for Markdown; numbers stay numbers."""
     return markdown(value) if isinstance(value, str) else value
 
 
 def importance_frame(proposer: OptunaSearch) -> pd.DataFrame:
-    """Return how much of the variation of each objective each setting explains.
+    """Return the share of each objective's variance that each setting explains.
 
-    Empty while there are too few trials.
+    Empty if too few trials are finished.
     """
     columns: dict[str, dict[str, float]] = {}
     complete = _complete(proposer)
     for index, name in enumerate(proposer.search.file.objectives):
+        # With one value alone there is no variance to explain.
         values = {trial.values[index] for trial in complete}
         if len(complete) < _FEWEST_FOR_IMPORTANCE or len(values) < 2:
             continue
@@ -115,7 +122,8 @@ def importance_frame(proposer: OptunaSearch) -> pd.DataFrame:
             found = optuna.importance.get_param_importances(
                 proposer.study, evaluator=_fanova(), target=_value_of(index)
             )
-        except (ValueError, RuntimeError):  # no setting is in all trials, or none varies
+        # No setting is in all trials, or none varies.
+        except (ValueError, RuntimeError):
             continue
         columns[METRICS[name].title] = found
     frame = pd.DataFrame(columns)
@@ -125,10 +133,10 @@ def importance_frame(proposer: OptunaSearch) -> pd.DataFrame:
 
 
 def write_search_report(proposer: OptunaSearch, folder: Path) -> None:
-    """Write the report of a search.
+    """Write the report of a search into ``folder``.
 
-    ``report.md`` and ``.html``, ``best.yaml`` (a recipe, ready to run), ``front.csv``,
-    ``trials.csv`` and pictures.
+    Its files are ``report.md`` and ``report.html``, ``best.yaml`` (a recipe, ready to run),
+    ``front.csv``, ``trials.csv`` and pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(found_text(proposer), encoding="utf-8")
@@ -139,6 +147,7 @@ def write_search_report(proposer: OptunaSearch, folder: Path) -> None:
     write_text(folder / "trials.csv", csv_text(frame))
     best = best_trials(proposer)
     if best:
+        # The front is in ascending order of the first objective: its best is at one of the ends.
         if next(iter(proposer.search.file.objectives.values())) == "max":
             chosen = best[-1]
         else:
@@ -158,9 +167,11 @@ def write_search_report(proposer: OptunaSearch, folder: Path) -> None:
 
 
 def _draw(proposer: OptunaSearch, folder: Path) -> None:
-    """Write Optuna's own pictures, and a page of them that answers the mouse."""
+    """Write Optuna's own pictures, and a page with interactive charts."""
     import matplotlib as mpl
 
+    # Optuna draws with pyplot, which otherwise looks for a display. It must be set before pyplot
+    # is imported.
     mpl.use("Agg")
     import optuna.visualization as interactive
     import optuna.visualization.matplotlib as pictures
@@ -170,6 +181,7 @@ def _draw(proposer: OptunaSearch, folder: Path) -> None:
     parts = _pictures(proposer, interactive)
     for name in drawn:
         _quietly(lambda name=name: drawn[name]())
+        # No figure is open if the drawing failed.
         if pyplot.get_fignums():
             pyplot.gcf().savefig(folder / f"{name}.png", dpi=140, bbox_inches="tight")
         pyplot.close("all")
@@ -198,13 +210,17 @@ def _draw(proposer: OptunaSearch, folder: Path) -> None:
 
 
 def _html_table(frame: pd.DataFrame, **options: Any) -> Markup:
-    """Return a table as part of a page; pandas escapes what is in it."""
+    """Return a table as part of a page; pandas escapes its content."""
     return Markup(frame.to_html(index=False, border=0, escape=True, **options))  # noqa: S704
 
 
 def _pictures(proposer: OptunaSearch, library: Any) -> dict[str, Callable[[], Any]]:
-    """Return what draws each picture, by its name, with either of Optuna's libraries of them."""
+    """Return the function that draws each picture, by the picture's name.
+
+    ``library`` is ``optuna.visualization`` or ``optuna.visualization.matplotlib``.
+    """
     objectives = [METRICS[name].title for name in proposer.search.file.objectives]
+    # With several objectives Optuna's functions require a target.
     first: dict[str, Any] = {}
     if len(objectives) > 1:
         first = {"target": _value_of(0), "target_name": objectives[0]}
@@ -215,13 +231,14 @@ def _pictures(proposer: OptunaSearch, library: Any) -> dict[str, Callable[[], An
         "parallel_coordinates": lambda: library.plot_parallel_coordinate(study, **first),
         "importances": lambda: library.plot_param_importances(study, evaluator=_fanova(), **first),
     }
+    # Optuna draws a Pareto front in two or three dimensions.
     if 1 < len(objectives) < 4:
         drawn["pareto_front"] = lambda: library.plot_pareto_front(study, target_names=objectives)
     return drawn
 
 
 def _quietly(draw: Callable[[], Any]) -> Any:
-    """Return what is drawn; none while no two finished trials differ yet."""
+    """Return the drawn figure; none if too few trials differ for it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -231,6 +248,8 @@ def _quietly(draw: Callable[[], Any]) -> Any:
 
 
 def _fanova() -> optuna.importance.FanovaImportanceEvaluator:
+    # Optuna 5's default, PED-ANOVA, looks at low values even if high ones are better. A fixed seed
+    # gives the same importances in the table and in the picture.
     return optuna.importance.FanovaImportanceEvaluator(seed=0)
 
 

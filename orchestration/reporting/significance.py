@@ -1,8 +1,8 @@
-"""What the test videos can tell: paired comparisons of rows, from each run's stored predictions.
+"""Significance of differences: paired comparisons of rows, from each run's stored predictions.
 
-Two models that are tested on the same videos are compared video by video: most gaps between
+Two models that are tested on the same videos are compared video by video. Most differences between
 ablations are smaller than the standard error of either accuracy (0.32 points at 71 % of 20,000
-videos), and only the pairing can see them.
+videos), so only a paired test can detect them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from orchestration.studies.matching import Record
 from orchestration.studies.trial import Trial
 
 IN_ONE = " in one training"
-"""Behind the verdict of a claim some of whose rows have one training: another seed might say
-another thing."""
-ONE_TRAINING = "One training a row: what another seed would change is not in the interval."
+"""Suffix of a claim's verdict if some of its rows have one training: another seed might give
+another verdict."""
+ONE_TRAINING = "One training for each row: the interval does not contain the effect of other seeds."
 Verdict = Literal[
     "supported",
     "supported in one training",
@@ -39,17 +39,18 @@ Verdict = Literal[
 
 @dataclass(frozen=True)
 class Correctness:
-    """Which test videos a model got right."""
+    """Which test videos a model classified correctly."""
 
     correct: npt.NDArray[np.bool_]
     videos_digest: str
-    """Digest of the videos' names in their order (``mar.answers.listing``)."""
+    """Digest of the videos' names in their order
+    (``mar.evaluation.correctness.videos_digest``)."""
     names: Callable[[], list[str]]
-    """Reads them; asked only when two models were not tested on the same ones."""
+    """Reads the videos' names; called only when two models were tested on different videos."""
 
     @classmethod
     def of(cls, correct: Mapping[str, bool]) -> Correctness:
-        """Return the answers that a mapping of names gives."""
+        """Return the correctness from a mapping of each video's name to whether it was right."""
         return cls(
             np.array([*correct.values()], dtype=bool),
             correctness.videos_digest(correct),
@@ -59,41 +60,45 @@ class Correctness:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row's top-1 less another's, over the videos that both were tested on."""
+    """One row's top-1 minus another's, over the videos that both were tested on."""
 
     difference: float
-    """Points of percent."""
+    """Percentage points."""
     low: float
     high: float
-    """95 % interval, over other videos, and over other seeds where there are several."""
+    """The 95 % interval over other videos, and over other seeds if a row has several."""
     p: float
-    """Two-sided: McNemar's exact test with one seed each, else a t test over seeds and videos; not
-    yet corrected."""
+    """Two-sided: McNemar's exact test with one seed each, else a t test over seeds and videos.
+    ``compare`` does not correct it for several comparisons, ``holm_corrected`` does."""
     num_videos: int
     num_seeds: int = 1
     """Trainings of the row that has fewer."""
 
     @property
     def is_significant(self) -> bool:
-        """Whether the videos tell the two apart, at 5 %."""
+        """Whether the two rows differ significantly, at 5 %."""
         return self.p < 1 - CONFIDENCE
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper concludes, and what our runs say of it."""
+    """A conclusion of the paper, and the verdict of our runs on it."""
 
     text: str
     verdict: Verdict
     pairs: Mapping[str, Comparison | None]
-    """``better > worse`` -> better less worse (corrected over the claim's pairs); none: not there
-    yet."""
+    """``better > worse`` -> the first row's top-1 minus the second's, corrected over the claim's
+    pairs. None: a run is missing."""
 
 
 def read_correctness(run: Record, file_of: FileOf) -> Correctness:
-    """Return a run's answers; of one that an earlier version tested, from its predictions."""
+    """Return which videos a run classified correctly.
+
+    A result without a readable correctness file is read from its predictions.
+    """
 
     def from_predictions() -> dict[str, bool]:
+        # File names on Linux may be no UTF-8: surrogateescape keeps their bytes.
         with file_of(run, "predictions.csv").open(
             newline="", encoding="utf-8", errors="surrogateescape"
         ) as lines:
@@ -101,6 +106,7 @@ def read_correctness(run: Record, file_of: FileOf) -> Correctness:
                 line["video"]: line["label"] == line["class_1"] for line in csv.DictReader(lines)
             }
 
+    # The small file first: it has two kilobytes, the predictions of 20,000 videos two megabytes.
     try:
         correct, videos_digest = correctness.read_correctness(file_of(run, correctness.CORRECTNESS))
     except (Failure, FileNotFoundError):
@@ -109,16 +115,17 @@ def read_correctness(run: Record, file_of: FileOf) -> Correctness:
 
 
 def compare(ours: Sequence[Correctness], theirs: Sequence[Correctness]) -> Comparison | None:
-    """Compare two rows, each given by its seeds; none: no video is in all of them.
+    """Compare two rows, each given by its seeds; none if no video is in all of them.
 
-    With one training each the question is whether these two models differ: McNemar's exact test
-    over the videos. With several it is whether the settings differ, over other seeds and other
-    videos: a t test, see :func:`_variance`.
+    With one training each, McNemar's exact test over the videos decides whether these two models
+    differ. With several, a t test over seeds and videos decides whether the settings differ (see
+    :func:`_variance`).
     """
     one, other = (np.array(row, dtype=float) for row in _over_the_same(ours, theirs))
     num_videos = one.shape[1]
     if not num_videos:
         return None
+    # For each video, the difference of the rows' shares of seeds that classify it correctly.
     gaps = one.mean(axis=0) - other.mean(axis=0)
     difference = float(gaps.mean())
     variance, freedom = _variance(one, other)
@@ -128,8 +135,10 @@ def compare(ours: Sequence[Correctness], theirs: Sequence[Correctness]) -> Compa
         p = mcnemar(int((gaps > 0).sum()), int((gaps < 0).sum()))
     elif variance > 0:
         p = float(2 * _student(freedom).sf(abs(difference) / variance**0.5))
+    # No variance at all: t would be a division by zero.
     else:
         p = 1.0 if difference == 0 else 0.0
+    # From shares to percentage points.
     low = 100 * (difference - reach)
     high = 100 * (difference + reach)
     return Comparison(100 * difference, low, high, p, num_videos, num_seeds)
@@ -138,14 +147,15 @@ def compare(ours: Sequence[Correctness], theirs: Sequence[Correctness]) -> Compa
 def _variance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> tuple[float, float]:
     """Return the variance of the difference of two rows' means, and its degrees of freedom.
 
-    Arrays are seeds × videos.
+    ``one`` and ``other`` have the shape seeds × videos.
 
-    Seeds and videos are crossed and both are drawn: the variance between seeds and the variance
-    between videos add up, less what is in both, the part that belongs to a seed on a video. The
-    first has few degrees of freedom (the rows' variances are pooled), the second many. They are
-    combined as in Satterthwaite's formula, but with the ratio of the variances as it is and not
-    squared: what two seeds say of the spread is often too small by chance, and the formula then
-    trusts it too much (7 % false positives at two seeds, ``benchmarks/false_positives.py``).
+    Seeds and videos are crossed random factors. The variance between seeds and the variance between
+    videos are added. Both contain the variance of single videos under single seeds, so that part is
+    subtracted once. The first has few degrees of freedom (the rows' variances are pooled), the
+    second many. The degrees are combined as in Satterthwaite's formula, but the ratio of the
+    variances is not squared: with two seeds the estimated spread is often too small by chance, and
+    the formula then trusts it too much (7 % false positives at two seeds,
+    ``benchmarks/false_positives.py``).
     """
     num_videos = one.shape[1]
     gaps = one.mean(axis=0) - other.mean(axis=0)
@@ -153,31 +163,38 @@ def _variance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> t
         between_videos = float(gaps.var(ddof=1)) / num_videos
     else:
         between_videos = 0.0
+    # With one seed each, nothing is known about the variance between seeds.
     few = len(one) + len(other) - 2
     if few == 0:
         return between_videos, max(num_videos - 1.0, 1.0)
     shares = 1 / len(one) + 1 / len(other)
     deviations = [*(one.mean(axis=1) - one.mean()), *(other.mean(axis=1) - other.mean())]
     between_seeds = shares * float(np.square(deviations).sum()) / few
+    # The part that is in both variances: how single videos vary between the seeds of a row.
     within = sum(float(np.square(row - row.mean(axis=0)).sum()) for row in (one, other))
     of_both = shares * within / few / num_videos**2
+    # An estimate by subtraction may come out too small, even negative.
     variance = max(between_seeds + between_videos - of_both, between_seeds, between_videos)
     if variance <= 0:
         return 0.0, float(few)
+    # Seeds of equal accuracy have no variance: the small share avoids a division by zero.
     return variance, max(float(few), few * variance / max(between_seeds, 1e-12 * variance))
 
 
 def _student(freedom: float) -> Any:
-    """Return Student's distribution, beyond a million degrees the normal one."""
-    from scipy import stats  # slow to import, and a plan needs none
+    """Return Student's t distribution; from a million degrees on it is the normal distribution."""
+    # Imported here because scipy takes long to import and ``mar plan`` does not need it.
+    from scipy import stats
 
+    # Its quantiles no longer change there.
     return stats.t(min(freedom, 1e6))
 
 
 def _over_the_same(
     ours: Sequence[Correctness], theirs: Sequence[Correctness]
 ) -> tuple[list[npt.NDArray[np.bool_]], list[npt.NDArray[np.bool_]]]:
-    """Return the answers on the videos that all have, in one order."""
+    """Return each run's correctness on the videos that all runs have, in the same order."""
+    # The usual case: nobody has to read the names of all videos.
     if len({each.videos_digest for each in (*ours, *theirs)}) == 1:
         return [each.correct for each in ours], [each.correct for each in theirs]
     named = [
@@ -192,21 +209,28 @@ def _over_the_same(
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
-    """Return the p of McNemar's exact test, from the videos that one model alone gets right."""
-    from scipy import stats  # slow to import, and a plan needs none
+    """Return the p value of McNemar's exact test.
 
+    The arguments count the videos that only the first and only the second model classifies
+    correctly.
+    """
+    # Imported here because scipy takes long to import and ``mar plan`` does not need it.
+    from scipy import stats
+
+    # Without such videos the models agree on everything, and binomtest needs at least one trial.
     if only_one + only_other:
         return float(stats.binomtest(only_one, only_one + only_other).pvalue)
     return 1.0
 
 
 def holm_corrected(comparisons: Mapping[str, Comparison | None]) -> dict[str, Comparison | None]:
-    """Return the comparisons with Holm's correction for their number."""
-    there = sorted((each.p, name) for name, each in comparisons.items() if each is not None)
+    """Return the comparisons with Holm's correction of p for the number of comparisons."""
+    present = sorted((each.p, name) for name, each in comparisons.items() if each is not None)
     result = dict(comparisons)
     highest = 0.0
-    for rank, (p, name) in enumerate(there):
-        highest = max(highest, min(1.0, (len(there) - rank) * p))
+    for rank, (p, name) in enumerate(present):
+        # A corrected p is never below that of a comparison with a smaller p (Holm's step-down).
+        highest = max(highest, min(1.0, (len(present) - rank) * p))
         each = comparisons[name]
         assert each is not None
         result[name] = replace(each, p=highest)
@@ -216,7 +240,7 @@ def holm_corrected(comparisons: Mapping[str, Comparison | None]) -> dict[str, Co
 def against_reference(results: StudyResults) -> dict[str, Comparison]:
     """Return each finished row's difference from the table's reference row.
 
-    Corrected for the number of rows.
+    The p values are corrected for the number of rows.
     """
     reference = results.study.file.table.reference
     if reference is None:
@@ -240,15 +264,17 @@ def tells_apart(results: StudyResults, row: str, other: str) -> bool:
 
 
 def are_apart(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Whether seeds tell two means of a measured quantity apart, at 5 % (Welch's t test).
+    """Whether two means of a measured metric differ significantly over seeds, at 5 %.
 
-    One seed tells nothing.
+    By Welch's t test; false with one seed, which has no variance.
     """
-    from scipy import stats  # slow to import, and a plan needs none
+    # Imported here because scipy takes long to import and ``mar plan`` does not need it.
+    from scipy import stats
 
     if min(len(ours), len(theirs)) < 2:
         return False
-    if len({*ours}) == len({*theirs}) == 1:  # no spread at all
+    # Without any spread, t would be a division by zero.
+    if len({*ours}) == len({*theirs}) == 1:
         return ours[0] != theirs[0]
     tested: Any = stats.ttest_ind(ours, theirs, equal_var=False)
     return float(tested.pvalue) < 1 - CONFIDENCE
@@ -264,6 +290,11 @@ def claims(results: StudyResults) -> list[Claim]:
 
 
 def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correctness]]) -> Claim:
+    """Return a claim with its verdict.
+
+    Supported: every pair differs significantly, in the paper's direction. Contradicted: at least
+    one pair differs significantly in the other direction. Missing: a run is missing. Else open.
+    """
     gaps: dict[str, Comparison | None] = {}
     for pair in pairs:
         better, worse = pair.split(" > ")
@@ -272,12 +303,13 @@ def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correct
         else:
             gaps[pair] = None
     gaps = holm_corrected(gaps)
-    there = [gap for gap in gaps.values() if gap is not None]
-    significant = [gap for gap in there if gap.is_significant]
-    is_one_training = any(gap.num_seeds == 1 for gap in there)
+    present = [gap for gap in gaps.values() if gap is not None]
+    significant = [gap for gap in present if gap.is_significant]
+    is_one_training = any(gap.num_seeds == 1 for gap in present)
     verdict: Verdict = "open"
     if is_one_training:
         verdict = "open in one training"
+    # One pair is enough to contradict, so this is known before all runs are finished.
     if any(gap.difference < 0 for gap in significant):
         if is_one_training:
             verdict = "contradicted in one training"
@@ -296,7 +328,7 @@ def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correct
 def _correctness_of_rows(
     results: StudyResults, only: set[str] | None = None
 ) -> dict[str, list[Correctness]]:
-    """Return, by row with all its seeds, which videos each seed's model classifies correctly.
+    """Return, for each row with all seeds finished, which videos each seed's model gets right.
 
     With ``only``, of some rows. A row with a result whose files are lost is left out: the user is
     told, and the rest of a report does not fail for it.
@@ -311,6 +343,7 @@ def _correctness_of_rows(
             grouped.setdefault(trial.row, []).append(trial)
     read: dict[str, Correctness] = {}
 
+    # Several trials may have the same run: it is read once.
     def answers_of(trial: Trial) -> Correctness:
         run = found[trial.key]
         if run.run_id not in read:

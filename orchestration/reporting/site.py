@@ -1,6 +1,6 @@
-"""``mar report --all``: one self-contained page over all studies.
+"""The page of ``mar report --all``: one self-contained HTML file over all studies.
 
-It needs no server and no other file.
+The page needs no server and no other file.
 """
 
 from __future__ import annotations
@@ -37,21 +37,25 @@ from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
 from orchestration.tracking.tags import FAILURE, FAILURE_KIND, PRUNED
 
+# A bare version number would be ambiguous: each is shown with the last part of its tag's name.
 _SHOWN_TAGS = ("mlflow.source.git.commit", "version.torch", "version.ray", "host")
 _LAST_LINES = 12
+"""Lines of a failed trial's log that the page shows."""
 _OWN_SERVER = "http://127.0.0.1:5000"
-"""Where ``mar ui`` shows an embedded store."""
+"""Address at which ``mar ui`` shows an embedded store, by default."""
+# The order in which the page counts them.
 _STATES = ("finished", "tested", "running", "failed", "killed", "missing")
 
 
 @dataclass(frozen=True)
 class TrialState:
-    """One trial, as the page shows it."""
+    """What the page shows of one trial."""
 
     name: str
     key: str
     state: str
-    """finished, tested (another trial's model), failed, running, killed or not there yet."""
+    """``finished``, ``tested`` (another trial's model), ``failed``, ``running``, ``killed`` or
+    ``missing``."""
     run_id: str
     link: str
     reason: str
@@ -60,22 +64,22 @@ class TrialState:
     made_by: str
     """Commit and versions."""
     settings: str
-    """Its own, beside those that all trials of the study share."""
+    """Its own settings, without those that all trials of the study share."""
     unlike: str
-    """What keeps it from being a run that is there, while it is not there itself."""
+    """For a missing trial: how its settings differ from those of the most similar run."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """One study, as the page shows it."""
+    """What the page shows of one study."""
 
     name: str
     title: str
     table: Markup
     picture: str
-    """A data URI, for print; empty where there is no figure yet."""
+    """The figure as a data URI, for print; empty if it cannot be drawn yet."""
     chart: Markup
-    """The same, answering the mouse; empty where the figure is a picture."""
+    """The figure as an interactive chart; empty for masks and reconstructions."""
     curves: Markup
     confusion: Markup
     findings: list[str]
@@ -86,24 +90,29 @@ class Section:
 
     @property
     def counts(self) -> str:
-        """How many trials are in which state."""
+        """The number of trials in each state, as text."""
         return _counted({each.key: each.state for each in self.trials})
 
 
 def write_site(
     studies: Sequence[Study], store: Store, overrides: Sequence[str], file: Path
 ) -> None:
-    """Write the page.
+    """Write the page over the given studies.
+
+    ``overrides`` are shown in each study's command.
 
     Raises:
         Failure: the tracking store cannot be read.
     """
+    # Read once: every section matches its trials with the same runs.
     records = store.trials()
     sections = [_section(study, records, store, overrides) for study in studies]
     verdicts = Counter(
         claim.verdict.removesuffix(IN_ONE) for section in sections for claim in section.claims
     )
+    # By key, because studies share trials.
     states = _counted({trial.key: trial.state for section in sections for trial in section.trials})
+    # By run, because several trials may have the same run. A tested trial spent no training time.
     spent = {
         trial.run_id: trial.hours
         for section in sections
@@ -127,17 +136,15 @@ def write_site(
 
 
 def _failures(sections: Sequence[Section]) -> Counter[str]:
-    """Return how often each reason ended a trial, each trial once."""
+    """Return how many trials each reason ended; a trial of several studies counts once."""
     return Counter(
         {each.key: each.reason for part in sections for each in part.trials if each.reason}.values()
     )
 
 
 def _to_come(studies: Sequence[Study], records: Sequence[RunRecord]) -> str:
-    """Return how many trainings are left, and their device-hours.
-
-    At the throughput of each study's finished trials.
-    """
+    """Return how many trainings are left, and their hours at the throughput of finished trials."""
+    # Trainings that an earlier study of the list already plans are not counted again.
     earlier = Planned()
     new = [
         line
@@ -156,7 +163,7 @@ def _to_come(studies: Sequence[Study], records: Sequence[RunRecord]) -> str:
 
 
 def _counted(states: Mapping[str, str]) -> str:
-    """Return how many trials are in which state, in words."""
+    """Return the number of trials in each state as text; ``states`` maps a trial to its state."""
     counts = Counter(states.values())
     return ", ".join(f"{counts[state]} {state}" for state in _STATES if counts[state])
 
@@ -164,14 +171,18 @@ def _counted(states: Mapping[str, str]) -> str:
 def _section(
     study: Study, records: Sequence[RunRecord], store: Store, overrides: Sequence[str]
 ) -> Section:
+    """Return what the page shows of one study."""
     results = StudyResults.match(study, records, store.file_of)
     found = results.runs
     neighbours = Neighbours(records)
+    # A trial without a finished run shows its newest other run: failed, running or killed. Records
+    # come newest first, so the newest is written last.
     newest = {record.key: record for record in reversed(records)}
     trials = [
         _state(study, trial, found.get(trial.key) or newest.get(trial.key), store, neighbours)
         for trial in study.trials
     ]
+    # A study of costs or reconstructions alone has no accuracy to report.
     if "top1" in study.file.table.columns:
         notes = findings(results)
     else:
@@ -181,7 +192,8 @@ def _section(
     return Section(
         study.name,
         study.file.title,
-        Markup(to_html(table_info(results))),  # noqa: S704  (escaped there)
+        # ``to_html`` escapes the texts of the cells.
+        Markup(to_html(table_info(results))),  # noqa: S704
         _picture(results),
         study_chart(results),
         chart(curves) if curves else Markup(""),
@@ -197,6 +209,7 @@ def _section(
 def _state(
     study: Study, trial: Trial, run: RunRecord | None, store: Store, neighbours: Neighbours
 ) -> TrialState:
+    """Return what the page shows of one trial; ``run`` is its newest run, if it has one."""
     own = "; ".join(
         f"{path}: {value}"
         for axis, label in trial.labels.items()
@@ -213,10 +226,12 @@ def _state(
         else:
             unlike = ""
         return TrialState(trial.name, trial.key, "missing", "", "", "", "", None, "", own, unlike)
+    # A finished run without a model was only tested, with another trial's model.
     state = {"FINISHED": "finished" if run.has_model else "tested"}.get(
         run.status, run.status.lower()
     )
     seconds = run.metrics.get("time/elapsed_s")
+    # A database has no pages of its own: its links work while ``mar ui`` shows it.
     if store.launch.tracking.startswith("http"):
         server = store.launch.shown_tracking
     else:
@@ -226,6 +241,7 @@ def _state(
         f"{name.split('.')[-1]} {run.tags[name][:12]}" for name in _SHOWN_TAGS if name in run.tags
     )
     log = TrialDir(store.launch.trial_folder(run.key)).log
+    # The trial may have run on another machine, whose folder is not here.
     if log.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     else:
@@ -247,7 +263,7 @@ def _state(
 
 
 def _reason(run: RunRecord) -> str:
-    """Return why a trial ended badly, its kind first."""
+    """Return why a trial failed, the kind of failure first."""
     kind = run.tags.get(FAILURE_KIND)
     return (f"{kind}: " if kind else "") + run.tags.get(FAILURE, run.tags.get(PRUNED, ""))
 
@@ -257,7 +273,8 @@ def _of_label(file: StudyFile, axis: str, label: str) -> list[tuple[str, object]
 
 
 def _picture(results: StudyResults) -> str:
+    """Return the figure as a data URI; empty if the model's reconstructions are missing."""
     try:
         return picture(results)
-    except UserError:  # no reconstruction yet
+    except UserError:
         return ""

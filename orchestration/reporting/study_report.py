@@ -1,4 +1,4 @@
-"""The report of a study: its table in every format, its figures, and a page."""
+"""The report of a study: its table in every format, its figures, and an HTML page."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ from orchestration.studies.trial import Study
 
 
 def write_report(results: StudyResults, folder: Path) -> tuple[str, list[str]]:
-    """Write the report of a study.
+    """Write the report of a study into ``folder``.
 
-    ``table.*``, ``figure.*``, ``curves.*``, ``confusion.*``, ``report.md`` and ``report.html``.
+    Its files are ``table.*``, ``figure.*``, ``curves.*``, ``confusion.*``, ``report.md`` and
+    ``report.html``. Reconstructions, curves and a confusion matrix that are not available yet are
+    left out. Other files in the folder stay.
 
-    Returns the table in Markdown, and what was found, line by line.
-
-    What is not there yet, reconstructions or curves, is left out; whatever else is in the folder
-    stays.
+    Returns the table in Markdown, and the findings and verdicts, one line each.
     """
     folder.mkdir(parents=True, exist_ok=True)
     study = results.study
@@ -48,8 +47,10 @@ def write_report(results: StudyResults, folder: Path) -> tuple[str, list[str]]:
     for ending, render in FORMATS.items():
         (folder / f"table.{ending}").write_text(render(table), encoding="utf-8")
     for ending in ("png", "pdf"):
-        with suppress(UserError):  # no reconstruction yet
+        # A model's reconstructions are made by its test: before that there is no figure.
+        with suppress(UserError):
             draw_figure(results, folder / f"figure.{ending}")
+    # ``csv_text`` makes sure that a spreadsheet takes no label for a formula.
     write_text(folder / "figure.csv", csv_text(figure.frame()))
     curves = curves_info(results)
     mistaken = confusion(results)
@@ -69,7 +70,8 @@ def write_report(results: StudyResults, folder: Path) -> tuple[str, list[str]]:
         title=study.file.title,
         script=plotly_script(),
         findings=findings(results),
-        table=Markup(to_html(table, has_caption=False)),  # noqa: S704  (escaped there)
+        # ``to_html`` escapes the texts of the cells.
+        table=Markup(to_html(table, has_caption=False)),  # noqa: S704
         chart=study_chart(results),
         curves=_chart_or_none(curves),
         confusion_title="" if mistaken is None else mistaken.title,
@@ -84,7 +86,7 @@ def write_report(results: StudyResults, folder: Path) -> tuple[str, list[str]]:
 
 
 def claim_lines(judged: Sequence[Claim]) -> list[str]:
-    """Return a line for each of the paper's claims: what our runs say of it, and by how much."""
+    """Return a line for each of the paper's claims: our verdict, and the measured differences."""
     lines: list[str] = []
     for claim in judged:
         gaps = [
@@ -98,22 +100,24 @@ def claim_lines(judged: Sequence[Claim]) -> list[str]:
 
 
 def findings(results: StudyResults) -> list[str]:
-    """Return the best setting and its accuracy, beside chance level and beside shuffled frames."""
+    """Return sentences on the best row: its accuracy, chance level, and shuffled frames."""
     study = results.study
     all_rows = results.rows
-    there = [row for row in all_rows if row.cells["top1"].mean is not None]
-    if not there:
+    present = [row for row in all_rows if row.cells["top1"].mean is not None]
+    if not present:
+        # Finished runs without an accuracy have pre-trained by reconstruction alone.
         if any(row.finished for row in all_rows):
             return []
         return ["No trial is finished yet."]
-    best = max(there, key=lambda row: row.cells["top1"].mean or 0.0)
+    best = max(present, key=lambda row: row.cells["top1"].mean or 0.0)
     top1 = best.cells["top1"].mean or 0.0
     settings = study.trials[0].settings
     chance = 100 / settings.data.num_classes
     notes = [
         f"Best: {best.label}, {top1:.2f} % top-1 on videos that it has not seen "
-        f"({top1 / chance:.1f} times guessing, {chance:.2f} %)."
+        f"({top1 / chance:.1f} times chance level, {chance:.2f} %)."
     ]
+    # Near chance level here means that the model uses motion, not single frames.
     shuffled = best.cells["shuffled_top1"].mean
     if shuffled is not None:
         notes.append(
@@ -123,6 +127,7 @@ def findings(results: StudyResults) -> list[str]:
 
 
 def _shared_settings(study: Study) -> list[tuple[str, str]]:
+    """Return the settings that are equal in all trials, by their paths."""
     trees = [flatten(trial.settings.model_dump(mode="json")) for trial in study.trials]
     first = trees[0]
     return [
@@ -133,7 +138,9 @@ def _shared_settings(study: Study) -> list[tuple[str, str]]:
 
 
 def _markdown(results: StudyResults, table: TableInfo, judged: Sequence[str]) -> str:
+    """Return the report in Markdown; ``judged`` are the lines of the claims."""
     study = results.study
+    # Titles, values and claims are written by users: ``markdown`` escapes them.
     shared = "\n".join(
         f"| `{path}` | {markdown(value)} |" for path, value in _shared_settings(study)
     )
@@ -157,6 +164,10 @@ def _chart_or_none(info: FigureInfo | None) -> Markup | None:
 
 
 def _differing(trees: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """Return the settings in which trials differ; ``trees`` are their settings by name."""
+    """Return the paths of the settings in which trials differ.
+
+    ``trees`` are the settings of each trial, by the trial's name.
+    """
+    # Trials of different recipes may lack each other's settings, so all trees give paths.
     paths = dict.fromkeys(path for tree in trees.values() for path in tree)
     return [path for path in paths if len({str(tree.get(path)) for tree in trees.values()}) > 1]

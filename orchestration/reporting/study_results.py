@@ -1,6 +1,6 @@
-"""A study and the runs that answer its trials.
+"""The results of a study: its trials and the finished runs that match them.
 
-Matched once, and handed to everything that draws or prints them.
+They are matched once, and passed to every table, figure and page.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from orchestration.studies.matching import Record, match
 from orchestration.studies.trial import Study
 
 FileOf = Callable[[Any, str], Path]
-"""Finds one file of a run's result, by the run and the file's name; downloads it where it is not on
-this disk."""
+"""Returns the path of one file of a run's result, given the run and the file's name. It downloads a
+file that is not on this disk."""
 
 
 def mention_lost_file(error: Exception) -> None:
@@ -32,14 +32,14 @@ class StudyResults:
 
     study: Study
     runs: Mapping[str, Any]
-    """Key of a trial -> its finished run (``Record``), of whatever study; a trial without one is
-    missing."""
+    """Key of a trial -> its finished run (``Record``), which may be from another study. A trial
+    without a finished run is left out."""
     file_of: FileOf | None = None
-    """None: the runs' files are not at hand, and what needs them is left out."""
+    """None: the runs' files are not available; tables and figures that need them are left out."""
 
     @classmethod
     def match(cls, study: Study, records: Sequence[Record], file_of: FileOf | None = None) -> Self:
-        """Return the results of a study, among the runs of all studies."""
+        """Return the results of a study; ``records`` are the runs of all studies."""
         return cls(study, match(study.trials, records), file_of)
 
     def file(self, run: Any, name: str) -> Path | None:
@@ -55,6 +55,7 @@ class StudyResults:
             mention_lost_file(error)
             return None
 
+    # Cached: the table, the figure and the claims of one report all read the rows.
     @cached_property
     def rows(self) -> list[Row]:
         """The study's rows, in its order."""
@@ -62,16 +63,18 @@ class StudyResults:
 
     @cached_property
     def run_ids(self) -> dict[str, str]:
-        """Name of a trial -> the id of its run in MLflow."""
+        """Name of a trial -> the id of its MLflow run."""
         trials = [trial for trial in self.study.trials if trial.key in self.runs]
         return {trial.name: str(self.runs[trial.key].run_id) for trial in trials}
 
     @cached_property
     def experiment_ids(self) -> list[str]:
-        """The ids of the MLflow experiments that its runs are in."""
+        """The ids of the MLflow experiments that contain its runs."""
+        # ``Record`` does not require an experiment: records of other sources may have none.
         ids = {str(getattr(run, "experiment_id", "")) for run in self.runs.values()}
         return sorted(ids - {""})
 
     def of(self, study: Study) -> Self:
-        """Return the results of a study with some of the trials."""
+        """Return the results of a study that has some of the same trials."""
+        # A new object, without the cached rows of the other study.
         return replace(self, study=study)

@@ -13,21 +13,19 @@ import pandas as pd
 from mar.safe_text import markdown
 from orchestration.reporting.csv_text import csv_text
 from orchestration.reporting.rows import Cell, Row
-from orchestration.reporting.significance import (
-    Comparison,
-)
+from orchestration.reporting.significance import Comparison
 from orchestration.reporting.tables import ALIKE, MISSING, QUOTED, Spread, TableInfo, ranked
 from orchestration.studies.metrics import METRICS
 
+# LaTeX has commands for these capitals alone; the other Greek capitals look like Latin ones.
 _CAPITALS = ("Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega")
-
-
 _WIDE = 8
-"""Columns; a LaTeX table of more is set to the width of the page."""
+"""Most columns of a LaTeX table in its natural width; a wider one is scaled to the page's width."""
 
 
 def to_markdown(info: TableInfo) -> str:
     """Return a Markdown table with its title."""
+    # Without disable_numparse, tabulate reads texts like "70.90" as numbers and drops the last 0.
     text = _frame(info, best="**{}**".format, plain=markdown)
     lines = [
         f"**{markdown(info.title)}**",
@@ -43,11 +41,13 @@ def to_latex(info: TableInfo) -> str:
     Needs ``\\usepackage{booktabs,amssymb,graphicx}``.
     """
     frame = _frame(info, best="\\textbf{{{}}}".format, plain=latex_escaped)
+    # A row that begins with "[" or "*" would be an argument of the "\\" that ends the row before.
     frame.iloc[:, 0] = [
         "{}" + text if text[:1] in ("[", "*") else text for text in frame.iloc[:, 0]
     ]
     num_text_columns = len(info.axes) - (info.pivot is not None) + len(_extra_columns(info))
     columns = "l" * num_text_columns + "r" * (frame.shape[1] - num_text_columns)
+    # ``_frame`` has escaped the texts; escaping again would print its commands.
     body: str = frame.to_latex(index=False, escape=False, column_format=columns)
     if frame.shape[1] > _WIDE:
         body = f"\\resizebox{{\\linewidth}}{{!}}{{%\n{body}}}\n"
@@ -60,10 +60,12 @@ def to_latex(info: TableInfo) -> str:
 def to_html(info: TableInfo, has_caption: bool = True) -> str:
     """Return an HTML table with its title as the caption.
 
-    A page that has the title leaves it out.
+    A page that shows the title itself leaves the caption out.
     """
+    # ``_frame`` has escaped the texts, so pandas must not escape the tags that mark the best value.
     frame = _frame(info, best="<b>{}</b>".format, plain=html.escape)
     body: str = frame.to_html(index=False, escape=False, border=0)
+    # A caption must be the first element of a table; pandas writes none.
     start, rest = body.split("\n", 1)
     notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in info.notes)
     if has_caption:
@@ -74,12 +76,12 @@ def to_html(info: TableInfo, has_caption: bool = True) -> str:
 
 
 def to_csv(info: TableInfo) -> str:
-    """Return one line for each row and quantity, unrounded."""
+    """Return the table as CSV: one line for each row and metric, values unrounded."""
     return csv_text(pd.DataFrame(_plain_rows(info)))
 
 
 def to_json(info: TableInfo) -> str:
-    """Return the same as CSV, as JSON, with the title."""
+    """Return the content of the CSV table as JSON, with the title."""
     return (
         json.dumps({"title": info.title, "cells": _plain_rows(info)}, indent=1, ensure_ascii=False)
         + "\n"
@@ -96,7 +98,7 @@ FORMATS: dict[str, Callable[[TableInfo], str]] = {
 
 
 def latex_escaped(text: str) -> str:
-    """Return text that LaTeX prints as it stands."""
+    """Return text in which LaTeX's special characters are escaped, so that it prints unchanged."""
     specials = {symbol: f"\\{symbol}" for symbol in "&%$#_{}"} | {
         "\\": "\\textbackslash{}",
         "~": "\\textasciitilde{}",
@@ -124,6 +126,8 @@ def latex_escaped(text: str) -> str:
     return text.translate(str.maketrans(specials))
 
 
+# LaTeX has no command named as these two letters are: final sigma, and omicron, which looks like a
+# Latin o. Unicode spells lambda without its b.
 _GREEK = {
     chr(code): f"\\{unicodedata.name(chr(code)).split()[-1].lower().replace('lamda', 'lambda')}"
     for code in range(ord("α"), ord("ω") + 1)
@@ -136,8 +140,8 @@ def cell_text(
 ) -> str:
     """Return "70.97", "70.97 ± 0.12", "70.97 [70.90, 71.05]" (a range), "70.97 (1 of 3)" or "–".
 
-    How many trainings it is the mean of stands behind it, "(n = 3)", unless that is said for the
-    whole table.
+    The number of trainings follows, as in "(n = 3)", unless ``is_number_said``: then a note gives
+    it for the whole table.
     """
     if cell.mean is None:
         return MISSING
@@ -166,10 +170,45 @@ def _frame(
 ) -> pd.DataFrame:
     """Return the table as text.
 
-    Labels, extra columns, and of each metric ours, the paper's and the difference.
+    Its columns are the labels, the extra columns, and for each metric our value, the paper's and
+    the difference. ``plain`` escapes a text for the format, ``best`` marks the best value.
     """
     lines, heads = _lines(info)
+    # The cells of a line have the same labels but for the pivot: any row of the line has them.
     firsts = [next(row for row in line if row is not None) for line in lines]
+    columns = _text_columns(info, firsts, plain)
+    for name in info.columns:
+        metric = METRICS[name]
+        leader = _leader(info, name)
+        for column, head in enumerate([""] if _is_same_across(lines, name) else heads):
+            rows_of = [line[column] for line in lines]
+            if not head:
+                title = metric.title
+            else:
+                # The table's title names the metric if there is only one.
+                if len(info.columns) == 1:
+                    title = head
+                else:
+                    title = f"{metric.title}, {head}"
+            columns.append(
+                (title, [_text(info, row, name, leader, best, plain) for row in rows_of])
+            )
+            columns += [
+                (key, [plain(text) for text in texts]) for key, texts in _beside(rows_of, name)
+            ]
+        if name == "top1":
+            columns += _top1_columns(info, firsts, plain)
+    # Titles may be equal ("paper" of several metrics), which a dict of columns cannot have: the
+    # frame is made with numbers, and titled afterwards.
+    frame = pd.DataFrame({column: texts for column, (_, texts) in enumerate(columns)})
+    frame.columns = [plain(title) for title, _ in columns]
+    return frame
+
+
+def _text_columns(
+    info: TableInfo, firsts: Sequence[Row], plain: Callable[[str], str]
+) -> list[tuple[str, list[str]]]:
+    """Return the label columns, except the pivot's, and the extra columns."""
     columns: list[tuple[str, list[str]]] = []
     for column, axis in enumerate(info.axes):
         if column != info.pivot:
@@ -185,53 +224,38 @@ def _frame(
     columns += [
         (name, [row.extra_columns.get(name, "") for row in firsts]) for name in _extra_columns(info)
     ]
-    columns = [(title, [plain(text) for text in texts]) for title, texts in columns]
-    for name in info.columns:
-        metric = METRICS[name]
-        leader = _leader(info, name)
-        for column, head in enumerate([""] if _is_same_across(lines, name) else heads):
-            rows_of = [line[column] for line in lines]
-            if not head:
-                title = metric.title
-            else:
-                if len(info.columns) == 1:
-                    title = head
-                else:
-                    title = f"{metric.title}, {head}"
-            columns.append(
-                (title, [_text(info, row, name, leader, best, plain) for row in rows_of])
+    return [(title, [plain(text) for text in texts]) for title, texts in columns]
+
+
+def _top1_columns(
+    info: TableInfo, firsts: Sequence[Row], plain: Callable[[str], str]
+) -> list[tuple[str, list[str]]]:
+    """Return the columns beside top-1: the comparison with the reference row, and the gains."""
+    columns: list[tuple[str, list[str]]] = []
+    if info.comparisons:
+        comparisons = [info.comparisons.get(row.label) for row in firsts]
+        columns.append(
+            (
+                f"to {info.reference}",
+                [plain(_gap(each)) if each else "" for each in comparisons],
             )
-            columns += [
-                (key, [plain(text) for text in texts]) for key, texts in _beside(rows_of, name)
-            ]
-        if name == "top1" and info.comparisons:
-            comparisons = [info.comparisons.get(row.label) for row in firsts]
-            columns.append(
-                (
-                    f"to {info.reference}",
-                    [plain(_gap(each)) if each else "" for each in comparisons],
-                )
-            )
-        if name == "top1" and info.delta:
-            columns.append(
-                ("Δ", [plain(_gain(info, row, lambda cell: cell.mean)) for row in firsts])
-            )
-            columns.append(
-                ("Δ, paper", [plain(_gain(info, row, lambda cell: cell.paper)) for row in firsts])
-            )
-    frame = pd.DataFrame({column: texts for column, (_, texts) in enumerate(columns)})
-    frame.columns = [plain(title) for title, _ in columns]
-    return frame
+        )
+    if info.delta:
+        columns.append(("Δ", [plain(_gain(info, row, lambda cell: cell.mean)) for row in firsts]))
+        columns.append(
+            ("Δ, paper", [plain(_gain(info, row, lambda cell: cell.paper)) for row in firsts])
+        )
+    return columns
 
 
 def _is_same_across(lines: Sequence[Sequence[Row | None]], name: str) -> bool:
-    """Whether a quantity is the same in all columns of each printed line, and so is one column."""
+    """Whether a metric is the same in all pivot columns of each line; then one column shows it."""
     cells = [[row.cells[name] if row else None for row in line] for line in lines]
     return len(cells[0]) > 1 and all(cell == line[0] and cell for line in cells for cell in line)
 
 
 def _extra_columns(info: TableInfo) -> list[str]:
-    """Return the columns of words about the rows."""
+    """Return the names of the columns of text about the rows."""
     return list(dict.fromkeys(name for row in info.rows for name in row.extra_columns))
 
 
@@ -243,11 +267,13 @@ def _gap(comparison: Comparison) -> str:
 def _lines(info: TableInfo) -> tuple[list[list[Row | None]], list[str]]:
     """Return the rows of each printed line, and the label above each of its columns.
 
-    None: one column.
+    Without a pivot axis each line has one row, and the label is empty. A row that the study does
+    not have is None.
     """
     pivot = info.pivot
     if pivot is None:
         return [[row] for row in info.rows], [""]
+    # The order of the study: dict.fromkeys keeps it, a set would not.
     heads = list(dict.fromkeys(row.labels[pivot] for row in info.rows))
     lines: dict[tuple[str, ...], list[Row | None]] = {}
     for row in info.rows:
@@ -264,6 +290,7 @@ def _text(
     best: Callable[[str], str],
     plain: Callable[[str], str],
 ) -> str:
+    # A quoted row has only the paper's values, which have a column of their own.
     if row is None or row.is_quoted:
         return ""
     cell = row.cells[name]
@@ -275,24 +302,25 @@ def _text(
 
 
 def _beside(rows_of: Sequence[Row | None], name: str) -> list[tuple[str, list[str]]]:
-    """Return the paper's numbers and, of accuracies, ours less the paper's."""
+    """Return the column of the paper's values and, for accuracies, of ours minus the paper's."""
     cells = [row.cells[name] if row else None for row in rows_of]
     if not any(cell and cell.paper is not None for cell in cells):
         return []
     papers = [None if cell is None else cell.paper for cell in cells]
+    # As many decimals as the paper's most precise value in this column.
     digits = max(len(f"{value:g}".partition(".")[2]) for value in papers if value is not None)
     printed = [MISSING if value is None else f"{value:.{digits}f}" for value in papers]
-    there = [(cell.mean, cell.paper) if cell else (None, None) for cell in cells]
+    pairs = [(cell.mean, cell.paper) if cell else (None, None) for cell in cells]
     gaps = [
         MISSING if ours is None or paper is None else f"{ours - paper:+.2f}"
-        for ours, paper in there
+        for ours, paper in pairs
     ]
     is_accuracy = name in ("top1", "top5") and any(gap != MISSING for gap in gaps)
     return [("paper", printed), *([("− paper", gaps)] if is_accuracy else [])]
 
 
 def _gain(info: TableInfo, row: Row, value: Callable[[Cell], float | None]) -> str:
-    """Return what a row has in top-1 above the row that differs from it in one label."""
+    """Return a row's gain in top-1 over the row with the reference label and equal other labels."""
     assert info.delta
     column, label = info.delta
     reference = (*row.labels[:column], label, *row.labels[column + 1 :])
@@ -305,14 +333,15 @@ def _gain(info: TableInfo, row: Row, value: Callable[[Cell], float | None]) -> s
 
 
 def _leader(info: TableInfo, name: str) -> Row | None:
-    """Return the row with the best value of a metric.
+    """Return the row with the best value of a metric, which is printed bold.
 
-    None: a row is missing, no direction is better, or it does not differ significantly from the
-    next.
+    None if a row is missing, no direction is better, or the best row does not differ significantly
+    from the next.
     """
     ordered = ranked(info.rows, name)
     if len(ordered) < 2 or not info.is_significant.get(name, True):
         return None
+    # Of two equal values neither is the best.
     is_alone = ordered[0].cells[name].mean != ordered[1].cells[name].mean
     return ordered[0] if is_alone else None
 

@@ -1,4 +1,4 @@
-"""Tables: first the numbers (``TableInfo``), then Markdown, LaTeX, HTML, CSV or JSON."""
+"""The content of a study's table, independent of the format; ``table_formats`` prints it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ SPREADS: dict[Spread, str] = {
     "std": "± the standard deviation over seeds",
     "range": "[least, greatest] over seeds",
 }
+# Marks in cells; the notes below the table explain each one that is used.
 MISSING = "–"
 QUOTED = "†"
 ALIKE = "≈"
@@ -30,60 +31,64 @@ ALIKE = "≈"
 
 @dataclass(frozen=True)
 class TableInfo:
-    """All that a table shows, and nothing of how."""
+    """The content of a table, independent of the format."""
 
     title: str
     axes: Sequence[str]
     """Names of the label columns."""
     columns: Sequence[str]
-    """Quantities, by short name."""
+    """Short names of the metrics."""
     rows: Sequence[Row]
     pivot: int | None = None
-    """The place, among the axes, of the one whose labels stand side by side."""
+    """Index in ``axes`` of the axis whose labels are columns side by side."""
     delta: tuple[int, str] | None = None
-    """An axis' place and the label of it that each row's gain in top-1 is over."""
+    """Index of an axis, and one of its labels: each row's gain in top-1 is relative to the row with
+    this label."""
     reference: str | None = None
-    """The row that the others are compared with, video by video."""
+    """Label of the row that the others are compared with, video by video."""
     comparisons: Mapping[str, Comparison] = field(default_factory=dict[str, Comparison])
-    """Row -> its top-1 less the reference's."""
+    """Row -> its top-1 minus the reference's."""
     spread: Spread | None = None
-    """What stands beside a mean over seeds; none: by their number."""
+    """The measure of spread beside a mean over seeds. None: it depends on their number."""
     own_notes: Sequence[str] = ()
-    """What the study's file says below its table."""
+    """The notes of the study's file."""
     is_significant: Mapping[str, bool] = field(default_factory=dict[str, bool])
-    """Quantity -> whether its best row is told apart from the next one: only then it is printed
-    bold."""
+    """Metric -> whether its best row differs significantly from the next one. Only then is it
+    printed bold."""
 
     @property
     def common_seeds(self) -> int | None:
-        """How many trainings each row has; none where they have different numbers."""
+        """The number of trainings of each row; none if rows have different numbers."""
+        # Quoted rows have no trainings.
         counts = {row.finished for row in self.rows if not row.is_quoted}
         return counts.pop() if len(counts) == 1 else None
 
     def spread_of(self, count: int) -> Spread:
-        """Return what stands beside a mean over so many seeds."""
+        """Return the measure of spread that is printed beside a mean over ``count`` seeds."""
+        # With two seeds Student's interval is so wide that it says nothing; the range shows both.
         return self.spread or ("interval" if count > 2 else "range")
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know.
+        """The notes below the table.
 
-        How many trials are missing, which videos were not counted, what is quoted.
+        They state how many trials are missing, which videos were not counted, and what is quoted.
         """
         finished = sum(row.finished for row in self.rows)
         wanted = sum(row.seeds for row in self.rows)
         if finished == wanted:
             missing = []
         else:
-            missing = [f"{finished} of {wanted} trials are finished; {MISSING}: not there yet."]
+            missing = [f"{finished} of {wanted} trials are finished; {MISSING}: not available yet."]
         if any(row.is_quoted for row in self.rows):
             quoted = [f"{QUOTED}: as the paper quotes it; not run here."]
         else:
             quoted = []
         if self.comparisons:
+            # An interval from one training does not contain the variance between seeds.
             legend = [
                 f"To {self.reference}: difference in top-1 over the same videos, 95 % interval; "
-                f"{ALIKE}: these videos cannot tell the two apart (paired test, Holm's "
+                f"{ALIKE}: no significant difference on these videos (paired test, Holm's "
                 "correction for "
                 f"{len(self.comparisons)} rows, 5 %)."
                 + (f" {ONE_TRAINING}" if max(row.seeds for row in self.rows) == 1 else "")
@@ -100,7 +105,8 @@ class TableInfo:
 
     @property
     def _seed_notes(self) -> list[str]:
-        """Say how many trainings a number is the mean of, and what stands beside it."""
+        """The note on the number of trainings behind each mean, and on its measure of spread."""
+        # A row with one training has no spread to explain.
         counts = {row.finished for row in self.rows if row.finished > 1}
         if not counts:
             return []
@@ -113,7 +119,7 @@ class TableInfo:
 
 
 def table_info(results: StudyResults) -> TableInfo:
-    """Return the study's table as it stands in MLflow, its rows compared with the reference row."""
+    """Return the study's table from the runs in MLflow, with comparisons to the reference row."""
     study = results.study
     layout = study.file.table
     axes = axis_parts(study)
@@ -138,27 +144,28 @@ def table_info(results: StudyResults) -> TableInfo:
 def _is_best_significant(results: StudyResults, name: str) -> bool:
     """Whether a metric's best row differs significantly from the next.
 
-    Over the videos for top-1, else over the seeds.
-
-    What is counted and not measured (operations, parameters) always does.
+    The test is over the videos for top-1, over the seeds for other metrics.
     """
+    # Operations, parameters and views are computed, not measured: any difference is real.
     if METRICS[name].source.startswith("cost.") or METRICS[name].source == "views":
         return True
     ordered = ranked(results.rows, name)
     if len(ordered) < 2:
         return False
+    # The paired test needs the runs' predictions, and is the more powerful one.
     if name == "top1" and results.file_of:
         return tells_apart(results, ordered[0].label, ordered[1].label)
     return are_apart(ordered[0].cells[name].values, ordered[1].cells[name].values)
 
 
 def ranked(rows: Sequence[Row], name: str) -> list[Row]:
-    """Return our rows, the best first.
+    """Return our rows by a metric, the best first.
 
-    None where one is not there yet or no value is better than another.
+    Empty if a row has no value yet, or if the metric has no better direction.
     """
     direction = METRICS[name].higher_is_better
     ours = [row for row in rows if not row.is_quoted]
+    # A row that is still missing could become the best.
     if direction is None or any(row.cells[name].mean is None for row in ours):
         return []
     return sorted(ours, key=lambda row: row.cells[name].mean or 0.0, reverse=direction)

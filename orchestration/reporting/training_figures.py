@@ -17,26 +17,26 @@ from orchestration.reporting.study_results import StudyResults
 from orchestration.studies.trial import Trial
 
 _MOST_CURVES = 20
-"""In one picture."""
+"""Most curves in one picture."""
 _CURVES = {
     "val/top1": "Top-1 (%), one view",
     "val/reconstruction_loss": "L_r, validation",
     "train/loss": "Loss",
 }
-"""Shown is the first that any training has."""
+"""Metrics of the learning curves, with their titles. The first that any training has is shown."""
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Which classes a model takes for which."""
+    """A model's confusion matrix."""
 
     title: str
     names: Sequence[str]
     counts: np.ndarray
-    """Videos, by class (rows) and by what they were taken for (columns)."""
+    """Numbers of videos, by true class (rows) and predicted class (columns)."""
 
     def frame(self) -> pd.DataFrame:
-        """Return the counts, to travel with the picture."""
+        """Return the counts as a table, which is stored beside the picture."""
         return pd.DataFrame(
             self.counts, index=pd.Index(self.names, name="class"), columns=list(self.names)
         )
@@ -45,26 +45,29 @@ class Confusion:
 def curves_info(results: StudyResults) -> FigureInfo | None:
     """Return the learning curve of each row, the mean over its seeds.
 
-    None: no finished training has one.
+    None if no finished training has one.
     """
     study = results.study
     found = results.runs
     histories: dict[str, list[dict[str, dict[int, float]]]] = {}
     for trial in study.trials:
+        # A run without a model was only tested: it has no epochs.
         if trial.key in found and found[trial.key].has_model:
             file = results.file(found[trial.key], "history.csv")
             if file is not None:
                 histories.setdefault(trial.row, []).append(_history(file))
-    there = {name for each in histories.values() for history in each for name in history}
-    shown = next((name for name in _CURVES if name in there), None)
+    present = {name for each in histories.values() for history in each for name in history}
+    shown = next((name for name in _CURVES if name in present), None)
     if shown is None:
         return None
     series = [
         _curve(row, [each[shown] for each in several if shown in each])
         for row, several in histories.items()
     ]
+    # A row whose seeds do not all have the metric may have no epoch in common.
     series = [each for each in series if each.x]
     title = f"{study.file.title}: learning curves"
+    # A study may have hundreds of rows: their curves could not be distinguished.
     if len(series) > _MOST_CURVES:
         title = f"{title} of the best {_MOST_CURVES} rows of {len(series)}"
         series = sorted(series, key=lambda each: each.y[-1], reverse=shown == "val/top1")[
@@ -84,12 +87,13 @@ def curves_info(results: StudyResults) -> FigureInfo | None:
 
 
 def confusion(results: StudyResults) -> Confusion | None:
-    """Return the confusion matrix of the row with the best top-1 (its first seed).
+    """Return the confusion matrix of the row with the best top-1 (its first finished seed).
 
-    None: no predictions are there.
+    None if no predictions can be read.
     """
     study = results.study
     found = results.runs
+    # A row without a value is below every accuracy.
     best = max(results.rows, key=lambda row: row.cells["top1"].mean or -1.0, default=None)
     if best is None or best.cells["top1"].mean is None:
         return None
@@ -106,7 +110,7 @@ def confusion(results: StudyResults) -> Confusion | None:
 
 
 def _class_names(trial: Trial) -> list[str]:
-    """Return the classes' names; their numbers, where the data is not at hand."""
+    """Return the names of the classes, or their numbers if the data is not on this machine."""
     try:
         return class_names(trial.settings.data)
     except UserError:
@@ -123,6 +127,7 @@ def _history(file: Path) -> dict[str, dict[int, float]]:
         for column, name in enumerate(names)
         if name in _CURVES
     }
+    # A cell is empty if the metric was not measured in the epoch.
     return {
         name: {epoch: float(value) for epoch, value in zip(epochs, values, strict=True) if value}
         for name, values in columns.items()
@@ -130,6 +135,8 @@ def _history(file: Path) -> dict[str, dict[int, float]]:
 
 
 def _read(file: Path) -> list[dict[str, str]]:
+    """Return the lines of a csv file, by column."""
+    # File names on Linux may be no UTF-8: surrogateescape keeps their bytes.
     return list(
         csv.DictReader(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
     )
@@ -137,6 +144,7 @@ def _read(file: Path) -> list[dict[str, str]]:
 
 def _curve(name: str, seeds: Sequence[dict[int, float]]) -> Series:
     """Return the mean over seeds at each epoch that all of them have."""
+    # A mean over fewer seeds would make a jump in the curve.
     if seeds:
         epochs = sorted(set.intersection(*(set(each) for each in seeds)))
     else:

@@ -22,24 +22,26 @@ from orchestration.worker.log import device_name
 from orchestration.worker.spec import TrialSpec
 
 PollSignal = Callable[[], TrainingSignal]
-"""Asks the backend what the training is to do."""
+"""Asks the backend for the signal of the running training."""
 
 _HEARTBEAT_EVERY_S = 2.0
+"""Seconds between two writes of the heartbeat file."""
 _POLL_EVERY_STEPS = 5
-"""Several workers must poll at the same steps, to agree."""
+"""Several workers poll at the same steps, because the poll and the agreement on its answer are
+collective operations."""
 _POLL_EVERY_S = 0.5
-"""A single worker polls Ray by the clock: an answer takes milliseconds."""
+"""A single worker polls by the clock, because each answer of Ray takes milliseconds."""
 
 
 def never_stop() -> TrainingSignal:
-    """Answer for a backend that never asks for anything."""
+    """Return CONTINUE: the poll of a backend that sends no signals."""
     return TrainingSignal.CONTINUE
 
 
 class TrainingMonitor:
-    """Called after every step; returns the signal that all workers agreed on.
+    """Monitors one attempt: ``on_step`` is called after every step and returns the workers' signal.
 
-    A watchdog thread ends the process when there was no progress for the hang timeout.
+    A watchdog thread ends the process after no progress for ``hang_timeout_s`` seconds.
     """
 
     def __init__(
@@ -57,14 +59,17 @@ class TrainingMonitor:
         self.log = log
         self.poll_signal = poll_signal
         self.has_saved = False
-        """Whether it has saved for a node that goes away: once is enough."""
+        """Whether it has saved because of a preempted node: the signal is repeated until that node
+        is gone, and one checkpoint is enough."""
         now = time.monotonic()
         self.first_step: tuple[int, float] | None = None
-        """The first step this process took, and when: its rate counts from there."""
+        """The first step of this process and its time. The rate is measured from there: a resumed
+        training does not count the steps of earlier attempts."""
         self.last_heartbeat = now
         self.last_poll = now
         self.last_progress = now
         self._over = threading.Event()
+        # 0 switches the watchdog off. Its thread is a daemon: it must not keep the process alive.
         timeout_s = spec.worker.hang_timeout_s
         if timeout_s:
             threading.Thread(
@@ -75,36 +80,39 @@ class TrainingMonitor:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # ``mar status`` would later report the old heartbeat as that of a lost trial.
         self._over.set()
         with suppress(OSError):
             self.trial_dir.heartbeat.unlink(missing_ok=True)
 
     def heartbeat(self) -> None:
-        """Note that there was progress."""
+        """Record that the training made progress."""
         self.last_progress = time.monotonic()
 
     def on_step(self, done: int, total: int) -> TrainingSignal:
         """Return the signal after a step.
 
-        With several workers, the strongest that one of them got.
+        With several workers it is the strongest signal that one of them received.
         """
         self.heartbeat()
         self._write_heartbeat(done, total)
         if worker_rank().world > 1 and done % _POLL_EVERY_STEPS:
             return TrainingSignal.CONTINUE
+        # Signals are ordered by strength. All workers must act on the same one: a worker that
+        # stopped alone would leave the others in a collective operation.
         signal = TrainingSignal(all_reduce_max(int(self._own_signal()), self.device))
         if signal != TrainingSignal.CHECKPOINT:
             return signal
         if self.has_saved:
             return TrainingSignal.CONTINUE
         self.has_saved = True
-        self.log(f"a node of this trial is going away: saving at step {done}")
+        self.log(f"a node of this trial is being preempted: saving at step {done}")
         return TrainingSignal.CHECKPOINT
 
     def _own_signal(self) -> TrainingSignal:
-        """Return the signal that this worker gets."""
+        """Return the signal that this worker received."""
         signal = TrainingSignal.CONTINUE
-        # Several workers poll at fixed steps, and none may leave the poll out.
+        # Ray Train's get_preemption_info is collective: no worker may skip the poll by the clock.
         if worker_rank().world > 1 or time.monotonic() - self.last_poll > _POLL_EVERY_S:
             signal = self.poll_signal()
             self.last_poll = time.monotonic()
@@ -113,10 +121,11 @@ class TrainingMonitor:
         return signal
 
     def _write_heartbeat(self, done: int, total: int) -> None:
-        """Write how far the training is, every few seconds, for ``mar status``."""
+        """Write the training's progress to a file every few seconds, for ``mar status``."""
         now = time.monotonic()
         if self.first_step is None:
             self.first_step = (done, now)
+        # The workers of a trial may share the folder: only the first one writes.
         if worker_rank().rank or now - self.last_heartbeat < _HEARTBEAT_EVERY_S:
             return
         self.last_heartbeat = now
@@ -138,14 +147,14 @@ class TrainingMonitor:
             "host": platform.node(),
             "pid": os.getpid(),
         }
-        # A full disk is reported by what must be written: checkpoints and results.
+        # The heartbeat is optional. A full disk is reported when a checkpoint is written.
         with suppress(OSError):
             atomic_write(self.trial_dir.heartbeat, json.dumps(heartbeat).encode())
 
     def _watchdog(self, timeout_s: float) -> None:
-        """End the process when there was no progress for too long.
+        """End the process after no progress for ``timeout_s`` seconds.
 
-        Ray, or the user, starts it again.
+        Ray, or the user, restarts it.
         """
         while not self._over.wait(min(1.0, timeout_s / 4)):
             if time.monotonic() - self.last_progress < timeout_s:
@@ -153,12 +162,14 @@ class TrainingMonitor:
             self._end_stalled(timeout_s)
 
     def _end_stalled(self, timeout_s: float) -> None:
-        """Record what every thread is doing, and why the process ends; then end it."""
+        """Log the stack of every thread, record the failure, and end the process."""
         file = self.trial_dir.worker_log(worker_rank().rank)
-        message = f"no progress for {timeout_s:g} s: what every thread was doing is in {file}"
+        message = f"no progress for {timeout_s:g} s: the stack of every thread is in {file}"
+        # The process must end even if the disk cannot be written: it may be the cause of the stall.
         with suppress(OSError):
             with file.open("a", encoding="utf-8") as log:
                 log.write(f"{message}\n")
+                # faulthandler writes to the file descriptor, past Python's buffer.
                 log.flush()
                 faulthandler.dump_traceback(file=log, all_threads=True)
             self.trial_dir.write_failure(FailureReason(message, "stalled"))

@@ -1,4 +1,4 @@
-"""All that a worker needs to train a trial. It travels to a worker on another machine as JSON."""
+"""The specification of a trial for its workers, which may be on other machines; sent as JSON."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from orchestration.storage.trial_dir import TrialDir
 from orchestration.studies.recipe import absolute_paths
 from orchestration.studies.trial import Trial
 
+# JSON has no paths: these fields are sent as text.
 _PATHS = ("folder", "stop_file", "trained", "frames")
 
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """One trial, as its workers receive it."""
+    """One trial, in the form that its workers receive."""
 
     key: str
     settings: dict[str, Any]
-    """The complete settings, as JSON: the worker builds and checks them again."""
+    """The complete settings, as JSON values: the worker builds and checks them again."""
     folder: Path
     worker: WorkerConfig
     gpus_per_worker: int
     """``worker.gpus_per_worker``, decided for the cluster that runs the trial."""
     stop_file: Path
-    """While it exists, the trial is to save and stop."""
+    """While this file exists, the trial is to save and stop."""
     environment: dict[str, str]
-    """What Ray Train reads in the trial's own process: on a cluster it does not inherit the
-    launch's environment."""
+    """Variables that Ray Train reads in the trial's own process: on a cluster that process does not
+    inherit the launch's environment."""
     waits_for_nodes: bool
-    """Whether a node that is lost may be replaced: on a cluster, not on this machine."""
+    """Whether a lost node may be replaced: on a cluster, not on this machine."""
     storage: str
     """Ray Train's own folder."""
     trained: Path | None = None
@@ -49,6 +50,7 @@ class TrialSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, from which ``from_json`` makes an equal spec."""
+        # ``asdict`` also converts the nested WorkerConfig.
         values = asdict(self)
         for name in _PATHS:
             if values[name] is not None:
@@ -73,7 +75,11 @@ def build_trial_spec(
     trained: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> TrialSpec:
-    """Return what the workers of a trial receive."""
+    """Return the specification of a trial for its workers.
+
+    ``trained`` is the result folder of a finished training that is only to be tested.
+    """
+    # A worker has another working directory, where relative paths would not be found.
     settings = absolute_paths(trial.settings)
     frames = None
     if settings.data.cache == AUTO_CACHE:
@@ -89,6 +95,7 @@ def build_trial_spec(
         stop_file=launch.stop_file,
         environment=dict(environment or {}),
         waits_for_nodes=launch.address is not None,
+        # Absolute for the same reason.
         storage=str(launch.store.resolve() / "ray"),
         trained=trained,
         frames=frames,

@@ -1,6 +1,6 @@
-"""Runs where the training is.
+"""Trains or tests one trial in the current process.
 
-On a Ray Train worker, in Tune's trial, or in the launch's own process.
+The process is a Ray Train worker, Tune's trial, or the launch itself.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from orchestration.worker.retry_policy import RetryPolicy
 from orchestration.worker.spec import TrialSpec
 
 _PREDECESSOR_S = 20.0
-"""How long a worker of a killed launch may outlive it; a new one waits so long without a
-message."""
+"""Seconds that a worker of a killed launch may outlive it. A new worker waits this long for the
+folder before it logs a message."""
 _POLL_S = 2.0
-"""How often a wait is checked."""
+"""Seconds between two checks while it waits."""
 
 
 def train(
@@ -55,9 +55,10 @@ def train(
 ) -> FailureReason | None:
     """Train one trial in this process (as one of several workers, if a process group is up).
 
-    Permanent failures are returned, not raised, so that Ray does not retry them; the reason is in
-    the trial's folder too. After out of memory it resumes from its last checkpoint with half the
-    micro-batch. With several workers a reason is raised, or the others would wait for this one.
+    Permanent failures are returned, not raised, so that Ray does not retry them; the reason is also
+    written to the trial's folder. After an out-of-memory error the trial resumes from its last
+    checkpoint with half the micro-batch. With several workers a failure is raised: otherwise the
+    other workers would wait for this one.
 
     Returns:
         Why the trial failed permanently; none when it is finished.
@@ -67,18 +68,22 @@ def train(
     device = torch.device("cpu")
     if spec.gpus_per_worker:
         device = default_device()
+    # glibc returns large tensors to the system at once, which costs up to half of a step's time.
     if device.type == "cpu":
         keep_freed_memory()
     try:
         spec.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        message = f"{spec.folder} cannot be made: {error}; choose another --store"
+        message = f"{spec.folder} cannot be created: {error}; choose another --store"
         return FailureReason(message, "disk")
     with (
         WorkerLog(spec.trial_dir, worker_rank(), device) as log,
         _checkpoint_sync(spec) as sync,
     ):
+        # After the sync has opened: it may have downloaded the failure that another node recorded.
         _check_previous_failure(spec, sync)
+        # Several workers agree on a stop in TrainingMonitor: one that left here alone would leave
+        # the others in a collective operation.
         if worker_rank().world == 1 and spec.stop_file.exists():
             stopped = FailureReason("stopped before it started", "stopped")
             return _record_failure(spec.trial_dir, stopped)
@@ -88,9 +93,12 @@ def train(
         try:
             return _attempts(_Trial(spec, device, log, sync), report, poll_signal)
         finally:
+            # Compiled blocks refer to themselves. Without --compile there are no such cycles, and
+            # a collection would take 0.4 s.
             if spec.worker.compile:
-                gc.collect()  # compiled blocks refer to themselves
-            _free_memory(device)  # this process may wait long for its next trial
+                gc.collect()
+            # This process may wait long for its next trial.
+            _free_memory(device)
 
 
 @dataclass(frozen=True)
@@ -110,16 +118,16 @@ class _Trial:
 def _attempts(
     trial: _Trial, report: Callable[[EpochReport], None], poll_signal: PollSignal
 ) -> FailureReason | None:
-    """Attempt until the trial is finished, would fail again, or has used its retries.
+    """Attempt the trial until it is finished, would fail again, or has used its retries.
 
-    ``RetryPolicy`` decides.
+    ``RetryPolicy`` decides about another attempt.
     """
     spec = trial.spec
     policy = RetryPolicy.of(spec.worker)
     reason = None
     for attempt in range(1, policy.retries + 2):
         begun = attempt
-        # With an object store the folder is on the disk of one node: its count may be of another
+        # With an object store the folder is on the disk of one node: its count may be from another
         # launch.
         if worker_rank().rank == 0 and not spec.worker.object_store:
             begun = max(attempt, policy.count_attempt(trial.trial_dir))
@@ -127,6 +135,7 @@ def _attempts(
         if reason is None or reason.kind == "stopped":
             break
         is_retried = policy.is_retried_in_process(reason.kind)
+        # Before the raise below: the restarted workers read the halved micro-batch.
         if reason.kind == "memory":
             is_retried = _halve_microbatch(spec)
         if worker_rank().world > 1:
@@ -137,6 +146,7 @@ def _attempts(
         if reason.kind == "memory":
             microbatches = f" in micro-batches of {_microbatch_clips(spec)} clips"
         trial.log(f"{reason.message}; resuming from the last checkpoint{microbatches}")
+        # The failed attempt's model and optimizer must be gone before the next ones are made.
         gc.collect()
         _free_memory(trial.device)
     return reason
@@ -145,7 +155,7 @@ def _attempts(
 def _free_memory(device: torch.device) -> None:
     """Return cached memory to the device or to the operating system."""
     if device.type == "cuda":
-        # After an error of the device, every call raises that error again.
+        # After a CUDA error, every later call on the device raises that error again.
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
     else:
@@ -155,7 +165,7 @@ def _free_memory(device: torch.device) -> None:
 def _attempt(
     trial: _Trial, report: Callable[[EpochReport], None], poll_signal: PollSignal
 ) -> FailureReason | None:
-    """Train, or test, to the end; returns why it did not get there."""
+    """Train or test the trial once; returns the reason if it failed or was stopped."""
     spec = trial.spec
     settings = build(spec.settings)
     runtime = _runtime_config(trial)
@@ -172,6 +182,7 @@ def _attempt(
                 on_write_error=_WaitForRoom(trial, monitor.heartbeat),
             )
             _pack_frames(trial, settings.data, monitor.heartbeat)
+            # While it waits for the folder it sends heartbeats, so the watchdog does not end it.
             with _hold_folder(trial, monitor.heartbeat):
                 if spec.trained is not None:
                     result = _download_result(spec, spec.trained)
@@ -186,6 +197,7 @@ def _attempt(
     except Exception as error:
         reason = classify_error(error)
         trial.log.note(traceback.format_exc())
+        # Only an error of the code itself needs its traceback in the log for the user.
         if reason.kind == "internal":
             trial.log(traceback.format_exc())
     else:
@@ -250,7 +262,7 @@ def _checkpoint_sync(spec: TrialSpec) -> AbstractContextManager[CheckpointSync |
 
 
 def _download_result(spec: TrialSpec, result: Path) -> Path:
-    """Return the result folder that is to be tested; downloads it where another node trained it."""
+    """Return the result folder to test; downloads it if another node trained it."""
     if spec.worker.object_store:
         name = f"trials/{result.parent.name}/{result.name}"
         open_object_store(spec.worker.object_store).download_dir(name, result)
@@ -260,20 +272,19 @@ def _download_result(spec: TrialSpec, result: Path) -> Path:
 def _record_failure(trial_dir: TrialDir, reason: FailureReason) -> FailureReason:
     """Write the reason into the trial's folder, and return it.
 
-    That a worker lost its peer is written only where the peer left no reason of its own: that one
-    is the cause.
+    The loss of a peer is written only if the peer recorded no reason: that reason is the cause.
     """
     if reason.kind != "worker_lost" or trial_dir.read_failure() is None:
-        # On a full disk not even the reason fits; it is returned all the same.
+        # On a full disk the reason itself does not fit; the caller still gets it.
         with suppress(OSError):
             trial_dir.write_failure(reason)
     return reason
 
 
 def _check_previous_failure(spec: TrialSpec, sync: CheckpointSync | None) -> None:
-    """Fail at once if the attempt before this one failed permanently; remove any other failure.
+    """Fail at once if the previous attempt failed permanently; otherwise remove its failure file.
 
-    Ray Train tries again whatever the failure was.
+    Ray Train restarts the workers after every failure, also after a permanent one.
 
     Raises:
         Failure: with several workers, the previous attempt failed permanently.
@@ -283,6 +294,7 @@ def _check_previous_failure(spec: TrialSpec, sync: CheckpointSync | None) -> Non
         policy = RetryPolicy.of(spec.worker)
         if reason and reason.kind != "stopped" and not policy.is_temporary(reason.kind):
             raise Failure(reason.message, reason.kind)
+    # One worker removes it: with a shared store the file is the same for all of them.
     if worker_rank().rank == 0:
         spec.trial_dir.failure.unlink(missing_ok=True)
         if sync:
@@ -290,17 +302,18 @@ def _check_previous_failure(spec: TrialSpec, sync: CheckpointSync | None) -> Non
 
 
 def _microbatch_clips(spec: TrialSpec) -> int | None:
-    """Return the largest micro-batch: as asked for, or less after that did not fit."""
+    """Return the largest micro-batch in clips: as configured, or less after that did not fit."""
     with suppress(OSError, ValueError, KeyError):
         return int(read_json(spec.trial_dir.microbatch)["max_microbatch_clips"])
     return spec.worker.max_microbatch_clips
 
 
 def _halve_microbatch(spec: TrialSpec) -> bool:
-    """Record that micro-batches are to be half as large; false where they cannot be."""
+    """Record that micro-batches are to be half as large; false if they cannot be halved."""
     worker_batch = build(spec.settings).recipe.batch_size // worker_rank().world
     clips = min(_microbatch_clips(spec) or worker_batch, worker_batch)
-    if clips < 4:  # clips come in pairs, to be mixed
+    # A micro-batch has an even number of clips, because mixup and cutmix mix neighbours in pairs.
+    if clips < 4:
         return False
     halved = {"max_microbatch_clips": clips // 4 * 2}
     atomic_write(spec.trial_dir.microbatch, json.dumps(halved).encode())
@@ -308,21 +321,22 @@ def _halve_microbatch(spec: TrialSpec) -> bool:
 
 
 class _WaitForRoom:
-    """Waits for a full disk to have room again.
+    """Waits until a full disk has room again.
 
-    Other processes write there too, and remove what they wrote.
+    Other processes write to the same disk, and may remove their files.
     """
 
     def __init__(self, trial: _Trial, heartbeat: Callable[[], None]) -> None:
         self.trial = trial
         self.heartbeat = heartbeat
         self.refused: tuple[str, float] | None = None
-        """The message of the first refusal of one write, and when."""
+        """The message and the time of the first refusal of one write."""
 
     def __call__(self, failure: Failure) -> bool:
-        """Wait a little; false when it has waited long enough, or the study is to stop."""
+        """Wait a few seconds; false after ``patience_s`` in all, or if the study is to stop."""
         spec = self.trial.spec
-        refusal = str(failure).partition(" (")[0]  # what follows is how much is free
+        # The free space in parentheses changes between two tries of the same write.
+        refusal = str(failure).partition(" (")[0]
         now = time.monotonic()
         if "the disk is full" not in refusal:
             return False
@@ -331,6 +345,7 @@ class _WaitForRoom:
             self.trial.log(f"{refusal}: waiting up to {spec.worker.patience_s:g} s for room")
         if now - self.refused[1] > spec.worker.patience_s or spec.stop_file.exists():
             return False
+        # Waiting for room is no stall: without a heartbeat the watchdog would end the process.
         self.heartbeat()
         time.sleep(min(_POLL_S, spec.worker.patience_s / 4))
         return True
@@ -338,9 +353,9 @@ class _WaitForRoom:
 
 @contextmanager
 def _hold_folder(trial: _Trial, heartbeat: Callable[[], None]) -> Generator[None]:
-    """Hold the trial's folder, by the first worker.
+    """Hold the lock of the trial's folder, in the first worker only.
 
-    Waits while another study trains the same trial, or a worker outlives its launch for seconds.
+    Waits while another study trains the same trial, or a worker of a killed launch still runs.
 
     Raises:
         Stopped: the study was stopped while it waited.
@@ -352,6 +367,7 @@ def _hold_folder(trial: _Trial, heartbeat: Callable[[], None]) -> Generator[None
     lock = FileLock(spec.trial_dir.lock)
     began = time.monotonic()
     is_logged = False
+    # Short waits for the lock, not one long wait: a stop request must end the waiting too.
     while True:
         try:
             lock.acquire(timeout=_POLL_S)
@@ -361,7 +377,7 @@ def _hold_folder(trial: _Trial, heartbeat: Callable[[], None]) -> Generator[None
         holder = _holder(spec.trial_dir)
         if not is_logged and time.monotonic() - began > _PREDECESSOR_S:
             is_logged = True
-            trial.log(f"waiting for {holder}, which trains it now; then its result is taken")
+            trial.log(f"waiting for {holder}, which trains this trial now; its result will be used")
         if spec.stop_file.exists():
             raise Stopped(f"stopped while it waited for {holder}")
     with lock, _named_holder(spec):
@@ -370,7 +386,7 @@ def _hold_folder(trial: _Trial, heartbeat: Callable[[], None]) -> Generator[None
 
 @contextmanager
 def _named_holder(spec: TrialSpec) -> Generator[None]:
-    """Write which process holds the trial's folder, while it does."""
+    """Record in the folder which process holds it, until the block ends."""
     file = spec.trial_dir.holder
     holder = f"the study {spec.stop_file.stem} (process {os.getpid()} on {platform.node()})"
     # A full disk is reported by what must be written: checkpoints and results.

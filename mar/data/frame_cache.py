@@ -37,9 +37,9 @@ from mar.data.cache_index import (
     read_header,
     shard_files,
 )
-from mar.data.decoders import BrokenVideo, Frames
 from mar.data.decoders import check as check_decoder
 from mar.data.sampling import Reader
+from mar.data.sequential_reader import BrokenVideo, Frames
 from mar.errors import Failure, UserError
 
 _VIDEOS_PER_SHARD = 64

@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mar.data.decoders import Frames, write_video
+from mar.data.decoders import write_video
+from mar.data.sequential_reader import Frames
 from mar.errors import Failure, UserError
 
 VERBS = (

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mar.config.schema import ClipConfig
-from mar.data.decoders import Decoder, Frames, SequentialReader, iter_frames, open_with, pixels_of
+from mar.data.decoders import Decoder, open_with
+from mar.data.sequential_reader import Frames, SequentialReader, iter_frames, pixels_of
 
 _FRAMES_AT_ONCE = 64
 _IMPLAUSIBLE_FPS = 1000.0

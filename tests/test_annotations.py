@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mar.config.schema import ClipConfig, DataConfig
-from mar.data.annotation_formats import Annotations, Split, read_annotations
+from mar.data.annotation_files import Annotations, Split
+from mar.data.annotation_formats import read_annotations
 from mar.data.annotations import class_names, fingerprint, read_split
 from mar.data.validation import check_data, report_text
 from mar.errors import UserError
@@ -144,7 +145,7 @@ def test_ucf101_is_read_with_crlf_and_its_handstand_pushups(tmp_path: Path) -> N
         "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 2\n",
     )
     with pytest.raises(
-        UserError, match=r"trainlist01\.txt:1: says class 2, but .* says 1 of ApplyEyeMakeup"
+        UserError, match=r"trainlist01\.txt:1: has class 2, but .* has 1 for ApplyEyeMakeup"
     ):
         read_split(data, "train")
 

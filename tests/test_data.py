@@ -235,7 +235,7 @@ def test_what_a_file_system_hides_is_no_class_and_no_video(
         "train/down/b.mp4",
         "train/up/a.mp4",
     ]
-    assert capsys.readouterr().err.count("notes: not taken for classes") == 1
+    assert capsys.readouterr().err.count("notes: not used as classes") == 1
 
 
 @pytest.mark.parametrize("links", ["files", "classes", "splits"])

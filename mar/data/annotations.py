@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mar.config.schema import DataConfig
 from mar.data import cache_index
-from mar.data.annotation_formats import Row, Split, annotation_file, read_annotations
+from mar.data.annotation_files import Row, Split, annotation_file
+from mar.data.annotation_formats import read_annotations
 from mar.errors import UserError
 
 _FINGERPRINTED_FILES = 1000

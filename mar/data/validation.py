@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mar.config.schema import ClipConfig, DataConfig
 from mar.data import process_pool as others
-from mar.data.annotation_formats import Row, Split
+from mar.data.annotation_files import Row, Split
 from mar.data.annotations import Video, class_names, fingerprint, videos_of
 from mar.data.cache_index import packing_of
 from mar.data.decoders import check as check_decoder

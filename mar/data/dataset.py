@@ -104,7 +104,7 @@ class TrainingClips(Dataset[Sample]):
 
 
 class EvaluationClips(Dataset[Sample]):
-    """All views of a video as one stack, ``views`` × T × H × W × C; the key is the video's index."""
+    """All views of a video, stacked: ``views`` × T × H × W × C; the key is the video's index."""
 
     def __init__(
         self,

@@ -79,7 +79,7 @@ def test_kinetics_videos_that_are_not_there_are_named_or_left_out(tmp_path: Path
     ]
     shutil.rmtree(tmp_path / "videos")
     (tmp_path / "videos").mkdir()
-    with pytest.raises(UserError, match=r"data\.train: none of its 2 videos is there"):
+    with pytest.raises(UserError, match=r"data\.train: none of its 2 videos exists"):
         read_split(data.model_copy(update={"missing": "skip"}), "train")
 
 

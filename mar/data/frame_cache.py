@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -115,11 +115,12 @@ def _pack(
     # number, so an old shard stays valid and is never rewritten.
     write = partial(_pack_shard, index.folder, index.packing, data.decoder)
     numbered = list(enumerate(parts, start=index.last_shard + 1))
-    for count in (
-        map(write, numbered)
-        if processes == 1
-        else process_pool.each(write, numbered, processes, _crashed)
-    ):
+    counts: Iterator[int]
+    if processes == 1:
+        counts = map(write, numbered)
+    else:
+        counts = process_pool.each(write, numbered, processes, _crashed)
+    for count in counts:
         done += count
         progress(done, len(videos))
     return len(fresh)
@@ -275,16 +276,15 @@ def _pack_shard(folder: Path, packing: Packing, decoder: str, part: tuple[int, l
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise Failure(
-            f"could not write {folder}: {error.strerror or error}; what is packed is kept"
+            f"could not write {folder}: {error.strerror or error}; complete shards are kept"
         ) from None
     return len(videos)
 
 
 def _packed(file: Any, video: Video, packing: Packing, decoder: str) -> tuple[Entry, list[int]]:
     """Write one video's frames; return its entry and the offset at which each frame ends."""
-    entry = Entry(
-        video.name, video.path.stat().st_size if video.path.is_file() else -1, start=file.tell()
-    )
+    size = video.path.stat().st_size if video.path.is_file() else -1
+    entry = Entry(video.name, size, start=file.tell())
     ends: list[int] = []
     try:
         with Reader(video.path, decoder) as reader:

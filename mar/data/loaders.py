@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mar.config.schema import TrainingConfig
@@ -214,21 +215,18 @@ def training_batches(
     pieces = loader(TrainingClips(settings, videos), _Pieces(order), processes, device, size)
     # A stream of its own: on the default stream a copy would wait for the step before it.
     if device.type == "cuda":
-        beside = torch.cuda.Stream(device)
+        copy_stream = torch.cuda.Stream(device)
     else:
-        beside = None
+        copy_stream = None
     loaded = iter(pieces)
     while step := list(islice(loaded, order.pieces_per_step)):
-        with torch.cuda.stream(beside) if beside else nullcontext():
-            clips = torch.cat([piece.clips.to(device, non_blocking=True) for piece in step])
-            labels, video_indices, good = (
-                torch.cat([column.to(device, non_blocking=True) for column in columns])
-                for columns in zip(
-                    *((piece.labels, piece.videos, piece.good) for piece in step), strict=True
-                )
-            )
-        if beside:
-            torch.cuda.current_stream(device).wait_stream(beside)
+        with torch.cuda.stream(copy_stream) if copy_stream else nullcontext():
+            clips = _joined([piece.clips for piece in step], device)
+            labels = _joined([piece.labels for piece in step], device)
+            video_indices = _joined([piece.videos for piece in step], device)
+            good = _joined([piece.good for piece in step], device)
+        if copy_stream:
+            torch.cuda.current_stream(device).wait_stream(copy_stream)
             # Without record_stream(), the allocator could reuse their memory too early.
             for column in (clips, labels, video_indices, good):
                 column.record_stream(torch.cuda.current_stream(device))
@@ -239,6 +237,11 @@ def training_batches(
             good,
             tuple(reason for piece in step for reason in piece.broken),
         )
+
+
+def _joined(parts: list[Tensor], device: torch.device) -> Tensor:
+    """Copy tensors to the device, without waiting for the copies, and concatenate them there."""
+    return torch.cat([part.to(device, non_blocking=True) for part in parts])
 
 
 class _Pieces:

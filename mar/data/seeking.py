@@ -71,7 +71,7 @@ def index_of(path: Path) -> StreamIndex:
         name = stream.codec_context.name
         codec = _ALIASES.get(name, name)
         if codec not in _CHECKS:
-            raise NotSeekable(f"what a key frame of {codec} needs is not known")
+            raise NotSeekable(f"the rules for key frames of {codec} are not known")
         if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
             raise NotSeekable("its frames are too large")
         # With 10 bits, decord's and torchcodec's pixels differ from PyAV's by 3 of 255 on average.
@@ -88,7 +88,7 @@ def index_of(path: Path) -> StreamIndex:
         if too_many or _stated_seconds(container, stream) > 2 * float(np.ptp(seconds)) + _SLACK_S:
             # decord reserves memory for the stated number of frames, and ends the process if
             # there is not enough.
-            raise NotSeekable("its header promises more than there is")
+            raise NotSeekable("its header states more frames or a longer duration than it has")
         return StreamIndex(codec, seconds)
 
 
@@ -130,7 +130,7 @@ def _checked(packets: Iterator[Any], check: _Check) -> Iterator[int]:
             continue
         shown = packet.pts
         if shown is None or shown in seen:
-            raise NotSeekable("two packets are shown at one time, or one at none")
+            raise NotSeekable("two packets are shown at the same time, or one has no time")
         if packet.is_discard or packet.is_corrupt:
             raise NotSeekable("it has packets that are not shown (an edit list)")
         # FFmpeg reads a repeated part of an edit list again, at an earlier position of the file.

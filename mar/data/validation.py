@@ -51,6 +51,8 @@ class Finding:
 
 
 class _Listed(NamedTuple):
+    """A video, and the split that lists it."""
+
     split: Split
     video: Video
 
@@ -97,7 +99,8 @@ def check_data(
     findings: list[Finding] = []
     videos: dict[Split, list[Video]] = {}
     for split in _SPLITS:
-        # A training stops at the first row that it cannot use; a check lists them all.
+        # A training stops at the first row that it cannot use; a check lists them all. The default
+        # argument binds the split of this round of the loop.
         def refuse(row: Row, reason: str, split: Split = split) -> None:
             findings.append(Finding(split, row.name, "refused", f"{row.location}: {reason}"))
 

@@ -67,8 +67,8 @@ class VideoFolder:
             ] or found
             if len(found) > 1:
                 raise UserError(
-                    f"data.videos: {stem} is {' and '.join(found[:3])}, below {self.root}: which "
-                    "one is it?"
+                    f"data.videos: several files below {self.root} match {stem}: "
+                    f"{', '.join(found[:3])}; keep one of them"
                 )
             if found:
                 return found[0]

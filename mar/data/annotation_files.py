@@ -1,4 +1,4 @@
-"""What the readers of annotation files share: rows, the official file names, reading text.
+"""Shared parts of the annotation readers: rows, the official file names, reading text.
 
 The readers themselves are in ``mar.data.annotation_formats`` and ``mar.data.official_formats``.
 """

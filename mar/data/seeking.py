@@ -74,10 +74,12 @@ def index_of(path: Path) -> StreamIndex:
             raise NotSeekable(f"the rules for key frames of {codec} are not known")
         if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
             raise NotSeekable("its frames are too large")
-        # With 10 bits, decord's and torchcodec's pixels differ from PyAV's by 3 of 255 on average.
+        # With more bits, decord's and torchcodec's pixels differ from PyAV's by about 3 of 255.
         pixels = stream.codec_context.format
         if pixels is None or any(component.bits != 8 for component in pixels.components):
-            raise NotSeekable("decoders differ over pixels of other than 8 bits")
+            raise NotSeekable(
+                "its pixels are not of 8 bits, and decoders then give different values"
+            )
         check = _CHECKS[codec](bytes(stream.codec_context.extradata or b""))
         # All packets are read: a single hidden or repeated one shifts all later frame numbers.
         shown = list(_checked(container.demux(stream), check))

@@ -30,8 +30,9 @@ from mar.bench.run import heading
 from mar.bench.tables import Table, spread, write
 from mar.config.schema import ClipConfig
 from mar.data import decoders
-from mar.data.decoders import Decord, SequentialReader, TorchCodec, probe_decoder
+from mar.data.decoders import Decord, TorchCodec, probe_decoder
 from mar.data.sampling import Reader, training_frames
+from mar.data.sequential_reader import BrokenVideo, SequentialReader
 
 COMMAND = "python benchmarks/decoders.py VIDEOS"
 SEGMENTS, DENSE = ClipConfig(), ClipConfig(sampling="dense", stride=4)
@@ -77,7 +78,7 @@ def kinds_of(folder: Path) -> dict[str, list[Path]]:
                 form = container.format.name.split(",")[0]
             if len(SequentialReader.of(file)) >= 16:
                 kinds.setdefault(f"{form}, {name}, {size}", []).append(file)
-        except (av.FFmpegError, OSError, ValueError, IndexError, decoders.BrokenVideo):
+        except (av.FFmpegError, OSError, ValueError, IndexError, BrokenVideo):
             continue
     return kinds
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mar.config.schema import ClipConfig, DataConfig
-from mar.data.annotation_formats import Annotations, Split, read_annotations
+from mar.data.annotation_files import Annotations, Split
+from mar.data.annotation_formats import read_annotations
 from mar.data.annotations import class_names, fingerprint, read_split
 from mar.data.validation import check_data, report_text
 from mar.errors import UserError
@@ -78,7 +79,7 @@ def test_kinetics_videos_that_are_not_there_are_named_or_left_out(tmp_path: Path
     ]
     shutil.rmtree(tmp_path / "videos")
     (tmp_path / "videos").mkdir()
-    with pytest.raises(UserError, match=r"data\.train: none of its 2 videos is there"):
+    with pytest.raises(UserError, match=r"data\.train: none of its 2 videos exists"):
         read_split(data.model_copy(update={"missing": "skip"}), "train")
 
 
@@ -144,7 +145,7 @@ def test_ucf101_is_read_with_crlf_and_its_handstand_pushups(tmp_path: Path) -> N
         "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 2\n",
     )
     with pytest.raises(
-        UserError, match=r"trainlist01\.txt:1: says class 2, but .* says 1 of ApplyEyeMakeup"
+        UserError, match=r"trainlist01\.txt:1: has class 2, but .* has 1 for ApplyEyeMakeup"
     ):
         read_split(data, "train")
 

@@ -28,10 +28,11 @@ from mar.data.dataset import (
     TrainingOrder,
     one_after_another,
 )
-from mar.data.decoders import BrokenVideo, decode_with, write_video
+from mar.data.decoders import decode_with, write_video
 from mar.data.loaders import collate, loader
 from mar.data.motion_verbs import FRAMES_PER_S, PHOTOS, VERBS, MotionVerbs, make
 from mar.data.sampling import Reader, evaluation_frames, training_frames
+from mar.data.sequential_reader import BrokenVideo
 from mar.distributed import WorkerRank
 from mar.errors import Failure, UserError
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -234,7 +235,7 @@ def test_what_a_file_system_hides_is_no_class_and_no_video(
         "train/down/b.mp4",
         "train/up/a.mp4",
     ]
-    assert capsys.readouterr().err.count("notes: not taken for classes") == 1
+    assert capsys.readouterr().err.count("notes: not used as classes") == 1
 
 
 @pytest.mark.parametrize("links", ["files", "classes", "splits"])

@@ -16,8 +16,9 @@ import pytest
 from numbered_videos import write_numbered
 
 from mar.data import decoders, process_pool
-from mar.data.decoders import BrokenVideo, Frames, decode_with, write_video
+from mar.data.decoders import decode_with, write_video
 from mar.data.sampling import Reader
+from mar.data.sequential_reader import BrokenVideo, Frames
 from mar.errors import UserError
 
 WITH_TORCHCODEC = pytest.mark.skipif(

@@ -14,9 +14,9 @@ from mar.config.schema import DataConfig, TrainingConfig
 from mar.data.annotations import fingerprint, read_split
 from mar.data.cache_index import Index, Packing
 from mar.data.dataset import EvaluationClips, TrainingClips
-from mar.data.decoders import BrokenVideo
 from mar.data.frame_cache import open_video, pack, verify
 from mar.data.sampling import Reader
+from mar.data.sequential_reader import BrokenVideo
 from mar.errors import UserError
 from orchestration.cli.app import main
 

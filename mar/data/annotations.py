@@ -1,4 +1,4 @@
-"""Which videos a split has, their labels, and the data's fingerprint in a trial's identity."""
+"""The videos of a split and their labels; the data's fingerprint in a trial's identity."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from pathlib import Path
 
 from mar.config.schema import DataConfig
 from mar.data import cache_index
-from mar.data.annotation_formats import Row, Split, annotation_file, read_annotations
+from mar.data.annotation_files import Row, Split, annotation_file
+from mar.data.annotation_formats import read_annotations
 from mar.errors import UserError
 
 _FINGERPRINTED_FILES = 1000
-"""Video sizes that go into a fingerprint, spread evenly over the split: enough to notice another
-encoding."""
+"""Number of video sizes in a fingerprint, spread evenly over the split: enough to notice that all
+videos were encoded again."""
 
 _State = tuple[tuple[int, int, int], ...]
+"""Inode, modification time and size of each file or folder on which a split depends."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Video:
     """One labelled video."""
 
     name: str
-    """Its path below the video folder."""
+    """The video's path below the video folder."""
     path: Path
     label: int
 
@@ -35,22 +37,25 @@ class Video:
 def read_split(data: DataConfig, split: Split) -> list[Video]:
     """Return the labelled videos of a split, in the order of the annotation file.
 
-    A process reads it once.
-
-    With ``data.missing: skip``, those that are not there are left out, and it is seen each time
-    which are; what the frame cache has is there.
+    A process reads the file once, and again after it has changed. With ``data.missing: skip``,
+    videos that do not exist are left out; a video in the frame cache counts as existing.
 
     Raises:
         UserError: a missing file, a line that cannot be understood, an unknown class, or a path
             that leaves the data root. The message names file and line.
     """
+    # Reading the lists of a large data set takes seconds. With "skip" the result also depends on
+    # which videos exist, and that can change without a change of _state().
     if data.missing == "skip":
         read = _read_split.__wrapped__
     else:
         read = _read_split
+    # A copy, so that callers cannot change the cached list.
     return [*read(data.model_dump_json(), split, _state(data))]
 
 
+# The last argument is only part of lru_cache's key: a changed file gives another key, so the split
+# is read again.
 @lru_cache(maxsize=4)
 def _read_split(settings: str, split: Split, _: _State) -> list[Video]:
     data = DataConfig.model_validate_json(settings)
@@ -59,40 +64,38 @@ def _read_split(settings: str, split: Split, _: _State) -> list[Video]:
         raise UserError(f"{row.location}: {reason}")
 
     videos = list(videos_of(data, split, refuse))
-    there = [video for video in videos if data.missing == "error" or _size(data, video) >= 0]
-    if not there:
+    existing = [video for video in videos if data.missing == "error" or _size(data, video) >= 0]
+    if not existing:
         if videos:
-            state = f"none of its {len(videos)} videos is there"
+            state = f"none of its {len(videos)} videos exists"
         else:
             state = "no videos in it"
         raise UserError(
             f"data.{split}: {state}; it must name at least one below "
             f"{Path(data.root) / data.videos}"
         )
-    return there
+    return existing
 
 
 def _state(data: DataConfig) -> _State:
-    """Return what tells that a list or the folder of the videos has changed."""
+    """Return a value that changes with an annotation file or with the folder of the videos."""
     paths = [Path(data.root), Path(data.root) / data.videos]
     for what in ("train", "val", "labels"):
         with suppress(UserError):
             found = annotation_file(data, what)
-            within = (
-                found.iterdir() if found.is_dir() else ()
-            )  # a list for each class, or the classes' folders
+            # A folder has one list for each class (HMDB51), or the folders of the classes.
+            within = found.iterdir() if found.is_dir() else ()
             paths += [found, *within]
-    there = [location.stat() for location in paths if location.exists()]
-    return tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in there)
+    states = [location.stat() for location in paths if location.exists()]
+    return tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in states)
 
 
 def videos_of(
     data: DataConfig, split: Split, refuse: Callable[[Row, str], None]
 ) -> Iterator[Video]:
-    """Yield the videos of a split; ``refuse`` is told of rows that cannot be used, and why."""
+    """Yield the videos of a split; call ``refuse`` with each unusable row and the reason."""
     check_root(data)
-    # From the root on: what a decoder is given must be a file's path, also where a name looks like
-    # an address.
+    # Absolute, so that a decoder takes every name for a file's path, even one like an address.
     folder = Path(os.path.abspath(Path(data.root) / data.videos))  # noqa: PTH100  (resolve follows links)
     resolved = folder.resolve()
     for row in read_annotations(data, split).rows:
@@ -108,13 +111,15 @@ def videos_of(
 
 
 def _below(name: str, folder: Path, resolved: Path) -> str | None:
-    """Return a path below the video folder, however it was written; none if it leaves the folder.
+    """Return a name as a path below the video folder; None if it leaves the folder.
 
     ``./a.mp4``, ``b/../a.mp4`` and the absolute path of ``a.mp4`` are the same video. Links in the
-    folder are followed: they are the user's own.
+    folder are followed, because the user made them.
     """
+    # Lists come from others: a name such as ../../key must not be opened.
     path = os.path.normpath(name)
     if os.path.isabs(path):  # noqa: PTH117  (a hundred thousand Paths take seconds)
+        # An absolute path may have been written with or without the folder's links followed.
         for root in (f"{folder}/", f"{resolved}/"):
             if path.startswith(root):
                 return path.removeprefix(root)
@@ -125,7 +130,7 @@ def _below(name: str, folder: Path, resolved: Path) -> str | None:
 
 
 def _size(data: DataConfig, video: Video) -> int:
-    """Return a video's bytes, or what they were when it was packed; -1: it is not there."""
+    """Return the size of a video's file, or its size when it was packed; -1: it does not exist."""
     with suppress(OSError):
         return video.path.stat().st_size
     if data.cache_folder:
@@ -136,7 +141,7 @@ def _size(data: DataConfig, video: Video) -> int:
 
 
 def check_root(data: DataConfig) -> None:
-    """Raise a UserError unless the data's folder is there and has something in it."""
+    """Raise a UserError unless the data's folder exists and is not empty."""
     root = Path(data.root)
     if not root.is_dir() or not any(root.iterdir()):
         state = "is empty" if root.is_dir() else "does not exist"
@@ -148,7 +153,7 @@ def check_root(data: DataConfig) -> None:
 def class_names(data: DataConfig) -> list[str]:
     """Return the classes' names by number.
 
-    Their numbers, where the format has no names or not that many.
+    A class without a name in the annotations has its number as its name.
     """
     names = _read_classes(data.model_dump_json(), _state(data))
     return [
@@ -159,17 +164,16 @@ def class_names(data: DataConfig) -> list[str]:
 
 @lru_cache(maxsize=4)
 def _read_classes(settings: str, _: _State) -> list[str]:
+    # Either split has all class names, so it does not matter which is read.
     return read_annotations(DataConfig.model_validate_json(settings), "val").classes or []
 
 
 def fingerprint(data: DataConfig) -> str:
-    """Return a hash of both splits' names and labels and of their videos' sizes.
+    """Return a hash of the names and labels of both splits and of their videos' sizes.
 
-    Equal content, equal hash.
-
-    It stands for ``data.root`` and the annotation files' paths in a trial's identity. Of large
-    splits it looks at a thousand sizes, spread evenly: another encoding of all is noticed, that of
-    one video may not be.
+    In a trial's identity it replaces ``data.root`` and the paths of the annotation files, so equal
+    data in another folder are the same data. Of a large split only about a thousand sizes are used:
+    a new encoding of all videos is noticed, that of a single one may not be.
     """
     digest = hashlib.sha256()
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""Reading the bits of video packets: what the rules about key frames need of them."""
+"""Reads those fields of video packets on which ``mar.data.seeking`` decides."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Iterator
 
 
 def leb128(packet: bytes, offset: int) -> tuple[int, int]:
-    """Return a number in little-endian base 128, and how many bytes it takes."""
+    """Return a number in little-endian base 128 and its length in bytes.
+
+    AV1 specification, section 4.10.5.
+    """
+    # At most eight bytes; the highest bit of each says whether another one follows.
     value = 0
     for used, byte in enumerate(packet[offset : offset + 8]):
         value |= (byte & 127) << (7 * used)
@@ -16,18 +20,24 @@ def leb128(packet: bytes, offset: int) -> tuple[int, int]:
 
 
 def nal_units(packet: bytes, length_size: int) -> Iterator[bytes]:
-    """Yield the network abstraction layer units of a packet, each behind its length."""
+    """Yield the network abstraction layer units of a packet, each stored after its length."""
     offset = 0
     while offset + length_size < len(packet):
         size = int.from_bytes(packet[offset : offset + length_size], "big")
         offset += length_size
+        # Callers read a unit's first byte, and a damaged packet may have an empty unit.
         if size:
             yield packet[offset : offset + size]
         offset += size
 
 
 def has_fields(parameter_set: bytes) -> bool:
-    """Whether pictures may be fields: frame_mbs_only_flag is 0 (H.264 section 7.3.2.1.1)."""
+    """Return whether pictures may be fields: frame_mbs_only_flag is 0 (H.264, 7.3.2.1.1).
+
+    The fields before that flag have variable lengths, so each must be read.
+    """
+    # Byte 0 is the unit's header. The byte 3 after two zero bytes is no content: encoders insert it
+    # so that no start code occurs inside a unit.
     bits = BitReader(parameter_set[1:].replace(b"\0\0\3", b"\0\0"))
     profile = bits.take(8)
     bits.take(16)  # constraints and level
@@ -39,12 +49,14 @@ def has_fields(parameter_set: bytes) -> bool:
         bits.unsigned()  # bit depths
         bits.unsigned()
         bits.take(1)
+        # seq_scaling_matrix_present_flag; six lists of 4 × 4, the others of 8 × 8.
         if bits.take(1):
             lists = 12 if chroma == 3 else 8
             for number in range(lists):
                 if bits.take(1):
                     _skip_scaling_list(bits, 16 if number < 6 else 64)
     bits.unsigned()  # log2_max_frame_num_minus4
+    # pic_order_cnt_type decides which fields follow.
     order_type = bits.unsigned()
     if order_type == 0:
         bits.unsigned()
@@ -52,6 +64,7 @@ def has_fields(parameter_set: bytes) -> bool:
         bits.take(1)
         bits.signed()
         bits.signed()
+        # A damaged header could state billions; the specification allows 255.
         for _ in range(min(bits.unsigned(), 255)):
             bits.signed()
     bits.unsigned()  # max_num_ref_frames
@@ -62,7 +75,9 @@ def has_fields(parameter_set: bytes) -> bool:
 
 
 def _skip_scaling_list(bits: BitReader, size: int) -> None:
-    last = following = 8
+    # The values are read only to skip them; none follows once nextScale is 0 (7.3.2.1.1.1).
+    last = 8
+    following = 8
     for _ in range(size):
         if following:
             following = (last + bits.signed()) % 256
@@ -70,7 +85,7 @@ def _skip_scaling_list(bits: BitReader, size: int) -> None:
 
 
 class BitReader:
-    """Reads numbers of some bits, the most significant first; beyond the end there are zeros."""
+    """Reads numbers bit by bit, the most significant first; zeros follow after the end."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -92,6 +107,7 @@ class BitReader:
         zeros = 0
         while not self.take(1):
             zeros += 1
+            # After the end come zeros only, so without a limit this loop would not end.
             if zeros > 32:
                 raise NotSeekable("its header is damaged")
         return (1 << zeros) - 1 + self.take(zeros)
@@ -107,4 +123,4 @@ _SPS_WITH_CHROMA = {44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244
 
 
 class NotSeekable(Exception):
-    """A decoder that jumps may be wrong on this file; the message says why."""
+    """A decoder that seeks may return wrong frames of this file; the message has the reason."""

@@ -1,10 +1,9 @@
-"""What a frame cache holds: which videos, where their frames are, whether they are as they were.
+"""The index of a frame cache: its videos, where their frames are, and whether they have changed.
 
-Imports no torch.
-
-A cache is a folder of shards. A shard is ``00000.bin``, frame after frame as JPEG or raw RGB and
-then where each ends, and ``00000.json``, which says where each video's frames are and the shard's
-SHA-256, and is written last: a shard that has one is whole.
+A cache is a folder of shards. A shard is two files. ``00000.bin`` has the frames, one after another
+as JPEG or raw RGB, and then the offset at which each one ends. ``00000.json`` has the position of
+each video's frames and the SHA-256 of the other file. It is written last, so a shard that has it is
+complete. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,19 +22,20 @@ from mar.errors import UserError
 from mar.safe_input import read_json
 
 SETTINGS = "cache.json"
-"""In a cache's folder: how it keeps frames."""
+"""The file in a cache's folder that has its ``Packing``."""
 BYTES_PER_END = 8
+"""Size of an end offset, an int64."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How frames are kept."""
+    """How frames are stored."""
 
     format: Literal["jpeg", "raw"] = "jpeg"
     short_side: PositiveInt | None = 256
     """Pixels; smaller videos keep their size; None: all do."""
     quality: int = 90
-    """Of JPEG, 1 to 100."""
+    """Quality of JPEG, 1 to 100."""
 
     @property
     def is_exact(self) -> bool:
@@ -44,7 +44,8 @@ class Packing:
 
     @property
     def name(self) -> str:
-        """What stands for it in a fingerprint."""
+        """A name for messages and for a data set's fingerprint."""
+        # Part of fingerprints, and so of identities: a change makes every cached trial a new one.
         return f"{self.format} {self.short_side}" + (
             f" q{self.quality}" if self.format == "jpeg" else ""
         )
@@ -55,27 +56,30 @@ class Entry:
     """One video in a shard."""
 
     name: InstanceOf[str]
-    """It may have bytes that are not UTF-8, as a file's name may."""
+    """Path below the video folder; it may have bytes that are not UTF-8, as file names may."""
     source_bytes: int
-    """Size of the video when it was packed; -1: it was not there."""
+    """Size of the video's file when it was packed; -1: the file did not exist."""
     fps: float | None = None
     height: NonNegativeInt = 0
     width: NonNegativeInt = 0
     start: NonNegativeInt = 0
-    """Where its first frame begins."""
+    """Offset of its first frame, in bytes."""
     ends_at: NonNegativeInt = 0
-    """Where the ends of its frames are, each an int64."""
+    """Offset of the table of its frames' ends, each an int64."""
     num_frames: NonNegativeInt = 0
     broken: InstanceOf[str] = ""
-    """Why it has no frames."""
+    """Why it has no frames; empty: it has some."""
 
 
+# Made once: pydantic compiles a validator for each TypeAdapter. A cache may come from others, so
+# what its files contain is checked before offsets are used.
 _PACKING = TypeAdapter(Packing)
 _ENTRIES = TypeAdapter(list[Entry])
 
 
+# In place of annotations.Video: that module imports this one.
 class Named(Protocol):
-    """A video: its name, and where it would be."""
+    """A video: its name and its path."""
 
     @property
     def name(self) -> str:
@@ -84,14 +88,14 @@ class Named(Protocol):
 
     @property
     def path(self) -> Path:
-        """Its file."""
+        """Its file, which need not exist."""
         ...
 
 
 class Index:
     """Every video of a cache: its shard's number and its entry.
 
-    Of two entries the later shard's stands.
+    If a video has two entries, that of the later shard is valid.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -102,20 +106,22 @@ class Index:
         for file in shard_files(folder):
             number = int(file.stem)
             self.last_shard = number
+            # A video that was packed again is also in a later shard, which replaces the entry here.
             self.entries |= {entry.name: (number, entry) for entry in _entries(file)}
 
     def is_fresh(self, video: Named) -> bool:
-        """Whether a video is in it and has not changed its size since.
+        """Return whether a video is in the cache and its file has the same size as then.
 
-        Of one that is gone there is nothing newer.
+        A video whose file no longer exists counts as unchanged: the cache replaces it.
         """
         if video.name not in self.entries:
             return False
+        # The size only: hashing every video at each start would read the whole data set.
         size = _size(video.path)
         return size < 0 or size == self.entries[video.name][1].source_bytes
 
     def check(self, videos: Sequence[Named]) -> None:
-        """Raise a UserError unless all videos are in it, as they are now."""
+        """Raise a UserError unless all videos are in the cache and have not changed since."""
         absent = [video.name for video in videos if video.name not in self.entries]
         stale = [
             video.name
@@ -141,12 +147,12 @@ def cache_folder(data: DataConfig, root: Path) -> Path:
 
 @lru_cache(maxsize=8)
 def load_index(folder: str) -> Index:
-    """Return the index of a folder, read once in a process."""
+    """Return the index of a folder; a process reads it once."""
     return Index(Path(folder))
 
 
 def packing_of(folder: Path) -> Packing:
-    """Return how a cache keeps frames; raises a UserError if the folder holds none."""
+    """Return how a cache stores frames; raise a UserError if the folder has no cache."""
     try:
         return _PACKING.validate_python(read_json(folder / SETTINGS))
     except FileNotFoundError:
@@ -160,7 +166,8 @@ def packing_of(folder: Path) -> Packing:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Return the ``.json`` of every whole shard, in order."""
+    """Return the ``.json`` of every complete shard, in order."""
+    # A name with a dot is a file that was being written when packing was interrupted.
     return [
         file
         for file in sorted(folder.glob("*.json"))
@@ -169,7 +176,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """Return what a shard's file says: ``sha256``, ``bytes`` and ``entries``."""
+    """Return the content of a shard's ``.json``: ``sha256``, ``bytes`` and ``entries``."""
     try:
         content = read_json(file)
         return {name: content[name] for name in ("sha256", "bytes", "entries")}
@@ -178,18 +185,19 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 def _entries(file: Path) -> list[Entry]:
-    said = read_header(file)
-    if _size(file.with_suffix(".bin")) != said["bytes"]:
+    """Return the entries of a shard; raise a UserError if its files do not fit together."""
+    header = read_header(file)
+    # The size finds a shard that was cut off; its SHA-256 is compared only by "--verify".
+    if _size(file.with_suffix(".bin")) != header["bytes"]:
         raise _damaged(file)
     try:
-        entries = _ENTRIES.validate_python(said["entries"])
+        entries = _ENTRIES.validate_python(header["entries"])
     except ValueError:
         raise _damaged(file) from None
+    # Offsets past the end would otherwise be noticed only in the middle of a training.
     for entry in entries:
-        if (
-            entry.start > said["bytes"]
-            or entry.ends_at + BYTES_PER_END * entry.num_frames > said["bytes"]
-        ):
+        table_end = entry.ends_at + BYTES_PER_END * entry.num_frames
+        if entry.start > header["bytes"] or table_end > header["bytes"]:
             raise _damaged(file)
     return entries
 
@@ -199,6 +207,7 @@ def _damaged(file: Path) -> UserError:
 
 
 def _size(path: Path) -> int:
+    """Return a file's size in bytes; -1: it does not exist or cannot be read."""
     try:
         return path.stat().st_size
     except OSError:
@@ -206,5 +215,5 @@ def _size(path: Path) -> int:
 
 
 def plain(entry: Entry) -> dict[str, Any]:
-    """Return an entry as a shard's file has it."""
+    """Return an entry as it is written to a shard's ``.json``."""
     return asdict(entry)

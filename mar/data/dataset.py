@@ -1,8 +1,7 @@
-"""Clips for training and testing: what is drawn for each, loaders, and broken videos.
+"""Clips for training and testing, their random draws, and the order of a training's videos.
 
-Every draw follows from (seed, epoch, video), never from a state that is carried along. So the clips
-do not depend on how many workers and loader processes there are, and a resumed epoch goes on with
-the same ones.
+Every draw follows from (seed, epoch, video), never from the state of a generator. So the clips do
+not depend on the number of workers and loader processes, and a resumed epoch has the same ones.
 """
 
 from __future__ import annotations
@@ -22,39 +21,36 @@ from mar.config.randaugment_policy import RandAugmentPolicy
 from mar.config.schema import AugmentConfig, TrainingConfig
 from mar.data.annotations import Video
 from mar.data.crops import crop_and_resize, random_box, resize_short_side, test_boxes
-from mar.data.decoders import BrokenVideo, Frames
 from mar.data.frame_cache import open_video
 from mar.data.sampling import evaluation_frames, training_frames
+from mar.data.sequential_reader import BrokenVideo, Frames
 from mar.distributed import WorkerRank
 from mar.errors import UserError
 from mar.rng import Stream
 from mar.rng import rng as stream
 
 VIDEOS_PER_PIECE = 8
-"""Of a batch: what a loader process decodes at a time."""
+"""The videos of a batch that a loader process decodes at a time."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """Clips of uint8 pixels and their labels.
 
-    A broken video has black ones, in its place, and is not ``good``.
+    A broken video is not ``good`` and has black clips, so that the shapes stay the same.
     """
 
     clips: UInt8[Tensor, "B *views T H W C"]
     labels: Int[Tensor, " B"]
     videos: Int[Tensor, " B"]
-    """Each clip's place in the split."""
+    """Each clip's video, as its index in the split."""
     good: Bool[Tensor, " B"]
     """Whether the video could be decoded."""
     broken: tuple[BrokenVideo, ...] = ()
 
 
 class Sample(NamedTuple):
-    """What a video gives: a stack of clips, its label, its place in the split.
-
-    And why the clips are black.
-    """
+    """The clips of one video, its label, its index in the split, and why the clips are black."""
 
     clips: UInt8[Tensor, "views T H W C"]
     label: int
@@ -63,7 +59,7 @@ class Sample(NamedTuple):
 
 
 class TrainingClips(Dataset[Sample]):
-    """A video's random clips, ``augment.repeats`` × T × H × W × C; indexed by (video, epoch)."""
+    """A video's random clips, ``augment.repeats`` × T × H × W × C; the key is (video, epoch)."""
 
     def __init__(self, settings: TrainingConfig, videos: list[Video]) -> None:
         self.settings = settings
@@ -76,6 +72,7 @@ class TrainingClips(Dataset[Sample]):
         rng = stream(settings.seed, Stream.CLIP, epoch, index)
         repeats = settings.augment.repeats
         size = settings.clip.size
+        # "clips": every repeat has frames of its own. Otherwise all repeats crop the same frames.
         times = repeats if settings.augment.repeat == "clips" else 1
         try:
             with open_video(settings.data, video) as reader:
@@ -83,16 +80,19 @@ class TrainingClips(Dataset[Sample]):
                     training_frames(settings.clip, len(reader), reader.fps, rng).tolist()
                     for _ in range(times)
                 ]
+                # One request for all clips, so that a file is decoded from its front only once.
                 frames = np.split(
                     reader.frames([number for clip in numbers for number in clip]), times
                 )
         except BrokenVideo as broken:
             return Sample(_black(repeats, settings), video.label, index, broken)
         height, width = frames[0].shape[1:3]
+        # The order of the draws from ``rng`` is part of every result: first frames, then boxes.
         boxes = [random_box(height, width, settings, rng) for _ in range(repeats)]
         clips: list[Tensor] = []
         for each, box in enumerate(boxes):
             whole = frames[each % times]
+            # RandAugment after the crop runs on the device instead (mar.augmentation).
             if settings.augment.randaugment and settings.augment.randaugment_before_crop:
                 whole = _rand_augmented(
                     whole,
@@ -104,7 +104,7 @@ class TrainingClips(Dataset[Sample]):
 
 
 class EvaluationClips(Dataset[Sample]):
-    """All views of a video as one stack of clips: ``views`` × T × H × W × C; indexed by video."""
+    """All views of a video, stacked: ``views`` × T × H × W × C; the key is the video's index."""
 
     def __init__(
         self,
@@ -123,6 +123,7 @@ class EvaluationClips(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         video = self.videos[index]
         settings = self.settings
+        # Seed 0, not the trial's: all trials are tested with the same order of frames.
         if self.shuffled:
             order = stream(0, Stream.FRAME_SHUFFLE, index).permutation(settings.clip.frames)
         else:
@@ -132,13 +133,13 @@ class EvaluationClips(Dataset[Sample]):
                 how = settings.evaluation.segment_frames
                 wanted = evaluation_frames(settings.clip, len(reader), reader.fps, self.clips, how)
                 numbers = [number for indices in wanted for number in indices[order].tolist()]
-                clips = np.split(
-                    reader.frames(numbers), len(wanted)
-                )  # one call: a long file is gone through once
+                # One request for all clips, as in training.
+                clips = np.split(reader.frames(numbers), len(wanted))
         except BrokenVideo as broken:
             return Sample(_black(self.clips * self.crops, settings), video.label, index, broken)
         size = settings.clip.size
         antialias = settings.clip.antialias
+        # The released code resizes the whole frame and cuts from it; else the crop is resized.
         if settings.evaluation.crop_from == "resized":
             clips = [resize_short_side(frames, size, antialias) for frames in clips]
         boxes = test_boxes(
@@ -149,7 +150,7 @@ class EvaluationClips(Dataset[Sample]):
 
 
 def bytes_per_clip(settings: TrainingConfig) -> int:
-    """Return the size of one view's pixels."""
+    """Return the size in bytes of one view's pixels."""
     return settings.clip.frames * settings.clip.size**2 * 3
 
 
@@ -162,15 +163,16 @@ def _rand_augmented(frames: Frames, config: AugmentConfig, rng: np.random.Genera
     """Apply a clip's RandAugment to its whole frames."""
     assert config.randaugment
     operations = draw_operations(RandAugmentPolicy.parse(config.randaugment), 1, rng)
+    # rand_augment() takes floats from 0 to 1, [B, C, T, H, W].
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 255
     done = rand_augment(pixels, operations, config.randaugment_interpolation)
     return (done[0] * 255).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
 
 
 def one_after_another(batch: Batch) -> Batch:
-    """Return a training batch's clips as one row: the first of all videos, then the second.
+    """Return a batch with one dimension of clips: the first clip of every video, then the second.
 
-    Neighbours, which mixup and cutmix mix, are so clips of different videos.
+    Mixup and cutmix mix neighbouring clips, which in this order are of different videos.
     """
     repeats = batch.clips.shape[1]
     clips = batch.clips.transpose(0, 1).flatten(0, 1)
@@ -185,7 +187,7 @@ def one_after_another(batch: Batch) -> Batch:
 def batch_indices(settings: TrainingConfig, worker_rank: WorkerRank) -> list[int]:
     """Return the positions of a worker's clips in the whole batch.
 
-    In the order of :func:`one_after_another`.
+    They are in the order of :func:`one_after_another`.
     """
     num_videos = settings.videos_per_batch
     return [
@@ -196,12 +198,12 @@ def batch_indices(settings: TrainingConfig, worker_rank: WorkerRank) -> list[int
 
 
 class TrainingOrder:
-    """The (video, epoch) keys of this worker for each step from ``first_step`` on; iterate once.
+    """The (video, epoch) keys of this worker for each step from ``first_step`` on.
 
     Each epoch is a new permutation of the split; its last, incomplete batch is dropped.
 
     Raises:
-        UserError: the batch is larger than the split, or too small for so many workers.
+        UserError: the batch is larger than the split, or too small for the number of workers.
     """
 
     def __init__(
@@ -217,6 +219,7 @@ class TrainingOrder:
                 f"recipe.batch_size: {size} is more than the {num_videos} training videos; make "
                 "it smaller"
             )
+        # Mixup and cutmix pair two clips of the same worker, so each worker needs two videos.
         if size < 2 * worker_rank.world:
             raise UserError(
                 f"recipe.batch_size: {size} gives {worker_rank.world} workers less than two "
@@ -232,9 +235,11 @@ class TrainingOrder:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         part = self.worker_rank.of(self.settings.videos_per_batch)
         size = self.settings.videos_per_batch
+        # A resumed training skips the steps that it has done; nothing is decoded for these.
         first_epoch, skipped = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.settings.recipe.epochs):
             order = stream(self.settings.seed, Stream.ORDER, epoch).permutation(self.num_videos)
             for step in range(skipped, self.steps_per_epoch):
+                # Every worker draws the same permutation and takes its part of each batch.
                 yield [(int(order[step * size + position]), epoch) for position in part]
             skipped = 0

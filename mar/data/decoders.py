@@ -1,14 +1,13 @@
-"""Decoders of video files: decord, torchcodec and PyAV; what each can be trusted with.
+"""Chooses the decoder of a video file (decord, torchcodec or PyAV) and tests that it works.
 
-And a probe that one works.
+The contract of all three: frame n is the n-th frame that a player shows.
 
-The contract of all of them: frame n is the n-th frame that a player shows.
-
-PyAV goes through a file from its front, as a player does, and keeps the contract for every file it
-can read. decord and torchcodec jump to the frames that are wanted, which is faster, and go wrong,
-in silence, where a key frame needs earlier frames or a packet is not a frame. What decides is the
-stream, not the container and the codec: ``mar.seeking`` reads a file's packets, and only a file in
-which jumping is exact is given to one of the two. That is looked at once per file.
+PyAV decodes a file from its front, as a player does, and keeps the contract for every file that it
+can read (``mar.data.sequential_reader``). decord and torchcodec seek to the requested frames, which
+is faster. But they return wrong frames, without an error, where a key frame needs earlier frames or
+a packet is not a frame. This depends on the stream, not on the container and the codec. So
+``mar.data.seeking`` reads a file's packets once, and decord or torchcodec opens the file only if
+seeking in it is exact.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -28,42 +25,25 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mar.data.container import MOST_PIXELS, open_container
 from mar.data.seeking import NotSeekable, StreamIndex, index_of
+from mar.data.sequential_reader import (
+    BrokenVideo,
+    Frames,
+    SequentialReader,
+    iter_frames,
+    pixels_of,
+)
 from mar.errors import UserError
-from mar.safe_text import printable
-
-Frames = npt.NDArray[np.uint8]
-"""uint8 frames, ``[T, H, W, 3]``, RGB."""
 
 _CODECS = {"decord": {"h264", "vp8", "vp9"}, "torchcodec": {"h264", "hevc", "vp8", "vp9", "av1"}}
-"""What a decoder that jumps was seen to decode right; decord has no AV1, and reorders HEVC
-wrongly."""
+"""Decoder -> codecs that it decodes correctly; decord has no AV1, and reorders HEVC wrongly."""
 _KNOWN_FILES = 2**17
-"""Of so many files a process remembers whether a decoder may jump in them."""
+"""Files for which a process remembers whether seeking is exact."""
 _TOLERANCE_S = 2e-3
-"""Matroska counts whole milliseconds: times that differ by less are the same."""
-_KEPT_BYTES = 256 * 2**20
-"""Up to so many bytes a file that is decoded from the front is held; above it is decoded again for
-what is wanted."""
-_BYTES_PER_PIXEL = 3
-"""Of a decoded frame at the most, but for more than 8 bits: 1.5 bytes in 4:2:0, 3 in 4:4:4."""
-_TOO_LARGE = f"at most {MOST_PIXELS} are read"
-os.environ.setdefault(
-    "DECORD_EOF_RETRY_MAX", "4096"
-)  # of 0.2 ms: the default, 10240, waits long on damaged files
-
-
-class BrokenVideo(Exception):
-    """A file gave no frames; says which and why."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return printable(f"{self.path}: {self.reason}")
+"""Matroska rounds timestamps to milliseconds, so smaller differences mean the same time."""
+# Retries of 0.2 ms each. decord's default, 10240, waits 2 s on damaged files; with as few as 64 it
+# fails on ordinary videos, which PyAV then decodes ten times slower.
+os.environ.setdefault("DECORD_EOF_RETRY_MAX", "4096")
 
 
 class Decoder(Protocol):
@@ -71,32 +51,34 @@ class Decoder(Protocol):
 
     @property
     def name(self) -> str:
-        """Who decodes."""
+        """The decoder's name, as in ``data.decoder``."""
         ...
 
     @property
     def fps(self) -> float | None:
-        """Frames a second, as the file says."""
+        """Frames per second, as the file states."""
         ...
 
     def __len__(self) -> int: ...
 
     def frames(self, indices: Sequence[int]) -> Frames:
-        """Return the frames with these numbers; raises whatever its library raises."""
+        """Return the frames with these numbers; raises any error of the decoder's library."""
         ...
 
 
 class Decord:
-    """decord: jumps to the key frame before each wanted one. One thread.
+    """decord: seeks to the key frame before each requested frame.
 
-    Its memory goes with the object.
+    Its memory is freed with the object.
     """
 
     name = "decord"
 
     def __init__(self, path: Path) -> None:
+        # Imported here because decord has wheels for Linux on x86-64 only.
         decord = importlib.import_module("decord")
         decord.logging.set_level(decord.logging.QUIET)
+        # The path is absolute because FFmpeg takes some relative names for addresses.
         self.reader = decord.VideoReader(str(path.absolute()), num_threads=1)
         if not len(self.reader):
             raise BrokenVideo(path, "decord finds no frame in it")
@@ -106,7 +88,7 @@ class Decord:
         return len(self.reader)
 
     def seconds(self) -> npt.NDArray[np.float64]:
-        """Return when each frame is shown."""
+        """Return the time at which each frame is shown, in seconds."""
         return self.reader.get_frame_timestamp(range(len(self.reader)))[:, 0].astype(np.float64)
 
     def frames(self, indices: Sequence[int]) -> Frames:
@@ -115,14 +97,16 @@ class Decord:
 
 
 class TorchCodec:
-    """torchcodec: scans the file's packets once, then jumps. An optional extra.
+    """torchcodec: scans the file's packets once, then seeks.
 
-    It needs FFmpeg's libraries.
+    It is an optional extra and needs FFmpeg's libraries.
     """
 
     name = "torchcodec"
 
     def __init__(self, path: Path) -> None:
+        # Imported here because it is optional. ``import torchcodec`` alone succeeds without
+        # FFmpeg's libraries; its sub-package ``decoders`` does not.
         decoders = importlib.import_module("torchcodec.decoders")
         self.reader = decoders.VideoDecoder(
             str(path.absolute()), dimension_order="NHWC", num_ffmpeg_threads=1
@@ -133,7 +117,7 @@ class TorchCodec:
         return len(self.reader)
 
     def seconds(self) -> npt.NDArray[np.float64] | None:
-        """Nothing to compare: it scans the packets itself and looks frames up by their times."""
+        """Return None: torchcodec scans the packets and finds frames by their timestamps itself."""
         return None
 
     def frames(self, indices: Sequence[int]) -> Frames:
@@ -142,130 +126,77 @@ class TorchCodec:
 
 
 _JUMPING: dict[str, type[Decord] | type[TorchCodec]] = {"torchcodec": TorchCodec, "decord": Decord}
-"""The faster first: ``benchmarks/decoders.py``."""
-
-
-@dataclass(frozen=True)
-class SequentialReader:
-    """PyAV, once through the file.
-
-    Its frames are kept only where they take less than ``_KEPT_BYTES``.
-
-    They are kept as they were decoded: most are never asked for, and need no conversion to RGB.
-    """
-
-    path: Path
-    length: int
-    fps: float | None
-    kept: list[Any] | None
-    name: str = "pyav"
-
-    @classmethod
-    def of(cls, path: Path) -> SequentialReader:
-        """Decode a file.
-
-        Raises:
-            BrokenVideo: there is no frame in it.
-        """
-        kept: list[Any] = []
-        properties: dict[str, float] = {}
-        length = held_bytes = 0
-        for frame in iter_frames(path, properties):
-            length += 1
-            held_bytes += frame.width * frame.height * _BYTES_PER_PIXEL
-            if held_bytes <= _KEPT_BYTES:
-                kept.append(frame)
-            else:
-                kept.clear()
-        return cls(path, length, properties.get("fps"), kept if len(kept) == length else None)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def frames(self, indices: Sequence[int]) -> Frames:
-        """Return the frames with these numbers."""
-        if self.kept is not None:
-            chosen = {index: pixels_of(self.kept[index]) for index in set(indices)}
-        else:
-            wanted = set(indices)
-            chosen = {
-                index: pixels_of(frame)
-                for index, frame in enumerate(iter_frames(self.path))
-                if index in wanted
-            }
-        return np.stack([chosen[index] for index in indices])
+"""The decoders that seek, the faster first (measured by ``benchmarks/decoders.py``)."""
 
 
 def open_with(decoder: str, path: Path) -> Decoder:
     """Open a file with ``auto``, ``decord``, ``torchcodec`` or ``pyav``.
 
-    PyAV has what the chosen one gets wrong.
+    PyAV opens the file instead if the chosen decoder fails or would not be exact.
 
     Raises:
-        BrokenVideo: no frame can be found.
+        BrokenVideo: no decoder finds a frame.
     """
     chosen = fastest_decoder() if decoder == "auto" else decoder
     if chosen != "pyav":
-        with suppress(
-            Exception
-        ):  # decord's DECORDError, torchcodec's RuntimeError: PyAV may know more
-            load_index = _open_exactly(chosen, path)
-            if load_index:
-                return load_index
+        # decord raises DECORDError, torchcodec RuntimeError; PyAV may still read such a file.
+        with suppress(Exception):
+            opened = _open_exactly(chosen, path)
+            if opened:
+                return opened
     return SequentialReader.of(path)
 
 
 def _open_exactly(decoder: str, path: Path) -> Decord | TorchCodec | None:
-    """Open a file with a decoder that jumps.
-
-    None where its frames might be others than asked for.
-    """
+    """Open a file with a decoder that seeks; return None where it might return wrong frames."""
+    # Inode, size and modification time are part of the key, so a replaced file is checked again.
     state = path.stat()
     file = (decoder, str(path), state.st_ino, state.st_size, state.st_mtime_ns)
     if file not in _is_exact:
         if len(_is_exact) >= _KNOWN_FILES:
             _is_exact.clear()
-        _is_exact[file] = False  # also if what follows raises
+        # Stored before the check: a file on which the check raises is not checked again.
+        _is_exact[file] = False
         try:
             index = index_of(path)
         except NotSeekable:
             return None
         if index.codec not in _CODECS[decoder]:
             return None
-        load_index = _JUMPING[decoder](path)
-        _is_exact[file] = _agrees(load_index, index)
-        return load_index if _is_exact[file] else None
+        # The decoder builds its own index of the frames, which can still differ from the packets.
+        opened = _JUMPING[decoder](path)
+        _is_exact[file] = _agrees(opened, index)
+        return opened if _is_exact[file] else None
     return _JUMPING[decoder](path) if _is_exact[file] else None
 
 
 _is_exact: dict[tuple[str, str, int, int, int], bool] = {}
-"""Decoder and file, with what tells that the file has changed -> whether the decoder may jump in
-it."""
+"""Decoder, path, inode, size and modification time -> whether seeking is exact."""
 
 
-def _agrees(load_index: Decord | TorchCodec, index: StreamIndex) -> bool:
-    """Whether a decoder has as many frames as there are packets, each shown when its packet is."""
-    if len(load_index) != len(index.seconds):
+def _agrees(opened: Decord | TorchCodec, index: StreamIndex) -> bool:
+    """Return whether a decoder has one frame for each packet, shown at the packet's time."""
+    if len(opened) != len(index.seconds):
         return False
-    seconds = load_index.seconds()
+    seconds = opened.seconds()
     if seconds is None:
         return True
-    # When the first is shown differs with the version of FFmpeg, and is no matter.
+    # Relative to the first frame, whose own time depends on the version of FFmpeg.
     differences = (seconds - seconds[0]) - (index.seconds - index.seconds[0])
     return bool(np.abs(differences).max() <= _TOLERANCE_S)
 
 
 def decode_with(decoder: str, path: Path) -> Frames:
-    """Return all frames of a video by one decoder, with no other to help.
+    """Return all frames of a video by one decoder; no other decoder takes over if it fails.
 
     Raises:
-        BrokenVideo: that decoder cannot.
+        BrokenVideo: that decoder cannot decode the file, or does not work on this machine.
     """
     if decoder == "pyav":
         return np.stack([pixels_of(frame) for frame in iter_frames(path)])
     try:
-        load_index = _JUMPING[decoder](path)
-        return load_index.frames(range(len(load_index)))
+        opened = _JUMPING[decoder](path)
+        return opened.frames(range(len(opened)))
     except Exception as error:
         raise BrokenVideo(
             path, f"{decoder} cannot decode it, or is not installed ({_first_line(error)})"
@@ -279,7 +210,7 @@ def fastest_decoder() -> str:
 
 
 def check(decoder: str) -> None:
-    """Raise a UserError if a decoder that was asked for by name does not work here."""
+    """Raise a UserError if a decoder that was selected by name does not work on this machine."""
     fault = probe_decoder(decoder) if decoder != "auto" else ""
     if fault:
         raise UserError(
@@ -290,12 +221,13 @@ def check(decoder: str) -> None:
 
 @lru_cache
 def probe_decoder(decoder: str) -> str:
-    """Prove a decoder: write a clip of known brightness, read it back.
+    """Test a decoder: write a clip of known brightness and read it back.
 
-    Returns what is wrong, or nothing.
+    Returns the fault, or an empty string if it works.
 
-    That it can be imported proves little: decord may lack its wheel, torchcodec FFmpeg's libraries.
+    A successful import is not enough: torchcodec can be imported without FFmpeg's libraries.
     """
+    # Each frame has its own brightness, so a wrong frame is noticed; decord cannot read 16 × 16.
     frames = np.stack([np.full((32, 32, 3), level, np.uint8) for level in range(60, 220, 20)])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
@@ -308,13 +240,14 @@ def probe_decoder(decoder: str) -> str:
         difference = float(np.abs(seen.astype(int) - frames.astype(int)).mean())
     else:
         difference = np.inf
+    # A wrong frame is off by 20 or more; the lossy compression alone by less than 4, of 255.
     if difference > 4:
         return f"it decodes wrongly: {seen.shape}, mean difference {difference:.1f}"
     return ""
 
 
 def write_video(file: Path, frames: Frames, frames_per_s: int = 12, **options: str) -> None:
-    """Write frames as an H.264 mp4; ``options`` are x264's."""
+    """Write frames of even height and width as an H.264 mp4; ``options`` are x264's."""
     import av
 
     with av.open(str(file), "w") as container:
@@ -324,109 +257,8 @@ def write_video(file: Path, frames: Frames, frames_per_s: int = 12, **options: s
         stream.pix_fmt = "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        # Without a frame, encode() returns the frames that the encoder still holds back.
         container.mux(stream.encode())
-
-
-def iter_frames(path: Path, properties: dict[str, float] | None = None) -> Iterator[Any]:
-    """Yield PyAV's frames as a player shows them, in the decoder's order.
-
-    A bad packet is passed over.
-
-    A file whose size changes in the middle is scaled to its first frame, as a player's window would
-    show it.
-
-    ``told`` is filled with what the file says of its frame rate.
-
-    Raises:
-        BrokenVideo: there is no frame, or the disk failed.
-    """
-    if not path.is_file():
-        raise BrokenVideo(path, "no such file")
-    from av.error import FFmpegError
-
-    _hush()
-    size: tuple[int, int] | None = None
-    try:
-        with open_container(path) as container:
-            stream = _main_stream(container)
-            if stream is None:
-                raise BrokenVideo(path, "no video stream in it")
-            context = stream.codec_context
-            if context.width * context.height > MOST_PIXELS:
-                raise BrokenVideo(
-                    path, f"frames of {context.width} × {context.height} pixels: {_TOO_LARGE}"
-                )
-            context.options = {"max_pixels": str(MOST_PIXELS)}  # a file may grow in the middle
-            if properties is not None and stream.average_rate:
-                properties["fps"] = float(stream.average_rate)
-            for packet in container.demux(stream):
-                try:
-                    decoded = packet.decode()
-                except FFmpegError:
-                    continue
-                for frame in decoded:
-                    size = size or (frame.width, frame.height)
-                    if (frame.width, frame.height) != size:
-                        frame = frame.reformat(width=size[0], height=size[1])
-                    yield frame
-    except (OSError, FFmpegError, ValueError) as error:
-        if size is None or isinstance(
-            error, OSError
-        ):  # damage ends a file early; a failing disk is another thing
-            raise BrokenVideo(path, f"not a video that can be decoded ({_reason(error)})") from None
-    if size is None:
-        raise BrokenVideo(path, "no frame could be decoded")
-
-
-def _main_stream(container: Any) -> Any:
-    """Return the video stream that a player shows: no cover picture, a default one, the largest."""
-    from av.stream import Disposition
-
-    streams = [
-        stream
-        for stream in container.streams.video
-        if stream.codec_context is not None  # none: its codec is not known
-        and not stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails)
-    ]
-    return max(streams, key=_preference, default=None)
-
-
-def _preference(stream: Any) -> tuple[bool, bool, int]:
-    from av.stream import Disposition
-
-    is_default = bool(stream.disposition & Disposition.default)
-    return is_default, stream.frames != 1, stream.width * stream.height
-
-
-def pixels_of(frame: Any) -> Frames:
-    """Return the frame as RGB, turned as its display matrix says.
-
-    The others do that by themselves.
-    """
-    from av.video.reformatter import VideoReformatter
-
-    if not hasattr(_converter, "reformatter"):
-        _converter.reformatter = VideoReformatter()
-    converted: Any = _converter.reformatter.reformat(frame, format="rgb24")
-    quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.rot90(converted.to_ndarray(), quarter_turns)
-
-
-_converter = threading.local()
-"""Each thread's converter to RGB: to make one takes five times as long as to convert a small
-frame."""
-
-
-def _hush() -> None:
-    """What is wrong with a file is said once, by BrokenVideo."""
-    import av.logging
-
-    av.logging.set_level(None)
-
-
-def _reason(error: Exception) -> str:
-    """Return FFmpeg's words without the file's name, which is said already."""
-    return str(getattr(error, "strerror", None) or error)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,8 @@
-"""The frame cache: each video's frames written once, small.
+"""The frame cache: each video's frames, decoded once and stored at a small size.
 
-Fifty trials then do not decode it fifty times.
-
-A cache that was cut short goes on where it stopped; a video that has changed since makes it stale,
-which is said. Its layout is in ``mar.cache_index``.
+So fifty trials do not decode a video fifty times. Packing that was interrupted resumes where it
+stopped. A video that has changed since makes the cache stale, which is an error. The layout is
+described in ``mar.data.cache_index``.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 
 from mar.config.schema import DataConfig
-from mar.data import process_pool as others
+from mar.data import process_pool
 from mar.data.annotations import Video, read_split
 from mar.data.cache_index import (
     BYTES_PER_END,
@@ -37,11 +36,12 @@ from mar.data.cache_index import (
     read_header,
     shard_files,
 )
-from mar.data.decoders import BrokenVideo, Frames
 from mar.data.decoders import check as check_decoder
 from mar.data.sampling import Reader
+from mar.data.sequential_reader import BrokenVideo, Frames
 from mar.errors import Failure, UserError
 
+# An interrupted packing loses at most the shards in progress, one for each process.
 _VIDEOS_PER_SHARD = 64
 
 
@@ -52,16 +52,19 @@ def pack(
     processes: int,
     progress: Callable[[int, int], None],
 ) -> int:
-    """Write the videos of both splits into ``folder``; returns how many were there already.
+    """Write the videos of both splits into ``folder``; return how many it had already.
 
-    A video that gave no frames is tried again.
+    A video that gave no frames before is tried again. ``progress`` is called with the number of
+    finished videos and the total.
 
     Raises:
-        UserError: the annotations cannot be read, the folder holds a cache of another kind, or is
-            being packed.
-        Failure: the disk refuses.
+        UserError: the annotations cannot be read, the folder has a cache with another packing, or
+            another process is packing it.
+        Failure: the folder cannot be written.
     """
     check_decoder(data.decoder)
+    # Without the cache setting the videos are looked up in their folder, not in the cache that is
+    # being written.
     data = data.model_copy(update={"cache": None})
     videos = {video.name: video for split in ("train", "val") for video in read_split(data, split)}
     settings = folder / SETTINGS
@@ -74,6 +77,7 @@ def pack(
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
             _write(settings, json.dumps(asdict(packing)).encode())
+            # load_index() remembers a folder's index, which packing changes.
             try:
                 return _pack(data, videos, Index(folder), processes, progress)
             finally:
@@ -100,25 +104,30 @@ def _pack(
         for name, video in videos.items()
         if index.is_fresh(video) and not index.entries[name][1].broken
     }
+    # Sorted, so that equal data make equal shards.
     todo = [video for name, video in sorted(videos.items()) if name not in fresh]
     parts = [
         todo[first : first + _VIDEOS_PER_SHARD] for first in range(0, len(todo), _VIDEOS_PER_SHARD)
     ]
     done = len(fresh)
     progress(done, len(videos))
+    # New shards get new numbers. Of two entries for a video, Index uses the one with the higher
+    # number, so an old shard stays valid and is never rewritten.
     write = partial(_pack_shard, index.folder, index.packing, data.decoder)
     numbered = list(enumerate(parts, start=index.last_shard + 1))
-    for count in (
-        map(write, numbered)
-        if processes == 1
-        else others.each(write, numbered, processes, _crashed)
-    ):
+    counts: Iterator[int]
+    if processes == 1:
+        counts = map(write, numbered)
+    else:
+        counts = process_pool.each(write, numbered, processes, _crashed)
+    for count in counts:
         done += count
         progress(done, len(videos))
     return len(fresh)
 
 
 def _crashed(part: tuple[int, list[Video]]) -> int:
+    """Raise a Failure: a decoder ended its process, so the shard was not written."""
     first = part[1][0].name
     last = part[1][-1].name
     raise Failure(
@@ -128,7 +137,7 @@ def _crashed(part: tuple[int, list[Video]]) -> int:
 
 
 def verify(folder: Path, progress: Callable[[int, int], None]) -> list[str]:
-    """Return the shards whose content is not what was written."""
+    """Return the names of the shards whose SHA-256 is not the one that was recorded."""
     damaged: list[str] = []
     files = shard_files(folder)
     for done, file in enumerate(files, start=1):
@@ -147,12 +156,12 @@ def verify(folder: Path, progress: Callable[[int, int], None]) -> list[str]:
 
 
 class CachedVideo:
-    """What ``video.Reader`` is for a file. Frames are read where they lie.
+    """A video in the cache, with the interface of ``sampling.Reader``.
 
-    A machine's processes share the pages.
+    Its shard is mapped into memory, so the processes of a machine share the pages.
 
     Raises:
-        BrokenVideo: it gave no frames when it was packed.
+        BrokenVideo: the video gave no frames when it was packed.
     """
 
     def __init__(self, index: Index, video: Video) -> None:
@@ -163,6 +172,7 @@ class CachedVideo:
         self.packing = index.packing
         self.file = index.folder / f"{shard:05}.bin"
         self.content = _mapped(self.file)
+        # Little-endian in the file, so that machines of either byte order can share a cache.
         end = self.entry.ends_at + BYTES_PER_END * self.entry.num_frames
         self.ends = np.frombuffer(self.content[self.entry.ends_at : end], dtype="<i8")
 
@@ -170,6 +180,7 @@ class CachedVideo:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # The mapping stays open: _mapped() shares it with the other videos of the shard.
         pass
 
     def __len__(self) -> int:
@@ -177,7 +188,7 @@ class CachedVideo:
 
     @property
     def fps(self) -> float | None:
-        """The video's frames a second."""
+        """The video's frames per second."""
         return self.entry.fps
 
     def frames(self, indices: Sequence[int]) -> Frames:
@@ -186,6 +197,7 @@ class CachedVideo:
         Raises:
             BrokenVideo: the shard is damaged.
         """
+        # Indices past the end repeat the last frame, as in sampling.Reader.
         last = len(self) - 1
         try:
             return np.stack([self._frame(min(index, last)) for index in indices])
@@ -202,6 +214,8 @@ class CachedVideo:
         part = self.content[start : int(self.ends[index])]
         if self.packing.format == "raw":
             return part.reshape(self.entry.height, self.entry.width, 3)
+        # Imported here: a raw cache needs no torchvision. The copy is needed because the mapping is
+        # read-only, and PyTorch has no read-only tensors.
         from torchvision.io import decode_jpeg
 
         decoded: Any = decode_jpeg(torch.from_numpy(np.array(part)))
@@ -209,7 +223,7 @@ class CachedVideo:
 
 
 def check(data: DataConfig, videos: Sequence[Video]) -> None:
-    """Raise a UserError unless ``open_video`` can give what is in these videos now."""
+    """Raise a UserError unless ``open_video`` can read these videos as they are now."""
     if data.cache_folder:
         load_index(data.cache_folder).check(videos)
     else:
@@ -217,21 +231,22 @@ def check(data: DataConfig, videos: Sequence[Video]) -> None:
 
 
 def open_video(data: DataConfig, video: Video) -> Reader | CachedVideo:
-    """Return a video's reader: from the cache where there is one, else from its file."""
+    """Return a reader of the video: from the cache if there is one, else of its file."""
     if data.cache_folder:
         return CachedVideo(load_index(data.cache_folder), video)
     return Reader(video.path, data.decoder)
 
 
+# The limit bounds the number of mappings that a process keeps.
 @lru_cache(maxsize=256)
 def _mapped(file: Path) -> np.memmap[Any, Any]:
     return np.memmap(file, dtype=np.uint8, mode="r")
 
 
 def _pack_shard(folder: Path, packing: Packing, decoder: str, part: tuple[int, list[Video]]) -> int:
-    """Write one shard: the frames, where they end, then the file that says it is whole.
+    """Write one shard: the frames, their end offsets, then the header that makes it valid.
 
-    Returns its videos.
+    Returns the number of its videos.
     """
     number, videos = part
     entries: list[Entry] = []
@@ -240,33 +255,36 @@ def _pack_shard(folder: Path, packing: Packing, decoder: str, part: tuple[int, l
     try:
         with unfinished.open("w+b") as file:
             for video in videos:
-                entry, ends_of_it = _packed(file, video, packing, decoder)
+                entry, video_ends = _packed(file, video, packing, decoder)
+                # Relative to the table of ends, whose offset is known only after the last frame.
                 entries.append(replace(entry, ends_at=len(ends) * BYTES_PER_END))
-                ends += ends_of_it
+                ends += video_ends
             offset = file.tell()
             file.write(np.array(ends, dtype="<i8").tobytes())
             size = file.tell()
+            # On the disk before the header is written: after a power failure a header must not
+            # stand for content that was lost.
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         unfinished.rename(folder / f"{number:05}.bin")
         placed = [plain(replace(entry, ends_at=offset + entry.ends_at)) for entry in entries]
-        said = {"sha256": digest, "bytes": size, "entries": placed}
-        _write(folder / f"{number:05}.json", json.dumps(said).encode())
+        header = {"sha256": digest, "bytes": size, "entries": placed}
+        # Last: a shard without this file does not exist for a reader, and is packed again.
+        _write(folder / f"{number:05}.json", json.dumps(header).encode())
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise Failure(
-            f"could not write {folder}: {error.strerror or error}; what is packed is kept"
+            f"could not write {folder}: {error.strerror or error}; complete shards are kept"
         ) from None
     return len(videos)
 
 
 def _packed(file: Any, video: Video, packing: Packing, decoder: str) -> tuple[Entry, list[int]]:
-    """Write one video's frames; returns its entry, and where each frame ends."""
-    entry = Entry(
-        video.name, video.path.stat().st_size if video.path.is_file() else -1, start=file.tell()
-    )
+    """Write one video's frames; return its entry and the offset at which each frame ends."""
+    size = video.path.stat().st_size if video.path.is_file() else -1
+    entry = Entry(video.name, size, start=file.tell())
     ends: list[int] = []
     try:
         with Reader(video.path, decoder) as reader:
@@ -274,6 +292,7 @@ def _packed(file: Any, video: Video, packing: Packing, decoder: str) -> tuple[En
                 file.write(_encoded(frame, packing))
                 ends.append(file.tell())
                 entry = replace(entry, height=frame.shape[0], width=frame.shape[1], fps=reader.fps)
+    # The reason is recorded, so that a trial reports the same error as without a cache.
     except BrokenVideo as broken:
         return Entry(video.name, entry.source_bytes, broken=broken.reason), []
     return replace(entry, num_frames=len(ends)), ends
@@ -307,6 +326,7 @@ def _encoded(frame: Frames, packing: Packing) -> bytes:
 
 
 def _write(file: Path, content: bytes) -> None:
+    """Write a file so that readers see either the old content or the whole new one."""
     unfinished = file.with_name(f".{file.name}")
     unfinished.write_bytes(content)
     unfinished.rename(file)

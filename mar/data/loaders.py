@@ -1,4 +1,4 @@
-"""Loaders: batches of a data set, decoded in this process or in helper processes."""
+"""Loads batches of a data set, decoded in this process or in loader processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mar.config.schema import TrainingConfig
@@ -29,28 +30,24 @@ from mar.data.process_pool import end_with_parent, forkserver
 from mar.errors import Failure, UserError
 
 _BATCHES_AHEAD = 2
-"""Of each loader process, on their way or waiting."""
-
-
+"""Batches that each loader process prepares ahead."""
+# PyTorch sends tensors between processes through files in this folder; containers often limit it.
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack the clips, and list the videos that could not be decoded.
 
-    A loader process does it in shared memory.
-
-    PyTorch would move the batch there while it sends it, where an error is printed and the batch is
-    lost: the trainer would wait for it for ever.
-
     Raises:
-        Failure: the batch does not fit into shared memory (``shm``).
+        Failure: in a loader process, the batch does not fit into shared memory (``shm``).
     """
     clips, labels, videos, broken = zip(*samples, strict=True)
     good = [each is None for each in broken]
     reasons = tuple(each for each in broken if each is not None)
     stacked = torch.empty(len(clips), *clips[0].shape, dtype=torch.uint8)
     batch = Batch(stacked, torch.tensor(labels), torch.tensor(videos), torch.tensor(good), reasons)
+    # PyTorch itself would move the batch to shared memory while it sends it. There an error is only
+    # printed, and the trainer would wait for the batch for ever.
     if get_worker_info() is not None:
         try:
             for tensor in (batch.clips, batch.labels, batch.videos, batch.good):
@@ -59,6 +56,7 @@ def collate(samples: list[Sample]) -> Batch:
             raise _shared_memory_full(
                 f"a batch of {_mb(stacked.nbytes)} does not fit: {error}"
             ) from None
+    # Last, so that the pixels are copied once, straight into shared memory.
     torch.stack(clips, out=stacked)
     return batch
 
@@ -82,14 +80,14 @@ def loader(
     bytes_per_batch: int,
     is_kept: bool = False,
 ) -> Iterable[Batch]:
-    """Return a loader that decodes in this process, or in ``processes`` others.
+    """Return a loader that decodes in this process, or in ``processes`` loader processes.
 
-    With ``is_kept`` these stay alive between passes; otherwise they end with each pass.
+    With ``is_kept`` these stay alive between passes over the data; otherwise they end after each.
 
     Raises:
-        Failure: the batches that are on their way at once do not fit into shared memory (``shm``).
-            A pass raises one of the kind ``node`` when a process is lost in the middle of a batch;
-            when it is lost between two, PyTorch raises a RuntimeError.
+        Failure: the batches in flight do not fit into shared memory (kind ``shm``). During a pass,
+            kind ``worker_lost``: a loader process was lost in the middle of a batch. If it is lost
+            between two batches, PyTorch raises a RuntimeError.
     """
     if processes:
         _check_shared_memory(processes, bytes_per_batch, batches)
@@ -98,6 +96,7 @@ def loader(
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]
         num_workers=processes,
         collate_fn=_as_it_is,
+        # Only from pinned memory can a copy to the GPU run beside its computations.
         pin_memory=device.type == "cuda",
         multiprocessing_context=forkserver() if processes else None,
         persistent_workers=is_kept and processes > 0,
@@ -108,9 +107,10 @@ def loader(
 
 
 def _begin_loader_process(number: int) -> None:
+    """Make this loader process end with the trainer, and when it cannot send a batch."""
     end_with_parent()
-    # Whatever else cannot be sent ends the process: the trainer notices that within seconds, a lost
-    # batch never.
+    # multiprocessing only prints an error of sending, and the trainer would wait for the batch for
+    # ever; but it notices within seconds that a loader process has ended.
     Queue._on_queue_feeder_error = staticmethod(_end_over_lost_batch)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -123,11 +123,12 @@ def _check_shared_memory(processes: int, bytes_per_batch: int, batches: Iterable
     """Check that all batches in flight from loader processes fit into shared memory.
 
     Raises:
-        Failure: it does not.
+        Failure: they do not.
     """
     if not _SHARED_MEMORY.is_dir():  # not Linux
         return
-    at_once = processes * _BATCHES_AHEAD + 1  # one is being used
+    # One more: the batch that the trainer uses.
+    at_once = processes * _BATCHES_AHEAD + 1
     if isinstance(batches, Sized):
         at_once = min(at_once, len(batches))
     free = shutil.disk_usage(_SHARED_MEMORY).free
@@ -139,9 +140,9 @@ def _check_shared_memory(processes: int, bytes_per_batch: int, batches: Iterable
 
 
 class _Batches(Dataset[Any]):
-    """A dataset's batches.
+    """The batches of a dataset; a batch that fails is replaced by its error.
 
-    Where one fails, its error stands for it: PyTorch would drop the failure's kind on the way.
+    PyTorch would raise the error again from its text alone, and lose the failure's kind.
     """
 
     def __init__(self, dataset: Dataset[Sample]) -> None:
@@ -155,13 +156,14 @@ class _Batches(Dataset[Any]):
 
 
 def _as_it_is(batch: Any) -> Any:
+    """Return a batch unchanged: ``_Batches`` has collated it already."""
     return batch
 
 
 class _Loading:
-    """A loader that raises when one of its processes is lost while it sends a batch.
+    """A loader that raises the errors of loader processes, with their kinds.
 
-    PyTorch alone would end the batch early.
+    It also raises a Failure if a process is lost while it sends a batch.
     """
 
     def __init__(self, loading: Iterable[Batch | Failure | UserError]) -> None:
@@ -176,14 +178,16 @@ class _Loading:
         except (Failure, UserError):
             raise
         except (EOFError, ConnectionError, RuntimeError) as error:
-            if "Bus error" in str(error):  # a page of shared memory that could not be had
+            # Linux allots shared memory on the first write, and sends SIGBUS if none is left.
+            if "Bus error" in str(error):
                 raise _shared_memory_full(str(error)) from error
+            # A process that is killed while it sends leaves a pipe that ends early. It may be
+            # PyTorch's thread for pinned memory that reads it.
             is_cut_off = not isinstance(error, RuntimeError) or str(error).startswith(
                 "Pin memory thread exited"
             )
-            is_ours = str(error).startswith(
-                "Caught "
-            )  # raised by our code in such a process: it would come again
+            # "Caught EOFError in DataLoader worker ...": our code raised it, and would do so again.
+            is_ours = str(error).startswith("Caught ")
             if is_ours or not is_cut_off:
                 raise
             raise Failure(
@@ -198,11 +202,10 @@ def training_batches(
     processes: int,
     device: torch.device,
 ) -> Generator[Batch]:
-    """Yield this worker's share of each step, on the device.
+    """Yield this worker's share of the batch of each step, on the device.
 
-    A share is loaded in pieces, so that all processes work on the first one and none holds more
-    than a few megabytes ahead. On an accelerator the pieces are copied beside the step that is
-    under way.
+    A share is loaded in pieces, so that all loader processes work on the first share and none holds
+    more than a few megabytes ahead. On a GPU the pieces are copied while the previous step runs.
     """
     size = (
         min(VIDEOS_PER_PIECE, settings.videos_per_batch)
@@ -210,35 +213,39 @@ def training_batches(
         * bytes_per_clip(settings)
     )
     pieces = loader(TrainingClips(settings, videos), _Pieces(order), processes, device, size)
+    # A stream of its own: on the default stream a copy would wait for the step before it.
     if device.type == "cuda":
-        beside = torch.cuda.Stream(device)
+        copy_stream = torch.cuda.Stream(device)
     else:
-        beside = None
+        copy_stream = None
     loaded = iter(pieces)
     while step := list(islice(loaded, order.pieces_per_step)):
-        with torch.cuda.stream(beside) if beside else nullcontext():
-            clips = torch.cat([piece.clips.to(device, non_blocking=True) for piece in step])
-            labels, batch_indices, good = (
-                torch.cat([column.to(device, non_blocking=True) for column in columns])
-                for columns in zip(
-                    *((piece.labels, piece.videos, piece.good) for piece in step), strict=True
-                )
-            )
-        if beside:
-            torch.cuda.current_stream(device).wait_stream(beside)
-            for column in (clips, labels, batch_indices, good):
+        with torch.cuda.stream(copy_stream) if copy_stream else nullcontext():
+            clips = _joined([piece.clips for piece in step], device)
+            labels = _joined([piece.labels for piece in step], device)
+            video_indices = _joined([piece.videos for piece in step], device)
+            good = _joined([piece.good for piece in step], device)
+        if copy_stream:
+            torch.cuda.current_stream(device).wait_stream(copy_stream)
+            # Without record_stream(), the allocator could reuse their memory too early.
+            for column in (clips, labels, video_indices, good):
                 column.record_stream(torch.cuda.current_stream(device))
         yield Batch(
             clips,
             labels,
-            batch_indices,
+            video_indices,
             good,
             tuple(reason for piece in step for reason in piece.broken),
         )
 
 
+def _joined(parts: list[Tensor], device: torch.device) -> Tensor:
+    """Copy tensors to the device, without waiting for the copies, and concatenate them there."""
+    return torch.cat([part.to(device, non_blocking=True) for part in parts])
+
+
 class _Pieces:
-    """An order's steps, each cut into pieces of a few videos."""
+    """The steps of an order, each cut into pieces of at most ``VIDEOS_PER_PIECE`` videos."""
 
     def __init__(self, order: TrainingOrder) -> None:
         self.order = order

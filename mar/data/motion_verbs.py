@@ -1,13 +1,11 @@
-"""A small data set of real video files in which only motion tells the class.
+"""Makes a small data set of video files in which only the motion determines the class.
 
-For the demo, the tests and first steps.
-
-Outlines of scikit-learn's handwritten digits, filled with photo textures, move over photos that
-ship inside scikit-image and scikit-learn. Classes come in pairs of opposite motions; a clip of the
-second class of a pair is an independent draw of the first class's motion **played backwards**, so a
-single frame tells nothing of the direction. Training and validation use disjoint photos and
-disjoint digits. Files are H.264 mp4s, with splits and labels in Something-Something's own
-annotation format.
+It serves the demo, the tests and first steps. Outlines of scikit-learn's handwritten digits, filled
+with photo textures, move over photos that are part of scikit-image and scikit-learn. Classes come
+in pairs of opposite motions. A clip of a pair's second class is an independent draw of the first
+class's motion **played backwards**, so a single frame does not show the direction. Training and
+validation use different photos and different digits. Files are H.264 mp4s, with splits and labels
+in Something-Something's annotation format.
 """
 
 from __future__ import annotations
@@ -25,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mar.data.decoders import Frames, write_video
+from mar.data.decoders import write_video
+from mar.data.sequential_reader import Frames
 from mar.errors import Failure, UserError
 
 VERBS = (
@@ -42,8 +41,9 @@ VERBS = (
     "Covering [something] with [something]",
     "Uncovering [something]",
 )
-"""Class templates; each odd one is its neighbour played backwards."""
+"""Class templates; each one with an odd index is the one before it, played backwards."""
 
+# Different photos in the two splits: a model cannot recognise a background instead of a motion.
 PHOTOS = {
     "train": (
         "astronaut.png",
@@ -64,34 +64,37 @@ PHOTOS = {
     ),
 }
 _FIRST_VALIDATION_DIGIT = 1300
+"""Index in scikit-learn's 1797 digits; those before it are for training."""
 _INK = 90
-"""Brightness, of 255, from which a pixel belongs to a digit."""
+"""Brightness, from 0 to 255, above which a pixel belongs to a digit."""
 FRAMES_PER_S = 12
+# Equal frames must give equal files: files of other sizes would change the data's fingerprint, and
+# so the identity of every trial. x264's macroblock tree, which slower presets use, breaks this.
 _X264 = {"crf": "16", "threads": "1", "preset": "superfast"}
-"""One thread, and no macroblock tree (slower presets have one): with it, equal frames give unequal
-files."""
+"""Options of x264, the encoder."""
 
 
 @dataclass(frozen=True)
 class MotionVerbs:
-    """What set to make; equal values make equal videos."""
+    """The options of a data set; equal values make equal videos."""
 
     seed: int = 0
     size: int = 32
     """Height and width, pixels; even."""
     frames: int = 16
     classes: int = 4
-    """The first so many of ``VERBS``; even, so that every class has its opposite."""
+    """How many of ``VERBS`` are used, from the first on; even, so that each has its opposite."""
     train: int = 2048
     validation: int = 512
     clutter: int = 0
-    """Objects that do not move."""
+    """Number of objects that do not move."""
     shake: float = 0.0
-    """Camera shake: standard deviation, share of the height."""
+    """Camera shake: its standard deviation, as a share of the height."""
 
     def __post_init__(self) -> None:
         if self.classes % 2 or not 2 <= self.classes <= len(VERBS):
             raise UserError(f"classes: must be even, from 2 to {len(VERBS)}, not {self.classes}")
+        # Video in 4:2:0 needs even sizes.
         if self.size % 2 or self.size < 16:
             raise UserError(f"size: must be even and at least 16 pixels, not {self.size}")
         if min(self.frames, self.train, self.validation) < 2 or self.clutter < 0 or self.shake < 0:
@@ -111,7 +114,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class _Pose:
-    """Where an object is: centre and size as shares of the height, turn in degrees."""
+    """An object's position: centre and size as shares of the height, rotation in degrees."""
 
     x: float
     y: float
@@ -122,13 +125,14 @@ class _Pose:
 def make(
     folder: Path, options: MotionVerbs, say: Callable[[int, int], None] = lambda done, total: None
 ) -> bool:
-    """Write the set to ``folder``; returns False if just this set is there already.
+    """Write the data set to ``folder``; return False if the folder has this very set already.
 
-    ``say`` is told how many videos are done, of how many. The folder appears when it is complete.
+    ``say`` is called with the number of finished videos and the total. The folder appears only when
+    it is complete.
 
     Raises:
-        UserError: ``folder`` holds something else.
-        Failure: the disk is full or refuses.
+        UserError: ``folder`` has other content.
+        Failure: the folder cannot be written, for example because the disk is full.
     """
     folder = folder.resolve()
     facts = folder / "motion-verbs.json"
@@ -136,14 +140,15 @@ def make(
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
-            f"{folder} is there already and holds something else; choose another folder or remove "
-            "it"
+            f"{folder} already exists and holds something else; choose another folder or remove it"
         )
+    # Beside the folder, so that the rename at the end stays on one file system and is atomic.
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         _write(unfinished, options, say)
         (unfinished / facts.name).write_text(_facts(options), encoding="utf-8")
+        # An empty folder that the user made may be in the way.
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     except OSError as error:
@@ -165,7 +170,9 @@ def _write(folder: Path, options: MotionVerbs, say: Callable[[int, int], None]) 
         items: list[dict[str, Any]] = []
         for index in range(count):
             identifier = str(1_000_000 * (part + 1) + index)
+            # Classes take turns, so all have equally many videos (or one more).
             label = index % options.classes
+            # Each video has a random stream of its own, so it does not depend on the others.
             scene = _Scene(
                 options, split, label, np.random.default_rng([options.seed, part, index])
             )
@@ -195,14 +202,16 @@ def _write_json(file: Path, content: Any) -> None:
 
 
 class _Scene:
-    """One clip: a background, objects that stand, and one or two that move."""
+    """One clip: a background, objects that stand still, and one or two that move."""
 
     def __init__(
         self, options: MotionVerbs, split: str, label: int, rng: np.random.Generator
     ) -> None:
         self.options = options
+        # The order of the draws below decides the videos of a seed, and so their fingerprint.
         self.rng = rng
         self.backwards = label % 2 == 1
+        # The background is larger than the clip, by as much as the camera can shake.
         margin = round(3 * options.shake * options.size) + 1
         self.background = _photo_crop(split, options.size + 2 * margin, rng)
         self.margin = margin
@@ -219,6 +228,7 @@ class _Scene:
         else:
             order = iter(self.moving)
         for poses in order:
+            # Drawn for each frame and not reversed: shake has no direction in time.
             shake = np.clip(
                 self.rng.normal(0, self.options.shake, 2),
                 -3 * self.options.shake,
@@ -228,9 +238,14 @@ class _Scene:
             canvas = self.background.crop(
                 (left, top, left + self.options.size, top + self.options.size)
             )
+            # There may be one object more than poses: most motions move one object, not two.
             for picture, pose in zip(self.objects, [*poses, *self.standing], strict=False):
                 _paste(canvas, picture, pose)
             yield np.asarray(canvas)
+
+
+# Each motion takes times from 0 to 1 and yields the poses of its objects at each of them. What it
+# draws, such as place, size and speed, holds for the whole clip.
 
 
 def _move_right(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
@@ -284,6 +299,7 @@ def _cover(time: Array, rng: np.random.Generator) -> Iterator[list[_Pose]]:
     )
 
 
+# In the order of VERBS, one motion for each pair of classes.
 _MOTIONS = (_move_right, _move_down, _move_closer, _turn_clockwise, _move_together, _cover)
 
 
@@ -297,7 +313,7 @@ def _paste(canvas: Image.Image, picture: Image.Image, pose: _Pose) -> None:
 
 
 def _object(split: str, size: int, rng: np.random.Generator) -> Image.Image:
-    """A digit's outline, filled with a brightened or darkened photo texture; RGBA."""
+    """Return a digit's outline, filled with a brightened or darkened photo texture, in RGBA."""
     digits = _digits()
     if split == "train":
         first = 0
@@ -308,6 +324,7 @@ def _object(split: str, size: int, rng: np.random.Generator) -> Image.Image:
     outline = Image.fromarray(digits[rng.integers(first, last)]).resize(
         (size, size), Image.Resampling.BICUBIC
     )
+    # The background may be the same photo; half white or half black stands out from it.
     shade = int(rng.choice([0, 255]))
     texture = Image.blend(
         _photo_crop(split, size, rng), Image.new("RGB", (size, size), (shade,) * 3), 0.5
@@ -318,12 +335,14 @@ def _object(split: str, size: int, rng: np.random.Generator) -> Image.Image:
 
 @cache
 def _digits() -> npt.NDArray[np.uint8]:
+    # scikit-learn's digits have values from 0 to 16.
     datasets: Any = importlib.import_module("sklearn.datasets")
     return (datasets.load_digits().images * 255 / 16).astype(np.uint8)
 
 
 @cache
 def _photo(name: str) -> Image.Image:
+    # The two packages carry these files themselves: nothing is downloaded.
     for module, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
         origin = importlib.import_module(module).__file__
         assert origin
@@ -337,7 +356,7 @@ def _photo(name: str) -> Image.Image:
 
 
 def _photo_crop(split: str, side: int, rng: np.random.Generator) -> Image.Image:
-    """A random square of a random photo, scaled to ``side`` pixels."""
+    """Return a random square of a random photo, scaled to ``side`` pixels."""
     photo = _photo(PHOTOS[split][rng.integers(len(PHOTOS[split]))])
     length = int(rng.uniform(0.4, 0.9) * min(photo.size))
     left = int(rng.integers(photo.width - length))

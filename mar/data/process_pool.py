@@ -1,7 +1,4 @@
-"""Helper processes: they end with the one that started them.
-
-And work on many files, in order, whatever dies over one.
-"""
+"""Helper processes that end with their parent, and a pool that survives crashes of a helper."""
 
 from __future__ import annotations
 
@@ -22,19 +19,21 @@ Result = TypeVar("Result")
 
 
 def forkserver() -> multiprocessing.context.ForkServerContext:
-    """Return the context that starts helper processes.
+    """Return the multiprocessing context that starts helper processes.
 
-    They are forks of a server that has loaded PyTorch and the decoders once.
+    They are forks of a server process that has imported PyTorch once. The server has one thread, so
+    forking it is safe, unlike forking a trainer.
     """
     context = multiprocessing.get_context("forkserver")
+    # With these imports in the server, a helper starts in 0.1 s and not in 2.5 s.
     context.set_forkserver_preload(["__main__", "mar.data.loaders"])
     return context
 
 
 def end_with_parent() -> None:
-    """End this helper process when the process that started it is gone, even if it was killed.
+    """End this helper process when the process that started it has ended or was killed.
 
-    The fork server's processes hold each other's pipes open, so without this they stay for ever.
+    The fork server and its helpers keep each other's pipes open, so otherwise they never end.
     """
     threading.Thread(target=_end_after_parent, name="parent", daemon=True).start()
 
@@ -42,7 +41,9 @@ def end_with_parent() -> None:
 def _end_after_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent:
-        parent.join()  # waits on a pipe whose other end that process alone has
+        # join() waits on a pipe whose other end is open in the parent alone.
+        parent.join()
+        # Not sys.exit(), which would end this thread only.
         os._exit(1)
 
 
@@ -52,18 +53,18 @@ def each(
     processes: int,
     crashed: Callable[[Item], Result],
 ) -> Iterator[Result]:
-    """Yield what ``work`` returns for each item, in order.
+    """Yield the result of ``work`` for each item, in order.
 
-    What decoders print in those processes is dropped.
-
-    A decoder may end its process. Then the items that were being worked on are tried again one by
-    one, each alone, and what ``crashed`` returns stands for the one that does it again.
+    The error output of the processes is discarded. A decoder may crash and end its process. Then
+    each unfinished item is tried again in a process of its own. For an item that crashes again, the
+    result of ``crashed`` is yielded instead.
     """
     waiting = iter(items)
     pending = deque[tuple[Item, Future[Result]]]()
     pool = _pool(processes)
     try:
         while True:
+            # Two items for each process: none is idle, and few are repeated after a crash.
             while len(pending) < 2 * processes and (item := next(waiting, None)) is not None:
                 pending.append((item, _submitted(pool, work, item)))
             if not pending:
@@ -71,6 +72,7 @@ def each(
             item, future = pending.popleft()
             try:
                 yield future.result()
+            # A crash breaks the whole pool and does not tell which item caused it.
             except BrokenProcessPool:
                 suspects = [item, *(other for other, _ in pending)]
                 pending.clear()
@@ -84,7 +86,7 @@ def each(
 def _submitted(
     pool: ProcessPoolExecutor, work: Callable[[Item], Result], item: Item
 ) -> Future[Result]:
-    """Submit an item; to a pool that has died meanwhile too, as one that failed with it."""
+    """Submit an item; if the pool is broken already, return a future that failed with it."""
     try:
         return pool.submit(work, item)
     except BrokenProcessPool as error:
@@ -94,6 +96,7 @@ def _submitted(
 
 
 def _alone(work: Callable[[Item], Result], item: Item, crashed: Callable[[Item], Result]) -> Result:
+    """Return the result of one item in a process of its own."""
     with _pool(1) as pool:
         try:
             return pool.submit(work, item).result()
@@ -102,10 +105,13 @@ def _alone(work: Callable[[Item], Result], item: Item, crashed: Callable[[Item],
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, forkserver(), initializer=_hush)
+    return ProcessPoolExecutor(processes, forkserver(), initializer=_begin_helper)
 
 
-def _hush() -> None:
+def _begin_helper() -> None:
+    """Prepare a new helper process: it ends with its parent, has one thread, prints no errors."""
     end_with_parent()
+    # The helpers run in parallel already; more threads would compete for the cores.
     torch.set_num_threads(1)
+    # FFmpeg and decord print to the file descriptor, not to sys.stderr.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -1,4 +1,4 @@
-"""From a video file to the frames of a clip: an opened video, and which of its frames to take."""
+"""Reads an opened video, and chooses which of its frames a clip has."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 from mar.config.schema import ClipConfig
-from mar.data.decoders import Decoder, Frames, SequentialReader, iter_frames, open_with, pixels_of
+from mar.data.decoders import Decoder, open_with
+from mar.data.sequential_reader import Frames, SequentialReader, iter_frames, pixels_of
 
 _FRAMES_AT_ONCE = 64
+"""Frames that are in memory at once as RGB when a whole video is read."""
 _IMPLAUSIBLE_FPS = 1000.0
-"""flv and mkv may state this or more; then nothing is known."""
+"""Frames per second. flv and mkv files may state this rate or more; then the rate is unknown."""
 
 
 class Reader:
-    """One opened video: its length, and any of its frames. Close it by leaving the ``with`` block.
+    """One opened video: its length, and any of its frames; leaving the ``with`` block closes it.
 
-    A header may promise more frames than there are: what cannot be reached repeats the last frame
-    that can.
+    A header may state more frames than the file has: frames past the end repeat the last one.
 
     Raises:
         BrokenVideo: no decoder found a frame.
@@ -34,7 +35,8 @@ class Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._opened = None  # decord frees its decoder and its thread with the object
+        # decord has no close(): it frees its decoder and its thread with the object.
+        self._opened = None
 
     @property
     def _decoder(self) -> Decoder:
@@ -46,13 +48,15 @@ class Reader:
 
     @property
     def decoder(self) -> str:
-        """Who decodes it."""
+        """The name of the decoder that reads it."""
         return self._decoder.name
 
     def __iter__(self) -> Iterator[Frames]:
-        """Yield all frames in order, going through the file once."""
+        """Yield all frames in order, decoding the file once."""
         index = 0
+        # The decoder and the length are asked for in each round: frames() may have changed to PyAV.
         while index < len(self):
+            # A long file whose frames are not kept would be decoded anew for every part.
             if isinstance(self._decoder, SequentialReader) and self._decoder.kept is None:
                 yield from (
                     pixels_of(frame)
@@ -66,7 +70,7 @@ class Reader:
 
     @property
     def fps(self) -> float | None:
-        """Frames a second on average, as the file says; none: it does not."""
+        """Average frames per second, as the file states; None: unknown."""
         rate = self._decoder.fps
         if rate and 0 < rate < _IMPLAUSIBLE_FPS:
             return float(rate)
@@ -75,11 +79,11 @@ class Reader:
     def frames(self, indices: Sequence[int]) -> Frames:
         """Return the frames with these numbers, ``[len(indices), H, W, 3]``."""
         if not isinstance(self._decoder, SequentialReader):
+            # decord raises DECORDError and, on unusual files, RuntimeError. One bad packet makes it
+            # fail for the whole file, where PyAV still reads the other frames.
             try:
                 return self._decoder.frames(indices)
-            except (
-                Exception
-            ):  # decord raises its own DECORDError and, on odd files, bare RuntimeErrors
+            except Exception:
                 self._opened = SequentialReader.of(self.path)
         last = len(self) - 1
         return self._decoder.frames([min(index, last) for index in indices])
@@ -88,11 +92,13 @@ class Reader:
 def training_frames(
     clip: ClipConfig, num_frames: int, fps: float | None, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """Draw T frame numbers.
+    """Draw T frame numbers for a training clip.
 
-    One from each of T segments, or T from a random start, ``stride`` apart.
+    ``segments``: one from each of T equal segments. ``dense``: from a random start, ``stride``
+    apart. Numbers past the end of a short video repeat its last frame.
     """
     if clip.sampling == "dense":
+        # A file that states no frame rate cannot be converted; its frames are taken as they are.
         if clip.fps and fps:
             span = _converted_span(clip, fps)
             return _converted(clip, num_frames, span, rng.uniform(0, max(num_frames - span, 0.0)))
@@ -100,7 +106,9 @@ def training_frames(
         start = int(rng.integers(max(num_frames - span, 0) + 1))
         return np.minimum(start + clip.stride * np.arange(clip.frames), num_frames - 1)
     edges = np.linspace(0, num_frames, clip.frames + 1)
+    # Segments have fractional edges, so a video of any length has T of them.
     drawn = edges[:-1] + rng.random(clip.frames) * np.diff(edges)
+    # The release rounds; rounding can reach num_frames, hence the minimum.
     if clip.round_frames:
         drawn = drawn.round()
     return np.minimum(drawn.astype(np.int64), num_frames - 1)
@@ -115,19 +123,22 @@ def evaluation_frames(
 ) -> list[npt.NDArray[np.int64]]:
     """Return the frame numbers of each test clip.
 
-    They are spread evenly over the video, or over each segment.
+    With ``dense`` the clips are spread evenly over the video, with ``segments`` their frames over
+    each segment.
     """
     if segment_frames == "videomae":
         return _videomae_frames(clip, num_frames, num_clips)
     if clip.sampling == "dense":
         if clip.fps and fps:
             span = _converted_span(clip, fps)
+            # The release rounds the distance between clips down, so the last may end early.
             room = max(num_frames - span, 0.0)
             if num_clips > 1:
                 firsts = np.floor(room / (num_clips - 1)) * np.arange(num_clips)
             else:
                 firsts = [room / 2]
             return [_converted(clip, num_frames, span, float(first)) for first in firsts]
+        # A single clip is taken from the middle.
         span = (clip.frames - 1) * clip.stride + 1
         room = max(num_frames - span, 0)
         if num_clips > 1:
@@ -139,6 +150,7 @@ def evaluation_frames(
             for start in starts
         ]
     edges = np.linspace(0, num_frames, clip.frames + 1)
+    # Each clip takes the frames at one relative position of all segments.
     parts = (np.arange(num_clips) + 0.5) / num_clips
     if segment_frames == "ends" and num_clips > 1:
         parts = np.linspace(0, 1, num_clips)
@@ -151,10 +163,10 @@ def _videomae_frames(
 ) -> list[npt.NDArray[np.int64]]:
     """Return the frame numbers of VideoMAE's own test.
 
-    With ``dense``: of every ``stride``-th frame of the video T neighbours, from starts that are
-    spread evenly and rounded down. With ``segments``: the beginnings and the middles of T equal
-    segments, in order; clip c has every ``num_clips``-th of these 2 T from the c-th on, so that
-    with its two clips each frame is seen once.
+    With ``dense``, every ``stride``-th frame of the video is kept, and each clip has T consecutive
+    ones of these; the starts are spread evenly and rounded down. With ``segments``, the positions
+    are the beginnings and the middles of T equal segments, 2 T in order. Clip c has every
+    ``num_clips``-th of these from the c-th on, so with two clips each position is used once.
     """
     if clip.sampling == "dense":
         strided = np.arange(0, num_frames, clip.stride)
@@ -171,7 +183,7 @@ def _videomae_frames(
 
 
 def frames_wanted(clip: ClipConfig, fps: float | None) -> int:
-    """Return how many frames a video must have for a clip's to be different ones."""
+    """Return how many frames a video must have so that a clip repeats none."""
     if clip.sampling == "segments":
         return clip.frames
     if clip.fps and fps:
@@ -180,7 +192,7 @@ def frames_wanted(clip: ClipConfig, fps: float | None) -> int:
 
 
 def _converted_span(clip: ClipConfig, fps: float) -> float:
-    """Return how many of the video's frames a clip spans, at its own frame rate."""
+    """Return how many of the video's frames a clip spans, at the video's own frame rate."""
     assert clip.fps
     return clip.frames * clip.stride * fps / clip.fps
 
@@ -192,4 +204,5 @@ def _converted(
 
 
 def _within(positions: npt.NDArray[np.float64], num_frames: int) -> npt.NDArray[np.int64]:
+    # astype rounds down; a short video repeats its last frame.
     return np.clip(positions.astype(np.int64), 0, num_frames - 1)

@@ -1,13 +1,11 @@
-"""Whether a decoder that jumps to key frames returns the right frames of a file.
+"""Decides from a file's packets whether a decoder that seeks returns the right frames.
 
-Decided from the file's packets.
-
-A decoder that jumps starts at a packet flagged as key and takes the n-th packet for the n-th frame.
-Both hold only where the stream says so: the container, the codec and the flags do not decide. The
-cases that this module refuses were all met in real files: open groups of pictures, recovery points
-and intra refresh (flagged as key, but they need what came before), edit lists (packets that are
-decoded and not shown, or shown twice), hidden reference frames of VP8 and VP9, fields stored one by
-one, parameters that change in the middle. Imports PyAV only when it is called, and no torch.
+A decoder that seeks starts at a packet flagged as key and assumes that the n-th packet is the n-th
+frame. Whether that is true depends on the stream; container, codec and flags are not enough to know
+it. The cases that this module rejects all occur in real files: open groups of pictures, recovery
+points and intra refresh (flagged as key, but they need earlier packets), edit lists (packets that
+are decoded and not shown, or shown twice), hidden reference frames of VP8 and VP9, fields stored
+one by one, parameters that change in the middle. Imports PyAV only when it is called, and no torch.
 """
 
 from __future__ import annotations
@@ -24,18 +22,19 @@ from mar.data.bitstream import BitReader, NotSeekable, has_fields, leb128, nal_u
 from mar.data.container import MOST_PIXELS, open_container
 
 _INDEXED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"}
-"""Containers, by FFmpeg's names, whose frames are found without reading all that comes before."""
+"""Containers, by FFmpeg's names, with an index: a frame is found without reading those before."""
 _SLACK_FRAMES = 10_000
 _SLACK_S = 60.0
-"""A header may count what an edit list cuts off, or an audio track that is longer; what promises
-more than twice the video, and this much besides, is damaged."""
+"""A header may count frames that an edit list cuts off, or a longer audio track. One that states
+more than twice the video's length plus this slack is damaged."""
 _TICKS_PER_S = 1_000_000
-"""PyAV counts a container's duration in microseconds."""
+"""PyAV gives a container's duration in microseconds."""
 _H264_SLICE = 1
 _H264_IDR = 5
 _H264_SPS = 7
 """Types of network abstraction layer units, ITU-T H.264 table 7-1."""
 _H264_PARTITION_A = 2
+"""The first part of a slice that is split into partitions; such a slice is no IDR picture."""
 _HEVC_IDR = {19, 20}
 """IDR_W_RADL and IDR_N_LP, ITU-T H.265 table 7-1; clean random access pictures are not among
 them."""
@@ -45,24 +44,25 @@ _HEVC_SPS = 33
 
 @dataclass(frozen=True)
 class StreamIndex:
-    """A video stream in which jumping is exact."""
+    """A video stream in which seeking is exact."""
 
     codec: str
     """``h264``, ``hevc``, ``vp8``, ``vp9`` or ``av1``."""
     seconds: npt.NDArray[np.float64]
-    """When each frame is shown, in rising order; one for each packet."""
+    """The time at which each frame is shown, one for each packet, in rising order."""
 
 
 def index_of(path: Path) -> StreamIndex:
-    """Read a file's packets, without decoding one, and return when its frames are shown.
+    """Read a file's packets without decoding any, and return the times of its frames.
 
     Raises:
         NotSeekable: a packet flagged as key may need earlier ones, or packets are not frames.
-        OSError, ValueError: it cannot be read; PyAV's own errors are among these.
+        OSError, ValueError: the file cannot be read; PyAV's own errors are subclasses of these.
     """
     with open_container(path) as container:
         if container.format.name not in _INDEXED:
             raise NotSeekable(f"{container.format.name} has no index of its frames")
+        # With several streams, decord and torchcodec may choose another than a player does.
         if len(container.streams.video) != 1:
             raise NotSeekable("it has several video streams, or none")
         stream: Any = container.streams.video[0]
@@ -71,26 +71,31 @@ def index_of(path: Path) -> StreamIndex:
         name = stream.codec_context.name
         codec = _ALIASES.get(name, name)
         if codec not in _CHECKS:
-            raise NotSeekable(f"what a key frame of {codec} needs is not known")
+            raise NotSeekable(f"the rules for key frames of {codec} are not known")
         if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
             raise NotSeekable("its frames are too large")
+        # With more bits, decord's and torchcodec's pixels differ from PyAV's by about 3 of 255.
         pixels = stream.codec_context.format
         if pixels is None or any(component.bits != 8 for component in pixels.components):
-            raise NotSeekable("decoders differ over pixels of other than 8 bits")
+            raise NotSeekable(
+                "its pixels are not of 8 bits, and decoders then give different values"
+            )
         check = _CHECKS[codec](bytes(stream.codec_context.extradata or b""))
+        # All packets are read: a single hidden or repeated one shifts all later frame numbers.
         shown = list(_checked(container.demux(stream), check))
         if not shown:
             raise NotSeekable("it has no packet")
         seconds = np.sort(np.array(shown)) * float(stream.time_base)
         too_many = stream.frames > 2 * len(shown) + _SLACK_FRAMES
         if too_many or _stated_seconds(container, stream) > 2 * float(np.ptp(seconds)) + _SLACK_S:
-            # decord takes memory for what is stated, and ends the process where there is none.
-            raise NotSeekable("its header promises more than there is")
+            # decord reserves memory for the stated number of frames, and ends the process if
+            # there is not enough.
+            raise NotSeekable("its header states more frames or a longer duration than it has")
         return StreamIndex(codec, seconds)
 
 
 def _stated_seconds(container: Any, stream: Any) -> float:
-    """Return the longest duration that a file states of itself."""
+    """Return the longest duration, in seconds, that the headers of a file state."""
     if stream.duration:
         own = float(stream.duration * stream.time_base)
     else:
@@ -99,10 +104,10 @@ def _stated_seconds(container: Any, stream: Any) -> float:
 
 
 def key_frames(path: Path) -> list[int]:
-    """Return the numbers of the frames whose packets are flagged as key, as they are shown.
+    """Return the numbers, in display order, of the frames whose packets are flagged as key.
 
     Raises:
-        OSError, ValueError: it cannot be read; PyAV's own errors are among these.
+        OSError, ValueError: the file cannot be read; PyAV's own errors are subclasses of these.
     """
     with open_container(path) as container:
         packets: list[Any] = [packet for packet in container.demux(video=0) if packet.size]
@@ -114,18 +119,23 @@ def key_frames(path: Path) -> list[int]:
 def _checked(packets: Iterator[Any], check: _Check) -> Iterator[int]:
     """Yield the presentation timestamp of each packet.
 
-    Raise NotSeekable at the first that is wrong.
+    Raises:
+        NotSeekable: at the first packet on which a decoder that seeks would go wrong.
     """
-    last_position = last_key = latest = None
+    last_position = None
+    last_key = None
+    latest = None
     seen: set[int] = set()
     for packet in packets:
-        if not packet.size:  # the end of the stream
+        # PyAV ends a stream with an empty packet.
+        if not packet.size:
             continue
         shown = packet.pts
         if shown is None or shown in seen:
-            raise NotSeekable("two packets are shown at one time, or one at none")
+            raise NotSeekable("two packets are shown at the same time, or one has no time")
         if packet.is_discard or packet.is_corrupt:
             raise NotSeekable("it has packets that are not shown (an edit list)")
+        # FFmpeg reads a repeated part of an edit list again, at an earlier position of the file.
         if packet.pos is not None and packet.pos >= 0:
             if last_position is not None and packet.pos <= last_position:
                 raise NotSeekable("it has packets that are shown twice (an edit list)")
@@ -134,8 +144,8 @@ def _checked(packets: Iterator[Any], check: _Check) -> Iterator[int]:
             raise NotSeekable("its parameters change in the middle")
         check(packet, packet.is_keyframe)
         if packet.is_keyframe:
-            # All that came before must be shown before, all that follows after: else a jump to
-            # this packet would miss what is shown before it and decoded after it.
+            # Earlier packets must be shown before this one and later packets after it. Otherwise
+            # seeking to it would miss frames that are shown before it and decoded after it.
             if latest is not None and shown < latest:
                 raise NotSeekable("a frame before a key frame is shown after it")
             last_key = shown
@@ -149,14 +159,19 @@ def _checked(packets: Iterator[Any], check: _Check) -> Iterator[int]:
 
 
 _Check = Callable[[Any, bool], None]
-"""Is given a packet, and whether it is flagged as key; raises NotSeekable."""
+"""Called with a packet and whether it is flagged as key; raises NotSeekable."""
 
 
 def _h264(extradata: bytes) -> _Check:
-    """Key packets must be IDR pictures, frames must not come as fields, parameters must stay."""
+    """Check H.264: key packets are IDR pictures, no fields, one set of parameters.
+
+    Raises NotSeekable if the header already rules seeking out.
+    """
+    # Without this header (Annex B), units are separated by start codes and have no lengths.
     if len(extradata) < 7 or extradata[0] != 1:
         raise NotSeekable("its H.264 stream has no avcC header")
     length_size = (extradata[4] & 3) + 1
+    # Two fields that are stored one by one are two packets but one frame.
     sets = _h264_parameter_sets(extradata)
     if any(has_fields(each) for each in sets):
         raise NotSeekable("it may be interlaced")
@@ -167,6 +182,7 @@ def _h264(extradata: bytes) -> _Check:
         if not is_key:
             return
         for unit in nal_units(bytes(packet), length_size):
+            # nal_unit_type, the low five bits (section 7.3.1).
             kind = unit[0] & 31
             if kind == _H264_SPS and unit not in sets:
                 raise NotSeekable("its parameters change in the middle")
@@ -193,7 +209,7 @@ def _h264_parameter_sets(extradata: bytes) -> list[bytes]:
 
 
 def _hevc(extradata: bytes) -> _Check:
-    """Key packets must be IDR pictures, parameters must not change."""
+    """Check HEVC: key packets are IDR pictures, parameters do not change."""
     if len(extradata) < 23 or extradata[0] != 1:
         raise NotSeekable("its HEVC stream has no hvcC header")
     length_size = (extradata[21] & 3) + 1
@@ -202,6 +218,7 @@ def _hevc(extradata: bytes) -> _Check:
         if not is_key:
             return
         for unit in nal_units(bytes(packet), length_size):
+            # nal_unit_type, after forbidden_zero_bit (ITU-T H.265, section 7.3.1.2).
             kind = (unit[0] >> 1) & 63
             if kind == _HEVC_SPS and unit not in extradata:
                 raise NotSeekable("its parameters change in the middle")
@@ -223,12 +240,14 @@ def _vp8(_: bytes) -> _Check:
 
     def check(packet: Any, is_key: bool) -> None:
         start = bytes(memoryview(packet)[:10])
+        # Bit 4 of the frame tag is show_frame, bit 0 is clear for a key frame.
         if not start[0] & 16:
             raise NotSeekable("it has frames that are decoded and not shown (alternate references)")
         if not is_key:
             return
         if start[0] & 1:
             raise NotSeekable("a packet flagged as key is no key frame")
+        # Width and height, behind the frame tag of 3 bytes and the start code of 3.
         sizes.add(start[6:10])
         if len(sizes) > 1:
             raise NotSeekable("its size changes in the middle")
@@ -237,7 +256,7 @@ def _vp8(_: bytes) -> _Check:
 
 
 def _vp9(_: bytes) -> _Check:
-    """Key packets must begin with a key frame, and every packet must show one frame."""
+    """Check VP9: key packets begin with a key frame, every packet shows one frame."""
 
     def check(packet: Any, is_key: bool) -> None:
         headers = [_vp9_header(frame) for frame in _vp9_frames(memoryview(packet))]
@@ -250,7 +269,8 @@ def _vp9(_: bytes) -> _Check:
 
 
 def _vp9_frames(packet: memoryview) -> list[bytes]:
-    """Return the first bytes of each frame of a packet: one, or those of a superframe (annex B)."""
+    """Return the first bytes of each frame in a packet: one frame, or a superframe's (annex B)."""
+    # A superframe ends with an index of its frames' sizes, which has the marker at both ends.
     marker = packet[-1]
     if marker & 0xE0 != 0xC0:
         return [bytes(packet[:2])]
@@ -273,24 +293,30 @@ def _vp9_frames(packet: memoryview) -> list[bytes]:
 def _vp9_header(frame: bytes) -> tuple[bool, bool]:
     """Return whether a frame is a key frame, and whether it is shown (uncompressed header, 6.2)."""
     bits = BitReader(frame)
-    bits.take(2)  # frame marker
+    bits.take(2)  # frame_marker
     profile = bits.take(1) + 2 * bits.take(1)
+    # Profile 3 has a reserved bit.
     if profile == 3:
         bits.take(1)
-    if bits.take(1):  # show_existing_frame
+    # show_existing_frame: the packet only shows a frame that was decoded before.
+    if bits.take(1):
         return False, True
     is_key = not bits.take(1)
     return is_key, bool(bits.take(1))
 
 
 def _av1(_: bytes) -> _Check:
-    """Key packets must hold a key frame that is shown at once; a packet always shows one frame."""
+    """Check AV1: a key packet begins with a key frame that is shown.
+
+    An AV1 packet always shows one frame, so the other packets need no check.
+    """
 
     def check(packet: Any, is_key: bool) -> None:
         if not is_key:
             return
         for kind, payload in _av1_units(bytes(packet)):
-            if kind in (3, 6):  # a frame header, a frame
+            # OBU_FRAME_HEADER and OBU_FRAME; both begin with the same bits (section 5.9.2).
+            if kind in (3, 6):
                 bits = BitReader(payload[:1])
                 is_existing = bits.take(1)
                 frame_type = bits.take(2)
@@ -308,8 +334,10 @@ def _av1_units(packet: bytes) -> Iterator[tuple[int, bytes]]:
     offset = 0
     while offset < len(packet):
         header = packet[offset]
+        # The header has a second byte if its extension flag is set.
         offset += 2 if header & 4 else 1
         size = len(packet) - offset
+        # obu_has_size_field; without it, the unit takes the rest of the packet.
         if header & 2:
             size, used = leb128(packet, offset)
             offset += used
@@ -324,6 +352,6 @@ _CHECKS: dict[str, Callable[[bytes], _Check]] = {
     "vp9": _vp9,
     "av1": _av1,
 }
-"""Codec -> what makes the check of one stream's packets from its extradata."""
+"""Codec -> a function that makes the check for one stream's packets from its extradata."""
 _ALIASES = {"libvpx": "vp8", "libvpx-vp9": "vp9", "libdav1d": "av1", "libaom-av1": "av1"}
-"""FFmpeg names the decoder that it took; others of the same codec have other names."""
+"""FFmpeg's names of decoders -> the codec; FFmpeg may use one of several decoders of a codec."""

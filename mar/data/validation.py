@@ -1,4 +1,4 @@
-"""``mar data check``: read a data set as training would, and say what is wrong with it."""
+"""``mar data check``: reads a data set as a training would, and reports what is wrong with it."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ import numpy as np
 import numpy.typing as npt
 
 from mar.config.schema import ClipConfig, DataConfig
-from mar.data import process_pool as others
-from mar.data.annotation_formats import Row, Split
+from mar.data import process_pool
+from mar.data.annotation_files import Row, Split
 from mar.data.annotations import Video, class_names, fingerprint, videos_of
 from mar.data.cache_index import packing_of
-from mar.data.decoders import BrokenVideo, Frames, iter_frames, pixels_of
 from mar.data.decoders import check as check_decoder
 from mar.data.sampling import Reader, frames_wanted, training_frames
 from mar.data.seeking import key_frames
+from mar.data.sequential_reader import BrokenVideo, Frames, iter_frames, pixels_of
 from mar.safe_text import cell, printable
 
 KINDS = ("ok", "missing", "unreadable", "short", "refused", "duplicate", "wrong")
-"""What a video can be. ``short``: fewer frames than a clip takes, so that some repeat; it trains,
-and is no fault. ``wrong``: the decoder that jumps gives other frames than a player shows."""
-_JUMPS = 24
-"""Frames of a video that are asked for one by one, each after a jump."""
+"""The states of a video. ``short``: it has fewer frames than a clip takes, so some are repeated; it
+can be trained on, and this is no fault. ``wrong``: a decoder that seeks returns other frames than a
+player shows."""
+_SEEKS = 24
+"""Frames of a video that are requested one by one, so that the decoder seeks to each."""
 _THUMBNAIL = 16
-"""Pixels of a side: enough to tell one frame of a video from another."""
+"""Height and width, pixels: enough to distinguish one frame of a video from another."""
 _CLEARLY_NEARER = 0.8
-"""A frame is taken for another one where it differs from that one by less than this share of what
-it should be."""
+"""A frame counts as another one if its difference from that one is less than this share of its
+difference from the right one."""
 _SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One video that is not simply in order."""
+    """One video whose state is not ``ok``."""
 
     split: Split
     video: str
@@ -50,28 +51,29 @@ class Finding:
 
 
 class _Listed(NamedTuple):
+    """A video, and the split that lists it."""
+
     split: Split
     video: Video
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a check found."""
+    """The result of a check."""
 
     counts: dict[Split, dict[str, int]]
-    """Split -> kind -> videos."""
+    """Split -> kind -> number of videos."""
     findings: list[Finding]
     per_class: dict[Split, dict[str, int]]
-    """Split -> class -> videos that can be read."""
+    """Split -> class -> number of videos that can be read."""
     fingerprint: str | None
-    """What stands for the data in a trial's identity; none where the annotations cannot be used as
-    they are."""
+    """The hash of the data in a trial's identity; None where the annotations cannot be used."""
     faults: tuple[str, ...]
-    """The kinds that the settings do not put up with (``data.missing``, ``data.broken``)."""
+    """The kinds that the settings (``data.missing``, ``data.broken``) do not allow."""
 
     @property
     def is_sound(self) -> bool:
-        """Whether training would meet no fault."""
+        """Whether the data have no fault that would end a training."""
         return not any(
             count
             for counts in self.counts.values()
@@ -85,18 +87,20 @@ def check_data(
 ) -> DataReport:
     """Open every video of both splits and decode one clip of it.
 
-    ``progress`` is told (done, of how many).
+    ``progress`` is called with the number of finished videos and the total.
 
     Raises:
         UserError: the annotation files cannot be read, or the decoder does not work here.
     """
     check_decoder(data.decoder)
+    # Only for its error: a cache folder without settings is reported before anything is decoded.
     if data.cache_folder:
         packing_of(Path(data.cache_folder))
     findings: list[Finding] = []
     videos: dict[Split, list[Video]] = {}
     for split in _SPLITS:
-
+        # A training stops at the first row that it cannot use; a check lists them all. The default
+        # argument binds the split of this round of the loop.
         def refuse(row: Row, reason: str, split: Split = split) -> None:
             findings.append(Finding(split, row.name, "refused", f"{row.location}: {reason}"))
 
@@ -104,17 +108,22 @@ def check_data(
     everything = [_Listed(split, video) for split in _SPLITS for video in videos[split]]
     findings += _listed_twice(everything)
     good: set[tuple[str, str]] = set()
-    looked = others.each(
-        partial(_look, clip, data.decoder), [video for _, video in everything], processes, _crashed
+    # In other processes: a decoder may end its process over a damaged file.
+    checked = process_pool.each(
+        partial(_check_video, clip, data.decoder),
+        [video for _, video in everything],
+        processes,
+        _crashed,
     )
     for done, ((split, video), (kind, message)) in enumerate(
-        zip(everything, looked, strict=True), start=1
+        zip(everything, checked, strict=True), start=1
     ):
         progress(done, len(everything))
         if kind != "ok":
             findings.append(Finding(split, video.name, kind, message))
         if kind in ("ok", "short"):
             good.add((split, video.name))
+    # Only readable files: others, such as empty ones, are alike without being copies.
     findings += _same_content(
         [each for each in everything if (each.split, each.video.name) in good]
     )
@@ -127,10 +136,12 @@ def _report(
     findings: list[Finding],
     good: set[tuple[str, str]],
 ) -> DataReport:
+    """Count the findings, and decide which of them are faults under the settings."""
     names = class_names(data)
     counts: dict[Split, dict[str, int]] = {}
     per_class: dict[Split, dict[str, int]] = {}
     for split, members in videos.items():
+        # A video may have several findings, such as short and duplicate, but is ok only with none.
         found = Counter(finding.kind for finding in findings if finding.split == split)
         faulty = {finding.video for finding in findings if finding.split == split}
         counts[split] = {
@@ -139,12 +150,16 @@ def _report(
         }
         labels = Counter(video.label for video in members if (split, video.name) in good)
         per_class[split] = {names[label]: labels[label] for label in range(data.num_classes)}
+    # fingerprint() reads the splits as a training does, and would raise an error in these cases.
     is_readable = not any(finding.kind == "refused" for finding in findings)
     has_videos = all(videos.values()) and (
         data.missing == "error" or all(sum(c.values()) for c in per_class.values())
     )
-    faults = ("refused", "duplicate", "wrong", *(["missing"] * (data.missing == "error")))
-    faults += ("unreadable",) * (data.broken == "error")
+    faults: tuple[str, ...] = ("refused", "duplicate", "wrong")
+    if data.missing == "error":
+        faults += ("missing",)
+    if data.broken == "error":
+        faults += ("unreadable",)
     return DataReport(
         counts,
         findings,
@@ -155,7 +170,7 @@ def _report(
 
 
 def report_text(report: DataReport, num_named: int = 10) -> str:
-    """Return the report as text: counts, first findings, classes and fingerprint."""
+    """Return the report as text: counts, the first findings, classes and the fingerprint."""
     lines = [f"{'':<7}" + "".join(f"{kind:>12}" for kind in KINDS)]
     lines += [
         f"{split:<7}" + "".join(f"{counts[kind]:>12}" for kind in KINDS)
@@ -166,45 +181,49 @@ def report_text(report: DataReport, num_named: int = 10) -> str:
         for each in report.findings[:num_named]
     ]
     more = len(report.findings) - len(named)
-    lines += (
-        ["", *named, *([f"… and {more} more (-o FILE.csv has them all)"] if more > 0 else [])]
-        if named
-        else []
-    )
+    if named:
+        lines += ["", *named]
+        if more > 0:
+            lines.append(f"… and {more} more (-o FILE.csv has them all)")
     lines.append("")
     for split, classes in report.per_class.items():
+        # The spread of class sizes and empty classes show a wrong list or labels file at a glance.
         sizes = sorted(classes.values())
         empty = [name for name, count in classes.items() if not count]
         spread = (
             f"{sizes[0]} to {sizes[-1]} videos each, {sizes[len(sizes) // 2]} in the middle one"
         )
+        line = f"{split:<7}{len(sizes)} classes, {spread}"
         if empty:
-            nothing = f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}"
-        else:
-            nothing = ""
-        lines.append(f"{split:<7}{len(sizes)} classes, {spread}{nothing}")
+            line += f"; none of {', '.join(empty[:5])}"
+        if len(empty) > 5:
+            line += " …"
+        lines.append(line)
     shown_fingerprint = report.fingerprint or "none: the annotations cannot be used as they are"
     return printable("\n".join([*lines, f"fingerprint {shown_fingerprint}"]))
 
 
 def write_findings(report: DataReport, file: Path) -> None:
     """Write every finding as a row of a csv file."""
+    # surrogateescape: names of files may not be UTF-8.
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as output:
         writer = csv.writer(output)
         writer.writerow(["split", "video", "kind", "words"])
+        # cell(): a spreadsheet would run a file name that begins like a formula.
         writer.writerows(
             [each.split, cell(each.video), each.kind, cell(each.message)]
             for each in report.findings
         )
 
 
-def _look(clip: ClipConfig, decoder: str, video: Video) -> tuple[str, str]:
-    """Return the kind of one video, and words about it."""
+def _check_video(clip: ClipConfig, decoder: str, video: Video) -> tuple[str, str]:
+    """Return the kind of one video, and a message about it."""
     if not video.path.is_file():
         return "missing", "no such file"
     try:
         with Reader(video.path, decoder) as reader:
             length = len(reader)
+            # Decoded and dropped: this raises BrokenVideo where a training would fail.
             reader.frames(
                 training_frames(clip, length, reader.fps, np.random.default_rng(0)).tolist()
             )
@@ -220,39 +239,45 @@ def _look(clip: ClipConfig, decoder: str, video: Video) -> tuple[str, str]:
 
 
 def _disagreement(reader: Reader) -> str:
-    """Compare frames that a decoder jumps to with all frames, decoded from the front.
+    """Compare frames that a decoder seeks to with all frames, decoded from the front.
 
-    Say where they differ.
+    Returns where they differ, or an empty string.
     """
     name = reader.decoder
     if name == "pyav":
         return ""
+    # Thumbnails, so that all frames of a long video fit into memory.
     shown = np.stack([_thumbnail(pixels_of(frame)) for frame in iter_frames(reader.path)])
     if len(reader) != len(shown):
         return f"{name} finds {len(reader)} frames where {len(shown)} are shown"
-    for number in _jumps(reader.path, len(shown)):
+    for number in _frames_to_seek(reader.path, len(shown)):
         differences = np.abs(shown - _thumbnail(reader.frames([number])[0])).mean(axis=(1, 2, 3))
         nearest = int(differences.argmin())
+        # Neighbouring frames may be almost equal, so the other one must be nearer by a clear share
+        # and by half a grey level besides.
         if differences[nearest] < _CLEARLY_NEARER * differences[number] - 0.5:
             return f"{name} gives frame {nearest} where frame {number} was asked for"
     return ""
 
 
-def _jumps(path: Path, num_frames: int) -> list[int]:
-    """Return frames to ask for, beside key frames first: there a decoder that jumps goes wrong.
+def _frames_to_seek(path: Path, num_frames: int) -> list[int]:
+    """Return the frame numbers to request; those next to key frames are preferred.
 
-    They are in no order: a decoder that is asked for neighbours goes on from the last one, and is
-    right.
+    A decoder that seeks is most often wrong there. The order is random: for neighbouring frames in
+    order, a decoder just continues, without seeking, and is right.
     """
+    # A fixed seed: a check of the same data finds the same faults.
     rng = np.random.default_rng(0)
     keys = key_frames(path)
-    chosen = rng.permutation(keys)[: _JUMPS // 3].tolist()
+    # Two neighbours each, so at most two thirds of the requests are next to key frames.
+    chosen = rng.permutation(keys)[: _SEEKS // 3].tolist()
     beside = [number for key in chosen for number in (key - 1, key + 1) if 0 <= number < num_frames]
-    others = rng.permutation(num_frames)[:_JUMPS].tolist()
-    return rng.permutation([*beside, *others][:_JUMPS]).tolist()
+    others = rng.permutation(num_frames)[:_SEEKS].tolist()
+    return rng.permutation([*beside, *others][:_SEEKS]).tolist()
 
 
 def _thumbnail(frame: Frames) -> npt.NDArray[np.int16]:
+    """Return a grid of at most 16 × 16 pixels of a frame, signed so that it can be subtracted."""
     height, width = frame.shape[:2]
     rows = np.linspace(0, height - 1, min(height, _THUMBNAIL)).astype(int)
     columns = np.linspace(0, width - 1, min(width, _THUMBNAIL)).astype(int)
@@ -260,10 +285,12 @@ def _thumbnail(frame: Frames) -> npt.NDArray[np.int16]:
 
 
 def _crashed(video: Video) -> tuple[str, str]:
+    """Return the kind and message of a video whose decoder ended its process."""
     return "unreadable", "its decoder ended the process: remove it"
 
 
 def _listed_twice(videos: list[_Listed]) -> list[Finding]:
+    """Find videos that are listed twice, in one split or in both."""
     first: dict[str, Split] = {}
     twice: list[Finding] = []
     for split, video in videos:
@@ -276,7 +303,11 @@ def _listed_twice(videos: list[_Listed]) -> list[Finding]:
 
 
 def _same_content(videos: list[_Listed]) -> list[Finding]:
-    """Find files of other names and the same bytes; only files of one size are read."""
+    """Find files with different names and the same bytes.
+
+    Only files whose size occurs several times are read.
+    """
+    # A name that is listed twice is a finding already, so each name is looked at once.
     unique: dict[str, _Listed] = {}
     for each in videos:
         unique.setdefault(each.video.name, each)

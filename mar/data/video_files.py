@@ -1,4 +1,4 @@
-"""The video files below a data set's folder, found by their stems."""
+"""Finds the video files below a data set's folder by their stems (names without endings)."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ VIDEO_ENDINGS = (
 class VideoFolder:
     """The videos below the video folder (links followed) or in the frame cache, found by name.
 
-    Whatever the sub-folder, the ending and the case of letters; the very case before another.
+    Sub-folder, ending and case of letters may differ from the annotations; a name in the same case
+    is preferred.
     """
 
     def __init__(self, data: DataConfig) -> None:
         self.root = Path(data.root) / data.videos
+        # The files may have been deleted after they were packed.
         if data.cache_folder:
             cached = set(cache_index.load_index(data.cache_folder).entries)
         else:
@@ -41,17 +43,21 @@ class VideoFolder:
         if not self.root.is_dir() and not cached:
             raise UserError(f"data.videos: no folder {self.root}")
         self.by_stem: dict[str, list[str]] = {}
+        # Sorted, because the order of a folder's entries depends on the file system.
         for path in sorted(cached | set(videos_below(self.root))):
             self.by_stem.setdefault(_stem(path).lower(), []).append(path)
 
     def find(self, *stems: str, near: str = "", default: str) -> str:
-        """Return the path of the first stem that exists; a file in a folder ``near`` wins.
+        """Return the path of the first stem that exists, or else ``default``.
+
+        If several files have the stem, those in a folder named ``near`` are preferred.
 
         Raises:
-            UserError: several are left.
+            UserError: several files remain.
         """
         for stem in stems:
             found = self.by_stem.get(stem.lower(), [])
+            # Each line narrows the choice, unless it would leave nothing.
             found = [path for path in found if _stem(path) == stem] or found
             found = [path for path in found if near.lower() in _folders(path)] or found
             found = [
@@ -61,8 +67,8 @@ class VideoFolder:
             ] or found
             if len(found) > 1:
                 raise UserError(
-                    f"data.videos: {stem} is {' and '.join(found[:3])}, below {self.root}: which "
-                    "one is it?"
+                    f"data.videos: several files below {self.root} match {stem}: "
+                    f"{', '.join(found[:3])}; keep one of them"
                 )
             if found:
                 return found[0]
@@ -70,14 +76,16 @@ class VideoFolder:
 
 
 def videos_below(root: Path) -> Iterator[str]:
-    """Yield the videos below a folder, links followed; what a file system hides is no video."""
+    """Yield the videos below a folder as relative paths; follow links, skip hidden files."""
     seen: set[str] = set()
     for folder, below, files in os.walk(root, followlinks=True):
+        # A link to a folder above would make os.walk run for ever.
         real = os.path.realpath(folder)
-        if real in seen:  # a link back to a folder above
+        if real in seen:
             below.clear()
             continue
         seen.add(real)
+        # os.walk enters the folders that are left in this list.
         below[:] = [name for name in below if not is_hidden(name)]
         inside = os.path.relpath(folder, root)
         for name in files:
@@ -87,9 +95,9 @@ def videos_below(root: Path) -> Iterator[str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a system made the file or folder, and not a person.
+    """Return whether the file or folder was made by a system or program, and not by a person.
 
-    As ``.ipynb_checkpoints``, ``@eaDir``, ``._a.mp4``, ``__MACOSX``.
+    Examples: ``.ipynb_checkpoints``, ``@eaDir``, ``._a.mp4``, ``__MACOSX``.
     """
     return name.startswith((".", "@")) or name == "__MACOSX"
 
@@ -103,5 +111,5 @@ def _stem(path: str) -> str:
 
 
 def absolute_path(path: Path) -> Path:
-    """Return a path from the root, without ``..``, its links as they are."""
+    """Return an absolute path without ``..``; links are not resolved."""
     return Path(os.path.abspath(path))  # noqa: PTH100  (Path.resolve follows links)

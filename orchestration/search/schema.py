@@ -296,8 +296,8 @@ def _check_space(file: SearchFile, document: Document) -> None:
 def _check_constraints(file: SearchFile, document: Document) -> None:
     """Check that every constraint bounds a cost."""
     for constraint in file.constraints:
-        # A constraint must be known before training, so an accuracy (``top1``, as the default of
-        # ``get`` here) cannot be one.
+        # The value must be known before training. An unknown name is treated as ``top1``, which is
+        # not a cost.
         parsed = CONSTRAINT.fullmatch(constraint)
         if not parsed or not METRICS.get(parsed[1], METRICS["top1"]).source.startswith("cost."):
             known = ", ".join(

@@ -46,8 +46,8 @@ class PlannedTrial:
     study: str
     trial: Trial
     state: Literal["have", "new", "test", "same"]
-    """``have``: finished. ``new``: to train. ``test``: only to test, with the model of a finished run
-    or of an earlier line. ``same``: an earlier line is the same trial."""
+    """``have``: finished. ``new``: to train. ``test``: only to test, with the model of a finished
+    run or of an earlier line. ``same``: an earlier line is the same trial."""
     of: str
     """The run or the earlier line that it equals, or whose model it is tested with."""
     gflops: float
@@ -84,6 +84,7 @@ def plan_trials(
     to it.
     """
     earlier = earlier if earlier is not None else Planned()
+    # A figure of masks is drawn from the settings: its rows train nothing.
     trials = study.trials if study.trains else []
     found = match(trials, records)
     trained = match_training(trials, records)
@@ -253,8 +254,9 @@ def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
     if new:
         notes.append(
             f"storage about {sum(line.storage_gib for line in new):.1f} GiB for their models, and "
-            f"for each running trial {_CHECKPOINTS * max(line.storage_gib for line in new):.1f} GiB "
-            "at most for its checkpoints"
+            "for each running trial "
+            f"{_CHECKPOINTS * max(line.storage_gib for line in new):.1f} GiB at most for its "
+            "checkpoints"
         )
     # A dictionary keeps the order of the trials, which a set does not.
     absent = {

@@ -257,7 +257,7 @@ def _fingerprint(settings: TrainingConfig, known: dict[str, str]) -> str:
     # Trials that share their data share its fingerprint, which reads all annotations.
     location = data.model_dump_json()
     if location not in known:
-        # A folder may be empty because a disk is not mounted yet.
+        # ``annotations.check_root`` refuses an empty folder too.
         if Path(data.root).is_dir() and any(Path(data.root).iterdir()):
             known[location] = fingerprint(data)
         else:

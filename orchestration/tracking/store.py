@@ -74,7 +74,6 @@ class Store:
                 item.experiment_id: item.name
                 for item in self._pages(self.client.search_experiments)
             }
-            # ``search_runs`` refuses an empty list of experiments.
             runs: list[Run] = []
             token = None
             while names:

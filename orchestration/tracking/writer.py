@@ -107,7 +107,7 @@ class Writer:
         """Wait until everything is written.
 
         Raises:
-            Failure: the store was unreachable for ``patience_s``; the writer stops for good.
+            Failure: the store was unreachable for ``patience_s``; it writes nothing more.
         """
         # The queue keeps its order: when this event is set, all operations before it are done.
         written = threading.Event()
@@ -176,8 +176,8 @@ class Writer:
     def _collect(self, key: str, report: EpochReport, now_ms: int) -> None:
         """Add a report's metrics to those that are to be sent, without those that are stored.
 
-        It may be executed again after an error of MLflow's client, so it changes nothing before the
-        last call that may fail.
+        It may be executed again after an error of MLflow's client, so it adds nothing before the last
+        call that may fail.
         """
         epoch = report.epoch
         # An earlier launch may have logged epochs of this run.

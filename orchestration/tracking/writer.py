@@ -176,8 +176,8 @@ class Writer:
     def _collect(self, key: str, report: EpochReport, now_ms: int) -> None:
         """Add a report's metrics to those that are to be sent, without those that are stored.
 
-        It may be executed again after an error of MLflow's client, so it adds nothing before the last
-        call that may fail.
+        It may be executed again after an error of MLflow's client, so it adds nothing before the
+        last call that may fail.
         """
         epoch = report.epoch
         # An earlier launch may have logged epochs of this run.

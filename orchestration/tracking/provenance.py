@@ -19,7 +19,6 @@ PACKAGES = ("mar-on-ray", "torch", "timm", "ray", "mlflow", "decord", "av", "num
 
 def tags() -> dict[str, str]:
     """Return the tags that all trials of a launch share: versions, host and commit."""
-    # MLflow refuses a tag whose value is None, so a package that is not installed has no tag.
     versions = {
         f"version.{name}": version for name, version in package_versions().items() if version
     }

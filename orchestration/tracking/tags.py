@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# The prefix keeps our tags apart from those of users and from MLflow's own ("mlflow.…").
 KIND = "mar.kind"
 """``study`` or ``trial``."""
 STUDY = "mar.study"

@@ -58,7 +58,7 @@ class ObjectStore:
 
     def upload(self, file: Path, name: str) -> None:
         """Upload a file, as a whole or not at all."""
-        # An object appears when its stream is closed without an error.
+        # S3 shows an object when its stream is closed, so a killed upload leaves nothing.
         with (
             self._explained(name),
             file.open("rb") as source,
@@ -122,7 +122,7 @@ class ObjectStore:
         Returns:
             The number of downloaded files.
         """
-        # Sizes, not hashes: a frame cache has many gigabytes, and its files never change.
+        # Sizes, not hashes: to hash a frame cache would read all of it.
         local: dict[str, int] = {}
         for file in folder.rglob("*"):
             if file.is_file():

@@ -37,9 +37,9 @@ class TrialDir:
 
     @property
     def heartbeat(self) -> Path:
-        """The training's progress, for ``mar status``; removed when its worker ends without a fault.
+        """The training's progress, for ``mar status``; removed when its worker ends in order.
 
-        A heartbeat that is left over and old means that the worker was lost.
+        An old heartbeat that was not removed means that the worker was lost.
         """
         return self.root / "heartbeat.json"
 
@@ -111,6 +111,7 @@ class TrialDir:
 
     def write_failure(self, reason: FailureReason) -> None:
         """Record why the trial failed permanently."""
+        # The launch may read the file at any time, so it must never see a half of it.
         atomic_write(self.failure, json.dumps(asdict(reason), ensure_ascii=False).encode())
 
     def read_failure(self, error: object = None) -> FailureReason | None:

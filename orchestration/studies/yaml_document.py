@@ -65,7 +65,7 @@ class Document:
         self.path = path
         self.lines: dict[tuple[str, ...], int] = {}
         try:
-            # Before reading: a study's name may be that of a video or of weights by mistake.
+            # A video or a file of weights, given by mistake, must not be read into memory.
             if path.stat().st_size > MOST_YAML_BYTES:
                 raise UserError(
                     f"{path}: larger than {MOST_YAML_BYTES // 2**20} MiB: not a study or a recipe"

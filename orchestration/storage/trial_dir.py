@@ -37,9 +37,9 @@ class TrialDir:
 
     @property
     def heartbeat(self) -> Path:
-        """The training's progress, for ``mar status``; removed when its worker ends in order.
+        """The training's progress, for ``mar status``; removed when the training ends or fails.
 
-        An old heartbeat that was not removed means that the worker was lost.
+        An old heartbeat that was not removed means that the worker was killed.
         """
         return self.root / "heartbeat.json"
 

@@ -38,7 +38,7 @@ def parse_study_file(document: Document) -> StudyFile:
     except ValidationError as error:
         raise UserError(mistake_in(document, error, StudyFile)) from None
     if len(set(file.seeds)) < len(file.seeds):
-        raise UserError(f"{document.location('seeds')}: seeds: each may stand there once")
+        raise UserError(f"{document.location('seeds')}: seeds: each seed may be listed once")
     # The table groups runs by their seeds, so a seed must not be a label or a fixed setting.
     settings = [file.fixed, *(tree for axis in file.axes.values() for tree in axis.values())]
     if any("seed" in tree for tree in settings):

@@ -121,8 +121,7 @@ class Document:
             # PyYAML keeps the last of two equal keys, without an error.
             if name in self.lines:
                 raise UserError(
-                    f"{self.path}:{key.start_mark.line + 1}: {'.'.join(name)} stands here a "
-                    "second time"
+                    f"{self.path}:{key.start_mark.line + 1}: {'.'.join(name)} is written twice"
                 )
             self.lines[name] = key.start_mark.line + 1
             if isinstance(value, yaml.MappingNode):

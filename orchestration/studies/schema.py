@@ -50,8 +50,8 @@ class FigureLayout(_Part):
 
     kind: Literal["points", "bars", "masks", "reconstructions"] = "bars"
     """``points``: one metric against another. ``bars``: metrics side by side for each row.
-    ``masks``: each row's mask, slice by slice. ``reconstructions``: clips that the first row's model
-    reconstructs."""
+    ``masks``: each row's mask, slice by slice. ``reconstructions``: clips as the first row's model
+    reconstructs them."""
     x: str | None = None
     """Metric on the horizontal axis, for ``points``."""
     y: tuple[str, ...] = ("top1",)

@@ -101,7 +101,7 @@ def touches(path: str, changes: Mapping[str, Any]) -> bool:
 
 def absolute_paths(settings: TrainingConfig) -> TrainingConfig:
     """Return the settings with absolute paths to data and weights."""
-    # Ray starts workers in a working folder of its own, where relative paths lead elsewhere.
+    # A worker has another working folder, in which a relative path is another file.
     data = settings.data
     encoder = settings.encoder
     weights = settings.encoder.weights

@@ -78,7 +78,7 @@ class Study:
     path: Path | None = None
     """The study's file; none for a search, whose trials are proposed by Optuna."""
     chosen: frozenset[str] | None = None
-    """Keys of the trials that this launch runs (``--filter``, ``--budget``); none: all."""
+    """Keys of the trials that this launch runs (``--filter``); none: all."""
 
     @property
     def to_run(self) -> list[Trial]:

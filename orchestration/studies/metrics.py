@@ -18,7 +18,7 @@ class Metric:
     digits: int = 2
     """Decimals."""
     higher_is_better: bool | None = None
-    """None: neither, so no value is marked as the best."""
+    """None: neither, so rows are not ranked by it."""
     scale: float = 1.0
     offset: float = 0.0
     """The printed value is scale × source + offset."""

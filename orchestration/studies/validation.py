@@ -48,7 +48,7 @@ def parse_study_file(document: Document) -> StudyFile:
 
 def _labelled(axis: str, labels: Any, document: Document) -> Any:
     """Return an axis' labels with their settings; of a list, each value is a label."""
-    # Anything but a list is left to the schema, which refuses what is no mapping.
+    # Only a list is converted: the schema refuses anything else that is not a mapping.
     if not isinstance(labels, list):
         return labels
     if axis not in SETTING_PATHS:

@@ -1,8 +1,8 @@
 """The name of a study in a store: its file's name, made distinct from other files' names.
 
-A name stands for a study's experiment in MLflow, its lock and its report. The first file that runs
-under a name keeps it in that store; another file of that name, in another folder, is called by its
-folder's name too.
+The name is used for a study's experiment in MLflow, its lock and its report. The first file that
+runs under a name owns it in that store. Another file of the same name, in another folder, gets a
+name with its folder's name before it.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class OptunaSearch:
                 self.epochs[trial.key] = trial.settings.recipe.epochs
                 return trial
             if values is None:
-                # TPE learns from pruned trials and their constraints, not from failed ones: told as
+                # TPE learns from pruned trials and their constraints, not from failed ones: reported as
                 # failed, an infeasible region would be proposed again and again.
                 self.study.tell(asked, state=TrialState.FAIL if trial else TrialState.PRUNED)
             else:
@@ -210,7 +210,7 @@ class OptunaSearch:
         )
 
     def _reached(self, trial: Trial) -> list[float] | None:
-        """Return the objectives of a finished run that equals the trial; none if there is none."""
+        """Return the objectives of the finished run that equals a trial, if any."""
         found = match([trial], self.records)
         # ``records`` is read when the search starts, so trials of this launch are not in it.
         if trial.key in self.reached or not found:

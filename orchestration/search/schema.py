@@ -279,7 +279,7 @@ def _check_space(file: SearchFile, document: Document) -> None:
             dimension.distribution()
         except ValueError as error:
             raise UserError(f"{document.location('space', path)}: {path}: {error}") from None
-        # Settings are drawn in the file's order: one that stands below has no value yet.
+        # Settings are drawn in the file's order: one that follows has no value yet.
         for other in dimension.condition:
             if other not in SETTING_PATHS or (other in file.space and other not in above):
                 if other in file.space:

@@ -27,7 +27,7 @@ from orchestration.failures import first_line
 from orchestration.secrets import has_secrets, without_secrets
 
 _CHUNK_BYTES = 2**22
-"""Memory that a copy takes, whatever the size of its file; 4 MiB."""
+"""Memory for one copy, 4 MiB, however large the file is."""
 
 
 class ObjectStore:

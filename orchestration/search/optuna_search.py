@@ -129,8 +129,8 @@ class OptunaSearch:
                 self.epochs[trial.key] = trial.settings.recipe.epochs
                 return trial
             if values is None:
-                # TPE learns from pruned trials and their constraints, not from failed ones: reported as
-                # failed, an infeasible region would be proposed again and again.
+                # TPE learns from pruned trials and their constraints, not from failed ones. If
+                # infeasible proposals were failed, it would propose them again and again.
                 self.study.tell(asked, state=TrialState.FAIL if trial else TrialState.PRUNED)
             else:
                 # A killed launch may have trained a trial and not reported it. That one counts as
@@ -163,7 +163,7 @@ class OptunaSearch:
             asked.set_constraint("rules", 1.0)
             return None
         excess = self.search.excess(settings)
-        # Feasible proposals have their excess stored too: it shows how near the bound they are.
+        # TPE ranks infeasible proposals by the sum of their positive constraints.
         for constraint, value in zip(self.search.file.constraints, excess, strict=True):
             asked.set_constraint(constraint, value)
         if any(each > 0 for each in excess):
@@ -293,9 +293,9 @@ class OptunaSearch:
 
 
 def suggested(asked: optuna.Trial, search: Search) -> dict[str, Any]:
-    """Draw each setting of the space that applies, in the file's order."""
+    """Draw a value for each setting of the space whose condition holds."""
     params: dict[str, Any] = {}
-    # In this order each condition finds the values of the settings above it.
+    # In the file's order, so that each condition finds the values of the settings above it.
     for path, dimension in search.file.space.items():
         if search.applies(dimension, params):
             params[path] = dimension.suggested(asked, path)

@@ -566,7 +566,7 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (
         ["run", "tiny.yaml", "--budget", "1h", "--backend", "local"],
         2,
-        "--budget: nothing tells the hours",
+        "--budget: the device-hours cannot be estimated",
     ),
     (["run", "tiny.yaml", "--budget", "soon"], 2, "--budget soon: expected device-hours, as 200h"),
     (

@@ -1,4 +1,4 @@
-"""What is known of a search before it runs: its first points, as a study."""
+"""The points with which a search begins, as a study, for ``mar plan``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from orchestration.studies.trial import ABSENT, Study, Trial
 
 
 def as_study(search: Search) -> Study:
-    """Return a study of the points with which a search begins.
+    """Return a study with a trial for each initial point of a search.
 
-    Of one that names none, of its recipe as it is.
+    A search without initial points gives one trial: its recipe unchanged.
 
     Raises:
         UserError: a point breaks a rule of the settings.
@@ -27,11 +27,13 @@ def as_study(search: Search) -> Study:
         try:
             settings = search.settings(point)
         except SettingError as error:
-            raise UserError(f"start: {label}: {error}") from None
+            raise UserError(f"initial_points: {label}: {error}") from None
         content = ABSENT
+        # The costs of a point follow from its settings, so data that cannot be read is no error.
         with suppress(UserError):
             if Path(settings.data.root).is_dir():
                 content = fingerprint(settings.data)
         trials.append(Trial({"point": label}, settings, content))
+    # The report of a study needs an axis; its labels are those of the trials.
     file = StudyFile(title=search.file.title, recipe=search.file.recipe, axes={"point": {}})
     return Study(search.name, file, trials)

@@ -1,17 +1,17 @@
 """A search becomes an Optuna study that proposes trials.
 
-Knows nothing of Ray: whoever trains asks ``Proposer.next`` for a trial and tells it what came of
-it. The study is kept in an SQLite file (``optuna-dashboard`` opens it), so that a search that was
-killed resumes: what it had proposed and not finished is proposed again first, and a proposal that
-some finished run equals is answered without training. Other settings, data, objectives or
-constraints are another search, with an Optuna study of its own in the same file.
+Knows nothing of Ray: a backend takes each trial from ``OptunaSearch.next`` and reports its result
+to ``OptunaSearch.finished`` or ``failed``. The study is stored in an SQLite file
+(``optuna-dashboard`` opens it), so that a search that was killed resumes: it first proposes again
+what it had proposed and not finished. A proposal that equals a finished run is answered without
+training. Other settings, data, objectives or constraints make another search, with an Optuna study
+of its own in the same file.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,72 +20,81 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from mar.config.overrides import SettingError, flatten
+from mar.config.overrides import SettingError
 from mar.config.schema import TrainingConfig
 from mar.data.annotations import fingerprint
 from mar.errors import Failure
 from mar.model.flops import cost
 from orchestration.config import sqlite_address
-from orchestration.search.schema import Search, as_text
-from orchestration.studies.identity import identity, with_defaults_filled
+from orchestration.search.samplers import PRUNERS, SAMPLERS
+from orchestration.search.schema import Search
+from orchestration.search.warm_start import RUN, add_finished_trials, enqueue_initial_points
+from orchestration.studies.identity import identity
 from orchestration.studies.matching import Record, match
 from orchestration.studies.metrics import METRICS, cost_figure
 from orchestration.studies.trial import Trial
 
+# TPE may propose the same infeasible or finished points without end: after this many in a row a
+# point is drawn at random.
 _REJECTED_IN_A_ROW = 10
 _MOST_REJECTED = 1000
-"""Points that are drawn blindly before the search is given up."""
+"""Random points that are drawn before the search fails."""
 _MOST_FAILURES = 3
-"""Trials that fail one after the other before the search stops: the next would too."""
+"""Trials that fail one after the other before the search stops: the next would fail too."""
+
+# Attributes of a trial in Optuna. They are stored: a change makes earlier searches unreadable.
 _INFEASIBLE = "infeasible"
+"""The rule or constraint that the proposal breaks."""
 _KEY = "key"
-_RUN = "run"
 _AGAIN = "again"
+"""The number of the trial of a killed launch that is proposed again."""
 _COPY = "copy"
-UNCOUNTED = {_INFEASIBLE, _RUN, _COPY}
-"""What marks a trial of the Optuna study that this search did not train: broken rules, others'
-runs, equals of others."""
+"""The proposal equals a finished run, so nothing was trained."""
+UNCOUNTED = {_INFEASIBLE, RUN, _COPY}
+"""Attributes of trials that this search did not train: infeasible proposals, runs of other studies,
+and proposals that equal a finished run."""
 
 
 @dataclass
 class OptunaSearch:
-    """Asks Optuna for trials and tells it what came of them."""
+    """Takes trials from Optuna and reports their results to it."""
 
     search: Search
     study: optuna.Study
     records: Sequence[Record]
-    """Finished runs of all studies: what equals one is not trained."""
+    """Runs of all studies: a proposal that equals a finished one is not trained."""
     asked: dict[str, optuna.Trial] = field(default_factory=dict[str, optuna.Trial])
-    """By key, of trials under way."""
+    """Trial key -> Optuna's trial, of running trials."""
     epochs: dict[str, int] = field(default_factory=dict[str, int])
-    """By key, of each trial that was proposed."""
+    """Trial key -> epochs of the training, of each proposed trial."""
     failures: set[str] = field(default_factory=set[str])
-    """Keys of trials that failed in this launch: they are not tried again in it."""
+    """Keys of trials that failed in this launch: it does not train them again."""
     failures_in_a_row: int = 0
     reached: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
-    """By key, of trials that this launch finished."""
+    """Trial key -> value of each objective, of trials that this launch finished."""
     pruned: set[str] = field(default_factory=set[str])
-    """Keys of trials that were ended early."""
+    """Keys of trials that were pruned."""
 
     def __post_init__(self) -> None:
         data = self.search.settings({}).data
         self.fingerprint = fingerprint(data)
-        for lost in self.study.get_trials(
-            deepcopy=False, states=(TrialState.RUNNING,)
-        ):  # a killed launch proposed it
+        # A launch that was killed left these running. Optuna cannot resume a trial, so each is
+        # proposed again under a new number and the old one is closed.
+        for lost in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.enqueue_trial(lost.params, user_attrs={_AGAIN: lost.number})
             self.study.tell(lost.number, state=TrialState.FAIL)
 
     @property
     def num_done(self) -> int:
-        """Trials that count: finished or ended early; those of other studies do not."""
+        """Trials that count: finished or pruned in this search, not in other studies."""
         states = (TrialState.COMPLETE, TrialState.PRUNED)
+        # A deep copy of a thousand trials for each proposal would take long.
         counted = self.study.get_trials(deepcopy=False, states=states)
         return sum(not UNCOUNTED & each.user_attrs.keys() for each in counted)
 
     @property
     def num_left(self) -> int:
-        """Trials that it still wants."""
+        """Trials that the search still has to train."""
         return max(self.search.file.trials - self.num_done, 0)
 
     @property
@@ -96,12 +105,14 @@ class OptunaSearch:
     def next(self) -> Trial | None:
         """Return the next trial to train.
 
-        None: there are enough, finished or under way, or nothing is left to try.
+        None: enough trials are finished or running, too many failed in a row, or every point that
+        was drawn is already tried.
 
         Raises:
             Failure: no point of the space keeps the constraints.
         """
         rejected = 0
+        # Running trials count too, or as many as run at once would be trained beyond the number.
         while (
             self.num_done + len(self.asked) < self.search.file.trials
             and self.failures_in_a_row < _MOST_FAILURES
@@ -114,15 +125,22 @@ class OptunaSearch:
                 and values is None
                 and trial.key not in self.asked.keys() | self.failures | self.pruned
             ):
-                self.asked[trial.key], self.epochs[trial.key] = asked, trial.settings.recipe.epochs
+                self.asked[trial.key] = asked
+                self.epochs[trial.key] = trial.settings.recipe.epochs
                 return trial
             if values is None:
+                # TPE learns from pruned trials and their constraints, not from failed ones. If
+                # infeasible proposals were failed, it would propose them again and again.
                 self.study.tell(asked, state=TrialState.FAIL if trial else TrialState.PRUNED)
-            else:  # a trial that a killed launch had trained, and not told of, counts
+            else:
+                # A killed launch may have trained a trial and not reported it. That one counts as
+                # trained by this search; any other equal of a finished run does not.
                 if _AGAIN not in asked.user_attrs:
                     asked.set_user_attr(_COPY, True)
                 self.study.tell(asked, values)
             rejected += 1
+            # The random point goes through ``ask`` as a proposal of its own, so that Optuna knows
+            # its result.
             if rejected % _REJECTED_IN_A_ROW == 0:
                 untried = self._sample_untried()
                 if untried is None:
@@ -131,39 +149,44 @@ class OptunaSearch:
         return None
 
     def _trial(self, asked: optuna.Trial) -> Trial | None:
-        """Return the proposal as a trial.
+        """Return the proposal as a trial; none if it breaks a rule of the settings or a constraint.
 
-        None: it breaks a rule of the settings, or a constraint.
+        The reason is stored with the proposal.
         """
         try:
             params = suggested(asked, self.search)
             settings = self.search.settings(params)
         except SettingError as error:
             asked.set_user_attr(_INFEASIBLE, str(error))
+            # A positive constraint marks the proposal as infeasible for samplers; Optuna 5
+            # deprecates ``constraints_func``.
             asked.set_constraint("rules", 1.0)
             return None
         excess = self.search.excess(settings)
+        # TPE ranks infeasible proposals by the sum of their positive constraints.
         for constraint, value in zip(self.search.file.constraints, excess, strict=True):
             asked.set_constraint(constraint, value)
         if any(each > 0 for each in excess):
             asked.set_user_attr(_INFEASIBLE, ", ".join(self.search.file.constraints))
             return None
+        # A trial that is proposed again keeps the number it had, and so its name in MLflow.
         number = asked.user_attrs.get(_AGAIN, asked.number)
         trial = Trial({"trial": f"trial {number}"}, settings, self.fingerprint)
         asked.set_user_attr(_KEY, trial.key)
         return trial
 
     def _sample_untried(self) -> dict[str, Any] | None:
-        """Draw a new point that keeps the rules and constraints, without Optuna.
+        """Draw a random point that keeps the rules and constraints and was not tried.
 
-        For when Optuna proposes known or infeasible points in a row.
-
-        Returns none when all that are drawn were tried, as happens in a space of few points.
+        Used when the sampler proposes known or infeasible points in a row. Returns none when all
+        feasible points that were drawn are tried, as happens in a space of few points.
 
         Raises:
-            Failure: none keeps them.
+            Failure: no point that was drawn keeps the rules and constraints.
         """
         is_any_feasible = False
+        # A study in memory, because each ``ask`` writes a trial into its study. The number of
+        # trials is the seed, so that the next call draws other points.
         blind = optuna.create_study(
             sampler=optuna.samplers.RandomSampler(seed=len(self.study.get_trials(deepcopy=False)))
         )
@@ -187,47 +210,47 @@ class OptunaSearch:
         )
 
     def _reached(self, trial: Trial) -> list[float] | None:
-        """Return what a proposal's equal reached, in this launch or before.
-
-        None: nobody trained it.
-        """
+        """Return the objectives of the finished run that equals a trial, if any."""
         found = match([trial], self.records)
+        # ``records`` is read when the search starts, so trials of this launch are not in it.
         if trial.key in self.reached or not found:
             return self.reached.get(trial.key)
         try:
             return self.values(trial.settings, found[trial.key].metrics)
-        except KeyError:  # a version before this metric wrote it
+        # A version that did not log this metric wrote the run, so the trial is trained.
+        except KeyError:
             return None
 
     def finished(self, key: str, metrics: Mapping[str, float], settings: TrainingConfig) -> None:
-        """Tell Optuna what a trial reached.
+        """Report a trial's objectives to Optuna.
 
         Raises:
-            Failure: the metrics lack a objective.
+            Failure: the metrics lack an objective.
         """
         try:
             self.reached[key] = self.values(settings, metrics)
         except KeyError as error:
             self.failed(key)
             raise Failure(
-                f"a objective was not measured: there is no {error.args[0]} (memory needs a GPU)"
+                f"an objective was not measured: no {error.args[0]} in the metrics (memory is "
+                "measured on a GPU only)"
             ) from None
         self.failures_in_a_row = 0
         self.study.tell(self.asked.pop(key), self.reached[key])
 
     def failed(self, key: str) -> None:
-        """Tell Optuna that there is nothing to learn from a trial."""
+        """Report to Optuna that a trial failed; samplers do not learn from it."""
         self.failures.add(key)
         self.failures_in_a_row += 1
         self.study.tell(self.asked.pop(key), state=TrialState.FAIL)
 
     def should_prune(self, key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
-        """Whether a trial is to be ended at this epoch.
+        """Whether a trial must end at this epoch; reports its validation accuracy to Optuna.
 
-        Optuna is told of its validation accuracy either way.
-
-        It is not at the last one: what is left is the test.
+        Never true at the last epoch, after which only the test is left.
         """
+        # A report after the test has the number of the last epoch again, which Optuna would ignore
+        # with a warning.
         is_tested = any(name.startswith("test/") for name in metrics)
         if (
             self.search.file.pruner == "none"
@@ -238,6 +261,8 @@ class OptunaSearch:
             return False
         trial = self.asked[key]
         value = metrics["val/top1"]
+        # A pruner compares in the direction of the study. Validation accuracy is better when it is
+        # higher, so a study that minimizes its objective gets its negative.
         trial.report(
             value if next(iter(self.search.file.objectives.values())) == "max" else -value, epoch
         )
@@ -255,6 +280,7 @@ class OptunaSearch:
         """
         figures = cost(settings)
         values = list[float]()
+        # A cost follows from the settings alone: a run need not have logged it.
         for name in self.search.file.objectives:
             metric = METRICS[name]
             is_cost = metric.source.startswith("cost.")
@@ -267,8 +293,9 @@ class OptunaSearch:
 
 
 def suggested(asked: optuna.Trial, search: Search) -> dict[str, Any]:
-    """Draw each setting of the space that applies, in the file's order."""
+    """Draw a value for each setting of the space whose condition holds."""
     params: dict[str, Any] = {}
+    # In the file's order, so that each condition finds the values of the settings above it.
     for path, dimension in search.file.space.items():
         if search.applies(dimension, params):
             params[path] = dimension.suggested(asked, path)
@@ -276,18 +303,20 @@ def suggested(asked: optuna.Trial, search: Search) -> dict[str, Any]:
 
 
 def open_search(search: Search, file: Path, records: Sequence[Record]) -> OptunaSearch:
-    """Open a search's Optuna study below the store.
+    """Open a search's Optuna study in the database ``file``.
 
-    Makes it, with its initial points and what is known, if there is none.
+    If it does not exist, create it with its initial points and the finished trials of other
+    studies.
     """
+    # Optuna logs a line for each trial otherwise, into the progress display.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.simplefilter(
-        "ignore", optuna.exceptions.ExperimentalWarning
-    )  # names of objectives, some samplers
+    # ``set_metric_names``, QMC and NSGA-III are experimental in Optuna.
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     file.parent.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.RDBStorage(sqlite_address(file))
     data_fingerprint = fingerprint(search.settings({}).data)
     name = search.study_name(identity(search.settings({}), data_fingerprint))
+    # Read before ``create_study``: a study that exists already has its initial points.
     is_new = name not in optuna.get_all_study_names(storage)
     study = optuna.create_study(
         study_name=name,
@@ -297,85 +326,14 @@ def open_search(search: Search, file: Path, records: Sequence[Record]) -> Optuna
         ],
         load_if_exists=True,
     )
-    seed = search.file.seed + len(
-        study.get_trials(deepcopy=False)
-    )  # a search that goes on must not draw the same again
-    study.sampler = _SAMPLERS[search.file.sampler](seed)
-    study.pruner = _PRUNERS[search.file.pruner]()
+    # With the seed alone, a search that resumes would draw the same points again.
+    seed = search.file.seed + len(study.get_trials(deepcopy=False))
+    study.sampler = SAMPLERS[search.file.sampler](seed)
+    study.pruner = PRUNERS[search.file.pruner]()
     proposer = OptunaSearch(search, study, records)
     if is_new:
         study.set_metric_names([METRICS[name].title for name in search.file.objectives])
-        for point in search.file.initial_points:
-            study.enqueue_trial(
-                {path: _value(search, path, value) for path, value in point.items()}
-            )
+        enqueue_initial_points(study, search)
         if search.file.warm_start:
-            _offer_known(proposer, records)
+            add_finished_trials(study, search, proposer.fingerprint, records, proposer.values)
     return proposer
-
-
-_SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
-    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
-    "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
-    "qmc": lambda seed: optuna.samplers.QMCSampler(seed=seed),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-}
-_PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-    "none": optuna.pruners.NopPruner,
-    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
-    "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
-}
-
-
-def _offer_known(proposer: OptunaSearch, records: Sequence[Record]) -> None:
-    """Add the finished trials of other studies that lie in the space."""
-    search = proposer.search
-    base = flatten(json.loads(Trial({}, search.settings({}), proposer.fingerprint).identity))
-    for record in records:
-        if record.status != "FINISHED" or not record.identity:
-            continue
-        try:
-            tree = flatten(json.loads(with_defaults_filled(record.identity)))
-        except (
-            ValueError,
-            KeyError,
-        ):  # written by a version whose settings this one does not understand
-            continue
-        moved = {path for path in {*base, *tree} if base.get(path) != tree.get(path)}
-        if not moved <= set(search.file.space):
-            continue
-        params = {path: _value(search, path, tree[path]) for path in search.file.space}
-        active = _active(search, params)
-        distributions = {path: search.file.space[path].distribution() for path in active}
-        if all(search.file.space[path].holds(value) for path, value in active.items()):
-            try:
-                settings = search.settings(active)
-                values = proposer.values(settings, record.metrics)
-            except (KeyError, SettingError):  # it was tested in another way
-                continue
-            if any(each > 0 for each in search.excess(settings)):
-                continue
-            proposer.study.add_trial(
-                optuna.trial.create_trial(
-                    params=active,
-                    distributions=distributions,
-                    values=values,
-                    user_attrs={_RUN: record.run_id},
-                )
-            )
-
-
-def _active(search: Search, params: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        path: value
-        for path, value in params.items()
-        if search.applies(search.file.space[path], params)
-    }
-
-
-def _value(search: Search, path: str, value: Any) -> Any:
-    if search.file.space[path].choices is not None:
-        return as_text(value)
-    return value

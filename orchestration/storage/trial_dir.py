@@ -1,6 +1,6 @@
 """The files of a trial's folder: one class knows their names.
 
-The names are stored. A change makes the folders of earlier versions unreadable.
+The names are frozen: a change would make the folders of earlier versions unreadable.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TrialDir:
 
     @property
     def log(self) -> Path:
-        """What its workers reported to a person."""
+        """Messages of its workers for people."""
         return self.root / "log.txt"
 
     @property
@@ -37,12 +37,15 @@ class TrialDir:
 
     @property
     def heartbeat(self) -> Path:
-        """How far the training is, for ``mar status``; removed when its worker ends in order."""
+        """The training's progress, for ``mar status``; removed when the training ends or fails.
+
+        An old heartbeat that was not removed means that the worker was killed.
+        """
         return self.root / "heartbeat.json"
 
     @property
     def attempts(self) -> Path:
-        """How often this launch has started to train it, in whatever process."""
+        """How often this launch has started to train it, counted across its processes."""
         return self.root / "attempts.json"
 
     @property
@@ -67,17 +70,17 @@ class TrialDir:
 
     @property
     def microbatch(self) -> Path:
-        """The largest micro-batch that fits its memory, after a larger one did not."""
+        """The micro-batch, in clips, that fits in memory, after a larger one did not."""
         return self.root / "microbatch.json"
 
     @property
     def failure(self) -> Path:
-        """Why it failed permanently, written by the process that knows."""
+        """Why it failed permanently, written by the process in which it failed."""
         return self.root / "failure.json"
 
     @property
     def result(self) -> Path:
-        """Folder with what a finished training leaves."""
+        """Folder with the result of a finished training."""
         return self.root / RESULT_DIR
 
     @property
@@ -88,23 +91,27 @@ class TrialDir:
     @property
     def is_finished(self) -> bool:
         """Whether it has a complete result."""
+        # The manifest is written last, so a folder without one is incomplete.
         return (self.result / MANIFEST).is_file()
 
     def checkpoints(self) -> list[Path]:
         """Return the folders of its checkpoints, the newest last."""
+        # The number of the step has leading zeros, so names sort by step.
         return sorted(self.root.glob("step_*"))
 
     def num_epochs_done(self) -> int:
-        """Return the finished epochs of its newest readable checkpoint; 0 where there is none."""
+        """Return the finished epochs of its newest readable checkpoint; 0 without one."""
         for checkpoint in reversed(self.checkpoints()):
             try:
                 return len(read_json(checkpoint / MANIFEST)["progress"]["history"])
-            except (OSError, ValueError, KeyError, TypeError):  # damaged, or still being removed
+            # The checkpoint is damaged, or a worker is removing it now.
+            except (OSError, ValueError, KeyError, TypeError):
                 continue
         return 0
 
     def write_failure(self, reason: FailureReason) -> None:
         """Record why the trial failed permanently."""
+        # The launch may read the file at any time, so it must never see a half of it.
         atomic_write(self.failure, json.dumps(asdict(reason), ensure_ascii=False).encode())
 
     def read_failure(self, error: object = None) -> FailureReason | None:
@@ -113,12 +120,14 @@ class TrialDir:
         The reason that its own process recorded comes first. Without one, ``error`` (Ray's) means
         that Ray lost the process; without an error either, the trial has not failed.
         """
+        # A file that cannot be read counts as none, so that a damaged one never hides the failure.
         try:
             return FailureReason(**read_json(self.failure))
         except (OSError, ValueError, TypeError):
             pass
         if error is None:
             return None
+        # The last line of a traceback has the error itself.
         lines = str(error).strip().splitlines()
         message = lines[-1] if lines else "Ray lost the trial"
         return FailureReason(message, "worker_lost")

@@ -1,6 +1,6 @@
-"""What two recipes differ in, and why; what a trial and the run nearest to it differ in.
+"""Differences between two recipes with their reasons, and between a trial and the nearest run.
 
-The reasons are the comments behind the settings, in the recipes.
+The reasons are the comments that follow the settings in the recipes' files.
 """
 
 from __future__ import annotations
@@ -19,48 +19,49 @@ from orchestration.studies.yaml_document import Recipe, find
 
 @dataclass(frozen=True)
 class Difference:
-    """One setting of two recipes."""
+    """A setting with different values in two recipes, or in a run and a trial."""
 
     setting: str
     first: Any
     second: Any
     reason: str
-    """The comments behind it, the second recipe's last; empty where neither has one."""
+    """The comments that follow it, the second recipe's last; empty if neither has one."""
 
 
 def differences(first: str, second: str) -> list[Difference]:
     """Return the settings whose values differ, in the order of the settings tree.
 
     Raises:
-        UserError: one of the recipes is not there or is wrong.
+        UserError: a recipe does not exist or is wrong.
     """
+    # Read twice: with all defaults for the values, and as written for the comments.
     one, other = (flatten(read_recipe(name).model_dump(mode="json")) for name in (first, second))
     files = [Recipe(find(name, "recipe")) for name in (first, second)]
     found: list[Difference] = []
     for setting in one | other:
         values = one.get(setting), other.get(setting)
         if values[0] != values[1]:
+            # Two recipes that extend the same file may share a comment: it is given once.
             reasons = dict.fromkeys(comment for file in files if (comment := file.comment(setting)))
             found.append(Difference(setting, *values, "; ".join(reasons)))
     return found
 
 
 class Neighbours:
-    """Finished runs, to find the one nearest to a trial: why a training counts as new."""
+    """Finds the finished run nearest to a trial, to explain why the trial counts as new."""
 
     def __init__(self, records: Sequence[AnyRecord]) -> None:
+        # ``records`` are the newest first: in reversed order the newest of an identity is the last.
         newest = {
             record.identity: record for record in reversed(records) if record.status == "FINISHED"
         }
         self._runs = [(record.run_id, _leaves(line)) for line, record in newest.items() if line]
 
     def nearest(self, trial: Trial) -> tuple[str, list[Difference]] | None:
-        """Return the run with the fewest other settings, and those, the run's value first.
+        """Return the id of the run with the fewest differences, and those, the run's value first.
 
-        None: there is no run.
-
-        ``fingerprint`` is the data's content, ``results`` the version of the code that results
-        depend on.
+        Among the settings are ``fingerprint``, that of the data, and ``results``, the code's
+        ``RESULTS_VERSION``. Returns none if no run is finished.
         """
         wanted = _leaves(trial.identity)
         ours = set(wanted.items())
@@ -72,6 +73,8 @@ class Neighbours:
 
 
 def _leaves(identity_line: str) -> dict[str, str]:
+    """Return the values of an identity as JSON, by dotted path."""
+    # As text, lists can be members of a set.
     return {
         name: json.dumps(value, ensure_ascii=False)
         for name, value in flatten(json.loads(identity_line)).items()

@@ -1,4 +1,8 @@
-"""Which trials are equal: one line of text for equal results, one for equal trainings."""
+"""The identity of a trial: one line of text that is the same for trials with equal results.
+
+A part of it is the same for trials with equal trainings. Identities are stored in MLflow: a change
+of their text makes every earlier run another trial.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,9 @@ _KEY_LENGTH = 12
 
 @lru_cache
 def weights_fingerprint(name: str) -> str:
-    """Return the fingerprint of pre-trained weights.
-
-    Read once for a study, a thousand trials may start from them.
-    """
+    """Return the fingerprint of pre-trained weights."""
+    # Cached, because a thousand trials of a study may start from the same file. Whoever reads a
+    # study clears the cache, since the file may have changed.
     return fingerprint(name)
 
 
@@ -33,20 +36,21 @@ def key_of(identity_line: str) -> str:
 
 
 def identity(settings: TrainingConfig, data_fingerprint: str) -> str:
-    """Return one line of JSON that is equal for equal results.
+    """Return one line of JSON that is the same for trials with equal results.
 
-    The settings, with fingerprints in place of paths.
-
-    It has the version of results too: with another one, equal settings give other results.
+    It has the settings, with fingerprints instead of paths, and ``RESULTS_VERSION``.
     """
+    # Settings without effect get their defaults, so that they do not make a second training.
     settings = canonical(settings)
     tree: dict[str, Any] = without_paths(settings)
     tree["fingerprint"] = data_fingerprint
+    # With another version of the code, equal settings may give other results.
     tree["results"] = RESULTS_VERSION
-    # Testing with the ratio of training is the default, written or not.
+    # None means the ratio of training: the same ratio written out is the same test.
     if settings.evaluation.mask.ratio == settings.mask.ratio:
         mask = {**tree["evaluation"]["mask"], "ratio": None}
         tree["evaluation"] = {**tree["evaluation"], "mask": mask}
+    # The content of the weights, not their name: a file may be renamed or replaced.
     if settings.encoder.weights:
         weights = weights_fingerprint(settings.encoder.weights)
         tree["encoder"] = {**tree["encoder"], "weights": weights}
@@ -54,13 +58,10 @@ def identity(settings: TrainingConfig, data_fingerprint: str) -> str:
 
 
 def training_identity(identity_line: str) -> str:
-    """Return the part of an identity that the training depends on.
-
-    Everything but how it is tested.
-    """
+    """Return the part of an identity that the training depends on: all but ``evaluation``."""
     tree: dict[str, Any] = json.loads(identity_line)
     tree.pop("evaluation")
-    # Without a mask in training, the other mask settings are those of testing alone.
+    # Without a mask in training, the other mask settings affect the test alone.
     if not tree["mask"]["ratio"]:
         tree["mask"] = {"ratio": 0.0}
     return _line(tree)
@@ -69,21 +70,28 @@ def training_identity(identity_line: str) -> str:
 def with_defaults_filled(
     identity_line: str, data_fingerprint: str | None = None, weights: str | None = None
 ) -> str:
-    """Return an identity of an earlier version, with settings it did not know at defaults.
+    """Return an identity of an earlier version, with today's default for each setting it lacks.
 
-    ``data_fingerprint`` replaces its own: where the data is missing, its content is unknown and the
-    settings alone must do. ``weights``, the name of the pre-trained weights, replaces their content
-    for the same reason.
+    ``data_fingerprint`` replaces the fingerprint of the data: while the data is missing here, its
+    content is unknown, and runs are matched by their settings alone. ``weights``, the name of the
+    pre-trained weights, replaces their fingerprint for the same reason.
+
+    Raises:
+        ValueError: it is not an identity, or has a setting or value that does not exist today.
+        KeyError: it lacks a part that every identity has.
     """
     tree: dict[str, Any] = json.loads(identity_line)
     own_fingerprint = tree.pop("fingerprint")
+    # The first version had no number in its identities.
     results = tree.pop("results", 1)
     if weights:
         tree["encoder"]["weights"] = f"{WEIGHTS_ABSENT}{weights}"
     filled: dict[str, Any] = json.loads(identity(build(tree), data_fingerprint or own_fingerprint))
+    # ``identity`` writes today's version, which is not that of the run.
     filled["results"] = results
     return _line(filled)
 
 
 def _line(tree: dict[str, Any]) -> str:
+    """Return a tree as one line of JSON with sorted keys, so that equal trees are equal text."""
     return json.dumps(tree, sort_keys=True, ensure_ascii=False)

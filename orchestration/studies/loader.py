@@ -1,6 +1,6 @@
-"""A study file becomes an ordered list of trials, before anything runs.
+"""Reads a study file into an ordered list of trials, each with labels and complete settings.
 
-Each has labels and complete settings.
+Nothing is trained or loaded here, so that every mistake of a file is found before a launch.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from orchestration.studies.yaml_document import Document, Recipe, find
 
 
 def _of_one(path: Path, overrides: Sequence[str]) -> Study:
-    """Return a study of one trial: a recipe as it is. Its name is the recipe's and its folder's."""
+    """Return a study of one trial, for a recipe; it is named after the recipe and its folder."""
     settings = read_recipe(str(path), overrides)
     if settings.pretrains:
         column = "test_reconstruction_loss"
     else:
         column = "top1"
+    # A pre-training has no classifier, so it has no accuracy.
     columns = (column, *(() if settings.pretrains else ("top5",)), "gflops", "time_s")
     title = recipe_title(path)
     file = StudyFile(
@@ -44,23 +45,25 @@ def _of_one(path: Path, overrides: Sequence[str]) -> Study:
         figure=FigureLayout(y=(column,)),
     )
     trial = Trial({"recipe": title}, settings, _fingerprint(settings, {}))
+    # The study's name becomes the name of a folder: a slash would make two of it.
     return Study(title.replace("/", "_"), file, [trial], path)
 
 
 def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Study:
     """Read a study file and list its trials in the file's order.
 
-    The last axis changes fastest, then the seeds.
+    The seeds change fastest, then the last axis.
 
-    ``overrides`` are ``path=value`` from the command line, the last word on every setting;
-    ``recipe=FILE`` puts another recipe under the study (a folder's name, as ``recipe=released``:
-    that folder's of the same names), and ``axes.AXIS.LABEL.path=value`` changes one label's own
-    settings, ``rows.ROW.path=value`` those of one row. ``only`` keeps the trials with the given
-    ``axis=label``. A recipe's file is read as a study of one trial.
+    ``overrides`` are ``path=value`` from the command line; they win over every other value of a
+    setting. ``recipe=FILE`` replaces the study's recipe; a folder's name, as ``recipe=released``,
+    replaces each recipe by that folder's recipe of the same name. ``axes.AXIS.LABEL.path=value``
+    changes the settings of one label, ``rows.ROW.path=value`` those of one row. ``only`` keeps the
+    trials with the given ``axis=label``. A recipe's file is read as a study of one trial.
 
     Raises:
         UserError: a bad file, setting, label or override; the message says where.
     """
+    # The files of weights may have changed since the last study of this process was read.
     weights_fingerprint.cache_clear()
     document = Document(find(name, "study"))
     if not {"axes", "title", "recipe"} & document.content.keys() or _is_recipe(document):
@@ -69,6 +72,7 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     file = _with_changed_axes(parse_study_file(document), changes)
     of_rows = _of_rows(file, changes)
     recipes = _Recipes(document, file, changes)
+    # The other changes apply to every trial as they are; a seed replaces the file's list of seeds.
     seeds: Sequence[Any] = file.seeds
     if "seed" in changes:
         seeds = (changes.pop("seed"),)
@@ -93,16 +97,16 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
         raise UserError(
             f"{document.path}: no trial in it; every axis needs a label, and seeds a seed"
         )
+    # Before the filter: the file may name rows that this launch leaves out.
     check_references(study, document)
     return replace(study, trials=_select(trials, file, only))
 
 
 class _Recipes:
-    """Which recipe each row of a study has; each file is read once.
+    """Finds the recipe of each row of a study, and reads each recipe's file once.
 
-    ``recipe=…`` on the command line, which is taken out of ``changes``, puts another recipe under
-    the whole study, or names a folder (``recipe=released``): then that folder's recipes of the same
-    names.
+    ``recipe=…`` of the command line, which is removed from ``changes``, replaces the recipe of
+    every row, or names a folder (``recipe=released``) whose recipes of the same names replace them.
     """
 
     def __init__(self, document: Document, file: StudyFile, changes: dict[str, Any]) -> None:
@@ -111,6 +115,7 @@ class _Recipes:
         self.other: str | None = None
         self.family: str | None = None
         self._read: dict[str, Recipe] = {}
+        # Anything else under this name is no recipe: ``build`` reports it as a wrong setting.
         if isinstance(changes.get("recipe"), str):
             given: str = changes.pop("recipe")
             if (packaged("search_spaces") / "recipes" / given).is_dir():
@@ -119,7 +124,7 @@ class _Recipes:
                 self.other = given
 
     def of(self, labels: Sequence[tuple[str, Mapping[str, Any]]]) -> Recipe:
-        """Return a row's recipe: its first label that names one decides, else the study."""
+        """Return a row's recipe: that of its first label that names one, or else the study's."""
         name = self.default
         for _, settings in labels:
             if "recipe" in settings:
@@ -140,15 +145,13 @@ class _Recipes:
 
 
 def _without_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a label's settings without its recipe, which is not a setting."""
+    """Return a label's settings without the name of a recipe, which is not a setting."""
     return {path: value for path, value in settings.items() if path != "recipe"}
 
 
 def _is_recipe(document: Document) -> bool:
-    """Whether a file contains a recipe's settings.
-
-    In a study ``recipe`` is a text, in a recipe it is a group of settings.
-    """
+    """Whether a file is a recipe and not a study."""
+    # Both have a key ``recipe``: the name of a file in a study, a group of settings in a recipe.
     content = document.content
     return not {"axes", "title"} & content.keys() and not isinstance(content.get("recipe"), str)
 
@@ -160,6 +163,7 @@ def paper_studies() -> list[str]:
         for kind in ("table", "figure")
         for file in packaged("search_spaces").glob(f"{kind}*.yaml")
     ]
+    # By numbers, not by text: table10 comes after table9.
     order = {str(file): re.findall(r"^([a-z]+)(\d+)([a-z]?)", file.stem)[0] for file in files}
     return sorted(
         order, key=lambda file: (order[file][0] == "figure", int(order[file][1]), order[file][2])
@@ -167,10 +171,7 @@ def paper_studies() -> list[str]:
 
 
 def _with_changed_axes(file: StudyFile, changes: dict[str, Any]) -> StudyFile:
-    """Take ``axes.AXIS.LABEL.path`` out of the command line's changes.
-
-    They are the settings of one label.
-    """
+    """Apply the command line's ``axes.AXIS.LABEL.path`` to that label; remove them from changes."""
     axes = {axis: dict(labels) for axis, labels in file.axes.items()}
     for path in [path for path in changes if path.startswith("axes.")]:
         candidates = [
@@ -181,6 +182,7 @@ def _with_changed_axes(file: StudyFile, changes: dict[str, Any]) -> StudyFile:
         ]
         if not candidates:
             raise UserError(f"{path}: the study has no such axis and label ({', '.join(axes)})")
+        # A label may have a dot, as "0.5", so several labels may fit: the longest is meant.
         axis, label = max(candidates, key=lambda location: len(location[1]))
         axes[axis][label] = {
             **axes[axis][label],
@@ -190,13 +192,11 @@ def _with_changed_axes(file: StudyFile, changes: dict[str, Any]) -> StudyFile:
 
 
 def _of_rows(file: StudyFile, changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Take ``rows.ROW.path`` out of the command line's changes.
-
-    They are the settings of one row.
-    """
+    """Remove the command line's ``rows.ROW.path`` from changes; return them by row."""
     rows = [BETWEEN_LABELS.join(labels) for labels in itertools.product(*file.axes.values())]
     found: dict[str, dict[str, Any]] = {}
     for path in [path for path in changes if path.startswith("rows.")]:
+        # The longest row that fits, as with labels: a row may be the beginning of another.
         row = max((row for row in rows if path.startswith(f"rows.{row}.")), key=len, default=None)
         if row is None:
             raise UserError(f"{path}: the study has no such row (it has: {', '.join(rows)})")
@@ -205,7 +205,7 @@ def _of_rows(file: StudyFile, changes: dict[str, Any]) -> dict[str, dict[str, An
 
 
 def _beside(document: Document, recipe: str) -> str:
-    """A study names its recipe relative to itself, or one that ships with mar."""
+    """Return the path of a study's recipe: relative to the study's file, or shipped with mar."""
     near = document.path.parent / recipe
     if near.is_file():
         return str(near)
@@ -218,6 +218,7 @@ def _beside(document: Document, recipe: str) -> str:
 def _override(
     tree: dict[str, Any], settings: Mapping[str, Any], document: Document, location: tuple[str, ...]
 ) -> dict[str, Any]:
+    """Merge settings into a tree; an error names the entry of the file that they are from."""
     try:
         return merge(tree, settings)
     except SettingError as error:
@@ -232,9 +233,12 @@ def _build(
     file: StudyFile,
     changes: Mapping[str, Any],
 ) -> TrainingConfig:
+    """Build a trial's settings; an error names the place where the wrong setting was written."""
     try:
         return build(tree)
     except SettingError as error:
+        # From the source that wins to the one that is overridden: the command line, the labels of
+        # the axes, ``fixed``, the recipe.
         if touches(error.path, changes):
             raise UserError(str(error)) from None
         for axis, (label, settings) in zip(file.axes, labels, strict=True):
@@ -248,9 +252,12 @@ def _build(
 
 
 def _fingerprint(settings: TrainingConfig, known: dict[str, str]) -> str:
+    """Return the fingerprint of the data; ``ABSENT`` if its folder is missing or empty."""
     data = settings.data
+    # Trials that share their data share its fingerprint, which reads all annotations.
     location = data.model_dump_json()
     if location not in known:
+        # ``annotations.check_root`` refuses an empty folder too.
         if Path(data.root).is_dir() and any(Path(data.root).iterdir()):
             known[location] = fingerprint(data)
         else:
@@ -284,11 +291,12 @@ def _select(trials: list[Trial], file: StudyFile, only: Sequence[str]) -> list[T
 def fetch_weights(study: Study) -> None:
     """Download the pre-trained weights that have a hub's name, for all trials.
 
-    Call it before any trial's identity is asked for: an identity has the weights' content in it.
+    Call it before any trial's ``identity`` is read, because an identity has the weights' content.
 
     Raises:
-        UserError: a file is not there, or cannot be downloaded.
+        UserError: a file does not exist or cannot be downloaded.
     """
+    # It may have cached that these weights are absent.
     weights_fingerprint.cache_clear()
     for name in sorted({trial.settings.encoder.weights or "" for trial in study.trials} - {""}):
         try:

@@ -1,4 +1,4 @@
-"""Which finished run answers which trial: by equal identities, of whatever study."""
+"""Matches trials with finished runs of any study, by equal identities."""
 
 from __future__ import annotations
 
@@ -11,31 +11,34 @@ from orchestration.studies.trial import ABSENT, Trial
 
 
 class Record(Protocol):
-    """What is needed of a run; ``tracking.RunRecord`` is one."""
+    """What matching needs of a run; ``tracking.RunRecord`` has it.
+
+    A protocol, because ``studies`` must not import ``tracking``.
+    """
 
     @property
     def run_id(self) -> str:
-        """MLflow's id."""
+        """The run's id in MLflow."""
         ...
 
     @property
     def status(self) -> str:
-        """MLflow's word: FINISHED, RUNNING, FAILED or KILLED."""
+        """The run's status in MLflow: FINISHED, RUNNING, FAILED or KILLED."""
         ...
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The last value of each."""
+        """The last value of each metric."""
         ...
 
     @property
     def identity(self) -> str:
-        """Which training it is (``study.identity``)."""
+        """The identity of its trial (``studies.identity``)."""
         ...
 
     @property
     def has_model(self) -> bool:
-        """Whether its result has a model: it was trained, not tested again."""
+        """Whether its result has a model: it was trained, not only tested."""
         ...
 
     @property
@@ -48,17 +51,19 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def match(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
-    """Return, by trial key, the newest finished run with the trial's settings, of whatever study.
+    """Return, by trial key, the newest finished run with the trial's identity, of any study.
 
-    A run logged before a setting existed matches if the trial leaves that setting at its default.
-    Where the data is not at hand, its fingerprint is unknown, and the settings alone decide: a
-    table needs no videos. So it is with pre-trained weights, and their name.
+    ``records`` are the newest first. A run that was logged before a setting existed matches if the
+    trial has that setting's default. While the data is missing here, its fingerprint is unknown and
+    runs match by their settings alone, so that a table can be printed without the videos. While
+    pre-trained weights are missing, they match by their name.
     """
     return _match(trials, records, lambda line: line)
 
 
 def match_training(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
-    """Return, by trial key, a finished run of the same training, tested in whatever way."""
+    """Return, by trial key, a finished run of the same training, tested in any way."""
+    # A run that was only tested has no model with which to test again.
     return _match(trials, [record for record in records if record.has_model], training_identity)
 
 
@@ -66,18 +71,23 @@ def _match(
     trials: Sequence[Trial], records: Sequence[AnyRecord], part: Callable[[str], str]
 ) -> dict[str, AnyRecord]:
     """Match trials and records by a part of their identities."""
+    # First by equal text, which is fast. The newest record of an identity is the last one in
+    # reversed order, so it replaces the older ones.
     finished = [record for record in records if record.status == "FINISHED" and record.identity]
     exact = {part(record.identity): record for record in reversed(finished)}
     found = {
         trial.key: exact[part(trial.identity)] for trial in trials if part(trial.identity) in exact
     }
+    # Then, for the trials that are left, by completed identities: this parses every record.
     missing: dict[str, list[Trial]] = {}
     for trial in trials:
         if trial.key not in found:
             missing.setdefault(part(trial.identity), []).append(trial)
+    # A trial without its data may match a run with data of any content.
     is_anywhere = any(trial.fingerprint == ABSENT for each in missing.values() for trial in each)
     for record in finished if missing else []:
         for data in (None, ABSENT) if is_anywhere else (None,):
+            # With the content of its weights, and with their name for a trial that lacks them.
             for weights in {None, record.weights}:
                 line = _completed(record.identity, data, weights)
                 for trial in missing.get(part(line), []) if line else []:
@@ -85,12 +95,12 @@ def _match(
     return found
 
 
-@lru_cache(maxsize=2**15)  # a search asks for every proposal
+# Cached, because a search matches each of its proposals with the same records.
+@lru_cache(maxsize=2**15)
 def _completed(identity_line: str, data_fingerprint: str | None, weights: str | None) -> str:
+    """Return a record's identity with the settings it lacks; empty if it cannot be understood."""
     try:
         return with_defaults_filled(identity_line, data_fingerprint, weights)
-    except (
-        ValueError,
-        KeyError,
-    ):  # written by a version whose settings this one does not understand
+    # A version whose settings this one does not know wrote it.
+    except (ValueError, KeyError):
         return ""

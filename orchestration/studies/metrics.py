@@ -1,4 +1,4 @@
-"""The metrics that a study's table and figure may name: their sources, and how they are printed."""
+"""The metrics that a study's table and figure may name: their sources and their format."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from mar.model.flops import Cost
 
 @dataclass(frozen=True)
 class Metric:
-    """A column: where its value comes from and how it is printed."""
+    """A metric: where its value comes from and how it is printed."""
 
     title: str
     source: str
-    """A metric's name; or ``cost.`` and a field of ``mar.cost.Cost``, or ``views``."""
+    """The name of a metric in MLflow; ``cost.`` and a field of ``mar.model.flops.Cost``; or
+    ``views``."""
     digits: int = 2
+    """Decimals."""
     higher_is_better: bool | None = None
+    """None: neither, so rows are not ranked by it."""
     scale: float = 1.0
     offset: float = 0.0
-    """Printed is scale × source + offset."""
+    """The printed value is scale × source + offset."""
 
 
+# The names are those of study files, the sources those of MLflow: both are frozen.
 METRICS = {
     "top1": Metric("Top-1 (%)", "test/top1", higher_is_better=True),
     "top5": Metric("Top-5 (%)", "test/top5", higher_is_better=True),
@@ -35,6 +39,7 @@ METRICS = {
         "L_r, test", "test/reconstruction_loss", digits=4, higher_is_better=False
     ),
     "clips_per_s": Metric("Clips/s", "throughput/clips_per_s", digits=1, higher_is_better=True),
+    # A trial logs its accuracy alone: error = 100 − top-1.
     "error": Metric("Error (%)", "test/top1", higher_is_better=False, scale=-1.0, offset=100.0),
     "views": Metric("Crops × clips", "views", digits=0),
     "memory_gib": Metric("GPU Mem. (GiB)", "memory/batch_of_1_gib", higher_is_better=False),
@@ -44,5 +49,5 @@ METRICS = {
 
 
 def cost_figure(figures: Cost, source: str) -> float:
-    """Return the figure that ``cost.NAME`` means."""
+    """Return the field of a cost that ``cost.NAME`` names."""
     return float(getattr(figures, source.removeprefix("cost.")))

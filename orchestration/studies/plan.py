@@ -1,7 +1,4 @@
-"""What studies will cost, before they run.
-
-Which trials are finished, which are new, how much each computes.
-"""
+"""The plan of a study before it runs: which trials are finished, which are new, what each costs."""
 
 from __future__ import annotations
 
@@ -22,9 +19,11 @@ from orchestration.studies.matching import AnyRecord, Record, match, match_train
 from orchestration.studies.trial import ABSENT, Study, Trial
 
 _BYTES_PER_PARAMETER = 4
-"""The result's model, float32; its checkpoints go when it is finished."""
+"""Of the model in a result, in float32. A finished trial's checkpoints are removed."""
+# The default ``RetentionPolicy`` keeps two checkpoints of a running trial. Each has the weights and
+# AdamW's two moments.
 _CHECKPOINTS = 2 * 3
-"""While it is trained: two of weights and AdamW's two moments, in models."""
+"""Space of a running trial's checkpoints, as a multiple of its model's."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,11 @@ class Device:
 
     name: str
     train_gflops_per_s: float
+    """In billions of multiply-adds, as all costs here."""
     source: str
     """Where the figure is from."""
     price_per_h: float | None = None
+    """In any currency: it is only printed."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,18 @@ class PlannedTrial:
     study: str
     trial: Trial
     state: Literal["have", "new", "test", "same"]
-    """``test``: its training is there, or an earlier line's; ``same``: an earlier line is this very
-    trial."""
+    """``have``: finished. ``new``: to train. ``test``: only to test, with the model of a finished
+    run or of an earlier line. ``same``: an earlier line is the same trial."""
     of: str
-    """The earlier line, or the run, that it is the same as or tested from."""
+    """The run or the earlier line that it equals, or whose model it is tested with."""
     gflops: float
     params_m: float
     train_tflops_per_clip: float
     num_clips: int | None
-    """Clips seen in training; none where nothing tells the size of the split."""
+    """Clips seen in training; none if the size of the training split is unknown."""
     device_hours: float | None
-    """At the throughput of the newest finished trial that ran equal models, or at a device's; none:
-    neither is known."""
+    """At the device's throughput, or without one at the mean of the study's finished trials; none
+    if neither is known."""
     storage_gib: float
     run_id: str | None
 
@@ -66,8 +67,9 @@ class Planned:
     """What earlier lines of a plan train and test."""
 
     trials: dict[str, str] = field(default_factory=dict[str, str])
-    """Key -> name."""
+    """Trial key -> name of the line."""
     trainings: dict[str, str] = field(default_factory=dict[str, str])
+    """Training's identity -> name of the first line with it."""
 
 
 def plan_trials(
@@ -78,9 +80,11 @@ def plan_trials(
 ) -> list[PlannedTrial]:
     """Return a line for each trial in the study's order.
 
-    ``earlier`` studies train what they train.
+    ``earlier`` has the lines of studies that run before this one; the lines of this one are added
+    to it.
     """
     earlier = earlier if earlier is not None else Planned()
+    # A figure of masks is drawn from the settings: its rows train nothing.
     trials = study.trials if study.trains else []
     found = match(trials, records)
     trained = match_training(trials, records)
@@ -95,6 +99,8 @@ def plan_trials(
         recipe = trial.settings.recipe
         name = f"{study.name}: {trial.name}"
         size = _num_training_videos(trial, sizes)
+        # The loader drops the last, incomplete batch of an epoch. A batch may have several clips
+        # of one video (repeated augmentation), so steps count videos and the costs count clips.
         if size is not None:
             steps = size // trial.settings.videos_per_batch
         else:
@@ -107,6 +113,7 @@ def plan_trials(
             hours = clips * figures.train_gflops / rate / 3600
         else:
             hours = None
+        # The first line with a training pays for it: later lines find it in ``earlier``.
         state, of = _state(trial, found, trained, earlier)
         earlier.trials.setdefault(trial.key, name)
         earlier.trainings.setdefault(trial.training, name)
@@ -125,6 +132,8 @@ def plan_trials(
 def _state(
     trial: Trial, found: dict[str, AnyRecord], trained: dict[str, AnyRecord], earlier: Planned
 ) -> tuple[Literal["have", "new", "test", "same"], str]:
+    """Return a line's state, and the run or earlier line that it needs."""
+    # The cheapest first: nothing to do, then a test of another's model, then a training.
     if trial.key in found:
         return "have", found[trial.key].run_id
     if trial.key in earlier.trials:
@@ -137,15 +146,16 @@ def _state(
 
 
 def device(name: str) -> Device:
-    """Return a device's profile: one that ships with mar, or NAME=GFLOPS_PER_S of your own.
+    """Return a device's profile: one that ships with mar, or of a user's NAME=GFLOPS_PER_S.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no profile has that name, or GFLOPS_PER_S is not a positive number.
     """
     given, _, speed = name.partition("=")
     if speed:
         try:
             gflops_per_s = float(speed)
+            # ``float`` also reads "nan", "inf" and negative numbers.
             if not 0 < gflops_per_s < float("inf"):
                 raise ValueError
             return Device(given, gflops_per_s, "given on the command line")
@@ -161,6 +171,8 @@ def device(name: str) -> Device:
 
 @lru_cache
 def _known() -> dict[str, Any]:
+    """Return the device profiles and the sizes of the official training splits."""
+    # A file of ours, so it is not read with the limits of ``mar.safe_input``.
     return yaml.safe_load(
         (packaged("search_spaces") / "paper" / "planning.yaml").read_text(encoding="utf-8")
     )
@@ -173,7 +185,7 @@ def plan_text(
 ) -> str:
     """Return the plan as a table, by study, with a line of totals.
 
-    With ``neighbours``, why what is new is new.
+    With ``neighbours``, each new trial is followed by its differences from the nearest run.
     """
     width = max([len(line.trial.name) for line in lines], default=0) + 2
     header = (
@@ -187,11 +199,11 @@ def plan_text(
             runs = line.state == "new"
             if line.state == "same":
                 of = f"  = {line.of}"
+            elif line.state == "test":
+                of = f"  model of {line.of}"
             else:
-                if line.state == "test":
-                    of = f"  model of {line.of}"
-                else:
-                    of = ""
+                of = ""
+            # Only a training has clips and hours: a column's sum is what the study still costs.
             text.append(
                 f"{line.state:<5}{line.trial.name:<{width}}"
                 f"{line.gflops:>9.4g}{line.params_m:>11.2f}"
@@ -203,6 +215,7 @@ def plan_text(
 
 
 def _explained(line: PlannedTrial, neighbours: Neighbours) -> list[str]:
+    """Return lines that say how a new trial differs from the run nearest to it."""
     near = neighbours.nearest(line.trial)
     if near is None:
         return ["       nothing is trained yet"]
@@ -214,6 +227,7 @@ def _explained(line: PlannedTrial, neighbours: Neighbours) -> list[str]:
 
 
 def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
+    """Return the line of totals, then a line for the storage and for each thing that is missing."""
     counts = {
         state: sum(line.state == state for line in lines)
         for state in ("have", "new", "test", "same")
@@ -223,6 +237,7 @@ def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
     summary += f", {counts['test']} to test only" if counts["test"] else ""
     summary += f", {counts['same']} the same as another" if counts["same"] else ""
     hours = [line.device_hours for line in new if line.device_hours is not None]
+    # A sum over some of the trials would look like the cost of all of them.
     if new and len(hours) == len(new):
         if device:
             where = f"on {device.name} ({device.source})"
@@ -233,20 +248,21 @@ def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
             summary += f", {sum(hours) * device.price_per_h:,.0f} in money"
     elif new:
         summary += (
-            "; device-hours are known once a trial of this study is finished here, or with --device"
+            "; device-hours are known after a trial of this study has finished, or with --device"
         )
     notes = [summary]
     if new:
         notes.append(
             f"storage about {sum(line.storage_gib for line in new):.1f} GiB for their models, and "
-            "for each that "
-            f"runs {_CHECKPOINTS * max(line.storage_gib for line in new):.1f} GiB at most for its "
+            "for each running trial "
+            f"{_CHECKPOINTS * max(line.storage_gib for line in new):.1f} GiB at most for its "
             "checkpoints"
         )
+    # A dictionary keeps the order of the trials, which a set does not.
     absent = {
         line.trial.settings.data.root: None for line in lines if line.trial.fingerprint == ABSENT
     }
-    notes += [f"the data is not there yet: {root}" for root in absent]
+    notes += [f"the data is not here yet: {root}" for root in absent]
     weights = {
         line.trial.settings.encoder.weights for line in lines if line.trial.lacks_weights
     } - {None}
@@ -254,9 +270,10 @@ def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
 
 
 def plan_json(lines: Sequence[PlannedTrial], neighbours: Neighbours | None = None) -> str:
-    """Return the plan for a program."""
+    """Return the plan as JSON, for programs."""
 
     def unlike(line: PlannedTrial) -> dict[str, object]:
+        # The key is left out where a trial has no neighbour, so ``unlike`` is never null.
         if neighbours and line.state == "new":
             near = neighbours.nearest(line.trial)
         else:
@@ -296,12 +313,17 @@ def plan_json(lines: Sequence[PlannedTrial], neighbours: Neighbours | None = Non
 
 
 def _or_dash(value: float | None, form: str) -> str:
+    """Return a formatted number, or a dash for none."""
     return "–" if value is None else format(value, form)
 
 
 def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | None:
-    """Return the size of the training split: as it is here, or the official one while it is not."""
+    """Return the number of training videos, of the official split while the data is missing.
+
+    None: the data is missing and its format has no official split.
+    """
     data = trial.settings.data
+    # Most trials of a study share their data: its list of videos is read once.
     source = data.model_dump_json()
     if source not in known:
         official = _known()["train_videos"].get(data.format)
@@ -313,10 +335,9 @@ def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | No
 
 
 def _measured_rate(study: Study, found: dict[str, AnyRecord]) -> float | None:
-    """Return the mean training GFLOPs a second of this study's finished trials.
-
-    None: it has none.
-    """
+    """Return the mean training GFLOPs a second of the study's finished trials; none without one."""
+    # Clips a second depend on the model and the mask's ratio. The estimate assumes that GFLOPs a
+    # second are the same for all trials of a study.
     runs: list[tuple[Trial, Record]] = [
         (trial, found[trial.key]) for trial in study.trials if trial.key in found
     ]

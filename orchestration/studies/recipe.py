@@ -19,8 +19,13 @@ from orchestration.studies.yaml_document import Recipe, find
 
 
 def read_recipe(name: str, overrides: Sequence[str] = ()) -> TrainingConfig:
-    """Read a recipe file and apply ``path=value`` overrides."""
+    """Read a recipe file and apply ``path=value`` overrides.
+
+    Raises:
+        UserError: a bad file, setting or override; the message says where.
+    """
     recipe = Recipe(find(name, "recipe"))
+    # Without this check, the first key of a study would be reported as an unknown setting.
     if {"axes", "space"} & recipe.content.keys():
         what = "a search" if "space" in recipe.content else "a study"
         raise UserError(
@@ -39,16 +44,22 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> TrainingConfig:
 
 
 def recipe_tree(name: str) -> dict[str, Any]:
-    """Return what a recipe's files say, nested, without the defaults."""
+    """Return the settings that a recipe's files set, nested, without the defaults."""
     return Recipe(find(name, "recipe")).content
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return dotted paths and YAML values of ``path=value`` words."""
+    """Return the values of ``path=value`` words by dotted path; a value is read as YAML.
+
+    Raises:
+        UserError: a word has no path or no equals sign, or its value is not YAML.
+    """
     changes: dict[str, Any] = {}
     for word in overrides:
         path, equals, text = word.partition("=")
-        if word.startswith(("axes.", "rows.")):  # a label may have an equals sign
+        # A label may contain an equals sign, as "ρ = 50 %". The path ends at the first one that
+        # follows the name of a setting.
+        if word.startswith(("axes.", "rows.")):
             ends = [
                 location
                 for location in range(len(word))
@@ -57,9 +68,6 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             if ends:
                 path = word[: ends[0]]
                 text = word[ends[0] + 1 :]
-            else:
-                path = path
-                text = text
         if not equals or not path:
             raise UserError(f"{word!r}: expected path=value, as in mask.ratio=0.75")
         try:
@@ -74,9 +82,9 @@ _SETTING = re.compile(rf"\.(?:{'|'.join(re.escape(path) for path in SETTING_PATH
 
 
 def in_family(recipe: str, family: str) -> str:
-    """Return the recipe of the same name in another folder, or itself.
+    """Return the packaged recipe of the same name in another folder, or the recipe itself.
 
-    ``recipe=released`` for ``recipes/paper``.
+    ``family`` is the folder's name: ``released`` for ``recipe=released``.
     """
     near = packaged("search_spaces") / "recipes" / family / Path(recipe).name
     return str(near) if near.is_file() else recipe
@@ -84,6 +92,7 @@ def in_family(recipe: str, family: str) -> str:
 
 def touches(path: str, changes: Mapping[str, Any]) -> bool:
     """Whether a change is to this setting, to a part of it, or to the group it is in."""
+    # The dot keeps a setting apart from others whose names begin with its own.
     return any(
         change == path or change.startswith(f"{path}.") or path.startswith(f"{change}.")
         for change in changes
@@ -91,10 +100,8 @@ def touches(path: str, changes: Mapping[str, Any]) -> bool:
 
 
 def absolute_paths(settings: TrainingConfig) -> TrainingConfig:
-    """Return the settings with absolute paths to data and weights.
-
-    Workers have another working folder.
-    """
+    """Return the settings with absolute paths to data and weights."""
+    # A worker has another working folder, in which a relative path is another file.
     data = settings.data
     encoder = settings.encoder
     weights = settings.encoder.weights
@@ -102,6 +109,7 @@ def absolute_paths(settings: TrainingConfig) -> TrainingConfig:
     if data.cache_folder:
         cache = str(Path(data.cache_folder).resolve())
     data = data.model_copy(update={"root": str(Path(data.root).resolve()), "cache": cache})
+    # Weights may also have the name of a model on a hub.
     if weights and is_path(weights):
         encoder = encoder.model_copy(update={"weights": str(Path(weights).expanduser().resolve())})
     return settings.model_copy(update={"data": data, "encoder": encoder})

@@ -13,18 +13,20 @@ from orchestration.studies.identity import identity, key_of, training_identity, 
 from orchestration.studies.schema import BETWEEN_LABELS, StudyFile
 
 ABSENT = "absent"
-"""The fingerprint while the data is not there."""
+"""The fingerprint of data that is missing."""
 
 
 @dataclass(frozen=True)
 class Trial:
     """One training of a study: its place in the table, and its complete settings."""
 
+    # Identity and key are computed when they are first read and then kept: a study may have
+    # thousands of trials, and each is matched many times.
     labels: Mapping[str, str]
     """Axis -> label."""
     settings: TrainingConfig
     fingerprint: str
-    """Of the data's content; ``ABSENT`` while it is not there."""
+    """The fingerprint of the data's content; ``ABSENT`` if the data is missing."""
 
     @property
     def row(self) -> str:
@@ -33,20 +35,20 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The trial's name for people: its row and its seed."""
         return f"{self.row} (seed {self.settings.seed})"
 
     @cached_property
     def identity(self) -> str:
-        """Equal identities, equal results.
+        """One line of text that is the same for trials with equal results.
 
-        All settings, with the data's fingerprint in place of its paths.
+        It has all settings, with the data's fingerprint instead of its paths.
         """
         return identity(self.settings, self.fingerprint)
 
     @cached_property
     def training(self) -> str:
-        """Equal trainings, equal models.
+        """One line of text that is the same for trials with equal models.
 
         Trials that differ in ``evaluation`` alone are one training.
         """
@@ -55,12 +57,13 @@ class Trial:
     @property
     def lacks_weights(self) -> bool:
         """Whether it starts from pre-trained weights that are not on this machine."""
+        # The fingerprint of missing weights begins with ``WEIGHTS_ABSENT``, then has their name.
         name = self.settings.encoder.weights
         return name is not None and weights_fingerprint(name).startswith(WEIGHTS_ABSENT)
 
     @cached_property
     def key(self) -> str:
-        """A short hash of the identity; names the trial's folder."""
+        """A short hash of the identity; the name of the trial's folder."""
         return key_of(self.identity)
 
 
@@ -69,20 +72,21 @@ class Study:
     """A study, resolved."""
 
     name: str
-    """The file's name without its ending: the experiment's name in MLflow."""
+    """The experiment's name in MLflow: at first the file's name without its ending."""
     file: StudyFile
     trials: Sequence[Trial]
     path: Path | None = None
-    """The study's file; none for one that was made by a program."""
+    """The study's file; none for a search, whose trials are proposed by Optuna."""
     chosen: frozenset[str] | None = None
-    """Keys of the trials that are to run now (``--filter``); none: all."""
+    """Keys of the trials that this launch runs (``--filter``); none: all."""
 
     @property
     def to_run(self) -> list[Trial]:
-        """The trials that are to run now."""
+        """The trials that this launch runs."""
+        # ``trials`` keeps the others, because the study's table shows all of them.
         return [trial for trial in self.trials if self.chosen is None or trial.key in self.chosen]
 
     @property
     def trains(self) -> bool:
-        """Whether there is anything to train: pictures of masks need no model."""
+        """Whether the study trains models; a figure of masks needs none."""
         return self.file.figure.kind != "masks"

@@ -23,7 +23,10 @@ from orchestration.studies.yaml_document import Document
 def parse_study_file(document: Document) -> StudyFile:
     """Return the file's content, checked against its schema.
 
-    An axis given as a list of values gets labels.
+    An axis that is a list of values gets its values as labels.
+
+    Raises:
+        UserError: the content breaks the schema, or sets seeds in a wrong way.
     """
     content = {**document.content}
     if isinstance(content.get("axes"), dict):
@@ -35,7 +38,8 @@ def parse_study_file(document: Document) -> StudyFile:
     except ValidationError as error:
         raise UserError(mistake_in(document, error, StudyFile)) from None
     if len(set(file.seeds)) < len(file.seeds):
-        raise UserError(f"{document.location('seeds')}: seeds: each may stand there once")
+        raise UserError(f"{document.location('seeds')}: seeds: each seed may be listed once")
+    # The table groups runs by their seeds, so a seed must not be a label or a fixed setting.
     settings = [file.fixed, *(tree for axis in file.axes.values() for tree in axis.values())]
     if any("seed" in tree for tree in settings):
         raise UserError(f"{document.path}: the seed is set by 'seeds: [0, 1, …]', not as a setting")
@@ -43,7 +47,8 @@ def parse_study_file(document: Document) -> StudyFile:
 
 
 def _labelled(axis: str, labels: Any, document: Document) -> Any:
-    """Return an axis' labels; of a setting whose values are listed, the values are the labels."""
+    """Return an axis' labels with their settings; of a list, each value is a label."""
+    # Only a list is converted: the schema refuses anything else that is not a mapping.
     if not isinstance(labels, list):
         return labels
     if axis not in SETTING_PATHS:
@@ -57,18 +62,23 @@ def _labelled(axis: str, labels: Any, document: Document) -> Any:
 
 
 def _value_text(value: Any) -> str:
+    """Return a value as a label: text as it is, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def mistake_in(document: Document, error: ValidationError, kind: type[BaseModel]) -> str:
-    """Return where a study or search file is wrong, what is, and which key was meant, perhaps."""
+    """Return a message for the first mistake in a study or search file: where, what, the remedy.
+
+    ``kind`` is the schema that the content breaks.
+    """
     found = error.errors()
-    first = next(
-        (each for each in found if each["type"] == "extra_forbidden"), found[0]
-    )  # a misspelt key is missing too
+    # A misspelt key is reported as missing too: the message about the unknown key helps more.
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
+    # pydantic's messages speak of inputs and of Python's types.
     names = tuple(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if first["type"] == "extra_forbidden":
+        # The unknown key is in the file itself or in one of its parts, as ``table``.
         known = kind.model_fields
         if len(names) > 1:
             inner: Any = getattr(known.get(names[0]), "annotation", None)
@@ -76,11 +86,10 @@ def mistake_in(document: Document, error: ValidationError, kind: type[BaseModel]
         near = difflib.get_close_matches(str(names[-1]) if names else "", known, n=1, cutoff=0.5)
         if near:
             hint = f"; did you mean {near[0]}?"
+        elif known:
+            hint = f" (there are: {', '.join(known)})"
         else:
-            if known:
-                hint = f" (there are: {', '.join(known)})"
-            else:
-                hint = ""
+            hint = ""
         message = f"no such key{hint}"
     elif first["type"] in ("dict_type", "model_type"):
         message = f"must be a mapping, 'name: value' line by line, not {first['input']!r}"
@@ -101,7 +110,7 @@ def check_references(study: Study, document: Document) -> None:
 
 
 def _check_metrics(file: StudyFile, document: Document) -> None:
-    """Check that every metric that is named exists."""
+    """Check that every named metric exists."""
     figure = file.figure
     named = [("table", name) for name in file.table.columns]
     named += [("figure", name) for name in figure.y]
@@ -120,11 +129,12 @@ def _check_metrics(file: StudyFile, document: Document) -> None:
 
 
 def _check_rows(study: Study, document: Document) -> None:
-    """Check that every label of a row that is named is one's."""
+    """Check that every named row is the row of a trial, or of a baseline where one may be meant."""
     file = study.file
     rows = sorted({trial.row for trial in study.trials})
     # A baseline is quoted from the paper: it is printed, and has no trial.
     all_rows = [*rows, *file.baselines]
+    # Each with its place in the file, its name, and the rows that it may be.
     references: list[tuple[tuple[str, ...], str, list[str]]] = []
     for name, values in file.paper.items():
         references += [(("paper", name, row), row, rows) for row in values]
@@ -143,9 +153,10 @@ def _check_rows(study: Study, document: Document) -> None:
 
 
 def _check_axes(study: Study, document: Document) -> None:
-    """Check that every axis that is named exists, and that labels have the parts of their axis."""
+    """Check that every named axis exists, and that labels have the parts of their axis."""
     file = study.file
     table = file.table
+    # An axis as "classifier / width" makes two columns, and each may be named alone.
     parts = [part for axis in file.axes for part in label_parts(axis, axis)]
     axes = {"table.pivot": table.pivot, "figure.group": file.figure.group}
     axes |= {f"table.delta.{axis}": axis for axis in table.delta}
@@ -156,6 +167,7 @@ def _check_axes(study: Study, document: Document) -> None:
                 f"{document.location(part)}: {location}: no axis {axis!r} (there are: "
                 f"{', '.join(parts)})"
             )
+    # A label of one part of an axis is found in the rows, where all labels are joined.
     for axis, label in table.delta.items():
         known = {trial.row.split(BETWEEN_LABELS)[parts.index(axis)] for trial in study.trials}
         if label not in known:
@@ -163,6 +175,7 @@ def _check_axes(study: Study, document: Document) -> None:
                 f"{document.location('table')}: table.delta.{axis}: no label {label!r} (there are: "
                 f"{', '.join(sorted(known))})"
             )
+    # A label with fewer parts would shift the columns of its row.
     for axis, labels in file.axes.items():
         for label in labels:
             if len(label_parts(axis, label)) != len(label_parts(axis, axis)):
@@ -173,7 +186,11 @@ def _check_axes(study: Study, document: Document) -> None:
 
 
 def _sides(claim: str, pairs: Sequence[str]) -> list[str]:
-    """Return the rows that a claim compares."""
+    """Return the rows that a claim compares.
+
+    Raises:
+        UserError: a comparison is not two rows with " > " between them.
+    """
     sides = [pair.split(" > ") for pair in pairs]
     if any(len(pair) != 2 for pair in sides):
         raise UserError(f"claims: {claim}: expected 'better row > worse row'")

@@ -1,4 +1,4 @@
-"""YAML files: where they are, what is on which line."""
+"""YAML files of studies and recipes: finds them, and remembers the line of each entry."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ def find(name: str, kind: str) -> Path:
     """Return the file that ``name`` means: a path, or the name of a packaged study or recipe.
 
     Raises:
-        UserError: there is none; the nearest packaged names are given.
+        UserError: no such file exists; the message has the nearest packaged names.
     """
     given = Path(name)
     spaces = packaged("search_spaces")
     folder = spaces / "recipes" if kind == "recipe" else spaces
-    bases = (Path(), folder, spaces, spaces.parent)  # the working folder first
+    # The working folder first, so that a user's file wins over a packaged one of the same name. The
+    # parent folder is for names as ``search_spaces/quickstart``.
+    bases = (Path(), folder, spaces, spaces.parent)
     candidates = [base / each for base in bases for each in (name, f"{name}.yaml")]
     found = next((path for path in candidates if path.is_file()), None)
     if found:
@@ -42,12 +44,14 @@ def find(name: str, kind: str) -> Path:
 
 
 class _KeysAsWritten(PlainLoader):
-    """YAML takes a label like ``on`` or ``0.10`` for a boolean or a number.
+    """Reads every key as text.
 
-    A name is what is written.
+    YAML 1.1 reads a label like ``on`` or ``0.10`` as a boolean or a number, and the label would be
+    printed as ``True`` or ``0.1``.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # The parser has given each key a tag by its looks: replace it by that of a text.
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 key.tag = "tag:yaml.org,2002:str"
@@ -61,6 +65,7 @@ class Document:
         self.path = path
         self.lines: dict[tuple[str, ...], int] = {}
         try:
+            # A video or a file of weights, given by mistake, must not be read into memory.
             if path.stat().st_size > MOST_YAML_BYTES:
                 raise UserError(
                     f"{path}: larger than {MOST_YAML_BYTES // 2**20} MiB: not a study or a recipe"
@@ -68,6 +73,7 @@ class Document:
             text = path.read_text(encoding="utf-8")
             content, node = parse_yaml(text, _KeysAsWritten)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
+            # Only some errors of PyYAML have a position, whose line is counted from 0.
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
             raise UserError(
@@ -95,20 +101,27 @@ class Document:
         return self._key(path) is not None
 
     def comment(self, path: str) -> str | None:
-        """Return the comment behind a dotted setting, on its line."""
+        """Return the comment on the line of a dotted setting."""
         key = self._key(path)
         return self.comments.get(self.lines[key]) if key else None
 
     def _key(self, path: str) -> tuple[str, ...] | None:
+        """Return the key in ``lines`` of a dotted setting, written nested or dotted."""
+        # ``mask: {ratio: 0.5}`` and ``mask.ratio: 0.5`` are the same setting.
         return next((key for key in self.lines if ".".join(key) == path), None)
 
     def _read_lines(self, node: yaml.MappingNode, above: tuple[str, ...]) -> None:
+        """Record the line of each entry of a mapping and of the mappings in it.
+
+        Raises:
+            UserError: an entry is written twice.
+        """
         for key, value in node.value:
             name = (*above, str(key.value))
+            # PyYAML keeps the last of two equal keys, without an error.
             if name in self.lines:
                 raise UserError(
-                    f"{self.path}:{key.start_mark.line + 1}: {'.'.join(name)} stands here a "
-                    "second time"
+                    f"{self.path}:{key.start_mark.line + 1}: {'.'.join(name)} is written twice"
                 )
             self.lines[name] = key.start_mark.line + 1
             if isinstance(value, yaml.MappingNode):
@@ -116,13 +129,16 @@ class Document:
 
 
 def _comments(text: str) -> dict[int, str]:
-    """Return, by line, the comments that stand behind something."""
+    """Return the comments that follow something on their line, by line."""
+    # PyYAML drops comments. What follows the last token of a line is space or a comment; a "#"
+    # inside a token, as in a quoted text, is none.
     ends: dict[int, int] = {}
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
         end = token.end_mark
         if token.start_mark.index < end.index:
             ends[end.line] = max(ends.get(end.line, 0), end.column)
     lines = text.splitlines()
+    # Tokens count lines from 0, ``Document.lines`` from 1.
     behind = {
         line + 1: lines[line][column:].strip() for line, column in ends.items() if line < len(lines)
     }
@@ -132,14 +148,15 @@ def _comments(text: str) -> dict[int, str]:
 
 
 class Recipe:
-    """A recipe's settings: those of the recipe it extends, then its own."""
+    """A recipe's settings, merged with those of the recipes that it extends."""
 
     def __init__(self, path: Path) -> None:
         self.documents: list[Document] = []
-        """The one that extends no other first."""
+        """The recipe's file last; each file extends the one before it."""
         document = Document(path)
         while True:
             self.documents.insert(0, document)
+            # Removed, because the content is merged below and ``extends`` is no setting.
             base = document.content.pop("extends", None)
             if base is None:
                 break
@@ -149,6 +166,7 @@ class Recipe:
                     above = find(str(base), "recipe")
                 except UserError as error:
                     raise UserError(f"{document.location('extends')}: extends: {error}") from None
+            # A circle of files would be read without end.
             if above in [each.path.resolve() for each in self.documents]:
                 raise UserError(f"{document.location('extends')}: extends: {base} extends itself")
             document = Document(above)
@@ -160,14 +178,15 @@ class Recipe:
                 raise UserError(f"{each.location_of_setting(error.path)}: {error}") from None
 
     def location_of_setting(self, path: str) -> str:
-        """Return ``file:line`` of a dotted setting, in the file that has the last word on it."""
+        """Return ``file:line`` of a dotted setting, in the file that sets it last."""
         return self._owner(path).location_of_setting(path)
 
     def comment(self, path: str) -> str | None:
-        """Return the comment behind a dotted setting, where it was set last."""
+        """Return the comment on the line of a dotted setting, in the file that sets it last."""
         return self._owner(path).comment(path)
 
     def _owner(self, path: str) -> Document:
+        """Return the file that sets a setting last; the recipe's own file if none does."""
         return next(
             (each for each in reversed(self.documents) if each.has(path)), self.documents[-1]
         )

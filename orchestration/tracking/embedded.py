@@ -13,15 +13,19 @@ from mar.errors import Failure
 from orchestration.config import LaunchConfig
 
 _DATABASE_MADE_S = 120.0
-"""A new one takes two seconds, on a slow disk ten."""
+"""How long to wait for another process that creates the database; it takes 2 s, on a slow disk 10
+s."""
 
 
 @contextlib.contextmanager
 def one_at_a_time(launch: LaunchConfig) -> Generator[None]:
-    """Hold the embedded store while its database is opened.
+    """Lock the embedded store while its database is opened.
 
-    Two first launches would both create its tables.
+    Raises:
+        Failure: another process holds the lock for too long.
     """
+    # Without the lock, two first launches would both create the tables, and one would fail. A store
+    # that cannot be written has its database already, and cannot have a lock file.
     if launch.tracking_uri is not None or not os.access(launch.store, os.W_OK):
         yield
         return
@@ -30,8 +34,8 @@ def one_at_a_time(launch: LaunchConfig) -> Generator[None]:
             yield
     except filelock.Timeout:
         raise Failure(
-            f"another process has been making the database in {launch.store} for "
-            f"{_DATABASE_MADE_S:g} s"
+            f"another process has held the lock of the database in {launch.store} for "
+            f"{_DATABASE_MADE_S:g} s; end it, or choose another --store"
         ) from None
 
 
@@ -41,16 +45,19 @@ _ADDRESS_COLUMNS = {
     "model_versions": ("source", "storage_location"),
     "logged_models": ("artifact_location",),
 }
-"""Table -> columns of MLflow's database that hold addresses of artifacts."""
+"""Table of MLflow's database -> its columns with addresses of artifacts."""
 
 
 def follow_move(launch: LaunchConfig, locations: Sequence[str]) -> None:
-    """Have an embedded store that was moved or copied know where its artifacts are now.
+    """Change the addresses of artifacts in the database of a store that was moved or copied.
 
-    MLflow writes absolute addresses into its database and has no call that changes them; with the
-    old ones a moved store would read from, and write to, the place where it was.
+    MLflow writes absolute addresses into its database and has no call that changes them. With the
+    old ones, a moved store would read from and write to its earlier folder. ``locations`` are the
+    experiments' addresses as the database has them.
     """
     now = launch.artifacts
+    # Our own experiments have ``file://…/artifacts``. Others, as one that a user has put into a
+    # bucket, keep their address.
     moved = {
         each
         for each in locations
@@ -61,8 +68,10 @@ def follow_move(launch: LaunchConfig, locations: Sequence[str]) -> None:
     engine = sqlalchemy.create_engine(launch.tracking)
     try:
         known = sqlalchemy.inspect(engine)
+        # One transaction: with only a part of the tables changed, runs would lose their artifacts.
         with engine.begin() as connection:
             for table, columns in _ADDRESS_COLUMNS.items():
+                # Later versions of MLflow add tables.
                 if not known.has_table(table):
                     continue
                 for column in columns:
@@ -74,8 +83,9 @@ def follow_move(launch: LaunchConfig, locations: Sequence[str]) -> None:
 
 
 def _move_statement(table: str, column: str) -> str:
-    """Return SQL that replaces the address ``:old`` before each address of a column by ``:now``."""
-    # The names of table and column are our own, not a user's.
+    """Return SQL that replaces ``:old`` at the beginning of a column's addresses by ``:now``."""
+    # An address that only begins with the same characters, as ``…/artifacts2``, is not changed.
+    # Table and column are constants of this module, so formatting them into SQL is safe (S608).
     return (
         f"UPDATE {table} SET {column} = :now || substr({column}, length(:old) + 1) "  # noqa: S608
         f"WHERE {column} = :old "
@@ -84,22 +94,21 @@ def _move_statement(table: str, column: str) -> str:
 
 
 def serve(launch: LaunchConfig, port: int) -> tuple[list[str], dict[str, str]]:
-    """Return the command that serves the store's pages on the loopback interface.
+    """Return the command that serves MLflow's pages on the loopback interface, and its environment.
 
-    And the environment it needs.
-
-    The database's address is in the environment: everybody on the machine can read a command line.
-    It answers to this machine's own names alone, on any port, for ``ssh -L``: MLflow's default
-    takes ``10.evil.example`` for a private address, so that a page of that name could read the
-    store (DNS rebinding).
+    The server answers requests for this machine's own names only.
     """
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     if launch.artifacts:
         command += ["--default-artifact-root", launch.artifacts]
+    # MLflow's default accepts every host that looks like a private address, ``10.evil.example``
+    # among them: a web page of that name could read the store (DNS rebinding). Any port is allowed,
+    # because ``ssh -L`` may forward another one.
     own = ("localhost", "127.0.0.1", "[::1]")
     environment = {
         "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(f"{name},{name}:*" for name in own),
         "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{name}:{port}" for name in own),
         **os.environ,
     }
+    # In the environment, because every user of the machine can read a command line.
     return command, {**environment, "MLFLOW_BACKEND_STORE_URI": launch.tracking}

@@ -13,12 +13,12 @@ from mar.errors import UserError
 from orchestration.installation import CODE, checkout
 
 PINNED = "MAR_PINNED"
-"""Environment variable of a job: the versions that its results depend on, as JSON."""
+"""Environment variable of a submitted job: the submitter's versions of ``PACKAGES``, as JSON."""
 PACKAGES = ("mar-on-ray", "torch", "timm", "ray", "mlflow", "decord", "av", "numpy")
 
 
 def tags() -> dict[str, str]:
-    """Return what is the same for every trial of a launch, as tags."""
+    """Return the tags that all trials of a launch share: versions, host and commit."""
     versions = {
         f"version.{name}": version for name, version in package_versions().items() if version
     }
@@ -31,7 +31,7 @@ def tags() -> dict[str, str]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Return the installed version of each package that bears on a result; none: not installed."""
+    """Return the version of each package that affects results; none if it is not installed."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -42,10 +42,8 @@ def package_versions() -> dict[str, str | None]:
 
 
 def _git() -> dict[str, str]:
-    """Return the checkout's commit and whether it has uncommitted changes.
-
-    Nothing outside a checkout.
-    """
+    """Return the checkout's commit and whether it has uncommitted changes; empty without one."""
+    # A submitted job runs from a copy without ``.git``: its submitter sends these tags.
     if CODE in os.environ:
         return json.loads(os.environ[CODE])
     program = shutil.which("git")
@@ -54,11 +52,14 @@ def _git() -> dict[str, str]:
         return {}
 
     def ask(*arguments: str) -> str:
+        # A checkout that git refuses, as one of another user's, gives an empty text and no error:
+        # a training must not depend on git.
         answer = subprocess.run(  # noqa: S603
             [program, "-C", str(root), *arguments], capture_output=True, text=True, check=False
         )
         return answer.stdout.strip()
 
+    # The first name is MLflow's own: its pages show that commit beside a run.
     return {
         "mlflow.source.git.commit": ask("rev-parse", "HEAD"),
         "git.dirty": str(bool(ask("status", "--porcelain"))),
@@ -66,11 +67,12 @@ def _git() -> dict[str, str]:
 
 
 def check_pinned() -> None:
-    """See that the cluster has the versions that the one who submitted has.
+    """Check that the cluster has the same package versions as the machine that submitted the job.
 
     Raises:
-        UserError: it has others.
+        UserError: a version differs.
     """
+    # Without the variable nothing is compared: no job, or one submitted with ``--any-versions``.
     pinned: dict[str, str | None] = json.loads(os.environ.get(PINNED, "{}"))
     here = package_versions()
     others = [
@@ -81,6 +83,5 @@ def check_pinned() -> None:
     if others:
         raise UserError(
             f"the cluster has other versions than you: {', '.join(others)}. Install the same "
-            "there (constraints.txt), "
-            "or submit with --any-versions"
+            "versions on it (constraints.txt), or submit with --any-versions"
         )

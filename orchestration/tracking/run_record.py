@@ -1,4 +1,4 @@
-"""A trial's run, as MLflow remembers it."""
+"""A trial's run as it is stored in MLflow, without MLflow's types."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from orchestration.tracking.tags import IDENTITY, KEY, TRAINED_BY, WEIGHTS
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A trial as MLflow remembers it."""
+    """A trial's run as it is stored in MLflow; a ``studies.matching.Record``."""
+
+    # ``studies`` and ``search`` match runs and must not import MLflow: this class is what they see.
 
     run_id: str
     experiment: str
@@ -21,7 +23,7 @@ class RunRecord:
 
     @property
     def identity(self) -> str:
-        """Which training this is."""
+        """The trial's identity (``studies.identity``); empty for a run without one."""
         return self.tags.get(IDENTITY, "")
 
     @property
@@ -31,7 +33,8 @@ class RunRecord:
 
     @property
     def has_model(self) -> bool:
-        """Whether its result has a model: it was trained, not tested again."""
+        """Whether its result has a model: it was trained, not only tested."""
+        # A trial that was only tested names the trial whose model it used.
         return TRAINED_BY not in self.tags
 
     @property

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+# The prefix keeps our tags apart from those of users and from MLflow's own ("mlflow.…").
 KIND = "mar.kind"
 """``study`` or ``trial``."""
 STUDY = "mar.study"
 TITLE = "mar.title"
 EXPECTED = "mar.expected"
-"""Of a study: how many trials it has or is going to have, without those of other studies."""
+"""Of a study: its number of trials, finished or not, at its last launch."""
 RUNS = "mar.runs"
-"""Of a study: the runs its table is made of, of whatever study; JSON."""
+"""Of a study: the runs in its table, also those of other studies; JSON."""
 
 KEY = "mar.key"
 """Of a trial: the short hash of its identity, the name of its folder."""
 IDENTITY = "mar.identity"
-"""Of a trial: its settings and the fingerprints of data and weights, on one line. Equal identities,
-equal results."""
+"""Of a trial: its settings and the fingerprints of data and weights, on one line. Trials with equal
+identities have equal results."""
 LABELS = "mar.labels"
 """Of a trial: its label on each axis of its study; JSON."""
 SEED = "mar.seed"
@@ -28,13 +29,14 @@ TRAINED_BY = "mar.trained_by"
 COST_GFLOPS = "mar.cost.gflops"
 COST_PARAMS_M = "mar.cost.params_m"
 DATA_PREFIX = "mar.data."
-"""Before the name of a setting that is a path: not part of the identity."""
+"""Before the name of a setting that is a path. Paths are not part of the identity."""
 MICROBATCH_CLIPS = "mar.microbatch_clips"
-"""Of a trial whose memory was too small: the micro-batch it was trained with."""
+"""Of a trial that ran out of memory: the micro-batch, in clips, that it was trained with."""
 PRUNED = "mar.pruned"
 FAILURE = "mar.failure"
 """Of a failed trial: the message."""
 FAILURE_KIND = "mar.failure_kind"
 
+# The one name without our prefix.
 PARENT_RUN = "mlflow.parentRunId"
 """MLflow's own tag: it shows a trial's run below its study's."""

@@ -1,4 +1,4 @@
-"""Writes runs to MLflow in a thread of its own, in batches, and again until the store has them."""
+"""Writes runs to MLflow in a background thread, in batches, and retries until they are stored."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from orchestration.tracking.client import Metric, is_permanent, mention_refusal,
 from orchestration.tracking.store import Store
 
 _NOTICE_EVERY_S = 5.0
-"""How often a wait for a store that is away is mentioned."""
+"""How often a wait for an unreachable store is reported."""
 _METRICS_PER_BATCH = 900
-"""MLflow takes at most 1,000 in one call."""
+"""MLflow accepts at most 1,000 metrics in one call."""
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 """Between two attempts to write; each pause is twice the one before."""
@@ -27,11 +27,11 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Writer:
-    """Writes to MLflow in a thread of its own, in the order of the calls; a caller never waits.
+    """Writes to MLflow in a background thread, in the order of the calls; a caller never waits.
 
-    What cannot be written is tried again, and later operations wait for it: a store that was away
-    for a while gets everything, once. Runs are named by a key of the caller's, because their
-    creation may have to wait too.
+    An operation that fails is retried, and later operations wait for it: a store that was
+    unreachable for a while receives everything once. The caller names a run by a key, because the
+    run's id is known only after its creation, which may have to wait too.
     """
 
     def __init__(self, store: Store, patience_s: float = 30.0) -> None:
@@ -39,38 +39,38 @@ class Writer:
         self.client = store.client
         self.patience_s = patience_s
         self._operations: queue.Queue[Callable[[], object] | None] = queue.Queue()
-        """What is to be written, in order; none ends the thread."""
+        """What to write, in order; none ends the thread."""
         self._runs: dict[str, str] = {}
         """Key -> the run's id."""
         self._pending: dict[str, list[Metric]] = {}
-        """Key -> metrics that are not sent yet."""
+        """Key -> metrics that are collected and not sent yet."""
         self._last_epoch: dict[str, int] = {}
-        """Key -> the newest epoch that the store has, or is going to have."""
+        """Key -> the newest epoch that is stored or collected."""
         self._last_names: dict[str, set[str]] = {}
         """Key -> the metrics that this process logged of that epoch."""
         self._failure: Exception | None = None
-        """Why the operation at the head of the queue could not be carried out; none: it was, or is
-        being tried."""
+        """Why the last attempt of the current operation failed; none if it did not fail yet."""
         self._abandoned = threading.Event()
+        """Set when a caller's patience has ended: nothing more is written."""
+        # A daemon, because a thread in a call that hangs would keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
 
     def open(self, key: str, find_or_create: Callable[[], str]) -> None:
-        """Let ``key`` name the run whose id ``find_or_create`` returns."""
+        """Give the name ``key`` to the run whose id ``find_or_create`` returns."""
         self._operations.put(lambda: self._runs.update({key: find_or_create()}))
 
     def log_metrics(self, key: str, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Log metrics of an epoch, unless an attempt before this one logged that epoch."""
+        """Log metrics of an epoch, unless an earlier attempt logged that epoch."""
         self.log_report(key, EpochReport(epoch, metrics))
 
     def log_report(self, key: str, report: EpochReport) -> None:
-        """Log an epoch.
+        """Log a report of an epoch; an epoch that is stored is not logged again.
 
-        This is the one place where replays are dropped: an epoch that the store has is not logged
-        again.
-
-        Of a final report, the metrics that the store lacks are logged: what the test measured.
+        This is the only place where replays are dropped. Of a final report, which has the number
+        of the last epoch again, the metrics that are not stored are logged: those of the test.
         """
+        # The time of the report, not of its writing, which may be minutes later.
         now_ms = int(time.time() * 1000)
         self._operations.put(lambda: self._collect(key, report, now_ms))
 
@@ -93,7 +93,8 @@ class Writer:
         self._operations.put(lambda: self.client.set_tag(self._runs[key], name, value))
 
     def after_flush(self, do: Callable[[], object]) -> None:
-        """Call ``do`` when everything before it is written."""
+        """Call ``do`` in the writer's thread when everything before it is written."""
+        # Metrics are only collected by their operation, so they must be sent first.
         self._operations.put(self._flush)
         self._operations.put(do)
 
@@ -106,14 +107,15 @@ class Writer:
         """Wait until everything is written.
 
         Raises:
-            Failure: the store could not be written, and was not back within ``patience_s``.
+            Failure: the store was unreachable for ``patience_s``; it writes nothing more.
         """
+        # The queue keeps its order: when this event is set, all operations before it are done.
         written = threading.Event()
         self._operations.put(self._flush)
         self._operations.put(written.set)
         began = time.monotonic()
         while not written.wait(timeout=min(_NOTICE_EVERY_S, self.patience_s)):
-            # While it is being written there is no limit: a large upload takes its time.
+            # The limit is for failures alone: a large upload may take longer than ``patience_s``.
             if self._failure is None:
                 began = time.monotonic()
                 continue
@@ -128,11 +130,12 @@ class Writer:
             )
 
     def close(self) -> None:
-        """Write what is left and stop.
+        """Write what is left and end the thread.
 
         Raises:
             Failure: as ``flush``.
         """
+        # After a failed ``flush`` a second one would wait for ``patience_s`` again.
         try:
             if not self._abandoned.is_set():
                 self.flush()
@@ -141,23 +144,24 @@ class Writer:
             self._thread.join()
 
     def _work(self) -> None:
+        """Execute operations until one is none; the writer's thread runs this."""
         while (operation := self._operations.get()) is not None:
             self._execute(operation)
-            # Metrics are collected while there is more to do, and sent when there is not.
+            # Metrics are sent when the queue is empty, so that those of many reports share a call:
+            # SQLite takes 14,400 metrics a second in batches, 395 one by one.
             if self._operations.empty():
                 self._execute(self._flush)
 
     def _execute(self, operation: Callable[[], object]) -> None:
-        """Carry an operation out.
-
-        Try again until it succeeds, is refused permanently, or is abandoned.
-        """
+        """Execute an operation until it succeeds, is refused permanently, or is abandoned."""
         pause_s = _FIRST_PAUSE_S
         while not self._abandoned.is_set():
             try:
                 operation()
-            # Whatever the error is, the operation stays at the head of the queue.
+            # Any exception: an error that is not known as permanent may pass, and an exception that
+            # ends this thread would lose everything in the queue.
             except Exception as error:
+                # Retrying a refused operation would block all later ones.
                 if is_permanent(error):
                     mention_refusal(error)
                     self._failure = None
@@ -170,8 +174,13 @@ class Writer:
                 return
 
     def _collect(self, key: str, report: EpochReport, now_ms: int) -> None:
-        """Add a report's metrics to those that are to be sent, but for those that the store has."""
+        """Add a report's metrics to those that are to be sent, without those that are stored.
+
+        It may be executed again after an error of MLflow's client, so it adds nothing before the
+        last call that may fail.
+        """
         epoch = report.epoch
+        # An earlier launch may have logged epochs of this run.
         if key not in self._last_epoch:
             history = self.client.get_metric_history(self._runs[key], "epoch")
             self._last_epoch[key] = max((point.step for point in history), default=-1)
@@ -180,6 +189,7 @@ class Writer:
             self._last_epoch[key] = epoch
             self._last_names[key] = set()
             metrics["epoch"] = epoch
+        # The last epoch is stored already, and the test's metrics have its number.
         elif report.is_final:
             metrics = {
                 name: value for name, value in metrics.items() if not self._has(key, name, epoch)
@@ -191,14 +201,15 @@ class Writer:
         self._pending.setdefault(key, []).extend(points)
 
     def _has(self, key: str, name: str, epoch: int) -> bool:
-        """Whether a metric of the newest epoch is logged, by this launch or an earlier one."""
+        """Whether a metric of the newest epoch was logged by this launch or an earlier one."""
         if name in self._last_names.get(key, ()):
             return True
         history = self.client.get_metric_history(self._runs[key], name)
         return any(point.step == epoch for point in history)
 
     def _flush(self) -> None:
-        """Send the collected metrics; what was sent is not sent again if a later batch fails."""
+        """Send the collected metrics."""
+        # A batch is removed when it is sent: if a later one fails, the retry sends only the rest.
         for key, points in list(self._pending.items()):
             while points:
                 self._log(key, points[:_METRICS_PER_BATCH])
@@ -206,17 +217,16 @@ class Writer:
             del self._pending[key]
 
     def _log(self, key: str, points: list[Metric]) -> None:
-        """Log points of a run.
-
-        If some are refused permanently, each alone, so that the others are written.
-        """
+        """Log points of a run; leave out those that MLflow refuses permanently."""
         try:
             self.client.log_batch(self._runs[key], metrics=points)
         except Exception as error:
             if not is_permanent(error):
                 raise
+            # A KeyError means that the run itself was refused: no point can be written.
             if len(points) == 1 or isinstance(error, KeyError):
                 mention_refusal(error)
                 return
+            # MLflow refuses the whole batch for one point, so each is sent alone.
             for point in points:
                 self._log(key, [point])

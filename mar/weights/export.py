@@ -26,7 +26,8 @@ from mar.model.flops import cost
 from mar.model.mar import MAR, split_indices
 from mar.model.masking import evaluation_mask
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
-from mar.weights.pretrained import Weights, fitting, load
+from mar.weights.pretrained import fitting, load
+from mar.weights.reading import Weights
 from mar.weights.state_dict_mapping import hugging_face_names
 
 _ONNX_TOLERANCE = 1e-3

@@ -1,6 +1,6 @@
-"""Weights out: a folder of safetensors, ``config.json`` and a model card.
+"""Writes weights: our own format, Hugging Face's VideoMAE, and ONNX.
 
-Hugging Face's VideoMAE; ONNX.
+The first two are folders of safetensors, ``config.json`` and a model card.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mar.weights.reading import Weights
 from mar.weights.state_dict_mapping import hugging_face_names
 
 _ONNX_TOLERANCE = 1e-3
-"""Of the largest score, or of 1."""
+"""The largest difference from PyTorch, relative to the largest score, or to 1 if that is larger."""
 _CARD = """---
 library_name: {library}
 pipeline_tag: video-classification
@@ -75,6 +75,7 @@ def write_model(folder: Path, weights: Weights, settings: TrainingConfig) -> Non
         Failure: the disk refuses.
     """
     check_fit(weights, settings)
+    # Paths of this machine mean nothing to whoever receives the folder, and may be private.
     config = {"model_type": "mar", "settings": without_paths(settings), **_labels(weights)}
     card = _card(folder, weights, settings, weights.tensors, "mar", _HOW_OURS)
     _write(folder, weights.tensors, {"config.json": config}, card)
@@ -83,7 +84,8 @@ def write_model(folder: Path, weights: Weights, settings: TrainingConfig) -> Non
 def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig) -> list[str]:
     """Write a folder for ``transformers``' VideoMAE.
 
-    Returns the names it has no place for (a bridging classifier's).
+    Returns:
+        The names of the tensors that this format cannot hold (a bridging classifier's).
 
     Raises:
         UserError: the folder exists already, the weights do not fit, or tubelets are not square.
@@ -95,6 +97,8 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
         raise UserError(
             f"encoder.tubelet: Hugging Face's VideoMAE has square patches, not {height} × {width}"
         )
+    # transformers has one class with a classifier and one with a decoder, none with both. Its
+    # classifier is ours under ``norm: pooled``; a model of that kind has no decoder.
     pooled = settings.classifier.norm == "pooled" and "classifier.head.weight" in weights.tensors
     kept = {
         name: tensor
@@ -114,6 +118,7 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
         architecture = "VideoMAEModel"
     dimensions = settings.encoder.dimensions
     decoder = settings.reconstruction
+    # The names are those of ``VideoMAEConfig``. An MLP is four times as wide as its tokens.
     config = {
         "model_type": "videomae",
         "architectures": [architecture],
@@ -130,8 +135,10 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
         "decoder_num_attention_heads": decoder.heads,
         "decoder_intermediate_size": 4 * decoder.width,
         "norm_pix_loss": decoder.normalize_target,
+        # The ε of the official models and of ours; the default of transformers is 1e-12.
         "layer_norm_eps": 1e-6,
         "use_mean_pooling": pooled,
+        # ``PretrainedConfig`` makes two labels where it is given none.
         **(_labels(weights, settings.data.num_classes) if pooled else {"id2label": {}}),
     }
     how = _HOW_HUGGING_FACE.format(architecture=architecture)
@@ -143,9 +150,9 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
 
 
 def _labels(weights: Weights, num_unnamed: int = 0) -> dict[str, Any]:
-    """Return the class names as Hugging Face's configs have them.
+    """Return the class names in the form of Hugging Face's configs.
 
-    ``num_unnamed`` classes get names without a meaning.
+    Where the weights have no names, ``num_unnamed`` classes get numbered ones.
     """
     names = list(weights.classes) or [f"LABEL_{number}" for number in range(num_unnamed)]
     if not names:
@@ -176,6 +183,7 @@ def check_fit(weights: Weights, settings: TrainingConfig) -> None:
 
     Nothing is computed.
     """
+    # On the meta device a model has names and shapes, but no memory.
     with torch.device("meta"):
         model = MAR(settings)
     has = {name.split(".")[0] for name in weights.tensors}
@@ -183,7 +191,7 @@ def check_fit(weights: Weights, settings: TrainingConfig) -> None:
 
 
 class Inference(nn.Module):
-    """What is deployed: pixels to class scores, under the mask of evaluation.
+    """The deployed model: from pixels to class scores, under the mask of evaluation.
 
     Hidden tubelets are never read.
     """
@@ -193,10 +201,12 @@ class Inference(nn.Module):
     def __init__(self, model: MAR, settings: TrainingConfig) -> None:
         super().__init__()
         self.model = model
+        # The mask of evaluation is fixed, so the graph has its indices as a constant.
         self.register_buffer("visible", split_indices(evaluation_mask(settings))[0])
 
     def forward(self, pixels: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B classes"]:
         """Return the class scores."""
+        # Not ``len(pixels)``: torch.export would make the number of clips a constant.
         indices = self.visible.expand(pixels.shape[0], -1)
         tokens = self.model.encoder((pixels - self.model.mean) / self.model.std, indices)
         assert self.model.classifier is not None
@@ -204,12 +214,11 @@ class Inference(nn.Module):
 
 
 def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
-    """Write the inference path to ONNX, any number of clips at once.
+    """Write the inference path to ONNX, for any number of clips at once.
 
-    Returns the largest difference from PyTorch.
-
-    The difference is that of onnxruntime's class scores on two random clips, after the file was
-    read again.
+    Returns:
+        The largest difference of onnxruntime's class scores from PyTorch's, on two random clips;
+        onnxruntime reads the file that was written.
 
     Raises:
         UserError: the file exists already, onnx is not installed, or the weights have no
@@ -224,6 +233,7 @@ def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
     model = MAR(settings).eval()
     load(model, weights, settings, ("encoder.", "classifier."))
     clip = settings.clip
+    # Two clips and not one: torch.export treats a dimension of length 1 as a constant.
     pixels = torch.rand(
         2, 3, clip.frames, clip.size, clip.size, generator=torch.Generator().manual_seed(0)
     )
@@ -239,10 +249,12 @@ def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
             output_names=["scores"],
             dynamic_shapes={"pixels": {0: torch.export.Dim("clips", min=1, max=4096)}},
         )
+    # The file gets its name after it has been compared, so a wrong one is never used.
     unfinished = file.with_name(f".{file.name}.unfinished")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if weights.classes:
+            # An ONNX file has no config beside it, so the names travel inside.
             program.model.metadata_props["classes"] = json.dumps(
                 weights.classes, ensure_ascii=False
             )
@@ -266,8 +278,9 @@ def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
 def _onnx_difference(file: Path, pixels: Tensor, expected: Tensor) -> float:
     """Return the largest difference of onnxruntime's scores from the expected ones.
 
-    Of all clips at once, and of the first alone: the number of clips is dynamic.
+    Both clips are tested at once, and the first alone, because the number of clips is dynamic.
     """
+    # An optional package: nothing but this comparison needs it.
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -284,6 +297,7 @@ def _write(
 ) -> None:
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another name, or remove it")
+    # ``save_file`` refuses views and tensors that share memory.
     contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     writers: dict[str, Callable[[Path], None]] = {
         "model.safetensors": lambda file: save_file(contiguous, file, metadata={"format": "pt"}),
@@ -291,13 +305,15 @@ def _write(
     }
     for name, config in configs.items():
         text = json.dumps(config, indent=1, ensure_ascii=False)
+        # The default argument binds this round's text: a closure would see the last one.
         writers[name] = lambda file, text=text: write_text(file, text)
     checked: Writers = writers
-    write_atomic_dir(folder, checked, {}, advice="Choose another place")
+    write_atomic_dir(folder, checked, {}, advice="Choose another folder")
 
 
 def _classes_text(weights: Weights, settings: TrainingConfig) -> str:
-    """Return the number of classes and their names, harmless in Markdown."""
+    """Return the number of classes and their names, with Markdown's special characters escaped."""
+    # Names come from a stranger's file: they could close the table or add links.
     names = [
         re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(name.split())) for name in weights.classes
     ]
@@ -314,7 +330,9 @@ def _card(
     library: str,
     how: str,
 ) -> str:
-    figures, (width, depth, heads) = cost(settings), settings.encoder.dimensions
+    """Return the text of the model card."""
+    figures = cost(settings)
+    width, depth, heads = settings.encoder.dimensions
     parts = [
         part
         for part in ("encoder", "decoder", "classifier")
@@ -323,6 +341,7 @@ def _card(
     return _CARD.format(
         library=library,
         title=folder.name,
+        # The name alone: a path would reveal this machine's folders.
         source=Path(weights.source).name,
         layout=weights.layout,
         parts=", ".join(parts),

@@ -21,8 +21,8 @@ STATED_SETTINGS = ("encoder.tubelet", "encoder.heads", "classifier.heads", "reco
 """Settings that shapes do not determine; where the file states them, ours must agree."""
 
 
-# Width -> heads of published models. No shape and no file states the heads of these parts, so a
-# model of another width needs them from the user.
+# Width -> heads of published models. Shapes do not determine the heads, and few files state them:
+# for another width the user must give them.
 _KNOWN_CLASSIFIER_HEADS = {512: 4}
 
 

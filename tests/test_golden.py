@@ -133,7 +133,7 @@ def test_other_sizes_are_read_from_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_heads_that_no_file_tells_must_be_given(golden_checkpoint: Path) -> None:
-    with pytest.raises(UserError, match=r"encoder.heads: no file tells the number of heads"):
+    with pytest.raises(UserError, match=r"encoder.heads: no file states the number of heads"):
         model_settings(read_weights(str(golden_checkpoint)))
 
 

@@ -60,7 +60,8 @@ class Loaded:
             f"weights    {weights.source} ({weights.layout})",
             f"loaded     {_counted(self.loaded, weights.tensors)}",
         ]
-        lines += [f"at random  {_grouped(self.initialised)}"] if self.initialised else []
+        if self.initialised:
+            lines.append(f"at random  {_grouped(self.initialised)}")
         return "\n".join([*lines, *(f"left over  {item}" for item in left)])
 
 
@@ -75,17 +76,15 @@ def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None)
     known = {**weights.settings, **flatten(overrides or {})}
     # Attention's matrices have the same shape for any number of heads, so a wrong number would
     # load without an error. A named encoder size fixes its heads; all others must be known.
-    needs = [("encoder.heads", known.get("encoder.size") == "custom")]
-    needs += [
-        (
-            "classifier.heads",
-            "classifier.project.weight" in weights.tensors and is_bridging(weights.tensors),
-        )
+    has_bridging = "classifier.project.weight" in weights.tensors and is_bridging(weights.tensors)
+    needs = [
+        ("encoder.heads", known.get("encoder.size") == "custom"),
+        ("classifier.heads", has_bridging),
+        ("reconstruction.heads", "decoder.project.weight" in weights.tensors),
     ]
-    needs += [("reconstruction.heads", "decoder.project.weight" in weights.tensors)]
     for path, is_needed in needs:
         if is_needed and path not in known:
-            raise SettingError(path, f"no file tells the number of heads: give it, as {path}=4")
+            raise SettingError(path, f"no file states the number of heads: give it, as {path}=4")
     return build(merge({}, known))
 
 
@@ -142,6 +141,11 @@ def check_start(settings: TrainingConfig) -> None:
 
 
 def _to_start_from(model: MAR, settings: TrainingConfig) -> tuple[Weights, tuple[str, ...]]:
+    """Return the weights that a training starts from, and the parts of the model to load.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or lacks the decoder that the settings ask for.
+    """
     assert settings.encoder.weights
     # A 2D patch embedding of an image model is inflated to the tubelet's frames.
     weights = read_weights(settings.encoder.weights, settings.encoder.tubelet[0])
@@ -150,7 +154,9 @@ def _to_start_from(model: MAR, settings: TrainingConfig) -> tuple[Weights, tuple
         raise UserError(
             f"encoder.weights: {weights.source} has no decoder: set reconstruction.init: random"
         )
-    return weights, ("encoder.", "decoder.") if has_decoder else ("encoder.",)
+    if has_decoder:
+        return weights, ("encoder.", "decoder.")
+    return weights, ("encoder.",)
 
 
 def load(
@@ -198,8 +204,35 @@ def fitting(
     ours = model.state_dict()
     of_parts = [name for name in {**ours, **weights.tensors} if name.startswith(tuple(parts))]
     both = [name for name in of_parts if not (lends_norm and name.startswith("encoder.norm."))]
-    # All kinds are collected first: together they show better than one alone what differs.
-    faults = {
+    faults = _faults(ours, of_parts, both, weights, settings)
+    if any(faults.values()):
+        problems = [f"{kind}: {listed(names)}" for kind, names in faults.items() if names]
+        # Two lengths show whether the width, the tubelet or the number of classes differs.
+        if faults["other shapes"]:
+            name = faults["other shapes"][0]
+            shapes = weights.tensors[name].shape, ours[name].shape
+            theirs, own = (" × ".join(str(length) for length in shape) for shape in shapes)
+            problems.append(f"{name} is {theirs} in the file, {own} in the model")
+        advice = _advice(weights, settings)
+        raise UserError(
+            f"{weights.source} ({weights.layout}) does not fit. {'; '.join(problems)}{advice}"
+        )
+    return tuple(name for name in of_parts if name in ours and name in weights.tensors)
+
+
+def _faults(
+    ours: Mapping[str, Tensor],
+    of_parts: Sequence[str],
+    both: Sequence[str],
+    weights: Weights,
+    settings: TrainingConfig,
+) -> dict[str, list[str]]:
+    """Return what does not fit, by kind: names of tensors, and at last paths of settings.
+
+    ``of_parts`` are the names in the model or the file; those of ``both`` must be in both.
+    """
+    # All kinds are collected: together they show better than one alone what differs.
+    return {
         "missing": [name for name in both if name not in weights.tensors],
         # Also unknown keys inside a block (a layer scale, a norm of the queries): without them the
         # block would compute something else.
@@ -222,19 +255,6 @@ def fitting(
             if path in weights.stated and _contradicts(path, weights, settings)
         ],
     }
-    if any(faults.values()):
-        problems = [f"{kind}: {listed(names)}" for kind, names in faults.items() if names]
-        # Two lengths show whether the width, the tubelet or the number of classes differs.
-        if faults["other shapes"]:
-            name = faults["other shapes"][0]
-            shapes = weights.tensors[name].shape, ours[name].shape
-            theirs, own = (" × ".join(str(length) for length in shape) for shape in shapes)
-            problems.append(f"{name} is {theirs} in the file, {own} in the model")
-        advice = _advice(weights, settings)
-        raise UserError(
-            f"{weights.source} ({weights.layout}) does not fit. {'; '.join(problems)}{advice}"
-        )
-    return tuple(name for name in of_parts if name in ours and name in weights.tensors)
 
 
 def _contradicts(path: str, weights: Weights, settings: TrainingConfig) -> bool:
@@ -257,6 +277,7 @@ def _contradicts(path: str, weights: Weights, settings: TrainingConfig) -> bool:
 
 
 def _advice(weights: Weights, settings: TrainingConfig) -> str:
+    """Return the sentence that names the file's sizes that the settings do not have, or nothing."""
     here = flatten(settings.model_dump(mode="json"))
     # Only sizes decide whether tensors fit: a rate of dropout would be no help.
     sizes = {
@@ -316,7 +337,7 @@ def contents(weights: Weights) -> str:
     }
     # The order of the schema puts the settings of a branch together.
     in_order = sorted(sizes.items(), key=lambda each: SETTING_PATHS.index(each[0]))
-    listed = ", ".join(
+    sizes_text = ", ".join(
         f"{path}={value}" for path, value in in_order if path.split(".")[-1] in SIZES and value
     )
     lines = [
@@ -324,7 +345,7 @@ def contents(weights: Weights) -> str:
         f"has        {_counted(list(weights.tensors), weights.tensors)}",
     ]
     lines += [
-        f"settings   {listed}",
+        f"settings   {sizes_text}",
         *(f"not used   {_grouped(keys)}: {why}" for why, keys in by_reason.items()),
     ]
     # Keys and names come from a stranger's file: control characters could rewrite the terminal.

@@ -36,7 +36,7 @@ class Weights:
     unused: dict[str, str]
     """Key in the file -> why the model has no use for it."""
     settings: dict[str, Any]
-    """Dotted settings that the file determines; ``…heads`` only where it states them."""
+    """Dotted settings that the file determines; ``…heads`` are missing where unknown."""
     stated: frozenset[str] = frozenset()
     """The paths of those that a config beside the weights or the embedding's shape states; values
     that are only assumed, because known models have them, are not among them."""

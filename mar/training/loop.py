@@ -48,12 +48,10 @@ def fit(
 
     Raises:
         UserError: the settings do not fit the data.
-        Failure: the loss is not finite, a video is broken (``data.broken: error``), or the disk
-            refuses.
+        Failure: the loss is not finite, a video is broken (``data.broken``), or the disk refuses.
         Stopped: ``callbacks.on_step`` asked for it; the state is saved, except after ``ABORT``.
     """
-    # Rank 0 alone looks: another worker could see a folder that is just being written, and workers
-    # that disagree would wait for each other forever.
+    # Rank 0 alone looks: workers that saw different folders would wait for each other forever.
     finished = distributed.broadcast_from_rank0(lambda: _finished(settings, folder))
     if finished is not None:
         return _replay_result(finished, settings, callbacks)
@@ -61,7 +59,7 @@ def fit(
     val = read_split(settings.data, "val")
     frame_cache.check(settings.data, train)
     order = TrainingOrder(settings, len(train), distributed.worker_rank())
-    # Initial weights draw from PyTorch's global stream; all later draws have streams of their own.
+    # Initial weights draw from PyTorch's global stream, dropout from one that each step seeds.
     torch.manual_seed(settings.seed)
     model = MAR(settings).to(runtime.device)
     optimizer = build_optimizer(model, settings.recipe)
@@ -93,7 +91,7 @@ def fit(
         )
         while training.epoch < settings.recipe.epochs:
             run_epoch(training, batches, validate)
-    # Their loader processes end before those of testing start, so memory holds one set at a time.
+    # Their loader processes end before those of testing start.
     batches.close()
     del batches, validate
     trained = FinishedTraining(settings, folder, model, progress.history)

@@ -105,17 +105,7 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
         for name, tensor in weights.tensors.items()
         if name.startswith("encoder.") or name.startswith("classifier." if pooled else "decoder.")
     }
-    if pooled:
-        kind = "VideoClassification"
-    else:
-        if "decoder.project.weight" in kept:
-            kind = "PreTraining"
-        else:
-            kind = "Model"
-    if kind != "Model":
-        architecture = f"VideoMAEFor{kind}"
-    else:
-        architecture = "VideoMAEModel"
+    architecture = _architecture(kept, pooled)
     dimensions = settings.encoder.dimensions
     decoder = settings.reconstruction
     # The names are those of ``VideoMAEConfig``. An MLP is four times as wide as its tokens.
@@ -147,6 +137,15 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
     named = hugging_face_names(kept, settings.encoder.tubelet)
     _write(folder, named, files, card)
     return [name for name in weights.tensors if name not in kept]
+
+
+def _architecture(kept: Mapping[str, Tensor], pooled: bool) -> str:
+    """Return the name of the class of ``transformers`` that has these parts."""
+    if pooled:
+        return "VideoMAEForVideoClassification"
+    if "decoder.project.weight" in kept:
+        return "VideoMAEForPreTraining"
+    return "VideoMAEModel"
 
 
 def _labels(weights: Weights, num_unnamed: int = 0) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``python -m orchestration``: the command where it is not installed, as in a job of a cluster."""
+"""``python -m orchestration``: runs the command without an installation, as in a cluster's job."""
 
 from orchestration.cli.app import main
 

@@ -1,11 +1,11 @@
-"""Where and how trials run.
+"""The configuration of a launch: where and how trials run.
 
 Nothing here changes a result, and nothing here is part of a trial's identity.
 
 The options of ``mar run`` are made from these fields (``cli/launch_options.py``): a field's name
-with hyphens is the option's name, and what is said of the field here is the option's help text.
-Plain dataclasses and not pydantic models: every verb of the command imports this module, and ``mar
---help`` is to be quick.
+with hyphens is the option's name, and its help text here is the option's. The classes are plain
+dataclasses, not pydantic models: every verb of the command imports this module, and ``mar --help``
+must be quick.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from mar.training.retention import RetentionPolicy
 from orchestration.secrets import without_secrets
 
 HELP = "help"
-"""Key of a field's metadata: what it is, its unit, what none means."""
+"""Key of a field's metadata: its meaning, its unit, and what none means."""
 MINIMUM = "minimum"
-"""Key of a field's metadata: the least value allowed."""
+"""Key of a field's metadata: the smallest value allowed."""
 METAVAR = "metavar"
-"""Key of a field's metadata: what stands for its value in the help."""
+"""Key of a field's metadata: the placeholder for its value in the help."""
 
 
 def _option(default: Any, help_text: str, **metadata: Any) -> Any:
-    """Return a field with its help text, and perhaps a minimum and a name for its value."""
+    """Return a field with its help text, and optionally a minimum and a placeholder."""
     return field(default=default, metadata={HELP: help_text, **metadata})
 
 
@@ -39,6 +39,7 @@ def _check_minima(config: Any) -> None:
     Raises:
         ValueError: a value is too small.
     """
+    # Typer checks the options too; this also checks a configuration that a program makes.
     for each in fields(config):
         value = getattr(config, each.name)
         minimum = each.metadata.get(MINIMUM)
@@ -54,6 +55,7 @@ def sqlite_address(file: Path) -> str:
     decoding the codes.
     """
     path = str(file)
+    # ``quote`` keeps slashes; a path that has no other special character stays as it is.
     quoted = quote(path)
     if quoted != path:
         quoted = quote(path, safe="")
@@ -62,26 +64,29 @@ def sqlite_address(file: Path) -> str:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """How the workers of one trial run. It travels to them as JSON.
+    """How the workers of one trial run; it is sent to them as JSON.
 
     Raises:
         ValueError: a value is out of its range.
     """
 
     workers: int = _option(1, "Data-parallel workers of a trial.", minimum=1)
+    # None: all workers are needed, and a trial whose node is lost waits for another node.
     min_workers: int | None = _option(
         None,
-        "Elastic: continue with so few workers when nodes are lost, and grow again. Default: "
-        "--workers.",
+        "Elastic: continue with as few workers as this when nodes are lost, and grow again later. "
+        "Default: --workers.",
         minimum=1,
     )
     cpus_per_worker: int = _option(1, "CPU cores of a worker.", minimum=1)
+    # None: decided by the cluster's resources, since the launch's own machine may have no GPU.
     gpus_per_worker: int | None = _option(
-        None, "GPUs of a worker. Default: one where there are any.", minimum=0
+        None, "GPUs of a worker. Default: one if the cluster has any, otherwise none.", minimum=0
     )
     loader_processes: int = _option(
         0, "Decoding processes of a worker; 0: the worker decodes itself.", minimum=0
     )
+    # At least two: where mixup or cutmix mix neighbours, a pair is in one pass.
     max_microbatch_clips: int | None = _option(
         None,
         "Clips in a worker's largest forward-backward pass; above this, gradients are accumulated.",
@@ -91,7 +96,8 @@ class WorkerConfig:
         False, "Recompute activations in the backward pass: less memory, a third more work."
     )
     compile: bool = _option(
-        False, "Compile the model's blocks: slower to start; mar bench shows whether it pays."
+        False,
+        "Compile the model's blocks: slower to start; mar bench shows whether it is worth it.",
     )
     checkpoint_every_steps: int | None = _option(
         None, "Checkpoint inside epochs too; an epoch's end always has one.", minimum=1
@@ -100,10 +106,14 @@ class WorkerConfig:
         default_factory=RetentionPolicy,
         metadata={HELP: "Checkpoints that stay: last=N,best,every=EPOCHS.", METAVAR: "POLICY"},
     )
+    # All layers that try again share this one count (``worker/retry_policy.py``).
     retries: int = _option(
         1, "How often a failed trial is resumed from its last checkpoint.", minimum=0
     )
-    retry_non_finite: bool = _option(False, "Resume after a gradient that is not finite, too.")
+    # Off: the same gradient usually comes again, and the settings are to blame.
+    retry_non_finite: bool = _option(
+        False, "Resume a trial also after a gradient that is not finite."
+    )
     resize_s: float = _option(
         60.0, "How often an elastic trial looks for more workers, seconds.", minimum=1
     )
@@ -123,12 +133,14 @@ class WorkerConfig:
     )
     patience_s: float = _option(
         300.0,
-        "How long to wait for room on a full disk, or for an MLflow server that is away, seconds.",
+        "How long to wait for room on a full disk, or for an MLflow server that does not answer, "
+        "seconds.",
         minimum=1,
     )
 
     def __post_init__(self) -> None:
         _check_minima(self)
+        # What one field's minimum cannot express.
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(
                 f"min_workers: {self.min_workers} is more than workers: {self.workers}"
@@ -146,6 +158,7 @@ class WorkerConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Return the object that ``to_json`` made the values from."""
+        # ``asdict`` made a plain dict of the policy too.
         own: dict[str, Any] = dict(values)
         own["keep"] = RetentionPolicy(**own["keep"])
         return cls(**own)
@@ -159,11 +172,13 @@ class LaunchConfig:
         ValueError: a value is out of its range.
     """
 
+    # Not made with ``_option``: several verbs have ``--store`` and ``--tracking-uri``, which are
+    # declared once in ``cli/options.py``.
     store: Path = Path("mar_store")
     """Folder of the embedded tracking store, of checkpoints and of reports; shared storage on a
     cluster."""
     tracking_uri: str | None = None
-    """MLflow server; none: SQLite and a folder below ``store``."""
+    """Address of an MLflow server; none: SQLite and a folder below ``store``."""
     study: str = ""
     """Name of the study that runs."""
     backend: Literal["train", "inline", "local"] = _option(
@@ -175,13 +190,13 @@ class LaunchConfig:
         None, "Ray cluster to join. Default: a private one on this machine."
     )
     max_concurrent_trials: int | None = _option(
-        None, "Most trials at once. Default: as many as fit.", minimum=1
+        None, "Largest number of trials at once. Default: as many as fit.", minimum=1
     )
     webhook: str | None = _option(
         None, "Address that gets a JSON message when a study ends; or @FILE, which contains it."
     )
     poll_s: float = 0.5
-    """How often Ray Train looks at its workers, seconds."""
+    """Seconds between two looks of Ray Train at its workers; each report waits for the next one."""
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     """How the workers of a trial run."""
 
@@ -205,21 +220,27 @@ class LaunchConfig:
 
     @property
     def artifacts(self) -> str | None:
-        """Where a database's artifacts are kept: below ``store``.
+        """The address of the folder for artifacts, below ``store``.
 
-        None for a server, which has its own setting.
+        It is none with a server, which has its own setting.
         """
         if self.tracking.startswith(("http://", "https://", "databricks")):
             return None
+        # Absolute: MLflow resolves a relative location against each process's working directory.
         return (self.store.resolve() / "artifacts").as_uri()
 
     @property
     def stop_file(self) -> Path:
-        """The file that asks the study's workers to save and stop while it exists."""
+        """The file that, while it exists, asks the study's workers to save and stop."""
         return self.store.resolve() / "locks" / f"{self.study}.stop"
 
     def trial_folder(self, key: str) -> Path:
-        """Return the folder of a trial's checkpoints and result."""
+        """Return the folder of a trial's checkpoints and result.
+
+        Raises:
+            UserError: the key would lead out of the store.
+        """
+        # A key may come from a database or a file: it must not lead out of the store.
         return below(self.store.resolve() / "trials", key)
 
     def report_folder(self, study: str) -> Path:

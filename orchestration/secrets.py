@@ -1,4 +1,4 @@
-"""What no message, tag, page or other user may read."""
+"""Keeps passwords, tokens and webhooks out of messages, tags, pages and files of others."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ def has_secrets(text: str) -> bool:
 
 def without_secrets(text: str) -> str:
     """Return a text with the user and password of every address in it left out."""
+    # Between "://" and the last "@" before the path: a password may contain an "@".
     return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def close_token_file() -> None:
     """Let only the owner read the file of Ray's token, which Ray makes readable for all.
 
-    Who has the token of a cluster can run any code there.
+    Whoever has the token of a cluster can run any code there.
     """
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:
         mode = file.stat().st_mode & 0o777
+        # No right for the group or others: nothing to change, and nothing to report.
         if not mode & 0o077:
             return
         file.chmod(0o600)
@@ -44,10 +46,10 @@ def close_token_file() -> None:
 
 
 def webhook_of(given: str) -> str:
-    """Return the address that was given, or, for ``@FILE``, the one that stands in the file.
+    """Return the address that was given, or, for ``@FILE``, the one in the file.
 
     Raises:
-        UserError: it is none, or there is no such file.
+        UserError: it is not an address, or the file cannot be read.
     """
     address = given
     if given.startswith("@"):
@@ -63,7 +65,8 @@ def webhook_of(given: str) -> str:
 
 
 def write_private(file: Path, text: str) -> None:
-    """Write a file that its owner alone can read, from its first byte on."""
+    """Write a file that only its owner can read, from its first byte on."""
+    # ``Path.write_text`` and a ``chmod`` after it would leave the text readable for a moment.
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
         stream.write(text)

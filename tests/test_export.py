@@ -50,6 +50,7 @@ def weights_of(settings: TrainingConfig) -> Weights:
         {"classifier.kind": "mlp", "classifier.depth": 2},
         {"classifier.mask_tokens": True, "classifier.positions": True},
         {"encoder.tubelet": [2, 8, 8], "mask.ratio": 0.75},
+        {"encoder": {"size": "tiny", "width": None, "depth": None, "heads": None}},
     ],
 )
 def test_a_written_model_comes_back_exactly(overrides: dict[str, object], tmp_path: Path) -> None:

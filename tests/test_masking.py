@@ -3,23 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mar.config.overrides import build, merge
+from mar.config.overrides import build
 from mar.config.schema import MaskConfig
 from mar.model.mar import split_indices
 from mar.model.masking import _run_cells, evaluation_mask, training_mask
 
-STRATEGIES = [
-    ("cell", "running"),
-    ("cell", "standard"),
-    ("random", "running"),
-    ("random", "standard"),
-    ("block", "running"),
-    ("block", "standard"),
-    ("uniform", "running"),
-    ("uniform", "standard"),
-    ("tube", "standard"),
-    ("frame", "standard"),
-]
 # States A, B, C, D: top left, top right, bottom left, bottom right; 1 is hidden.
 RELEASED_STATES = {
     0.25: ["1000", "0100", "0010", "0001"],
@@ -46,44 +34,6 @@ def test_the_mask_of_evaluation_runs_through_the_released_states(ratio: float, s
     states = RELEASED_STATES[ratio]
     assert cell_states(mask) == [states[(slice_ + start) % 4] for slice_ in range(8)]
     assert torch.equal(mask, mask[:, :2, :2].repeat(1, 7, 7))
-
-
-@pytest.mark.parametrize(("strategy", "motion"), STRATEGIES)
-@given(
-    ratio=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.6, 0.75, 0.9]),
-    grid=st.tuples(
-        st.sampled_from([2, 4, 8]), st.sampled_from([4, 8, 14]), st.sampled_from([4, 8, 14])
-    ),
-    spatial=st.sampled_from(["repeated", "random"]),
-    temporal=st.sampled_from(["shuffled", "fixed"]),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=25, deadline=None)
-def test_every_clip_has_the_stated_number_of_hidden_tokens(
-    strategy: str,
-    motion: str,
-    ratio: float,
-    grid: tuple[int, int, int],
-    spatial: str,
-    temporal: str,
-    seed: int,
-) -> None:
-    mask = MaskConfig.model_validate(
-        {
-            "strategy": strategy,
-            "motion": motion,
-            "ratio": ratio,
-            "spatial": spatial,
-            "temporal": temporal,
-        }
-    )
-    drawn = training_mask(mask, grid, 5, generator(seed))
-    assert drawn.shape == (5, *grid)
-    assert drawn.flatten(1).sum(dim=1).tolist() == [mask.num_hidden(grid)] * 5
-    assert abs(mask.num_hidden(grid) / drawn[0].numel() - ratio) <= 1 / min(
-        grid[0], grid[1] * grid[2]
-    )
-    assert torch.equal(drawn, training_mask(mask, grid, 5, generator(seed)))
 
 
 @pytest.mark.parametrize("cell", [(14, 14), (7, 7), (7, 2), (2, 7), (2, 2)])
@@ -214,12 +164,6 @@ def test_a_frame_mask_hides_whole_slices_and_a_block_is_one_piece() -> None:
         rows, columns = clip.any(dim=1).nonzero().flatten(), clip.any(dim=0).nonzero().flatten()
         area = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
         assert clip.sum() > 0.8 * area
-
-
-def test_the_mask_of_evaluation_never_changes() -> None:
-    for strategy, motion in STRATEGIES:
-        tree = merge({}, {"mask.strategy": strategy, "mask.motion": motion})
-        assert torch.equal(evaluation_mask(build(tree)), evaluation_mask(build(tree)))
 
 
 def test_another_ratio_in_testing_changes_the_mask_of_evaluation_only() -> None:

@@ -436,6 +436,16 @@ def test_heads_and_tubelets_that_the_file_contradicts_are_refused(
         check_start(settings)
 
 
+def test_a_named_size_states_its_heads(tmp_path: Path) -> None:
+    named = {"hidden_size": 192, "num_hidden_layers": 12, "intermediate_size": 768}
+    file = saved(pretraining(**named), tmp_path / "hf")
+    assert weights_settings(file).encoder.size == "tiny"
+    other_heads = {"size": "custom", "width": 192, "depth": 12, "heads": 4}
+    settings = weights_settings(file, {"encoder": other_heads})
+    with pytest.raises(UserError, match=r"other settings: encoder\.heads"):
+        check_start(settings)
+
+
 def test_a_missing_attention_bias_is_missing_unless_the_model_has_none(tmp_path: Path) -> None:
     state = official(saved(pretraining(), tmp_path / "hf"))
     del state["encoder.blocks.0.attn.v_bias"]

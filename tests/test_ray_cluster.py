@@ -169,7 +169,7 @@ def test_a_second_submission_joins_the_first_and_leaving_ends_nothing(
         str(workdir / "store"),
     ]
     job = mar(workdir, *arguments, "--address", ADDRESS, "--detach").split()[0]
-    assert f"{job} is under way already: joined" in mar(
+    assert f"{job} is queued or running already: joined" in mar(
         workdir, *arguments, "--address", ADDRESS, "--detach"
     )
     log = mar(workdir, "jobs", "follow", job, "--address", ADDRESS)
@@ -407,6 +407,6 @@ def test_a_cluster_elsewhere_that_asks_for_no_token_is_refused_unless_told_other
         code=2,
     )
     assert "this cluster answers without a token" in refused and "CVE-2023-48022" in refused
-    assert "no jobs of ours" in mar(
+    assert "no jobs of mar submit" in mar(
         workdir, "jobs", "list", "--address", elsewhere, "--allow-unauthenticated"
     )

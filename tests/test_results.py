@@ -362,6 +362,25 @@ def test_a_claim_is_supported_contradicted_or_left_open(study: Study, tmp_path: 
     assert "≈" in to_markdown(table_info(StudyResults.match(study, records, file_of)))
 
 
+def test_a_finished_run_whose_files_are_lost_is_left_out_and_named(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = STUDY.replace("table: {columns: [top1, gflops]}", CLAIMS)
+    (tmp_path / "study.yaml").write_text(text)
+    study = read_study(str(tmp_path / "study.yaml"))
+
+    def file_of(run: Run, name: str) -> Path:
+        raise Failure(
+            f"{name} of {tmp_path} is lost"
+        )  # a text of this test: a note is printed once
+
+    results = StudyResults.match(study, runs(study, 70.0, 71.0, 69.0, 69.5), file_of)
+    table, _ = write_report(results, tmp_path / "report")
+    assert "70.50" in table, "its metrics are in MLflow"
+    assert {claim.verdict for claim in claims(results)} == {"missing"}
+    assert f"predictions.csv of {tmp_path} is lost" in capsys.readouterr().err
+
+
 def test_answers_come_back_from_their_file_and_equal_those_of_the_predictions(
     tmp_path: Path,
 ) -> None:

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from mar.errors import Failure, UserError
 from orchestration.reporting.search_report import best_trials, found_text, write_search_report
 from orchestration.search.optuna_search import OptunaSearch, open_search
-from orchestration.search.schema import read_search
+from orchestration.search.schema import Dimension, read_search
 from orchestration.studies.recipe import read_recipe
 from orchestration.studies.trial import Trial
 
@@ -216,6 +216,19 @@ def test_what_is_known_of_other_studies_must_keep_the_constraints_too(open_: Ope
         each.user_attrs["run"] for each in open_(records).study.trials if "run" in each.user_attrs
     ]
     assert offered == ["run0"]
+
+
+@pytest.mark.parametrize("step", [0.05, 0.1, 0.15, 0.3, 1e-3])
+def test_every_point_that_a_stepped_range_draws_lies_in_it(step: float) -> None:
+    dimension = Dimension(low=0.0, high=0.9, step=step)
+    drawn = {
+        optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+        .ask()
+        .suggest_float("x", 0.0, 0.9, step=step)
+        for seed in range(50)
+    }
+    assert all(dimension.holds(value) for value in drawn | {step, 2 * step, 3 * step})
+    assert not dimension.holds(step * 1.5)
 
 
 def test_another_goal_or_setting_is_another_search(open_: Open, tmp_path: Path) -> None:

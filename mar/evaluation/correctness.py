@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-CORRECTNESS = "answers.npz"
+CORRECTNESS = "correctness.npz"
 """File of a result: two kilobytes where the predictions of the same 20,000 videos are two
 megabytes."""
 

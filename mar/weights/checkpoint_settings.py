@@ -33,6 +33,14 @@ SIZES = ("size", "width", "depth", "heads", "tubelet", "kind", "norm", "num_clas
 """Last parts of the settings that a message lists: those that shape a model."""
 
 
+def stated_heads(settings: Mapping[str, Any]) -> int | None:
+    """Return the encoder's heads, of a named size too; None where no file states them."""
+    size = settings.get("encoder.size")
+    if size in ENCODER_SIZES:
+        return ENCODER_SIZES[size][2]
+    return settings.get("encoder.heads")
+
+
 def is_flat(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the patch embedding is of images: it has no time axis."""
     return tensors["patch_embed.proj.weight"].ndim == 4
@@ -58,10 +66,9 @@ def settings_of(
     """
     # Our own format has all settings beside the weights: nothing needs to be derived.
     if translated.layout is OURS and config:
-        known = flatten(config)
-        if known.get("encoder.size") != "custom":
-            known["encoder.heads"] = None
-        return {path: value for path, value in known.items() if value is not None}, frozenset(known)
+        known = {path: value for path, value in flatten(config).items() if value is not None}
+        # A named size has no width, depth and heads among its settings, but it states its heads.
+        return known, frozenset(known) | {"encoder.heads"}
     # Without an encoder there is no width to derive from.
     if "encoder.embed.weight" not in tensors:
         return {}, frozenset()
@@ -69,6 +76,7 @@ def settings_of(
     depth = _depth(tensors, "encoder")
     sizes = {(each[0], each[1]): (name, each[2]) for name, each in ENCODER_SIZES.items()}
     heads: int | None = config.get("num_attention_heads")
+    # Many models have this width and depth: a named size fits if the heads agree or are not stated.
     known: dict[str, Any] = {
         "encoder.size": "custom",
         "encoder.width": width,
@@ -88,7 +96,9 @@ def settings_of(
     if "decoder.project.weight" in tensors:
         stated_settings["reconstruction.heads"] = config.get("decoder_num_attention_heads")
     stated = {path: value for path, value in stated_settings.items() if value is not None}
-    return known | stated, frozenset(stated)
+    if heads is None:
+        return known | stated, frozenset(stated)
+    return known | stated, frozenset(stated) | {"encoder.heads"}
 
 
 def _classifier_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mar.weights.checkpoint_settings import (
     SIZES,
     STATED_SETTINGS,
     is_bridging,
+    stated_heads,
 )
 from mar.weights.reading import MAX_NAMED, Weights, listed, read_weights
 from mar.weights.state_dict_mapping import NOT_KNOWN
@@ -273,7 +274,10 @@ def _contradicts(path: str, weights: Weights, settings: TrainingConfig) -> bool:
         "classifier.heads": settings.classifier.heads,
         "reconstruction.heads": settings.reconstruction.heads,
     }
-    return weights.settings[path] not in (None, here[path])
+    in_file = weights.settings.get(path)
+    if path == "encoder.heads":
+        in_file = stated_heads(weights.settings)
+    return in_file not in (None, here[path])
 
 
 def _advice(weights: Weights, settings: TrainingConfig) -> str:

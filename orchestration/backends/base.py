@@ -1,4 +1,4 @@
-"""The protocols between a launch and a backend: what it trains, and what it reports."""
+"""The protocols between a launch and a backend: the trials it gets, and the events it reports."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from orchestration.failures import FailureReason
 from orchestration.studies.trial import Trial
 
 TrainedResults = Mapping[str, Path]
-"""Trials that are only to be tested: key -> the result folder of their training."""
+"""Trials that are only to be tested: key -> the result folder of the training they use."""
 
 
 class TrialSource(Protocol):
     """Proposes trials one by one; ``OptunaSearch`` is one."""
 
     def next(self) -> Trial | None:
-        """Return the next trial to train; none: there are enough."""
+        """Return the next trial to train, or none when there are enough."""
         ...
 
     def should_prune(self, key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
@@ -34,25 +34,25 @@ class TrialCallback(Protocol):
     """
 
     def started(self, key: str) -> None:
-        """A trial runs."""
+        """Called when a trial runs; again if its process was lost and started again."""
 
     def epoch(self, key: str, report: EpochReport) -> None:
-        """A trial reports an epoch.
+        """Called when a trial reports an epoch.
 
-        Epochs before a resumption are reported again (``is_replay``).
+        A resumed trial reports its earlier epochs again, with ``is_replay``.
         """
 
     def finished(self, key: str) -> None:
-        """A trial has a complete result folder."""
+        """Called when a trial has a complete result folder."""
 
     def failed(self, key: str, reason: FailureReason) -> None:
-        """A trial failed permanently."""
+        """Called when a trial failed permanently."""
 
     def pruned(self, key: str) -> None:
-        """The trial source ended a trial: others were better at the same epoch."""
+        """Called when the trial source ended a trial: others were better at the same epoch."""
 
     def stopped(self, key: str) -> None:
-        """A trial saved and stopped, because the study is to stop."""
+        """Called when a trial saved and stopped, because the study is to stop."""
 
     def is_over(self) -> bool:
         """Whether no other trial is to start."""
@@ -60,7 +60,7 @@ class TrialCallback(Protocol):
 
 
 REPLAYED_EPOCHS = "replayed_epochs"
-"""In a report to Ray: the epochs before the trial was resumed from a checkpoint."""
+"""Key in a report to Ray: the epochs before the checkpoint from which the trial was resumed."""
 
 
 def report_with_replay(send: Callable[[dict[str, Any]], None]) -> Callable[[EpochReport], None]:
@@ -75,10 +75,12 @@ def report_with_replay(send: Callable[[dict[str, Any]], None]) -> Callable[[Epoc
 
     def report(epoch_report: EpochReport) -> None:
         if epoch_report.is_replay:
-            if epoch_report.epoch == 1:  # another attempt replays from the start
+            # Another attempt in this process replays from the start again.
+            if epoch_report.epoch == 1:
                 replayed.clear()
             replayed.append(_to_ray(epoch_report))
             return
+        # A copy of the list: in one process Ray may keep the object, and the next line empties it.
         send({**_to_ray(epoch_report), REPLAYED_EPOCHS: [*replayed]})
         replayed.clear()
 
@@ -88,7 +90,7 @@ def report_with_replay(send: Callable[[dict[str, Any]], None]) -> Callable[[Epoc
 def reports_in(result: Mapping[str, Any]) -> Sequence[EpochReport]:
     """Return the epochs in a report that Ray delivered, the replayed ones first.
 
-    None in one without metrics.
+    A report without metrics yields none: the reason of a failure, for example.
     """
     reports = [_from_ray(values, is_replay=True) for values in result.get(REPLAYED_EPOCHS, [])]
     if "epoch" in result:
@@ -101,7 +103,7 @@ def _to_ray(report: EpochReport) -> dict[str, Any]:
 
 
 def _from_ray(values: Mapping[str, Any], is_replay: bool) -> EpochReport:
-    # A metric of ours is a number with a slash in its name. Ray adds entries of its own, and gives
+    # The metrics of a training have a slash in their names. Ray adds entries of its own, and gives
     # schedulers the trial's configuration too, with names like "config/spec/key".
     metrics: dict[str, float] = {}
     for name, value in values.items():

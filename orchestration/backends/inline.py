@@ -1,4 +1,7 @@
-"""A trial trained inside Tune's own process: one worker, under a second to start."""
+"""The backend ``inline``: trains a trial with one worker in Tune's own process.
+
+A trial starts within a second.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from orchestration.backends.base import report_with_replay
 
 def run_inline(config: dict[str, Any]) -> None:
     """Train the trial that Tune hands over."""
-    # Loads PyTorch, which the launch's process, where this module is imported, does without.
+    # Not at the top: it loads PyTorch, and the launch's process imports this module too.
     from orchestration.worker.trial_runner import train
 
     reason = train(config["spec"], report_with_replay(tune.report))
     if reason:
-        # On a full disk the reason is in no file.
+        # On a full disk no file has the reason.
         tune.report(reason.to_report())

@@ -1,4 +1,4 @@
-"""The plain backend: one trial after the other, in this process, without Ray."""
+"""The backend ``local``: runs one trial after the other, in this process, without Ray."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from orchestration.worker.spec import TrialSpec, build_trial_spec
 from orchestration.worker.trial_runner import train
 
 ShouldPrune = Callable[[str, int, Mapping[str, float]], bool]
+"""Whether a trial is to end, from its key, the epoch and the epoch's metrics."""
 
 
 def run(
@@ -30,6 +31,7 @@ def run(
     """
     gpus = _gpus_per_worker(launch)
     for trial in trials:
+        # Checked before each trial: the request may have come while the last one trained.
         if launch.stop_file.exists() or callback.is_over():
             return
         spec = build_trial_spec(trial, launch, gpus, trained.get(trial.key))
@@ -44,7 +46,7 @@ def run_search(
 ) -> None:
     """Train what ``source`` proposes, one trial after the other.
 
-    ``announce`` is called before each starts.
+    ``announce`` is called with each trial before it starts.
 
     Raises:
         UserError: more than one worker is asked for.
@@ -54,6 +56,7 @@ def run_search(
         trial = source.next()
         if trial is None:
             return
+        # First: the callback looks the trial up by its key.
         announce(trial)
         _run_trial(build_trial_spec(trial, launch, gpus), callback, source.should_prune)
 
@@ -65,6 +68,7 @@ def _gpus_per_worker(launch: LaunchConfig) -> int:
         )
     if launch.worker.gpus_per_worker is not None:
         return launch.worker.gpus_per_worker
+    # The trial trains in this process, so only one device can be used.
     return int(torch.cuda.is_available())
 
 
@@ -75,18 +79,19 @@ def _never(key: str, epoch: int, metrics: Mapping[str, float]) -> bool:
 class _PrunedError(BaseException):
     """Ends a training that is pruned.
 
-    Not an ``Exception``: the worker must not take it for a failure.
+    It is no ``Exception``, so that the worker, which catches those, does not take it for a failure.
     """
 
 
 def _run_trial(spec: TrialSpec, callback: TrialCallback, should_prune: ShouldPrune) -> None:
-    # The count of attempts is of an earlier launch.
+    # The file has the attempts of an earlier launch; this one has its own retries.
     spec.trial_dir.attempts.unlink(missing_ok=True)
     callback.started(spec.key)
 
     def report(epoch_report: EpochReport) -> None:
         callback.epoch(spec.key, epoch_report)
         if should_prune(spec.key, epoch_report.epoch, epoch_report.metrics):
+            # The training calls ``report``, so an exception is the way out of it.
             raise _PrunedError
 
     try:

@@ -1,4 +1,4 @@
-"""What Ray reads in the environment, of this process and of its workers."""
+"""The environment variables with which Ray is configured, here and in its workers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from orchestration.config import LaunchConfig
 
 
 def ray_environment(launch: LaunchConfig) -> dict[str, str]:
-    """Return what Ray must find in the environment, in this process and in its workers."""
+    """Return the variables that Ray must find, in this process and in its workers."""
+    # A token belongs to a cluster; for a private Ray this mode makes ``ray.init`` fail.
     if launch.address:
         reach = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
     else:
         reach = {
-            # Ray's default on a Mac: its servers listen on loopback alone.
+            # As on a Mac, Ray then takes the node's address to be 127.0.0.1, and its servers listen
+            # on loopback alone.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             # Every user of the machine could read the metrics, without a token; nothing collects
             # those of a private Ray.
@@ -30,9 +32,11 @@ def ray_environment(launch: LaunchConfig) -> dict[str, str]:
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours has the trials save
+        # With ``graceful_shutdown``'s handler the trials save first.
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first epoch
+        # Otherwise a trial that fails before its first epoch, without metrics, ends the experiment.
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),

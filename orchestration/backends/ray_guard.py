@@ -1,7 +1,8 @@
-"""Ends a private Ray together with the launch that started it, however either ends.
+"""Ends a private Ray together with the launch that started it, however either of them ends.
 
-Run as a script, this file is the guard: a process that waits until its launch is gone and then
-kills what Ray left. It imports nothing of ours: so it starts at once and stays small.
+Run as a script, this file is the guard: a process that waits until its launch is gone, and then
+kills the processes that Ray left. It imports only the standard library, so that it starts at once
+and stays small.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = "MAR_PRIVATE_RAY"
-"""Environment variable that all processes of a private Ray inherit: its random value marks them."""
+"""Environment variable whose random value marks a private Ray's processes: all inherit it."""
 _PROC = Path("/proc")
 _SERVERS = ("raylet", "gcs_server")
 _POLL_S = 1.0
 _RAY_CLEANS_UP_S = 4.0
-"""How long Ray's own processes may take to notice that their launch is gone."""
+"""Seconds that Ray's own processes have to notice that their launch is gone, and to end."""
 _START_TIME = 19
-"""Field of ``/proc/PID/stat`` after the name: with the id, it identifies a process."""
+"""Index of the start time in ``/proc/PID/stat`` after the name: with the id, it identifies a
+process."""
 
 
 class Guard:
@@ -44,8 +46,8 @@ class Guard:
         )
 
     def ray_has_started(self) -> None:
-        """Start to watch Ray's servers; when one is lost, the launch ends with exit code 1."""
-        # What this process starts from now on is not Ray's.
+        """Start watching Ray's servers; when one is lost, the launch ends with exit code 1."""
+        # Processes that this one starts from now on are not Ray's.
         os.environ.pop(MARK, None)
         servers = _servers_of(os.getpid())
         if servers:
@@ -54,11 +56,11 @@ class Guard:
             ).start()
 
     def ray_is_to_stop(self) -> None:
-        """Stop to watch: from now on its servers end on purpose."""
+        """Stop watching: from now on Ray's servers end on purpose."""
         self._over.set()
 
     def close(self) -> None:
-        """Let the guard kill what Ray may have left; Ray is stopped."""
+        """Let the guard kill the processes that Ray may have left; Ray is stopped by now."""
         self._over.set()
         os.environ.pop(MARK, None)
         if self._process.stdin:
@@ -71,7 +73,7 @@ class Guard:
             lost = [name for pid, name in servers.items() if not _is_alive(pid)]
             if not lost:
                 continue
-            # The launch may be stopping Ray at this moment: look once more.
+            # The launch may have begun to stop Ray just now: wait once more for that.
             if self._over.wait(_POLL_S):
                 return
             print(
@@ -87,7 +89,7 @@ class Guard:
 
 
 def _servers_of(parent: int) -> dict[int, str]:
-    """Return the processes of Ray's servers that a process has started: id -> name."""
+    """Return the servers of Ray's that a process has started: id -> name."""
     found: dict[int, str] = {}
     for folder in _PROC.glob("[0-9]*"):
         name, _, started_by = _stat(folder)
@@ -98,7 +100,7 @@ def _servers_of(parent: int) -> dict[int, str]:
 
 def _is_alive(pid: int) -> bool:
     _, state, _ = _stat(_PROC / str(pid))
-    # "Z": it has ended, and its parent has not asked for its exit code.
+    # "Z", a zombie: it has ended, but its parent has not read its exit code yet.
     return state not in ("", "Z")
 
 
@@ -115,7 +117,10 @@ def _stat(folder: Path) -> tuple[str, str, int]:
 
 
 def _processes() -> dict[int, tuple[int, str]]:
-    """Return every process's parent and start time, by id: an id may be used again."""
+    """Return every process's parent and start time, by id.
+
+    The start time tells a process from a later one with the same id.
+    """
     found: dict[int, tuple[int, str]] = {}
     for folder in _PROC.glob("[0-9]*"):
         # A process may end while it is read.
@@ -129,7 +134,7 @@ def _processes() -> dict[int, tuple[int, str]]:
 def _of_ray(launch: int, mark: str) -> dict[int, str]:
     """Return the processes that a launch's Ray has started: id -> start time.
 
-    Those that carry its mark, and those that descend from its servers.
+    They are those that carry its mark, and those that descend from its servers.
     """
     processes = _processes()
     marked = f"{MARK}={mark}".encode()
@@ -140,6 +145,7 @@ def _of_ray(launch: int, mark: str) -> dict[int, str]:
             environment = (_PROC / str(pid) / "environ").read_bytes().split(b"\0")
             if is_server or marked in environment:
                 found[pid] = start_time
+    # Add children until a round finds no more.
     while True:
         children = {
             pid: start_time
@@ -152,8 +158,8 @@ def _of_ray(launch: int, mark: str) -> dict[int, str]:
 
 
 def _guard(launch: int, mark: str) -> None:
-    """Wait until the launch is gone, then kill what its Ray left."""
-    # It ends with its launch, not before.
+    """Wait until the launch is gone, then kill the processes that its Ray left."""
+    # A signal to the launch must not end the guard before the launch has ended.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     own = os.getpid()

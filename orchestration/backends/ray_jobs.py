@@ -1,6 +1,6 @@
-"""``mar submit``: a study becomes a job on a Ray cluster, through Ray's Jobs API.
+"""``mar submit``: runs a study as a job on a Ray cluster, through Ray's Jobs API.
 
-It runs without anybody watching.
+The job keeps running when the terminal that submitted it is closed.
 
 The job contains the code and the study's files, not the data. Its id follows from the command, so
 that a second submission of the same command joins the first. Everybody who can submit a job can run
@@ -44,9 +44,11 @@ from orchestration.studies.yaml_document import Document, find
 from orchestration.tracking.provenance import tags
 
 _TIMEOUT_S = 10.0
+"""Of the first request to a dashboard."""
 _WEBHOOK = "webhook.txt"
 """File in a job's folder: the webhook, a secret, since whoever has it can post there."""
 _UNSHIPPED = ("__pycache__", "*.pyc")
+"""Patterns of files that a job's folder leaves out."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Jobs:
             raise UserError(
                 f"--address {address}: expected the dashboard's address, as http://127.0.0.1:8265"
             )
+        # Asked without Ray's client, which may send a token that is found on this machine.
         is_open = _answers_without_a_token(self.address)
         if is_open and not is_open_allowed and not _is_loopback(self.address):
             raise UserError(
@@ -87,13 +90,13 @@ class Jobs:
         if not is_open:
             os.environ["RAY_AUTH_MODE"] = "token"
             close_token_file()
-        # Ray reads the authentication mode when this is imported.
+        # Not at the top: Ray reads RAY_AUTH_MODE when this module is imported.
         from ray.job_submission import JobSubmissionClient
 
         logging.getLogger("ray").setLevel(logging.WARNING)
         try:
             self.client = JobSubmissionClient(self.address)
-        # Ray raises several kinds, its authentication errors among them.
+        # Ray raises errors of several unrelated types, its authentication errors among them.
         except Exception as error:
             advice = ""
             if not is_open:
@@ -110,15 +113,17 @@ class Jobs:
         """
         digest = hashlib.sha256(json.dumps([study, *arguments]).encode()).hexdigest()[:8]
         base = f"mar-{Path(study).stem}-{digest}"
+        # "-runN" at the end counts the submissions of one command.
         earlier = [job for job in self.list() if job.job_id.rpartition("-run")[0] == base]
         for job in earlier:
             if job.status in ("PENDING", "RUNNING"):
                 return job.job_id, False
-        # Ray refuses an id that was used before.
+        # Ray refuses an id that was used before, even if that job has ended.
         job_id = f"{base}-run{len(earlier) + 1}"
         with TemporaryDirectory() as folder:
             study_argument = _packed(study, Path(folder))
             shown = printable_arguments(arguments, Path(folder))
+            # "auto": the job runs on a node of the cluster, and joins it there.
             line = shlex.join(["run", study_argument, *shown, "--address", "auto"])
             try:
                 self.client.submit_job(
@@ -128,7 +133,7 @@ class Jobs:
                     metadata={"study": Path(study).stem, "asked": json.dumps([study, *shown])},
                 )
             except RuntimeError as error:
-                # Another submission of the same command was quicker.
+                # Another submission of the same command came between the list and this call.
                 if "already exists" in str(error):
                     return job_id, False
                 raise Failure(f"{self.address}: {first_line(error)}") from None
@@ -153,7 +158,8 @@ class Jobs:
                 print(lines, end="", flush=True)
 
         while True:
-            # If the connection is lost, the log is read again from its start.
+            # The log also ends when the connection is lost; only the status shows whether the job
+            # has ended. If it has not, the log is read again from its start.
             with suppress(RuntimeError):
                 asyncio.run(tail())
             info: Any = self.client.get_job_info(job_id)
@@ -162,7 +168,7 @@ class Jobs:
             time.sleep(1)
 
     def stop(self, job_id: str) -> None:
-        """End a job now; what it trained is kept, and the same submission resumes it."""
+        """Stop a job now. Its results and checkpoints are kept: the same submission resumes it."""
         self._known(job_id)
         self.client.stop_job(job_id)
 
@@ -171,14 +177,14 @@ class Jobs:
         if job_id not in known:
             raise UserError(
                 f"no job {job_id!r} on {self.address} "
-                f"({', '.join(known[:5]) or 'it has none of ours'})"
+                f"({', '.join(known[:5]) or 'it has no jobs of mar submit'})"
             )
 
 
 def printable_arguments(arguments: Sequence[str], folder: Path) -> list[str]:
-    """Return the arguments as the cluster may show them, in its list of jobs and in its logs.
+    """Return the arguments without secrets: the cluster shows them in its list of jobs and logs.
 
-    A webhook is written into a file of the job's folder.
+    A webhook is written into a file of the job's folder, and its argument names that file.
 
     Raises:
         UserError: an address contains a password, or a webhook is not an address.
@@ -205,11 +211,14 @@ def printable_arguments(arguments: Sequence[str], folder: Path) -> list[str]:
 
 def _job_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the job's environment: the given variables, and the commit of its code."""
+    # The job has no git checkout, from which its runs could get these tags.
     commit = {
         name: value
         for name, value in tags().items()
         if name in ("mlflow.source.git.commit", "git.dirty")
     }
+    # Unbuffered, so that ``follow`` shows each line as it is printed; a job has no terminal that
+    # would give rich a width.
     return {**environment, CODE: json.dumps(commit), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
 
 
@@ -222,14 +231,16 @@ def _packed(study: str, folder: Path) -> str:
     ignored = shutil.ignore_patterns(*_UNSHIPPED)
     for package in package_folders():
         shutil.copytree(package, folder / package.name, ignore=ignored)
+    # In a wheel the shipped studies are inside the package; in a checkout they are beside it.
     if not (folder / "orchestration" / "search_spaces").is_dir():
         shutil.copytree(packaged("search_spaces"), folder / "search_spaces", ignore=ignored)
     path = find(study, "study")
     shipped = packaged("search_spaces").resolve()
+    # Files that ship with mar are found by name on the cluster too, so they are not copied.
     own = [file for file in _files_of(path) if shipped not in file.parents]
     if not own:
         return study
-    # The files keep their relative paths: they name each other by them.
+    # The files refer to each other by relative paths, so these stay as they are.
     root = Path(os.path.commonpath([file.parent for file in own]))
     for file in own:
         target = folder / "study" / file.relative_to(root)
@@ -241,14 +252,14 @@ def _packed(study: str, folder: Path) -> str:
 
 
 def _files_of(path: Path) -> list[Path]:
-    """Return a study's or a recipe's file and the files that it names, directly or not."""
+    """Return the file of a study or recipe, and all files that it refers to, directly or not."""
     content = Document(path).content
     named = [content.get("recipe"), content.get("extends")]
     for labels in (content.get("axes") or {}).values():
         named += [(settings or {}).get("recipe") for settings in labels.values()]
     files = [path.resolve()]
     for name in dict.fromkeys(each for each in named if isinstance(each, str)):
-        # A name is relative to the file that has it, or of a recipe that ships with mar.
+        # A name is a path relative to this file, or the name of a recipe that ships with mar.
         file = path.parent / name
         if not file.is_file():
             file = find(name, "recipe")
@@ -260,7 +271,7 @@ def _answers_without_a_token(address: str) -> bool:
     """Whether a cluster lists its jobs to a request without a token.
 
     Raises:
-        UserError: it does not answer as a dashboard does.
+        UserError: it does not answer, or not as a dashboard does.
     """
     try:
         # The scheme was checked: http or https.

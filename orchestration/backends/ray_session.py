@@ -1,4 +1,4 @@
-"""Starts Ray for a launch, or joins a cluster; leaves it in order."""
+"""Starts a private Ray for a launch, or joins a cluster; shuts it down in order."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from orchestration.config import LaunchConfig
 from orchestration.secrets import close_token_file
 
 _TOKEN = secrets.token_hex(32)
-"""Protects a private Ray: only this process and its children know it."""
+"""Ray's token: it protects a private Ray, since only this process and its children know it."""
 _LONGEST_TEMPORARY = 24
-"""Characters: ``_private_folder`` and Ray add up to 82, and a socket's path may have 107."""
+"""Characters: ``_private_folder`` and Ray append up to 82, and a socket's path may have 107."""
 _OBJECT_STORE_BYTES = 200 * 2**20
-"""Only reports and settings pass through it."""
+"""200 MiB: only reports and settings pass through it. Ray's default is a share of the memory."""
 
 
 @contextmanager
 def ray_session(launch: LaunchConfig) -> Generator[None]:
-    """Provide Ray: one that this process has joined already, or one that is started here.
+    """Provide Ray: the one that this process uses already, or one that is started or joined here.
 
-    The latter is left at the end.
+    Only the latter is shut down at the end.
     """
-    # Ray reads some of it when it is imported.
+    # Before the import: Ray reads some of these variables when it is imported.
     os.environ.update(ray_environment(launch))
     import ray
 
@@ -44,6 +44,7 @@ def ray_session(launch: LaunchConfig) -> Generator[None]:
         yield
         return
     guard = None
+    # The guard reads /proc, which only Linux has. A cluster outlives a launch on purpose.
     if launch.address is None and sys.platform == "linux":
         guard = Guard(secrets.token_hex(16))
     try:
@@ -52,6 +53,7 @@ def ray_session(launch: LaunchConfig) -> Generator[None]:
             guard.ray_has_started()
         yield
     finally:
+        # Otherwise the guard would take Ray's orderly end for a loss, and end this process.
         if guard:
             guard.ray_is_to_stop()
         try:
@@ -73,12 +75,13 @@ def _start(launch: LaunchConfig) -> None:
         options["include_dashboard"] = False
         options["object_store_memory"] = _OBJECT_STORE_BYTES
         options["_temp_dir"] = str(_private_folder() / "ray")
-        # A token of this process's own, in no file: Ray would write one below the home folder,
-        # readable by everybody.
+        # A token in the environment alone: Ray would write one into a file below the home folder
+        # that everybody can read.
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
             os.environ["RAY_AUTH_TOKEN"] = _TOKEN
     else:
         close_token_file()
+    # ``ray.init`` replaces these handlers; ``graceful_shutdown`` needs its own again.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(address=launch.address or "local", **options)
@@ -93,7 +96,7 @@ def _start(launch: LaunchConfig) -> None:
             "--backend local runs without Ray"
         ) from None
     finally:
-        # Ray replaces the handlers of these signals by its own.
+        # Python lets only the main thread set handlers.
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -102,7 +105,7 @@ def _start(launch: LaunchConfig) -> None:
 def _private_folder() -> Path:
     """Return a folder for Ray's sockets and logs that nobody else can enter.
 
-    Ray's own is writable for everybody.
+    Ray makes its own folders writable for everybody, whenever one of its processes starts.
 
     Raises:
         Failure: none can be made.
@@ -121,7 +124,7 @@ def _private_folder() -> Path:
         is_own = stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid()
         if is_own and not state.st_mode & 0o077:
             return folder
-        # Another user made a folder of this name first.
+        # Another user may have made a folder of this name first, to read what Ray writes.
         return Path(tempfile.mkdtemp(prefix="mar-", dir=parent))
     except OSError as error:
         raise Failure(
@@ -130,11 +133,11 @@ def _private_folder() -> Path:
 
 
 def stop_ray() -> None:
-    """Leave Ray.
+    """Shut Ray down.
 
-    Ray ends the whole process, exit code 1, if one of its references is freed while it shuts down.
-    A garbage collection that happens to run in another thread (the tracking writer's) frees some,
-    so there is none meanwhile.
+    If one of Ray's references is freed during ``ray.shutdown``, Ray ends the whole process with
+    exit code 1. A garbage collection in another thread (the tracking writer's) would free some, so
+    garbage is collected before, and collection is off meanwhile.
     """
     import ray
 
@@ -144,12 +147,17 @@ def stop_ray() -> None:
         ray.shutdown()
     finally:
         gc.enable()
+        # This process may join a cluster later, whose token is another one.
         if os.environ.get("RAY_AUTH_TOKEN") == _TOKEN:
             del os.environ["RAY_AUTH_TOKEN"]
 
 
 def describe_cluster() -> str:
-    """Start a private Ray, run a task on it, stop it; returns its resources."""
+    """Start a private Ray, run a task on it, and stop it.
+
+    Returns:
+        Ray's version and its resources.
+    """
     import ray
 
     with ray_session(LaunchConfig()):

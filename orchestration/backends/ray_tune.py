@@ -1,10 +1,10 @@
-"""Ray Tune runs trials concurrently as resources allow.
+"""Runs trials with Ray Tune, concurrently as resources allow.
 
-They are a fixed, ordered list, or what a search proposes.
+The trials are a fixed, ordered list, or what a search proposes.
 
-Tune stores nothing for us: what is finished is in MLflow, what is under way is in the trial's own
-checkpoints, and both are found by the trial's settings. So a launch that died is started again from
-the beginning, and no pickle of an earlier one is ever read.
+Nothing is restored from Tune's own snapshots: finished trials are in MLflow, unfinished ones in
+their own checkpoints, and both are found by the trial's settings. So a launch that died is simply
+started again, and no pickle of an earlier launch is ever read.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def run(
         UserError: one trial asks for more than the cluster has.
     """
     if launch.backend == "inline" and launch.worker.workers > 1:
+        # An inline trial is one process of Tune's: it has no group of workers.
         raise UserError("--backend inline trains with one worker; leave it out to use --workers")
     waiting = iter(trials)
     _run(lambda: next(waiting, None), None, launch, callback, trained)
@@ -54,7 +55,7 @@ def run_search(
 ) -> None:
     """Train what ``source`` proposes, concurrently as resources allow.
 
-    ``announce`` is called before each starts.
+    ``announce`` is called with each trial before it starts.
 
     Raises:
         UserError: one trial asks for more than the cluster has.
@@ -76,22 +77,22 @@ def _run(
     callback: TrialCallback,
     trained: TrainedResults,
 ) -> None:
-    """Have Tune run the trials.
+    """Run the trials with Tune.
 
-    Tune gets them one by one from a searcher: of a grid it would copy the whole for each of its
-    trials.
+    Tune gets them one by one from a searcher. It would copy a grid as a whole for each trial of it
+    (``docs/scale.md``).
     """
-    # Ray reads some of it when it is imported.
+    # Before the import: Ray reads some of these variables when it is imported.
     os.environ.update(ray_environment(launch))
     from ray import tune
 
     _keep_keys_out_of_logs()
-    # We report a lost trial ourselves; Tune's report is a page of traceback.
+    # ``TuneCallback`` reports a lost trial in one line; Tune would log a page of traceback.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with ray_session(launch):
         gpus = _gpus_per_worker(launch)
         pruned: set[str] = set()
-        """Keys of the trials that the scheduler ended."""
+        """Keys of the trials that the scheduler pruned."""
 
         def next_config() -> dict[str, Any] | None:
             if launch.stop_file.exists() or callback.is_over():
@@ -111,8 +112,10 @@ def _run(
         config = tune.TuneConfig(
             search_alg=_searcher(next_config),
             scheduler=scheduler,
+            # Without limit: the searcher knows when there are no more trials.
             num_samples=-1,
             max_concurrent_trials=_max_concurrent_trials(launch, gpus),
+            # A process that has loaded PyTorch, or has a pool, takes one trial after the other.
             reuse_actors=True,
             trial_name_creator=_key_of,
             trial_dirname_creator=_key_of,
@@ -130,21 +133,22 @@ def _run(
 
 
 def _keep_keys_out_of_logs() -> None:
-    """Have Tune send no cloud keys along with a trial: Ray writes what is sent into its logs.
+    """Keep Tune from sending cloud keys along with a trial: Ray writes what is sent into its logs.
 
-    The workers of a private Ray inherit the launch's environment; on a cluster each node has keys
-    of its own.
+    The workers do not need them from Tune: those of a private Ray inherit the launch's
+    environment, and on a cluster each node has keys of its own.
     """
     from ray.tune.execution import class_cache
 
+    # Tune puts these variables into the runtime environment of each trial's process.
     names: set[str] = getattr(class_cache, "ENV_VARS_TO_PROPAGATE", set())
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
 
 
 def _searcher(next_config: Callable[[], dict[str, Any] | None]) -> Any:
-    """Return Tune's searcher that proposes the next trial.
+    """Return a searcher of Tune's that proposes the next trial.
 
-    MLflow and Optuna's storage remember, so Tune need not.
+    It has no state of its own: MLflow and Optuna's storage know which trials there were.
     """
     from ray.tune.search import Searcher
 
@@ -154,26 +158,26 @@ def _searcher(next_config: Callable[[], dict[str, Any] | None]) -> Any:
             self.next_config = next_config
 
         def __getstate__(self) -> dict[str, Any]:
-            """Tune pickles it into a snapshot that is never read: leave storage and threads out."""
+            """Leave threads and storage out: Tune pickles this for a snapshot that is not used."""
             return {}
 
         def suggest(self, trial_id: str) -> Any:
             return self.next_config() or Searcher.FINISHED
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            """The callback gets it."""
+            """Do nothing: ``TuneCallback`` reports how a trial ended."""
 
         def save(self, checkpoint_path: str) -> None:
-            """Nothing to save."""
+            """Do nothing: it has no state."""
 
         def restore(self, checkpoint_path: str) -> None:
-            """Nothing to restore."""
+            """Do nothing: it has no state."""
 
     return TrialSearcher(next_config)
 
 
 def _pruning_scheduler(source: TrialSource, pruned: set[str]) -> Any:
-    """Return Tune's scheduler that ends a trial when ``source`` prunes it.
+    """Return a scheduler of Tune's that ends a trial when ``source`` prunes it.
 
     It adds the trial's key to ``pruned``.
     """
@@ -186,11 +190,12 @@ def _pruning_scheduler(source: TrialSource, pruned: set[str]) -> Any:
             self.pruned = pruned
 
         def __getstate__(self) -> dict[str, Any]:
-            """See ``TrialSearcher``."""
+            """Return nothing, for the reason that ``TrialSearcher`` has."""
             return {}
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
             key = _key_of(trial)
+            # A resumed trial reports its earlier epochs again: the source must see each of them.
             for report in reports_in(result):
                 if self.source.should_prune(key, report.epoch, report.metrics):
                     self.pruned.add(key)
@@ -201,12 +206,14 @@ def _pruning_scheduler(source: TrialSource, pruned: set[str]) -> Any:
 
 
 def _remove_leftovers(spec: TrialSpec) -> None:
-    """Remove what an earlier launch left of its own; checkpoints stay."""
+    """Remove an earlier launch's files of Ray's and its failures; checkpoints stay."""
+    # Ray Train would restore its state of that launch from a folder of the same name.
     shutil.rmtree(f"{spec.storage}/{spec.key}", ignore_errors=True)
+    # This launch has its own retries, and an old failure must not be taken for a new one.
     for file in (spec.trial_dir.failure, spec.trial_dir.attempts):
         file.unlink(missing_ok=True)
     if spec.worker.object_store:
-        # An object store that is away is reported by the worker.
+        # The worker itself reports an object store that does not answer.
         with suppress(Failure, OSError):
             store = open_object_store(spec.worker.object_store)
             store.remove(f"ray/{spec.key}")
@@ -235,7 +242,7 @@ def _run_config(launch: LaunchConfig, tune_callback: Any) -> Any:
         callbacks=[tune_callback],
         verbose=0,
         failure_config=tune.FailureConfig(max_failures=launch.worker.retries),
-        # A trial keeps its own checkpoints.
+        # Trials write their own checkpoints (``mar/training/checkpoint.py``).
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
     )
 
@@ -251,7 +258,7 @@ def _gpus_per_worker(launch: LaunchConfig) -> int:
 def _max_concurrent_trials(launch: LaunchConfig, gpus: int) -> int:
     """Return how many trials fit at once.
 
-    With more of them, trials would wait for each other's workers for ever.
+    If Tune started more, trials could hold some of the workers that others wait for, forever.
 
     Raises:
         UserError: not one fits.
@@ -262,7 +269,9 @@ def _max_concurrent_trials(launch: LaunchConfig, gpus: int) -> int:
     total = ray.cluster_resources()
     per_worker = {"CPU": worker.cpus_per_worker, "GPU": gpus}
     asked = {name: amount for name, amount in per_worker.items() if amount}
+    # How many workers the scarcest resource allows.
     num_workers = min(int(total.get(name, 0) // amount) for name, amount in asked.items())
+    # An elastic trial starts with fewer workers, and then gets all that the cluster has.
     fewest = worker.min_workers or worker.workers
     if num_workers < fewest:
         has = ", ".join(f"{total.get(name, 0):g} {name}" for name in asked)
@@ -285,11 +294,11 @@ def _key_of(trial: Any) -> str:
 def _trial_dir_of(trial: Any) -> TrialDir:
     """Return a trial's folder.
 
-    Where another node's disk has it, what it left is downloaded first.
+    With an object store, what a worker on another node left in it is downloaded first.
     """
     spec = TrialSpec.from_json(_spec_of(trial))
     if spec.worker.object_store:
-        # If it cannot be downloaded, the trial has no result here, and that is reported.
+        # If the download fails, the folder has no result, and the trial is reported as failed.
         with suppress(Failure, OSError):
             store = open_object_store(spec.worker.object_store)
             fetch_trial_dir(store, spec.key, spec.trial_dir)
@@ -300,14 +309,18 @@ def _was_stopped(trial: Any, reason: FailureReason | None) -> bool:
     """Whether the study was asked to stop: then the trial is neither finished nor failed."""
     stop_file = TrialSpec.from_json(_spec_of(trial)).stop_file
     if reason is not None and reason.kind == "stopped":
-        # Asked for on another machine, perhaps; no other trial is to start.
+        # The request may have been made on another machine: repeat it on this disk, where
+        # ``next_config`` looks before it starts another trial.
         stop_file.parent.mkdir(parents=True, exist_ok=True)
         stop_file.touch()
     return stop_file.exists()
 
 
 def _tune_callback(callback: TrialCallback, pruned: set[str]) -> Any:
-    """Return Tune's callback, which passes a trial's events on, in the driver's own process."""
+    """Return a callback of Tune's that passes trials' events on to ``callback``.
+
+    Tune calls it in the launch's own process.
+    """
     from ray import tune
 
     class TuneCallback(tune.Callback):
@@ -316,7 +329,7 @@ def _tune_callback(callback: TrialCallback, pruned: set[str]) -> Any:
             self.pruned = pruned
 
         def __getstate__(self) -> dict[str, Any]:
-            """Leave threads out: Tune pickles callbacks into a snapshot that is never read."""
+            """Return no members, for the reason that ``TrialSearcher`` has."""
             return {"callback": None, "pruned": set()}
 
         def on_trial_start(
@@ -336,6 +349,7 @@ def _tune_callback(callback: TrialCallback, pruned: set[str]) -> Any:
             self, iteration: int, trials: list[Any], trial: Any, **info: Any
         ) -> None:
             trial_dir = _trial_dir_of(trial)
+            # On a full disk the reason is in the last report and in no file.
             reason = reason_in_report(trial.last_result or {}) or trial_dir.read_failure()
             if reason is None:
                 reason = FailureReason("it ended without a result")
@@ -354,20 +368,31 @@ def _tune_callback(callback: TrialCallback, pruned: set[str]) -> Any:
             self._ended(trial, trial_dir, reason)
 
         def _ended(self, trial: Any, trial_dir: TrialDir, reason: FailureReason) -> None:
-            """Pass on how a trial ended.
-
-            ``reason`` holds unless there is a result, or it was ended on purpose.
-            """
-            if not self.callback:
-                return
-            key = _key_of(trial)
-            if key in self.pruned:  # it may have had a result before it was stopped
-                self.callback.pruned(key)
-            elif trial_dir.is_finished:  # its process may have been lost after that
-                self.callback.finished(key)
-            elif _was_stopped(trial, reason):
-                self.callback.stopped(key)
-            else:
-                self.callback.failed(key, reason)
+            if self.callback:
+                _report_end(self.callback, self.pruned, trial, trial_dir, reason)
 
     return TuneCallback(callback, pruned)
+
+
+def _report_end(
+    callback: TrialCallback,
+    pruned: set[str],
+    trial: Any,
+    trial_dir: TrialDir,
+    reason: FailureReason,
+) -> None:
+    """Report how a trial ended.
+
+    It failed for ``reason`` only if it was not pruned, has no result, and was not stopped.
+    """
+    key = _key_of(trial)
+    # First: a pruned trial may have had a result before it was stopped.
+    if key in pruned:
+        callback.pruned(key)
+    # Its process may have been lost after it wrote its result.
+    elif trial_dir.is_finished:
+        callback.finished(key)
+    elif _was_stopped(trial, reason):
+        callback.stopped(key)
+    else:
+        callback.failed(key, reason)

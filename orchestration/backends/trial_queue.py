@@ -1,4 +1,7 @@
-"""The queue between Tune's trial and the workers of a pool: trials in, reports out."""
+"""The queue between Tune's trial and the workers of a pool: it passes trials and reports on.
+
+The states of a trial in it are in the docstring of ``worker_pool``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from ray.util.placement_group import (
 from mar.training.reports import TrainingSignal
 
 _POLL_S = 1.0
-"""How often the pool checks whether its trainer is alive."""
+"""Seconds that ``poll`` waits; after each poll the pool checks whether its trainer is alive."""
 
 
 @dataclass(frozen=True)
@@ -22,27 +25,33 @@ class QueueStatus:
     """What ``TrialQueue.poll`` returns."""
 
     reports: list[dict[str, Any]]
-    """New ones, of the trial under way."""
+    """Reports of the running trial since the last poll."""
     is_taken: bool
-    """Whether a worker has started the trial."""
+    """Whether a worker has taken the trial."""
     is_done: bool
     reason: dict[str, str] | None
     """Why the trial failed permanently, if it did."""
     was_restarted: bool
-    """Whether Ray Train restarted the workers: then they have used some of the next trial's
-    retries."""
+    """Whether Ray Train restarted the workers.
+
+    The trainer's count of failures then holds some of the next trial's retries.
+    """
     placement_group: PlacementGroup | None
-    """Where the workers run."""
+    """The workers' placement group; none before the first worker has called."""
 
 
 class TrialQueue:
-    """An actor between Tune's trial and the workers: one trial at a time, and its reports."""
+    """An actor that holds one trial at a time, and its reports.
+
+    Its methods are coroutines, so Ray runs their calls in one event loop: between two ``await``
+    nothing else changes its members, and no lock is needed.
+    """
 
     def __init__(self) -> None:
         self.number = 0
-        """Trials submitted so far: the number of the one under way."""
+        """How many trials were submitted: the number of the running one."""
         self.num_taken = 0
-        """The number of the newest trial that a worker has taken."""
+        """The number of the last trial that a worker has taken."""
         self.num_groups = 0
         """How often a group of workers has started."""
         self.spec: dict[str, Any] | None = None
@@ -55,9 +64,10 @@ class TrialQueue:
         self.changed = asyncio.Condition()
 
     async def submit(self, spec: dict[str, Any]) -> None:
-        """Hand out a trial; the one before it must be done."""
+        """Offer a trial to the workers; the one before it must be done."""
         self.number += 1
         self.spec = spec
+        # What is left of the trial before must not reach this one.
         self.is_done = False
         self.is_cancelled = False
         self.reports = []
@@ -67,13 +77,16 @@ class TrialQueue:
     async def next_trial(
         self, after: int, rank: int, placement_group: Any
     ) -> tuple[int, dict[str, Any] | None]:
-        """Wait for the trial after number ``after`` (0: the one under way).
+        """Wait for the trial after number ``after`` (0: the running one).
 
-        Returns its number, and none at the end.
+        Returns:
+            Its number and its spec; none in place of the spec if there is no other trial.
         """
+        # Only a worker that has just started asks with 0: a second time means a restarted group.
         if rank == 0 and after == 0:
             self.num_groups += 1
             self.placement_group = placement_group
+        # Every worker of the group waits here, and all of them get the same trial.
         async with self.changed:
             await self.changed.wait_for(lambda: self.is_shut_down or self._is_waiting(after))
         self.num_taken = self.number
@@ -82,23 +95,23 @@ class TrialQueue:
         return self.number, self.spec
 
     def _is_waiting(self, after: int) -> bool:
-        """Whether there is a trial that a worker which had number ``after`` is to take."""
+        """Whether there is a trial to take for a worker whose last trial was number ``after``."""
+        # A restarted worker asks with 0: it takes the running trial, but not one that is done.
         return self.number > after and not self.is_done
 
     async def report(self, metrics: dict[str, Any]) -> None:
-        """Add a report of the trial under way."""
+        """Add a report of the running trial."""
         self.reports.append(metrics)
         await self._notify()
 
     async def cancel(self) -> None:
-        """Have the trial under way stopped without saving."""
+        """Let the running trial stop without saving."""
+        # The workers see it at their next ``poll_signal``; nobody waits for this change.
         self.is_cancelled = True
 
     async def poll_signal(self) -> TrainingSignal:
-        """Return the signal for the trial under way.
-
-        A cancelled trial is not resumed, so it does not save.
-        """
+        """Return the signal for the running trial."""
+        # First: a cancelled trial is not resumed, so it need not save even at a shutdown.
         if self.is_cancelled:
             return TrainingSignal.ABORT
         if self.is_shut_down:
@@ -106,22 +119,23 @@ class TrialQueue:
         return TrainingSignal.CONTINUE
 
     async def mark_done(self, reason: dict[str, str] | None) -> None:
-        """Note that the trial under way is over, and why, if it failed permanently."""
+        """Mark the running trial as done; ``reason`` says why it failed permanently, if it did."""
         self.is_done = True
         self.reason = reason
         await self._notify()
 
     async def shutdown(self) -> None:
-        """Let the workers end: there is no other trial for them."""
+        """Let the workers end: they get no other trial."""
         self.is_shut_down = True
         await self._notify()
 
     async def poll(self) -> QueueStatus:
-        """Wait up to ``_POLL_S`` for reports or for the trial's end, and return them."""
+        """Wait up to ``_POLL_S`` for reports or for the trial's end, and return the status."""
         async with self.changed:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_POLL_S):
                     await self.changed.wait_for(lambda: bool(self.reports) or self.is_done)
+        # Each report is returned by one poll only.
         reports = self.reports
         self.reports = []
         return QueueStatus(

@@ -1,17 +1,18 @@
 """Ray Train's workers, used for one trial after the other.
 
-A TorchTrainer starts five processes of its own, and its workers load PyTorch: fourteen seconds for
-every trial. So the workers of one trainer train not one trial but all that are put into a queue,
-one after another, each with its own settings, folder and log. Whatever ends a worker (a lost node,
-a stall, memory) is handled by Ray Train as in any training: it restarts the group, which takes the
-same trial again and resumes it from its checkpoint. A pool whose group was restarted gets no other
-trial: each trial has its retries to itself.
+A TorchTrainer starts five processes of its own, and its workers load PyTorch: that takes fourteen
+seconds. So the workers of one trainer train not one trial but many, one after another, which they
+take from a queue; each trial has its own settings, folder and log. Whatever ends a worker (a lost
+node, a stall, memory) is handled by Ray Train as in any training: it restarts the group of workers,
+which takes the same trial again and resumes it from its checkpoint. A pool whose group was
+restarted gets no other trial, because Ray Train counts failures for the life of a trainer, and each
+trial is to have all of its retries.
 
-Three parts, in three kinds of process:
+Three parts run in three kinds of process:
 
-- ``PooledTrainable``, Tune's trainable, in a process of Tune: has one ``WorkerPool`` and hands it
+- ``PooledTrainable``, Tune's trainable, in a process of Tune's: has one ``WorkerPool`` and hands it
   one trial after the other;
-- ``TrialQueue``, an actor: trials go in, reports come out;
+- ``TrialQueue``, an actor: takes trials in, and collects their reports;
 - ``run_worker``, on each worker of the TorchTrainer: takes trials from the queue and trains them.
 
 The states of a trial in the queue, and the methods that change them:
@@ -24,8 +25,8 @@ The states of a trial in the queue, and the methods that change them:
 | done | ``QueueStatus`` has the reason of a failure | the next ``submit``, ``shutdown`` |
 
 ``shutdown`` ends the queue in any state: ``next_trial`` then returns none, and ``poll_signal`` is
-STOP, so that a trial under way saves first. A group that is restarted calls ``next_trial`` with 0
-and gets the trial under way again. Every wait is bounded: ``poll`` returns after ``_POLL_S`` at the
+STOP, so that a running trial saves first. A group that was restarted calls ``next_trial`` with 0
+and gets the running trial again. Every wait is bounded: ``poll`` returns after ``_POLL_S`` at the
 latest, a cancelled trial has ``_CANCEL_S``, a shutdown ``_SHUTDOWN_S``.
 """
 
@@ -60,29 +61,31 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
 _SHUTDOWN_S = 6.0
-"""How long workers may take to shut down: Tune kills a trial that it stopped after ten seconds."""
+"""Seconds that workers may take to shut down; Tune kills a trial ten seconds after stopping it."""
 _CANCEL_S = 30.0
-"""How long a cancelled trial may take for a step, or for a batch of its test."""
+"""Seconds that a cancelled trial may take for its last step, or for a batch of its test."""
 _FAILED_S = 60.0
-"""How long Ray Train may take to end by itself when the trial's own process has failed."""
+"""Seconds that Ray Train may take to end by itself when the trial's own process has failed."""
 
 
 class WorkerPool:
     """A TorchTrainer with its workers, and the queue from which they take trials."""
 
     def __init__(self, spec: TrialSpec) -> None:
-        # The queue lives on the node of Tune's trial: if that node is lost, both are.
+        # The queue runs on the node of Tune's trial, so that both are lost together.
         this_node = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
         actor: Any = ray.remote(TrialQueue)
+        # Concurrency: each worker waits in a call of its own, and none may block the others.
         self.queue = actor.options(
             num_cpus=0, max_concurrency=1000, scheduling_strategy=this_node
         ).remote()
         self.error: Exception | None = None
         self.status: QueueStatus | None = None
-        """The last that was polled."""
+        """The status of the last poll."""
         self.trainer = _trainer(spec, self.queue)
+        # ``fit`` blocks until all trials are over; this thread yields their reports meanwhile.
         self.thread = threading.Thread(target=self._fit, name="trainer", daemon=True)
         self.thread.start()
 
@@ -95,22 +98,23 @@ class WorkerPool:
     def is_usable(self) -> bool:
         """Whether it can take another trial.
 
-        The one before it is done, and its workers were never restarted.
+        It can if the trial before it is done and its workers were never restarted.
         """
         status = self._poll()
         return self.thread.is_alive() and status.is_done and not status.was_restarted
 
     def train(self, spec: TrialSpec) -> Generator[dict[str, Any], None, bool]:
-        """Have a trial trained; yields its reports.
+        """Hand a trial to the workers, and yield its reports.
 
         If it fails permanently, the reason is in its folder.
 
-        Returns whether a worker started it: a trainer may end while it waits for another trial.
+        Returns:
+            Whether a worker started it: a trainer may end while its workers wait for a trial.
         """
         ray.get(self.queue.submit.remote(spec.to_json()))
         while True:
-            # Checked before the poll: what was reported before the trainer ended is then among the
-            # reports.
+            # Checked before the poll, so that this poll still gets what the workers reported before
+            # the trainer ended.
             is_alive = self.thread.is_alive()
             status = self._poll()
             yield from status.reports
@@ -126,11 +130,12 @@ class WorkerPool:
         return status.is_taken
 
     def record_failure(self, spec: TrialSpec) -> None:
-        """Write into the trial's folder why the trainer ended without it.
+        """Write into the trial's folder why the trainer ended before the trial did.
 
         Raises:
-            Exception: the trainer did not fail over the training, but by itself.
+            Exception: the trainer itself failed, and not the training.
         """
+        # Raised, so that Tune tries the trial again: the training was not at fault.
         if self.error and not isinstance(self.error, TrainingFailedError):
             raise self.error
         spec.folder.mkdir(parents=True, exist_ok=True)
@@ -140,24 +145,25 @@ class WorkerPool:
         spec.trial_dir.write_failure(reason)
 
     def cancel(self) -> None:
-        """Stop the trial under way, if there is one, after its next step.
+        """Stop the running trial, if there is one, after its next step.
 
-        Its workers are ended if it does not stop.
+        Returns after ``_CANCEL_S`` at the latest; the caller closes a pool that is not usable then.
         """
         ray.get(self.queue.cancel.remote())
         deadline = time.monotonic() + _CANCEL_S
-        # Each poll waits for up to a second.
+        # Each poll waits for up to a second, so the loop needs no pause.
         while self.thread.is_alive() and time.monotonic() < deadline:
             if self._poll().is_done:
                 return
 
     def close(self, timeout_s: float) -> None:
-        """End the workers and wait for it: the next pool, or the next study, needs their resources.
+        """End the workers, and wait until their resources are free for the next pool or study.
 
-        Ray frees the placement group of a trainer that is not ended in order only when the whole
-        job ends.
+        If a trainer does not end in order, Ray frees its placement group only when the whole job
+        ends. Then this removes the placement group.
         """
-        with suppress(RayActorError):  # the queue is lost; the workers notice
+        # If the queue is lost, the next call of the workers fails, and that ends them.
+        with suppress(RayActorError):
             ray.get(self.queue.shutdown.remote())
         self.thread.join(timeout_s)
         placement_group = None
@@ -174,12 +180,12 @@ class WorkerPool:
 
 
 class PooledTrainable(tune.Trainable):
-    """Tune's trainable.
+    """Tune's trainable: it has one pool, and hands it one trial after the other.
 
-    Tune reuses its process for one trial after the other, and so it reuses its pool.
+    Tune reuses its process for several trials (``reuse_actors``), and so the pool lives on.
 
-    When Ray Train fails a trial permanently, after its retries, this ends normally: Tune tries
-    again only when this process itself is lost.
+    When a trial has failed permanently, after its retries by Ray Train, this ends normally: Tune is
+    to try again only when this process itself is lost.
     """
 
     _pool: WorkerPool | None = None
@@ -187,34 +193,38 @@ class PooledTrainable(tune.Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        """Stay on the head node, without a core: the workers have what a training needs."""
+        """Ask for the head node and for no core: only the workers need resources."""
+        # Ray refuses a request without any resource, and every head node has this one. With a
+        # fraction of a core, the cores that are left would hold fewer workers.
         return tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Start with a trial."""
+        """Prepare the first trial; ``step`` starts it."""
         self._reports = self._train(TrialSpec.from_json(config["spec"]))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Start another trial; one that was pruned is cancelled first."""
+        """Prepare another trial; one that was pruned is cancelled first."""
         try:
             if self._pool:
                 self._pool.cancel()
                 if not self._pool.is_usable():
                     self._close()
-        except RayActorError:  # the next trial gets a new pool
+        # The queue is lost: the next trial gets a new pool.
+        except RayActorError:
             self._close()
         self.setup(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next report.
+        """Wait for the next report, and return it.
 
         Raises:
-            Exception: Tune is to try again; the workers' resources are free then.
+            Exception: Tune is to try again; the workers' resources are free by then.
         """
         try:
             return next(self._reports, {"done": True})
         except Exception:
+            # The next attempt needs the workers' resources: wait longer than a stop may take.
             self._close(_FAILED_S)
             raise
 
@@ -229,13 +239,16 @@ class PooledTrainable(tune.Trainable):
             pool.close(timeout_s)
 
     def _train(self, spec: TrialSpec) -> Generator[dict[str, Any]]:
-        if spec.stop_file.exists():  # the study is to stop: no other trial starts
+        # The study is to stop: no other trial starts.
+        if spec.stop_file.exists():
             return
         if self._pool and (yield from self._pool.train(spec)):
             return
-        # There is no pool, or its trainer ended while it waited for a trial.
+        # There is no pool, or its trainer ended before a worker took the trial.
         self._close()
-        os.environ.update(spec.environment)  # Ray Train reads it as it starts
+        # Ray Train reads it when it starts. On a cluster a raylet starts this process, without the
+        # launch's environment.
+        os.environ.update(spec.environment)
         self._pool = WorkerPool(spec)
         if not (yield from self._pool.train(spec)):
             self._pool.record_failure(spec)
@@ -249,7 +262,8 @@ def _trainer(spec: TrialSpec, queue: Any) -> TorchTrainer:
     if spec.gpus_per_worker:
         resources["GPU"] = float(spec.gpus_per_worker)
     num_workers: int | tuple[int, int] = worker.workers
-    if worker.min_workers is not None and worker.min_workers < worker.workers:  # elastic
+    # A range of workers makes Ray Train elastic.
+    if worker.min_workers is not None and worker.min_workers < worker.workers:
         num_workers = (worker.min_workers, worker.workers)
     storage = spec.storage
     filesystem = None
@@ -257,7 +271,8 @@ def _trainer(spec: TrialSpec, queue: Any) -> TorchTrainer:
         store = open_object_store(worker.object_store)
         storage = f"{store.root}/ray"
         filesystem = store.files
-    # How often the controller may fail: on a cluster without limit, since another node may come.
+    # How often the controller may fail to start a group of workers: -1 is without limit, since on a
+    # cluster another node may come. On one machine a limit ends a wait that nothing could end.
     controller_failures = 1
     if spec.waits_for_nodes:
         controller_failures = -1
@@ -285,7 +300,7 @@ def run_worker(config: dict[str, Any]) -> None:
     """Train the trials of the queue, as one of a TorchTrainer's workers; the first worker reports.
 
     Raises:
-        Failure: an internal error on a GPU: the next trial is to get a new process.
+        Failure: an internal error on a GPU, so that the next trial gets a new process.
     """
     # Loads PyTorch, which the launch's process, where this module is imported, does without.
     from orchestration.worker import trial_runner
@@ -299,7 +314,7 @@ def run_worker(config: dict[str, Any]) -> None:
             ray.get(queue.report.remote(metrics))
 
     def poll_signal() -> TrainingSignal:
-        # The workers meet in this call: all of them must make it.
+        # A collective call of Ray Train's: every worker must make it, at the same steps.
         is_preempted = train.get_preemption_info() is not None
         signal = TrainingSignal.CONTINUE
         if rank == 0:
@@ -319,7 +334,7 @@ def run_worker(config: dict[str, Any]) -> None:
             if reason:
                 report = reason.to_report()
             ray.get(queue.mark_done.remote(report))
-        # After an error of a kernel every later call on that device fails in this process.
+        # After a failed kernel, CUDA fails every later call of this process on that device.
         if reason and reason.kind == "internal" and spec["gpus_per_worker"]:
             raise Failure(
                 f"{reason.message}: a new process for the next trial, the device may be unusable "

@@ -1,13 +1,13 @@
 """The command ``mar`` and its verbs: parsing and printing, nothing else.
 
-Imports only what parsing needs; each verb imports its own, so that ``mar --help`` and ``mar plan``
-are quick.
+The modules of ``cli`` import only what parsing needs. Each verb imports the rest when it is called,
+so that ``mar --help`` and ``mar plan`` are quick.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import typer
 
@@ -21,23 +21,23 @@ from orchestration.cli.system import doctor, recover, ui
 from orchestration.cli.weights import evaluate, predict, reconstruct, weights_app
 from orchestration.secrets import without_secrets
 
-if TYPE_CHECKING:
-    pass
-
+# Without Typer's own exceptions: ``main`` prints one line for each error that it knows.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 app.add_typer(jobs_app, name="jobs")
 app.command()(status)
 app.command("stop")(stop_study)
+# ``submit`` parses the options of ``mar run`` itself (``_parse_run_options``).
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
 
 
 def main() -> NoReturn:
-    """Run the command; exit 0 done, 1 failed, 2 the user's mistake."""
+    """Run the command, then exit: code 0 if it is done, 1 if it failed, 2 for a user's mistake."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure:  # a terminal in the C locale must not stop a study over the × of "2 × 2"
+        # A terminal in the C locale must not stop a study because of the × in "2 × 2".
+        if reconfigure:
             reconfigure(encoding="utf-8", errors="replace")
     try:
         app()
@@ -45,6 +45,7 @@ def main() -> NoReturn:
         _end(str(error), 2)
     except Failure as error:
         _end(str(error), 1)
+    # The reader of the output has ended, as in ``mar table … | head``.
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:

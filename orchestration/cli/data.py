@@ -1,4 +1,4 @@
-"""``mar data``: make, check and pack data sets. Parsing and printing, nothing else."""
+"""``mar data``: makes, checks, shows and packs data sets. Parsing and printing, nothing else."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ Overrides = Annotated[
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes that decode; default: one for each core.")
 ]
+# The cores that this process may use: a container or a batch job may have fewer than the machine.
 _CORES = len(os.sched_getaffinity(0))
 
 
 @data_app.command("make")
 def data_make(
-    kind: Annotated[Literal["motion-verbs"], typer.Argument(help="Which set.")],
+    kind: Annotated[Literal["motion-verbs"], typer.Argument(help="The data set to make.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
     difficulty: Annotated[
-        Literal["easy", "medium", "hard"], typer.Option(help="Where the other options start from.")
+        Literal["easy", "medium", "hard"],
+        typer.Option(help="Sets the defaults of the other options."),
     ] = "easy",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     size: Annotated[int | None, typer.Option(help="Height and width, pixels.")] = None,
@@ -47,7 +49,7 @@ def data_make(
     clutter: Annotated[int | None, typer.Option(help="Objects that do not move.")] = None,
     shake: Annotated[float | None, typer.Option(help="Camera shake, share of the height.")] = None,
 ) -> None:
-    """Make a set of H.264 videos in which only motion tells the class."""
+    """Make a set of H.264 videos whose classes differ only in motion."""
     from mar.data.motion_verbs import DIFFICULTIES, make
 
     given: dict[str, Any] = {
@@ -59,11 +61,12 @@ def data_make(
         "clutter": clutter,
         "shake": shake,
     }
-    # What is not given is as the difficulty has it.
+    # Options that are not given have the value of the difficulty.
     chosen = {name: value for name, value in given.items() if value is not None}
     options = replace(DIFFICULTIES[difficulty], seed=seed, **chosen)
     with _bar("videos") as advance:
         made = make(folder, options, advance)
+    # ``make`` writes nothing if the folder has the same set already.
     outcome = f"is in {folder} already"
     if made:
         outcome = f"made in {folder}"
@@ -83,7 +86,7 @@ def data_check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Read a data set as training would; exit code 1 if training would meet a fault."""
+    """Read a data set as training would. Exit code 1 if training would meet a fault."""
     from mar.data.validation import check_data, report_text, write_findings
     from orchestration.studies.recipe import read_recipe
 
@@ -96,6 +99,7 @@ def data_check(
         print(json.dumps(asdict(report), indent=1, ensure_ascii=False))
     else:
         print(report_text(report))
+    # A script that prepares data can test the exit code.
     if not report.is_sound:
         sys.exit(1)
 
@@ -107,8 +111,8 @@ def data_show(
     output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path(
         "clips.png"
     ),
-    clips: Annotated[int, typer.Option(min=1, help="How many.")] = 16,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of each.")] = 3,
+    clips: Annotated[int, typer.Option(min=1, help="Number of clips.")] = 16,
+    frames: Annotated[int, typer.Option(min=1, help="Number of frames of each clip.")] = 3,
 ) -> None:
     """Draw clips as training sees them: cropped, augmented, mixed, with their labels."""
     from mar.visualization.masks_and_clips import draw_clips
@@ -122,27 +126,30 @@ def data_show(
 def data_pack(
     recipe: RecipeName,
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder of the cache: then data.cache=DIR.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Folder of the cache; a study uses it with data.cache=DIR."
+        ),
     ],
     overrides: Overrides = None,
     kind: Annotated[
         Literal["jpeg", "raw"], typer.Option("--format", help="JPEG is small, raw is quick.")
     ] = "jpeg",
     short_side: Annotated[
-        int, typer.Option(min=16, help="Pixels; smaller videos keep their size.")
+        int, typer.Option(min=16, help="Shorter side, pixels; smaller videos keep their size.")
     ] = 256,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG.")] = 90,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of JPEG.")] = 90,
     processes: Processes = _CORES,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every shard with its checksum.")
     ] = False,
     object_store: ObjectStoreUri = None,
 ) -> None:
-    """Write each video's frames once, small, for all trials to read.
+    """Write each video's frames once, in a small size, for all trials to read.
 
-    Goes on where it was stopped.
+    If it was stopped, the same command resumes.
     """
-    from mar.data.cache_index import Index, Packing
+    from mar.data.cache_index import Packing
     from mar.data.frame_cache import pack
     from mar.data.frame_cache import verify as damaged_shards
     from mar.errors import Failure
@@ -150,16 +157,10 @@ def data_pack(
 
     data = read_recipe(recipe, overrides or []).data
     with _bar("videos") as advance:
+        # The number of videos that an earlier call had packed.
         before = pack(data, folder, Packing(kind, short_side, quality), processes, advance)
-    entries = [entry for _, entry in Index(folder).entries.values()]
-    size_gib = sum(file.stat().st_size for file in folder.glob("*.bin")) / 2**30
-    broken = [entry.name for entry in entries if entry.broken]
-    print(
-        f"{folder}: {len(entries)} videos ({before} were there), "
-        f"{sum(entry.num_frames for entry in entries)} frames, {size_gib:.2f} GiB"
-    )
-    if broken:
-        print(f"{len(broken)} gave no frames, the first: {printable(broken[0])}")
+    _print_cache(folder, before)
+    # Before an upload: a damaged shard must not reach the other nodes.
     if verify:
         with _bar("shards") as advance:
             damaged = damaged_shards(folder, advance)
@@ -180,20 +181,41 @@ def data_pack(
         )
 
 
+def _print_cache(folder: Path, num_before: int) -> None:
+    """Print what a frame cache contains; ``num_before`` videos were packed by earlier calls."""
+    from mar.data.cache_index import Index
+
+    # From the index and not from this call: an earlier call may have packed some of the videos.
+    entries = [entry for _, entry in Index(folder).entries.values()]
+    # The shards alone: the index beside them is small.
+    size_gib = sum(file.stat().st_size for file in folder.glob("*.bin")) / 2**30
+    broken = [entry.name for entry in entries if entry.broken]
+    print(
+        f"{folder}: {len(entries)} videos ({num_before} were there), "
+        f"{sum(entry.num_frames for entry in entries)} frames, {size_gib:.2f} GiB"
+    )
+    # Training treats them as ``data.broken`` says.
+    if broken:
+        print(f"{len(broken)} gave no frames, the first: {printable(broken[0])}")
+
+
 @contextmanager
 def _bar(unit: str) -> Generator[Callable[[int, int], None]]:
-    """Show a bar on the error stream, so that what is printed stays for programs.
+    """Show a progress bar on the error stream: programs may read the output stream.
 
-    Yields what moves it.
+    Yields:
+        A function that sets how much is done, of how much.
     """
     from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
+    # The first two of rich's columns are the description and the bar.
     columns = (
         *Progress.get_default_columns()[:2],
         TextColumn(f"{{task.completed}} {unit}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
+        # The total is known only when the first item is done.
         task = bar.add_task("")
         yield lambda done, total: bar.update(task, completed=done, total=total)

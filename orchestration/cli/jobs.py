@@ -1,4 +1,4 @@
-"""The verbs about clusters: submit, jobs."""
+"""The verbs for clusters and running studies: submit, jobs, status, stop."""
 
 from __future__ import annotations
 
@@ -40,13 +40,16 @@ JobId = Annotated[str, typer.Argument(metavar="JOB")]
 def submit(
     context: typer.Context,
     study: Annotated[
-        str, typer.Argument(metavar="STUDY", help="As of mar run, whose options follow.")
+        str,
+        typer.Argument(
+            metavar="STUDY", help="A study, as mar run takes it; mar run's options may follow."
+        ),
     ],
     address: Address,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow the job's log.")] = False,
     allow_unauthenticated: AllowUnauthenticated = False,
     any_versions: Annotated[
-        bool, typer.Option("--any-versions", help="Run in whatever versions are there.")
+        bool, typer.Option("--any-versions", help="Accept the cluster's versions of the packages.")
     ] = False,
 ) -> None:
     """Run a study on a Ray cluster, through its Jobs API: packs code and study, not data.
@@ -56,14 +59,19 @@ def submit(
     from orchestration.backends.ray_jobs import Jobs, leave
     from orchestration.tracking.provenance import PINNED, package_versions
 
+    # Before the cluster is asked: a mistake here needs no connection.
     _check(study, context.args)
     jobs = Jobs(address, allow_unauthenticated)
     if any_versions:
         environment = {}
     else:
+        # The job compares them with the node's before it trains (``check_pinned``).
         environment = {PINNED: json.dumps(package_versions())}
     job_id, is_new = jobs.submit(study, context.args, environment)
-    print(f"{job_id} {'submitted' if is_new else 'is under way already: joined'}", flush=True)
+    # Flushed: the job's log follows, and whoever reads the output needs the id first.
+    print(
+        f"{job_id} {'submitted' if is_new else 'is queued or running already: joined'}", flush=True
+    )
     if detach:
         leave(job_id, address)
         return
@@ -81,6 +89,7 @@ def list_jobs(
     if as_json:
         print(json.dumps([vars(job) for job in found], indent=1))
         return
+    # A job's message may contain the escape codes of a terminal (``printable``).
     for job in found:
         if job.minutes is None:
             minutes = ""
@@ -92,7 +101,7 @@ def list_jobs(
                 f"{printable(job.message)}"
             ).rstrip()
         )
-    print(f"{len(found)} jobs" if found else "no jobs of ours")
+    print(f"{len(found)} jobs" if found else "no jobs of mar submit")
 
 
 @jobs_app.command()
@@ -105,7 +114,7 @@ def follow(
 
 @jobs_app.command()
 def stop(job: JobId, address: Address, allow_unauthenticated: AllowUnauthenticated = False) -> None:
-    """End a job now; what it trained is kept, and the same submission resumes it."""
+    """Stop a job now. Its results and checkpoints are kept: the same submission resumes it."""
     from orchestration.backends.ray_jobs import Jobs
 
     Jobs(address, allow_unauthenticated).stop(job)
@@ -118,9 +127,9 @@ def status(
     object_store: ObjectStoreUri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what runs in a store, and how far it is.
+    """Show which studies of a store run, and how far they are.
 
-    From any terminal or machine that sees the store.
+    Works in any terminal, and on any machine that sees the store.
     """
     from dataclasses import asdict
 
@@ -129,6 +138,7 @@ def status(
     from orchestration.execution.status import status_text
 
     print_store(store, tracking_uri)
+    # Where nodes share no disk, heartbeats are in the object store.
     worker = WorkerConfig(object_store=object_store)
     found = status_of(LaunchConfig(store=store, tracking_uri=tracking_uri, worker=worker))
     if as_json:
@@ -139,17 +149,18 @@ def status(
 
 def stop_study(
     study: Annotated[
-        str, typer.Argument(metavar="STUDY", help="A study that is being run from the store.")
+        str, typer.Argument(metavar="STUDY", help="A study that runs from the store.")
     ],
     store: StoreFolder = DEFAULT_STORE,
     tracking_uri: TrackingUri = None,
     object_store: ObjectStoreUri = None,
 ) -> None:
-    """Let a running study's trials save, and end it; the same mar run resumes it."""
+    """Stop a running study after its trials have saved; the same mar run resumes it."""
     from orchestration.config import LaunchConfig, WorkerConfig
     from orchestration.execution.status import stop as stop_of
     from orchestration.studies.names import name_of
 
+    # The lock and the stop file have the study's name in this store, which need not be its file's.
     name = name_of(study, store)
     worker = WorkerConfig(object_store=object_store)
     launch = LaunchConfig(store=store, study=name, tracking_uri=tracking_uri, worker=worker)
@@ -162,24 +173,27 @@ def _follow(job_id: str, address: str, allow_unauthenticated: bool) -> None:
 
     try:
         status = Jobs(address, allow_unauthenticated).follow(job_id)
+    # Ctrl-C ends the following, not the job.
     except KeyboardInterrupt:
         leave(job_id, address)
+        # 128 + 2, as a shell reports an end by SIGINT.
         sys.exit(130)
     if status != "SUCCEEDED":
         raise Failure(f"{job_id}: {status}")
 
 
 def _check(study: str, arguments: list[str]) -> None:
-    """Check the study and mar run's options here: a mistake is then reported before submission.
+    """Check the study and mar run's options here, so that mistakes are reported before submission.
 
     Raises:
-        UserError: something is wrong, or a path is relative to here.
+        UserError: the study or an option is wrong, or a path is relative.
     """
     given = _parse_run_options(study, arguments)
     if given.get("address") or given.get("backend") == "local":
         raise UserError(
             "mar submit: --address is the dashboard's, and --backend local is for this machine"
         )
+    # A relative path would mean the job's own folder, which the cluster removes.
     store = Path(given["store"])
     if not store.is_absolute():
         raise UserError(
@@ -191,6 +205,7 @@ def _check(study: str, arguments: list[str]) -> None:
     if is_search_file(study):
         from orchestration.search.schema import read_search
 
+        # All trials of a search share their data.
         roots = {read_search(study, overrides).settings({}).data.root}
     else:
         from orchestration.studies.loader import read_study
@@ -206,6 +221,7 @@ def _check(study: str, arguments: list[str]) -> None:
 
 def _parse_run_options(study: str, arguments: list[str]) -> dict[str, Any]:
     """Return mar run's parameters, parsed by its own options."""
+    # An app with this one verb: the command's own app imports this module.
     run_app = typer.Typer(add_completion=False)
     run_app.command()(run)
     command = typer.main.get_command(run_app)

@@ -1,8 +1,6 @@
-"""The options of ``mar run`` that say where and how trials run.
+"""Makes the options of ``mar run`` that set where and how trials run.
 
-They are made from the fields of the launch's configuration.
-
-An option is spelled once, as a field of ``LaunchConfig`` or ``WorkerConfig``: its name, type,
+Each option is defined once, as a field of ``LaunchConfig`` or ``WorkerConfig``: its name, type,
 default, range and help text.
 """
 
@@ -22,15 +20,16 @@ from orchestration.config import HELP, METAVAR, MINIMUM, LaunchConfig, WorkerCon
 from orchestration.secrets import webhook_of
 
 _ENVIRONMENT = {"object_store": "MAR_OBJECT_STORE"}
-"""Option -> environment variable that it is read from, too."""
+"""Field -> environment variable from which its option is read, too."""
 
 
 def takes_launch_options(verb: Callable[..., None]) -> Callable[..., None]:
     """Add the launch's options to a verb that has the parameters ``store`` and ``tracking_uri``.
 
-    The verb is called with the ``LaunchConfig`` that they make as ``launch``.
+    The verb gets the ``LaunchConfig`` that is made from the options as ``launch``.
     """
     signature = inspect.signature(verb, eval_str=True)
+    # ``launch`` is no option: ``command`` makes it from the others.
     own = [each for each in signature.parameters.values() if each.name != "launch"]
     launch_fields = _option_fields(LaunchConfig)
     worker_fields = _option_fields(WorkerConfig)
@@ -62,9 +61,11 @@ def _option_fields(config: type[Any]) -> list[Field[Any]]:
 
 
 def _parameter(each: Field[Any], config: type[Any]) -> inspect.Parameter:
-    """Return the option of one field."""
+    """Return the option of one field, as a parameter of the command."""
+    # With ``from __future__ import annotations`` a field's own type is only a text.
     kind = get_type_hints(config)[each.name]
     default = each.default
+    # Typer knows no such type: the option is a text, which ``_launch_config`` parses.
     if kind is RetentionPolicy:
         kind = str
         default = str(RetentionPolicy())
@@ -97,7 +98,7 @@ def _launch_config(
     launch_values: Mapping[str, Any],
     worker_values: Mapping[str, Any],
 ) -> LaunchConfig:
-    """Return the configuration that the options make.
+    """Return the configuration that is made from the options' values.
 
     Raises:
         UserError: one is out of its range, or two contradict each other.
@@ -107,6 +108,7 @@ def _launch_config(
         worker["keep"] = RetentionPolicy.parse(worker["keep"])
     except ValueError as error:
         raise UserError(f"--keep {worker['keep']}: {error}") from None
+    # On the command line 0 means never, which is none in the configuration.
     worker["hang_timeout_s"] = worker["hang_timeout_s"] or None
     min_workers = worker["min_workers"]
     if min_workers and min_workers > worker["workers"]:
@@ -119,5 +121,6 @@ def _launch_config(
             store=store, tracking_uri=tracking_uri, worker=WorkerConfig(**worker), **launch
         )
     except ValueError as error:
+        # The message begins with the field's name, from which the option's follows.
         name, _, message = str(error).partition(": ")
         raise UserError(f"{_option_name(name)} {message}") from None

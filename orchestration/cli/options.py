@@ -1,4 +1,4 @@
-"""What several verbs of the command take."""
+"""The options and arguments that several verbs share, and functions that use them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def _object_store(uri: str | None) -> str | None:
     Raises:
         UserError: its scheme is not known.
     """
+    # Here too, as in ``WorkerConfig``: a verb without a launch takes this option as well.
     if uri and not uri.startswith(_SCHEMES):
         raise UserError(f"--object-store {uri}: expected s3://bucket/folder or gs://bucket/folder")
     return uri
@@ -76,18 +77,20 @@ DEFAULT_STORE = Path("mar_store")
 
 
 def print_store(store: Path, tracking_uri: str | None, may_be_new: bool = False) -> bool:
-    """Print, on the error stream, which store is read or written; returns whether it exists.
+    """Print on the error stream which store is used, and return whether it exists.
 
     Raises:
-        UserError: it does not, and it may not be new.
+        UserError: it does not exist, and it may not be new.
     """
     location = str(store.resolve())
     exists = (store / "mlflow.db").is_file()
+    # Whether a server has a store is not asked here: that would take a connection.
     if tracking_uri:
         location = without_secrets(tracking_uri)
         exists = True
     if not exists and not may_be_new:
         advice = "mar run makes one"
+        # Results without a database: it was lost, and can be made again.
         if any((store / "trials").glob("*/result/manifest.json")):
             advice = f"it has results: mar recover --store {store}"
         raise UserError(f"--store {store}: no tracking store in {location} ({advice})")
@@ -99,13 +102,14 @@ def print_store(store: Path, tracking_uri: str | None, may_be_new: bool = False)
 
 
 def records_of(store: Path, tracking_uri: str | None, may_be_new: bool = False) -> list[Any]:
-    """Return the trials' runs in MLflow; none of a store that may be new and is.
+    """Return the trials' runs in MLflow; none if the store may be new and does not exist.
 
     Raises:
-        UserError: there is no store, and it may not be new.
+        UserError: the store does not exist, and it may not be new.
     """
     if not print_store(store, tracking_uri, may_be_new):
         return []
+    # Not at the top: it loads MLflow, which takes seconds.
     from orchestration.config import LaunchConfig
     from orchestration.tracking.store import Store
 
@@ -120,11 +124,10 @@ def studies_of(
     store: Path,
     claims: bool = False,
 ) -> list[Study]:
-    """Return the study that was named, or with ``--all`` every study of the paper.
+    """Return the named study, or with ``--all`` every study of the paper, in the paper's order.
 
-    In the paper's order, under their names in the store.
-
-    ``claims`` keeps these names in the store for their files.
+    The studies have their names in the store. With ``claims``, the store records that these names
+    belong to their files.
 
     Raises:
         UserError: neither or both were given; or what ``read_study`` raises.
@@ -132,7 +135,7 @@ def studies_of(
     from orchestration.studies.loader import paper_studies, read_study
 
     if is_all:
-        # The first word is an override then.
+        # The first word is then an override: Typer took it for the study.
         if name and "=" not in name:
             raise UserError(f"{name}: a study or --all, not both")
         arguments = list(overrides or [])
@@ -152,6 +155,7 @@ def _named(study: Study, store: Path, claims: bool) -> Study:
 
     from orchestration.studies.names import name_in_store
 
+    # Only a file can claim a name in the store.
     if study.path is None:
         return study
     return replace(study, name=name_in_store(study.name, study.path, store, claims))
@@ -161,16 +165,16 @@ def is_search_file(name: str) -> bool:
     """Whether a file is a search, and not a study or a recipe."""
     from orchestration.studies.yaml_document import Document, find
 
+    # Only the file of a search has this key at its top level.
     return "space" in Document(find(name, "study")).content
 
 
 def file_finder(store: Path, tracking_uri: str | None) -> Callable[[Any, str], Path]:
     """Return a function that finds a file of a run's result.
 
-    It downloads the file from MLflow where it is not on this disk.
-
-    The tracking store is opened when the first file is asked for.
+    The function downloads the file from MLflow if it is not on this disk.
     """
+    # Opened with the first file: a table without paired tests needs none.
     opened: list[Any] = []
 
     def find(record: Any, name: str) -> Path:

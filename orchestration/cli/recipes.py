@@ -1,4 +1,4 @@
-"""The verbs about recipes: show, diff, cost, mask."""
+"""The verbs for recipes: show, diff, cost, mask."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from orchestration.cli.options import AsJson, Output, Overrides, RecipeName
 
 
 def show(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Print a recipe's settings, all of them, resolved."""
+    """Print all settings of a recipe, with those that it inherits and the defaults."""
     import yaml
 
     from orchestration.studies.recipe import read_recipe
 
     tree = read_recipe(recipe, overrides or []).model_dump(mode="json")
+    # In the schema's order, which keeps related settings together.
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=None)
     if as_json:
         print(json.dumps(tree, indent=1, ensure_ascii=False))
@@ -31,18 +32,21 @@ def diff(
     second: Annotated[str, typer.Argument(metavar="RECIPE", help="The other recipe.")],
     as_json: AsJson = False,
 ) -> None:
-    """Name every setting in which two recipes differ, and the reason the recipes give."""
+    """Name every setting in which two recipes differ, and the reason that the recipes give."""
     from orchestration.studies.diff import differences
 
     found = differences(first, second)
     if as_json:
         print(json.dumps([vars(each) for each in found], indent=1, ensure_ascii=False))
         return
+    # Columns as wide as their widest value; equal recipes have none (``default``).
     width = max((len(each.setting) for each in found), default=0)
+    # The values as text, to know the width of their columns.
     values = [(f"{each.first}", f"{each.second}") for each in found]
     widths = [max((len(pair[side]) for pair in values), default=0) for side in (0, 1)]
     for each, (one, other) in zip(found, values, strict=True):
         columns = (f"{each.setting:<{width}}", f"{one:>{widths[0]}}", f"{other:>{widths[1]}}")
+        # Not every difference has a reason: such a line would end in spaces.
         print("  ".join([*columns, each.reason]).rstrip())
     if found:
         print(f"{len(found)} settings differ")
@@ -60,21 +64,25 @@ def cost(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips in a step, for --memory.")] = 1,
     paper: Annotated[
-        bool, typer.Option("--paper", help="The paper's figures beside ours; needs no recipe.")
+        bool,
+        typer.Option("--paper", help="Compare the paper's figures with ours; needs no recipe."),
     ] = False,
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
     """Print GFLOPs in the paper's convention, parameters, tokens, and peak training memory."""
+    # Two commands in one: the costs of a recipe, and the page of all costs in the paper.
     if paper and (recipe or memory):
-        raise UserError("cost: --paper goes without a recipe and without --memory")
+        raise UserError("cost: --paper takes no recipe and no --memory; leave them out")
     if output and not paper:
         raise UserError("cost: -o is for the page that --paper makes; a recipe's cost is printed")
     if paper:
         _print_paper_costs(output, as_json)
         return
     if recipe is None:
-        raise UserError("cost: which recipe? (or --paper, for the paper's figures beside ours)")
+        raise UserError(
+            "cost: which recipe? (or --paper, to compare the paper's figures with ours)"
+        )
     from dataclasses import asdict
 
     from mar.model.flops import cost as cost_of
@@ -83,6 +91,7 @@ def cost(
     settings = read_recipe(recipe, overrides or [])
     figures: dict[str, float | int] = asdict(cost_of(settings))
     units = dict(_UNITS)
+    # Measured, not computed: it depends on the device and on PyTorch's allocator.
     if memory:
         from mar.training.memory import peak_training_memory_gib
 
@@ -94,13 +103,14 @@ def cost(
         print(json.dumps(figures, indent=1))
         return
     for name, value in figures.items():
-        # Tokens are counted, the others are rounded.
+        # Numbers of tokens are integers; the others are rounded.
         digits = 0
         if isinstance(value, float):
             digits = 2
         print(f"{value:>10.{digits}f}  {units[name]}")
 
 
+# The keys are the fields of ``mar.model.flops.Cost``, in the order in which they are printed.
 _UNITS = {
     "gflops": "GFLOPs a view, inference",
     "train_gflops": "GFLOPs a clip, training step",
@@ -112,7 +122,7 @@ _UNITS = {
 
 
 def _print_paper_costs(output: Path | None, as_json: bool) -> None:
-    """Print the paper's costs beside ours; with ``output``, write the page of them."""
+    """Print the paper's costs beside ours; with ``output``, write a page with them."""
     from orchestration.reporting.paper_costs import cost_frame, write_page
 
     text = write_page(output)
@@ -126,10 +136,10 @@ def mask(
     recipe: RecipeName,
     overrides: Overrides = None,
     output: Output = None,
-    clips: Annotated[int, typer.Option(min=0, help="Masks drawn as in training.")] = 3,
+    clips: Annotated[int, typer.Option(min=0, help="Number of random masks, as in training.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Draw a recipe's masks, as in Figs. 3 and 4; with --json print them, 1 where hidden."""
+    """Draw a recipe's masks, as in Figs. 3 and 4; with --json print them, 1 for a hidden token."""
     from mar.visualization.masks_and_clips import draw_masks, example_masks
     from orchestration.studies.recipe import read_recipe
 

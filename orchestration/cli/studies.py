@@ -1,4 +1,4 @@
-"""The verbs about studies: run, plan, table, figure, report."""
+"""The verbs for studies: run, plan, table, figure, report."""
 
 from __future__ import annotations
 
@@ -55,19 +55,21 @@ def run(
     """Train what is missing of a study (a killed run resumes by itself), then print its table."""
     from orchestration.tracking.provenance import check_pinned
 
+    # A job that was submitted with pinned versions must not train with others.
     check_pinned()
     if device and budget is None:
         raise UserError(
-            f"--device {device}: it says what --budget is spent on; give --budget too, or leave "
-            "it out"
+            f"--device {device}: it is the device on which --budget is spent; give --budget too, "
+            "or leave it out"
         )
     if launch.worker.cache_from:
         _fetch_cache(launch.worker.cache_from, overrides or [])
+    # With --all the first word is an override, not a study.
     if study and not is_all and is_search_file(study):
         if only or budget is not None:
             raise UserError(
-                f"{study} is a search: --filter and --budget are for studies; 'trials=N' says how "
-                "many it trains"
+                f"{study} is a search: --filter and --budget are for studies; trials=N sets how "
+                "many trials it runs"
             )
         _run_search(study, overrides or [], launch)
     else:
@@ -82,8 +84,10 @@ def _run_search(name: str, overrides: list[str], launch: LaunchConfig) -> None:
     from orchestration.search.schema import read_search
     from orchestration.studies.names import name_in_store
 
+    # After the file: a mistake in it is reported before the store is named.
     search = read_search(name, overrides)
     print_store(launch.store, launch.tracking_uri, may_be_new=True)
+    # Another file may have the same stem: then this search gets a name of its own in the store.
     stored_name = name_in_store(search.name, search.path, launch.store, claims=True)
     run_search(replace(search, name=stored_name), launch)
 
@@ -99,9 +103,11 @@ def _run_studies(
     from orchestration.studies.budget import Budget
     from orchestration.studies.plan import device as profile_of
 
+    # On the error stream, so that the output of the verb stays the study's.
     print_store(launch.store, launch.tracking_uri, may_be_new=True)
     limit = None
     if budget is not None:
+        # Without a device, the budget uses the speed that earlier runs measured.
         profile = None
         if device:
             profile = profile_of(device)
@@ -115,9 +121,10 @@ def _run_studies(
 def _studies_to_run(
     name: str | None, overrides: list[str] | None, only: list[str] | None, is_all: bool, store: Path
 ) -> list[Study]:
-    """Return the studies.
+    """Return the studies to run.
 
-    With a filter, whole ones of which some trials are to run, so that reports stay whole.
+    With a filter they keep all of their trials, so that their reports stay complete; ``chosen`` has
+    the keys of those that run.
     """
     from dataclasses import replace
 
@@ -126,6 +133,7 @@ def _studies_to_run(
         return whole
     filtered = studies_of(name, overrides, only, is_all, store)
     studies: list[Study] = []
+    # Both lists are of the same studies, in the same order.
     for study, part in zip(whole, filtered, strict=True):
         chosen = frozenset(trial.key for trial in part.trials)
         studies.append(replace(study, chosen=chosen))
@@ -133,12 +141,12 @@ def _studies_to_run(
 
 
 def _fetch_cache(uri: str, overrides: list[str]) -> None:
-    """Download the frame cache to this machine, which reads the study.
+    """Download the frame cache to this machine, which needs it to read the study.
 
     Each node that trains downloads it too.
 
     Raises:
-        UserError: it is not said where to, or there is no frame cache.
+        UserError: no folder is given, or the object store has no frame cache.
     """
     from orchestration.storage.object_store import open_object_store
     from orchestration.storage.trial_sync import fetch_cache
@@ -148,10 +156,12 @@ def _fetch_cache(uri: str, overrides: list[str]) -> None:
     ]
     if not folders:
         raise UserError("--cache-from: to where? Give data.cache=DIR too")
+    # As with all overrides, the last one holds.
     folder = Path(folders[-1])
+    # A cache that is on this disk already serves, too.
     if not fetch_cache(open_object_store(uri), folder) and not folder.is_dir():
         raise UserError(
-            f"--cache-from {uri}: there is no frame cache; mar data pack RECIPE DIR "
+            f"--cache-from {uri}: it has no frame cache; make one with mar data pack RECIPE DIR "
             "--object-store URI"
         )
 
@@ -160,12 +170,13 @@ def _hours(text: str) -> float:
     """Return the hours that ``200h`` or ``200`` stands for.
 
     Raises:
-        UserError: it stands for none.
+        UserError: the text is not a number, or the number is negative or infinite.
     """
     try:
         hours = float(text.removesuffix("h"))
     except ValueError:
         hours = -1.0
+    # Written so that NaN fails, too.
     if not 0 <= hours < float("inf"):
         raise UserError(f"--budget {text}: expected device-hours, as 200h")
     return hours
@@ -179,7 +190,8 @@ def plan(
     tracking_uri: TrackingUri = None,
     device: Annotated[str | None, typer.Option(help=_DEVICE)] = None,
     price_per_h: Annotated[
-        float | None, typer.Option(min=0, help="Of such a device, in your money.")
+        float | None,
+        typer.Option(min=0, help="Price of an hour of such a device, in your currency."),
     ] = None,
     is_all: IsAll = False,
     explain: Annotated[
@@ -209,8 +221,11 @@ def plan(
         studies = [_initial_points(study, overrides or [])]
     else:
         studies = studies_of(study, overrides, only, is_all, store)
+    # Without a store nothing is finished: a plan needs none.
     records = records_of(store, tracking_uri, may_be_new=True)
+    # A plan is possible without the data; what is on this machine is checked.
     check_data([trial for each in studies for trial in each.trials], only_present=True)
+    # Shared: a trial of two studies is planned, and costs, once.
     planned = Planned()
     lines = [line for each in studies for line in plan_trials(each, records, profile, planned)]
     neighbours = None
@@ -223,9 +238,9 @@ def plan(
 
 
 def _initial_points(name: str, overrides: list[str]) -> Study:
-    """Return the points with which a search starts, as a study.
+    """Return the initial points of a search, as a study.
 
-    Prints how many more it proposes.
+    Prints how many more trials it will propose.
     """
     from orchestration.search.initial_points import as_study
     from orchestration.search.schema import read_search
@@ -245,10 +260,11 @@ def table(
     tracking_uri: TrackingUri = None,
     form: Annotated[Literal["md", "tex", "html", "csv", "json"], typer.Option("--format")] = "md",
 ) -> None:
-    """Print a study's table from what MLflow remembers."""
+    """Print a study's table from its runs in MLflow."""
     from orchestration.reporting.table_formats import FORMATS
     from orchestration.reporting.tables import table_info
 
+    # Without --all it is always one study.
     (read,) = studies_of(study, overrides, only, False, store)
     print(FORMATS[form](table_info(_results(read, store, tracking_uri))), end="")
 
@@ -280,7 +296,7 @@ def report(
 ) -> None:
     """Write a study's table in every format, its figure and a page.
 
-    With --all one page over all studies.
+    With --all: one page for all studies.
     """
     from orchestration.reporting.study_report import write_report
 
@@ -295,6 +311,7 @@ def report(
         write_site(studies, Store(launch), [*([study] if study else []), *(overrides or [])], file)
         print(file)
         return
+    # A likely mistake: -o with the name of a file, as the other verbs take it.
     if output and output.suffix:
         raise UserError(
             f"-o {output}: a study's report is a folder of files, its page is report.html in it; "

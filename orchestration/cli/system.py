@@ -1,4 +1,4 @@
-"""The verbs about this machine and its store: ui, recover, doctor."""
+"""The verbs for this machine and its store: ui, recover, doctor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _print_links(address: str, store: Store) -> None:
     """Print each study's page on a server."""
     for study, page in store.pages().items():
         print(f"  {study:<34} {address}{page}")
-    # The server that follows prints for itself.
+    # The server is another process that prints next: what is buffered here would come after it.
     sys.stdout.flush()
 
 
@@ -41,14 +41,16 @@ def ui(
         raise UserError(
             f"--store {store}: no tracking store there yet; `mar run quickstart` makes one"
         )
+    # Another address is a database, which a server is started for.
     if tracking_uri and tracking_uri.startswith("http"):
         shown = without_secrets(tracking_uri)
-        print(f"the store is a server already: open {shown}")
+        print(f"the tracking store is a server: open {shown}")
         _print_links(shown, Store(launch))
         return
     address = f"http://127.0.0.1:{port}"
     print(f"MLflow at {address} (stop with Ctrl-C)")
     _print_links(address, Store(launch))
+    # With the interpreter that runs this: MLflow is installed for it.
     command, environment = serve(launch, port)
     sys.exit(subprocess.call([sys.executable, "-m", *command], env=environment))  # noqa: S603
 
@@ -70,6 +72,7 @@ def recover(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None
         f"{len(found.names)} recovered, {found.num_known} known before, "
         f"{len(found.damaged)} damaged"
     )
+    # The others are recovered, but a script must notice.
     if found.damaged:
         sys.exit(1)
 
@@ -77,7 +80,7 @@ def recover(store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None
 def doctor(
     store: StoreFolder = DEFAULT_STORE, tracking_uri: TrackingUri = None, as_json: AsJson = False
 ) -> None:
-    """Try what mar needs here: devices, decoders, Ray, the tracking store.
+    """Check what mar needs on this machine: devices, decoders, Ray, the tracking store.
 
     Exit code 1 if something does not work.
     """

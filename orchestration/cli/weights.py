@@ -1,4 +1,4 @@
-"""``mar weights``, ``mar evaluate``, ``mar predict``: what one does with a model.
+"""The verbs for models: weights, evaluate, predict, reconstruct.
 
 Parsing and printing, nothing else.
 """
@@ -35,11 +35,12 @@ def weights_show(
     source: WeightsSource,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print whose layout a checkpoint has, its sizes, and what the model has no use for."""
+    """Print a checkpoint's layout and sizes, and the tensors that the model does not use."""
     from mar.weights.pretrained import contents
     from mar.weights.reading import read_weights
 
     weights = read_weights(source)
+    # Shapes, not values: a model has millions of them.
     if as_json:
         shapes = {name: list(tensor.shape) for name, tensor in weights.tensors.items()}
         payload = {
@@ -56,9 +57,9 @@ def weights_show(
 @weights_app.command("convert")
 def weights_convert(
     source: WeightsSource,
-    folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
     overrides: Overrides = None,
-    to: Annotated[Literal["mar", "huggingface"], typer.Option(help="Whose format.")] = "mar",
+    to: Annotated[Literal["mar", "huggingface"], typer.Option(help="Format of the files.")] = "mar",
 ) -> None:
     """Write a checkpoint of any known layout as safetensors, config.json and a model card."""
     from mar.weights.export import write_hugging_face, write_model
@@ -68,15 +69,17 @@ def weights_convert(
 
     weights = read_weights(source)
     settings = model_settings(weights, parse_overrides(overrides or []))
+    # transformers' VideoMAE has no modules for a bridging classifier's tensors.
     left_out: list[str] = []
     if to == "huggingface":
         left_out = write_hugging_face(folder, weights, settings)
     else:
         write_model(folder, weights, settings)
     print(contents(weights))
+    # A name comes from the checkpoint: it may contain the escape codes of a terminal.
     if left_out:
         print(
-            f"left out   {len(left_out)} tensors that this format has no place for, the first: "
+            f"left out   {len(left_out)} tensors that this format cannot hold, the first: "
             f"{printable(left_out[0])}"
         )
     print(f"written    {folder}")
@@ -95,6 +98,7 @@ def weights_export(
     from orchestration.studies.recipe import parse_overrides
 
     weights = read_weights(source)
+    # ``write_onnx`` runs the written model in onnxruntime, and compares it with PyTorch.
     difference = write_onnx(
         file, weights, model_settings(weights, parse_overrides(overrides or []))
     )
@@ -104,6 +108,7 @@ def weights_export(
 
 _SHOWN_CLASSES = 5
 _TEST_SETTINGS = ("data", "clip", "mask", "evaluation")
+"""Groups of settings that ``mar evaluate`` takes from ``--recipe``; the model has the others."""
 
 
 def evaluate(
@@ -123,7 +128,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Test a model on a data set's evaluation split, with all views; nothing is trained."""
+    """Test a model on a data set's validation split, with all views; nothing is trained."""
     from mar.data.annotations import read_split
     from mar.distributed import default_device
     from mar.evaluation.evaluator import write_predictions
@@ -131,6 +136,7 @@ def evaluate(
     from orchestration.studies.recipe import parse_overrides, recipe_tree
 
     changes = parse_overrides(overrides or [])
+    # Overrides win over the recipe, and the recipe over what the model was trained with.
     shared: dict[str, Any] = {}
     if recipe:
         tree = recipe_tree(recipe)
@@ -150,6 +156,7 @@ def evaluate(
         f"{len(predictions.labels)} videos ({views.clips} clips × {views.crops} crops, "
         f"{settings.test_ratio:.0%} hidden)"
     )
+    # A broken video has no prediction, so the percentages are of the others.
     if predictions.broken:
         summary += f"; {len(predictions.broken)} more could not be decoded"
     print(summary)
@@ -171,7 +178,7 @@ def predict(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="Class names, one a line; default: those that the model has.",
+            help="File of class names, one a line. Default: the names that the model has.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -182,15 +189,18 @@ def predict(
     from mar.weights.pretrained import read_model
     from orchestration.studies.recipe import parse_overrides
 
+    # Checked first: reading the model takes seconds.
     absent = [str(video) for video in videos if not video.is_file()]
     if absent:
         raise UserError(f"no such video: {', '.join(absent[:3])}")
+    # Without a frame cache: it has the data set's videos, and these may be any.
     settings, trained, known = read_model(
         model, {"data.cache": None}, parse_overrides(setting or [])
     )
     names = list(known)
     if labels:
         names = labels.read_text(encoding="utf-8").splitlines()
+    # Label 0 is a placeholder: no accuracy is computed.
     listed = [Video(str(path), path, 0) for path in videos]
     predictions = _tested(trained, settings, listed, default_device())
     scores = _most_probable(predictions, listed, names)
@@ -201,6 +211,7 @@ def predict(
         for video, shares in scores.items():
             text = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
             print(printable(f"{video}: {text}"))
+    # After the predictions: a video that is broken does not hide the others'.
     if predictions.broken:
         raise Failure(
             f"{len(predictions.broken)} could not be decoded; the first: {predictions.broken[0]}"
@@ -212,11 +223,13 @@ def _most_probable(
 ) -> dict[str, dict[str, float]]:
     """Return each video's most probable classes, with their probabilities.
 
-    A class without a name is called by its number.
+    A class without a name has its number in place of the name.
     """
+    # A model may have fewer classes than that.
     count = min(_SHOWN_CLASSES, predictions.probabilities.shape[1])
     best = predictions.probabilities.topk(count, dim=1)
     scores: dict[str, dict[str, float]] = {}
+    # Rows are of the videos that could be decoded, by their indices in the list.
     for row, video in enumerate(predictions.videos.tolist()):
         shares: dict[str, float] = {}
         labels = best.indices[row].tolist()
@@ -242,16 +255,14 @@ def reconstruct(
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Settings; repeatable.")
     ] = None,
 ) -> None:
-    """Draw videos, what the mask of testing leaves of them, and what the model rebuilds (Fig.
-
-    6).
-    """
+    """Draw videos, their parts that the test mask leaves visible, and reconstructions (Fig. 6)."""
     from mar.data.annotations import Video
     from mar.distributed import default_device
     from mar.visualization.reconstructions import draw_reconstructions
     from mar.weights.pretrained import read_model
     from orchestration.studies.recipe import parse_overrides
 
+    # Without a frame cache, as in ``predict``.
     settings, trained, _ = read_model(model, {"data.cache": None}, parse_overrides(setting or []))
     draw_reconstructions(
         settings,

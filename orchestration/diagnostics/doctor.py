@@ -1,4 +1,4 @@
-"""What works on this machine: each check does the thing itself and reports what it saw."""
+"""Checks what works on this machine: each check does the thing itself, and reports the outcome."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def examine(launch: LaunchConfig) -> list[Finding]:
     for name, check in checks.items():
         try:
             findings.append(Finding(name, True, check()))
-        # Whatever the error is, it is the finding.
+        # Libraries raise errors of any type; each is a finding, and the next checks must run.
         except Exception as error:
             message = str(error).strip() or repr(error)
             findings.append(Finding(name, False, message.splitlines()[0]))
@@ -52,6 +52,7 @@ def _packages() -> str:
 
 
 def _devices() -> str:
+    # Not at the top: it takes seconds, and other checks must run even if it cannot be loaded.
     import torch
 
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -59,10 +60,11 @@ def _devices() -> str:
 
 
 def _decode(decoder: str) -> str:
-    """Write a clip, read it back with one decoder."""
+    """Write a clip, and read it back with one decoder."""
     from mar.data.decoders import fastest_decoder, probe_decoder
 
     fault = probe_decoder(decoder)
+    # Nothing is wrong without it: the default decoders do not need it.
     if fault and decoder == "torchcodec":
         return f"an optional extra, not here ({fault})"
     if fault:
@@ -85,10 +87,11 @@ def _tracking(launch: LaunchConfig) -> str:
 
 
 def _disk(launch: LaunchConfig) -> str:
-    # The store itself may not exist yet: its disk is that of its nearest parent.
+    # The store itself may not exist yet: its disk is that of its nearest existing parent.
     store = launch.store.resolve()
     folder = next(parent for parent in (store, *store.parents) if parent.exists())
     free_gib = shutil.disk_usage(folder).free / 2**30
+    # A single checkpoint of a ViT-B has 1.1 GiB.
     if free_gib < 1:
         raise Failure(f"{free_gib:.2f} GiB free at {folder}: too little for checkpoints")
     return f"{free_gib:.0f} GiB free at {folder}"

@@ -1,4 +1,4 @@
-"""Which launch runs a study, and requests that it stop."""
+"""The lock that lets one launch run a study, and the requests that it stop."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from orchestration.storage.object_store import open_object_store
 from orchestration.studies.trial import Study
 
 _PROBE_S = 1.0
-"""``mar status`` holds a study's lock for a moment to see whether the study runs; a launch waits so
-long for it."""
+"""Seconds that a launch waits for the lock: ``mar status`` holds it for a moment to see whether the
+study runs."""
 
 
 @contextmanager
 def study_lock(study: Study, launch: LaunchConfig) -> Generator[None]:
     """Hold the study's lock: two launches at once would train the same trials.
 
-    A trial that another study trains at the same time is protected by its own lock, which its
-    worker holds.
+    A trial that two studies share has a lock of its own besides, which its worker holds.
 
     Raises:
         UserError: another launch holds it; the message names the process and its start.
@@ -51,20 +50,24 @@ def study_lock(study: Study, launch: LaunchConfig) -> Generator[None]:
             "process"
         ) from None
     with held:
-        clear_stop_request(launch)  # of an earlier launch
+        # A request that an earlier launch left must not stop this one.
+        clear_stop_request(launch)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = f"process {os.getpid()} on {platform.node()}, since {since}"
+        # A lock does not record who holds it: messages and ``mar status`` read this file.
         holder_file.write_text(holder, encoding="utf-8")
         yield
         clear_stop_request(launch)
 
 
 def request_stop(launch: LaunchConfig) -> None:
-    """Ask a study's workers to save and stop, on whatever machine; its launch then ends."""
+    """Ask a study's workers to save and stop, on all machines; its launch then ends."""
     object_store = launch.worker.object_store
     try:
         if object_store:
             open_object_store(object_store).touch(f"locks/{launch.stop_file.name}")
+    # The file on this disk is written even if the object store does not answer: the workers that
+    # share the disk then stop.
     finally:
         launch.stop_file.parent.mkdir(parents=True, exist_ok=True)
         launch.stop_file.touch()

@@ -1,4 +1,4 @@
-"""What is checked before anything is trained: the data, and the pre-trained weights."""
+"""Checks the data and the pre-trained weights before anything is trained."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def check_data(trials: Sequence[Trial], only_present: bool = False) -> None:
         data = trial.settings.data
         batch_size = trial.settings.videos_per_batch
         name = data.model_dump_json()
+        # Reading the lists of a large data set takes seconds, and all trials may share it.
         if name not in num_training_videos:
             read_split(data, "val")
             num_training_videos[name] = len(read_split(data, "train"))
@@ -36,11 +37,12 @@ def check_data(trials: Sequence[Trial], only_present: bool = False) -> None:
 
 
 def check_weights(trials: Sequence[Trial]) -> None:
-    """Check that each model fits the weights it is to start from, each pair once.
+    """Check that each model fits the weights it starts from, each pair once.
 
     Raises:
-        UserError: one does not.
+        UserError: a model does not fit.
     """
+    # Trials that differ in other settings have the same model: one check serves them all.
     parts_of_a_model = {"clip", "encoder", "classifier", "reconstruction", "mask"}
     checked: set[str] = set()
     for trial in trials:

@@ -17,7 +17,7 @@ from mar.training.reports import EpochReport
 from orchestration.studies.trial import Trial
 
 _ROWS = 24
-"""Of a study with more trials, those that run or failed are shown."""
+"""Rows of the table; of a study with more trials, only those that run or failed are shown."""
 _MARKS = {"queued": "·", "running": "▶", "done": "✓", "failed": "✗"}
 
 
@@ -29,7 +29,7 @@ class _State:
     metrics: dict[str, float] = field(default_factory=dict)
     began: float = 0.0
     start_s: float = 0.0
-    """From the trial's start to its first step: processes, libraries, data."""
+    """Seconds from the trial's start to its first step: starting processes, loading libraries."""
 
     @property
     def epochs(self) -> int:
@@ -38,17 +38,20 @@ class _State:
 
 
 class LiveProgress:
-    """The state of a launch, updated by events, shown as a table."""
+    """Keeps the state of a launch from its events, and shows it as a table or as lines."""
 
     def __init__(self, trials: list[Trial], num_finished: int, console: Console) -> None:
         self.states = {trial.key: _State(trial) for trial in trials}
         self.num_finished = num_finished
         """Trials that were finished in earlier launches."""
         self.console = console
+        # At least one: ``seconds_left`` divides by it.
         self.most_at_once = 1
+        # Transient: at the end the table gives way to the study's results.
         self.live = Live(
             console=console, get_renderable=self.table, refresh_per_second=2, transient=True
         )
+        # In a file or a job's log a table that is drawn again and again cannot be read.
         self.is_live = console.is_terminal
 
     def __enter__(self) -> LiveProgress:
@@ -61,7 +64,7 @@ class LiveProgress:
             self.live.stop()
 
     def started(self, trial: Trial, epochs_done: int = 0) -> None:
-        """A trial runs; so many of its epochs were finished in earlier launches."""
+        """Show that a trial runs; ``epochs_done`` were finished in earlier launches."""
         state = self.states[trial.key]
         state.status = "running"
         state.began = time.monotonic()
@@ -75,18 +78,20 @@ class LiveProgress:
         self._line(f"▶ {trial.name}: {event}   [{self.summary()}]")
 
     def epoch(self, trial: Trial, report: EpochReport) -> None:
-        """A trial finished an epoch, or its test."""
+        """Show an epoch that a trial finished, or its test."""
         state = self.states[trial.key]
+        # Only at the first epoch: what the trial's own clock has not counted was its start.
         if "time/elapsed_s" not in state.metrics:
             trained_s = report.metrics.get("time/elapsed_s", 0.0)
             state.start_s = max(0.0, time.monotonic() - state.began - trained_s)
         state.epoch = report.epoch
+        # A new dict, not an update: the display's thread may be reading the old one.
         state.metrics = {**state.metrics, **report.metrics}
         if not report.is_final:
             self._line(f"  {trial.name}: {self._metrics_text(state)}   [{self.summary()}]")
 
     def finished(self, trial: Trial, metrics: dict[str, float]) -> None:
-        """A trial is done."""
+        """Show that a trial is done."""
         state = self.states[trial.key]
         state.status = "done"
         state.metrics = metrics
@@ -96,30 +101,31 @@ class LiveProgress:
         self._line(f"✓ {trial.name}: {result}   [{self.summary()}]")
 
     def failed(self, trial: Trial, reason: str) -> None:
-        """A trial failed permanently."""
+        """Show that a trial failed permanently, and why."""
         self.states[trial.key].status = "failed"
+        # Above the live table too: a failure must stay readable when the table is gone.
         self.console.print(Text(f"✗ {trial.name}: {reason}", style="red"), soft_wrap=True)
 
     def announce(self, trial: Trial) -> None:
-        """A trial that was not listed is going to run."""
+        """Add a trial that was not listed at the start: a search proposed it."""
         self.states[trial.key] = _State(trial)
 
     def pruned(self, trial: Trial, message: str) -> None:
-        """A trial was pruned."""
+        """Show that a trial was pruned."""
         self.states[trial.key].status = "done"
         self._line(f"◼ {trial.name}: {message}   [{self.summary()}]")
 
     def message(self, trial: Trial, message: str) -> None:
-        """A trial has a message for a person."""
+        """Show a message of a trial."""
         text = Text(printable(f"! {trial.name}: {message}"), style="yellow")
         self.console.print(text, soft_wrap=True)
 
     def counts(self) -> dict[str, int]:
-        """Return how many trials are in which state.
+        """Return how many trials are in each state.
 
         Those finished in earlier launches count as done.
         """
-        # A copy: the live display runs in a thread of its own.
+        # A copy: the live display runs in its own thread, and ``announce`` may add a trial.
         states = [state.status for state in tuple(self.states.values())]
         counts = {
             status: states.count(status) for status in ("done", "running", "queued", "failed")
@@ -129,6 +135,7 @@ class LiveProgress:
 
     def summary(self) -> str:
         """Return the counts and the estimated time left."""
+        # Zero failed trials are left out; the other counts are shown even at zero.
         parts: list[str] = []
         for status, count in self.counts().items():
             if count or status != "failed":
@@ -141,8 +148,8 @@ class LiveProgress:
     def seconds_left(self) -> float | None:
         """Return the estimated seconds to the end; none before the first epoch is done.
 
-        The estimate: a queued trial needs what the running ones need, its start included, and as
-        many trials run at a time as ever did.
+        The estimate assumes that a queued trial takes as long as the running ones, its start
+        included, and that as many trials run at a time as ever did in this launch.
         """
         running = [
             state
@@ -157,6 +164,7 @@ class LiveProgress:
             epoch_s = state.metrics["time/elapsed_s"] / state.epoch
             left_s.append(epoch_s * (state.epochs - state.epoch))
             whole_s.append(epoch_s * state.epochs + state.start_s)
+        # The queued trials run in rounds; each takes as long as the mean of the running trials.
         rounds = math.ceil(self.counts()["queued"] / self.most_at_once)
         return max(left_s) + rounds * sum(whole_s) / len(whole_s)
 
@@ -171,6 +179,7 @@ class LiveProgress:
         if len(shown) > _ROWS:
             shown = [state for state in shown if state.status in ("running", "failed")][:_ROWS]
         for state in shown:
+            # The test's value replaces the last epoch's, once there is one.
             top1 = "val/top1"
             if "test/top1" in state.metrics:
                 top1 = "test/top1"
@@ -194,6 +203,7 @@ class LiveProgress:
         )
 
     def _line(self, message: str) -> None:
+        # In a terminal the table shows all of this. No markup: names may contain brackets.
         if not self.is_live:
             self.console.print(printable(message), soft_wrap=True, highlight=False, markup=False)
 

@@ -1,6 +1,6 @@
 """Records one launch of a study in MLflow, and updates the progress display.
 
-MLflow comes first: a trial is finished when its run says so, not before.
+MLflow is decisive: a trial counts as finished when its run in MLflow has the status FINISHED.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Protocol
 
 from mar import RESULT_DIR
 from mar.atomic_dir import atomic_write
-from mar.config.overrides import PATH_SETTINGS, flatten, without_paths
+from mar.config.overrides import flatten, without_paths
 from mar.errors import Failure
 from mar.model.flops import cost
 from mar.safe_input import read_json
 from mar.training.reports import EpochReport
 from mar.training.retention import RetentionPolicy, prune
+from orchestration.execution.run_tags import trial_tags, write_record
 from orchestration.failures import FailureReason
 from orchestration.reporting.study_results import StudyResults
 from orchestration.storage.object_store import open_object_store
@@ -30,26 +31,16 @@ from orchestration.studies.trial import Study, Trial
 from orchestration.tracking import provenance
 from orchestration.tracking.store import Store
 from orchestration.tracking.tags import (
-    COST_GFLOPS,
-    COST_PARAMS_M,
-    DATA_PREFIX,
     EXPECTED,
     FAILURE,
     FAILURE_KIND,
-    FOLDER,
-    IDENTITY,
     KEY,
     KIND,
-    LABELS,
     MICROBATCH_CLIPS,
-    PARENT_RUN,
     PRUNED,
     RUNS,
-    SEED,
     STUDY,
     TITLE,
-    TRAINED_BY,
-    WEIGHTS,
 )
 from orchestration.tracking.writer import Writer
 
@@ -65,22 +56,22 @@ class ProgressReporter(Protocol):
     """Shows a launch to a person; ``LiveProgress`` is one."""
 
     def started(self, trial: Trial, epochs_done: int = 0) -> None:
-        """A trial runs; so many of its epochs were finished in earlier launches."""
+        """Show that a trial runs; ``epochs_done`` were finished in earlier launches."""
 
     def epoch(self, trial: Trial, report: EpochReport) -> None:
-        """A trial reports an epoch for the first time, or its test."""
+        """Show an epoch that a trial reports for the first time, or its test."""
 
     def finished(self, trial: Trial, metrics: dict[str, float]) -> None:
-        """A trial is done."""
+        """Show that a trial is done."""
 
     def failed(self, trial: Trial, reason: str) -> None:
-        """A trial failed permanently."""
+        """Show that a trial failed permanently, and why."""
 
     def pruned(self, trial: Trial, message: str) -> None:
-        """A trial was pruned."""
+        """Show that a trial was pruned."""
 
     def message(self, trial: Trial, message: str) -> None:
-        """A trial has a message for a person."""
+        """Show a message of a trial."""
 
 
 class RunRecorder:
@@ -103,22 +94,24 @@ class RunRecorder:
         self.trials = {trial.key: trial for trial in study.trials}
         self.common_tags = {STUDY: study.name, **provenance.tags()}
         self.experiment = store.experiment(study.name)
-        # Runs of an earlier launch: nobody else runs this study, its lock is held.
+        # A run that is still RUNNING is of a launch that was killed: this launch holds the study's
+        # lock, so no other one writes to it.
         store.close_stale(self.experiment)
+        # Before anything is trained, so that the disk has the room that old checkpoints take.
         self._prune_leftovers()
         self.parent = self._study_run(parameters)
         self.writer = Writer(store, self.launch.worker.patience_s)
         self.writer.open(_PARENT, lambda: self.parent)
         self.expected: set[str] = set()
-        """Keys of the trials that are to run."""
+        """Keys of the trials that this launch is to run."""
         self.begun: set[str] = set()
         self.done: set[str] = set()
         self.pruned_trials: set[str] = set()
         self.failures: dict[str, FailureReason] = {}
         self.trained_by: dict[str, str] = {}
-        """Key of a trial that is only tested -> key of the trial whose model it is."""
+        """Key of a trial that is only tested -> key of the trial whose model it uses."""
         self._log_position: dict[str, int] = {}
-        """How much of each trial's log was shown."""
+        """Key -> the position in the trial's log up to which it was shown."""
 
     def _study_run(self, parameters: Sequence[str]) -> str:
         """Find or create the study's own run; returns its id."""
@@ -131,13 +124,15 @@ class RunRecorder:
     # What a backend reports (``TrialCallback``).
 
     def started(self, key: str) -> None:
-        """Find or create the trial's run."""
+        """Find or create the trial's run, and log its cost."""
+        # Tune also calls this when it starts a trial again after it lost its process.
         if key in self.begun:
             return
         self.begun.add(key)
         trial = self.trials[key]
         trial_dir = self._trial_dir(key)
-        # The workers have left a pruned trial by now: they started this one.
+        # The workers that take a new trial have ended the pruned one, and no longer write its
+        # checkpoints. What other workers still write is removed by ``finalize``.
         for pruned in self.pruned_trials:
             prune(self._trial_dir(pruned).root, self.launch.worker.keep)
         self.writer.open(key, lambda: self._run_of(trial))
@@ -145,14 +140,15 @@ class RunRecorder:
         self.writer.log_metrics(
             key, 0, {"cost/gflops": costs.gflops, "cost/params_m": costs.params_m}
         )
+        # The log's lines of an earlier launch were shown by that launch.
         self._log_position[key] = 0
         if trial_dir.log.is_file():
             self._log_position[key] = trial_dir.log.stat().st_size
-        self._write_record(trial)
+        write_record(trial_dir, self.study.name, trial.name, self._tags_of(trial))
         self.progress.started(trial, trial_dir.num_epochs_done())
 
     def epoch(self, key: str, report: EpochReport) -> None:
-        """Log an epoch; the writer drops what was logged before."""
+        """Log an epoch; the writer drops epochs that were logged before."""
         self.writer.log_report(key, report)
         self._show_log(key)
         if not report.is_replay:
@@ -163,22 +159,25 @@ class RunRecorder:
         trial_dir = self._trial_dir(key)
         trial = self.trials[key]
         metrics: dict[str, float] = read_json(trial_dir.metrics)
-        # From the result, since the report of the test may have been lost with the trial's process.
+        # The test's report may have been lost with the trial's process; the result has its metrics.
         final = EpochReport(trial.settings.recipe.epochs, metrics, is_final=True)
         self.writer.log_report(key, final)
         self.writer.artifacts(key, trial_dir.result, RESULT_DIR)
         self._log_worker_logs(key)
+        # The file exists only where the worker ran out of memory and halved its micro-batch.
         with suppress(OSError, ValueError):
             microbatch = read_json(trial_dir.microbatch)
             clips = str(microbatch["max_microbatch_clips"])
             self.writer.tag(key, MICROBATCH_CLIPS, clips)
+        # A trial that is only tested has no weights of its own to register.
         if key not in self.trained_by:
             tested = {
                 name: f"{value:.4f}" for name, value in metrics.items() if name.startswith("test/")
             }
             self.writer.register(key, self.study.name, {"trial": trial.name, **tested})
         policy = self.launch.worker.keep
-        # If this launch is killed before the checkpoints are pruned, the next one does it.
+        # The checkpoints are removed only after MLflow has the result. If this launch is killed
+        # before that, the next one finds this file and removes them (``_prune_leftovers``).
         with suppress(OSError):
             atomic_write(trial_dir.pruning, json.dumps(asdict(policy)).encode())
         self.writer.end(key, "FINISHED")
@@ -188,8 +187,9 @@ class RunRecorder:
         self.progress.finished(trial, metrics)
 
     def failed(self, key: str, reason: FailureReason) -> None:
-        """Log why, and mark the run as failed."""
+        """Log the reason, and mark the run as failed."""
         self.failures[key] = reason
+        # A trial whose source trial failed was never started, so it has no run.
         if key in self.begun:
             self.writer.tag(key, FAILURE, reason.message[:_MOST_FAILURE])
             self.writer.tag(key, FAILURE_KIND, reason.kind)
@@ -200,7 +200,7 @@ class RunRecorder:
     def pruned(self, key: str) -> None:
         """Mark a trial that was pruned.
 
-        Its checkpoints are removed when its workers have left it.
+        Its checkpoints are removed later, when its workers no longer write them.
         """
         message = "pruned: others were better at this epoch"
         self.pruned_trials.add(key)
@@ -209,43 +209,41 @@ class RunRecorder:
         self.progress.pruned(self.trials[key], message)
 
     def stopped(self, key: str) -> None:
-        """A trial saved and stopped.
-
-        ``finalize`` marks its run with those that did not get so far.
-        """
+        """Do nothing: ``finalize`` marks the runs of all unfinished trials."""
 
     def is_over(self) -> bool:
         """Whether no other trial is to start: the disk was full for longer than a launch waits."""
         return any(reason.kind == "disk" for reason in self.failures.values())
 
-    # What a launch asks and reports.
+    # What a launch asks and records.
 
     def expect(self, trials: Sequence[Trial], num_finished: int = 0) -> None:
-        """Record which trials are to run, beside those that are finished."""
+        """Record which trials are to run; ``num_finished`` others are finished already."""
         self.expected |= {trial.key for trial in trials}
+        # ``mar status`` derives the number of queued trials from this tag.
         self.writer.tag(_PARENT, EXPECTED, str(len(self.expected) + num_finished))
 
     def announce(self, trial: Trial) -> None:
-        """Expect a trial that the study did not list: a search proposes them one by one."""
+        """Add a trial that the study did not list: a search proposes its trials one by one."""
         self.trials[trial.key] = trial
         self.expected.add(trial.key)
 
     def tested(self, key: str, trained_by: str) -> None:
-        """Record whose model a trial uses that is tested, not trained."""
+        """Record that a trial is only tested, with the model of the trial ``trained_by``."""
         self.trained_by[key] = trained_by
 
     @property
     def unfinished(self) -> list[str]:
-        """Trials that were started and neither finished, failed nor pruned.
+        """Keys of the trials that were started and neither finished, failed nor were pruned.
 
-        The launch was stopped.
+        There are some only where the launch was stopped.
         """
         over = self.done | self.pruned_trials | self.failures.keys()
         return [key for key in self.begun if key not in over]
 
     @property
     def num_left(self) -> int:
-        """Trials that were to run and have no result."""
+        """How many trials that were to run have not ended."""
         return len(self.expected - self.done - self.pruned_trials - self.failures.keys())
 
     @property
@@ -254,18 +252,23 @@ class RunRecorder:
         return self.num_left > 0
 
     def finalize(self) -> None:
-        """Write how each trial ended; after this, MLflow has everything and can be read."""
+        """Write how each trial ended, and wait until MLflow has everything.
+
+        Raises:
+            Failure: the tracking store could not be written in time.
+        """
         for key in self.unfinished:
             self._log_worker_logs(key)
             self.writer.end(key, "KILLED")
+        # The backend has ended, so no worker writes checkpoints of a pruned trial any more.
         for key in self.pruned_trials:
             self._prune(self._trial_dir(key), self.launch.worker.keep)
         self.writer.flush()
 
     def log_report(self, reports: Path, results: StudyResults | None, note: str) -> None:
-        """Log the report's files with the study's run, and which runs its table is made of.
+        """Log the report's files with the study's run, and the ids of the runs in its table.
 
-        ``note`` is what MLflow shows as the run's description: the table.
+        ``note`` becomes the run's description in MLflow: the table.
         """
         runs: dict[str, str] = {}
         if results:
@@ -299,7 +302,7 @@ class RunRecorder:
         return TrialDir(self.launch.trial_folder(key))
 
     def _log_worker_logs(self, key: str) -> None:
-        """Log what the trial's workers reported with its run."""
+        """Log the files that the trial's workers wrote as artifacts of its run."""
         trial_dir = self._trial_dir(key)
         if trial_dir.log.is_file():
             self.writer.artifact(key, trial_dir.log)
@@ -307,14 +310,15 @@ class RunRecorder:
             self.writer.artifacts(key, trial_dir.worker_logs, trial_dir.worker_logs.name)
 
     def _prune(self, trial_dir: TrialDir, policy: RetentionPolicy) -> None:
-        """Remove the checkpoints of a finished trial, but for those that are kept."""
+        """Remove the checkpoints of an ended trial, but for those that the policy keeps."""
         prune(trial_dir.root, policy)
         object_store = self.launch.worker.object_store
         if object_store:
-            # They only take room.
+            # Checkpoints that cannot be removed only take room: no reason to fail the launch.
             with suppress(Failure, OSError):
                 store = open_object_store(object_store)
                 prune_remote_checkpoints(store, trial_dir.root.name, policy)
+        # Last: while the file exists, a later launch removes what is left.
         trial_dir.pruning.unlink(missing_ok=True)
 
     def _prune_leftovers(self) -> None:
@@ -323,6 +327,7 @@ class RunRecorder:
         left = {key: each for key, each in trial_dirs.items() if each.pruning.is_file()}
         if not left:
             return
+        # Only if MLflow has the result: otherwise the checkpoints are still needed to resume.
         finished = {record.key for record in self.store.trials() if record.status == "FINISHED"}
         for key in finished & left.keys():
             with suppress(OSError, ValueError, TypeError):
@@ -330,7 +335,7 @@ class RunRecorder:
                 self._prune(left[key], policy)
 
     def _show_log(self, key: str) -> None:
-        """Show what the trial's workers reported since the last time."""
+        """Show the lines that the trial's workers added to its log since the last call."""
         log = self._trial_dir(key).log
         position = self._log_position.get(key, 0)
         if not log.is_file() or log.stat().st_size <= position:
@@ -349,48 +354,18 @@ class RunRecorder:
         return run_id
 
     def _tags_of(self, trial: Trial) -> dict[str, str]:
-        data = trial.settings.data
-        costs = cost(trial.settings)
-        tags = {
-            **self.common_tags,
-            IDENTITY: trial.identity,
-            PARENT_RUN: self.parent,
-            LABELS: json.dumps(dict(trial.labels), ensure_ascii=False),
-            SEED: str(trial.settings.seed),
-            COST_GFLOPS: f"{costs.gflops:.4f}",
-            COST_PARAMS_M: f"{costs.params_m:.4f}",
-            FOLDER: str(self.launch.trial_folder(trial.key)),
-        }
-        if trial.key in self.trained_by:
-            tags[TRAINED_BY] = self.trained_by[trial.key]
-        if trial.settings.encoder.weights:
-            tags[WEIGHTS] = trial.settings.encoder.weights
-        for name in PATH_SETTINGS:
-            tags[f"{DATA_PREFIX}{name}"] = str(getattr(data, name))
-        return tags
-
-    def _write_record(self, trial: Trial) -> None:
-        """Write what a trial's run is made from beside its result.
-
-        If the database is lost, ``mar recover`` reads it.
-        """
-        tags = self._tags_of(trial)
-        del tags[PARENT_RUN]
-        record = {"study": self.study.name, "name": trial.name, "tags": tags}
-        trial_dir = self._trial_dir(trial.key)
-        # On a full disk the trial itself reports the disk.
-        with suppress(OSError):
-            trial_dir.root.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(record, ensure_ascii=False, indent=1)
-            atomic_write(trial_dir.record, text.encode())
+        folder = str(self.launch.trial_folder(trial.key))
+        trained_by = self.trained_by.get(trial.key)
+        return trial_tags(trial, self.common_tags, self.parent, folder, trained_by)
 
 
 def _columns(study: Study) -> tuple[list[str], list[str]]:
     """Return the columns of the study's page in MLflow.
 
-    The metrics of its table, and the settings in which its trials differ.
+    These are the metrics of its table, and the settings in which its trials differ.
     """
     sources = [METRICS[name].source for name in study.file.table.columns]
+    # The number of views is a setting, not a metric of the run.
     metrics = [name.replace("cost.", "cost/") for name in sources if name != "views"]
     trees = [flatten(without_paths(trial.settings)) for trial in study.trials]
     names = dict.fromkeys(name for tree in trees for name in tree)

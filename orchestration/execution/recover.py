@@ -1,4 +1,4 @@
-"""``mar recover``: runs in MLflow from the finished results in a store whose database was lost."""
+"""``mar recover``: writes runs into MLflow from the results of a store that lost its database."""
 
 from __future__ import annotations
 
@@ -27,33 +27,34 @@ from orchestration.tracking.tags import FOLDER, IDENTITY, KEY, KIND, PARENT_RUN,
 from orchestration.tracking.writer import Writer
 
 _UNKNOWN_STUDY = "recovered"
-"""The study of results that do not say which one they are of."""
+"""Name of the study for results that have no record of theirs."""
 
 
 @dataclass
 class Recovered:
-    """What was found in a store."""
+    """The results that were found in a store."""
 
     names: list[str] = field(default_factory=list[str])
     """Trials whose runs were written."""
     num_known: int = 0
-    """Results that the database had."""
+    """How many results the database had."""
     damaged: list[str] = field(default_factory=list[str])
-    """Results that are not what was written, or of which nothing tells what they are; and why."""
+    """Results that are damaged, or cannot be identified, each with the reason."""
 
 
 def unrecorded(launch: LaunchConfig, known: set[str]) -> list[Path]:
-    """Return the trial folders with a finished result that is of none of the ``known`` keys."""
+    """Return the trial folders with a finished result whose key is not one of ``known``."""
     manifests = sorted((launch.store.resolve() / "trials").glob(f"*/{RESULT_DIR}/{MANIFEST}"))
     folders = [manifest.parent.parent for manifest in manifests]
     return [folder for folder in folders if folder.name not in known]
 
 
 def finished_here(launch: LaunchConfig, keys: Iterable[str]) -> list[RunRecord]:
-    """Return what the store's own folders say of finished trials, for a table without MLflow."""
+    """Return records of finished trials from the store's folders, for a table without MLflow."""
     found: list[RunRecord] = []
     for key in keys:
         folder = launch.trial_folder(key)
+        # A result that is missing or damaged is a missing row of the table, no more.
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, Failure):
             metrics = read_atomic_dir(folder / RESULT_DIR)["metrics"]
             record = read_json(TrialDir(folder).record)
@@ -63,7 +64,7 @@ def finished_here(launch: LaunchConfig, keys: Iterable[str]) -> list[RunRecord]:
 
 
 def recover(launch: LaunchConfig) -> Recovered:
-    """Write a run for each finished result of the store that its database does not know.
+    """Write a run for each finished result that the store's database does not have.
 
     Raises:
         UserError: there is no such store.
@@ -78,6 +79,7 @@ def recover(launch: LaunchConfig) -> Recovered:
     writer = Writer(store)
     try:
         for folder in unrecorded(launch, known):
+            # One damaged result must not keep the others from being recovered.
             try:
                 manifest = read_atomic_dir(folder / RESULT_DIR)
                 settings = build(manifest["settings"])
@@ -101,20 +103,24 @@ def _write_run(
     reached: dict[str, float],
     record: dict[str, Any],
 ) -> str:
-    """Write one trial's run as its study would have; return the trial's name."""
+    """Write one trial's run as its study would have written it, and return the trial's name."""
     key = folder.name
     study = str(record["study"])
     experiment = store.experiment(study)
+    # Several trials of a study share its run: it is found again after the first.
     parent = store.run(experiment, study, {KIND: "study"}, {STUDY: study})
+    # The record has neither the parent's id nor, if the store was moved, the right folder.
     tags = {**record["tags"], STUDY: study, PARENT_RUN: parent, FOLDER: str(folder)}
     run_id = store.run(experiment, record["name"], {KIND: "trial", KEY: key}, tags)
     store.parameters(run_id, without_paths(settings))
     writer.open(key, lambda: run_id)
     for epoch, metrics in enumerate(read_history(folder / RESULT_DIR), start=1):
         writer.log_report(key, EpochReport(epoch, metrics, is_replay=True))
+    # The final report adds only the test's metrics: the epochs are logged by now.
     final = {name: float(value) for name, value in reached.items()}
     writer.log_report(key, EpochReport(settings.recipe.epochs, final, is_final=True))
     writer.artifacts(key, folder / RESULT_DIR, RESULT_DIR)
+    # A trial that was only tested has no model of its own to register.
     if TRAINED_BY not in tags:
         writer.register(key, study, {"trial": str(record["name"])})
     writer.end(key, "FINISHED")
@@ -124,16 +130,18 @@ def _write_run(
 
 
 def _record(folder: Path, settings: TrainingConfig) -> dict[str, Any]:
-    """Return what the trial's study wrote about it; where it wrote nothing, what its settings say.
+    """Return the record that the trial's study wrote, or else one made from its settings.
 
     Raises:
-        Failure: neither gives the folder's name, which follows from what was trained: a table must
-            not mix trainings.
+        Failure: neither gives the folder's name, which is a hash of the identity: a table must not
+            mix trainings.
     """
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         record = read_json(TrialDir(folder).record)
+        # A record that was copied here from another trial does not give this folder's name.
         if key_of(record["tags"][IDENTITY]) == folder.name and {"study", "name"} <= record.keys():
             return record
+    # Without the data no fingerprint can be made, and the identity has this value in its place.
     data = ABSENT
     with suppress(UserError):
         data = fingerprint(settings.data)

@@ -1,4 +1,4 @@
-"""Which trials of a study are to be trained, which are only tested, and in which order."""
+"""Decides which trials of a study are trained, which are only tested, and in which order."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from orchestration.tracking.store import Store
 
 
 def missing_trials(study: Study, store: Store) -> list[Trial]:
-    """Return the trials that no finished run answers, each once, in the study's order.
+    """Return the trials without a finished run, each once, in the study's order.
 
     A run of any study counts.
     """
+    # Such a study only draws pictures of masks, which need no model.
     if not study.trains:
         return []
     found = match(study.to_run, store.trials())
@@ -40,6 +41,7 @@ def train_missing(recorder: RunRecorder, trials: Sequence[Trial]) -> None:
     store = recorder.store
     launch = store.launch
     records = store.trials()
+    # Own runs only: ``mar status`` compares the count with this study's runs.
     finished = {
         record.key
         for record in records
@@ -50,14 +52,17 @@ def train_missing(recorder: RunRecorder, trials: Sequence[Trial]) -> None:
     to_train = [
         trial for trial in trials if trial.key not in source_trial and trial.key not in known
     ]
+    # All trainings come before all tests: a test needs the result of its training.
     if to_train:
         _run(recorder, to_train, {})
     trained: dict[str, Path] = {key: store.result_of(record) for key, record in known.items()}
+    # A result may be on this disk alone, and a node that does not share it is to test it.
     if launch.worker.object_store:
         _upload_results(open_object_store(launch.worker.object_store), {*trained.values()})
     for key, source in source_trial.items():
         if source in recorder.done:
             trained[key] = launch.trial_folder(source) / RESULT_DIR
+        # Without a result and without a failure the training was stopped: the next launch tests.
         elif source in recorder.failures:
             message = f"its training failed: {recorder.trials[source].name}"
             recorder.failed(key, FailureReason(message, recorder.failures[source].kind))
@@ -73,6 +78,7 @@ def _upload_results(store: ObjectStore, results: set[Path]) -> None:
     """Upload the results that are to be tested, so that every node finds them."""
     for result in results:
         name = f"trials/{result.parent.name}/{result.name}"
+        # The manifest is uploaded last, so a result that has one is complete.
         if not store.exists(f"{name}/{MANIFEST}"):
             store.upload_dir(result, name)
 
@@ -82,9 +88,11 @@ def shared_trainings(
 ) -> tuple[dict[str, str], dict[str, RunRecord]]:
     """Map each trial that need not be trained to the one whose trained model it reuses.
 
-    That is another trial, or a finished run.
-
     Of trials that differ in ``evaluation`` alone, the one nearest to the defaults is trained.
+
+    Returns:
+        The trials that reuse another trial of the list: key -> that trial's key; and those that
+        reuse a finished run: key -> the run.
     """
     known = match_training(trials, records)
     groups: dict[str, list[Trial]] = {}
@@ -103,7 +111,7 @@ def shared_trainings(
 def _distance_from_defaults(trial: Trial) -> int:
     """Return how many settings of the testing mask differ from the defaults.
 
-    As the identity has them.
+    The identity is compared, in which settings that have no effect are at their defaults.
     """
     mask = json.loads(trial.identity)["evaluation"]["mask"]
     defaults = EvaluationMaskConfig().model_dump()

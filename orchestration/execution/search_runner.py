@@ -1,6 +1,6 @@
-"""``mar run`` of a search: propose trials, train them, report results to Optuna.
+"""``mar run`` of a search: proposes trials, trains them, and reports their results to Optuna.
 
-Then print what was found.
+At the end it prints what was found.
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
     """Run a search until it has its number of trials; one that was killed resumes.
 
     Raises:
-        UserError: the data is missing, another run of the search is alive, a trial does not fit the
+        UserError: the data is missing, another launch runs the search, or a trial does not fit the
             cluster.
-        Failure: trials failed, or no point keeps the constraints; what was found is printed.
+        Failure: trials failed, or no point satisfies the constraints; what was found is printed.
     """
     console = Console(soft_wrap=True)
     launch = replace(launch, study=search.name)
+    # In MLflow a search is a study of its own name, with trials that come one by one.
     file = StudyFile(title=search.file.title, recipe=search.file.recipe, axes={"trial": {}})
     study = Study(search.name, file, [])
     with study_lock(study, launch):
         store = Store(launch)
         _check(search, study)
         optuna_file = _optuna_file(search, launch)
+        # Results that MLflow has already answer proposals, without another training.
         optuna_search = open_search(search, optuna_file, store.trials())
         console.print(
             f"{search.file.title}: {search.file.trials} trials wanted, "
@@ -62,8 +64,11 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
             try:
                 with progress:
                     _train(SearchRecorder(recorder, optuna_search, progress), launch)
+            # Also after an error: the trials that are finished must reach MLflow.
             finally:
                 recorder.finalize()
+            # Asked between two trials, a search stops without an unfinished one. Inside the lock,
+            # which removes the stop file when it is released.
             is_asked_to_stop = launch.stop_file.exists() and optuna_search.num_left > 0
             was_stopped = recorder.was_stopped or is_asked_to_stop
             folder = launch.report_folder(search.name)
@@ -84,7 +89,7 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
 
 
 def _check(search: Search, study: Study) -> None:
-    """Check data and weights with the recipe's own settings: all trials share them.
+    """Check data and weights with the settings of the recipe: all trials share them.
 
     Raises:
         UserError: they are missing, or do not fit.
@@ -117,7 +122,7 @@ def _train(callback: SearchRecorder, launch: LaunchConfig) -> None:
 class SearchRecorder:
     """Backend callback of a search.
 
-    Records trials in MLflow as any launch does, and reports results to Optuna.
+    It records trials in MLflow as any launch does, and reports results to Optuna.
     """
 
     def __init__(
@@ -128,42 +133,44 @@ class SearchRecorder:
         self.progress = progress
 
     def announce(self, trial: Trial) -> None:
-        """Expect a trial that was proposed."""
+        """Add a trial that was proposed."""
         self.recorder.announce(trial)
         self.progress.announce(trial)
 
     def started(self, key: str) -> None:
-        """A trial runs."""
+        """Record that a trial runs."""
         self.recorder.started(key)
 
     def epoch(self, key: str, report: EpochReport) -> None:
-        """A trial reports an epoch."""
+        """Record an epoch; Optuna gets it when the backend asks whether to prune."""
         self.recorder.epoch(key, report)
 
     def finished(self, key: str) -> None:
-        """A trial has a complete result: its objectives go to Optuna."""
+        """Record a complete result, and report its objectives to Optuna."""
         self.recorder.finished(key)
         trial_dir = TrialDir(self.recorder.launch.trial_folder(key))
         metrics: dict[str, float] = read_json(trial_dir.metrics)
         settings = self.recorder.trials[key].settings
+        # A result may lack an objective: memory, for example, is measured on GPUs only.
         try:
             self.optuna_search.finished(key, metrics, settings)
         except Failure as error:
             self.recorder.failures[key] = FailureReason(str(error), "user")
 
     def failed(self, key: str, reason: FailureReason) -> None:
-        """A trial failed permanently."""
+        """Record that a trial failed permanently."""
         self.recorder.failed(key, reason)
-        # With room on the disk again, the same proposal is trained.
+        # Optuna must not count a trial that a full disk stopped: when the disk has room again, the
+        # same proposal is trained.
         if reason.kind != "disk":
             self.optuna_search.failed(key)
 
     def pruned(self, key: str) -> None:
-        """A trial was pruned; Optuna knows, since it decided that."""
+        """Record that a trial was pruned; Optuna knows it already."""
         self.recorder.pruned(key)
 
     def stopped(self, key: str) -> None:
-        """A trial saved and stopped; the next launch proposes it again."""
+        """Record that a trial saved and stopped; the next launch proposes it again."""
         self.recorder.stopped(key)
 
     def is_over(self) -> bool:

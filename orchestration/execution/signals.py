@@ -15,13 +15,11 @@ from orchestration.execution.lock import request_stop
 
 @contextmanager
 def graceful_shutdown(launch: LaunchConfig) -> Generator[None]:
-    """Let SIGTERM and Ctrl-C do what ``mar stop`` does.
+    """Let SIGTERM and Ctrl-C do what ``mar stop`` does: the trials save, then the launch ends.
 
-    Slurm and Kubernetes send SIGTERM before they kill.
-
-    The trials save first. A second Ctrl-C ends everything at once.
+    Slurm and Kubernetes send SIGTERM before they kill. A second Ctrl-C ends everything at once.
     """
-    # Python delivers signals to the main thread alone.
+    # Python lets only the main thread set signal handlers.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -36,7 +34,7 @@ def graceful_shutdown(launch: LaunchConfig) -> Generator[None]:
         if number == signal.SIGINT:
             hint = "; Ctrl-C again ends at once, resuming later from the last checkpoint"
         print(f"stopping: the running trials are saving{hint}", file=sys.stderr, flush=True)
-        # With the object store away, the workers that see this disk stop all the same.
+        # If the object store does not answer, the workers that share this disk stop all the same.
         with suppress(Failure):
             request_stop(launch)
 
@@ -44,5 +42,6 @@ def graceful_shutdown(launch: LaunchConfig) -> Generator[None]:
     try:
         yield
     finally:
+        # The next study of this process sets handlers for its own stop file.
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
-"""``mar status`` and ``mar stop``: what runs in a store.
+"""``mar status`` and ``mar stop``: show and stop the studies of a store.
 
-From any terminal or machine that sees it.
+They work in any terminal, and on any machine that sees the store.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
 
 _LOST_S = 120.0
-"""A trial without a heartbeat for this long is reported as lost."""
+"""Seconds; a trial whose heartbeat is older is not taken for one that runs."""
 _SHOW_SILENCE_S = 30.0
-"""A heartbeat older than this is mentioned; a worker writes one every two seconds."""
+"""Seconds; an older heartbeat is mentioned. A worker writes one every two seconds."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class RunningTrial:
 
     name: str
     step: int | None
-    """None: it has written no heartbeat yet."""
+    """None if it has written no heartbeat yet."""
     steps: int | None
     steps_per_s: float | None
     left_s: float | None
-    """To the end of its training, at the present rate."""
+    """Seconds to the end of its training, at the present rate."""
     clips_per_s: float | None
     workers: int | None
     device: str
     host: str
     silent_s: float | None
-    """Since its last heartbeat."""
+    """Seconds since its last heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class StudyStatus:
 
     study: str
     launch: str
-    """Which process runs it, since when; empty: none does."""
+    """Which process runs it, and since when; empty if none does."""
     is_stopping: bool
     counts: dict[str, int]
     """Trials by the status of their runs in MLflow."""
@@ -63,11 +63,11 @@ class StudyStatus:
     queued: int
     """Trials of this launch that have not started."""
     left_s: float | None
-    """To the end of the study, if the queued trials are like the running ones."""
+    """Seconds to the end of the study, if the queued trials are like the running ones."""
 
 
 def status(launch: LaunchConfig) -> list[StudyStatus]:
-    """Return every study that runs, and those that ran, by name.
+    """Return every study of the store, those that run and those that ran, sorted by name.
 
     Raises:
         Failure: the tracking store cannot be used.
@@ -75,6 +75,7 @@ def status(launch: LaunchConfig) -> list[StudyStatus]:
     store = Store(launch)
     records = store.trials()
     expected = store.expected()
+    # A study that has just started has its lock, but no run in MLflow yet.
     names = sorted({record.experiment for record in records} | _locked(launch))
     return [_study_status(name, records, launch, expected.get(name, 0)) for name in names]
 
@@ -86,7 +87,7 @@ def stop(launch: LaunchConfig) -> None:
         UserError: the study does not run.
     """
     is_running = bool(_holder(launch))
-    # With an object store, its lock may be on another machine.
+    # With an object store the lock may be on the disk of another machine: MLflow's runs decide.
     if not is_running and launch.worker.object_store:
         records = Store(launch).trials()
         is_running = any(
@@ -104,14 +105,17 @@ def _locked(launch: LaunchConfig) -> set[str]:
 
 
 def _holder(launch: LaunchConfig) -> str:
-    """Return which process holds the study's lock; empty: none."""
+    """Return which process holds the study's lock; an empty text if none does."""
     folder = launch.store.resolve() / "locks"
     file = folder / f"{launch.study}.lock"
     if not file.is_file():
         return ""
+    # A lock that can be taken is held by nobody. It is released at once; a launch that starts just
+    # now waits for that (``study_lock``).
     try:
         filelock.FileLock(file).acquire(timeout=0).lock.release()
     except filelock.Timeout:
+        # Its holder writes the file just after it has taken the lock.
         with suppress(OSError):
             return (folder / f"{launch.study}.txt").read_text(encoding="utf-8")
         return "unknown process"
@@ -124,18 +128,21 @@ def _study_status(
     own = [record for record in records if record.experiment == name]
     study_launch = replace(launch, study=name)
     holder = _holder(study_launch)
+    # With an object store the launch may be on another machine, whose lock is not seen here: then a
+    # fresh heartbeat shows that the study runs.
     running = [_running_trial(record, launch) for record in own if record.status == "RUNNING"]
     is_running = bool(holder) or (
         launch.worker.object_store is not None and any(_is_alive(each) for each in running)
     )
     counts = dict(Counter(record.status.lower() for record in own))
+    # Only a running study has queued trials: the tag ``EXPECTED`` stays when a launch ends.
     queued = 0
     if is_running:
         num_over = counts.get("finished", 0) + counts.get("failed", 0)
         queued = max(expected - num_over - len(running), 0)
     else:
         running = []
-        # Their launch was killed before it could mark them.
+        # These runs are RUNNING because their launch was killed before it could mark them.
         if counts.get("running"):
             counts["lost"] = counts.pop("running")
     return StudyStatus(
@@ -154,15 +161,16 @@ def _is_alive(trial: RunningTrial) -> bool:
 
 
 def _left_s(running: Sequence[RunningTrial], queued: int) -> float | None:
-    """Return the seconds that all remaining steps take at the present rate.
+    """Return the seconds that all remaining steps take at the present rate of all running trials.
 
-    None while no rate is known.
+    Returns none while no rate is known.
     """
     rate = 0.0
     steps_left = 0
     num_known = 0
     steps_of_a_trial = 0
     for trial in running:
+        # A trial that starts, or tests, has no rate yet.
         if trial.steps is None or trial.step is None or not trial.steps_per_s:
             continue
         if not num_known:
@@ -172,17 +180,20 @@ def _left_s(running: Sequence[RunningTrial], queued: int) -> float | None:
         steps_left += trial.steps - trial.step
     if not num_known:
         return None
+    # A trial whose steps are not known is counted with as many as the first known one has.
     num_unknown = queued + len(running) - num_known
     return (steps_left + num_unknown * steps_of_a_trial) / rate
 
 
 def _running_trial(record: RunRecord, launch: LaunchConfig) -> RunningTrial:
-    """Return how far a trial is, by its heartbeat."""
+    """Return how far a trial is, from its heartbeat."""
     heartbeat: dict[str, Any] = {}
     file = TrialDir(launch.trial_folder(record.key)).heartbeat
     object_store = launch.worker.object_store
+    # The worker may be on a node that does not share this disk.
     if object_store:
         open_object_store(object_store).download(f"trials/{record.key}/{file.name}", file)
+    # Without a readable file every field stays unknown.
     with suppress(OSError, ValueError):
         heartbeat = read_json(file)
     step = heartbeat.get("step")
@@ -209,7 +220,7 @@ def _running_trial(record: RunRecord, launch: LaunchConfig) -> RunningTrial:
 
 
 def status_text(found: Sequence[StudyStatus], store: Path) -> str:
-    """Return the studies, one a line, each running trial on a line below."""
+    """Return one line for each study, and below it one for each of its running trials."""
     lines: list[str] = []
     for study in found:
         lines.append(_study_line(study))

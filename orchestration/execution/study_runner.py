@@ -1,4 +1,4 @@
-"""``mar run``: train what is missing, report from MLflow, print where everything is."""
+"""``mar run`` of a study: trains the missing trials, reports from MLflow, prints where to look."""
 
 from __future__ import annotations
 
@@ -34,29 +34,32 @@ from orchestration.tracking.store import Store
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a launch of a study is to do."""
+    """The trials that a launch of a study is to run."""
 
     missing: Sequence[Trial]
-    """Trials to train or test."""
+    """Trials to train or to test."""
     num_finished: int
     num_over_budget: int
 
 
 def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) -> None:
-    """Run a study to its table.
+    """Run a study, and print its table.
 
-    With a ``budget``, of what is missing only what fits, in the study's order.
+    With a ``budget``, only those missing trials run that fit it, in the study's order.
 
     Raises:
-        UserError: the data is missing, another run of the study is alive, a trial does not fit the
+        UserError: the data is missing, another launch runs the study, or a trial does not fit the
             cluster.
         Failure: a trial failed permanently, or the study was stopped; the table shows what is
             finished.
     """
     console = Console(soft_wrap=True)
+    # The names of the stop file and of the lock follow from the study's.
     launch = replace(launch, study=study.name)
+    # First: a trial's identity contains the content of the weights it starts from.
     fetch_weights(study)
     with study_lock(study, launch):
+        # Inside the lock: what an earlier launch finished is in MLflow by now.
         store = Store(launch)
         _mention_unrecorded(launch, store)
         plan = _plan(study, store, budget)
@@ -69,13 +72,15 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
                         console.print("starting Ray and its workers: some 10 to 20 s", markup=False)
                     with progress:
                         train_missing(recorder, plan.missing)
+            # Also after an error: the trials that are finished must reach MLflow.
             finally:
                 _finalize(recorder)
             folder = launch.report_folder(study.name)
+            # Read again: MLflow now has the runs of this launch.
             results = StudyResults.match(study, store.trials(), store.file_of)
             table, lines = write_report(results, folder)
             recorder.log_report(folder, results, table)
-    # The report is of all rows, the terminal shows those that were asked for.
+    # The report has all rows; the terminal shows those that ``--filter`` chose.
     if study.chosen is not None:
         chosen = replace(study, trials=study.to_run)
         table = FORMATS["md"](table_info(results.of(chosen)))
@@ -84,12 +89,13 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
     print(f"figure   {folder / 'figure.png'}")
     print(f"report   {folder / 'report.html'} (and report.md, table.tex, …)")
     print(f"MLflow   {_mlflow_hint(launch)}   (experiment {study.name!r})")
+    # Outside the lock: no other launch waits for a webhook that does not answer.
     notify_webhook(study, recorder)
     _raise_if_unfinished(study, recorder)
 
 
 def _plan(study: Study, store: Store, budget: Budget | None) -> _Plan:
-    """Return what is to be trained, checked.
+    """Return which trials are to run, after checks of their data and weights.
 
     Raises:
         UserError: the data is missing, or the weights do not fit.
@@ -100,6 +106,7 @@ def _plan(study: Study, store: Store, budget: Budget | None) -> _Plan:
         wanted = budget.take(study, missing, store.trials())
     check_data(wanted)
     check_weights(wanted)
+    # By key: several rows of a study may be one trial.
     num_finished = len({trial.key for trial in study.to_run}) - len(missing)
     return _Plan(wanted, num_finished, len(missing) - len(wanted))
 
@@ -118,6 +125,7 @@ def _mlflow_hint(launch: LaunchConfig) -> str:
     """Return where MLflow shows the study: a server's address, or the command that starts one."""
     if launch.tracking_uri:
         return launch.shown_tracking
+    # The default store: the command needs no option.
     if str(launch.store) == "mar_store":
         return "mar ui"
     return f"mar ui --store {shlex.quote(str(launch.store))}"
@@ -131,7 +139,9 @@ def _raise_if_unfinished(study: Study, recorder: RunRecorder) -> None:
     """
     if recorder.failures:
         for kind, names in failures_by_kind(recorder).items():
-            remedy = REMEDIES[kind].capitalize()
+            remedy = REMEDIES[kind]
+            # Not str.capitalize(), which would write the names in it in lower case.
+            remedy = remedy[0].upper() + remedy[1:]
             print(f"{kind:<8} {len(names)} trials: {', '.join(names)}. {remedy}.")
         left = ""
         if recorder.is_over() and recorder.num_left:
@@ -150,7 +160,7 @@ def _raise_if_unfinished(study: Study, recorder: RunRecorder) -> None:
 def _finalize(recorder: RunRecorder) -> None:
     """Wait until MLflow has everything.
 
-    If it stays away, print the table from the results on this disk.
+    If it does not answer in time, print the table from the results on this disk.
 
     Raises:
         Failure: the tracking store was not back in time.
@@ -160,34 +170,34 @@ def _finalize(recorder: RunRecorder) -> None:
     except Failure as error:
         study = recorder.study
         store = recorder.store
+        # Each key once, in the study's order.
         keys = dict.fromkeys(trial.key for trial in study.trials)
         results = StudyResults.match(study, finished_here(store.launch, keys), store.file_of)
         print(f"\n{FORMATS['md'](table_info(results))}")
         raise Failure(
             f"{error}. The table above is from the results in the store; the same command records "
-            "them in MLflow "
-            "when it is back, or, without --tracking-uri, here"
+            "them in MLflow when it is back, or, without --tracking-uri, here"
         ) from None
 
 
 def _mention_unrecorded(launch: LaunchConfig, store: Store) -> None:
     """Print a note if the store has results that its database does not know.
 
-    The database was lost.
+    This is so where the database was lost.
     """
     lost = unrecorded(launch, {record.key for record in store.trials()})
     if lost:
         notice(
             f"{len(lost)} finished results in {launch.store / 'trials'} are not in the tracking "
-            "store. Those of this "
-            f"study are used, not trained again; mar recover --store {launch.store} records all"
+            "store. Those of this study are used, not trained again; "
+            f"mar recover --store {launch.store} records all"
         )
 
 
 def run_studies(
     studies: Sequence[Study], launch: LaunchConfig, budget: Budget | None = None
 ) -> None:
-    """Run studies one after the other in one Ray; what one of them trained, the next ones reuse.
+    """Run studies one after the other in one Ray; the next ones reuse what earlier ones trained.
 
     Raises:
         Failure: a study has trials that failed; the others were run.
@@ -202,11 +212,13 @@ def run_studies(
         for study in studies:
             try:
                 run_study(study, launch, budget)
+            # A study that fails must not keep the next ones from running.
             except (Failure, UserError) as error:
                 errors.append(error)
                 messages.append(f"{study.name}: {error}")
                 print(f"mar: {messages[-1]}")
                 is_stopped = isinstance(error, Failure) and error.kind == "stopped"
+            # A request to stop one study stops all of them.
             if is_stopped:
                 break
     _print_summary(studies, launch, before, (time.monotonic() - began) / 60)
@@ -214,6 +226,7 @@ def run_studies(
         raise Failure("stopped; run the same command to resume", "stopped")
     if messages:
         text = f"{len(messages)} of {len(studies)} studies are incomplete: {'; '.join(messages)}"
+        # Exit code 2 only if every error is the user's to correct.
         if all(isinstance(error, UserError) for error in errors):
             raise UserError(text)
         raise Failure(text)
@@ -224,12 +237,13 @@ def _print_summary(
 ) -> None:
     """Print how many trials were trained and tested.
 
-    ``before`` are the runs that were finished at the start.
+    ``before`` has the ids of the runs that were finished at the start.
     """
     records = Store(launch).trials()
     new = [
         record for record in records if record.run_id not in before and record.status == "FINISHED"
     ]
+    # A run of a trial that was only tested has no model of its own.
     num_trained = sum(record.has_model for record in new)
     trials = [trial for study in studies for trial in study.trials]
     num_missing = len({trial.key for trial in trials}) - len(match(trials, records))
@@ -244,6 +258,7 @@ def _print_summary(
 def _one_backend(launch: LaunchConfig) -> AbstractContextManager[None]:
     if launch.backend == "local":
         return nullcontext()
+    # Not at the top: the backend ``local`` runs without Ray.
     from orchestration.backends.ray_session import ray_session
 
     return ray_session(launch)

@@ -1,4 +1,4 @@
-"""The message to a webhook when a study ends."""
+"""Posts a message to a webhook when a study ends."""
 
 from __future__ import annotations
 

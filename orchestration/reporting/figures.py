@@ -218,9 +218,12 @@ def draw_figure(
         draw_masks(drawn, study.file.title, file)
     elif kind == "reconstructions":
         runs = list(results.runs.values())
-        if not runs or results.file_of is None:
+        # Any run of the study has the picture; one whose files are lost does not stop the report.
+        pictures = (results.file(run, "reconstructions.png") for run in runs)
+        picture = next((each for each in pictures if each is not None), None)
+        if picture is None:
             raise UserError(f"{study.name}: no reconstruction yet: mar run {study.name}")
-        _copy_picture(results.file_of(runs[0], "reconstructions.png"), file)
+        _copy_picture(picture, file)
     else:
         draw(figure_info(results), file)
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mar.errors import Failure
 from mar.evaluation import correctness
 from orchestration.reporting.rows import CONFIDENCE
-from orchestration.reporting.study_results import FileOf, StudyResults
+from orchestration.reporting.study_results import FileOf, StudyResults, mention_lost_file
 from orchestration.studies.matching import Record
 from orchestration.studies.trial import Trial
 
@@ -191,12 +191,12 @@ def _over_the_same(
     return one, other
 
 
-def mcnemar(study_lock: int, only_other: int) -> float:
+def mcnemar(only_one: int, only_other: int) -> float:
     """Return the p of McNemar's exact test, from the videos that one model alone gets right."""
     from scipy import stats  # slow to import, and a plan needs none
 
-    if study_lock + only_other:
-        return float(stats.binomtest(study_lock, study_lock + only_other).pvalue)
+    if only_one + only_other:
+        return float(stats.binomtest(only_one, only_one + only_other).pvalue)
     return 1.0
 
 
@@ -232,10 +232,7 @@ def against_reference(results: StudyResults) -> dict[str, Comparison]:
 
 def tells_apart(results: StudyResults, row: str, other: str) -> bool:
     """Whether the videos tell two rows' top-1 apart, at 5 %; not where one has no predictions."""
-    try:
-        rows = _correctness_of_rows(results, {row, other})
-    except (Failure, OSError):
-        return False
+    rows = _correctness_of_rows(results, {row, other})
     if row not in rows or other not in rows:
         return False
     comparison = compare(rows[row], rows[other])
@@ -301,7 +298,8 @@ def _correctness_of_rows(
 ) -> dict[str, list[Correctness]]:
     """Return, by row with all its seeds, which videos each seed's model classifies correctly.
 
-    With ``only``, of some rows.
+    With ``only``, of some rows. A row with a result whose files are lost is left out: the user is
+    told, and the rest of a report does not fail for it.
     """
     found = results.runs
     file_of = results.file_of
@@ -319,9 +317,12 @@ def _correctness_of_rows(
             read[run.run_id] = read_correctness(run, file_of)
         return read[run.run_id]
 
-    whole = {
-        row: trials
-        for row, trials in grouped.items()
-        if all(trial.key in found for trial in trials)
-    }
-    return {row: [answers_of(trial) for trial in trials] for row, trials in whole.items()}
+    correct: dict[str, list[Correctness]] = {}
+    for row, trials in grouped.items():
+        if any(trial.key not in found for trial in trials):
+            continue
+        try:
+            correct[row] = [answers_of(trial) for trial in trials]
+        except (Failure, OSError) as error:
+            mention_lost_file(error)
+    return correct

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from mar.errors import Failure, notice
 from orchestration.reporting.rows import Row, build_rows
 from orchestration.studies.matching import Record, match
 from orchestration.studies.trial import Study
@@ -18,6 +19,11 @@ from orchestration.studies.trial import Study
 FileOf = Callable[[Any, str], Path]
 """Finds one file of a run's result, by the run and the file's name; downloads it where it is not on
 this disk."""
+
+
+def mention_lost_file(error: Exception) -> None:
+    """Print a note that a file of a finished run cannot be read, and is left out of the report."""
+    notice(f"{error}; what needs it is left out of tables, figures and claims")
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,19 @@ class StudyResults:
     def match(cls, study: Study, records: Sequence[Record], file_of: FileOf | None = None) -> Self:
         """Return the results of a study, among the runs of all studies."""
         return cls(study, match(study.trials, records), file_of)
+
+    def file(self, run: Any, name: str) -> Path | None:
+        """Return one file of a run's result.
+
+        None: the files are not at hand, or this one is lost; the user is told of the latter.
+        """
+        if self.file_of is None:
+            return None
+        try:
+            return self.file_of(run, name)
+        except (Failure, OSError) as error:
+            mention_lost_file(error)
+            return None
 
     @cached_property
     def rows(self) -> list[Row]:

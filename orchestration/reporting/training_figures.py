@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 
 from mar.data.annotations import class_names
-from mar.errors import Failure, UserError
+from mar.errors import UserError
 from orchestration.reporting.figures import FigureInfo, Series
-from orchestration.reporting.study_results import FileOf, StudyResults
-from orchestration.studies.matching import Record
+from orchestration.reporting.study_results import StudyResults
 from orchestration.studies.trial import Trial
 
 _MOST_CURVES = 20
@@ -50,12 +49,12 @@ def curves_info(results: StudyResults) -> FigureInfo | None:
     """
     study = results.study
     found = results.runs
-    if results.file_of is None:
-        return None
     histories: dict[str, list[dict[str, dict[int, float]]]] = {}
     for trial in study.trials:
         if trial.key in found and found[trial.key].has_model:
-            histories.setdefault(trial.row, []).append(_history(found[trial.key], results.file_of))
+            file = results.file(found[trial.key], "history.csv")
+            if file is not None:
+                histories.setdefault(trial.row, []).append(_history(file))
     there = {name for each in histories.values() for history in each for name in history}
     shown = next((name for name in _CURVES if name in there), None)
     if shown is None:
@@ -92,13 +91,13 @@ def confusion(results: StudyResults) -> Confusion | None:
     study = results.study
     found = results.runs
     best = max(results.rows, key=lambda row: row.cells["top1"].mean or -1.0, default=None)
-    if results.file_of is None or best is None or best.cells["top1"].mean is None:
+    if best is None or best.cells["top1"].mean is None:
         return None
     trial = next(trial for trial in study.trials if trial.row == best.label and trial.key in found)
-    try:
-        lines = _read(results.file_of(found[trial.key], "predictions.csv"))
-    except (Failure, OSError):
+    predictions = results.file(found[trial.key], "predictions.csv")
+    if predictions is None:
         return None
+    lines = _read(predictions)
     names = _class_names(trial)
     counts = np.zeros((len(names), len(names)), dtype=int)
     for line in lines:
@@ -114,12 +113,9 @@ def _class_names(trial: Trial) -> list[str]:
         return [str(number) for number in range(trial.settings.data.num_classes)]
 
 
-def _history(run: Record, file_of: FileOf) -> dict[str, dict[int, float]]:
-    """Return each metric's value by epoch; nothing of a result that has no ``history.csv``."""
-    try:
-        text = file_of(run, "history.csv").read_text(encoding="utf-8")
-    except (Failure, OSError):
-        return {}
+def _history(file: Path) -> dict[str, dict[int, float]]:
+    """Return each metric's value by epoch, from a result's ``history.csv``."""
+    text = file.read_text(encoding="utf-8")
     names, *lines = csv.reader(text.splitlines())
     epochs = [int(line[names.index("epoch")]) for line in lines]
     columns = {

@@ -86,7 +86,11 @@ class Dimension(_Part):
             or not kind.low <= value <= kind.high
         ):
             return False
-        return kind.step is None or abs((value - kind.low) / kind.step % 1) < _ROUNDING
+        if kind.step is None:
+            return True
+        # 0.3 / 0.1 is 2.9999999999999996: the nearest whole number of steps counts, not the floor.
+        steps = (value - kind.low) / kind.step
+        return abs(steps - round(steps)) < _ROUNDING
 
 
 class SearchFile(_Part):

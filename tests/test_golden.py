@@ -14,7 +14,8 @@ from mar.model.decoder import reconstruction_loss, reconstruction_target
 from mar.model.layers import sin_cos_positions
 from mar.model.mar import MAR, split_indices
 from mar.model.masking import evaluation_mask
-from mar.weights.pretrained import EVERYTHING, load, model_settings, read_weights
+from mar.weights.pretrained import EVERYTHING, load, model_settings
+from mar.weights.reading import read_weights
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 RATIOS = [0.25, 0.5, 0.75]
@@ -132,7 +133,7 @@ def test_other_sizes_are_read_from_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_heads_that_no_file_tells_must_be_given(golden_checkpoint: Path) -> None:
-    with pytest.raises(UserError, match=r"encoder.heads: no file tells the number of heads"):
+    with pytest.raises(UserError, match=r"encoder.heads: no file states the number of heads"):
         model_settings(read_weights(str(golden_checkpoint)))
 
 

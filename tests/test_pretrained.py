@@ -33,7 +33,8 @@ from mar.model.decoder import reconstruction_loss, reconstruction_target
 from mar.model.layers import sin_cos_positions
 from mar.model.mar import MAR, split_indices
 from mar.weights.hub import ABSENT, fetch, fingerprint, locate
-from mar.weights.pretrained import check_start, load, model_settings, read_weights, start
+from mar.weights.pretrained import check_start, load, model_settings, start
+from mar.weights.reading import read_weights
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -33,7 +33,7 @@ from mar.errors import Failure, UserError, notice
 from mar.safe_input import below, read_json
 from mar.safe_text import cell, markdown, printable
 from mar.weights.hub import weight_files
-from mar.weights.pretrained import read_weights
+from mar.weights.reading import read_weights
 from mar.weights.safe_loading import read_tensors
 from orchestration import secrets
 from orchestration.backends.ray_jobs import printable_arguments

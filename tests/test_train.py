@@ -35,7 +35,8 @@ from mar.training.reports import EpochReport, TrainingCallbacks, TrainingSignal
 from mar.training.retention import RetentionPolicy, prune
 from mar.training.step import RuntimeConfig
 from mar.weights.export import write_model
-from mar.weights.pretrained import Weights, model_settings, read_weights
+from mar.weights.pretrained import model_settings
+from mar.weights.reading import Weights, read_weights
 from orchestration.cli.app import main
 
 Settings = Callable[..., TrainingConfig]

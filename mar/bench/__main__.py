@@ -24,6 +24,7 @@ def main() -> None:
         case = case_of(args.size, args.ratio, args.clips, args.precision, args.steps)
         # Measured once: every part states its shares of the same rates.
         machine = this_machine(torch.device(case.device), case.precision)
+        # One file for all parts: each part replaces its own table alone.
         file = args.output or run.default_file(machine)
         for part in args.parts or run.PARTS:
             if part not in run.PARTS:

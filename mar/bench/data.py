@@ -90,6 +90,7 @@ def fed_table(case: Case, rounds: int, videos: Path | None, command: str) -> Tab
         keep_freed_memory()
         small = replace(small, clips=16)
         medium = replace(medium, clips=8)
+    # Data sets and caches are made anew for each model, and removed before the next.
     rows: list[tuple[str, ...]] = []
     for sized in (small, medium, case):
         with tempfile.TemporaryDirectory() as name:
@@ -185,8 +186,8 @@ def _augmentations() -> dict[str, dict[str, object]]:
 def checkpoint_table(case: Case, rounds: int, command: str) -> Table:
     """Time how long the step waits for a checkpoint.
 
-    Ways: written beside the training, written while the step waits, and by ``torch.save`` as peers
-    do.
+    The ways are: written in a thread beside the training, written while the step waits, and
+    ``torch.save`` as peers use it.
     """
     device = torch.device(case.device)
     train_state = train_state_of(case)
@@ -281,6 +282,7 @@ def _time_fed(
                 fed_s.append(fed)
         # Use up the batches that were loaded ahead during the steps: they cost no time now.
         list(islice(batches, 4))
+        # At least four batches: the time of one alone varies too much.
         count = max(_CLIPS_PER_ROUND // case.clips, 4)
         started = time.perf_counter()
         list(islice(batches, count))
@@ -292,6 +294,7 @@ def _time_fed(
 
 def _clip_sources(data: DataConfig, scratch: Path) -> dict[str, TrainingConfig]:
     """Return settings for each source of clips, by name; packs both frame caches in ``scratch``."""
+    # The defaults are the paper's clip and model; only the data is replaced.
     settings = _override(TrainingConfig(), {"data": data.model_dump()})
     sources = {"video files": settings}
     for name, packing in {"JPEG": Packing("jpeg"), "raw": Packing("raw")}.items():

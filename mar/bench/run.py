@@ -19,6 +19,7 @@ Part = Callable[[Case, Machine, int, Path | None, str], Table]
 
 
 def _print_progress(message: str) -> None:
+    """Print a message that reports progress."""
     # Standard output has the tables alone.
     print(message, file=sys.stderr, flush=True)
 
@@ -35,6 +36,7 @@ def _inference(
 
 def _contest_table(title: str, case: Case, machine: Machine, rounds: int, command: str) -> Table:
     """Compare the contestants of a case."""
+    # The first case is ours, the reference for the other rows.
     cases = step_cases(case)
     results = contest(cases, machine, rounds, _print_progress)
     return table(f"{title}, {_description(case)}", command, results, cases, machine)
@@ -67,6 +69,7 @@ def _checkpoint(
     return data.checkpoint_table(case, rounds, command)
 
 
+# All parts take the same arguments, so that one table of functions serves the command.
 # The names are those of ``mar bench``, which lists them without importing torch.
 PARTS: dict[str, Part] = {
     "step": _step,

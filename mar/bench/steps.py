@@ -46,7 +46,7 @@ CONTESTANTS: dict[Contestant, str] = {
     "videomae-fp32": "transformers' VideoMAE, as it comes (float32)",
 }
 _CLASSES = 174
-"""Those of Something-Something v2."""
+"""The number of classes of Something-Something v2."""
 _SMOOTHING = 0.1
 """Label smoothing, the default of ``augment.smoothing``."""
 

@@ -40,6 +40,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def file_name(machine: str) -> str:
     """Return the name of today's benchmark file of a machine."""
+    # A machine's name can have characters that a file's name cannot.
     parts = re.findall(r"[a-z0-9]+", machine.lower())
     return f"bench_{date.today().isoformat()}_{'_'.join(parts)}.md"
 
@@ -53,6 +54,7 @@ def write(file: Path, heading: Sequence[str], tables: Sequence[Table]) -> None:
     parts: dict[str, str] = {}
     if file.exists():
         parts = _parts(file.read_text(encoding="utf-8"))
+    # A dict keeps the position of a title that it has, so a table is replaced in its place.
     parts |= {table.title: str(table) for table in tables}
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "\n".join([*heading, "", *parts.values()]).rstrip() + "\n"

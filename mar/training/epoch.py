@@ -29,7 +29,7 @@ class Training(TrainState):
     steps_per_epoch: int
     saver: Saver
     is_to_stop: bool = False
-    """Whether it was asked to save and stop."""
+    """Whether the training was asked to save and stop."""
 
     @property
     def epoch(self) -> int:
@@ -57,19 +57,22 @@ def run_epoch(training: Training, batches: Iterator[Batch], validate: Evaluator)
     """Finish the epoch that the progress is in: train, validate when it is due, save, report.
 
     Raises:
-        Stopped: it was asked to stop; the epoch is saved.
+        Stopped: the training was asked to stop; the epoch is saved.
     """
     settings = training.settings
     progress = training.progress
     metrics = _train_epoch(training, batches)
     if (training.epoch + 1) % settings.evaluation.every_epochs == 0:
+        # ``elapsed_s`` counts training and evaluation; saving and reporting are not timed.
         clock = _Clock(progress)
         metrics |= evaluate(validate, training.model, settings).metrics("val")
         clock.stop()
     metrics["time/elapsed_s"] = progress.elapsed_s
+    # The checkpoint must have this epoch in its history: a resumed training counts epochs by it.
     progress.history.append(metrics)
     _save(training)
     training.callbacks.report(EpochReport(training.epoch, metrics))
+    # After the last epoch only the test is left: the training finishes and does not stop.
     if training.is_to_stop and training.epoch < settings.recipe.epochs:
         training.saver.wait()
         raise Stopped(f"stopped after epoch {training.epoch}, saved")
@@ -78,7 +81,7 @@ def run_epoch(training: Training, batches: Iterator[Batch], validate: Evaluator)
 def evaluate(
     evaluator: Evaluator, model: MAR, settings: TrainingConfig
 ) -> Predictions | Reconstruction:
-    """Measure what the training is for: accuracy, or in pre-training the reconstruction loss."""
+    """Measure the accuracy, or in pre-training the reconstruction loss."""
     if settings.pretrains:
         return evaluator.reconstruction(model)
     return evaluator(model)
@@ -99,10 +102,12 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
     clock = _Clock(progress)
     first_step = progress.step
     elapsed_before_s = progress.elapsed_s
+    # A checkpoint may be inside an epoch, so the loop can begin in the middle of one.
     rate = 0.0
     while progress.step < end:
         batch = next(batches)
         sums[4] += _count_broken(training, batch)
+        # The rate changes in every step: its time is a fraction of an epoch.
         rate = learning_rate(settings.recipe, progress.step / training.steps_per_epoch)
         set_learning_rate(training.optimizer, rate)
         sums[:4] += train_step(training, batch)
@@ -110,7 +115,9 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
         # On an accelerator, reading the flag waits for the device: once an epoch is enough there.
         if training.runtime.device.type == "cpu" or progress.step == end:
             _check_finite(training, rate)
+        # At an epoch's end ``run_epoch`` saves, with the validation.
         if _is_checkpoint_due(training) and progress.step < end:
+            # No checkpoint is saved after a gradient that is not finite.
             _check_finite(training, rate)
             progress.sums = distributed.all_reduce_sum(sums).tolist()
             clock.stop()
@@ -118,8 +125,10 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
             clock = _Clock(progress)
     totals = distributed.all_reduce_sum(sums).tolist()
     clock.stop()
+    # Sums of zero mark a checkpoint at an epoch's end (``mar.training.retention``).
     progress.sums = Progress().sums
     metrics = _epoch_metrics(training, totals, rate)
+    # Steps of an earlier attempt are in neither figure.
     num_clips = (progress.step - first_step) * settings.recipe.batch_size
     metrics["throughput/clips_per_s"] = num_clips / (progress.elapsed_s - elapsed_before_s)
     return metrics
@@ -128,8 +137,8 @@ def _train_epoch(training: Training, batches: Iterator[Batch]) -> dict[str, floa
 def _resumed_sums(training: Training) -> Tensor:
     """Return this worker's sums at the epoch's current step.
 
-    A checkpoint has them over all workers; the first worker carries them on, the others start at
-    zero.
+    A checkpoint has the sums over all workers, so the first worker starts from them and the others
+    start at zero.
     """
     device = training.runtime.device
     sums = torch.tensor(training.progress.sums, dtype=torch.float64, device=device)
@@ -137,10 +146,10 @@ def _resumed_sums(training: Training) -> Tensor:
 
 
 def _is_checkpoint_due(training: Training) -> bool:
-    """Ask what to do after a step; whether to save now, in the middle of an epoch.
+    """Ask what to do after a step; returns whether to save now, in the middle of an epoch.
 
     Raises:
-        Stopped: to stop without saving.
+        Stopped: the answer is to stop without saving.
     """
     step = training.progress.step
     signal = training.callbacks.on_step(step, training.num_steps)
@@ -154,13 +163,14 @@ def _is_checkpoint_due(training: Training) -> bool:
 
 
 def _save_inside_epoch(training: Training) -> None:
-    """Save in the middle of an epoch, and stop if that was asked for.
+    """Save in the middle of an epoch, then stop if the training was asked to.
 
     Raises:
-        Stopped: it was, and the checkpoint is on the disk.
+        Stopped: the training was asked to stop; the checkpoint is on the disk.
     """
     _save(training)
     if training.is_to_stop:
+        # The message says that it was saved, and the save runs in another thread.
         training.saver.wait()
         raise Stopped(f"stopped at step {training.progress.step}, saved")
 
@@ -173,6 +183,7 @@ def _epoch_metrics(training: Training, totals: list[float], rate: float) -> dict
     """
     settings = training.settings
     total, classification, reconstruction, clips, broken = totals
+    # The means would divide by zero.
     if not clips:
         raise Failure(
             f"not one video of epoch {training.epoch + 1} could be decoded: run mar data check",
@@ -191,7 +202,7 @@ def _check_finite(training: Training, rate: float) -> None:
     """Check that every gradient so far was finite.
 
     Raises:
-        Failure: one was not; the weights are those before it, and the last checkpoint is good.
+        Failure: one was not. The weights have not changed since, and the last checkpoint is good.
     """
     if training.has_non_finite_grad.item():
         recipe = training.settings.recipe
@@ -221,6 +232,6 @@ def _count_broken(training: Training, batch: Batch) -> int:
 
 
 def _save(training: Training) -> None:
-    """Have a checkpoint written beside the training; one worker writes for all."""
+    """Start to write a checkpoint; rank 0 alone writes, since all workers have the same state."""
     if training.worker_rank.rank == 0:
         training.saver.save(training.model, training.optimizer, training.progress)

@@ -41,17 +41,17 @@ def fit(
 ) -> dict[str, float]:
     """Train from the newest checkpoint in ``folder`` (or from the start), then test.
 
-    Reports every epoch, replaying those before a resumption, so that a reader that lost some gets
-    all. Leaves ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``metrics.json``,
+    Reports every epoch, and those before a resumption once more, because a reader may have lost
+    some. Writes ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``metrics.json``,
     ``history.csv``, ``curves.png`` and, where there are classes, ``predictions.csv``,
     ``correctness.npz`` and ``confusion.png``.
 
     Raises:
         UserError: the settings do not fit the data.
-        Failure: the loss is not finite, a video is broken (``data.broken: error``), or the disk
-            refuses.
-        Stopped: ``callbacks.on_step`` asked for it; what was done is saved.
+        Failure: the loss is not finite, a video is broken (``data.broken``), or the disk refuses.
+        Stopped: ``callbacks.on_step`` asked for it; the state is saved, except after ``ABORT``.
     """
+    # Rank 0 alone looks: workers that saw different folders would wait for each other forever.
     finished = distributed.broadcast_from_rank0(lambda: _finished(settings, folder))
     if finished is not None:
         return _replay_result(finished, settings, callbacks)
@@ -59,10 +59,12 @@ def fit(
     val = read_split(settings.data, "val")
     frame_cache.check(settings.data, train)
     order = TrainingOrder(settings, len(train), distributed.worker_rank())
+    # Initial weights draw from PyTorch's global stream, dropout from one that each step seeds.
     torch.manual_seed(settings.seed)
     model = MAR(settings).to(runtime.device)
     optimizer = build_optimizer(model, settings.recipe)
     progress = _resume(settings, folder, model, optimizer, callbacks)
+    # Before the batches are made: their loader processes load ahead from this step.
     order.first_step = progress.step
     processes = runtime.loader_processes
     batches = training_batches(settings, train, order, processes, runtime.device)
@@ -115,6 +117,8 @@ def _resume(
     progress = Progress()
     if found:
         progress = checkpoint.restore(found, model, optimizer)
+    # A checkpoint has the weights that training has changed since: the pre-trained ones are only
+    # for the start.
     elif settings.encoder.weights:
         callbacks.log(pretrained.start(model, settings))
     for epoch, metrics in enumerate(progress.history, start=1):
@@ -131,11 +135,12 @@ def reevaluate(
 ) -> dict[str, float]:
     """Test a finished training under other settings of ``evaluation`` (Tables III b, III c).
 
-    Returns the final metrics.
-
-    ``result`` is the training's result folder. Its training metrics are reported unchanged. Leaves
+    ``result`` is the training's result folder. Its training metrics are reported unchanged. Writes
     ``folder/result`` as ``fit`` does, without the model: ``trained_by.txt`` names the folder that
     has it.
+
+    Returns:
+        The final metrics.
 
     Raises:
         UserError: the settings do not fit the data.
@@ -148,6 +153,7 @@ def reevaluate(
     manifest = read_atomic_dir(result)
     model = MAR(settings).to(runtime.device)
     model.load_state_dict(load_file(result / "model.safetensors"))
+    # The other training was validated and tested under other settings: those figures are not ours.
     history = {
         name: value
         for name, value in manifest["metrics"].items()
@@ -160,10 +166,8 @@ def reevaluate(
 def _finished(settings: TrainingConfig, folder: Path) -> list[dict[str, float]] | None:
     """Return the metrics of each epoch, and last the final ones, of a result in the folder.
 
-    None: it has none of these settings.
-
-    It has one when the launch was killed before it recorded the result, or when the database was
-    lost since.
+    None: the folder has no result of these settings. It has one if the launch was killed before it
+    recorded the result, or if the database was lost since.
 
     Raises:
         Failure: the result is damaged.
@@ -177,6 +181,7 @@ def _finished(settings: TrainingConfig, folder: Path) -> list[dict[str, float]] 
         raise Failure(
             f"{result} is damaged: {damage}. To train it again, remove that folder", "damaged"
         ) from None
+    # Paths may differ: the data may have moved.
     if without_paths(build(manifest["settings"])) != without_paths(settings):
         return None
     final = {name: float(value) for name, value in manifest["metrics"].items()}
@@ -186,7 +191,7 @@ def _finished(settings: TrainingConfig, folder: Path) -> list[dict[str, float]] 
 def _replay_result(
     finished: list[dict[str, float]], settings: TrainingConfig, callbacks: TrainingCallbacks
 ) -> dict[str, float]:
-    """Report a result that exists as its training did; returns the final metrics."""
+    """Report an existing result as its training reported it; returns the final metrics."""
     *history, final = finished
     for epoch, metrics in enumerate(history, start=1):
         callbacks.report(EpochReport(epoch, metrics, is_replay=True))
@@ -212,6 +217,7 @@ def _finish(
         )
     metrics = trained.history[-1] | predictions.metrics("test")
     if settings.redraws_in_testing and not settings.pretrains:
+        # The loss needs no views: one clip of each video, as in validation.
         one_view = Evaluator(
             settings,
             val,
@@ -227,6 +233,7 @@ def _finish(
         # There may be no room beside the model; a trial does not fail over this figure.
         with suppress(UserError):
             metrics["memory/batch_of_1_gib"] = peak_training_memory_gib(settings, 1)
+    # Every worker has all predictions by now: one result is enough.
     if distributed.worker_rank().rank == 0:
         write_result(trained, val, predictions, metrics, callbacks.on_write_error)
     callbacks.report(EpochReport(settings.recipe.epochs, metrics, is_final=True))

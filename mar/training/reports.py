@@ -1,4 +1,4 @@
-"""What a training reports, and what it asks: the only ways in which it talks to what runs it."""
+"""The interface between a training and its caller: reports, callbacks and signals."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from mar.errors import Failure
 
 
 class TrainingSignal(IntEnum):
-    """What a training is to do after a step.
+    """The instruction to a training after a step.
 
-    Of the answers of several workers the highest counts.
+    If several workers get different signals, the highest one applies to all of them.
     """
+
+    # The order is by urgency, so that the highest of several is the one to follow.
 
     CONTINUE = 0
     CHECKPOINT = 1
@@ -33,32 +35,33 @@ class EpochReport:
     """Finished epochs."""
     metrics: Mapping[str, float]
     is_replay: bool = False
-    """Reported once before, by an attempt that this one resumes: who reads reports may have lost
-    that one."""
+    """Whether an earlier attempt has reported this epoch; that report may have been lost."""
     is_final: bool = False
-    """After the test; ``epoch`` is the last epoch again, ``metrics`` has what the test measured
-    too."""
+    """Whether this is the report after the test: ``epoch`` is the last epoch again, and ``metrics``
+    also has the test's."""
 
 
 @dataclass(frozen=True)
 class TrainingCallbacks:
-    """What a training calls; the defaults print and never stop it.
+    """The functions that a training calls; the defaults print messages and never stop it.
 
     Every worker of a data-parallel training calls ``report`` and ``on_step`` equally often, in the
     same order.
     """
 
+    # Ray and MLflow reach a training through these functions alone; mar.training imports neither.
     report: Callable[[EpochReport], None] = lambda report: None
     """Receives each epoch's report as the epoch ends."""
     log: Callable[[str], None] = print
     """Receives messages for a person."""
+    # Workers that act on different answers would wait for each other in the next collective call.
     on_step: Callable[[int, int], TrainingSignal] = lambda done, total: TrainingSignal.CONTINUE
     """Called after each step with the steps done and their total. All workers must get the same
     answer."""
     heartbeat: Callable[[], None] = lambda: None
-    """Called for each batch that is tested: the training is alive."""
+    """Called for each batch of an evaluation, to show that the training is alive."""
     on_checkpoint: Callable[[Path], None] = lambda path: None
     """Called with each checkpoint that is complete on the disk, in the thread that wrote it."""
     on_write_error: Callable[[Failure], bool] = lambda failure: False
-    """Called when the disk refuses a checkpoint or the result. True: try again; it may wait for
-    room first."""
+    """Called when the disk refuses a checkpoint or the result; returns whether to try again. It may
+    wait for free space first."""

@@ -1,4 +1,4 @@
-"""The result folder of a finished training."""
+"""Writes the result folder of a finished training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mar.visualization.reconstructions import draw_reconstructions
 from mar.weights.checkpoint_settings import CLASSES
 
 _SHOWN = 3
-"""Videos whose reconstructions are drawn."""
+"""Number of videos whose reconstructions are drawn."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def write_result(
     # Pre-training has no classes, hence no predictions.
     if isinstance(predictions, Predictions):
         writers |= _prediction_writers(trained.settings, val, predictions)
+    # A broken video has no pixels to draw.
     if trained.settings.redraws_in_testing:
         shown = _decodable(val, predictions.broken)[:_SHOWN]
         writers["reconstructions.png"] = lambda file: draw_reconstructions(

@@ -28,9 +28,9 @@ from mar.training.retention import RetentionPolicy
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How to run, not what: no value here changes a result.
+    """How to run a training.
 
-    Up to the order of floating-point sums.
+    No value here changes a result, except by the order of floating-point sums.
     """
 
     device: torch.device
@@ -71,6 +71,7 @@ class TrainState:
         self.wrapped: nn.Module = self.model
         if self.worker_rank.world > 1:
             device = self.runtime.device
+            # DistributedDataParallel requires None on a CPU.
             device_ids = None
             if device.type == "cuda":
                 device_ids = [device.index]
@@ -78,6 +79,7 @@ class TrainState:
                 self.model,
                 device_ids=device_ids,
                 gradient_as_bucket_view=True,
+                # Buffers are constants (positions, the pixels' mean): equal on all workers.
                 broadcast_buffers=False,
             )
 
@@ -118,6 +120,7 @@ def train_step(state: TrainState, batch: Batch) -> Tensor:
             device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"
         ):
             losses: Losses = state.wrapped(pixels, chosen.hidden, targets)
+        # Gradients accumulate locally and are exchanged once, with the last micro-batch.
         synchronise = nullcontext()
         if part is not microbatches[-1]:
             synchronise = _no_sync(state.wrapped)
@@ -138,6 +141,7 @@ def _sums(losses: Losses, good: Tensor) -> Tensor:
         losses.reconstruction,
         torch.ones_like(losses.total),
     )
+    # In float64: an epoch adds many values, and float32 would lose digits.
     return torch.stack([(column.detach() * good).sum(dtype=torch.float64) for column in columns])
 
 

@@ -1,4 +1,4 @@
-"""The settings that follow from a checkpoint: from its tensors' shapes and the files beside it."""
+"""Derives settings from a checkpoint: from its tensors' shapes and the files beside it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ BLOCK_PATTERN = re.compile(r"(^|\.)(blocks|layer|layers|decoder_layers)\.\d+\.")
 
 
 STATED_SETTINGS = ("encoder.tubelet", "encoder.heads", "classifier.heads", "reconstruction.heads")
-"""What shapes do not tell, and what must agree where the file states it."""
+"""Settings that shapes do not determine; where the file states them, ours must agree."""
 
 
+# Width -> heads of published models. Shapes do not determine the heads, and few files state them:
+# for another width the user must give them.
 _KNOWN_CLASSIFIER_HEADS = {512: 4}
 
 
@@ -28,6 +30,7 @@ _KNOWN_DECODER_HEADS = {192: 3, 384: 6, 512: 8}
 
 
 SIZES = ("size", "width", "depth", "heads", "tubelet", "kind", "norm", "num_classes", "frames")
+"""Last parts of the settings that a message lists: those that shape a model."""
 
 
 def stated_heads(settings: Mapping[str, Any]) -> int | None:
@@ -39,30 +42,34 @@ def stated_heads(settings: Mapping[str, Any]) -> int | None:
 
 
 def is_flat(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether an encoder is of images: its patches have no time axis."""
+    """Whether the patch embedding is of images: it has no time axis."""
     return tensors["patch_embed.proj.weight"].ndim == 4
 
 
 def is_bridging(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a classifier is a bridging one: it has transformer blocks."""
+    """Whether the classifier is a bridging one: it has transformer blocks."""
     return "classifier.blocks.0.attn.qkv.weight" in tensors
 
 
 def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """Return the number of blocks of a part."""
+    # "encoder.blocks.11.norm1.weight": the third component is the block's number.
     return len({name.split(".")[2] for name in tensors if name.startswith(f"{prefix}.blocks.")})
 
 
 def settings_of(
     translated: Translated, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], frozenset[str]]:
-    """Return dotted settings, those saved beside the weights and the sizes of the tensors.
+    """Return the dotted settings of a checkpoint, and the paths of those that it states.
 
-    And which are stated.
+    They come from the settings saved beside the weights, or from the sizes of the tensors.
     """
+    # Our own format has all settings beside the weights: nothing needs to be derived.
     if translated.layout is OURS and config:
         known = {path: value for path, value in flatten(config).items() if value is not None}
         # A named size has no width, depth and heads among its settings, but it states its heads.
         return known, frozenset(known) | {"encoder.heads"}
+    # Without an encoder there is no width to derive from.
     if "encoder.embed.weight" not in tensors:
         return {}, frozenset()
     width = len(tensors["encoder.embed.weight"])
@@ -79,6 +86,7 @@ def settings_of(
         known = {"encoder.size": sizes[width, depth][0]}
     stated_settings = {"encoder.heads": heads if known["encoder.size"] == "custom" else None}
     stated_settings |= {"encoder.tubelet": list(translated.tubelet) if translated.tubelet else None}
+    # Hugging Face's names; where there is no such config these are None, and are dropped below.
     stated_settings |= {
         "clip.size": config.get("image_size"),
         "clip.frames": config.get("num_frames"),
@@ -94,6 +102,7 @@ def settings_of(
 
 
 def _classifier_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the settings of the classifier that these tensors make."""
     if "classifier.head.weight" not in tensors:
         return {}
     known: dict[str, Any] = {"data.num_classes": len(tensors["classifier.head.weight"])}
@@ -101,43 +110,45 @@ def _classifier_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         width = len(tensors["classifier.project.weight"])
         known |= {"classifier.kind": "bridging", "classifier.width": width}
         known |= {"classifier.depth": _depth(tensors, "classifier")}
-        return known | (
-            {"classifier.heads": heads} if (heads := _KNOWN_CLASSIFIER_HEADS.get(width)) else {}
-        )
+        if width in _KNOWN_CLASSIFIER_HEADS:
+            known["classifier.heads"] = _KNOWN_CLASSIFIER_HEADS[width]
+        return known
+    # Projected, but without blocks: an MLP.
     if "classifier.project.weight" in tensors:
         return known | {
             "classifier.kind": "mlp",
             "classifier.width": len(tensors["classifier.project.weight"]),
         }
-    pooled = "classifier.norm.weight" in tensors
-    sees_all = (
-        {"mask.ratio": 0.0, "reconstruction.weight": 0.0} if pooled else {}
-    )  # as VideoMAE is fine-tuned
-    return (
-        known
-        | {"classifier.kind": "linear", "classifier.norm": "pooled" if pooled else "tokens"}
-        | sees_all
-    )
+    known["classifier.kind"] = "linear"
+    # A norm of the averaged tokens is VideoMAE's fine-tuned model, which sees all tokens.
+    if "classifier.norm.weight" in tensors:
+        known["classifier.norm"] = "pooled"
+        known |= {"mask.ratio": 0.0, "reconstruction.weight": 0.0}
+    else:
+        known["classifier.norm"] = "tokens"
+    return known
 
 
 def _decoder_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the settings of the decoder that these tensors make."""
     if "decoder.project.weight" not in tensors:
         return {}
     width = len(tensors["decoder.project.weight"])
     known = {"reconstruction.width": width, "reconstruction.depth": _depth(tensors, "decoder")}
-    return known | (
-        {"reconstruction.heads": heads} if (heads := _KNOWN_DECODER_HEADS.get(width)) else {}
-    )
+    if width in _KNOWN_DECODER_HEADS:
+        known["reconstruction.heads"] = _KNOWN_DECODER_HEADS[width]
+    return known
 
 
 def config_beside(path: Path, layout: Layout) -> dict[str, Any]:
-    """Return Hugging Face's config, or our settings, where they are beside weights of that layout.
+    """Return Hugging Face's config, or our settings, if they are beside weights of that layout.
 
     Raises:
-        UserError: they are there and cannot be read.
+        UserError: the file exists and cannot be read.
     """
     folder = path if path.is_dir() else path.parent
     if layout is OURS:
+        # A trial's result has its settings in YAML; ``mar weights convert`` writes a config.json.
         settings = folder / "settings.yaml"
         if settings.is_file() and not (folder / "config.json").is_file():
             return read_mapping(settings)
@@ -149,20 +160,22 @@ def config_beside(path: Path, layout: Layout) -> dict[str, Any]:
         config = read_mapping(folder / "config.json")
     else:
         config = {}
+    # A file may lie beside the config of another model, whose heads would be wrong for it.
     return config if config.get("model_type") == "videomae" else {}
 
 
 CLASSES = "classes.json"
-"""File of a result: the classes' names by number."""
+"""The file of a result with the classes' names by number."""
 
 
 def classes_beside(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return the class names that stand beside weights with a classifier, as many as it has scores.
+    """Return the class names from the files beside weights that have a classifier.
 
-    In ``classes.json`` of a result, or in ``id2label`` of a ``config.json``, whosever it is.
+    They are in ``classes.json`` of a result, or in ``id2label`` of a ``config.json`` of any model.
+    The result is empty if their number is not the classifier's number of scores.
 
     Raises:
-        UserError: a file is there and cannot be read.
+        UserError: a file exists and cannot be read.
     """
     if "classifier.head.weight" not in tensors:
         return ()
@@ -171,6 +184,7 @@ def classes_beside(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]
     if names_given is None:
         labels: Any = read_mapping(folder / "config.json").get("id2label")
         if isinstance(labels, dict):
+            # JSON has no numbers as keys: Hugging Face writes them as text.
             names_given = [labels.get(str(number)) for number in range(len(labels))]
         else:
             names_given = []
@@ -178,6 +192,7 @@ def classes_beside(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]
         names = tuple(str(name) for name in names_given)
     else:
         names = ()
+    # Names of another data set would be given to the wrong classes.
     if len(names) == len(tensors["classifier.head.weight"]):
         return names
     return ()

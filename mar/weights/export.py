@@ -1,6 +1,6 @@
-"""Weights out: a folder of safetensors, ``config.json`` and a model card.
+"""Writes weights: our own format, Hugging Face's VideoMAE, and ONNX.
 
-Hugging Face's VideoMAE; ONNX.
+The first two are folders of safetensors, ``config.json`` and a model card.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from mar.model.flops import cost
 from mar.model.mar import MAR, split_indices
 from mar.model.masking import evaluation_mask
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
-from mar.weights.pretrained import Weights, fitting, load
+from mar.weights.pretrained import fitting, load
+from mar.weights.reading import Weights
 from mar.weights.state_dict_mapping import hugging_face_names
 
 _ONNX_TOLERANCE = 1e-3
-"""Of the largest score, or of 1."""
+"""The largest difference from PyTorch, relative to the largest score, or to 1 if that is larger."""
 _CARD = """---
 library_name: {library}
 pipeline_tag: video-classification
@@ -74,6 +75,7 @@ def write_model(folder: Path, weights: Weights, settings: TrainingConfig) -> Non
         Failure: the disk refuses.
     """
     check_fit(weights, settings)
+    # Paths of this machine mean nothing to whoever receives the folder, and may be private.
     config = {"model_type": "mar", "settings": without_paths(settings), **_labels(weights)}
     card = _card(folder, weights, settings, weights.tensors, "mar", _HOW_OURS)
     _write(folder, weights.tensors, {"config.json": config}, card)
@@ -82,7 +84,8 @@ def write_model(folder: Path, weights: Weights, settings: TrainingConfig) -> Non
 def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig) -> list[str]:
     """Write a folder for ``transformers``' VideoMAE.
 
-    Returns the names it has no place for (a bridging classifier's).
+    Returns:
+        The names of the tensors that this format cannot hold (a bridging classifier's).
 
     Raises:
         UserError: the folder exists already, the weights do not fit, or tubelets are not square.
@@ -94,25 +97,18 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
         raise UserError(
             f"encoder.tubelet: Hugging Face's VideoMAE has square patches, not {height} × {width}"
         )
+    # transformers has one class with a classifier and one with a decoder, none with both. Its
+    # classifier is ours under ``norm: pooled``; a model of that kind has no decoder.
     pooled = settings.classifier.norm == "pooled" and "classifier.head.weight" in weights.tensors
     kept = {
         name: tensor
         for name, tensor in weights.tensors.items()
         if name.startswith("encoder.") or name.startswith("classifier." if pooled else "decoder.")
     }
-    if pooled:
-        kind = "VideoClassification"
-    else:
-        if "decoder.project.weight" in kept:
-            kind = "PreTraining"
-        else:
-            kind = "Model"
-    if kind != "Model":
-        architecture = f"VideoMAEFor{kind}"
-    else:
-        architecture = "VideoMAEModel"
+    architecture = _architecture(kept, pooled)
     dimensions = settings.encoder.dimensions
     decoder = settings.reconstruction
+    # The names are those of ``VideoMAEConfig``. An MLP is four times as wide as its tokens.
     config = {
         "model_type": "videomae",
         "architectures": [architecture],
@@ -129,8 +125,10 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
         "decoder_num_attention_heads": decoder.heads,
         "decoder_intermediate_size": 4 * decoder.width,
         "norm_pix_loss": decoder.normalize_target,
+        # The ε of the official models and of ours; the default of transformers is 1e-12.
         "layer_norm_eps": 1e-6,
         "use_mean_pooling": pooled,
+        # ``PretrainedConfig`` makes two labels where it is given none.
         **(_labels(weights, settings.data.num_classes) if pooled else {"id2label": {}}),
     }
     how = _HOW_HUGGING_FACE.format(architecture=architecture)
@@ -141,10 +139,19 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
     return [name for name in weights.tensors if name not in kept]
 
 
-def _labels(weights: Weights, num_unnamed: int = 0) -> dict[str, Any]:
-    """Return the class names as Hugging Face's configs have them.
+def _architecture(kept: Mapping[str, Tensor], pooled: bool) -> str:
+    """Return the name of the class of ``transformers`` that has these parts."""
+    if pooled:
+        return "VideoMAEForVideoClassification"
+    if "decoder.project.weight" in kept:
+        return "VideoMAEForPreTraining"
+    return "VideoMAEModel"
 
-    ``num_unnamed`` classes get names without a meaning.
+
+def _labels(weights: Weights, num_unnamed: int = 0) -> dict[str, Any]:
+    """Return the class names in the form of Hugging Face's configs.
+
+    Where the weights have no names, ``num_unnamed`` classes get numbered ones.
     """
     names = list(weights.classes) or [f"LABEL_{number}" for number in range(num_unnamed)]
     if not names:
@@ -175,6 +182,7 @@ def check_fit(weights: Weights, settings: TrainingConfig) -> None:
 
     Nothing is computed.
     """
+    # On the meta device a model has names and shapes, but no memory.
     with torch.device("meta"):
         model = MAR(settings)
     has = {name.split(".")[0] for name in weights.tensors}
@@ -182,7 +190,7 @@ def check_fit(weights: Weights, settings: TrainingConfig) -> None:
 
 
 class Inference(nn.Module):
-    """What is deployed: pixels to class scores, under the mask of evaluation.
+    """The deployed model: from pixels to class scores, under the mask of evaluation.
 
     Hidden tubelets are never read.
     """
@@ -192,10 +200,12 @@ class Inference(nn.Module):
     def __init__(self, model: MAR, settings: TrainingConfig) -> None:
         super().__init__()
         self.model = model
+        # The mask of evaluation is fixed, so the graph has its indices as a constant.
         self.register_buffer("visible", split_indices(evaluation_mask(settings))[0])
 
     def forward(self, pixels: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B classes"]:
         """Return the class scores."""
+        # Not ``len(pixels)``: torch.export would make the number of clips a constant.
         indices = self.visible.expand(pixels.shape[0], -1)
         tokens = self.model.encoder((pixels - self.model.mean) / self.model.std, indices)
         assert self.model.classifier is not None
@@ -203,12 +213,11 @@ class Inference(nn.Module):
 
 
 def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
-    """Write the inference path to ONNX, any number of clips at once.
+    """Write the inference path to ONNX, for any number of clips at once.
 
-    Returns the largest difference from PyTorch.
-
-    The difference is that of onnxruntime's class scores on two random clips, after the file was
-    read again.
+    Returns:
+        The largest difference of onnxruntime's class scores from PyTorch's, on two random clips;
+        onnxruntime reads the file that was written.
 
     Raises:
         UserError: the file exists already, onnx is not installed, or the weights have no
@@ -223,6 +232,7 @@ def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
     model = MAR(settings).eval()
     load(model, weights, settings, ("encoder.", "classifier."))
     clip = settings.clip
+    # Two clips and not one: torch.export treats a dimension of length 1 as a constant.
     pixels = torch.rand(
         2, 3, clip.frames, clip.size, clip.size, generator=torch.Generator().manual_seed(0)
     )
@@ -238,10 +248,12 @@ def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
             output_names=["scores"],
             dynamic_shapes={"pixels": {0: torch.export.Dim("clips", min=1, max=4096)}},
         )
+    # The file gets its name after it has been compared, so a wrong one is never used.
     unfinished = file.with_name(f".{file.name}.unfinished")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if weights.classes:
+            # An ONNX file has no config beside it, so the names travel inside.
             program.model.metadata_props["classes"] = json.dumps(
                 weights.classes, ensure_ascii=False
             )
@@ -265,8 +277,9 @@ def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
 def _onnx_difference(file: Path, pixels: Tensor, expected: Tensor) -> float:
     """Return the largest difference of onnxruntime's scores from the expected ones.
 
-    Of all clips at once, and of the first alone: the number of clips is dynamic.
+    Both clips are tested at once, and the first alone, because the number of clips is dynamic.
     """
+    # An optional package: nothing but this comparison needs it.
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -283,6 +296,7 @@ def _write(
 ) -> None:
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another name, or remove it")
+    # ``save_file`` refuses views and tensors that share memory.
     contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     writers: dict[str, Callable[[Path], None]] = {
         "model.safetensors": lambda file: save_file(contiguous, file, metadata={"format": "pt"}),
@@ -290,13 +304,15 @@ def _write(
     }
     for name, config in configs.items():
         text = json.dumps(config, indent=1, ensure_ascii=False)
+        # The default argument binds this round's text: a closure would see the last one.
         writers[name] = lambda file, text=text: write_text(file, text)
     checked: Writers = writers
-    write_atomic_dir(folder, checked, {}, advice="Choose another place")
+    write_atomic_dir(folder, checked, {}, advice="Choose another folder")
 
 
 def _classes_text(weights: Weights, settings: TrainingConfig) -> str:
-    """Return the number of classes and their names, harmless in Markdown."""
+    """Return the number of classes and their names, with Markdown's special characters escaped."""
+    # Names come from a stranger's file: they could close the table or add links.
     names = [
         re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(name.split())) for name in weights.classes
     ]
@@ -313,7 +329,9 @@ def _card(
     library: str,
     how: str,
 ) -> str:
-    figures, (width, depth, heads) = cost(settings), settings.encoder.dimensions
+    """Return the text of the model card."""
+    figures = cost(settings)
+    width, depth, heads = settings.encoder.dimensions
     parts = [
         part
         for part in ("encoder", "decoder", "classifier")
@@ -322,6 +340,7 @@ def _card(
     return _CARD.format(
         library=library,
         title=folder.name,
+        # The name alone: a path would reveal this machine's folders.
         source=Path(weights.source).name,
         layout=weights.layout,
         parts=", ".join(parts),

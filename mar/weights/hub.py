@@ -1,4 +1,4 @@
-"""Where pre-trained weights come from: a file, a folder, or a name on Hugging Face.
+"""Finds pre-trained weights: a file, a folder, or a model on Hugging Face.
 
 Imports neither torch nor Ray.
 """
@@ -13,24 +13,23 @@ from mar.errors import UserError
 from mar.safe_input import below, read_json
 
 ABSENT = "absent: "
-"""A fingerprint that begins so is of weights that are not on this machine yet; their name
-follows."""
+"""The prefix of a fingerprint of weights that are not on this machine yet, before their name."""
 _DIGEST = "sha256: "
 _FILE_ENDINGS = (".pth", ".pt", ".pyth", ".bin", ".ckpt", ".safetensors", ".tar")
+# Only these are downloaded: a repository often has the same weights in several formats. Pickles
+# are the second choice, because they can contain code.
 _SAFE = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _OLD = ("config.json", "pytorch_model.bin")
 
 
 def fetch(name: str) -> Path:
-    """Return the file or folder that ``name`` means.
+    """Return the file or folder of the weights called ``name``.
 
-    A path, ``organisation/model``, or the name of one of timm's models.
-
-    What is not on this machine is downloaded from Hugging Face, where timm's models stand under
-    ``timm/``.
+    The name is a path, ``organisation/model``, or the name of one of timm's models. A model that
+    is not on this machine is downloaded from Hugging Face, timm's models from ``timm/``.
 
     Raises:
-        UserError: there is no such file, or no such model can be had.
+        UserError: there is no such file, or the model cannot be downloaded.
     """
     found = locate(name)
     if found:
@@ -41,7 +40,8 @@ def fetch(name: str) -> Path:
         if any(folder.glob("*.safetensors")):
             return folder
         return _snapshot(repository, _OLD)
-    except Exception as error:  # the hub's own errors, its HTTP client's, and a misspelt endpoint's
+    except Exception as error:
+        # Errors of huggingface_hub, its HTTP client and a wrong endpoint have no common base.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{name}: no such file here, and Hugging Face gave no {repository}: {reason}"
@@ -49,16 +49,17 @@ def fetch(name: str) -> Path:
 
 
 def locate(name: str) -> Path | None:
-    """Return where the weights are on this machine; none: they would have to be downloaded.
+    """Return where the weights are on this machine; None if they must be downloaded first.
 
     Raises:
-        UserError: it can only be a file, and there is none.
+        UserError: the name can only be that of a file, and there is none.
     """
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     path = Path(name).expanduser()
     if path.exists():
         return path
+    # No model's name looks like this: asking the hub would only give a less clear error.
     if (
         path.is_absolute()
         or name.startswith(("./", "../", "~"))
@@ -74,19 +75,20 @@ def locate(name: str) -> Path | None:
         raise UserError(f"{name!r} is neither a file, nor a name as organisation/model") from None
     try:
         return folder if _weight_files(folder) else None
-    except UserError:  # a download that was cut short: it goes on
+    except UserError:
+        # A download was interrupted, and a shard is missing: ``fetch`` resumes it.
         return None
 
 
 def is_path(name: str) -> bool:
-    """Whether ``name`` is a file or folder here, rather than a model's name."""
+    """Whether ``name`` is a file or folder on this machine."""
     return Path(name).expanduser().exists()
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the files that contain the weights.
+    """Return the files that contain the weights: the path itself, or files in the folder.
 
-    The path itself, or files of a folder, safetensors first.
+    Safetensors are preferred to a pickle.
 
     Raises:
         UserError: the folder has none.
@@ -100,9 +102,14 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    single, index, old = (
-        folder / name for name in ("model.safetensors", "model.safetensors.index.json", _OLD[1])
-    )
+    """Return the files of a folder that contain the weights; empty if it has none.
+
+    Raises:
+        UserError: the index of shards is damaged, or a shard is missing.
+    """
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    old = folder / _OLD[1]
     if single.is_file():
         return [single]
     if index.is_file():
@@ -110,6 +117,7 @@ def _weight_files(folder: Path) -> list[Path]:
             shards = sorted({str(shard) for shard in read_json(index)["weight_map"].values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: not an index of shards") from None
+        # The index is a stranger's: ``below`` refuses names that lead out of the folder.
         missing = [shard for shard in shards if not below(folder, shard).is_file()]
         if missing:
             raise UserError(
@@ -120,11 +128,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(name: str) -> str:
-    """Return the fingerprint of the weights in a trial's identity.
+    """Return the fingerprint that stands for the weights in a trial's identity.
 
-    The SHA-256 of their content, wherever they are stored.
-
-    A fingerprint is returned as it is, so that an identity read back gives itself.
+    It is the SHA-256 of their content, wherever they are stored. A fingerprint is returned
+    unchanged, so that an identity that was read back stays the same.
     """
     if name.startswith((_DIGEST, ABSENT)):
         return name
@@ -132,6 +139,7 @@ def fingerprint(name: str) -> str:
         path = locate(name)
     except UserError:
         path = None
+    # A plan can be made on a machine that does not have the weights yet.
     if path is None:
         return f"{ABSENT}{name}"
     digests = [
@@ -141,17 +149,22 @@ def fingerprint(name: str) -> str:
     return _DIGEST + hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+# Size and time are arguments so that a changed file is read again. All trials of a study usually
+# start from the same gigabytes.
 @lru_cache(maxsize=64)
 def _sha256(file: str, size: int, changed_ns: int) -> str:
+    """Return the SHA-256 of a file's content."""
     with Path(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _repository(name: str) -> str:
+    """Return the repository on Hugging Face; a name without an organisation is one of timm's."""
     return name if "/" in name else f"timm/{name}"
 
 
 def _snapshot(repository: str, patterns: tuple[str, ...], local_files_only: bool = False) -> Path:
+    """Return the local folder of a repository's matching files; downloads missing ones."""
     from huggingface_hub import snapshot_download
 
     return Path(

@@ -1,6 +1,6 @@
-"""Weights in: read what others saved, say what fits, and load it, with nothing silently missing.
+"""Loads pre-trained weights into a model, and checks first that every tensor fits.
 
-Files are opened so that nothing in them can run: safetensors, or ``torch.load(weights_only=True)``.
+``mar.weights.reading`` reads the files.
 """
 
 from __future__ import annotations
@@ -22,16 +22,11 @@ from mar.weights.checkpoint_settings import (
     BLOCK_PATTERN,
     SIZES,
     STATED_SETTINGS,
-    classes_beside,
-    config_beside,
     is_bridging,
-    is_flat,
-    settings_of,
     stated_heads,
 )
-from mar.weights.hub import fetch, weight_files
-from mar.weights.safe_loading import read_tensors
-from mar.weights.state_dict_mapping import NOT_KNOWN, OURS, translate
+from mar.weights.reading import MAX_NAMED, Weights, listed, read_weights
+from mar.weights.state_dict_mapping import NOT_KNOWN
 
 EVERYTHING = ("encoder.", "decoder.", "classifier.")
 """The parts of a model, for :func:`load`."""
@@ -42,39 +37,21 @@ _BRANCH_OF = {
     "reconstruction.": "decoder.",
 }
 """Branch of the settings -> the model's part that it describes."""
-_MAX_NAMED = 3
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A checkpoint in our names, and the settings that follow from it."""
-
-    source: str
-    layout: str
-    tensors: dict[str, Tensor]
-    unused: dict[str, str]
-    """Key in the file -> why the model has no use for it."""
-    settings: dict[str, Any]
-    """Dotted settings as the file tells them; ``…heads`` are missing where it does not."""
-    stated: frozenset[str] = frozenset()
-    """Of those, what a config beside the weights says, or the embedding's shape: not what known
-    models have."""
-    classes: tuple[str, ...] = ()
-    """The classes' names by number; none where nobody told."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What came of loading."""
+    """The tensors that were loaded, and those that were not."""
 
     loaded: tuple[str, ...]
     initialised: tuple[str, ...]
-    """Of the model, but not in the file."""
+    """In the model, but not in the file: they keep their random values."""
     left_over: dict[str, str]
-    """In the file, but not of the model, and why."""
+    """Key in the file that was not loaded -> why."""
 
     def text(self, weights: Weights) -> str:
         """Return a line each for what was loaded, initialised and left over."""
+        # One line for each reason: a file can have hundreds of keys that are left over.
         reasons = sorted({*self.left_over.values()})
         left = (
             f"{_grouped([key for key, why in self.left_over.items() if why == r])}: {r}"
@@ -84,52 +61,9 @@ class Loaded:
             f"weights    {weights.source} ({weights.layout})",
             f"loaded     {_counted(self.loaded, weights.tensors)}",
         ]
-        lines += [f"at random  {_grouped(self.initialised)}"] if self.initialised else []
+        if self.initialised:
+            lines.append(f"at random  {_grouped(self.initialised)}")
         return "\n".join([*lines, *(f"left over  {item}" for item in left)])
-
-
-def read_weights(name: str, inflate_frames: int = 2) -> Weights:
-    """Read a checkpoint of any known layout; ``name`` is what ``mar.sources.fetch`` takes.
-
-    Raises:
-        UserError: no such file, an unsafe or damaged file, or a layout that is not known.
-    """
-    path = fetch(name)
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(path):
-        tensors |= read_tensors(file)
-    translated = translate(tensors, inflate_frames)
-    if translated is None:
-        raise UserError(
-            f"{name}: not a layout that mar knows (VideoMAE, MAR, Hugging Face VideoMAE, image "
-            "ViT, mar's own); "
-            f"its first keys: {_listed(list(tensors))}"
-        )
-    layout = translated.layout.name
-    kept = translated.tensors
-    unused = dict(translated.unused)
-    config = config_beside(path, translated.layout)
-    if layout == "ViT":
-        if "cls_token" in tensors or is_flat(tensors):
-            layout = "image ViT"
-        else:
-            layout = "VideoMAE, fine-tuned"
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise UserError(
-            f"{name}: its activation is {config['hidden_act']}; mar's blocks have GELU, and no "
-            "other"
-        )
-    reads_first = (
-        "classifier.head.weight" in kept
-        and "encoder.norm.weight" in kept
-        and translated.layout is not OURS
-    )
-    if reads_first and "classifier.project.weight" not in kept:
-        heads = [key for key in kept if key.startswith("classifier.")]
-        unused |= dict.fromkeys(heads, "its classifier reads the first token, and ours the average")
-        kept = {key: value for key, value in kept.items() if key not in heads}
-    settings, stated = settings_of(translated, kept, config)
-    return Weights(name, layout, kept, unused, settings, stated, classes_beside(path, kept))
 
 
 def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None) -> TrainingConfig:
@@ -139,18 +73,19 @@ def model_settings(weights: Weights, overrides: Mapping[str, Any] | None = None)
         SettingError: the number of heads is neither in the file, nor that of a known model, nor
             given.
     """
+    # The user's values replace those of the file: a file may state none, or wrong ones.
     known = {**weights.settings, **flatten(overrides or {})}
-    needs = [("encoder.heads", known.get("encoder.size") == "custom")]
-    needs += [
-        (
-            "classifier.heads",
-            "classifier.project.weight" in weights.tensors and is_bridging(weights.tensors),
-        )
+    # Attention's matrices have the same shape for any number of heads, so a wrong number would
+    # load without an error. A named encoder size fixes its heads; all others must be known.
+    has_bridging = "classifier.project.weight" in weights.tensors and is_bridging(weights.tensors)
+    needs = [
+        ("encoder.heads", known.get("encoder.size") == "custom"),
+        ("classifier.heads", has_bridging),
+        ("reconstruction.heads", "decoder.project.weight" in weights.tensors),
     ]
-    needs += [("reconstruction.heads", "decoder.project.weight" in weights.tensors)]
     for path, is_needed in needs:
         if is_needed and path not in known:
-            raise SettingError(path, f"no file tells the number of heads: give it, as {path}=4")
+            raise SettingError(path, f"no file states the number of heads: give it, as {path}=4")
     return build(merge({}, known))
 
 
@@ -159,9 +94,11 @@ def read_model(
 ) -> tuple[TrainingConfig, MAR, tuple[str, ...]]:
     """Return a complete classifier, ready to test, and its settings.
 
-    Settings come from the file, then ``shared``, then ``overrides``.
+    Settings come from the file, then ``shared``, then ``overrides``; a later one replaces an
+    earlier one.
 
-    Last its classes' names by number; none where the file has none.
+    Returns:
+        The settings, the model, and its classes' names by number (empty where the file has none).
 
     Raises:
         UserError: the file has no classifier, or does not fit; or its number of heads must be
@@ -175,6 +112,7 @@ def read_model(
         )
     settings = model_settings(weights, {**flatten(shared), **flatten(overrides)})
     model = MAR(settings).eval()
+    # The decoder is not used in a test: it keeps random weights.
     load(model, weights, settings, ("encoder.", "classifier."))
     return settings, model, weights.classes
 
@@ -182,9 +120,10 @@ def read_model(
 def start(model: MAR, settings: TrainingConfig) -> str:
     """Load ``encoder.weights`` at the start of a training.
 
-    The encoder, and the decoder if it is to be pre-trained.
+    Loads the encoder, and the decoder under ``reconstruction.init: pretrained``.
 
-    Returns the report, a line each for what was loaded, initialised and left over.
+    Returns:
+        The report: a line each for what was loaded, initialised and left over.
 
     Raises:
         UserError: the checkpoint does not fit; the first keys are named.
@@ -195,6 +134,7 @@ def start(model: MAR, settings: TrainingConfig) -> str:
 
 def check_start(settings: TrainingConfig) -> None:
     """Raise a UserError if :func:`start` would; nothing is computed."""
+    # On the meta device a model has names and shapes alone: a launch checks ViT-H in no memory.
     with torch.device("meta"):
         model = MAR(settings)
     weights, parts = _to_start_from(model, settings)
@@ -202,14 +142,22 @@ def check_start(settings: TrainingConfig) -> None:
 
 
 def _to_start_from(model: MAR, settings: TrainingConfig) -> tuple[Weights, tuple[str, ...]]:
+    """Return the weights that a training starts from, and the parts of the model to load.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or lacks the decoder that the settings ask for.
+    """
     assert settings.encoder.weights
+    # A 2D patch embedding of an image model is inflated to the tubelet's frames.
     weights = read_weights(settings.encoder.weights, settings.encoder.tubelet[0])
     has_decoder = model.decoder is not None and settings.reconstruction.init == "pretrained"
     if has_decoder and not any(name.startswith("decoder.") for name in weights.tensors):
         raise UserError(
             f"encoder.weights: {weights.source} has no decoder: set reconstruction.init: random"
         )
-    return weights, ("encoder.", "decoder.") if has_decoder else ("encoder.",)
+    if has_decoder:
+        return weights, ("encoder.", "decoder.")
+    return weights, ("encoder.",)
 
 
 def load(
@@ -219,13 +167,14 @@ def load(
     parts: Sequence[str],
     lends_norm: bool = False,
 ) -> Loaded:
-    """Load the parts of a model whose names begin so.
+    """Load those parts of a model whose names begin with one of ``parts``.
 
     Raises:
         UserError: see :func:`fitting`.
     """
     names = fitting(model, weights, settings, parts, lends_norm)
     ours = model.state_dict()
+    # Not strict, because other parts stay as they are; ``fitting`` has compared these parts.
     model.load_state_dict({name: weights.tensors[name] for name in names}, strict=False)
     left_over = {
         name: "not asked for" if name in ours else "not of this model" for name in weights.tensors
@@ -243,13 +192,11 @@ def fitting(
     parts: Sequence[str],
     lends_norm: bool = False,
 ) -> tuple[str, ...]:
-    """Return the tensors of those parts.
+    """Return the names of the tensors to load for those parts.
 
-    Model and file must have the same ones, in the same shapes.
-
-    With ``lends_norm``, one may be the file's or the model's alone: the encoder's last norm, which
-    fine-tuned VideoMAE models do not have, and which a model with ``classifier.norm: pooled`` has
-    elsewhere.
+    Model and file must have the same tensors, in the same shapes. With ``lends_norm``, the
+    encoder's last norm may be in only one of the two: fine-tuned VideoMAE models do not have it,
+    and a model with ``classifier.norm: pooled`` has its norm in the classifier.
 
     Raises:
         UserError: tensors are missing, too many or of other shapes, or the file states other heads
@@ -258,8 +205,38 @@ def fitting(
     ours = model.state_dict()
     of_parts = [name for name in {**ours, **weights.tensors} if name.startswith(tuple(parts))]
     both = [name for name in of_parts if not (lends_norm and name.startswith("encoder.norm."))]
-    faults = {
+    faults = _faults(ours, of_parts, both, weights, settings)
+    if any(faults.values()):
+        problems = [f"{kind}: {listed(names)}" for kind, names in faults.items() if names]
+        # Two lengths show whether the width, the tubelet or the number of classes differs.
+        if faults["other shapes"]:
+            name = faults["other shapes"][0]
+            shapes = weights.tensors[name].shape, ours[name].shape
+            theirs, own = (" × ".join(str(length) for length in shape) for shape in shapes)
+            problems.append(f"{name} is {theirs} in the file, {own} in the model")
+        advice = _advice(weights, settings)
+        raise UserError(
+            f"{weights.source} ({weights.layout}) does not fit. {'; '.join(problems)}{advice}"
+        )
+    return tuple(name for name in of_parts if name in ours and name in weights.tensors)
+
+
+def _faults(
+    ours: Mapping[str, Tensor],
+    of_parts: Sequence[str],
+    both: Sequence[str],
+    weights: Weights,
+    settings: TrainingConfig,
+) -> dict[str, list[str]]:
+    """Return what does not fit, by kind: names of tensors, and at last paths of settings.
+
+    ``of_parts`` are the names in the model or the file; those of ``both`` must be in both.
+    """
+    # All kinds are collected: together they show better than one alone what differs.
+    return {
         "missing": [name for name in both if name not in weights.tensors],
+        # Also unknown keys inside a block (a layer scale, a norm of the queries): without them the
+        # block would compute something else.
         "too many": [name for name in both if name not in ours]
         + [
             key
@@ -279,22 +256,11 @@ def fitting(
             if path in weights.stated and _contradicts(path, weights, settings)
         ],
     }
-    if any(faults.values()):
-        problems = [f"{kind}: {_listed(names)}" for kind, names in faults.items() if names]
-        if faults["other shapes"]:
-            name = faults["other shapes"][0]
-            shapes = weights.tensors[name].shape, ours[name].shape
-            theirs, own = (" × ".join(str(length) for length in shape) for shape in shapes)
-            problems.append(f"{name} is {theirs} in the file, {own} in the model")
-        advice = _advice(weights, settings)
-        raise UserError(
-            f"{weights.source} ({weights.layout}) does not fit. {'; '.join(problems)}{advice}"
-        )
-    return tuple(name for name in of_parts if name in ours and name in weights.tensors)
 
 
 def _contradicts(path: str, weights: Weights, settings: TrainingConfig) -> bool:
     """Whether the file states another value than the settings have, for a part that both have."""
+    # A linear classifier and an MLP have no heads: only blocks do.
     part = {
         "encoder": "encoder.",
         "classifier": "classifier.blocks.",
@@ -315,7 +281,9 @@ def _contradicts(path: str, weights: Weights, settings: TrainingConfig) -> bool:
 
 
 def _advice(weights: Weights, settings: TrainingConfig) -> str:
+    """Return the sentence that names the file's sizes that the settings do not have, or nothing."""
     here = flatten(settings.model_dump(mode="json"))
+    # Only sizes decide whether tensors fit: a rate of dropout would be no help.
     sizes = {
         path: value for path, value in weights.settings.items() if path.split(".")[-1] in SIZES
     }
@@ -329,25 +297,19 @@ def _advice(weights: Weights, settings: TrainingConfig) -> str:
     return ""
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Return the first names and how many more there are."""
-    more = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
 def _grouped(names: Sequence[str]) -> str:
-    """Return the names, those of a part together where they are many."""
+    """Return the names; where a part has many, the part and their number instead."""
     parts: dict[str, list[str]] = {}
     for name in names:
         parts.setdefault(name.split(".")[0], []).append(name)
     return ", ".join(
-        f"{part}.… ({len(own)} tensors)" if len(own) > _MAX_NAMED else ", ".join(own)
+        f"{part}.… ({len(own)} tensors)" if len(own) > MAX_NAMED else ", ".join(own)
         for part, own in parts.items()
     )
 
 
 def _counted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
-    """Return how many tensors and values of each part."""
+    """Return the number of tensors and values of each part."""
     parts: list[str] = []
     for part in sorted(
         {name.split(".")[0] for name in names}, key=["encoder", "decoder", "classifier"].index
@@ -359,13 +321,14 @@ def _counted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
 
 
 def contents(weights: Weights) -> str:
-    """Return what a checkpoint contains, one item a line.
+    """Return a description of a checkpoint, one item a line.
 
-    Its layout, parts, the settings that follow from it, and unused tensors.
+    The items are its layout, its parts, the settings that follow from it, and unused tensors.
     """
     by_reason: dict[str, list[str]] = {}
     for key, why in weights.unused.items():
         by_reason.setdefault(why, []).append(key)
+    # A file has settings of all branches; those of a part that it lacks describe nothing.
     branches = [
         branch
         for branch, part in _BRANCH_OF.items()
@@ -376,8 +339,9 @@ def contents(weights: Weights) -> str:
         for path, value in weights.settings.items()
         if path.startswith((*branches, "clip."))
     }
+    # The order of the schema puts the settings of a branch together.
     in_order = sorted(sizes.items(), key=lambda each: SETTING_PATHS.index(each[0]))
-    listed = ", ".join(
+    sizes_text = ", ".join(
         f"{path}={value}" for path, value in in_order if path.split(".")[-1] in SIZES and value
     )
     lines = [
@@ -385,7 +349,8 @@ def contents(weights: Weights) -> str:
         f"has        {_counted(list(weights.tensors), weights.tensors)}",
     ]
     lines += [
-        f"settings   {listed}",
+        f"settings   {sizes_text}",
         *(f"not used   {_grouped(keys)}: {why}" for why, keys in by_reason.items()),
     ]
+    # Keys and names come from a stranger's file: control characters could rewrite the terminal.
     return printable("\n".join(lines))

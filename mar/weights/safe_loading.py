@@ -1,6 +1,6 @@
-"""Opens files of others so that nothing in them can run.
+"""Opens files that others wrote so that no code in them can run.
 
-safetensors, PyTorch's with ``weights_only``, JSON and YAML.
+The formats are safetensors, PyTorch's (with ``weights_only``), JSON and YAML.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from mar.errors import UserError
 from mar.safe_input import MOST_YAML_BYTES, parse_yaml, read_json
 
 _WRAPPERS = ("model_state", "model", "module", "state_dict", "model_state_dict")
-"""Under one of these names a checkpoint holds its tensors: MAR, VideoMAE, deepspeed, Lightning."""
+"""The keys under which checkpoints hold their tensors: MAR, VideoMAE, deepspeed, Lightning."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DistributedDataParallel, torch.compile and Lightning put before every name."""
+"""The prefixes that DistributedDataParallel, torch.compile and Lightning add to every name."""
 _NEWER_PICKLE = (0x8C, 0x8D, 0x8E, 0x8F, 0x90, 0x91, 0x92, 0x93, 0x94, 0x95, 0x96, 0x97, 0x98)
 """Pickle's operations of protocol 4 and later, which ``weights_only`` does not know."""
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of one file, out of their wrapping and without prefixes.
+    """Return the tensors of one file, unwrapped and without prefixes.
 
     Raises:
-        UserError: it is unsafe, damaged, or no checkpoint.
+        UserError: the file is unsafe, damaged, or no checkpoint.
     """
+    # This format has no code: only the header and the sizes can be wrong.
     if file.suffix == ".safetensors":
         try:
             return _without_prefix(load_file(file))
@@ -47,6 +48,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{file}: a git-LFS pointer, not the weights themselves: fetch them with git lfs pull"
         )
+    # A failed download is often a web page. A safetensors file begins with eight bytes of length
+    # and the JSON of its header.
     if start[:1] == b"<" or start[8:9] == b"{":
         if start[:1] == b"<":
             what = "a web page"
@@ -62,16 +65,21 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         with (
             warnings.catch_warnings(),
+            # VideoMAE's files have their command's arguments in it; it holds plain data.
             torch.serialization.safe_globals([argparse.Namespace]),
-        ):  # VideoMAE's arguments
-            warnings.simplefilter("ignore")  # on pickles of other protocols, which it then refuses
+        ):
+            # torch warns of pickles of other protocols, which it then refuses.
+            warnings.simplefilter("ignore")
+            # Only an archive can be mapped: tensors that are not used are then never read.
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
-    except Exception as error:  # what a damaged file makes of the reader is anybody's guess
+    except Exception as error:
+        # A damaged file can raise nearly any exception in the unpickler.
         raise UserError(f"{file}: {_why_not(error)}") from None
     return _without_prefix(_tensors(content, file))
 
 
 def _first_bytes(file: Path) -> bytes:
+    """Return the first bytes of a file, enough to recognise what it is."""
     try:
         with file.open("rb") as stream:
             return stream.read(64)
@@ -80,15 +88,17 @@ def _first_bytes(file: Path) -> bytes:
 
 
 def _is_compressed(file: Path) -> bool:
+    """Whether an archive's content is larger than the archive."""
     try:
         with zipfile.ZipFile(file) as archive:
             return sum(each.file_size for each in archive.infolist()) > file.stat().st_size
     except (OSError, ValueError, zipfile.BadZipFile):
-        return False  # torch says what is wrong with it
+        # ``torch.load`` opens it next, and its error is reported.
+        return False
 
 
 def _why_not(error: Exception) -> str:
-    """Return why a PyTorch file was not opened; torch's own words advise to open it unsafely."""
+    """Return why a PyTorch file was not opened; torch's own message advises to open it unsafely."""
     advice = (
         "If you trust where it comes from, open it apart from here and save its tensors alone, as "
         "safetensors"
@@ -108,7 +118,11 @@ def _why_not(error: Exception) -> str:
 
 
 def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, out of their wrapping."""
+    """Return the tensors of a checkpoint, unwrapped.
+
+    Raises:
+        UserError: it has none, or one that is not an ordinary dense tensor.
+    """
     if isinstance(content, Mapping):
         wrapped = next(
             (content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content
@@ -139,9 +153,10 @@ def _is_larger_than_its_data(tensor: Tensor) -> bool:
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    named = {
-        key: value for key, value in tensors.items() if key != "n_averaged"
-    }  # an average's count
+    """Return the tensors under names without the prefixes that wrappers added."""
+    # The counter of ``torch.optim.swa_utils.AveragedModel``: it has no prefix and no use here.
+    named = {key: value for key, value in tensors.items() if key != "n_averaged"}
+    # Repeated, because wrappers can be nested: "module._orig_mod.encoder…".
     while named and (
         prefix := next(
             (each for each in _PREFIXES if all(key.startswith(each) for key in named)), None
@@ -152,12 +167,17 @@ def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_mapping(file: Path) -> dict[str, Any]:
-    """Return what a JSON or YAML file maps; nothing where there is no such file."""
+    """Return the mapping in a JSON or YAML file; an empty one if the file does not exist.
+
+    Raises:
+        UserError: the file cannot be read, or has no such mapping.
+    """
     if not file.is_file():
         return {}
     try:
         if file.suffix == ".json":
             content = read_json(file)
+        # The YAML reader takes seconds for a megabyte: a large file could block the program.
         elif file.stat().st_size > MOST_YAML_BYTES:
             content = None
         else:

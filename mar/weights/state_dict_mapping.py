@@ -1,11 +1,9 @@
-"""The names that others give to the same tensors.
+"""Maps the tensor names of VideoMAE, MAR's release, Hugging Face and image ViTs to ours.
 
-VideoMAE, the MAR release, Hugging Face and image ViTs.
-
-Each layout is a list of rules, from a pattern of its names to ours. What all do differently from us
-is mended after renaming: query, key and value in one matrix, a key bias of zero (``mar.layers``),
-the embedding's convolution as a matrix, and a 2D embedding inflated to 3D (section IV-B,
-"Pre-training Dataset").
+Each layout is a list of rules, from a pattern of its names to ours. Differences of content are
+removed after renaming: query, key and value are joined in one matrix, a missing key bias becomes
+zero (``mar.model.layers``), the embedding's convolution becomes a matrix, and a 2D embedding is
+inflated to 3D (section IV-B, "Pre-training Dataset").
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from mar.model.encoder import flat_conv_weight
 
 Tensors = Mapping[str, Tensor]
 NOT_KNOWN = "not known"
-"""Why a key was left out that no rule speaks of."""
+"""The reason why a key was left out that no rule matches."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,9 @@ class Layout:
 
     name: str
     marks: tuple[str, ...]
-    """Patterns: a checkpoint in which each fits some key is of this layout."""
+    """Patterns: a checkpoint has this layout if each of them matches one of its keys."""
     rules: tuple[tuple[str, str], ...]
-    """(pattern of a whole key, our name), the first that fits wins."""
+    """(pattern of a whole key, our name); the first pattern that matches is used."""
     unused: tuple[tuple[str, str], ...] = ()
     """(pattern of a whole key, why the model has no use for it)."""
 
@@ -47,15 +45,18 @@ class Translated:
     unused: dict[str, str]
     """Key in the file -> why it was left out."""
     tubelet: tuple[int, int, int] | None
-    """Frames, height and width of a token, as the embedding tells; none where it does not."""
+    """Frames, height and width of a token, from the embedding; None where that is a matrix."""
 
 
 _POSITIONS = "positions are computed, for any clip size"
+# VideoMAE, MAR's release and timm share these names. Regular expressions have braces of their own,
+# so ``{old}`` and ``{new}`` are replaced and not formatted.
 _TORCH_BLOCK = (
     (
         r"{old}(\d+)\.(norm1|norm2|mlp\.fc1|mlp\.fc2|attn\.proj|attn\.qkv)\.(weight|bias)",
         r"{new}\1.\2.\3",
     ),
+    # VideoMAE has no key bias, so it has these two in place of one bias for all three.
     (r"{old}(\d+)\.attn\.(q_bias|v_bias)", r"{new}\1.attn.\2"),
 )
 
@@ -77,6 +78,7 @@ def _hugging_face_blocks(old: str, new: str) -> tuple[tuple[str, str], ...]:
     }
     return (
         (
+            # Only the first letter is kept: ``_joined`` finds the three by it.
             rf"{old}(\d+)\.attention\.attention\.([qkv])(?:uery|ey|alue)\.(weight|bias)",
             rf"{new}\1.attn.\2.\3",
         ),
@@ -98,6 +100,8 @@ _DECODER = (
 OURS = Layout(
     "mar", (r"encoder\.embed\.weight",), ((r"((encoder|decoder|classifier)\..+)", r"\1"),)
 )
+# The order matters: marks are compared from the top. The marks of "ViT" are the least specific, and
+# come last.
 LAYOUTS = (
     OURS,
     Layout(
@@ -108,6 +112,7 @@ LAYOUTS = (
             *_blocks(r"backbone\.blocks\.", "encoder.blocks."),
             (r"backbone\.norm\.(weight|bias)", r"encoder.norm.\1"),
             *_DECODER,
+            # The bridging classifier (section III-C): the release names its parts as no ViT does.
             (r"encoder_to_cls_decoder\.weight", "classifier.project.weight"),
             (r"cls_head\.blocks\.(\d+)\.norm\.(weight|bias)", r"classifier.blocks.\1.norm1.\2"),
             (r"cls_head\.blocks\.(\d+)\.norm_ffn\.(weight|bias)", r"classifier.blocks.\1.norm2.\2"),
@@ -120,6 +125,7 @@ LAYOUTS = (
                 r"classifier.blocks.\1.attn.proj.\2",
             ),
             (
+                # 0 and 3 are the linear layers of a Sequential; the others have no weights.
                 r"cls_head\.blocks\.(\d+)\.ffn\.net\.0\.(weight|bias)",
                 r"classifier.blocks.\1.mlp.fc1.\2",
             ),
@@ -164,7 +170,8 @@ LAYOUTS = (
         ((r".*position_embeddings", _POSITIONS),),
     ),
     Layout(
-        "ViT",  # VideoMAE's fine-tuned models, and image models of timm and MAE
+        # VideoMAE's fine-tuned models, and image models of timm and MAE.
+        "ViT",
         (r"patch_embed\.proj\.weight", r"blocks\.0\.attn\.qkv\.weight"),
         (
             (r"patch_embed\.proj\.(weight|bias)", r"encoder.embed.\1"),
@@ -183,10 +190,10 @@ LAYOUTS = (
 
 
 def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
-    """Return a checkpoint's tensors under our names, in float32; none where no layout fits.
+    """Return a checkpoint's tensors under our names, in float32; None where no layout fits.
 
-    A 2D patch embedding is inflated over ``inflate_frames`` frames: repeated, and divided by their
-    number, so that a still clip has the tokens of its image.
+    A 2D patch embedding is inflated over ``inflate_frames`` frames: it is repeated, and divided by
+    their number, so that a still clip has the tokens of its image.
     """
     layout = next(
         (layout for layout in LAYOUTS if all(_fits(mark, tensors) for mark in layout.marks)), None
@@ -198,6 +205,7 @@ def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
     for key, value in tensors.items():
         ours = _first(layout.rules, key)
         if ours:
+            # Checkpoints in half precision: training keeps its weights in float32.
             renamed[ours] = value.float()
         else:
             reason = next(
@@ -206,6 +214,7 @@ def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
             unused[key] = reason
     tubelet = None
     embedding = renamed.get("encoder.embed.weight")
+    # Only our own format has the embedding as a matrix, which does not show the tubelet.
     if embedding is not None and embedding.ndim > 2:
         if embedding.ndim == 4:
             embedding = inflated(embedding, inflate_frames)
@@ -218,23 +227,22 @@ def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
 
 
 def inflated(weight: Float[Tensor, "D C h w"], frames: int) -> Float[Tensor, "D C t h w"]:
-    """Return an image's patch embedding for tubelets of ``frames`` frames (section IV-B.
-
-    I3D's rule).
-    """
+    """Return a 2D patch embedding inflated to ``frames`` frames (section IV-B, I3D's rule)."""
     return weight[:, :, None].expand(-1, -1, frames, -1, -1) / frames
 
 
 def hugging_face_names(tensors: Tensors, tubelet: tuple[int, int, int]) -> dict[str, Tensor]:
     """Return encoder, decoder and a linear classifier under the names of Hugging Face's VideoMAE.
 
-    Its attention has no key bias; leaving ours out changes nothing (``mar.layers``).
+    Its attention has no key bias; leaving ours out changes nothing (``mar.model.layers``).
     """
     named: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if name == "encoder.embed.weight":
+            # Our embedding is a matrix; theirs is the kernel of a 3D convolution.
             value = value.unflatten(1, (3, *tubelet))
         if ".attn.qkv." in name:
+            # One matrix of ours becomes three of theirs, so no rule for a single name does it.
             prefix = _first(_THEIRS, name.split(".attn.")[0] + ".") or ""
             kind = name.rpartition(".")[2]
             query, key, third = value.chunk(3)
@@ -253,6 +261,7 @@ def hugging_face_names(tensors: Tensors, tubelet: tuple[int, int, int]) -> dict[
         theirs = _first(_THEIRS, name)
         assert theirs, name
         named[theirs] = value
+    # Parts of a matrix are views, which ``safetensors`` refuses to save.
     return {name: value.contiguous() for name, value in named.items()}
 
 
@@ -268,6 +277,7 @@ def _their_blocks(ours: str, theirs: str) -> tuple[tuple[str, str], ...]:
         (rf"{ours}(\d+)\.{part}\.(weight|bias)", rf"{theirs}\1.{other}.\2")
         for part, other in parts.items()
     )
+    # The first rule renames the prefix of a block alone, for query, key and value.
     return ((rf"{ours}(\d+)\.", rf"{theirs}\1."), *named)
 
 
@@ -296,14 +306,16 @@ def _first(rules: tuple[tuple[str, str], ...], key: str) -> str | None:
 def _joined(renamed: dict[str, Tensor], may_lack_biases: bool) -> dict[str, Tensor]:
     """Put query, key and value into one matrix and one bias; a key without a bias has zeros.
 
-    Where no block of a part has an attention bias, the model has none (``qkv_bias: false``), and
-    all are zero. Where some have and one lacks it, a tensor is missing, and stays so.
+    Where no block of a part has an attention bias, the model was made without (timm's
+    ``qkv_bias=False``), and all are zero. Where only some blocks lack it, the file is incomplete:
+    the tensor stays missing, and loading reports it.
     """
     joined = {
         name: value
         for name, value in renamed.items()
         if not re.search(r"\.attn\.[qkv](\.|_)", name)
     }
+    # The first component of a name is the part: encoder, decoder or classifier.
     biased = {
         name.split(".")[0]
         for name in renamed
@@ -314,8 +326,10 @@ def _joined(renamed: dict[str, Tensor], may_lack_biases: bool) -> dict[str, Tens
         weights = [
             renamed[key] for part in "qkv" if (key := f"{attention}{part}.weight") in renamed
         ]
+        # With fewer, the file is incomplete, or has them in one matrix already.
         if len(weights) == 3:
             joined[f"{attention}qkv.weight"] = torch.cat(weights)
+        # Hugging Face has both spellings of these names, by the version that wrote the file.
         query, key, value = (
             renamed.get(f"{attention}{part}_bias", renamed.get(f"{attention}{part}.bias"))
             for part in "qkv"

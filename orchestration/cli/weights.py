@@ -36,7 +36,8 @@ def weights_show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print a checkpoint's layout and sizes, and the tensors that the model does not use."""
-    from mar.weights.pretrained import contents, read_weights
+    from mar.weights.pretrained import contents
+    from mar.weights.reading import read_weights
 
     weights = read_weights(source)
     # Shapes, not values: a model has millions of them.
@@ -62,7 +63,8 @@ def weights_convert(
 ) -> None:
     """Write a checkpoint of any known layout as safetensors, config.json and a model card."""
     from mar.weights.export import write_hugging_face, write_model
-    from mar.weights.pretrained import contents, model_settings, read_weights
+    from mar.weights.pretrained import contents, model_settings
+    from mar.weights.reading import read_weights
     from orchestration.studies.recipe import parse_overrides
 
     weights = read_weights(source)
@@ -91,7 +93,8 @@ def weights_export(
 ) -> None:
     """Write the inference path under the evaluation mask to ONNX, and compare it with PyTorch."""
     from mar.weights.export import write_onnx
-    from mar.weights.pretrained import model_settings, read_weights
+    from mar.weights.pretrained import model_settings
+    from mar.weights.reading import read_weights
     from orchestration.studies.recipe import parse_overrides
 
     weights = read_weights(source)

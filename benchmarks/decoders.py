@@ -32,7 +32,7 @@ from mar.config.schema import ClipConfig
 from mar.data import decoders
 from mar.data.decoders import Decord, TorchCodec, probe_decoder
 from mar.data.sampling import Reader, training_frames
-from mar.data.sequential_reader import BrokenVideo, SequentialReader
+from mar.data.video.sequential_reader import BrokenVideo, SequentialReader
 
 COMMAND = "python benchmarks/decoders.py VIDEOS"
 SEGMENTS, DENSE = ClipConfig(), ClipConfig(sampling="dense", stride=4)

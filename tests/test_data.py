@@ -32,7 +32,7 @@ from mar.data.decoders import decode_with, write_video
 from mar.data.loaders import collate, loader
 from mar.data.motion_verbs import FRAMES_PER_S, PHOTOS, VERBS, MotionVerbs, make
 from mar.data.sampling import Reader, evaluation_frames, training_frames
-from mar.data.sequential_reader import BrokenVideo
+from mar.data.video.sequential_reader import BrokenVideo
 from mar.distributed import WorkerRank
 from mar.errors import Failure, UserError
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD

@@ -18,7 +18,7 @@ from numbered_videos import write_numbered
 from mar.data import decoders, process_pool
 from mar.data.decoders import decode_with, write_video
 from mar.data.sampling import Reader
-from mar.data.sequential_reader import BrokenVideo, Frames
+from mar.data.video.sequential_reader import BrokenVideo, Frames
 from mar.errors import UserError
 
 WITH_TORCHCODEC = pytest.mark.skipif(

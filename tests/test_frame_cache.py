@@ -16,7 +16,7 @@ from mar.data.cache_index import Index, Packing
 from mar.data.dataset import EvaluationClips, TrainingClips
 from mar.data.frame_cache import open_video, pack, verify
 from mar.data.sampling import Reader
-from mar.data.sequential_reader import BrokenVideo
+from mar.data.video.sequential_reader import BrokenVideo
 from mar.errors import UserError
 from orchestration.cli.app import main
 

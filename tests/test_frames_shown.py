@@ -14,12 +14,12 @@ from numbered_videos import edit, numbers_of, picture, write_numbered
 from mar.config.schema import ClipConfig, DataConfig
 from mar.data import decoders, process_pool
 from mar.data.annotations import read_split
-from mar.data.bitstream import NotSeekable
 from mar.data.cache_index import Packing
 from mar.data.frame_cache import open_video, pack
 from mar.data.sampling import Reader
-from mar.data.seeking import index_of
 from mar.data.validation import check_data
+from mar.data.video.bitstream import NotSeekable
+from mar.data.video.seeking import index_of
 
 ALL = list(range(192))
 CLOSED = {"g": "48", "bf": "3"}

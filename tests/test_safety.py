@@ -28,7 +28,7 @@ from mar.data.cache_index import Index, Packing
 from mar.data.decoders import write_video
 from mar.data.frame_cache import CachedVideo, pack
 from mar.data.sampling import Reader
-from mar.data.sequential_reader import BrokenVideo
+from mar.data.video.sequential_reader import BrokenVideo
 from mar.errors import Failure, UserError, notice
 from mar.safe_input import below, read_json
 from mar.safe_text import cell, markdown, printable
@@ -340,7 +340,7 @@ _OPENED = """
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
-from mar.data.sequential_reader import BrokenVideo
+from mar.data.video.sequential_reader import BrokenVideo
 from mar.data.sampling import Reader
 for name in sys.argv[2:]:
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from mar.config.schema import DataConfig
 from mar.data.annotation_files import Annotations, Row, Split, annotation_file, named_classes
 from mar.data.official_formats import read_hmdb51, read_kinetics, read_ssv2, read_ucf101
-from mar.data.video_files import absolute_path, is_hidden, videos_below
+from mar.data.video.files import absolute_path, is_hidden, videos_below
 from mar.errors import UserError, notice
 
 

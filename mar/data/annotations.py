@@ -96,7 +96,8 @@ def videos_of(
     """Yield the videos of a split; call ``refuse`` with each unusable row and the reason."""
     check_root(data)
     # Absolute, so that a decoder takes every name for a file's path, even one like an address.
-    folder = Path(os.path.abspath(Path(data.root) / data.videos))  # noqa: PTH100  (resolve follows links)
+    # Not Path.resolve, which follows links.
+    folder = Path(os.path.abspath(Path(data.root) / data.videos))  # noqa: PTH100
     resolved = folder.resolve()
     for row in read_annotations(data, split).rows:
         name = _below(row.name, folder, resolved)

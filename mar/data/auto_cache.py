@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from mar.config.schema import DataConfig
 from mar.data.annotations import Video, read_split
 from mar.data.cache_index import SETTINGS, Index, Packing, load_index
-from mar.data.video_header import stated_frame_bytes
+from mar.data.video.header import stated_frame_bytes
 from mar.errors import UserError
 
 EXACT = Packing("raw", short_side=None)

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from mar.config.schema import TrainingConfig
-from mar.data.sequential_reader import Frames
+from mar.data.video.sequential_reader import Frames
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width, pixels."""

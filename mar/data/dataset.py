@@ -23,7 +23,7 @@ from mar.data.annotations import Video
 from mar.data.crops import crop_and_resize, random_box, resize_short_side, test_boxes
 from mar.data.frame_cache import open_video
 from mar.data.sampling import evaluation_frames, training_frames
-from mar.data.sequential_reader import BrokenVideo, Frames
+from mar.data.video.sequential_reader import BrokenVideo, Frames
 from mar.distributed import WorkerRank
 from mar.errors import UserError
 from mar.rng import Stream

@@ -3,11 +3,11 @@
 The contract of all three: frame n is the n-th frame that a player shows.
 
 PyAV decodes a file from its front, as a player does, and keeps the contract for every file that it
-can read (``mar.data.sequential_reader``). decord and torchcodec seek to the requested frames, which
-is faster. But they return wrong frames, without an error, where a key frame needs earlier frames or
-a packet is not a frame. This depends on the stream, not on the container and the codec. So
-``mar.data.seeking`` reads a file's packets once, and decord or torchcodec opens the file only if
-seeking in it is exact.
+can read (``mar.data.video.sequential_reader``). decord and torchcodec seek to the requested frames,
+which is faster. But they return wrong frames, without an error, where a key frame needs earlier
+frames or a packet is not a frame. This depends on the stream, not on the container and the codec.
+So ``mar.data.video.seeking`` reads a file's packets once, and decord or torchcodec opens the file
+only if seeking in it is exact.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mar.data.seeking import NotSeekable, StreamIndex, index_of
-from mar.data.sequential_reader import (
+from mar.data.video.seeking import NotSeekable, StreamIndex, index_of
+from mar.data.video.sequential_reader import (
     BrokenVideo,
     Frames,
     SequentialReader,

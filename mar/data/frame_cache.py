@@ -38,7 +38,7 @@ from mar.data.cache_index import (
 )
 from mar.data.decoders import check as check_decoder
 from mar.data.sampling import Reader
-from mar.data.sequential_reader import BrokenVideo, Frames
+from mar.data.video.sequential_reader import BrokenVideo, Frames
 from mar.errors import Failure, UserError
 
 # An interrupted packing loses at most the shards in progress, one for each process.

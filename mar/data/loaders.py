@@ -111,7 +111,8 @@ def _begin_loader_process(number: int) -> None:
     end_with_parent()
     # multiprocessing only prints an error of sending, and the trainer would wait for the batch for
     # ever; but it notices within seconds that a loader process has ended.
-    Queue._on_queue_feeder_error = staticmethod(_end_over_lost_batch)  # pyright: ignore[reportAttributeAccessIssue]
+    queue: Any = Queue
+    queue._on_queue_feeder_error = staticmethod(_end_over_lost_batch)
 
 
 def _end_over_lost_batch(error: BaseException, batch: object) -> None:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mar.data.decoders import write_video
-from mar.data.sequential_reader import Frames
+from mar.data.video.sequential_reader import Frames
 from mar.errors import Failure, UserError
 
 VERBS = (

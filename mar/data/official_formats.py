@@ -22,7 +22,7 @@ from mar.data.annotation_files import (
     named_classes,
     read_text,
 )
-from mar.data.video_files import VideoFolder
+from mar.data.video.files import VideoFolder
 from mar.errors import UserError
 from mar.safe_input import parse_json
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mar.config.schema import ClipConfig
 from mar.data.decoders import Decoder, open_with
-from mar.data.sequential_reader import Frames, SequentialReader, iter_frames, pixels_of
+from mar.data.video.sequential_reader import Frames, SequentialReader, iter_frames, pixels_of
 
 _FRAMES_AT_ONCE = 64
 """Frames that are in memory at once as RGB when a whole video is read."""

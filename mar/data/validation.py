@@ -22,8 +22,8 @@ from mar.data.annotations import Video, class_names, fingerprint, videos_of
 from mar.data.cache_index import packing_of
 from mar.data.decoders import check as check_decoder
 from mar.data.sampling import Reader, frames_wanted, training_frames
-from mar.data.seeking import key_frames
-from mar.data.sequential_reader import BrokenVideo, Frames, iter_frames, pixels_of
+from mar.data.video.seeking import key_frames
+from mar.data.video.sequential_reader import BrokenVideo, Frames, iter_frames, pixels_of
 from mar.safe_text import cell, printable
 
 KINDS = ("ok", "missing", "unreadable", "short", "refused", "duplicate", "wrong")

@@ -50,7 +50,8 @@ def takes_launch_options(verb: Callable[..., None]) -> Callable[..., None]:
     command.__name__ = verb.__name__
     # Typer reads a command's parameters from its signature and its annotations.
     parameters = [*own, *options]
-    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    with_signature: Any = command
+    with_signature.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     return command
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mar.data.container import open_container
+from mar.data.video.container import open_container
 
 _BYTES_PER_PIXEL = 3
 _USUAL_FPS = 25.0

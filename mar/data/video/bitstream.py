@@ -1,4 +1,4 @@
-"""Reads those fields of video packets on which ``mar.data.seeking`` decides."""
+"""Reads those fields of video packets on which ``mar.data.video.seeking`` decides."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mar.data.bitstream import BitReader, NotSeekable, has_fields, leb128, nal_units
-from mar.data.container import MOST_PIXELS, open_container
+from mar.data.video.bitstream import BitReader, NotSeekable, has_fields, leb128, nal_units
+from mar.data.video.container import MOST_PIXELS, open_container
 
 _INDEXED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"}
 """Containers, by FFmpeg's names, with an index: a frame is found without reading those before."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mar.data.container import MOST_PIXELS, open_container
+from mar.data.video.container import MOST_PIXELS, open_container
 from mar.safe_text import printable
 
 Frames = npt.NDArray[np.uint8]

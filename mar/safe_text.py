@@ -59,6 +59,8 @@ def cell(value: Any) -> Any:
 
 def markdown(text: str) -> str:
     """Return text that Markdown shows unchanged: no HTML, no links, no further table columns."""
+    # First: a backslash of the text would take the one that is put before what follows it.
+    safe = printable(text).replace("\\", "\\\\").replace("|", "\\|")
     # A < starts HTML only before a letter, /, ! or ?: others, as in "p < 0.05", stay as they are.
-    safe = re.sub(r"<(?=[A-Za-z/!?])", r"\\<", printable(text).replace("|", "\\|"))
+    safe = re.sub(r"<(?=[A-Za-z/!?])", r"\\<", safe)
     return safe.replace("](", "]\\(").replace("\n", " ")

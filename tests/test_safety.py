@@ -626,3 +626,18 @@ def test_a_list_of_videos_that_is_to_exhaust_the_machine_is_refused_in_words(
         with pytest.raises(UserError) as caught:
             read_split(data, "train")
         assert len(str(caught.value)) < 4200 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("backslashes", ["", "\\", "\\\\", "\\\\\\"])
+@pytest.mark.parametrize("attack", ["<img src=x onerror=alert(1)>", "[a](javascript:b)", "a|b"])
+def test_no_backslash_of_a_text_frees_html_or_links_in_markdown(
+    backslashes: str, attack: str
+) -> None:
+    from markdown_it import MarkdownIt
+
+    text = f"before {backslashes}{attack} after"
+    row = f"| {markdown(text)} | last |\n"
+    page = MarkdownIt("commonmark").enable("table").render(f"| a | b |\n|---|---|\n{row}")
+    assert "<img" not in page and "<a " not in page
+    assert page.count("<td>") == 2
+    assert "<td>last</td>" in page

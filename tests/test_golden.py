@@ -77,11 +77,11 @@ def test_the_released_models_numbers_come_out_of_its_checkpoint(
     pixels = closed_form_pixels()
     hidden = evaluation_mask(settings).expand(2, -1, -1, -1)
     with torch.no_grad():
-        visible_places, hidden_places = split_indices(hidden)
-        tokens = model.encoder((pixels - model.mean) / model.std, visible_places)
+        visible_indices, hidden_indices = split_indices(hidden)
+        tokens = model.encoder((pixels - model.mean) / model.std, visible_indices)
         scores = model.classify(pixels, hidden)
         predicted = model.reconstruct(pixels, hidden)
-        target = reconstruction_target(pixels, hidden_places, (2, 16, 16), normalize=True)
+        target = reconstruction_target(pixels, hidden_indices, (2, 16, 16), normalize=True)
     ours = {
         "logits_eval": scores,
         "encoder_out_mean": tokens.mean(),

@@ -227,7 +227,7 @@ def test_a_perfect_model_rebuilds_the_original(
     hidden = evaluation_mask(settings).expand(2, -1, -1, -1)
 
     def perfect(pixels: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return model._target(pixels, model._places(hidden)[1])
+        return model._target(pixels, model._indices(hidden)[1])
 
     monkeypatch.setattr(model, "reconstruct", perfect)
     masked, whole = rebuilt(settings, model, pixels, hidden)

@@ -321,3 +321,24 @@ def test_a_list_is_read_once_in_a_process_and_again_when_it_has_changed(
     assert reads == ["train"]
     (tmp_path / "train.txt").write_text("a.mp4 0\nb.mp4 1\n")
     assert [video.label for video in read_split(data, "train")] == [0, 1]
+
+
+def test_a_video_beside_another_of_its_name_in_a_folder_is_not_chosen_in_silence(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path / "videos", "1.mp4", "backup/1.mp4")
+    entry = [{"id": "1", "template": ARROW, "placeholders": ["a"]}]
+    for split in ("train", "validation"):
+        write(tmp_path, f"{split}.json", json.dumps(entry))
+    write(tmp_path, "labels.json", json.dumps({ARROW.replace("[something]", "something"): "0"}))
+    data = DataConfig(
+        format="ssv2",
+        root=str(tmp_path),
+        videos="videos",
+        train="train.json",
+        val="validation.json",
+        labels="labels.json",
+        num_classes=1,
+    )
+    with pytest.raises(UserError, match=r"several files below .* match 1:"):
+        read_split(data, "train")

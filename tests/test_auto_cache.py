@@ -23,7 +23,7 @@ from mar.data.auto_cache import ensure_packed, plan_cache
 from mar.data.cache_index import cache_folder
 from mar.data.frame_cache import open_video
 from mar.data.sampling import Reader
-from mar.errors import UserError
+from mar.errors import Failure, UserError
 
 AUTO = "data.cache=auto"
 
@@ -180,3 +180,20 @@ def test_a_worker_on_another_node_packs_for_itself(
     assert spec.frames is not None and spec.settings["data"]["cache"] == str(spec.frames)
     assert train(spec.to_json(), lambda _: None) is None
     assert list(spec.frames.glob("*.bin"))
+
+
+def test_a_damaged_header_does_not_spoil_the_estimate(data: DataConfig, tmp_path: Path) -> None:
+    folder = cache_folder(data, tmp_path / "frames")
+    sound = plan_cache(data, folder).missing_bytes
+    first, second, *_ = read_split(data, "train")
+    content = first.path.read_bytes()
+    at = content.index(b"stts") + 12  # after version, flags and the number of entries
+    first.path.write_bytes(content[:at] + b"\x7f\xff\xff\xff" + content[at + 4 :])
+    second.path.write_bytes(second.path.read_bytes().replace(b"avc1", b"zzzz"))  # unknown codec
+    assert plan_cache(data, folder).missing_bytes == pytest.approx(sound, rel=0.02)
+
+
+def test_a_store_that_cannot_be_written_is_a_failure(data: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(Failure, match=r"cannot be written.*choose another --store"):
+        ensure(data, cache_folder(data, tmp_path / "file" / "frames"))

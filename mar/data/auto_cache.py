@@ -9,7 +9,9 @@ anything is written.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +21,14 @@ from mar.config.schema import DataConfig
 from mar.data.annotations import Video, read_split
 from mar.data.cache_index import SETTINGS, Index, Packing, load_index
 from mar.data.video.header import stated_frame_bytes
-from mar.errors import UserError
+from mar.errors import Failure, UserError
 
 EXACT = Packing("raw", short_side=None)
 """How the frames are kept: as the decoder gives them."""
 _PROBED_VIDEOS = 64
-"""Videos whose headers are read to estimate the size; the others are taken for alike."""
+"""Videos whose headers are read to estimate the size; the others are assumed to be alike."""
+_MOST_TIMES_MEDIAN = 100
+"""A video that states more than so many times the median size is left out of the estimate."""
 _FREE_SHARE = 0.9
 """Share of the free disk that a cache may take: checkpoints and results need the rest."""
 _POLL_S = 1.0
@@ -65,6 +69,7 @@ def plan_cache(data: DataConfig, folder: Path) -> CachePlan:
     if (folder / SETTINGS).is_file():
         index = Index(folder)
         missing = [video for video in videos if not index.is_fresh(video)]
+    # The folder does not exist before the first packing, and disk_usage() needs one that does.
     free = shutil.disk_usage(_existing_parent(folder)).free
     return CachePlan(folder, len(videos), len(missing), _estimated_bytes(missing), free)
 
@@ -76,26 +81,19 @@ def ensure_packed(
     progress: Callable[[int, int], None],
     on_wait: Callable[[], None],
 ) -> None:
-    """Pack what is missing; waits while another process packs it.
+    """Pack what is missing; wait while another process packs it.
 
-    ``progress`` is called with (videos done, of how many), ``on_wait`` each second of a wait: it
-    may raise to end it.
+    ``progress`` is called with the number of finished videos and the total, ``on_wait`` each second
+    of a wait: it may raise an error to end the wait.
 
     Raises:
         UserError: the annotations or the cache cannot be read, or the cache does not fit on the
             disk.
-        Failure: the disk refuses.
+        Failure: the folder cannot be written.
     """
+    # A complete cache is only read, so the usual case needs no lock.
     if not _is_complete(data, folder):
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                lock.acquire(timeout=_POLL_S)
-                break
-            except Timeout:
-                on_wait()
-        with lock:
+        with _hold(folder, on_wait):
             # Another process may have packed it meanwhile.
             load_index.cache_clear()
             plan = plan_cache(data, folder)
@@ -107,6 +105,34 @@ def ensure_packed(
                 pack(data, folder, EXACT, processes, progress)
     # A process that trained before has an index without the new videos.
     load_index.cache_clear()
+
+
+@contextmanager
+def _hold(folder: Path, on_wait: Callable[[], None]) -> Generator[None]:
+    """Hold the lock of a cache; calls ``on_wait`` while another process has it.
+
+    Raises:
+        Failure: the folder cannot be written.
+    """
+    # pack() has a lock of its own, but it does not wait: a second process would get an error.
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            # With a short timeout, so that on_wait() is called, which may end the wait.
+            try:
+                lock.acquire(timeout=_POLL_S)
+                break
+            except Timeout:
+                on_wait()
+    except OSError as error:
+        raise Failure(
+            f"{folder.parent} cannot be written: {error.strerror or error}; choose another --store"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def refuse_if_too_large(plan: CachePlan) -> None:
@@ -131,7 +157,7 @@ def _is_complete(data: DataConfig, folder: Path) -> bool:
 def _videos(data: DataConfig, folder: Path) -> list[Video]:
     """Return the videos of both splits, each once.
 
-    The cache stands for videos that are not on this disk: it may have been made elsewhere.
+    Videos in the cache need no file on this disk: the cache may have been made elsewhere.
     """
     cache = None
     if (folder / SETTINGS).is_file():
@@ -143,13 +169,16 @@ def _videos(data: DataConfig, folder: Path) -> list[Video]:
 
 def _estimated_bytes(videos: list[Video]) -> int:
     """Return the size of the videos' frames, from the headers of some of them."""
+    # Spread over the list: its first videos may all be of one class or one source.
     every = max(1, len(videos) // _PROBED_VIDEOS)
     stated = [stated_frame_bytes(video.path) for video in videos[::every]]
-    # A broken video takes no room; that it is broken is said when it is packed or trained on.
+    # A broken video needs no space; it is reported when it is packed or trained on.
     sizes = [size for size in stated if size is not None]
     if not sizes:
         return 0
-    return round(sum(sizes) / len(sizes) * len(videos))
+    # One damaged header may state two thousand million frames.
+    plausible = [size for size in sizes if size <= _MOST_TIMES_MEDIAN * statistics.median(sizes)]
+    return round(sum(plausible) / len(plausible) * len(videos))
 
 
 def _existing_parent(folder: Path) -> Path:

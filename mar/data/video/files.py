@@ -59,12 +59,14 @@ class VideoFolder:
             found = self.by_stem.get(stem.lower(), [])
             # Each line narrows the choice, unless it would leave nothing.
             found = [path for path in found if _stem(path) == stem] or found
-            found = [path for path in found if near.lower() in _folders(path)] or found
-            found = [
-                path
-                for path in found
-                if any(each.startswith(near.lower()) for each in _folders(path))
-            ] or found
+            # Every name starts with an empty one: without ``near`` no folder is preferred.
+            if near:
+                found = [path for path in found if near.lower() in _folders(path)] or found
+                found = [
+                    path
+                    for path in found
+                    if any(each.startswith(near.lower()) for each in _folders(path))
+                ] or found
             if len(found) > 1:
                 raise UserError(
                     f"data.videos: several files below {self.root} match {stem}: "

@@ -1,4 +1,4 @@
-"""What a video file's header says of its size, without decoding a frame: for estimates alone."""
+"""Estimates the size of a video's frames from the file's header, without decoding a frame."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mar.data.video.container import open_container
+from mar.data.video.sequential_reader import main_stream
 
 _BYTES_PER_PIXEL = 3
 _USUAL_FPS = 25.0
-"""Taken where the header states no frame rate."""
+"""Frames per second, where the header states no rate."""
 
 
 def stated_frame_bytes(path: Path) -> int | None:
@@ -18,17 +19,14 @@ def stated_frame_bytes(path: Path) -> int | None:
 
     try:
         with open_container(path) as container:
-            stream: Any = max(container.streams.video, key=_num_pixels, default=None)
+            # The first video stream need not be the main one: it may be a cover picture.
+            stream: Any = main_stream(container)
             if stream is None:
                 return None
             num_frames = stream.frames or _frames_of_duration(container, stream)
-            return round(num_frames * _num_pixels(stream) * _BYTES_PER_PIXEL)
+            return round(num_frames * stream.width * stream.height * _BYTES_PER_PIXEL)
     except (OSError, ValueError, FFmpegError):
         return None
-
-
-def _num_pixels(stream: Any) -> int:
-    return stream.width * stream.height
 
 
 def _frames_of_duration(container: Any, stream: Any) -> float:
@@ -38,6 +36,7 @@ def _frames_of_duration(container: Any, stream: Any) -> float:
     seconds = 0.0
     if stream.duration is not None and stream.time_base:
         seconds = float(stream.duration * stream.time_base)
+    # Matroska states one duration, the container's; PyAV gives it in units of 1 / av.time_base s.
     elif container.duration is not None:
         seconds = container.duration / av.time_base
     return seconds * float(stream.average_rate or _USUAL_FPS)

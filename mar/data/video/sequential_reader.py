@@ -114,7 +114,7 @@ def iter_frames(path: Path, properties: dict[str, float] | None = None) -> Itera
     size: tuple[int, int] | None = None
     try:
         with open_container(path) as container:
-            stream = _main_stream(container)
+            stream = main_stream(container)
             if stream is None:
                 raise BrokenVideo(path, "no video stream in it")
             context = stream.codec_context
@@ -148,7 +148,7 @@ def iter_frames(path: Path, properties: dict[str, float] | None = None) -> Itera
         raise BrokenVideo(path, "no frame could be decoded")
 
 
-def _main_stream(container: Any) -> Any:
+def main_stream(container: Any) -> Any:
     """Return the video stream that a player shows: no cover picture, a default one, the largest."""
     from av.stream import Disposition
 

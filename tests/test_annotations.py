@@ -12,7 +12,10 @@ from mar.config.schema import ClipConfig, DataConfig
 from mar.data.annotation_files import Annotations, Split
 from mar.data.annotation_formats import read_annotations
 from mar.data.annotations import class_names, fingerprint, read_split
+from mar.data.cache_index import Packing, load_index
+from mar.data.frame_cache import pack
 from mar.data.validation import check_data, report_text
+from mar.data.video.sequential_reader import BrokenVideo, iter_frames
 from mar.errors import UserError
 from orchestration.cli.app import main
 
@@ -254,6 +257,34 @@ def test_a_short_video_is_said_but_is_no_fault_and_the_fingerprint_is_the_trials
     assert report.counts["val"]["short"] == 8
     assert report.findings[0].message == "8 frames, a clip takes 16"
     assert report.fingerprint == fingerprint(data)
+
+
+def test_a_check_reads_a_packed_video_from_the_frame_cache_when_its_file_is_gone(
+    odd: DataConfig, tmp_path: Path
+) -> None:
+    write(tmp_path, "train.txt", "a.mp4 0\n")
+    write(tmp_path, "val.txt", "b.mp4 1\n")
+    cached = odd.model_copy(update={"cache": str(tmp_path / "cache")})
+    pack(odd, tmp_path / "cache", Packing("raw", 32), 1, lambda *_: None)
+    shutil.rmtree(tmp_path / "videos")
+    (tmp_path / "videos").mkdir()
+    load_index.cache_clear()
+    report = check_data(cached, CLIP, 1, lambda *_: None)
+    assert report.is_sound, report.findings
+    write(tmp_path, "val.txt", "b.mp4 1\nnew.mp4 1\n")
+    (tmp_path / "videos" / "new.mp4").write_text("not packed")
+    (finding,) = check_data(cached, CLIP, 1, lambda *_: None).findings
+    assert "not in the frame cache" in finding.message
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_video(odd: DataConfig, tmp_path: Path) -> None:
+    long = "x" * 300 + ".mp4"
+    write(tmp_path, "train.txt", f"a.mp4 0\n{long} 0\n")
+    write(tmp_path, "val.txt", "b.mp4 1\n")
+    (finding,) = check_data(odd, CLIP, 1, lambda *_: None).findings
+    assert finding.kind == "missing"
+    with pytest.raises(BrokenVideo):
+        next(iter_frames(tmp_path / long))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mar.augmentation.augment import augmented, draw_step
-from mar.config.overrides import build, merge
+from mar.config.overrides import SettingError, build, merge
 from mar.config.schema import ClipConfig, TrainingConfig
 from mar.data.annotations import read_split
 from mar.data.crops import random_box
@@ -146,6 +146,8 @@ def test_videomaes_own_test_frames() -> None:
     )
     first, second = evaluation_frames(clip, 40, 25.0, 2, "videomae")
     assert first.tolist() == both[0::2] and second.tolist() == both[1::2]
+    (alone,) = evaluation_frames(clip, 40, 25.0, 1, "videomae")
+    assert alone.tolist() == both[0::2]
     dense = ClipConfig(sampling="dense")
     strided = list(range(0, 300, 4))
     for number, found in enumerate(evaluation_frames(dense, 300, 30.0, 5, "videomae")):
@@ -153,6 +155,13 @@ def test_videomaes_own_test_frames() -> None:
         assert found.tolist() == strided[start : start + 16]
     short = evaluation_frames(dense, 10, 30.0, 5, "videomae")
     assert all(found.max() <= 9 and len(found) == 16 for found in short)
+
+
+def test_videomaes_test_has_no_third_clip_of_segments() -> None:
+    evaluation = {"evaluation.segment_frames": "videomae", "evaluation.clips": 3}
+    with pytest.raises(SettingError, match=r"evaluation\.clips: 3 .* at most two"):
+        build(merge({}, evaluation))
+    build(merge({}, {**evaluation, "clip.sampling": "dense"}))
 
 
 def test_the_patch_embedding_and_the_decoders_projection_start_as_pytorch_makes_them(

@@ -384,7 +384,7 @@ class EvaluationConfig(Node):
     segment_frames: Literal["even", "ends", "videomae"] = "even"
     """Which frames a video's test clips have. With ``segments``, ``even``: spread evenly within
     each segment; ``ends``: from each segment's first to its last frame (release). ``videomae``: as
-    in VideoMAE's test, with ``segments`` and with ``dense``."""
+    in VideoMAE's test, with ``segments`` (at most two clips) and with ``dense``."""
     crop_from: Literal["frame", "resized"] = "frame"
     """``frame``: cut test crops from the frame, then resize them; ``resized``: resize the frame's
     short side first, then cut (release)."""
@@ -449,6 +449,16 @@ class TrainingConfig(Node):
             raise ValueError(
                 f"augment.flip_swaps: each of the {self.data.num_classes} classes may be in one "
                 f"pair only, and the last is number {self.data.num_classes - 1}"
+            )
+        # VideoMAE's test takes a segment's first and middle frame: there is no third clip.
+        if (
+            self.evaluation.segment_frames == "videomae"
+            and self.clip.sampling == "segments"
+            and self.evaluation.clips > 2
+        ):
+            raise ValueError(
+                f"evaluation.clips: {self.evaluation.clips} with segment_frames: videomae, which "
+                "has at most two clips where clip.sampling is segments; set it to 1 or 2"
             )
         if self.pretrains and not self.reconstructs:
             raise ValueError(

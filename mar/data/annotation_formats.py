@@ -13,7 +13,7 @@ from pathlib import Path
 from mar.config.schema import DataConfig
 from mar.data.annotation_files import Annotations, Row, Split, annotation_file, named_classes
 from mar.data.official_formats import read_hmdb51, read_kinetics, read_ssv2, read_ucf101
-from mar.data.video.files import absolute_path, is_hidden, videos_below
+from mar.data.video.files import absolute_path, is_file, is_hidden, videos_below
 from mar.errors import UserError, notice
 
 
@@ -72,14 +72,14 @@ def _read_list(data: DataConfig, split: Split) -> Annotations:
         if (
             not name.isprintable()
             and "\udc80" <= max(name) <= "\udcff"
-            and not (folder / name).exists()
+            and not is_file(folder / name)
         ):
             raise UserError(
                 f"{location}: {name!r} is not UTF-8 text, and no such file exists; save the "
                 "list as UTF-8"
             )
         # On Linux a backslash is a character like others, so the file itself decides.
-        if "\\" in name and not (folder / name).exists():
+        if "\\" in name and not is_file(folder / name):
             raise UserError(
                 f"{location}: {name!r} has Windows' backslashes; write / between folders"
             )

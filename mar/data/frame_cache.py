@@ -38,6 +38,7 @@ from mar.data.cache_index import (
 )
 from mar.data.decoders import check as check_decoder
 from mar.data.sampling import Reader
+from mar.data.video.files import is_file
 from mar.data.video.sequential_reader import BrokenVideo, Frames
 from mar.errors import Failure, UserError
 
@@ -230,9 +231,20 @@ def check(data: DataConfig, videos: Sequence[Video]) -> None:
         check_decoder(data.decoder)
 
 
+def is_packed(data: DataConfig, video: Video) -> bool:
+    """Whether the data have a frame cache, and it has the video."""
+    return data.cache_folder is not None and video.name in load_index(data.cache_folder).entries
+
+
 def open_video(data: DataConfig, video: Video) -> Reader | CachedVideo:
-    """Return a reader of the video: from the cache if there is one, else of its file."""
+    """Return a reader of the video: from the cache if there is one, else of its file.
+
+    Raises:
+        BrokenVideo: no frames can be read, or the cache does not have the video.
+    """
     if data.cache_folder:
+        if not is_packed(data, video):
+            raise BrokenVideo(video.path, f"it is not in the frame cache {data.cache_folder}")
         return CachedVideo(load_index(data.cache_folder), video)
     return Reader(video.path, data.decoder)
 
@@ -283,7 +295,9 @@ def _pack_shard(folder: Path, packing: Packing, decoder: str, part: tuple[int, l
 
 def _packed(file: Any, video: Video, packing: Packing, decoder: str) -> tuple[Entry, list[int]]:
     """Write one video's frames; return its entry and the offset at which each frame ends."""
-    size = video.path.stat().st_size if video.path.is_file() else -1
+    size = -1
+    if is_file(video.path):
+        size = video.path.stat().st_size
     entry = Entry(video.name, size, start=file.tell())
     ends: list[int] = []
     try:

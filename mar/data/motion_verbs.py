@@ -90,6 +90,8 @@ class MotionVerbs:
     """Number of objects that do not move."""
     shake: float = 0.0
     """Camera shake: its standard deviation, as a share of the height."""
+    motion: float = 1.0
+    """The share of each motion that a video shows, from its start; 0: nothing moves (pictures)."""
 
     def __post_init__(self) -> None:
         if self.classes % 2 or not 2 <= self.classes <= len(VERBS):
@@ -101,6 +103,8 @@ class MotionVerbs:
             raise UserError(
                 "frames, train and validation must be at least 2, clutter and shake not negative"
             )
+        if not 0 <= self.motion <= 1:
+            raise UserError(f"motion: must be from 0 (pictures) to 1, not {self.motion:g}")
 
 
 DIFFICULTIES = {
@@ -220,7 +224,8 @@ class _Scene:
             _Pose(rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9), rng.uniform(0.2, 0.35))
             for _ in range(options.clutter)
         ]
-        self.moving = list(_MOTIONS[label // 2](np.linspace(0, 1, options.frames), rng))
+        time = np.linspace(0, options.motion, options.frames)
+        self.moving = list(_MOTIONS[label // 2](time, rng))
 
     def frames(self) -> Iterator[Frames]:
         if self.backwards:

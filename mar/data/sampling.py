@@ -164,9 +164,9 @@ def _videomae_frames(
     """Return the frame numbers of VideoMAE's own test.
 
     With ``dense``, every ``stride``-th frame of the video is kept, and each clip has T consecutive
-    ones of these; the starts are spread evenly and rounded down. With ``segments``, the positions
-    are the beginnings and the middles of T equal segments, 2 T in order. Clip c has every
-    ``num_clips``-th of these from the c-th on, so with two clips each position is used once.
+    ones of these; the starts are spread evenly and rounded down. With ``segments``, the first clip
+    has the beginnings of T equal segments and the second their middles; there are no more than two
+    clips (``EvaluationConfig`` refuses more).
     """
     if clip.sampling == "dense":
         strided = np.arange(0, num_frames, clip.stride)
@@ -177,9 +177,8 @@ def _videomae_frames(
     tick = num_frames / clip.frames
     positions = tick * np.arange(clip.frames)
     both = np.sort(np.floor(np.concatenate([positions, positions + tick / 2])))
-    return [
-        _within(both[number::num_clips][: clip.frames], num_frames) for number in range(num_clips)
-    ]
+    # In steps of two for a single clip too: half of the 2 T positions would be half of the video.
+    return [_within(both[number::2], num_frames) for number in range(num_clips)]
 
 
 def frames_wanted(clip: ClipConfig, fps: float | None) -> int:

@@ -21,7 +21,9 @@ from mar.data.annotation_files import Row, Split
 from mar.data.annotations import Video, class_names, fingerprint, videos_of
 from mar.data.cache_index import packing_of
 from mar.data.decoders import check as check_decoder
+from mar.data.frame_cache import is_packed, open_video
 from mar.data.sampling import Reader, frames_wanted, training_frames
+from mar.data.video.files import is_file
 from mar.data.video.seeking import key_frames
 from mar.data.video.sequential_reader import BrokenVideo, Frames, iter_frames, pixels_of
 from mar.safe_text import cell, printable
@@ -110,7 +112,7 @@ def check_data(
     good: set[tuple[str, str]] = set()
     # In other processes: a decoder may end its process over a damaged file.
     checked = process_pool.each(
-        partial(_check_video, clip, data.decoder),
+        partial(_check_video, data, clip),
         [video for _, video in everything],
         processes,
         _crashed,
@@ -216,23 +218,29 @@ def write_findings(report: DataReport, file: Path) -> None:
         )
 
 
-def _check_video(clip: ClipConfig, decoder: str, video: Video) -> tuple[str, str]:
+def _check_video(data: DataConfig, clip: ClipConfig, video: Video) -> tuple[str, str]:
     """Return the kind of one video, and a message about it."""
-    if not video.path.is_file():
+    # A training reads a packed video from the frame cache: its file may be gone.
+    if not is_file(video.path) and not is_packed(data, video):
         return "missing", "no such file"
     try:
-        with Reader(video.path, decoder) as reader:
+        with open_video(data, video) as reader:
             length = len(reader)
             # Decoded and dropped: this raises BrokenVideo where a training would fail.
             reader.frames(
                 training_frames(clip, length, reader.fps, np.random.default_rng(0)).tolist()
             )
             wanted = frames_wanted(clip, reader.fps)
-            fault = _disagreement(reader)
-            if fault:
-                return "wrong", f"{fault}; set data.decoder to pyav"
+            # The frame cache numbers its frames itself; nothing seeks in it.
+            if isinstance(reader, Reader):
+                fault = _disagreement(reader)
+                if fault:
+                    return "wrong", f"{fault}; set data.decoder to pyav"
     except BrokenVideo as broken:
         return "unreadable", broken.reason
+    # A file that changes or disappears while it is read.
+    except (OSError, ValueError) as error:
+        return "unreadable", str(error)
     if length < wanted:
         return ("short", f"{length} frames, a clip takes {wanted}")
     return ("ok", "")
@@ -313,6 +321,9 @@ def _same_content(videos: list[_Listed]) -> list[Finding]:
         unique.setdefault(each.video.name, each)
     by_size: dict[int, list[_Listed]] = {}
     for each in unique.values():
+        # Only the frame cache may have it.
+        if not is_file(each.video.path):
+            continue
         by_size.setdefault(each.video.path.stat().st_size, []).append(each)
     first: dict[str, tuple[Split, str]] = {}
     same: list[Finding] = []

@@ -46,6 +46,9 @@ def data_make(
     validation: Annotated[int | None, typer.Option(help="Validation videos.")] = None,
     clutter: Annotated[int | None, typer.Option(help="Objects that do not move.")] = None,
     shake: Annotated[float | None, typer.Option(help="Camera shake, share of the height.")] = None,
+    motion: Annotated[
+        float | None, typer.Option(help="Share of each motion that is shown; 0: pictures.")
+    ] = None,
 ) -> None:
     """Make a set of H.264 videos whose classes differ only in motion."""
     from mar.data.motion_verbs import DIFFICULTIES, make
@@ -58,6 +61,7 @@ def data_make(
         "validation": validation,
         "clutter": clutter,
         "shake": shake,
+        "motion": motion,
     }
     # Options that are not given have the value of the difficulty.
     chosen = {name: value for name, value in given.items() if value is not None}

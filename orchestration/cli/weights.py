@@ -13,6 +13,7 @@ import typer
 
 from mar.errors import Failure, UserError
 from mar.safe_text import printable
+from orchestration.cli.options import DEFAULT_STORE, StoreFolder
 
 weights_app = typer.Typer(
     no_args_is_help=True, help="Look at pre-trained weights, convert and export them."
@@ -56,10 +57,20 @@ def weights_show(
 
 @weights_app.command("convert")
 def weights_convert(
-    source: WeightsSource,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help=(
+                "As for mar weights show; or a recipe file (.yaml), for the model that was "
+                "trained by it in --store."
+            ),
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
     overrides: Overrides = None,
     to: Annotated[Literal["mar", "huggingface"], typer.Option(help="Format of the files.")] = "mar",
+    store: StoreFolder = DEFAULT_STORE,
 ) -> None:
     """Write a checkpoint of any known layout as safetensors, config.json and a model card."""
     from mar.weights.export import write_hugging_face, write_model
@@ -67,6 +78,8 @@ def weights_convert(
     from mar.weights.reading import read_weights
     from orchestration.studies.recipe import parse_overrides
 
+    if source.endswith(".yaml"):
+        source = str(_trained_by(source, store))
     weights = read_weights(source)
     settings = model_settings(weights, parse_overrides(overrides or []))
     # transformers' VideoMAE has no modules for a bridging classifier's tensors.
@@ -83,6 +96,27 @@ def weights_convert(
             f"{printable(left_out[0])}"
         )
     print(f"written    {folder}")
+
+
+def _trained_by(recipe: str, store: Path) -> Path:
+    """Return the result folder of a recipe's training.
+
+    Raises:
+        UserError: the file is not a recipe, or the store has no finished training of it.
+    """
+    from mar import MANIFEST, RESULT_DIR
+    from orchestration.studies.loader import read_study
+
+    study = read_study(recipe)
+    if len(study.trials) > 1:
+        raise UserError(f"{recipe} is a study of {len(study.trials)} trials; name a recipe")
+    result = store / "trials" / study.trials[0].key / RESULT_DIR
+    # The manifest is written last: without it the training has not finished.
+    if not (result / MANIFEST).is_file():
+        raise UserError(
+            f"{recipe}: no finished training of it in --store {store}; mar run {recipe} trains it"
+        )
+    return result
 
 
 @weights_app.command("export")

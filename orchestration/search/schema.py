@@ -23,9 +23,9 @@ from mar.config.overrides import SETTING_PATHS, SettingError, build, flatten, me
 from mar.config.schema import TrainingConfig
 from mar.errors import UserError
 from mar.model.flops import cost
-from orchestration.installation import packaged
+from orchestration.studies.family import find_family
 from orchestration.studies.metrics import METRICS, cost_figure
-from orchestration.studies.recipe import in_family, parse_overrides
+from orchestration.studies.recipe import parse_overrides
 from orchestration.studies.validation import mistake_in
 from orchestration.studies.yaml_document import Document, Recipe, find
 
@@ -209,8 +209,10 @@ def read_search(name: str, overrides: Sequence[str] = ()) -> Search:
     recipe = str(changes.pop("recipe", ""))
     near = document.path.parent / file.recipe
     name = str(near) if near.is_file() else file.recipe
-    is_family = bool(recipe) and (packaged("search_spaces") / "recipes" / recipe).is_dir()
-    base = Recipe(find(in_family(name, recipe) if is_family else recipe or name, "recipe"))
+    if recipe:
+        family = find_family(recipe)
+        name = family.recipe(name) if family else recipe
+    base = Recipe(find(name, "recipe"))
     # Later wins: recipe, fixed, the command line.
     try:
         tree = merge(merge(base.content, file.fixed), changes)

@@ -18,9 +18,10 @@ from mar.data.annotations import fingerprint
 from mar.errors import UserError
 from mar.weights.hub import fetch
 from orchestration.installation import packaged
+from orchestration.studies.family import Family, find_family
 from orchestration.studies.identity import weights_fingerprint
 from orchestration.studies.names import recipe_title
-from orchestration.studies.recipe import in_family, parse_overrides, read_recipe, touches
+from orchestration.studies.recipe import parse_overrides, read_recipe, touches
 from orchestration.studies.schema import BETWEEN_LABELS, FigureLayout, StudyFile, TableLayout
 from orchestration.studies.trial import ABSENT, Study, Trial
 from orchestration.studies.validation import check_references, parse_study_file
@@ -56,9 +57,10 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
 
     ``overrides`` are ``path=value`` from the command line; they win over every other value of a
     setting. ``recipe=FILE`` replaces the study's recipe; a folder's name, as ``recipe=released``,
-    replaces each recipe by that folder's recipe of the same name. ``axes.AXIS.LABEL.path=value``
-    changes the settings of one label, ``rows.ROW.path=value`` those of one row. ``only`` keeps the
-    trials with the given ``axis=label``. A recipe's file is read as a study of one trial.
+    replaces each recipe by that folder's recipe of the same name (``family.Family``).
+    ``axes.AXIS.LABEL.path=value`` changes the settings of one label, ``rows.ROW.path=value`` those
+    of one row. ``only`` keeps the trials with the given ``axis=label``. A recipe's file is read as
+    a study of one trial.
 
     Raises:
         UserError: a bad file, setting, label or override; the message says where.
@@ -69,9 +71,13 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
     if not {"axes", "title", "recipe"} & document.content.keys() or _is_recipe(document):
         return _of_one(document.path, overrides)
     changes = parse_overrides(overrides)
-    file = _with_changed_axes(parse_study_file(document), changes)
-    of_rows = _of_rows(file, changes)
+    file = parse_study_file(document)
     recipes = _Recipes(document, file, changes)
+    # Before the command line's values, which are meant as they are given.
+    if recipes.family is not None:
+        file = recipes.family.study(file)
+    file = _with_changed_axes(file, changes)
+    of_rows = _of_rows(file, changes)
     # The other changes apply to every trial as they are; a seed replaces the file's list of seeds.
     seeds: Sequence[Any] = file.seeds
     if "seed" in changes:
@@ -113,14 +119,13 @@ class _Recipes:
         self.document = document
         self.default = file.recipe
         self.other: str | None = None
-        self.family: str | None = None
+        self.family: Family | None = None
         self._read: dict[str, Recipe] = {}
         # Anything else under this name is no recipe: ``build`` reports it as a wrong setting.
         if isinstance(changes.get("recipe"), str):
             given: str = changes.pop("recipe")
-            if (packaged("search_spaces") / "recipes" / given).is_dir():
-                self.family = given
-            else:
+            self.family = find_family(given)
+            if self.family is None:
                 self.other = given
 
     def of(self, labels: Sequence[tuple[str, Mapping[str, Any]]]) -> Recipe:
@@ -133,7 +138,7 @@ class _Recipes:
         if self.other:
             name = self.other
         elif self.family:
-            name = in_family(name, self.family)
+            name = self.family.recipe(name)
         if name not in self._read:
             # A study names recipes relative to its own folder, the command line relative to the
             # working folder.

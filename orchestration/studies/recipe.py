@@ -14,7 +14,6 @@ from mar.config.schema import TrainingConfig
 from mar.errors import UserError
 from mar.safe_input import parse_yaml
 from mar.weights.hub import is_path
-from orchestration.installation import packaged
 from orchestration.studies.yaml_document import Recipe, find
 
 
@@ -79,15 +78,6 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 _SETTING = re.compile(rf"\.(?:{'|'.join(re.escape(path) for path in SETTING_PATHS)}|recipe)$")
-
-
-def in_family(recipe: str, family: str) -> str:
-    """Return the packaged recipe of the same name in another folder, or the recipe itself.
-
-    ``family`` is the folder's name: ``released`` for ``recipe=released``.
-    """
-    near = packaged("search_spaces") / "recipes" / family / Path(recipe).name
-    return str(near) if near.is_file() else recipe
 
 
 def touches(path: str, changes: Mapping[str, Any]) -> bool:

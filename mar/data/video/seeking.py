@@ -111,9 +111,9 @@ def key_frames(path: Path) -> list[int]:
     """
     with open_container(path) as container:
         packets: list[Any] = [packet for packet in container.demux(video=0) if packet.size]
-    shown = sorted(packet.pts for packet in packets if packet.pts is not None)
-    keys = [packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None]
-    return sorted(shown.index(key) for key in keys)
+    timed = [packet for packet in packets if packet.pts is not None]
+    timed.sort(key=lambda packet: packet.pts)
+    return [number for number, packet in enumerate(timed) if packet.is_keyframe]
 
 
 def _checked(packets: Iterator[Any], check: _Check) -> Iterator[int]:

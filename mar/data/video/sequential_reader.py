@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mar.data.video.container import MOST_PIXELS, open_container
+from mar.data.video.files import is_file
 from mar.safe_text import printable
 
 Frames = npt.NDArray[np.uint8]
@@ -106,7 +107,7 @@ def iter_frames(path: Path, properties: dict[str, float] | None = None) -> Itera
     Raises:
         BrokenVideo: there is no frame, or the disk failed.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise BrokenVideo(path, "no such file")
     from av.error import FFmpegError
 

@@ -15,7 +15,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mar.data import process_pool
 from mar.data.decoders import write_video
 from mar.data.video.sequential_reader import Frames
 from mar.errors import Failure, UserError
@@ -85,7 +86,7 @@ class MotionVerbs:
     classes: int = 4
     """How many of ``VERBS`` are used, from the first on; even, so that each has its opposite."""
     train: int = 2048
-    validation: int = 512
+    validation: int = 1024
     clutter: int = 0
     """Number of objects that do not move."""
     shake: float = 0.0
@@ -127,12 +128,15 @@ class _Pose:
 
 
 def make(
-    folder: Path, options: MotionVerbs, say: Callable[[int, int], None] = lambda done, total: None
+    folder: Path,
+    options: MotionVerbs,
+    say: Callable[[int, int], None] = lambda done, total: None,
+    processes: int = 1,
 ) -> bool:
     """Write the data set to ``folder``; return False if the folder has this very set already.
 
     ``say`` is called with the number of finished videos and the total. The folder appears only when
-    it is complete.
+    it is complete. With several ``processes`` the videos are the same, and are there sooner.
 
     Raises:
         UserError: ``folder`` has other content.
@@ -150,7 +154,7 @@ def make(
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        _write(unfinished, options, say)
+        _write(unfinished, options, say, processes)
         (unfinished / facts.name).write_text(_facts(options), encoding="utf-8")
         # An empty folder that the user made may be in the way.
         shutil.rmtree(folder, ignore_errors=True)
@@ -165,25 +169,35 @@ def _facts(options: MotionVerbs) -> str:
     return json.dumps(asdict(options), indent=1)
 
 
-def _write(folder: Path, options: MotionVerbs, say: Callable[[int, int], None]) -> None:
+@dataclass(frozen=True)
+class _Item:
+    """A video to write."""
+
+    file: Path
+    split: str
+    part: int
+    """The split's number, 0 for training."""
+    index: int
+    """The video's number in its split."""
+    label: int
+
+
+def _write(
+    folder: Path, options: MotionVerbs, say: Callable[[int, int], None], processes: int
+) -> None:
     (folder / "videos").mkdir(parents=True)
     counts = {"train": options.train, "validation": options.validation}
-    done = 0
-    total = sum(counts.values())
+    items: list[_Item] = []
     for part, (split, count) in enumerate(counts.items()):
-        items: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         for index in range(count):
             identifier = str(1_000_000 * (part + 1) + index)
             # Classes take turns, so all have equally many videos (or one more).
             label = index % options.classes
-            # Each video has a random stream of its own, so it does not depend on the others.
-            scene = _Scene(
-                options, split, label, np.random.default_rng([options.seed, part, index])
-            )
             file = folder / "videos" / f"{identifier}.mp4"
-            write_video(file, np.stack(list(scene.frames())), FRAMES_PER_S, **_X264)
+            items.append(_Item(file, split, part, index, label))
             sentence = VERBS[label].replace("[something]", "a digit")
-            items.append(
+            rows.append(
                 {
                     "id": identifier,
                     "label": sentence,
@@ -191,14 +205,29 @@ def _write(folder: Path, options: MotionVerbs, say: Callable[[int, int], None]) 
                     "placeholders": ["a digit"],
                 }
             )
-            done += 1
-            say(done, total)
-        _write_json(folder / f"{split}.json", items)
+        _write_json(folder / f"{split}.json", rows)
     names = {
         verb.replace("[", "").replace("]", ""): str(label)
         for label, verb in enumerate(VERBS[: options.classes])
     }
     _write_json(folder / "labels.json", names)
+    written = map(partial(_write_video, options), items)
+    # Processes cost a second to start, which a few videos do not earn back.
+    if processes > 1:
+        written = process_pool.each(partial(_write_video, options), items, processes, _crashed)
+    for done, _ in enumerate(written, start=1):
+        say(done, len(items))
+
+
+def _write_video(options: MotionVerbs, item: _Item) -> None:
+    # Each video has a random stream of its own, so it does not depend on the others.
+    rng = np.random.default_rng([options.seed, item.part, item.index])
+    scene = _Scene(options, item.split, item.label, rng)
+    write_video(item.file, np.stack(list(scene.frames())), FRAMES_PER_S, **_X264)
+
+
+def _crashed(item: _Item) -> None:
+    raise Failure(f"could not write {item.file.name}: the process that encodes it was ended")
 
 
 def _write_json(file: Path, content: Any) -> None:

@@ -67,7 +67,7 @@ def data_make(
     chosen = {name: value for name, value in given.items() if value is not None}
     options = replace(DIFFICULTIES[difficulty], seed=seed, **chosen)
     with progress_bar("videos") as advance:
-        made = make(folder, options, advance)
+        made = make(folder, options, advance, _CORES)
     # ``make`` writes nothing if the folder has the same set already.
     outcome = f"is in {folder} already"
     if made:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal
 
@@ -140,9 +140,32 @@ def build_rows(study: Study, found: Mapping[str, Record]) -> list[Row]:
         )
         for label, values in study.file.baselines.items()
     ]
+    ours = _with_ratios(ours, study.file.table.reference)
     # Rows that ``order`` does not name follow in their own order, because ``sorted`` is stable.
     order = {label: rank for rank, label in enumerate(study.file.table.order)}
     return sorted([*quoted, *ours], key=lambda row: order.get(row.label, len(order)))
+
+
+def _with_ratios(rows: Sequence[Row], reference: str | None) -> list[Row]:
+    """Return rows whose ratio metrics are divided by those of the reference row."""
+    base = next((row for row in rows if row.label == reference), None)
+    base_cells: Mapping[str, Cell] = base.cells if base else {}
+    changed: list[Row] = []
+    for row in rows:
+        ratios = {
+            name: _ratio(cell, base_cells.get(name))
+            for name, cell in row.cells.items()
+            if METRICS[name].is_ratio
+        }
+        changed.append(replace(row, cells={**row.cells, **ratios}))
+    return changed
+
+
+def _ratio(cell: Cell, base: Cell | None) -> Cell:
+    """Return a cell relative to the reference row's mean; it is missing without that mean."""
+    if base is None or not base.mean:
+        return Cell("missing", (), cell.paper)
+    return Cell(cell.status, tuple(value / base.mean for value in cell.values), cell.paper)
 
 
 def _padded(parts: list[str], length: int) -> tuple[str, ...]:

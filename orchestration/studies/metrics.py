@@ -22,6 +22,8 @@ class Metric:
     scale: float = 1.0
     offset: float = 0.0
     """The printed value is scale × source + offset."""
+    is_ratio: bool = False
+    """Whether the printed value is divided by that of the table's reference row."""
 
 
 # The names are those of study files, the sources those of MLflow: both are frozen.
@@ -39,6 +41,13 @@ METRICS = {
         "L_r, test", "test/reconstruction_loss", digits=4, higher_is_better=False
     ),
     "clips_per_s": Metric("Clips/s", "throughput/clips_per_s", digits=1, higher_is_better=True),
+    "clips_per_s_ratio": Metric(
+        "Clips/s, × reference", "throughput/clips_per_s", higher_is_better=True, is_ratio=True
+    ),
+    "train_gflops": Metric("Training GFLOPs/clip", "cost.train_gflops", digits=4),
+    "train_gflops_ratio": Metric(
+        "Training GFLOPs/clip, × reference", "cost.train_gflops", digits=3, is_ratio=True
+    ),
     # A trial logs its accuracy alone: error = 100 − top-1.
     "error": Metric("Error (%)", "test/top1", higher_is_better=False, scale=-1.0, offset=100.0),
     "views": Metric("Crops × clips", "views", digits=0),

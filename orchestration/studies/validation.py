@@ -124,6 +124,11 @@ def _check_metrics(file: StudyFile, document: Document) -> None:
             raise UserError(
                 f"{document.location(part)}: {part}: no metric {name!r} (there are: {known})"
             )
+        if METRICS[name].is_ratio and file.table.reference is None:
+            raise UserError(
+                f"{document.location(part)}: {part}: {name} is relative to a row: set "
+                "table.reference"
+            )
     if figure.kind == "points" and figure.x is None:
         raise UserError(f"{document.location('figure')}: figure: kind 'points' needs x")
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import yaml
@@ -49,6 +50,21 @@ def test_a_folder_is_there_when_its_manifest_is(s3: None, tmp_path: Path) -> Non
     assert not remote.download_dir("step_1", tmp_path / "half")
     remote.remove("step_1")
     assert remote.names("") == []
+
+
+def test_a_file_that_cannot_be_read_to_its_end_leaves_no_part_of_it(
+    s3: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(source: IO[bytes], target: IO[bytes], length: int) -> None:
+        target.write(source.read(10))
+        raise OSError("the disk has a bad sector")
+
+    (tmp_path / "file").write_text("more than ten bytes")
+    remote = ObjectStore(f"{BUCKET}/cut")
+    monkeypatch.setattr(shutil, "copyfileobj", fails)
+    with pytest.raises(Failure, match="bad sector"):
+        remote.upload(tmp_path / "file", "file")
+    assert not remote.exists("file")
 
 
 def test_what_is_no_object_store_is_said(s3: None, tmp_path: Path) -> None:

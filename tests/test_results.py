@@ -393,6 +393,14 @@ def test_answers_come_back_from_their_file_and_equal_those_of_the_predictions(
     (tmp_path / "predictions.csv").write_text("\n".join(["video,label,class_1", *lines]))
     run = Run("", {})
     stored = read_correctness(run, lambda _, name: tmp_path / name)
+    # A damaged file is read from the predictions, as a missing one: cut, or with a byte changed.
+    whole = (tmp_path / CORRECTNESS).read_bytes()
+    damaged = [whole[:length] for length in range(0, len(whole), 50)]
+    damaged += [whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :] for at in range(0, 300, 7)]
+    for content in damaged:
+        (tmp_path / CORRECTNESS).write_bytes(content)
+        found = read_correctness(run, lambda _, name: tmp_path / name)
+        assert np.array_equal(found.correct, correct)
     (tmp_path / CORRECTNESS).unlink()
     predicted = read_correctness(run, lambda _, name: tmp_path / name)
     assert np.array_equal(stored.correct, correct) and np.array_equal(predicted.correct, correct)

@@ -231,6 +231,29 @@ def test_every_point_that_a_stepped_range_draws_lies_in_it(step: float) -> None:
     assert not dimension.holds(step * 1.5)
 
 
+def test_a_search_that_was_killed_while_it_began_gets_all_of_its_first_points(
+    open_: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue = optuna.Study.enqueue_trial
+    left = 1
+
+    def killed(study: optuna.Study, *args: Any, **options: Any) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        enqueue(study, *args, **options)
+
+    points = [{"mask.ratio": 0.5}, {"mask.ratio": 0.75}]
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_(initial_points=points)
+    monkeypatch.undo()
+    waiting = open_(initial_points=points).study.get_trials(states=[TrialState.WAITING])
+    fixed = [trial.system_attrs["fixed_params"]["mask.ratio"] for trial in waiting]
+    assert fixed == [0.5, 0.75]
+
+
 def test_another_goal_or_setting_is_another_search(open_: Open, tmp_path: Path) -> None:
     answer(open_(trials=3))
     assert open_(trials=3).next() is None
@@ -334,7 +357,8 @@ def test_a_trial_that_is_worse_than_others_were_is_ended_early(open_: Open) -> N
     bad = proposer.next()
     assert bad
     pruned = [proposer.should_prune(bad.key, epoch, {"val/top1": 10.0}) for epoch in (1, 2, 3)]
-    assert any(pruned)
+    # The first epoch is still in warm-up; a pruned trial is not asked about again.
+    assert pruned == [False, True, False]
     assert bad.key in proposer.pruned
     assert proposer.study.trials[-1].state == TrialState.PRUNED
 

@@ -11,6 +11,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mar.errors import Failure
 from orchestration.config import LaunchConfig
 from orchestration.tracking.store import Store
+from orchestration.tracking.tags import FOLDER
 from orchestration.tracking.writer import Writer
 
 
@@ -101,6 +102,28 @@ def test_an_experiment_that_was_deleted_in_the_browser_comes_back(store: Store) 
     store.client.delete_experiment(identifier)
     assert store.experiment("study") == identifier
     store.run(identifier, "trial", {"mar.kind": "trial"}, {})
+
+
+def test_runs_on_every_page_of_a_store_are_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = store.experiment("many")
+    for number in range(3):
+        store.run(experiment, f"study {number}", {"mar.kind": "study"}, {"mar.expected": "1"})
+        store.run(
+            experiment,
+            f"trial {number}",
+            {"mar.kind": "trial", "mar.key": str(number)},
+            {FOLDER: str(store.launch.store.resolve() / "trials" / str(number))},
+        )
+    search = store.client.search_runs
+
+    def one_at_a_time(ids: list[str], query: str, max_results: int, page_token: str | None) -> Any:
+        return search(ids, query, max_results=1, page_token=page_token)
+
+    monkeypatch.setattr(store.client, "search_runs", one_at_a_time)
+    assert {record.key for record in store.trials()} == {"0", "1", "2"}
+    assert store.close_stale(experiment) == 3
 
 
 def test_a_store_that_is_no_database_is_named(tmp_path: Path) -> None:

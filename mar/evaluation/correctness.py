@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
+
+from mar.errors import Failure
 
 CORRECTNESS = "correctness.npz"
 """File of a result. For 20,000 videos it has two kilobytes, where their predictions have two
@@ -41,11 +45,20 @@ def write_correctness(correct: npt.NDArray[np.bool_], names: Iterable[str], file
 
 
 def read_correctness(file: Path) -> tuple[npt.NDArray[np.bool_], str]:
-    """Return which videos were classified correctly, and the digest of their names."""
-    with np.load(file) as stored:
-        return np.unpackbits(stored["correct"], count=int(stored["num_videos"])).astype(bool), str(
-            stored["videos_digest"]
-        )
+    """Return which videos were classified correctly, and the digest of their names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        Failure: it is damaged.
+    """
+    try:
+        with np.load(file) as stored:
+            num_videos = int(stored["num_videos"])
+            correct = np.unpackbits(stored["correct"], count=num_videos).astype(bool)
+            return correct, str(stored["videos_digest"])
+    # numpy raises each of these for some damage of the zip file or of the arrays in it.
+    except (ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        raise Failure(f"{file}: damaged ({error})") from None
 
 
 def read_history(result: Path) -> list[dict[str, float]]:

@@ -42,6 +42,8 @@ _MOST_REJECTED = 1000
 _MOST_FAILURES = 3
 """Trials that fail one after the other before the search stops: the next would fail too."""
 
+_HAS_FIRST_POINTS = "has_first_points"
+"""Attribute of a study in Optuna that has all of its initial points and warm start."""
 # Attributes of a trial in Optuna. They are stored: a change makes earlier searches unreadable.
 _INFEASIBLE = "infeasible"
 """The rule or constraint that the proposal breaks."""
@@ -316,8 +318,6 @@ def open_search(search: Search, file: Path, records: Sequence[Record]) -> Optuna
     storage = optuna.storages.RDBStorage(sqlite_address(file))
     data_fingerprint = fingerprint(search.settings({}).data)
     name = search.study_name(identity(search.settings({}), data_fingerprint))
-    # Read before ``create_study``: a study that exists already has its initial points.
-    is_new = name not in optuna.get_all_study_names(storage)
     study = optuna.create_study(
         study_name=name,
         storage=storage,
@@ -331,9 +331,12 @@ def open_search(search: Search, file: Path, records: Sequence[Record]) -> Optuna
     study.sampler = SAMPLERS[search.file.sampler](seed)
     study.pruner = PRUNERS[search.file.pruner]()
     proposer = OptunaSearch(search, study, records)
-    if is_new:
+    # Not whether the study is new: a launch may have been killed after it made the study. What that
+    # launch had added already is not added again.
+    if not study.user_attrs.get(_HAS_FIRST_POINTS):
         study.set_metric_names([METRICS[name].title for name in search.file.objectives])
         enqueue_initial_points(study, search)
         if search.file.warm_start:
             add_finished_trials(study, search, proposer.fingerprint, records, proposer.values)
+        study.set_user_attr(_HAS_FIRST_POINTS, True)
     return proposer

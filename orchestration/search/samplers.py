@@ -20,7 +20,8 @@ SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
 # A pruner's step is an epoch: ``OptunaSearch.should_prune`` reports once an epoch.
 PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
     "none": optuna.pruners.NopPruner,
-    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
+    # Epochs are counted from 1, so 2 spares the first, which is still in warm-up.
+    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2),
     # Trials are compared after 1, 3, 9, … epochs, and the best third of them trains on.
     "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
 }

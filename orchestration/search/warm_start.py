@@ -22,7 +22,8 @@ RUN = "run"
 def enqueue_initial_points(study: optuna.Study, search: Search) -> None:
     """Make the search file's initial points the first proposals, in the file's order."""
     for point in search.file.initial_points:
-        study.enqueue_trial({path: _value(search, path, value) for path, value in point.items()})
+        params = {path: _value(search, path, value) for path, value in point.items()}
+        study.enqueue_trial(params, skip_if_exists=True)
 
 
 def add_finished_trials(
@@ -37,9 +38,10 @@ def add_finished_trials(
     ``objective_values`` returns a trial's value of each objective from its settings and metrics; it
     raises a KeyError if the metrics lack one.
     """
+    known = {trial.user_attrs.get(RUN) for trial in study.get_trials(deepcopy=False)}
     base = flatten(json.loads(Trial({}, search.settings({}), data_fingerprint).identity))
     for record in records:
-        if record.status != "FINISHED" or not record.identity:
+        if record.status != "FINISHED" or not record.identity or record.run_id in known:
             continue
         try:
             tree = flatten(json.loads(with_defaults_filled(record.identity)))

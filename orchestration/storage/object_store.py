@@ -59,12 +59,17 @@ class ObjectStore:
     def upload(self, file: Path, name: str) -> None:
         """Upload a file, as a whole or not at all."""
         # S3 shows an object when its stream is closed, so a killed upload leaves nothing.
-        with (
-            self._explained(name),
-            file.open("rb") as source,
-            self.files.open_output_stream(self._at(name)) as target,
-        ):
-            shutil.copyfileobj(source, target, _CHUNK_BYTES)
+        with self._explained(name), file.open("rb") as source:
+            target = self.files.open_output_stream(self._at(name))
+            try:
+                shutil.copyfileobj(source, target, _CHUNK_BYTES)
+            except BaseException:
+                # The stream has no way to be given up: closed, it shows a part of the file.
+                with suppress(OSError):
+                    target.close()
+                    self.files.delete_file(self._at(name))
+                raise
+            target.close()
 
     def download(self, name: str, file: Path) -> bool:
         """Download a file, as a whole or not at all; false if it does not exist."""

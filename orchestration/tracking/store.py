@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,7 @@ class Store:
                 item.experiment_id: item.name
                 for item in self._pages(self.client.search_experiments)
             }
-            runs: list[Run] = []
-            token = None
-            while names:
-                page = self.client.search_runs(
-                    list(names), f"tags.`{KIND}` = 'trial'", max_results=1000, page_token=token
-                )
-                runs.extend(page)
-                token = page.token
-                if not token:
-                    break
+            runs = self._runs(names, f"tags.`{KIND}` = 'trial'")
         return [
             RunRecord(
                 run.info.run_id,
@@ -103,13 +94,20 @@ class Store:
                 item.experiment_id: item.name
                 for item in self._pages(self.client.search_experiments)
             }
-            if names:
-                runs = self.client.search_runs(
-                    list(names), f"tags.`{KIND}` = 'study'", max_results=1000
-                )
-            else:
-                runs = []
+            runs = self._runs(names, f"tags.`{KIND}` = 'study'")
         return {names[run.info.experiment_id]: int(run.data.tags.get(EXPECTED, 0)) for run in runs}
+
+    def _runs(self, experiment_ids: Iterable[str], query: str) -> list[Run]:
+        """Return all runs of some experiments that a query finds."""
+        ids = list(experiment_ids)
+        # MLflow refuses a search in no experiment.
+        if not ids:
+            return []
+
+        def page(page_token: str | None) -> Any:
+            return self.client.search_runs(ids, query, max_results=1000, page_token=page_token)
+
+        return list(self._pages(page))
 
     def result_of(self, record: RunRecord) -> Path:
         """Return the result folder of a finished trial, downloaded if it is not on this disk.
@@ -215,9 +213,7 @@ class Store:
         # All runs of an embedded store are its own, also those with its path before it was moved.
         is_embedded = self.launch.tracking_uri is None
         with explained(self.launch):
-            running = self.client.search_runs(
-                [experiment_id], "attributes.status = 'RUNNING'", max_results=1000
-            )
+            running = self._runs([experiment_id], "attributes.status = 'RUNNING'")
             folders = {run.info.run_id: run.data.tags.get(FOLDER, "") for run in running}
             stale = [
                 run_id

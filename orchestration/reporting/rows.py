@@ -79,8 +79,9 @@ class Row:
     cells: Mapping[str, Cell]
     """By metric."""
     seeds: int
+    """Number of values that it is a mean of: its seeds, or its folds (``table.mean_over``)."""
     finished: int
-    """Number of its seeds that have a finished run."""
+    """Number of these that are finished."""
     notes: tuple[str, ...] = ()
     """Notes on its numbers, printed below the table."""
     extra_columns: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -108,21 +109,18 @@ def build_rows(study: Study, found: Mapping[str, Record]) -> list[Row]:
         "top1",
         "shuffled_top1",
     }
-    # The trials of a row differ in their seeds alone. A dict keeps the study's order.
+    # The trials of a row differ in their seeds, and in the axis over which it is a mean. A dict
+    # keeps the study's order.
+    axes = _row_axes(study)
     grouped: dict[tuple[str, ...], list[Trial]] = {}
     for trial in study.trials:
-        grouped.setdefault(tuple(trial.labels.values()), []).append(trial)
+        grouped.setdefault(tuple(trial.labels[axis] for axis in axes), []).append(trial)
     extra_columns = study.file.extra_columns
     ours = [
         Row(
-            tuple(
-                part
-                for each in zip(study.file.axes, labels, strict=True)
-                for part in label_parts(*each)
-            ),
+            tuple(part for each in zip(axes, labels, strict=True) for part in label_parts(*each)),
             {name: _cell(study, name, trials, found) for name in wanted},
-            len(trials),
-            sum(trial.key in found for trial in trials),
+            *_counts(study, trials, found),
             _notes(trials, found),
             extra_columns.get(trials[0].row, {}),
         )
@@ -144,6 +142,20 @@ def build_rows(study: Study, found: Mapping[str, Record]) -> list[Row]:
     # Rows that ``order`` does not name follow in their own order, because ``sorted`` is stable.
     order = {label: rank for rank, label in enumerate(study.file.table.order)}
     return sorted([*quoted, *ours], key=lambda row: order.get(row.label, len(order)))
+
+
+def _counts(study: Study, trials: Sequence[Trial], found: Mapping[str, Record]) -> tuple[int, int]:
+    """Return how many values a row is a mean of, and how many of them are finished.
+
+    They are its seeds, or else its folds; a fold is finished with all of its seeds.
+    """
+    axis = study.file.table.mean_over
+    if axis is None:
+        return len(trials), sum(trial.key in found for trial in trials)
+    folds: dict[str, list[bool]] = {}
+    for trial in trials:
+        folds.setdefault(trial.labels[axis], []).append(trial.key in found)
+    return len(folds), sum(all(each) for each in folds.values())
 
 
 def _with_ratios(rows: Sequence[Row], reference: str | None) -> list[Row]:
@@ -175,7 +187,12 @@ def _padded(parts: list[str], length: int) -> tuple[str, ...]:
 
 def axis_parts(study: Study) -> list[str]:
     """Return the names of the label columns; one axis may have several."""
-    return [part for axis in study.file.axes for part in label_parts(axis, axis)]
+    return [part for axis in _row_axes(study) for part in label_parts(axis, axis)]
+
+
+def _row_axes(study: Study) -> list[str]:
+    """Return the axes whose labels tell rows apart: all but the one over which rows are means."""
+    return [axis for axis in study.file.axes if axis != study.file.table.mean_over]
 
 
 def _notes(trials: Sequence[Trial], found: Mapping[str, Record]) -> tuple[str, ...]:
@@ -208,10 +225,22 @@ def _cell(study: Study, name: str, trials: Sequence[Trial], found: Mapping[str, 
     if source.startswith("cost."):
         return Cell("complete", (cost_figure(cost(trials[0].settings), source),), paper)
     # A run of an earlier version may lack the metric: it counts as missing.
-    runs = [found[trial.key] for trial in trials if trial.key in found]
-    values = tuple(
-        metric.scale * run.metrics[source] + metric.offset for run in runs if source in run.metrics
-    )
-    if len(values) == len(trials):
-        return Cell("complete", values, paper)
-    return Cell("partial" if values else "missing", values, paper)
+    measured = [
+        trial for trial in trials if trial.key in found and source in found[trial.key].metrics
+    ]
+    values = {
+        trial.key: metric.scale * found[trial.key].metrics[source] + metric.offset
+        for trial in measured
+    }
+    # A fold's value is the mean over its seeds.
+    axis = study.file.table.mean_over
+    if axis is None:
+        means = tuple(values[trial.key] for trial in measured)
+    else:
+        folds: dict[str, list[float]] = {}
+        for trial in measured:
+            folds.setdefault(trial.labels[axis], []).append(values[trial.key])
+        means = tuple(sum(each) / len(each) for each in folds.values())
+    if len(measured) == len(trials):
+        return Cell("complete", means, paper)
+    return Cell("partial" if means else "missing", means, paper)

@@ -26,6 +26,8 @@ IN_ONE = " in one training"
 """Suffix of a claim's verdict if some of its rows have one training: another seed might give
 another verdict."""
 ONE_TRAINING = "One training for each row: the interval does not contain the effect of other seeds."
+_NO_FOLD = ""
+"""The fold of a row that is not a mean over folds."""
 Verdict = Literal[
     "supported",
     "supported in one training",
@@ -56,6 +58,10 @@ class Correctness:
             correctness.videos_digest(correct),
             lambda: [*correct],
         )
+
+
+_Answers = Mapping[str, Sequence[Correctness]]
+"""Which videos a row's models get right: fold -> one for each seed."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,49 @@ def compare(ours: Sequence[Correctness], theirs: Sequence[Correctness]) -> Compa
     low = 100 * (difference - reach)
     high = 100 * (difference + reach)
     return Comparison(100 * difference, low, high, p, num_videos, num_seeds)
+
+
+def compare_over_folds(
+    ours: Mapping[str, Sequence[Correctness]], theirs: Mapping[str, Sequence[Correctness]]
+) -> Comparison | None:
+    """Compare two rows that are means over folds; none with fewer than two folds in both.
+
+    A paired t test over the folds' accuracies. Two folds train on mostly the same videos, so their
+    differences vary less than those of independent data would. The variance is corrected for it,
+    with the ratio of test to training videos of folds that share out the data (Nadeau and Bengio,
+    Inference for the generalization error, 2003).
+    """
+    folds = [fold for fold in ours if fold in theirs]
+    count = len(folds)
+    if count < 2:
+        return None
+    gaps = np.array([_accuracy(ours[fold]) - _accuracy(theirs[fold]) for fold in folds])
+    difference = float(gaps.mean())
+    # In k folds, each tests on a share 1 / k of the videos, and trains on the others.
+    deviation = float((gaps.var(ddof=1) * (1 / count + 1 / (count - 1))) ** 0.5)
+    student = _student(count - 1)
+    if deviation > 0:
+        p = float(2 * student.sf(abs(difference) / deviation))
+    else:
+        p = 1.0 if difference == 0 else 0.0
+    reach = student.ppf((1 + CONFIDENCE) / 2) * deviation
+    num_videos = sum(len(ours[fold][0].correct) for fold in folds)
+    low = 100 * (difference - reach)
+    high = 100 * (difference + reach)
+    # Each fold is a training of its own.
+    return Comparison(100 * difference, low, high, p, num_videos, count)
+
+
+def _accuracy(seeds: Sequence[Correctness]) -> float:
+    """Return the mean accuracy of a fold's models, a share."""
+    return float(np.mean([each.correct.mean() for each in seeds]))
+
+
+def _compare_rows(ours: _Answers, theirs: _Answers) -> Comparison | None:
+    """Compare two rows: over the videos, or over the folds of which they are means."""
+    if ours.keys() == theirs.keys() == {_NO_FOLD}:
+        return compare(ours[_NO_FOLD], theirs[_NO_FOLD])
+    return compare_over_folds(ours, theirs)
 
 
 def _variance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> tuple[float, float]:
@@ -249,7 +298,9 @@ def against_reference(results: StudyResults) -> dict[str, Comparison]:
     if reference not in rows:
         return {}
     gaps = {
-        row: compare(correct, rows[reference]) for row, correct in rows.items() if row != reference
+        row: _compare_rows(correct, rows[reference])
+        for row, correct in rows.items()
+        if row != reference
     }
     return {row: gap for row, gap in holm_corrected(gaps).items() if gap is not None}
 
@@ -259,7 +310,7 @@ def tells_apart(results: StudyResults, row: str, other: str) -> bool:
     rows = _correctness_of_rows(results, {row, other})
     if row not in rows or other not in rows:
         return False
-    comparison = compare(rows[row], rows[other])
+    comparison = _compare_rows(rows[row], rows[other])
     return comparison is not None and comparison.is_significant
 
 
@@ -289,7 +340,7 @@ def claims(results: StudyResults) -> list[Claim]:
     return [_judged(text, pairs, rows) for text, pairs in stated.items()]
 
 
-def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correctness]]) -> Claim:
+def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, _Answers]) -> Claim:
     """Return a claim with its verdict.
 
     Supported: every pair differs significantly, in the paper's direction. Contradicted: at least
@@ -299,7 +350,7 @@ def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correct
     for pair in pairs:
         better, worse = pair.split(" > ")
         if better in rows and worse in rows:
-            gaps[pair] = compare(rows[better], rows[worse])
+            gaps[pair] = _compare_rows(rows[better], rows[worse])
         else:
             gaps[pair] = None
     gaps = holm_corrected(gaps)
@@ -327,8 +378,8 @@ def _judged(text: str, pairs: Sequence[str], rows: Mapping[str, Sequence[Correct
 
 def _correctness_of_rows(
     results: StudyResults, only: set[str] | None = None
-) -> dict[str, list[Correctness]]:
-    """Return, for each row with all seeds finished, which videos each seed's model gets right.
+) -> dict[str, _Answers]:
+    """Return, for each row with all trials finished, which videos each model gets right.
 
     With ``only``, of some rows. A row with a result whose files are lost is left out: the user is
     told, and the rest of a report does not fail for it.
@@ -350,12 +401,17 @@ def _correctness_of_rows(
             read[run.run_id] = read_correctness(run, file_of)
         return read[run.run_id]
 
-    correct: dict[str, list[Correctness]] = {}
+    correct: dict[str, _Answers] = {}
     for row, trials in grouped.items():
         if any(trial.key not in found for trial in trials):
             continue
+        folds: dict[str, list[Correctness]] = {}
         try:
-            correct[row] = [answers_of(trial) for trial in trials]
+            for trial in trials:
+                fold = trial.labels.get(trial.averaged_axis or "", _NO_FOLD)
+                folds.setdefault(fold, []).append(answers_of(trial))
         except (Failure, OSError) as error:
             mention_lost_file(error)
+        else:
+            correct[row] = folds
     return correct

@@ -20,8 +20,8 @@ from orchestration.studies.metrics import METRICS
 Spread = Literal["interval", "std", "range"]
 SPREADS: dict[Spread, str] = {
     "interval": "± the 95 % interval of the mean (Student's t)",
-    "std": "± the standard deviation over seeds",
-    "range": "[least, greatest] over seeds",
+    "std": "± the standard deviation",
+    "range": "[least, greatest]",
 }
 # Marks in cells; the notes below the table explain each one that is used.
 MISSING = "–"
@@ -50,6 +50,8 @@ class TableInfo:
     """Row -> its top-1 minus the reference's."""
     spread: Spread | None = None
     """The measure of spread beside a mean over seeds. None: it depends on their number."""
+    mean_over: str | None = None
+    """The axis over whose labels each row is a mean."""
     own_notes: Sequence[str] = ()
     """The notes of the study's file."""
     is_significant: Mapping[str, bool] = field(default_factory=dict[str, bool])
@@ -79,20 +81,15 @@ class TableInfo:
         if finished == wanted:
             missing = []
         else:
-            missing = [f"{finished} of {wanted} trials are finished; {MISSING}: not available yet."]
+            what = f"trials ({self.mean_over})" if self.mean_over else "trials"
+            missing = [f"{finished} of {wanted} {what} are finished; {MISSING}: not available yet."]
         if any(row.is_quoted for row in self.rows):
             quoted = [f"{QUOTED}: as the paper quotes it; not run here."]
         else:
             quoted = []
         if self.comparisons:
             # An interval from one training does not contain the variance between seeds.
-            legend = [
-                f"To {self.reference}: difference in top-1 over the same videos, 95 % interval; "
-                f"{ALIKE}: no significant difference on these videos (paired test, Holm's "
-                "correction for "
-                f"{len(self.comparisons)} rows, 5 %)."
-                + (f" {ONE_TRAINING}" if max(row.seeds for row in self.rows) == 1 else "")
-            ]
+            legend = [self._comparison_note]
         else:
             legend = []
         return (
@@ -104,6 +101,24 @@ class TableInfo:
         )
 
     @property
+    def _comparison_note(self) -> str:
+        """The note that explains the column of differences from the reference row."""
+        correction = f"Holm's correction for {len(self.comparisons)} rows, 5 %"
+        if self.mean_over:
+            return (
+                f"To {self.reference}: difference in top-1, 95 % interval; {ALIKE}: no significant "
+                f"difference (t test paired by {self.mean_over}, corrected for folds that share "
+                f"training videos; {correction})."
+            )
+        note = (
+            f"To {self.reference}: difference in top-1 over the same videos, 95 % interval; "
+            f"{ALIKE}: no significant difference on these videos (paired test, {correction})."
+        )
+        if max(row.seeds for row in self.rows) == 1:
+            note += f" {ONE_TRAINING}"
+        return note
+
+    @property
     def _seed_notes(self) -> list[str]:
         """The note on the number of trainings behind each mean, and on its measure of spread."""
         # A row with one training has no spread to explain.
@@ -111,7 +126,9 @@ class TableInfo:
         if not counts:
             return []
         meanings = {SPREADS[self.spread_of(count)] for count in counts}
-        if self.common_seeds:
+        if self.common_seeds and self.mean_over:
+            number = f"Each row is the mean over {self.common_seeds} labels of {self.mean_over}; "
+        elif self.common_seeds:
             number = f"n = {self.common_seeds} trainings a row; "
         else:
             number = ""
@@ -136,6 +153,7 @@ def table_info(results: StudyResults) -> TableInfo:
         layout.reference,
         against_reference(results),
         layout.spread,
+        layout.mean_over,
         study.file.notes,
         is_significant,
     )

@@ -89,7 +89,7 @@ def curves_info(results: StudyResults) -> FigureInfo | None:
 def confusion(results: StudyResults) -> Confusion | None:
     """Return the confusion matrix of the row with the best top-1 (its first finished seed).
 
-    None if no predictions can be read.
+    A row that is a mean over folds has the sum over its folds. None if no predictions can be read.
     """
     study = results.study
     found = results.runs
@@ -97,16 +97,22 @@ def confusion(results: StudyResults) -> Confusion | None:
     best = max(results.rows, key=lambda row: row.cells["top1"].mean or -1.0, default=None)
     if best is None or best.cells["top1"].mean is None:
         return None
-    trial = next(trial for trial in study.trials if trial.row == best.label and trial.key in found)
-    predictions = results.file(found[trial.key], "predictions.csv")
-    if predictions is None:
-        return None
-    lines = _read(predictions)
-    names = _class_names(trial)
+    trials = [trial for trial in study.trials if trial.row == best.label and trial.key in found]
+    shown = trials[0].name
+    axis = study.file.table.mean_over
+    if axis is None:
+        trials = trials[:1]
+    else:
+        shown = f"{best.label}, all of {axis}"
+    names = _class_names(trials[0])
     counts = np.zeros((len(names), len(names)), dtype=int)
-    for line in lines:
-        counts[int(line["label"]), int(line["class_1"])] += 1
-    return Confusion(f"{study.file.title}: {trial.name}", names, counts)
+    for trial in trials:
+        predictions = results.file(found[trial.key], "predictions.csv")
+        if predictions is None:
+            return None
+        for line in _read(predictions):
+            counts[int(line["label"]), int(line["class_1"])] += 1
+    return Confusion(f"{study.file.title}: {shown}", names, counts)
 
 
 def _class_names(trial: Trial) -> list[str]:

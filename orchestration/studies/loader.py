@@ -97,7 +97,8 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
         for seed in seeds:
             merged = merge(tree, {**changes, "seed": seed})
             settings = _build(merged, recipe, document, own, file, changes)
-            trials.append(Trial(named, settings, _fingerprint(settings, fingerprints)))
+            content = _fingerprint(settings, fingerprints)
+            trials.append(Trial(named, settings, content, file.table.mean_over))
     study = Study(document.path.stem, file, trials, document.path)
     if not trials:
         raise UserError(

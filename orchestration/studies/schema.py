@@ -31,6 +31,9 @@ class TableLayout(_Part):
     """Short names of metrics (``metrics.METRICS``)."""
     pivot: str | None = None
     """An axis whose labels become columns of each metric, side by side, instead of rows."""
+    mean_over: str | None = None
+    """An axis, as the folds of a cross-validation, over whose labels each row is a mean; its
+    interval, and the comparison of two rows, are over these labels."""
     reference: str | None = None
     """The row that others are compared with; none: no comparison."""
     delta: dict[str, str] = {}

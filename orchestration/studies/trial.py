@@ -27,16 +27,20 @@ class Trial:
     settings: TrainingConfig
     fingerprint: str
     """The fingerprint of the data's content; ``ABSENT`` if the data is missing."""
+    averaged_axis: str | None = None
+    """The axis whose labels share a row of the table (``TableLayout.mean_over``)."""
 
     @property
     def row(self) -> str:
-        """The labels of all axes, joined."""
-        return BETWEEN_LABELS.join(self.labels.values())
+        """The labels of the row that it is in, joined."""
+        return BETWEEN_LABELS.join(
+            label for axis, label in self.labels.items() if axis != self.averaged_axis
+        )
 
     @property
     def name(self) -> str:
-        """The trial's name for people: its row and its seed."""
-        return f"{self.row} (seed {self.settings.seed})"
+        """The trial's name for people: the labels of all axes, and its seed."""
+        return f"{BETWEEN_LABELS.join(self.labels.values())} (seed {self.settings.seed})"
 
     @cached_property
     def identity(self) -> str:

@@ -105,8 +105,9 @@ def check_references(study: Study, document: Document) -> None:
         UserError: one of them does not exist.
     """
     _check_metrics(study.file, document)
-    _check_rows(study, document)
+    # Before the rows, which depend on the axis over which they are means.
     _check_axes(study, document)
+    _check_rows(study, document)
 
 
 def _check_metrics(file: StudyFile, document: Document) -> None:
@@ -157,6 +158,15 @@ def _check_rows(study: Study, document: Document) -> None:
             )
 
 
+def _check_mean_over(file: StudyFile, axis: str, document: Document) -> None:
+    """Check that the axis over which rows are means exists, and is not the only one."""
+    location = f"{document.location('table')}: table.mean_over"
+    if axis not in file.axes:
+        raise UserError(f"{location}: no axis {axis!r} (there are: {', '.join(file.axes)})")
+    if len(file.axes) == 1:
+        raise UserError(f"{location}: a mean over the only axis leaves no rows; add an axis")
+
+
 def _check_axes(study: Study, document: Document) -> None:
     """Check that every named axis exists, and that labels have the parts of their axis."""
     file = study.file
@@ -164,6 +174,10 @@ def _check_axes(study: Study, document: Document) -> None:
     # An axis as "classifier / width" makes two columns, and each may be named alone.
     parts = [part for axis in file.axes for part in label_parts(axis, axis)]
     axes = {"table.pivot": table.pivot, "figure.group": file.figure.group}
+    if table.mean_over is not None:
+        _check_mean_over(file, table.mean_over, document)
+        averaged = label_parts(table.mean_over, table.mean_over)
+        parts = [part for part in parts if part not in averaged]
     axes |= {f"table.delta.{axis}": axis for axis in table.delta}
     for location, axis in axes.items():
         if axis is not None and axis not in parts:

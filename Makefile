@@ -5,11 +5,30 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test test-cluster chaos check format clean
+.PHONY: demo mini test test-cluster chaos check format clean
 
 demo: $(STAMP)
 	@$(BIN)/mar data make motion-verbs mar_data/motion-verbs
 	@$(BIN)/mar run search_spaces/quickstart.yaml
+
+# Every study of the paper at a small size, for real: data, pre-training, some 200 trainings, pages (docs/mini). Hours;
+# stop it when you like, the same command resumes.
+MINI_VIDEOS := $(BIN)/mar data make motion-verbs --size 36 --classes 8
+MINI_WEIGHTS := verbs_vit_b other_vit_b other_vit_l pictures_vit_b small_a_vit_b small_b_vit_b
+
+mini: $(STAMP)
+	$(MINI_VIDEOS) mar_data/mini/verbs --train 4096 --validation 2048
+	$(MINI_VIDEOS) mar_data/mini/other --seed 1 --shake 0.01 --frames 24 --train 4096 --validation 2048
+	$(MINI_VIDEOS) mar_data/mini/pictures --seed 2 --frames 2 --motion 0 --train 4096 --validation 64
+	$(MINI_VIDEOS) mar_data/mini/small_a --seed 3 --train 512
+	$(MINI_VIDEOS) mar_data/mini/small_b --seed 4 --clutter 1 --shake 0.01 --train 256
+	$(BIN)/mar run mini_pretraining
+	for name in $(MINI_WEIGHTS); do \
+	  $(BIN)/mar weights convert search_spaces/recipes/mini/pretrain/$$name.yaml mar_data/mini/weights/$$name || exit; \
+	done
+	$(BIN)/mar run --all recipe=mini
+	$(BIN)/mar report --all recipe=mini
+	$(BIN)/python benchmarks/mini_pages.py mar_store docs/mini
 
 test: check
 	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder

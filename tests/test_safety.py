@@ -12,7 +12,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -36,7 +36,8 @@ from mar.weights.hub import weight_files
 from mar.weights.reading import read_weights
 from mar.weights.safe_loading import read_tensors
 from orchestration import secrets
-from orchestration.backends.ray_jobs import printable_arguments
+from orchestration.backends import ray_jobs
+from orchestration.backends.ray_jobs import Jobs, printable_arguments
 from orchestration.config import LaunchConfig
 from orchestration.storage.object_store import ObjectStore
 
@@ -641,3 +642,29 @@ def test_no_backslash_of_a_text_frees_html_or_links_in_markdown(
     assert "<img" not in page and "<a " not in page
     assert page.count("<td>") == 2
     assert "<td>last</td>" in page
+
+
+class _Away:
+    """A dashboard that is gone, as Ray's client shows it."""
+
+    def __init__(self, reason: Exception) -> None:
+        self.reason = reason
+
+    def list_jobs(self) -> list[Any]:
+        raise self.reason
+
+    get_job_info = tail_job_logs = stop_job = list_jobs
+
+
+@pytest.mark.parametrize("reason", [RuntimeError("Request failed"), ConnectionError("refused")])
+def test_a_dashboard_that_fails_while_a_job_is_followed_is_a_failure_in_words(
+    reason: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Jobs.__new__(Jobs)
+    jobs.address = "http://127.0.0.1:8265"
+    jobs.client = cast(Any, _Away(reason))
+    monkeypatch.setattr(Jobs, "_known", lambda self, job_id: None)
+    monkeypatch.setattr(ray_jobs, "_PATIENCE_S", 0.0)
+    for call in (lambda: jobs.follow("mar-x"), lambda: jobs.stop("mar-x"), jobs.list):
+        with pytest.raises(Failure, match=r"127.0.0.1:8265 does not answer"):
+            call()

@@ -350,3 +350,6 @@ def test_a_row_or_a_label_with_an_equals_sign_takes_its_own_settings() -> None:
     assert [trials[f"VideoMAE / {name}"].recipe.epochs for name in ("UCF101", "HMDB51")] == [3, 3]
     with pytest.raises(UserError, match="the study has no such row"):
         read_study("table13_ucf101_hmdb51", ["rows.MAR.encoder.weights=x"])
+    with pytest.raises(UserError, match=r"^mask\.ratio: ") as wrong:
+        read_study("table13_ucf101_hmdb51", ["rows.MAR, ρ = 50 % / HMDB51.mask.ratio=3"])
+    assert ".yaml" not in str(wrong.value), "the mistake is on the command line"

@@ -22,7 +22,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,8 @@ from orchestration.tracking.provenance import tags
 
 _TIMEOUT_S = 10.0
 """Of the first request to a dashboard."""
+_PATIENCE_S = 60.0
+"""How long a followed job's dashboard may be away."""
 _WEBHOOK = "webhook.txt"
 """File in a job's folder: the webhook, a secret, since whoever has it can post there."""
 _UNSHIPPED = ("__pycache__", "*.pyc")
@@ -143,7 +145,7 @@ class Jobs:
         """Return mar's jobs on the cluster, the newest first."""
         found: list[Any] = [
             each
-            for each in self.client.list_jobs()
+            for each in self._answer(self.client.list_jobs)
             if str(each.submission_id or "").startswith("mar-")
         ]
         found.sort(key=lambda each: each.start_time or 0, reverse=True)
@@ -157,20 +159,44 @@ class Jobs:
             async for lines in self.client.tail_job_logs(job_id):
                 print(lines, end="", flush=True)
 
+        answered = time.monotonic()
         while True:
-            # The log also ends when the connection is lost; only the status shows whether the job
-            # has ended. If it has not, the log is read again from its start.
-            with suppress(RuntimeError):
+            # The log also ends when the connection is lost, with an error of Ray or of its HTTP
+            # client; only the status shows whether the job has ended. If it has not, the log is
+            # read again from its start.
+            with suppress(Exception):
                 asyncio.run(tail())
-            info: Any = self.client.get_job_info(job_id)
-            if info.status.is_terminal():
-                return str(info.status)
+            try:
+                info = self._answer(lambda: self.client.get_job_info(job_id))
+            except Failure:
+                # A dashboard that restarts is away for some seconds.
+                if time.monotonic() - answered > _PATIENCE_S:
+                    raise
+            else:
+                answered = time.monotonic()
+                if info.status.is_terminal():
+                    return str(info.status)
             time.sleep(1)
 
     def stop(self, job_id: str) -> None:
         """Stop a job now. Its results and checkpoints are kept: the same submission resumes it."""
         self._known(job_id)
-        self.client.stop_job(job_id)
+        self._answer(lambda: self.client.stop_job(job_id))
+
+    def _answer(self, ask: Callable[[], Any]) -> Any:
+        """Return what the dashboard answers.
+
+        Raises:
+            Failure: it does not answer, or with an error.
+        """
+        try:
+            return ask()
+        # Ray raises RuntimeError, and lets the errors of its HTTP client through.
+        except Exception as error:
+            raise Failure(
+                f"{self.address} does not answer: {first_line(error)}. Its jobs run on if the "
+                "cluster does; mar jobs list shows them when it answers again"
+            ) from None
 
     def _known(self, job_id: str) -> None:
         known = [job.job_id for job in self.list()]

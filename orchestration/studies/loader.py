@@ -96,7 +96,9 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
         named = dict(zip(file.axes, (label for label, _ in own), strict=True))
         for seed in seeds:
             merged = merge(tree, {**changes, "seed": seed})
-            settings = _build(merged, recipe, document, own, file, changes)
+            # The changes of the row are the command line's too.
+            given = {**of_rows.get(row, {}), **changes}
+            settings = _build(merged, recipe, document, own, file, given)
             content = _fingerprint(settings, fingerprints)
             trials.append(Trial(named, settings, content, file.table.mean_over))
     study = Study(document.path.stem, file, trials, document.path)

@@ -488,3 +488,26 @@ def test_a_table_says_the_spread_that_was_asked_for(study: Study, tmp_path: Path
         assert shown in to_markdown(
             table_info(StudyResults.match(chosen, runs(chosen, 70.0, 71.0, 69.0, 69.5)))
         )
+
+
+def test_every_column_of_a_pivot_has_its_own_gains(tmp_path: Path, videos: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    (tmp_path / "study.yaml").write_text(
+        "title: Pivot\nrecipe: recipe.yaml\n"
+        "axes:\n"
+        "  ρ: {50 %: {mask.ratio: 0.5}, 75 %: {mask.ratio: 0.75}}\n"
+        "  Test: {a: {evaluation.mask.start: 0}, b: {evaluation.mask.start: 1}}\n"
+        "table: {columns: [top1], pivot: Test, delta: {ρ: 50 %}}\n"
+    )
+    study = read_study(str(tmp_path / "study.yaml"))
+    # In the study's order: 50 % / a, 50 % / b, 75 % / a, 75 % / b.
+    table = table_info(StudyResults.match(study, runs(study, 70.0, 60.0, 71.0, 58.0)))
+    head, _, _, second = to_markdown(table).splitlines()[2:6]
+    cells = dict(
+        zip(
+            [cell.strip() for cell in head.split("|")],
+            [cell.strip() for cell in second.split("|")],
+            strict=True,
+        )
+    )
+    assert (cells["Δ, a"], cells["Δ, b"]) == ("+1.00", "-2.00")

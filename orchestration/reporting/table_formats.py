@@ -196,8 +196,8 @@ def _frame(
             columns += [
                 (key, [plain(text) for text in texts]) for key, texts in _beside(rows_of, name)
             ]
-        if name == "top1":
-            columns += _top1_columns(info, firsts, plain)
+            if name == "top1":
+                columns += _top1_columns(info, rows_of, head, plain)
     # Titles may be equal ("paper" of several metrics), which a dict of columns cannot have: the
     # frame is made with numbers, and titled afterwards.
     frame = pd.DataFrame({column: texts for column, (_, texts) in enumerate(columns)})
@@ -228,23 +228,23 @@ def _text_columns(
 
 
 def _top1_columns(
-    info: TableInfo, firsts: Sequence[Row], plain: Callable[[str], str]
+    info: TableInfo, rows_of: Sequence[Row | None], head: str, plain: Callable[[str], str]
 ) -> list[tuple[str, list[str]]]:
-    """Return the columns beside top-1: the comparison with the reference row, and the gains."""
+    """Return the columns beside a column of top-1: the comparison with the reference, the gains.
+
+    ``head`` is the label above the column; with a pivot axis each of its labels has a column.
+    """
+    of_head = f", {head}" if head else ""
     columns: list[tuple[str, list[str]]] = []
     if info.comparisons:
-        comparisons = [info.comparisons.get(row.label) for row in firsts]
-        columns.append(
-            (
-                f"to {info.reference}",
-                [plain(_gap(each)) if each else "" for each in comparisons],
-            )
-        )
+        gaps = [info.comparisons.get(row.label) if row else None for row in rows_of]
+        texts = [_gap(gap) if gap else "" for gap in gaps]
+        columns.append((f"to {info.reference}{of_head}", [plain(text) for text in texts]))
     if info.delta:
-        columns.append(("Δ", [plain(_gain(info, row, lambda cell: cell.mean)) for row in firsts]))
-        columns.append(
-            ("Δ, paper", [plain(_gain(info, row, lambda cell: cell.paper)) for row in firsts])
-        )
+        ours = [_gain(info, row, lambda cell: cell.mean) if row else "" for row in rows_of]
+        papers = [_gain(info, row, lambda cell: cell.paper) if row else "" for row in rows_of]
+        columns.append((f"Δ{of_head}", [plain(text) for text in ours]))
+        columns.append((f"Δ, paper{of_head}", [plain(text) for text in papers]))
     return columns
 
 

@@ -14,6 +14,7 @@ from mar.config.schema import MaskConfig, TrainingConfig
 from mar.model.flops import cost
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask, training_mask
+from orchestration.studies.identity import identity
 
 NAMES = get_args(MaskConfig.model_fields["strategy"].annotation)
 MOTIONS = get_args(MaskConfig.model_fields["motion"].annotation)
@@ -132,3 +133,40 @@ def test_a_model_learns_under_it_and_its_cost_is_that_of_its_tokens(
     assert all(gradient is not None for gradient in gradients.values()), "every part has learnt"
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
     assert cost(trial).visible_tokens == int((~hidden[0]).sum())
+
+
+@every_mask
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mask.cell": [4, 4]},
+        {"mask.spatial": "random"},
+        {"mask.temporal": "fixed"},
+        {"evaluation.mask.start": 1},
+    ],
+)
+def test_settings_that_change_no_mask_make_no_second_training(
+    strategy: str, motion: str, change: dict[str, object]
+) -> None:
+    """Equal identities only for equal masks; where a mask has no cells, always."""
+    base = {"mask.strategy": strategy, "mask.motion": motion, "clip.size": 64}
+    one = build(merge({}, base))
+    other = build(merge({}, {**base, **change}))
+    masks = [
+        [
+            training_mask(each.mask, each.grid, 4, generator()),
+            evaluation_mask(each, torch.device("cpu")),
+        ]
+        for each in (one, other)
+    ]
+    is_equal = all(torch.equal(*pair) for pair in zip(*masks, strict=True))
+    is_one_training = identity(one, "data") == identity(other, "data")
+    assert is_equal or not is_one_training
+    if strategy not in ("cell", "uniform"):
+        assert is_one_training
+
+
+def test_the_start_state_of_a_test_that_hides_nothing_makes_no_second_training() -> None:
+    shown = {"evaluation.mask.ratio": 0.0}
+    one, other = (build(merge({}, {**shown, "evaluation.mask.start": start})) for start in (0, 1))
+    assert identity(one, "data") == identity(other, "data")

@@ -6,12 +6,16 @@ from typing import Any
 
 from mar.config.schema import ClassifierConfig, MaskConfig, ReconstructionConfig, TrainingConfig
 
+_WITH_CELLS = ("cell", "uniform")
+"""Strategies whose masks have cells; that of ``uniform`` is the token grid."""
+
 
 def canonical(settings: TrainingConfig) -> TrainingConfig:
     """Return the settings with those that have no effect at their defaults.
 
     A linear classifier has no width. Where nothing is hidden there are no cells, and nothing is
-    reconstructed. A running uniform mask is a running cell as large as the token grid.
+    reconstructed. A running uniform mask is a running cell as large as the token grid. Masks
+    without cells have no cell's size, spatial or temporal order, and no start state in testing.
     """
     changes: dict[str, Any] = {}
     classifier = settings.classifier
@@ -30,6 +34,18 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
         changes["mask"] = MaskConfig().model_copy(
             update={"ratio": settings.mask.ratio, "cell": cell}
         )
+    elif settings.mask.strategy not in _WITH_CELLS:
+        default = MaskConfig()
+        changes["mask"] = settings.mask.model_copy(
+            update={
+                "cell": default.cell,
+                "spatial": default.spatial,
+                "temporal": default.temporal,
+            }
+        )
+    if settings.mask.strategy not in _WITH_CELLS or not settings.test_ratio:
+        test_mask = settings.evaluation.mask.model_copy(update={"start": 0})
+        changes["evaluation"] = settings.evaluation.model_copy(update={"mask": test_mask})
     # As in the copy above, all changed branches are valid already.
     return settings.model_copy(update=changes)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 from mar.training.reports import EpochReport
+from orchestration.config import LaunchConfig
 from orchestration.failures import FailureReason
 from orchestration.studies.trial import Trial
 
@@ -56,6 +58,37 @@ class TrialCallback(Protocol):
 
     def is_over(self) -> bool:
         """Whether no other trial is to start."""
+        ...
+
+
+class Backend(Protocol):
+    """Where trials run: a module with these functions, as ``local`` and ``ray_tune``."""
+
+    STARTS: str
+    """What the user waits for before the first trial; empty if for nothing."""
+
+    def session(self, launch: LaunchConfig) -> AbstractContextManager[None]:
+        """Hold what several studies of one launch share, as Ray, which starts once for all."""
+        ...
+
+    def run(
+        self,
+        trials: Sequence[Trial],
+        launch: LaunchConfig,
+        callback: TrialCallback,
+        trained: TrainedResults,
+    ) -> None:
+        """Train (or test) the trials; return when each is finished or failed permanently."""
+        ...
+
+    def run_search(
+        self,
+        source: TrialSource,
+        launch: LaunchConfig,
+        callback: TrialCallback,
+        announce: Callable[[Trial], None],
+    ) -> None:
+        """Train what ``source`` proposes; ``announce`` gets each trial before it starts."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -16,6 +17,14 @@ from orchestration.worker.trial_runner import train
 
 ShouldPrune = Callable[[str, int, Mapping[str, float]], bool]
 """Whether a trial is to end, from its key, the epoch and the epoch's metrics."""
+
+
+STARTS: str = ""
+
+
+def session(launch: LaunchConfig) -> AbstractContextManager[None]:
+    """Hold nothing: a trial needs this process alone."""
+    return nullcontext()
 
 
 def run(

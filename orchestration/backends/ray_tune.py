@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from mar.errors import Failure, UserError
@@ -27,6 +27,13 @@ from orchestration.storage.trial_dir import TrialDir
 from orchestration.storage.trial_sync import fetch_trial_dir
 from orchestration.studies.trial import Trial
 from orchestration.worker.spec import TrialSpec, build_trial_spec
+
+STARTS: str = "starting Ray and its workers: some 10 to 20 s"
+
+
+def session(launch: LaunchConfig) -> AbstractContextManager[None]:
+    """Hold Ray, started or joined once for all studies of a launch."""
+    return ray_session(launch)
 
 
 def run(

@@ -9,6 +9,7 @@ from pathlib import Path
 from mar import MANIFEST, RESULT_DIR
 from mar.config.schema import EvaluationMaskConfig
 from orchestration.backends.base import TrainedResults
+from orchestration.backends.choice import backend_of
 from orchestration.execution.recorder import RunRecorder
 from orchestration.failures import FailureReason
 from orchestration.storage.object_store import ObjectStore, open_object_store
@@ -121,12 +122,4 @@ def _distance_from_defaults(trial: Trial) -> int:
 def _run(recorder: RunRecorder, trials: Sequence[Trial], trained: TrainedResults) -> None:
     """Run the trials on the launch's backend."""
     launch = recorder.store.launch
-    if launch.backend == "local":
-        # Loads PyTorch, which the other backends load in other processes.
-        from orchestration.backends import local
-
-        local.run(trials, launch, recorder, trained)
-    else:
-        from orchestration.backends import ray_tune
-
-        ray_tune.run(trials, launch, recorder, trained)
+    backend_of(launch).run(trials, launch, recorder, trained)

@@ -14,6 +14,7 @@ from rich.console import Console
 from mar.errors import Failure
 from mar.safe_input import read_json
 from mar.training.reports import EpochReport
+from orchestration.backends.choice import backend_of
 from orchestration.config import LaunchConfig, sqlite_address
 from orchestration.execution.lock import study_lock
 from orchestration.execution.preflight import check_data, check_weights, pack_frames
@@ -109,15 +110,7 @@ def _optuna_file(search: Search, launch: LaunchConfig) -> Path:
 def _train(callback: SearchRecorder, launch: LaunchConfig) -> None:
     """Train what Optuna proposes on the launch's backend."""
     source = callback.optuna_search
-    if launch.backend == "local":
-        # Loads PyTorch, which the other backends load in other processes.
-        from orchestration.backends import local
-
-        local.run_search(source, launch, callback, callback.announce)
-    else:
-        from orchestration.backends import ray_tune
-
-        ray_tune.run_search(source, launch, callback, callback.announce)
+    backend_of(launch).run_search(source, launch, callback, callback.announce)
 
 
 class SearchRecorder:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from rich.console import Console
 
 from mar.errors import Failure, UserError, notice
+from orchestration.backends.choice import backend_of
 from orchestration.config import LaunchConfig
 from orchestration.execution.lock import study_lock
 from orchestration.execution.preflight import check_data, check_weights, pack_frames
@@ -69,8 +69,9 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
         with RunRecorder(study, store, progress) as recorder, graceful_shutdown(launch):
             try:
                 if plan.missing:
-                    if launch.backend != "local" and not progress.is_live:
-                        console.print("starting Ray and its workers: some 10 to 20 s", markup=False)
+                    starts = backend_of(launch).STARTS
+                    if starts and not progress.is_live:
+                        console.print(starts, markup=False)
                     with progress:
                         train_missing(recorder, plan.missing)
             # Also after an error: the trials that are finished must reach MLflow.
@@ -209,7 +210,7 @@ def run_studies(
     errors: list[Failure | UserError] = []
     messages: list[str] = []
     is_stopped = False
-    with _one_backend(launch):
+    with backend_of(launch).session(launch):
         for study in studies:
             try:
                 run_study(study, launch, budget)
@@ -254,12 +255,3 @@ def _print_summary(
         f"{minutes:.1f} min; {num_missing} trials are missing, all other rows were finished "
         "before or are shared"
     )
-
-
-def _one_backend(launch: LaunchConfig) -> AbstractContextManager[None]:
-    if launch.backend == "local":
-        return nullcontext()
-    # Not at the top: the backend ``local`` runs without Ray.
-    from orchestration.backends.ray_session import ray_session
-
-    return ray_session(launch)

@@ -188,7 +188,7 @@ def _accuracy(seeds: Sequence[Correctness]) -> float:
 
 def _compare_rows(ours: _Answers, theirs: _Answers) -> Comparison | None:
     """Compare two rows: over the videos, or over the folds of which they are means."""
-    if ours.keys() == theirs.keys() == {_NO_FOLD}:
+    if {*ours, *theirs} == {_NO_FOLD}:
         return compare(ours[_NO_FOLD], theirs[_NO_FOLD])
     return compare_over_folds(ours, theirs)
 

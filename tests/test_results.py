@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from scipy import stats
 from study_runs import STUDY, Run, runs
 
+from mar.data.annotations import read_split
 from mar.errors import Failure
 from mar.evaluation.correctness import CORRECTNESS, write_correctness
+from mar.model.flops import cost
 from orchestration.reporting.figures import draw, figure_info
 from orchestration.reporting.rows import Cell
 from orchestration.reporting.significance import (
@@ -213,7 +215,15 @@ def test_a_plan_says_what_is_there_and_what_the_rest_will_take(study: Study) -> 
     lines = plan_trials(study, runs(study, 70.0))
     assert [line.state for line in lines] == ["have", "new", "new", "new"]
     assert lines[0].num_clips == 16 * 3
-    assert lines[1].device_hours == pytest.approx(48 / 50 / 3600)
+    # At the finished trial's rate: its clips, then the views of one validation each epoch and of
+    # the test.
+    settings = study.trials[1].settings
+    views = 3 // settings.evaluation.every_epochs
+    views += settings.evaluation.clips * settings.evaluation.crops
+    views *= len(read_split(settings.data, "val"))
+    figures = cost(settings)
+    seconds = (48 + views * figures.gflops / figures.train_gflops) / 50
+    assert lines[1].device_hours == pytest.approx(seconds / 3600)
     assert json.loads(plan_json(lines))[0]["run_id"] == "run"
     assert "4 trials: 1 finished, 3 to train" in plan_text(lines)
 

@@ -56,8 +56,8 @@ class PlannedTrial:
     num_clips: int | None
     """Clips seen in training; none if the size of the training split is unknown."""
     device_hours: float | None
-    """At the device's throughput, or without one at the mean of the study's finished trials; none
-    if neither is known."""
+    """Of its training and its tests, at the device's throughput; without a device at the mean of
+    the study's finished trials, or else of those of earlier studies; none if none is known."""
     storage_gib: float
     run_id: str | None
 
@@ -70,6 +70,8 @@ class Planned:
     """Trial key -> name of the line."""
     trainings: dict[str, str] = field(default_factory=dict[str, str])
     """Training's identity -> name of the first line with it."""
+    rates: list[float] = field(default_factory=list[float])
+    """Training GFLOPs a second of each finished trial."""
 
 
 def plan_trials(
@@ -88,10 +90,14 @@ def plan_trials(
     trials = study.trials if study.trains else []
     found = match(trials, records)
     trained = match_training(trials, records)
+    rates = _measured_rates(study, found)
+    earlier.rates += rates
+    # GFLOPs a second depend on the model's size and the mask's ratio: the study's own trials are
+    # the nearest, those of earlier studies better than nothing.
     if device:
         rate = device.train_gflops_per_s
     else:
-        rate = _measured_rate(study, found)
+        rate = _mean(rates or earlier.rates)
     sizes: dict[str, int | None] = {}
     lines: list[PlannedTrial] = []
     for trial in trials:
@@ -109,12 +115,15 @@ def plan_trials(
             clips = None
         else:
             clips = steps * recipe.batch_size * recipe.epochs
-        if clips is not None and rate:
-            hours = clips * figures.train_gflops / rate / 3600
-        else:
-            hours = None
         # The first line with a training pays for it: later lines find it in ``earlier``.
         state, of = _state(trial, found, trained, earlier)
+        hours = None
+        if clips is not None and rate:
+            is_trained = state != "test"
+            gflops = _tested_views(trial, is_trained) * figures.gflops
+            if is_trained:
+                gflops += clips * figures.train_gflops
+            hours = gflops / rate / 3600
         earlier.trials.setdefault(trial.key, name)
         earlier.trainings.setdefault(trial.training, name)
         storage_gib = figures.train_params_m * 1e6 * _BYTES_PER_PARAMETER / 2**30
@@ -233,23 +242,22 @@ def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
         for state in ("have", "new", "test", "same")
     }
     new = [line for line in lines if line.state == "new"]
+    to_run = [line for line in lines if line.state in ("new", "test")]
     summary = f"{len(lines)} trials: {counts['have']} finished, {counts['new']} to train"
     summary += f", {counts['test']} to test only" if counts["test"] else ""
     summary += f", {counts['same']} the same as another" if counts["same"] else ""
-    hours = [line.device_hours for line in new if line.device_hours is not None]
+    hours = [line.device_hours for line in to_run if line.device_hours is not None]
     # A sum over some of the trials would look like the cost of all of them.
-    if new and len(hours) == len(new):
+    if to_run and len(hours) == len(to_run):
         if device:
             where = f"on {device.name} ({device.source})"
         else:
-            where = "at the throughput of this study's finished trials"
+            where = "at the throughput of finished trials"
         summary += f", about {sum(hours):.2f} device-hours {where}"
         if device and device.price_per_h:
             summary += f", {sum(hours) * device.price_per_h:,.0f} in money"
     elif new:
-        summary += (
-            "; device-hours are known after a trial of this study has finished, or with --device"
-        )
+        summary += "; device-hours are known after a trial has finished, or with --device"
     notes = [summary]
     if new:
         notes.append(
@@ -334,16 +342,33 @@ def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | No
     return known[source]
 
 
-def _measured_rate(study: Study, found: dict[str, AnyRecord]) -> float | None:
-    """Return the mean training GFLOPs a second of the study's finished trials; none without one."""
-    # Clips a second depend on the model and the mask's ratio. The estimate assumes that GFLOPs a
-    # second are the same for all trials of a study.
+def _tested_views(trial: Trial, is_trained: bool) -> int:
+    """Return how many views a trial's test has, with its validations if it is trained.
+
+    0 while the data is missing: a test is short beside the training of a benchmark.
+    """
+    if trial.fingerprint == ABSENT:
+        return 0
+    evaluation = trial.settings.evaluation
+    views = evaluation.clips * evaluation.crops
+    if evaluation.shuffled_frames:
+        views *= 2
+    if is_trained:
+        views += trial.settings.recipe.epochs // evaluation.every_epochs
+    return views * len(read_split(trial.settings.data, "val"))
+
+
+def _measured_rates(study: Study, found: dict[str, AnyRecord]) -> list[float]:
+    """Return the training GFLOPs a second of the study's finished trials."""
     runs: list[tuple[Trial, Record]] = [
         (trial, found[trial.key]) for trial in study.trials if trial.key in found
     ]
-    rates = [
+    return [
         run.metrics["throughput/clips_per_s"] * cost(trial.settings).train_gflops
         for trial, run in runs
         if "throughput/clips_per_s" in run.metrics
     ]
-    return sum(rates) / len(rates) if rates else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -49,6 +49,11 @@ def main() -> None:
         finished = sum(row.finished for row in results.rows)
         wanted = sum(row.seeds for row in results.rows)
         page = f"{study.name}.md"
+        # A figure of masks needs no training; the others have nothing to show yet.
+        if study.trains and not finished:
+            index.append(f"- {study.file.title}: none of {wanted} trials yet")
+            (given.folder / page).unlink(missing_ok=True)
+            continue
         _write_page(results, given.folder, page)
         index.append(f"- [{study.file.title}]({page}): {finished} of {wanted} trials")
         index += [f"  - {line}" for line in claim_lines(claims(results))]

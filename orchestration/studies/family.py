@@ -18,9 +18,7 @@ from mar.errors import UserError
 from orchestration.installation import packaged
 from orchestration.studies.schema import StudyFile
 from orchestration.studies.validation import mistake_in
-from orchestration.studies.yaml_document import Document
-
-FAMILY_FILE = "family.yaml"
+from orchestration.studies.yaml_document import FAMILY_FILE, Document
 
 
 class StandIn(BaseModel):

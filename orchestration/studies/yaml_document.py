@@ -13,6 +13,9 @@ from mar.errors import UserError
 from mar.safe_input import MOST_YAML_BYTES, PlainLoader, parse_yaml
 from orchestration.installation import packaged
 
+FAMILY_FILE = "family.yaml"
+"""File in a folder of recipes that is none of them (``orchestration.studies.family``)."""
+
 
 def find(name: str, kind: str) -> Path:
     """Return the file that ``name`` means: a path, or the name of a packaged study or recipe.
@@ -36,7 +39,11 @@ def find(name: str, kind: str) -> Path:
         )
         raise UserError(f"{name} is a folder ({inside}); name a file")
     pattern = "**/*.yaml" if kind == "recipe" else "*.yaml"
-    known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob(pattern))
+    known = sorted(
+        str(path.relative_to(folder).with_suffix(""))
+        for path in folder.glob(pattern)
+        if path.name != FAMILY_FILE
+    )
     near = difflib.get_close_matches(given.stem, known, n=3, cutoff=0.3) or known
     raise UserError(
         f"no {kind} {name!r}: neither a file nor one that ships with mar ({', '.join(near)})"

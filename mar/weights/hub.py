@@ -20,16 +20,13 @@ _FILE_ENDINGS = (".pth", ".pt", ".pyth", ".bin", ".ckpt", ".safetensors", ".tar"
 # are the second choice, because they can contain code.
 _SAFE = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _OLD = ("config.json", "pytorch_model.bin")
-_SHIPPED = Path(__file__).parent / "shipped"
-"""Folder of the models that are part of the package, as ``mar/mini``."""
 
 
 def fetch(name: str) -> Path:
     """Return the file or folder of the weights called ``name``.
 
-    The name is a path, ``organisation/model``, or the name of one of timm's models; ``mar/mini``
-    is a small model that is part of the package. A model that is not on this machine is downloaded
-    from Hugging Face, timm's models from ``timm/``.
+    The name is a path, ``organisation/model``, or the name of one of timm's models. A model that
+    is not on this machine is downloaded from Hugging Face, timm's models from ``timm/``.
 
     Raises:
         UserError: there is no such file, or the model cannot be downloaded.
@@ -62,12 +59,6 @@ def locate(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    organisation, _, model = name.partition("/")
-    if organisation == "mar":
-        shipped = sorted(folder.name for folder in _SHIPPED.iterdir())
-        if model not in shipped:
-            raise UserError(f"{name}: mar ships no such model (there are: {', '.join(shipped)})")
-        return _SHIPPED / model
     # No model's name looks like this: asking the hub would only give a less clear error.
     if (
         path.is_absolute()

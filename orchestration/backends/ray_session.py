@@ -11,7 +11,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mar.errors import Failure, UserError, notice
 from orchestration.backends.ray_env import ray_environment
 from orchestration.backends.ray_guard import Guard
 from orchestration.config import LaunchConfig
+from orchestration.failures import first_line
 from orchestration.secrets import close_token_file
 
 _TOKEN = secrets.token_hex(32)
@@ -64,7 +65,6 @@ def ray_session(launch: LaunchConfig) -> Generator[None]:
 
 
 def _start(launch: LaunchConfig) -> None:
-    import ray
 
     options: dict[str, Any] = {
         "logging_level": logging.ERROR,
@@ -84,7 +84,7 @@ def _start(launch: LaunchConfig) -> None:
     # ``ray.init`` replaces these handlers; ``graceful_shutdown`` needs its own again.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        ray.init(address=launch.address or "local", **options)
+        _init(launch.address, options)
     except ConnectionError as error:
         raise UserError(
             f"--address {launch.address}: no Ray cluster answers there ({error})"
@@ -95,11 +95,34 @@ def _start(launch: LaunchConfig) -> None:
             "a short path (TMPDIR); "
             "--backend local runs without Ray"
         ) from None
+    # Ray raises a bare Exception if its processes are not up in half a minute.
+    except Exception as error:
+        raise Failure(
+            f"Ray does not start: {first_line(error)} Is this machine busy, or out of memory? Run "
+            "the same command again; --backend local runs without Ray"
+        ) from None
     finally:
         # Python lets only the main thread set handlers.
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _init(address: str | None, options: Mapping[str, Any]) -> None:
+    """Start Ray or join it; a Ray of our own that does not come up is started once more."""
+    import ray
+
+    try:
+        ray.init(address=address or "local", **options)
+    except (ConnectionError, OSError):
+        raise
+    # On a machine that is busy, half a minute may not be enough for Ray's processes; by the second
+    # time their files are in memory.
+    except Exception:
+        if address is not None:
+            raise
+        ray.shutdown()
+        ray.init(address="local", **options)
 
 
 def _private_folder() -> Path:

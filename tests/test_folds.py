@@ -111,7 +111,7 @@ def test_folds_that_are_missing_are_counted_and_compare_nothing(
     found = results(np.full(FOLDS, 0.1), finished=FOLDS + 3)
     text = to_markdown(table_info(found))
     assert "(3 of 8)" in text
-    assert "11 of 16 trials (Fold) are finished" in text
+    assert "11 of 16 folds (Fold) are finished" in text
     assert not table_info(found).comparisons
     assert compare_over_folds({"a": []}, {"b": []}) is None
 

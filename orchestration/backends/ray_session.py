@@ -114,7 +114,8 @@ def _init(address: str | None, options: Mapping[str, Any]) -> None:
 
     try:
         ray.init(address=address or "local", **options)
-    except (ConnectionError, OSError):
+    # A wrong address or folder stays wrong.
+    except OSError:
         raise
     # On a machine that is busy, half a minute may not be enough for Ray's processes; by the second
     # time their files are in memory.

@@ -408,7 +408,9 @@ def _correctness_of_rows(
         folds: dict[str, list[Correctness]] = {}
         try:
             for trial in trials:
-                fold = trial.labels.get(trial.averaged_axis or "", _NO_FOLD)
+                fold = _NO_FOLD
+                if trial.averaged_axis is not None:
+                    fold = trial.labels[trial.averaged_axis]
                 folds.setdefault(fold, []).append(answers_of(trial))
         except (Failure, OSError) as error:
             mention_lost_file(error)

@@ -81,7 +81,9 @@ class TableInfo:
         if finished == wanted:
             missing = []
         else:
-            what = f"trials ({self.mean_over})" if self.mean_over else "trials"
+            what = "trials"
+            if self.mean_over:
+                what = f"folds ({self.mean_over})"
             missing = [f"{finished} of {wanted} {what} are finished; {MISSING}: not available yet."]
         if any(row.is_quoted for row in self.rows):
             quoted = [f"{QUOTED}: as the paper quotes it; not run here."]

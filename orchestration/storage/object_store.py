@@ -67,6 +67,7 @@ class ObjectStore:
                 # The stream has no way to be given up: closed, it shows a part of the file.
                 with suppress(OSError):
                     target.close()
+                with suppress(OSError):
                     self.files.delete_file(self._at(name))
                 raise
             target.close()

@@ -5,7 +5,7 @@
     mar run mar_data/real_clips/ucf101_12/study.yaml
 
 The rows that do not start from scratch need pre-trained models in mar_data/real_clips/weights
-(``supervised`` and ``self_supervised``, as mar weights convert writes them). No row was trained yet.
+(``supervised``, ``self_supervised``, as mar weights convert writes them). No row was trained yet.
 
 UT-Interaction is tested by leaving one sequence out: people, clothes and background are a
 sequence's own. The sets' videos are linked, not copied.

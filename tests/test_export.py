@@ -11,6 +11,7 @@ import torch
 from checkpoints_of_others import classifying, clips, pretraining, saved
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
+from mar import RESULT_DIR
 from mar.config.overrides import build, merge, without_paths
 from mar.config.schema import TrainingConfig
 from mar.errors import Failure, UserError
@@ -21,6 +22,8 @@ from mar.weights.export import write_hugging_face, write_model, write_onnx
 from mar.weights.pretrained import EVERYTHING, load, model_settings
 from mar.weights.reading import Weights, read_weights
 from orchestration.cli.app import main
+from orchestration.installation import packaged
+from orchestration.studies.loader import read_study
 
 SMALL = {
     "clip": {"frames": 4, "size": 64},
@@ -241,3 +244,26 @@ def test_a_fine_tuned_model_does_not_lose_its_norm_on_the_way_out(tmp_path: Path
         UserError, match=r"missing: encoder\.norm\.weight, .*too many: classifier\.norm"
     ):
         write_onnx(tmp_path / "model.onnx", weights, settings)
+
+
+def test_a_recipes_training_is_converted_by_the_recipes_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(json.dumps(SMALL), encoding="utf-8")
+    store = tmp_path / "store"
+    words = ["weights", "convert", str(recipe), str(tmp_path / "out"), "--store", str(store)]
+    code, _, complaint = command(capsys, *words)
+    assert code == 2 and "no finished training of it" in complaint
+    (trial,) = read_study(str(recipe)).trials
+    settings = build(SMALL)
+    write_model(store / "trials" / trial.key / RESULT_DIR, weights_of(settings), settings)
+    code, _, complaint = command(capsys, *words)
+    assert code == 0, complaint
+    written = read_weights(str(tmp_path / "out")).tensors
+    expected = weights_of(settings).tensors
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    study = str(packaged("search_spaces") / "quickstart.yaml")
+    code, _, complaint = command(capsys, "weights", "convert", study, str(tmp_path / "other"))
+    assert code == 2 and "is a study of 4 trials" in complaint

@@ -450,16 +450,6 @@ class TrainingConfig(Node):
                 f"augment.flip_swaps: each of the {self.data.num_classes} classes may be in one "
                 f"pair only, and the last is number {self.data.num_classes - 1}"
             )
-        # VideoMAE's test takes a segment's first and middle frame: there is no third clip.
-        if (
-            self.evaluation.segment_frames == "videomae"
-            and self.clip.sampling == "segments"
-            and self.evaluation.clips > 2
-        ):
-            raise ValueError(
-                f"evaluation.clips: {self.evaluation.clips} with segment_frames: videomae, which "
-                "has at most two clips where clip.sampling is segments; set it to 1 or 2"
-            )
         if self.pretrains and not self.reconstructs:
             raise ValueError(
                 "recipe.objective: 'reconstruction' needs mask.ratio and reconstruction.weight "
@@ -476,6 +466,20 @@ class TrainingConfig(Node):
                 raise ValueError(
                     f"{path}: {mask.ratio} leaves no token of {prod(self.grid)} visible"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _test_clips_exist(self) -> Self:
+        # VideoMAE's test takes a segment's first and middle frame: there is no third clip.
+        if (
+            self.evaluation.segment_frames == "videomae"
+            and self.clip.sampling == "segments"
+            and self.evaluation.clips > 2
+        ):
+            raise ValueError(
+                f"evaluation.clips: {self.evaluation.clips} with segment_frames: videomae, which "
+                "has at most two clips where clip.sampling is segments; set it to 1 or 2"
+            )
         return self
 
     @property

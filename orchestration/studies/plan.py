@@ -102,19 +102,8 @@ def plan_trials(
     lines: list[PlannedTrial] = []
     for trial in trials:
         figures = cost(trial.settings)
-        recipe = trial.settings.recipe
         name = f"{study.name}: {trial.name}"
-        size = _num_training_videos(trial, sizes)
-        # The loader drops the last, incomplete batch of an epoch. A batch may have several clips
-        # of one video (repeated augmentation), so steps count videos and the costs count clips.
-        if size is not None:
-            steps = size // trial.settings.videos_per_batch
-        else:
-            steps = 0
-        if size is None:
-            clips = None
-        else:
-            clips = steps * recipe.batch_size * recipe.epochs
+        clips = _num_clips(trial, sizes)
         # The first line with a training pays for it: later lines find it in ``earlier``.
         state, of = _state(trial, found, trained, earlier)
         hours = None
@@ -323,6 +312,21 @@ def plan_json(lines: Sequence[PlannedTrial], neighbours: Neighbours | None = Non
 def _or_dash(value: float | None, form: str) -> str:
     """Return a formatted number, or a dash for none."""
     return "–" if value is None else format(value, form)
+
+
+def _num_clips(trial: Trial, sizes: dict[str, int | None]) -> int | None:
+    """Return how many clips a training sees; none if the number of its videos is unknown.
+
+    ``sizes`` is what ``_num_training_videos`` keeps.
+    """
+    size = _num_training_videos(trial, sizes)
+    if size is None:
+        return None
+    # The loader drops the last, incomplete batch of an epoch. A batch may have several clips of one
+    # video (repeated augmentation), so steps count videos and the costs count clips.
+    steps = size // trial.settings.videos_per_batch
+    recipe = trial.settings.recipe
+    return steps * recipe.batch_size * recipe.epochs
 
 
 def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | None:

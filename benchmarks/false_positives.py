@@ -28,7 +28,7 @@ import numpy as np
 from scipy import stats
 
 from mar.bench.tables import Table, write
-from orchestration.reporting.significance import Correctness, compare
+from orchestration.reporting.paired_tests import Correctness, compare
 
 COMMAND = "python benchmarks/false_positives.py"
 EASE, SETTING, BOTH = 1.0, 0.25, 0.45

@@ -75,6 +75,29 @@ def test_the_same_seed_makes_the_same_files_and_another_seed_others(
     assert all(a.read_bytes() != b.read_bytes() for a, b in zip(clips[0], clips[2], strict=True))
 
 
+def test_several_processes_make_the_same_videos(tmp_path: Path) -> None:
+    options = MotionVerbs(frames=4, classes=2, train=6, validation=2)
+    said: list[tuple[int, int]] = []
+    make(tmp_path / "one", options)
+    make(tmp_path / "several", options, lambda *counts: said.append(counts), processes=2)
+    assert said[-1] == (8, 8)
+    files = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) == 8 + 4
+    for file in files:
+        other = tmp_path / "several" / file.relative_to(tmp_path / "one")
+        assert other.read_bytes() == file.read_bytes(), file.name
+
+
+def test_without_motion_the_videos_are_pictures(tmp_path: Path) -> None:
+    make(tmp_path / "set", MotionVerbs(frames=4, train=4, validation=2, motion=0.0))
+    for file in (tmp_path / "set" / "videos").iterdir():
+        frames = decode_with("pyav", file).astype(float)
+        # The encoder may change a level or two between equal frames.
+        assert np.abs(frames - frames[0]).max() < 12
+    with pytest.raises(UserError, match="motion: must be from 0"):
+        MotionVerbs(motion=1.5)
+
+
 def test_training_and_validation_share_no_photo() -> None:
     assert not set(PHOTOS["train"]) & set(PHOTOS["validation"])
 

@@ -12,7 +12,8 @@ from study_runs import Run
 
 from mar.errors import UserError
 from mar.evaluation.correctness import CORRECTNESS, write_correctness
-from orchestration.reporting.significance import claims, compare_over_folds
+from orchestration.reporting.paired_tests import compare_over_folds
+from orchestration.reporting.significance import claims
 from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.table_formats import to_markdown
 from orchestration.reporting.tables import table_info

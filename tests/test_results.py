@@ -2,6 +2,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +15,19 @@ from scipy import stats
 from study_runs import STUDY, Run, runs
 
 from mar.data.annotations import read_split
-from mar.errors import Failure
+from mar.errors import Failure, UserError
 from mar.evaluation.correctness import CORRECTNESS, write_correctness
 from mar.model.flops import cost
 from orchestration.reporting.figures import draw, figure_info
-from orchestration.reporting.rows import Cell
-from orchestration.reporting.significance import (
+from orchestration.reporting.paired_tests import (
     Comparison,
     Correctness,
-    claims,
     compare,
     holm_corrected,
     mcnemar,
-    read_correctness,
 )
+from orchestration.reporting.rows import Cell
+from orchestration.reporting.significance import claims, read_correctness
 from orchestration.reporting.study_report import findings, write_report
 from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.table_formats import (
@@ -40,7 +40,7 @@ from orchestration.reporting.table_formats import (
 from orchestration.reporting.tables import table_info
 from orchestration.studies.loader import read_study
 from orchestration.studies.matching import match
-from orchestration.studies.plan import plan_json, plan_text, plan_trials
+from orchestration.studies.plan import Planned, plan_json, plan_text, plan_trials
 from orchestration.studies.trial import Study
 
 CLAIMS = """\
@@ -521,3 +521,38 @@ def test_every_column_of_a_pivot_has_its_own_gains(tmp_path: Path, videos: Path)
         )
     )
     assert (cells["Δ, a"], cells["Δ, b"]) == ("+1.00", "-2.00")
+
+
+def test_a_ratio_is_relative_to_the_reference_row(tmp_path: Path, videos: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(videos)))
+    file = tmp_path / "study.yaml"
+    text = (
+        "title: Speed\nrecipe: recipe.yaml\n"
+        "axes: {ρ: {0 %: {mask.ratio: 0.0}, 75 %: {mask.ratio: 0.75}}}\n"
+        "table: {columns: [clips_per_s_ratio, train_gflops_ratio]REFERENCE}\n"
+    )
+    file.write_text(text.replace("REFERENCE", ", reference: 0 %"))
+    study = read_study(str(file))
+    found = [
+        Run(trial.identity, {"throughput/clips_per_s": speed})
+        for trial, speed in zip(study.trials, (40.0, 100.0), strict=True)
+    ]
+    rows = StudyResults.match(study, found).rows
+    assert [row.cells["clips_per_s_ratio"].mean for row in rows] == [1.0, 2.5]
+    whole, part = (cost(trial.settings).train_gflops for trial in study.trials)
+    assert rows[1].cells["train_gflops_ratio"].mean == pytest.approx(part / whole)
+    # Without the reference row's run there is no ratio.
+    rows = StudyResults.match(study, found[1:]).rows
+    assert {row.cells["clips_per_s_ratio"].status for row in rows} == {"missing"}
+    file.write_text(text.replace("REFERENCE", ""))
+    with pytest.raises(UserError, match="clips_per_s_ratio is relative to a row"):
+        read_study(str(file))
+
+
+def test_a_study_without_a_finished_trial_takes_the_speed_of_earlier_studies(study: Study) -> None:
+    earlier = Planned()
+    plan_trials(study, runs(study, 70.0), earlier=earlier)
+    other = replace(study, trials=[*reversed(study.trials)])
+    alone, after = (plan_trials(other, [], earlier=each)[0] for each in (None, earlier))
+    assert alone.device_hours is None
+    assert after.device_hours is not None and after.device_hours > 0

@@ -12,8 +12,8 @@ import pandas as pd
 
 from mar.safe_text import markdown
 from orchestration.reporting.csv_text import csv_text
+from orchestration.reporting.paired_tests import Comparison
 from orchestration.reporting.rows import Cell, Row
-from orchestration.reporting.significance import Comparison
 from orchestration.reporting.tables import ALIKE, MISSING, QUOTED, Spread, TableInfo, ranked
 from orchestration.studies.metrics import METRICS
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from orchestration.reporting.paired_tests import Comparison
 from orchestration.reporting.rows import Row, axis_parts
 from orchestration.reporting.significance import (
     ONE_TRAINING,
-    Comparison,
     against_reference,
     are_apart,
     tells_apart,

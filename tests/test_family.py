@@ -76,6 +76,18 @@ def test_a_mistake_in_a_family_names_its_line(
         study(family)
 
 
+def test_a_folder_without_recipes_is_no_family_though_it_has_the_name_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mini").mkdir()
+    (tmp_path / "nothing").mkdir()
+    monkeypatch.chdir(tmp_path)
+    settings = read_study("table7_bridging_input", ["recipe=mini"]).trials[0].settings
+    assert settings.clip.size == 36
+    with pytest.raises(UserError, match="nothing is a folder"):
+        read_study("table7_bridging_input", ["recipe=nothing"])
+
+
 def test_every_study_of_the_paper_exists_at_minis_size_with_as_many_rows() -> None:
     for file in paper_studies():
         mini = read_study(file, ["recipe=mini"])

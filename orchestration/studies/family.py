@@ -93,12 +93,14 @@ class Family:
 
 
 def find_family(name: str) -> Family | None:
-    """Return the family that ``recipe=NAME`` means; None where the name is no folder.
+    """Return the family that ``recipe=NAME`` means; None where the name is no folder of recipes.
 
     A folder of the user's wins over the packaged one of the same name.
     """
     for folder in (Path(name), packaged("search_spaces") / "recipes" / name):
-        if folder.is_dir():
+        # Any folder may have a family's name, as docs/mini: without recipes it would replace none,
+        # and the study would train what it was not asked for.
+        if any(folder.glob("*.yaml")):
             return Family(folder.resolve())
     return None
 

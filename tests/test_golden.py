@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mar.errors import UserError
 from mar.model.decoder import reconstruction_loss, reconstruction_target
+from mar.model.encoder import patchify, take
 from mar.model.layers import sin_cos_positions
 from mar.model.mar import MAR, split_indices
 from mar.model.masking import evaluation_mask
@@ -78,10 +79,12 @@ def test_the_released_models_numbers_come_out_of_its_checkpoint(
     hidden = evaluation_mask(settings).expand(2, -1, -1, -1)
     with torch.no_grad():
         visible_indices, hidden_indices = split_indices(hidden)
-        tokens = model.encoder((pixels - model.mean) / model.std, visible_indices)
+        tokens = model.encode(pixels, visible_indices)
         scores = model.classify(pixels, hidden)
         predicted = model.reconstruct(pixels, hidden)
-        target = reconstruction_target(pixels, hidden_indices, (2, 16, 16), normalize=True)
+        target = reconstruction_target(
+            take(patchify(pixels, (2, 16, 16)), hidden_indices), normalize=True
+        )
     ours = {
         "logits_eval": scores,
         "encoder_out_mean": tokens.mean(),

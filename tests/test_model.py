@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from mar.config.overrides import build, merge
 from mar.config.schema import TrainingConfig
 from mar.model.decoder import reconstruction_target
-from mar.model.encoder import flat_conv_weight, patchify
+from mar.model.encoder import flat_conv_weight, patchify, take
 from mar.model.mar import MAR, split_indices
 from mar.model.masking import training_mask
-from mar.model.pixels import IMAGENET_MEAN
+from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 Settings = Callable[..., TrainingConfig]
 QUIET = {"encoder.drop_path": 0.0, "classifier.dropout": 0.0}
@@ -89,14 +89,13 @@ def test_a_raw_target_is_the_pixels_and_a_normalised_one_has_mean_0_and_deviatio
     settings = tiny()
     pixels, mask, _ = clips_and_mask(settings)
     _, hidden = split_indices(mask)
-    raw = reconstruction_target(pixels, hidden, settings.encoder.tubelet, normalize=False)
+    tubelets = take(patchify(pixels, settings.encoder.tubelet), hidden)
+    raw = reconstruction_target(tubelets, normalize=False)
     first = int(hidden[0, 0])
     t, h, w = first // 16, first // 4 % 4, first % 4
     block = pixels[0, :, 2 * t : 2 * t + 2, 4 * h : 4 * h + 4, 4 * w : 4 * w + 4]
     torch.testing.assert_close(raw[0, 0], block.permute(1, 2, 3, 0).flatten())
-    channels = reconstruction_target(
-        pixels, hidden, settings.encoder.tubelet, normalize=True
-    ).unflatten(-1, (-1, 3))
+    channels = reconstruction_target(tubelets, normalize=True).unflatten(-1, (-1, 3))
     torch.testing.assert_close(channels.mean(dim=2), torch.zeros(4, 32, 3), atol=1e-5, rtol=0)
     torch.testing.assert_close(channels.std(dim=2), torch.ones(4, 32, 3), atol=1e-4, rtol=0)
 
@@ -107,12 +106,13 @@ def test_the_encoder_is_timms_vit_when_nothing_is_hidden(tiny: Settings) -> None
     model = MAR(settings).eval()
     pixels, mask, _ = clips_and_mask(settings)
     visible, _ = split_indices(mask)
-    tokens = (
-        model.encoder.embed(patchify(pixels, settings.encoder.tubelet)) + model.encoder.positions
-    )
+    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1, 1)
+    std = torch.tensor(IMAGENET_STD).view(3, 1, 1, 1)
+    tubelets = patchify((pixels - mean) / std, settings.encoder.tubelet)
+    tokens = model.encoder.embed(tubelets) + model.encoder.positions
     for block in model.encoder.blocks:
         tokens = block(tokens)
-    torch.testing.assert_close(model.encoder(pixels, visible), model.encoder.norm(tokens))
+    torch.testing.assert_close(model.encode(pixels, visible), model.encoder.norm(tokens))
 
 
 def test_parts_start_as_the_released_model_and_videomae_start_them() -> None:

@@ -24,7 +24,7 @@ from mar.bench.steps import Case, time_case
 from mar.config.schema import TrainingConfig
 from mar.data.dataset import Batch
 from mar.model import mar as model_module
-from mar.model.encoder import patchify, take_tubelets
+from mar.model.encoder import patchify, take
 from mar.model.flops import cost
 from mar.model.layers import attention, explicit_attention, set_execution_mode, transformer_blocks
 from mar.model.mar import MAR
@@ -262,7 +262,7 @@ def test_tubelets_that_are_taken_are_those_of_all_tubelets() -> None:
     )
     index = batch_indices[..., None].expand(-1, -1, 96)
     assert torch.equal(
-        take_tubelets(video, (2, 4, 4), batch_indices), patchify(video, (2, 4, 4)).gather(1, index)
+        take(patchify(video, (2, 4, 4)), batch_indices), patchify(video, (2, 4, 4)).gather(1, index)
     )
 
 
@@ -304,7 +304,9 @@ def test_the_peer_from_transformers_has_the_same_weights() -> None:
     model, pixels = MAR(settings).eval(), torch.rand(2, 3, 4, 32, 32)
     theirs = videomae(model, settings).eval()
     with torch.no_grad():
-        scores = theirs(pixel_values=((pixels - model.mean) / model.std).transpose(1, 2)).logits
+        mean = model.encoder.mean.view(3, 1, 1, 1)
+        std = model.encoder.std.view(3, 1, 1, 1)
+        scores = theirs(pixel_values=((pixels - mean) / std).transpose(1, 2)).logits
         torch.testing.assert_close(
             scores,
             model.classify(pixels, evaluation_mask(settings).expand(2, -1, -1, -1)),

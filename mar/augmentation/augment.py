@@ -166,6 +166,8 @@ def erase(
     pixels: Float[Tensor, "B C T H W"], boxes: list[Erased | None]
 ) -> Float[Tensor, "B C T H W"]:
     """Fill each clip's box with noise. The box is the same in all frames, the noise differs."""
+    if not any(boxes):
+        return pixels
     # Pixels are from 0 to 1 here. With ImageNet's mean and deviation the noise is a standard normal
     # once the model has normalised it, as in timm and the release.
     erased = pixels.clone()

@@ -27,6 +27,8 @@ from mar.config.randaugment_policy import MAX_MAGNITUDE, RandAugmentPolicy
 Operations = list[list[tuple[str, float]]]
 """The operations of each clip in order, each with a name and an argument."""
 Images = Float[Tensor, "n 3 H W"]
+Clips = Float[Tensor, "n C H W"]
+"""Clips that move as one image: red, green and blue of the first frame, of the second, …"""
 Interpolation = Literal["bilinear", "bicubic"]
 Levels = Float[Tensor, " n"]
 """The argument of an operation for each image."""
@@ -75,7 +77,8 @@ def rand_augment(
     interpolation: Interpolation = "bilinear",
 ) -> Float[Tensor, "B C T H W"]:
     """Apply each clip's operations, in order, to all its frames; pixel values from 0 to 1."""
-    # Frames become images of their own, with whole values from 0 to 255 as in PIL.
+    # Frames become images of their own, with whole values from 0 to 255 as in PIL. This copies
+    # nothing but the values: to_pixels() has the frames before the channels in memory already.
     num_frames = pixels.shape[2]
     images = (pixels * 255).round().transpose(1, 2).contiguous()
     # All clips that have the same operation in the same turn are processed together: at most
@@ -93,13 +96,16 @@ def rand_augment(
                 level = torch.tensor(
                     [operations[clip][turn][1] for clip in clips], dtype=torch.float64
                 )
-                level = level.repeat_interleave(num_frames).to(images.device, non_blocking=True)
-                chosen = images[where].flatten(0, 1)
+                level = level.to(images.device, non_blocking=True)
+                chosen = images[where]
                 if name in MATRICES:
-                    done = moved(chosen, MATRICES[name](chosen, level), interpolation)
+                    # All frames of a clip move alike: they are channels of one image here.
+                    stacked = chosen.flatten(1, 2)
+                    done = moved(stacked, MATRICES[name](stacked, level), interpolation)
                 else:
-                    done = apply(chosen, level.float())
-                images[where] = done.unflatten(0, (len(clips), num_frames))
+                    each_frame = level.float().repeat_interleave(num_frames)
+                    done = apply(chosen.flatten(0, 1), each_frame)
+                images[where] = done.view_as(chosen)
     return images.transpose(1, 2) / 255
 
 
@@ -192,11 +198,11 @@ def _sharpness(images: Images, factor: Levels) -> Images:
 
 
 def moved(
-    images: Images, matrix: Float[Tensor, "n 2 3"], interpolation: Interpolation = "bilinear"
-) -> Images:
-    """Sample each image at the position to which ``matrix`` maps a pixel's centre, in pixels.
+    images: Clips, matrix: Float[Tensor, "n 2 3"], interpolation: Interpolation = "bilinear"
+) -> Clips:
+    """Sample each clip at the position to which ``matrix`` maps a pixel's centre, in pixels.
 
-    Positions outside of the image get the fill colour.
+    Positions outside of the frame get the fill colour.
     """
     height, width = images.shape[2:]
     y, x = torch.meshgrid(
@@ -216,12 +222,11 @@ def moved(
             images, positions / size * 2 - 1, padding_mode="border", align_corners=False
         ).round()
     inside = ((positions >= 0) & (positions < size)).all(-1)[:, None]
-    return torch.where(
-        inside, sampled, torch.tensor(_FILL).to(images.device, non_blocking=True).view(1, 3, 1, 1)
-    )
+    fill = torch.tensor(_FILL).repeat(images.shape[1] // 3).to(images.device, non_blocking=True)
+    return torch.where(inside, sampled, fill.view(1, -1, 1, 1))
 
 
-def _bicubic(images: Images, positions: Float[Tensor, "n H W 2"]) -> Images:
+def _bicubic(images: Clips, positions: Float[Tensor, "n H W 2"]) -> Clips:
     """Sample bicubically as PIL does: values are cut off to whole levels."""
     # F.grid_sample cannot do this: its cubic has the free parameter -0.75, PIL's has -1.
     height, width = images.shape[2:]
@@ -236,7 +241,8 @@ def _bicubic(images: Images, positions: Float[Tensor, "n H W 2"]) -> Images:
         line = torch.zeros_like(images)
         for column in range(4):
             at = (y + row - 1).clamp(0, height - 1) * width + (x + column - 1).clamp(0, width - 1)
-            values = flat.gather(2, at.flatten(1)[:, None].expand(-1, 3, -1)).view_as(images)
+            where = at.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+            values = flat.gather(2, where).view_as(images)
             line += weights[0][column][:, None] * values
         sampled += weights[1][row][:, None] * line
     return sampled.clamp(0, 255).add(1e-3).floor()
@@ -253,7 +259,7 @@ def _matrix(*rows: Tensor | float, like: Levels) -> Float[Tensor, "n 2 3"]:
     return torch.stack([torch.zeros_like(like) + row for row in rows], dim=1).view(-1, 2, 3).float()
 
 
-def _rotate(images: Images, degrees: Levels) -> Float[Tensor, "n 2 3"]:
+def _rotate(images: Clips, degrees: Levels) -> Float[Tensor, "n 2 3"]:
     """Return the matrices that rotate images counter-clockwise about the centre."""
     height, width = images.shape[2:]
     cosine = torch.cos(torch.deg2rad(degrees))
@@ -266,19 +272,19 @@ def _rotate(images: Images, degrees: Levels) -> Float[Tensor, "n 2 3"]:
     return _matrix(cosine, -sine, shift_x, sine, cosine, shift_y, like=degrees)
 
 
-def _shear_x(images: Images, factor: Levels) -> Float[Tensor, "n 2 3"]:
+def _shear_x(images: Clips, factor: Levels) -> Float[Tensor, "n 2 3"]:
     return _matrix(1.0, factor, 0.0, 0.0, 1.0, 0.0, like=factor)
 
 
-def _shear_y(images: Images, factor: Levels) -> Float[Tensor, "n 2 3"]:
+def _shear_y(images: Clips, factor: Levels) -> Float[Tensor, "n 2 3"]:
     return _matrix(1.0, 0.0, 0.0, factor, 1.0, 0.0, like=factor)
 
 
-def _translate_x(images: Images, share: Levels) -> Float[Tensor, "n 2 3"]:
+def _translate_x(images: Clips, share: Levels) -> Float[Tensor, "n 2 3"]:
     return _matrix(1.0, 0.0, share * images.shape[3], 0.0, 1.0, 0.0, like=share)
 
 
-def _translate_y(images: Images, share: Levels) -> Float[Tensor, "n 2 3"]:
+def _translate_y(images: Clips, share: Levels) -> Float[Tensor, "n 2 3"]:
     return _matrix(1.0, 0.0, 0.0, 0.0, 1.0, share * images.shape[2], like=share)
 
 

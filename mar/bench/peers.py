@@ -57,7 +57,9 @@ class Released(nn.Module):
         encoder = self.mar.encoder
         # Our embedding is a matrix over visible tubelets; the release convolves the whole video.
         kernel = encoder.embed.weight.unflatten(1, (3, *encoder.tubelet))
-        video = (pixels - self.mar.mean) / self.mar.std
+        mean = encoder.mean.view(3, 1, 1, 1)
+        std = encoder.std.view(3, 1, 1, 1)
+        video = (pixels - mean) / std
         embedded = F.conv3d(video, kernel, encoder.embed.bias, stride=encoder.tubelet)
         tokens = embedded.flatten(2).transpose(1, 2)
         visible = (tokens + encoder.positions)[~hidden].unflatten(0, (len(pixels), -1))

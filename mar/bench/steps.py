@@ -272,8 +272,8 @@ def _losses(case: Case, model: MAR, device: torch.device) -> nn.Module:
 
         return _Losses(released, released_loss)
     peer = videomae(model, settings).to(device)
-    mean = model.mean.to(device)
-    std = model.std.to(device)
+    mean = model.encoder.mean.view(3, 1, 1, 1).to(device)
+    std = model.encoder.std.view(3, 1, 1, 1).to(device)
 
     def videomae_loss(pixels: Tensor, labels: Tensor) -> Tensor:
         # transformers expects (B, T, C, H, W).
@@ -296,9 +296,11 @@ def _inference(case: Case, device: torch.device) -> Callable[[], object]:
         classify = partial(Released(model).classify, hidden=hidden)
     elif "videomae" in case.contestant:
         peer = videomae(model, settings).to(device).eval()
+        mean = model.encoder.mean.view(3, 1, 1, 1)
+        std = model.encoder.std.view(3, 1, 1, 1)
 
         def classify_by_peer(pixels: Tensor) -> Tensor:
-            normalised = (pixels - model.mean) / model.std
+            normalised = (pixels - mean) / std
             return peer(pixel_values=normalised.transpose(1, 2)).logits
 
         classify = classify_by_peer

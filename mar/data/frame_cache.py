@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
@@ -200,21 +201,27 @@ class CachedVideo:
         """
         # Indices past the end repeat the last frame, as in sampling.Reader.
         last = len(self) - 1
+        wanted = [min(index, last) for index in indices]
         try:
-            return np.stack([self._frame(min(index, last)) for index in indices])
+            if self.packing.format == "raw":
+                return self._raw_frames()[wanted]
+            return np.stack([self._decoded_frame(index) for index in wanted])
         except (RuntimeError, ValueError, IndexError) as error:
             raise BrokenVideo(
                 self.path, f"{self.file} is damaged ({error}): mar data pack --verify"
             ) from None
 
-    def _frame(self, index: int) -> Frames:
+    def _raw_frames(self) -> Frames:
+        """Return all frames as a view of the mapped file; only those that are used are read."""
+        part = self.content[self.entry.start : int(self.ends[-1])]
+        return part.reshape(len(self), self.entry.height, self.entry.width, 3)
+
+    def _decoded_frame(self, index: int) -> Frames:
         if index:
             start = int(self.ends[index - 1])
         else:
             start = self.entry.start
         part = self.content[start : int(self.ends[index])]
-        if self.packing.format == "raw":
-            return part.reshape(self.entry.height, self.entry.width, 3)
         # Imported here: a raw cache needs no torchvision. The copy is needed because the mapping is
         # read-only, and PyTorch has no read-only tensors.
         from torchvision.io import decode_jpeg
@@ -251,8 +258,9 @@ def open_video(data: DataConfig, video: Video) -> Reader | CachedVideo:
 
 # The limit bounds the number of mappings that a process keeps.
 @lru_cache(maxsize=256)
-def _mapped(file: Path) -> np.memmap[Any, Any]:
-    return np.memmap(file, dtype=np.uint8, mode="r")
+def _mapped(file: Path) -> npt.NDArray[np.uint8]:
+    # As a plain array: NumPy's memmap runs Python code each time that it is cut.
+    return np.memmap(file, dtype=np.uint8, mode="r").view(np.ndarray)
 
 
 def _pack_shard(folder: Path, packing: Packing, decoder: str, part: tuple[int, list[Video]]) -> int:

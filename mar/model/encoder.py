@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mar.config.schema import EncoderConfig
 from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
+from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
 def patchify(
@@ -18,30 +19,19 @@ def patchify(
     Tubelets are in the order t, h, w. The values of a tubelet are in the order channel, frame, row,
     column.
     """
-    return _tubelets(video, tubelet).flatten(1, 3).flatten(2)
-
-
-def take_tubelets(
-    video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int], indices: Int[Tensor, "B K"]
-) -> Float[Tensor, "B K P"]:
-    """Return some of the tubelets of ``patchify``, by their flat index."""
-    # _tubelets() returns a view, so only the tubelets that are indexed here are copied.
-    tubelets = _tubelets(video, tubelet)
-    _, _, h, w = tubelets.shape[:4]
-    # A column of clip numbers is broadcast against the K indices of each clip. The flat index
-    # t·h·w is taken apart, because flattening the view would copy all tubelets.
-    clip = torch.arange(video.shape[0], device=indices.device)[:, None]
-    return tubelets[clip, indices // (h * w), indices // w % h, indices % w].flatten(2)
-
-
-def _tubelets(
-    video: Float[Tensor, "B C T H W"], tubelet: tuple[int, int, int]
-) -> Float[Tensor, "B t h w C frames height width"]:
-    """Return a view of the clips as a grid of tubelets."""
     frames, height, width = tubelet
     # unfold() with a step of its size cuts a dimension into parts without a copy.
     parts = video.unfold(2, frames, frames).unfold(3, height, height).unfold(4, width, width)
-    return parts.permute(0, 2, 3, 4, 1, 5, 6, 7)
+    # One copy of the whole clip: visible and hidden tubelets are then rows of one table, which are
+    # taken twice as fast as the pieces of a few pixels that a tubelet is in the clip.
+    return parts.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(1, 3).flatten(2)
+
+
+def take(tubelets: Float[Tensor, "B N P"], indices: Int[Tensor, "B K"]) -> Float[Tensor, "B K P"]:
+    """Return some of each clip's tubelets, by their flat index."""
+    # A column of clip numbers is broadcast against the K indices of each clip.
+    clip = torch.arange(tubelets.shape[0], device=indices.device)[:, None]
+    return tubelets[clip, indices]
 
 
 def unpatchify(
@@ -60,6 +50,8 @@ class Encoder(nn.Module):
     """
 
     positions: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: EncoderConfig, num_tokens: int, last_norm: bool = True) -> None:
         super().__init__()
@@ -68,7 +60,11 @@ class Encoder(nn.Module):
         # A 3D convolution whose stride is its kernel is a linear layer on each tubelet. As a linear
         # layer it can run on the visible ones only.
         self.embed = nn.Linear(3 * config.tubelet[0] * config.tubelet[1] * config.tubelet[2], width)
+        # Not persistent: the buffers are constants and no part of a checkpoint. As buffers they
+        # move to the device with the model.
         self.register_buffer("positions", sin_cos_positions(num_tokens, width), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1), persistent=False)
         self.blocks = transformer_blocks(width, depth, heads, config.drop_path)
         # Without the last norm a linear classifier norms the average instead (norm: pooled).
         self.norm = LayerNorm(width) if last_norm else nn.Identity()
@@ -77,11 +73,16 @@ class Encoder(nn.Module):
         initialise(self, [self.embed] if config.init == "torch" else [])
 
     def forward(
-        self, video: Float[Tensor, "B C T H W"], visible: Int[Tensor, "B K"]
+        self, tubelets: Float[Tensor, "B K P"], visible: Int[Tensor, "B K"]
     ) -> Float[Tensor, "B K D"]:
-        """Embed the visible tubelets, add their positions, run the blocks and the final norm."""
-        tokens = self.embed(take_tubelets(video, self.tubelet, visible)) + self.positions[visible]
-        return self.norm(self.blocks(tokens))
+        """Embed visible tubelets, add their positions, run the blocks and the final norm.
+
+        Their values are from 0 to 1. They are normalised here and not as whole clips, because
+        nothing reads the hidden ones.
+        """
+        channels = tubelets.unflatten(-1, (3, -1))
+        normalised = ((channels - self.mean) / self.std).flatten(-2)
+        return self.norm(self.blocks(self.embed(normalised) + self.positions[visible]))
 
 
 def flat_conv_weight(weight: Float[Tensor, "D C t h w"]) -> Float[Tensor, "D P"]:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from mar.config.schema import TrainingConfig
 from mar.model.classifier import build_classifier
 from mar.model.decoder import Decoder, reconstruction_loss, reconstruction_target
-from mar.model.encoder import Encoder
-from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
+from mar.model.encoder import Encoder, patchify, take
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,6 @@ class MAR(nn.Module):
     Takes videos with pixel values from 0 to 1, and a mask that is True where a token is hidden.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, settings: TrainingConfig) -> None:
         super().__init__()
         t, h, w = settings.grid
@@ -73,10 +69,6 @@ class MAR(nn.Module):
             self.decoder = _decoder(settings, width, num_tokens, patch_values)
         else:
             self.decoder = None
-        # Not persistent: the buffers are constants and no part of a checkpoint. As buffers they
-        # move to the device with the model.
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1, 1), persistent=False)
 
     def forward(
         self,
@@ -89,7 +81,8 @@ class MAR(nn.Module):
         ``labels`` are class probabilities.
         """
         visible_indices, hidden_indices = self._indices(hidden)
-        tokens = self.encoder((pixels - self.mean) / self.std, visible_indices)
+        tubelets = patchify(pixels, self.encoder.tubelet)
+        tokens = self.encoder(take(tubelets, visible_indices), visible_indices)
         nothing = torch.zeros(len(pixels), device=pixels.device)
         classification = reconstruction = nothing
         if self.classifier is not None:
@@ -101,7 +94,10 @@ class MAR(nn.Module):
             predicted = self.decoder(tokens, visible_indices, hidden_indices)
             # The target x_M of Eq. 3 has the pixels from 0 to 1, as in the release: without
             # ImageNet's mean and deviation, which are for the encoder alone.
-            reconstruction = reconstruction_loss(predicted, self._target(pixels, hidden_indices))
+            target = reconstruction_target(
+                take(tubelets, hidden_indices), self.reconstruction.normalize_target
+            )
+            reconstruction = reconstruction_loss(predicted, target)
         if self.classifier is None:
             return Losses(reconstruction, nothing, reconstruction)
         # Eq. 5, where λ is reconstruction.weight. Without a decoder L_r is zero here.
@@ -117,9 +113,7 @@ class MAR(nn.Module):
         """Return the class scores; the reconstruction branch is not run (Fig. 2)."""
         assert self.classifier is not None
         visible_indices, _ = self._indices(hidden)
-        return self.classifier(
-            self.encoder((pixels - self.mean) / self.std, visible_indices), visible_indices
-        )
+        return self.classifier(self.encode(pixels, visible_indices), visible_indices)
 
     def reconstruct(
         self, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"]
@@ -127,22 +121,22 @@ class MAR(nn.Module):
         """Return the predicted values of the hidden tubelets (Fig. 6)."""
         assert self.decoder is not None
         visible_indices, hidden_indices = self._indices(hidden)
-        tokens = self.encoder((pixels - self.mean) / self.std, visible_indices)
+        tokens = self.encode(pixels, visible_indices)
         return self.decoder(tokens, visible_indices, hidden_indices)
 
-    def _target(
-        self, pixels: Float[Tensor, "B C T H W"], hidden: Int[Tensor, "B M"]
-    ) -> Float[Tensor, "B M P"]:
-        return reconstruction_target(
-            pixels, hidden, self.encoder.tubelet, self.reconstruction.normalize_target
-        )
+    def encode(
+        self, pixels: Float[Tensor, "B C T H W"], visible: Int[Tensor, "B K"]
+    ) -> Float[Tensor, "B K D"]:
+        """Return the encoder's tokens F_v of the visible tubelets, by their flat indices."""
+        tubelets = patchify(pixels, self.encoder.tubelet)
+        return self.encoder(take(tubelets, visible), visible)
 
     def _indices(
         self, hidden: Bool[Tensor, "B t h w"]
     ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
         """Return the indices of visible and of hidden tokens, on the model's device."""
         visible_indices, hidden_indices = split_indices(hidden)
-        device = self.mean.device
+        device = self.encoder.positions.device
         # The copies may be asynchronous: the device's stream runs them before the kernels that
         # read the indices.
         return (

@@ -207,7 +207,7 @@ class Inference(nn.Module):
         """Return the class scores."""
         # Not ``len(pixels)``: torch.export would make the number of clips a constant.
         indices = self.visible.expand(pixels.shape[0], -1)
-        tokens = self.model.encoder((pixels - self.model.mean) / self.model.std, indices)
+        tokens = self.model.encode(pixels, indices)
         assert self.model.classifier is not None
         return self.model.classifier(tokens, indices)
 

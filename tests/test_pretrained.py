@@ -563,6 +563,17 @@ def test_a_damaged_file_never_ends_in_a_traceback(
         read_weights(str(file))
 
 
+def test_an_archive_of_a_later_format_is_refused_in_words(tmp_path: Path) -> None:
+    file = tmp_path / "some.pth"
+    torch.save({"model": {"encoder.patch_embed.proj.weight": torch.zeros(4, 3, 2, 2, 2)}}, file)
+    content = bytearray(file.read_bytes())
+    # The first entry of the archive's list; six bytes in is the version that it needs.
+    content[content.index(b"PK\x01\x02") + 6] = 64
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="not a whole PyTorch checkpoint"):
+        read_weights(str(file))
+
+
 def test_a_download_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))

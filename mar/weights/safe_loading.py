@@ -88,13 +88,18 @@ def _first_bytes(file: Path) -> bytes:
 
 
 def _is_compressed(file: Path) -> bool:
-    """Whether an archive's content is larger than the archive."""
+    """Whether an archive's content is larger than the archive.
+
+    Raises:
+        UserError: its list of contents cannot be read.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             return sum(each.file_size for each in archive.infolist()) > file.stat().st_size
-    except (OSError, ValueError, zipfile.BadZipFile):
-        # ``torch.load`` opens it next, and its error is reported.
-        return False
+    # NotImplementedError: the list names a later version of the format. PyTorch reads archives by
+    # itself, and must not get one that could not be checked here.
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file}: {_why_not(error)}") from None
 
 
 def _why_not(error: Exception) -> str:

@@ -1,7 +1,53 @@
-"""Masked Action Recognition: the science. Imports torch, but not Ray, MLflow or Optuna."""
+"""Masked Action Recognition, for Python.
 
-# Only constants are defined here, so that ``import mar`` loads nothing else: the command line and
-# planning import submodules that do without torch.
+>>> import mar
+>>> mar.load("mini").predict("clip.mp4")
+>>> mar.Study.read("quickstart").run(backend="inline").table()
+
+``mar`` is the science: its modules import torch, but not Ray, MLflow or Optuna. The experiment is
+``orchestration``, which imports ``mar``. A user should not have to know which of the two has a
+name, so this module, and it alone, offers names of both.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mar.errors import Failure as Failure
+    from mar.errors import UserError as UserError
+    from mar.inference import Model as Model
+    from orchestration.api import Results as Results
+    from orchestration.api import Study as Study
+    from orchestration.api import load as load
+    from orchestration.api import results as results
+
+_HOME = {
+    "Failure": "mar.errors",
+    "Model": "mar.inference",
+    "Results": "orchestration.api",
+    "Study": "orchestration.api",
+    "UserError": "mar.errors",
+    "load": "orchestration.api",
+    "results": "orchestration.api",
+}
+"""Public name -> the module that defines it."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used.
+
+    So ``import mar`` loads nothing: the command line and planning do without torch.
+    """
+    if name not in _HOME:
+        raise AttributeError(f"module 'mar' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
+
 
 __version__ = "0.1.0"
 

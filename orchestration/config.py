@@ -20,6 +20,8 @@ from mar.safe_input import below
 from mar.training.retention import RetentionPolicy
 from orchestration.secrets import without_secrets
 
+DEFAULT_STORE = Path("mar_store")
+"""Folder of the store where none is given, in the working directory."""
 HELP = "help"
 """Key of a field's metadata: its meaning, its unit, and what none means."""
 MINIMUM = "minimum"
@@ -174,7 +176,7 @@ class LaunchConfig:
 
     # Not made with ``_option``: several verbs have ``--store`` and ``--tracking-uri``, which are
     # declared once in ``cli/options.py``.
-    store: Path = Path("mar_store")
+    store: Path = DEFAULT_STORE
     """Folder of the embedded tracking store, of checkpoints and of reports; shared storage on a
     cluster."""
     tracking_uri: str | None = None

@@ -6,11 +6,12 @@ not depend on the number of workers and loader processes, and a resumed epoch ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
@@ -56,6 +57,23 @@ class Sample(NamedTuple):
     label: int
     video: int
     broken: BrokenVideo | None = None
+
+
+# The tests check the types of calls at run time.
+@runtime_checkable
+class FrameSource(Protocol):
+    """A video whose frames can be read by their numbers."""
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second; None: unknown."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def frames(self, indices: Sequence[int]) -> Frames:
+        """Return the frames with these numbers, ``[len(indices), H, W, 3]``."""
+        ...
 
 
 class TrainingClips(Dataset[Sample]):
@@ -130,23 +148,45 @@ class EvaluationClips(Dataset[Sample]):
             order = slice(None)
         try:
             with open_video(settings.data, video) as reader:
-                how = settings.evaluation.segment_frames
-                wanted = evaluation_frames(settings.clip, len(reader), reader.fps, self.clips, how)
-                numbers = [number for indices in wanted for number in indices[order].tolist()]
-                # One request for all clips, as in training.
-                clips = np.split(reader.frames(numbers), len(wanted))
+                views = evaluation_views(settings, reader, self.clips, self.crops, order)
         except BrokenVideo as broken:
             return Sample(_black(self.clips * self.crops, settings), video.label, index, broken)
-        size = settings.clip.size
-        antialias = settings.clip.antialias
-        # The released code resizes the whole frame and cuts from it; else the crop is resized.
-        if settings.evaluation.crop_from == "resized":
-            clips = [resize_short_side(frames, size, antialias) for frames in clips]
-        boxes = test_boxes(
-            clips[0].shape[1], clips[0].shape[2], self.crops, settings.evaluation.crop_from
-        )
-        views = [crop_and_resize(frames, box, size, antialias) for frames in clips for box in boxes]
-        return Sample(torch.stack(views), video.label, index)
+        return Sample(views, video.label, index)
+
+
+def evaluation_views(
+    settings: TrainingConfig,
+    source: FrameSource,
+    num_clips: int,
+    num_crops: int,
+    order: npt.NDArray[np.int64] | slice = slice(None),
+) -> UInt8[Tensor, "views T H W C"]:
+    """Return all views of a video; those of its first test clip come first.
+
+    Args:
+        settings: What clips, crops and size are.
+        source: The video.
+        num_clips: Test clips, spread over the video.
+        num_crops: 1 (the centre) or 3 (along the long side) for each clip.
+        order: A permutation of each clip's frames; by default as they are.
+
+    Raises:
+        BrokenVideo: the video cannot be decoded.
+    """
+    how = settings.evaluation.segment_frames
+    wanted = evaluation_frames(settings.clip, len(source), source.fps, num_clips, how)
+    numbers = [number for indices in wanted for number in indices[order].tolist()]
+    # One request for all clips, as in training.
+    clips = np.split(source.frames(numbers), len(wanted))
+    size = settings.clip.size
+    antialias = settings.clip.antialias
+    crop_from = settings.evaluation.crop_from
+    # The released code resizes the whole frame and cuts from it; else the crop is resized.
+    if crop_from == "resized":
+        clips = [resize_short_side(frames, size, antialias) for frames in clips]
+    boxes = test_boxes(clips[0].shape[1], clips[0].shape[2], num_crops, crop_from)
+    views = [crop_and_resize(frames, box, size, antialias) for frames in clips for box in boxes]
+    return torch.stack(views)
 
 
 def bytes_per_clip(settings: TrainingConfig) -> int:

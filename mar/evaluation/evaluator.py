@@ -203,13 +203,21 @@ class Evaluator:
     ) -> Float[Tensor, "B classes"]:
         num_videos, views = clips.shape[:2]
         pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
-        hidden = evaluation_mask(self.settings).expand(len(pixels), -1, -1, -1)
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"
-        ):
-            scores = model.classify(pixels, hidden)
-        # Probabilities and not scores are averaged over the views, and in float32.
-        return scores.float().softmax(dim=1).view(num_videos, views, -1).mean(dim=1).cpu()
+        # Probabilities and not scores are averaged over the views.
+        probabilities = class_probabilities(model, pixels, self.settings)
+        return probabilities.view(num_videos, views, -1).mean(dim=1).cpu()
+
+
+def class_probabilities(
+    model: MAR, pixels: Float[Tensor, "B C T H W"], settings: TrainingConfig
+) -> Float[Tensor, "B classes"]:
+    """Return the probability of each class under the mask of testing, in float32."""
+    hidden = evaluation_mask(settings).expand(len(pixels), -1, -1, -1)
+    with torch.autocast(
+        pixels.device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"
+    ):
+        scores = model.classify(pixels, hidden)
+    return scores.float().softmax(dim=1)
 
 
 def write_predictions(predictions: Predictions, videos: list[Video], file: Path) -> None:

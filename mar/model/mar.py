@@ -80,7 +80,7 @@ class MAR(nn.Module):
 
         ``labels`` are class probabilities.
         """
-        visible_indices, hidden_indices = self._indices(hidden)
+        visible_indices, hidden_indices = self.indices(hidden)
         tubelets = patchify(pixels, self.encoder.tubelet)
         tokens = self.encoder(take(tubelets, visible_indices), visible_indices)
         nothing = torch.zeros(len(pixels), device=pixels.device)
@@ -112,7 +112,7 @@ class MAR(nn.Module):
     ) -> Float[Tensor, "B classes"]:
         """Return the class scores; the reconstruction branch is not run (Fig. 2)."""
         assert self.classifier is not None
-        visible_indices, _ = self._indices(hidden)
+        visible_indices, _ = self.indices(hidden)
         return self.classifier(self.encode(pixels, visible_indices), visible_indices)
 
     def reconstruct(
@@ -120,7 +120,7 @@ class MAR(nn.Module):
     ) -> Float[Tensor, "B M P"]:
         """Return the predicted values of the hidden tubelets (Fig. 6)."""
         assert self.decoder is not None
-        visible_indices, hidden_indices = self._indices(hidden)
+        visible_indices, hidden_indices = self.indices(hidden)
         tokens = self.encode(pixels, visible_indices)
         return self.decoder(tokens, visible_indices, hidden_indices)
 
@@ -131,7 +131,7 @@ class MAR(nn.Module):
         tubelets = patchify(pixels, self.encoder.tubelet)
         return self.encoder(take(tubelets, visible), visible)
 
-    def _indices(
+    def indices(
         self, hidden: Bool[Tensor, "B t h w"]
     ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
         """Return the indices of visible and of hidden tokens, on the model's device."""

@@ -15,6 +15,8 @@ from mar.safe_input import below, read_json
 ABSENT = "absent: "
 """The prefix of a fingerprint of weights that are not on this machine yet, before their name."""
 _DIGEST = "sha256: "
+_SHIPPED = ("mini", "mar/mini")
+"""The names of the model in ``shipped/mini``."""
 _FILE_ENDINGS = (".pth", ".pt", ".pyth", ".bin", ".ckpt", ".safetensors", ".tar")
 # Only these are downloaded: a repository often has the same weights in several formats. Pickles
 # are the second choice, because they can contain code.
@@ -25,8 +27,9 @@ _OLD = ("config.json", "pytorch_model.bin")
 def fetch(name: str) -> Path:
     """Return the file or folder of the weights called ``name``.
 
-    The name is a path, ``organisation/model``, or the name of one of timm's models. A model that
-    is not on this machine is downloaded from Hugging Face, timm's models from ``timm/``.
+    The name is a path, ``organisation/model``, the name of one of timm's models, or ``mini``, which
+    ships with mar. A model that is not on this machine is downloaded from Hugging Face, timm's
+    models from ``timm/``.
 
     Raises:
         UserError: there is no such file, or the model cannot be downloaded.
@@ -57,8 +60,11 @@ def locate(name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     path = Path(name).expanduser()
+    # First: a file or folder of this name is what its owner means.
     if path.exists():
         return path
+    if name in _SHIPPED:
+        return Path(__file__).parent / "shipped" / "mini"
     # No model's name looks like this: asking the hub would only give a less clear error.
     if (
         path.is_absolute()

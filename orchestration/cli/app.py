@@ -14,11 +14,12 @@ import typer
 from mar.errors import Failure, UserError
 from orchestration.cli.bench import bench
 from orchestration.cli.data import data_app
+from orchestration.cli.inference import predict, reconstruct
 from orchestration.cli.jobs import jobs_app, status, stop_study, submit
 from orchestration.cli.recipes import cost, diff, mask, show
 from orchestration.cli.studies import figure, plan, report, run, table
 from orchestration.cli.system import doctor, recover, ui
-from orchestration.cli.weights import evaluate, predict, reconstruct, weights_app
+from orchestration.cli.weights import evaluate, weights_app
 from orchestration.secrets import without_secrets
 
 # Without Typer's own exceptions: ``main`` prints one line for each error that it knows.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mar.errors import UserError
+from orchestration.config import DEFAULT_STORE as DEFAULT_STORE
 from orchestration.secrets import without_secrets
 
 if TYPE_CHECKING:
@@ -73,7 +73,6 @@ ObjectStoreUri = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")]
 IsAll = Annotated[bool, typer.Option("--all", help="Every study of the paper that ships with mar.")]
-DEFAULT_STORE = Path("mar_store")
 
 
 def print_store(store: Path, tracking_uri: str | None, may_be_new: bool = False) -> bool:
@@ -110,10 +109,9 @@ def records_of(store: Path, tracking_uri: str | None, may_be_new: bool = False) 
     if not print_store(store, tracking_uri, may_be_new):
         return []
     # Not at the top: it loads MLflow, which takes seconds.
-    from orchestration.config import LaunchConfig
-    from orchestration.tracking.store import Store
+    from orchestration.api import records_of_store
 
-    return list(Store(LaunchConfig(store=store, tracking_uri=tracking_uri)).trials())
+    return list(records_of_store(store, tracking_uri))
 
 
 def studies_of(
@@ -132,6 +130,7 @@ def studies_of(
     Raises:
         UserError: neither or both were given; or what ``read_study`` raises.
     """
+    from orchestration.api import named_in_store
     from orchestration.studies.loader import paper_studies, read_study
 
     if is_all:
@@ -142,23 +141,12 @@ def studies_of(
         if name:
             arguments.insert(0, name)
         studies = [read_study(each, arguments, only or []) for each in paper_studies()]
-        return [_named(study, store, claims) for study in studies]
+        return [named_in_store(study, store, claims) for study in studies]
     if name is None:
         raise UserError("which study? (a file, a name that ships with mar, or --all)")
     if is_search_file(name):
         raise UserError(f"{name} is a search, not a study: mar run runs it, and writes its report")
-    return [_named(read_study(name, overrides or [], only or []), store, claims)]
-
-
-def _named(study: Study, store: Path, claims: bool) -> Study:
-    from dataclasses import replace
-
-    from orchestration.studies.names import name_in_store
-
-    # Only a file can claim a name in the store.
-    if study.path is None:
-        return study
-    return replace(study, name=name_in_store(study.name, study.path, store, claims))
+    return [named_in_store(read_study(name, overrides or [], only or []), store, claims)]
 
 
 def is_search_file(name: str) -> bool:
@@ -167,22 +155,3 @@ def is_search_file(name: str) -> bool:
 
     # Only the file of a search has this key at its top level.
     return "space" in Document(find(name, "study")).content
-
-
-def file_finder(store: Path, tracking_uri: str | None) -> Callable[[Any, str], Path]:
-    """Return a function that finds a file of a run's result.
-
-    The function downloads the file from MLflow if it is not on this disk.
-    """
-    # Opened with the first file: a table without paired tests needs none.
-    opened: list[Any] = []
-
-    def find(record: Any, name: str) -> Path:
-        from orchestration.config import LaunchConfig
-        from orchestration.tracking.store import Store
-
-        if not opened:
-            opened.append(Store(LaunchConfig(store=store, tracking_uri=tracking_uri)))
-        return opened[0].file_of(record, name)
-
-    return find

@@ -21,7 +21,6 @@ from orchestration.cli.options import (
     StoreFolder,
     StudyName,
     TrackingUri,
-    file_finder,
     is_search_file,
     print_store,
     records_of,
@@ -328,6 +327,7 @@ def report(
 
 def _results(study: Study, store: Path, tracking_uri: str | None) -> StudyResults:
     """Return a study's results from MLflow."""
+    from orchestration.api import file_finder
     from orchestration.reporting.study_results import StudyResults
 
     records = records_of(store, tracking_uri)

@@ -1,4 +1,4 @@
-"""The verbs for models: weights, evaluate, predict, reconstruct.
+"""The verbs for models: weights, evaluate.
 
 Parsing and printing, nothing else.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mar.errors import Failure, UserError
+from mar.errors import UserError
 from mar.safe_text import printable
 from orchestration.cli.options import DEFAULT_STORE, StoreFolder
 
@@ -140,7 +140,6 @@ def weights_export(
     print(f"onnxruntime and PyTorch differ by at most {difference:.1e} on two random clips")
 
 
-_SHOWN_CLASSES = 5
 _TEST_SETTINGS = ("data", "clip", "mask", "evaluation")
 """Groups of settings that ``mar evaluate`` takes from ``--recipe``; the model has the others."""
 
@@ -194,117 +193,6 @@ def evaluate(
     if predictions.broken:
         summary += f"; {len(predictions.broken)} more could not be decoded"
     print(summary)
-
-
-def predict(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Weights of any layout: a trial's result folder, a file …"
-        ),
-    ],
-    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO…")],
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Settings; repeatable.")
-    ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="File of class names, one a line. Default: the names that the model has.",
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Name the five most probable classes of videos."""
-    from mar.data.annotations import Video
-    from mar.distributed import default_device
-    from mar.weights.pretrained import read_model
-    from orchestration.studies.recipe import parse_overrides
-
-    # Checked first: reading the model takes seconds.
-    absent = [str(video) for video in videos if not video.is_file()]
-    if absent:
-        raise UserError(f"no such video: {', '.join(absent[:3])}")
-    # Without a frame cache: it has the data set's videos, and these may be any.
-    settings, trained, known = read_model(
-        model, {"data.cache": None}, parse_overrides(setting or [])
-    )
-    names = list(known)
-    if labels:
-        names = labels.read_text(encoding="utf-8").splitlines()
-    # Label 0 is a placeholder: no accuracy is computed.
-    listed = [Video(str(path), path, 0) for path in videos]
-    predictions = _tested(trained, settings, listed, default_device())
-    scores = _most_probable(predictions, listed, names)
-    if as_json:
-        payload = {"predictions": scores, "broken": list(predictions.broken)}
-        print(json.dumps(payload, indent=1, ensure_ascii=False))
-    else:
-        for video, shares in scores.items():
-            text = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-            print(printable(f"{video}: {text}"))
-    # After the predictions: a video that is broken does not hide the others'.
-    if predictions.broken:
-        raise Failure(
-            f"{len(predictions.broken)} could not be decoded; the first: {predictions.broken[0]}"
-        )
-
-
-def _most_probable(
-    predictions: Any, videos: list[Any], names: list[str]
-) -> dict[str, dict[str, float]]:
-    """Return each video's most probable classes, with their probabilities.
-
-    A class without a name has its number in place of the name.
-    """
-    # A model may have fewer classes than that.
-    count = min(_SHOWN_CLASSES, predictions.probabilities.shape[1])
-    best = predictions.probabilities.topk(count, dim=1)
-    scores: dict[str, dict[str, float]] = {}
-    # Rows are of the videos that could be decoded, by their indices in the list.
-    for row, video in enumerate(predictions.videos.tolist()):
-        shares: dict[str, float] = {}
-        labels = best.indices[row].tolist()
-        for label, share in zip(labels, best.values[row].tolist(), strict=True):
-            name = str(label)
-            if label < len(names):
-                name = names[label]
-            shares[name] = round(share, 4)
-        scores[videos[video].name] = shares
-    return scores
-
-
-def reconstruct(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A trial's result folder, or weights with a decoder."),
-    ],
-    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO…")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path(
-        "reconstructions.png"
-    ),
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Settings; repeatable.")
-    ] = None,
-) -> None:
-    """Draw videos, their parts that the test mask leaves visible, and reconstructions (Fig. 6)."""
-    from mar.data.annotations import Video
-    from mar.distributed import default_device
-    from mar.visualization.reconstructions import draw_reconstructions
-    from mar.weights.pretrained import read_model
-    from orchestration.studies.recipe import parse_overrides
-
-    # Without a frame cache, as in ``predict``.
-    settings, trained, _ = read_model(model, {"data.cache": None}, parse_overrides(setting or []))
-    draw_reconstructions(
-        settings,
-        trained.to(default_device()),
-        [Video(str(path), path, 0) for path in videos],
-        output,
-    )
-    print(output)
 
 
 def _tested(model: Any, settings: Any, videos: list[Any], device: Any) -> Any:

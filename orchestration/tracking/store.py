@@ -75,17 +75,16 @@ class Store:
                 for item in self._pages(self.client.search_experiments)
             }
             runs = self._runs(names, f"tags.`{KIND}` = 'trial'")
-        return [
-            RunRecord(
-                run.info.run_id,
-                names[run.info.experiment_id],
-                run.info.experiment_id,
-                run.info.status,
-                run.data.metrics,
-                run.data.tags,
-            )
-            for run in runs
-        ]
+        return [_record(run, names[run.info.experiment_id]) for run in runs]
+
+    def trial(self, run_id: str) -> RunRecord:
+        """Return one trial's run.
+
+        Raises:
+            MlflowException: there is no such run.
+        """
+        run = self.client.get_run(run_id)
+        return _record(run, self.client.get_experiment(run.info.experiment_id).name)
 
     def expected(self) -> dict[str, int]:
         """Return the number of trials that each study has, finished or not, by its last launch."""
@@ -278,6 +277,17 @@ class Store:
             token = page.token
             if not token:
                 return
+
+
+def _record(run: Run, experiment: str) -> RunRecord:
+    return RunRecord(
+        run.info.run_id,
+        experiment,
+        run.info.experiment_id,
+        run.info.status,
+        run.data.metrics,
+        run.data.tags,
+    )
 
 
 def _parameter(value: Any) -> str:

@@ -1,0 +1,414 @@
+"""The experiment for Python: studies, their results as DataFrames, and models from MLflow.
+
+``import mar`` offers these names: ``mar.load``, ``mar.Study``, ``mar.results``. The command's verbs
+read and run studies by the same functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from mar.errors import UserError
+from orchestration.config import DEFAULT_STORE, LaunchConfig, WorkerConfig
+from orchestration.studies.loader import read_study
+from orchestration.studies.names import name_in_store, name_of
+
+# Not at the top for real: pandas, torch and MLflow take seconds to load, and a plan needs none.
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mar.inference import Model
+    from orchestration.reporting.study_results import StudyResults
+    from orchestration.studies.trial import Study as ResolvedStudy
+    from orchestration.tracking.run_record import RunRecord
+
+_MLFLOW_ADDRESSES = ("runs:/", "models:/")
+
+
+def load(
+    name: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    store: str | Path = DEFAULT_STORE,
+    tracking_uri: str | None = None,
+) -> Model:
+    """Return a trained model, on this machine's accelerator if it has one.
+
+    Args:
+        name: A trial's result folder, a file or folder of weights of any known layout,
+            ``organisation/model`` on Hugging Face, a timm model's name, ``mini``, which ships with
+            mar; or of MLflow a run, ``runs:/RUN_ID``, or a registered model, ``models:/STUDY/1``
+            or ``models:/STUDY@best``.
+        overrides: Settings to use instead of the model's, by path: ``{"mask.ratio": 0.75}``.
+        store: Folder of the tracking store, for a name of MLflow.
+        tracking_uri: Address of an MLflow server, in place of ``store``'s.
+
+    Raises:
+        UserError: there is no such model, it is not of a known layout, or does not fit.
+        Failure: MLflow does not answer.
+    """
+    from mar.inference import load_model
+
+    text = str(name)
+    if text.startswith(_MLFLOW_ADDRESSES):
+        from orchestration.tracking.models import result_folder
+
+        text = str(result_folder(text, LaunchConfig(Path(store), tracking_uri)))
+    return load_model(text, overrides)
+
+
+def records_of_store(store: Path, tracking_uri: str | None) -> list[RunRecord]:
+    """Return the trials' runs in MLflow, of all studies."""
+    from orchestration.tracking.store import Store
+
+    return Store(LaunchConfig(store, tracking_uri)).trials()
+
+
+def file_finder(store: Path, tracking_uri: str | None) -> Callable[[Any, str], Path]:
+    """Return a function that finds a file of a run's result.
+
+    The function downloads the file from MLflow if it is not on this disk.
+    """
+    # Opened with the first file: a table without paired tests needs none.
+    opened: list[Any] = []
+
+    def find(record: Any, name: str) -> Path:
+        from orchestration.tracking.store import Store
+
+        if not opened:
+            opened.append(Store(LaunchConfig(store, tracking_uri)))
+        return opened[0].file_of(record, name)
+
+    return find
+
+
+def named_in_store(study: ResolvedStudy, store: Path, claims: bool = False) -> ResolvedStudy:
+    """Return a study with its name in the store.
+
+    With ``claims``, the store records that the name belongs to the study's file.
+    """
+    # Only a file can claim a name in the store.
+    if study.path is None:
+        return study
+    name = name_in_store(study.name, study.path, store, claims)
+    return dataclasses.replace(study, name=name)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that can be planned, run and read; its results are in the store.
+
+    >>> study = mar.Study.read("quickstart", {"recipe.epochs": 2})
+    >>> study.run(backend="inline").table()
+    """
+
+    name: str
+    """A study file, the name of one that ships with mar, or a recipe."""
+    overrides: tuple[str, ...] = ()
+    """Settings that replace the file's, each as ``path=value``."""
+    store: Path = DEFAULT_STORE
+    """Folder of checkpoints, results and the tracking store."""
+    tracking_uri: str | None = None
+    """Address of an MLflow server, in place of the store's."""
+
+    @classmethod
+    def read(
+        cls,
+        name: str | Path,
+        overrides: Mapping[str, Any] | Sequence[str] = (),
+        *,
+        store: str | Path = DEFAULT_STORE,
+        tracking_uri: str | None = None,
+    ) -> Self:
+        """Return a study; its file and settings are checked.
+
+        Args:
+            name: A study file, the name of one that ships with mar, or a recipe.
+            overrides: Settings by path, ``{"recipe.epochs": 2}``, or as on the command line,
+                ``["recipe.epochs=2"]``.
+            store: Folder of checkpoints, results and the tracking store.
+            tracking_uri: Address of an MLflow server, in place of the store's.
+
+        Raises:
+            UserError: a bad file, setting or label; the message says where.
+        """
+        if isinstance(overrides, Mapping):
+            arguments = [f"{path}={_yaml(value)}" for path, value in overrides.items()]
+        else:
+            arguments = list(overrides)
+        study = cls(str(name), tuple(arguments), Path(store), tracking_uri)
+        _ = study.resolved
+        return study
+
+    @cached_property
+    def resolved(self) -> ResolvedStudy:
+        """The study's trials with their complete settings, in its order."""
+        return named_in_store(read_study(self.name, self.overrides), self.store)
+
+    def plan(self) -> pd.DataFrame:
+        """Return a row for each trial: whether it is finished, and what it costs.
+
+        ``state`` is ``have`` (finished), ``new`` (to train), ``test`` (to test only, with a model
+        that exists) or ``same`` (an earlier trial is the same). ``device_hours`` is known after a
+        trial has finished.
+        """
+        import pandas as pd
+
+        from orchestration.studies.plan import plan_json, plan_trials
+
+        rows = json.loads(plan_json(plan_trials(self.resolved, self._records())))
+        return pd.DataFrame(rows)
+
+    def run(self, **options: Any) -> Self:
+        """Train what is missing; what was trained before, also by other studies, is used.
+
+        Args:
+            **options: Those of ``mar run``, with underscores: ``backend="inline"`` (``train``,
+                ``inline`` or ``local``), ``workers=8``, ``gpus_per_worker=1``, …: the fields of
+                ``orchestration.config.LaunchConfig`` and ``WorkerConfig``.
+
+        Returns:
+            The study itself, so that ``study.run().table()`` works.
+
+        Raises:
+            UserError: the data is missing, an option is unknown, or another launch runs the study.
+            Failure: a trial failed permanently; the others are finished and kept.
+        """
+        from orchestration.execution.study_runner import run_study
+
+        study = named_in_store(self.resolved, self.store, claims=True)
+        run_study(study, _launch(self.store, self.tracking_uri, options))
+        return self
+
+    def results(self) -> StudyResults:
+        """Return the finished runs of its trials, for tables and figures of one's own."""
+        from orchestration.reporting.study_results import StudyResults
+
+        find = file_finder(self.store, self.tracking_uri)
+        return StudyResults.match(self.resolved, self._records(), find)
+
+    def table(self) -> pd.DataFrame:
+        """Return the study's table: a row for each combination of labels, in its order.
+
+        For each metric there is its mean over seeds; ``METRIC_half_width``, half the mean's 95 %
+        confidence interval (Student's t; absent with fewer than two seeds); ``METRIC_n``, the
+        number of values; and where the paper has a value, ``METRIC_paper``.
+        """
+        import pandas as pd
+
+        from orchestration.reporting.tables import table_info
+
+        info = table_info(self.results())
+        rows: list[dict[str, Any]] = []
+        for row in info.rows:
+            values: dict[str, Any] = {}
+            for name in info.columns:
+                cell = row.cells[name]
+                values[name] = cell.mean
+                values[f"{name}_half_width"] = cell.half_width
+                values[f"{name}_n"] = len(cell.values)
+                values[f"{name}_paper"] = cell.paper
+            rows.append({**dict(zip(info.axes, row.labels, strict=True)), **values})
+        frame = pd.DataFrame(rows)
+        # Columns that no row fills, such as the paper's values of a study of one's own.
+        unused = [
+            column
+            for column in frame.columns
+            if column.endswith(("_half_width", "_paper")) and frame[column].isna().all()
+        ]
+        return frame.drop(columns=unused).set_index(list(info.axes))
+
+    def figure(self, file: str | Path) -> Path:
+        """Draw the study's figure (png, pdf, svg, or interactive html), and return the file."""
+        from orchestration.reporting.plotly_figures import write_figure
+
+        write_figure(self.results(), Path(file))
+        return Path(file)
+
+    def report(self, folder: str | Path | None = None) -> Path:
+        """Write the table in every format, the figure and a page; return their folder."""
+        from orchestration.reporting.study_report import write_report
+
+        launch = LaunchConfig(self.store, self.tracking_uri)
+        target = Path(folder) if folder else launch.report_folder(self.resolved.name)
+        write_report(self.results(), target)
+        return target
+
+    def _records(self) -> list[RunRecord]:
+        # Without a store nothing is finished, and asking would make one.
+        if self.tracking_uri is None and not LaunchConfig(self.store).database.is_file():
+            return []
+        return records_of_store(self.store, self.tracking_uri)
+
+
+def best_result(
+    name: str | Path, *, store: str | Path = DEFAULT_STORE, tracking_uri: str | None = None
+) -> Path:
+    """Return the result folder of the best trial of a study or search.
+
+    The best is by a search's first objective, or by the first column of a study's table that is a
+    measured metric with a better direction, as ``top1``.
+
+    Raises:
+        UserError: the file cannot be read, or none of its trials is finished.
+    """
+    from orchestration.studies.metrics import METRICS
+    from orchestration.tracking.models import trained_folder
+
+    folder = Path(store)
+    metric, maximise, runs = _candidates(str(name), folder, tracking_uri)
+    source = METRICS[metric].source
+    measured = [run for run in runs if source in run.metrics]
+    if not measured:
+        raise UserError(f"{name}: no finished trial of it in the store {folder.resolve()}")
+    # Equal values: the one that is listed first.
+    sign = 1 if maximise else -1
+    best = max(measured, key=lambda run: sign * run.metrics[source])
+    return trained_folder(best, LaunchConfig(folder, tracking_uri))
+
+
+def _candidates(
+    name: str, store: Path, tracking_uri: str | None
+) -> tuple[str, bool, list[RunRecord]]:
+    """Return the metric by which the best is chosen, whether more is better, and the runs."""
+    from orchestration.search.schema import read_search
+    from orchestration.studies.metrics import METRICS
+    from orchestration.studies.yaml_document import Document, find
+
+    if "space" in Document(find(name, "study")).content:
+        search = read_search(name)
+        stored = name_in_store(search.name, search.path, store)
+        runs = results(stored, store=store, tracking_uri=tracking_uri).records
+        metric, direction = next(iter(search.file.objectives.items()))
+        return metric, direction == "max", [run for run in runs if run.status == "FINISHED"]
+    study = Study.read(name, store=store, tracking_uri=tracking_uri)
+    for metric in study.resolved.file.table.columns:
+        direction = METRICS[metric].higher_is_better
+        if direction is not None and "/" in METRICS[metric].source:
+            return metric, direction, list(study.results().runs.values())
+    raise UserError(f"{name}: no column of its table says which trial is best")
+
+
+@dataclass(frozen=True)
+class Results:
+    """The runs of a store as DataFrames, by the id of their run in MLflow."""
+
+    records: Sequence[RunRecord]
+    find_file: Callable[[Any, str], Path]
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """A row for each run: its study, trial, status, key, and where its result is."""
+        import pandas as pd
+
+        from orchestration.tracking.tags import FOLDER
+
+        rows = [
+            {
+                "run_id": run.run_id,
+                "study": run.experiment,
+                "trial": run.tags.get("mlflow.runName", ""),
+                "status": run.status,
+                "key": run.key,
+                "folder": run.tags.get(FOLDER, ""),
+            }
+            for run in self.records
+        ]
+        columns = ["run_id", "study", "trial", "status", "key", "folder"]
+        return pd.DataFrame(rows, columns=columns).set_index("run_id")
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """A row for each run, a column for each metric: the last value."""
+        import pandas as pd
+
+        rows = {run.run_id: dict(run.metrics) for run in self.records}
+        frame = pd.DataFrame.from_dict(rows, orient="index")
+        frame.index.name = "run_id"
+        return frame.sort_index(axis="columns")
+
+    @cached_property
+    def histories(self) -> pd.DataFrame:
+        """The metrics of each epoch of finished trainings, by run and epoch.
+
+        A trial that was only tested has none.
+        """
+        import pandas as pd
+
+        frames: dict[str, pd.DataFrame] = {}
+        for run in self.records:
+            if run.status == "FINISHED" and run.has_model:
+                file = self.find_file(run, "history.csv")
+                frames[run.run_id] = pd.read_csv(file, index_col="epoch")
+        if not frames:
+            return pd.DataFrame()
+        return pd.concat(frames, names=["run_id"])
+
+
+def results(
+    study: str | None = None,
+    *,
+    store: str | Path = DEFAULT_STORE,
+    tracking_uri: str | None = None,
+) -> Results:
+    """Return the runs of a study, or of all studies of a store.
+
+    Args:
+        study: The study's name in the store (its experiment in MLflow) or its file; None: all.
+        store: Folder of the tracking store.
+        tracking_uri: Address of an MLflow server, in place of ``store``'s.
+
+    Raises:
+        UserError: there is no such store, or it has no runs of the study.
+    """
+    folder = Path(store)
+    if tracking_uri is None and not LaunchConfig(folder).database.is_file():
+        raise UserError(f"store {folder}: no tracking store there; a study's run makes one")
+    records = records_of_store(folder, tracking_uri)
+    if study is not None:
+        name = name_of(study, folder)
+        experiments = sorted({record.experiment for record in records})
+        records = [record for record in records if record.experiment == name]
+        if not records:
+            raise UserError(
+                f"{study}: no runs of it in the store; it has {', '.join(experiments) or 'none'}"
+            )
+    return Results(records, file_finder(folder, tracking_uri))
+
+
+def _launch(store: Path, tracking_uri: str | None, options: Mapping[str, Any]) -> LaunchConfig:
+    """Return the configuration of a launch.
+
+    Raises:
+        UserError: an option is unknown, or its value out of range.
+    """
+    launch_names = {each.name for each in fields(LaunchConfig)} - {
+        "store",
+        "tracking_uri",
+        "worker",
+    }
+    worker_names = {each.name for each in fields(WorkerConfig)}
+    unknown = sorted(set(options) - launch_names - worker_names)
+    if unknown:
+        raise UserError(
+            f"run({unknown[0]}=…): no such option; there are "
+            f"{', '.join(sorted(launch_names | worker_names))}"
+        )
+    try:
+        worker = WorkerConfig(**{key: options[key] for key in options if key in worker_names})
+        launch = {key: options[key] for key in options if key in launch_names}
+        return LaunchConfig(store=store, tracking_uri=tracking_uri, worker=worker, **launch)
+    except ValueError as error:
+        raise UserError(f"run(): {error}") from None
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    # JSON is YAML, in one line; its texts are quoted, so "1e-3" stays a text.
+    return json.dumps(value)

@@ -258,41 +258,28 @@ def best_result(
     Raises:
         UserError: the file cannot be read, or none of its trials is finished.
     """
-    from orchestration.studies.metrics import METRICS
     from orchestration.tracking.models import trained_folder
 
     folder = Path(store)
-    metric, maximise, runs = _candidates(str(name), folder, tracking_uri)
-    source = METRICS[metric].source
-    measured = [run for run in runs if source in run.metrics]
-    if not measured:
+    best = _best_run(str(name), folder, tracking_uri)
+    if best is None:
         raise UserError(f"{name}: no finished trial of it in the store {folder.resolve()}")
-    # Equal values: the one that is listed first.
-    sign = 1 if maximise else -1
-    best = max(measured, key=lambda run: sign * run.metrics[source])
     return trained_folder(best, LaunchConfig(folder, tracking_uri))
 
 
-def _candidates(
-    name: str, store: Path, tracking_uri: str | None
-) -> tuple[str, bool, list[RunRecord]]:
-    """Return the metric by which the best is chosen, whether more is better, and the runs."""
+def _best_run(name: str, store: Path, tracking_uri: str | None) -> RunRecord | None:
     from orchestration.search.schema import read_search
-    from orchestration.studies.metrics import METRICS
+    from orchestration.studies.best import best_by, best_of_study
     from orchestration.studies.yaml_document import Document, find
 
-    if "space" in Document(find(name, "study")).content:
-        search = read_search(name)
-        stored = name_in_store(search.name, search.path, store)
-        runs = results(stored, store=store, tracking_uri=tracking_uri).records
-        metric, direction = next(iter(search.file.objectives.items()))
-        return metric, direction == "max", [run for run in runs if run.status == "FINISHED"]
-    study = Study.read(name, store=store, tracking_uri=tracking_uri)
-    for metric in study.resolved.file.table.columns:
-        direction = METRICS[metric].higher_is_better
-        if direction is not None and "/" in METRICS[metric].source:
-            return metric, direction, list(study.results().runs.values())
-    raise UserError(f"{name}: no column of its table says which trial is best")
+    if "space" not in Document(find(name, "study")).content:
+        study = Study.read(name, store=store, tracking_uri=tracking_uri)
+        return best_of_study(study.resolved, study.results().runs)
+    search = read_search(name)
+    stored = name_in_store(search.name, search.path, store)
+    runs = results(stored, store=store, tracking_uri=tracking_uri).records
+    metric, direction = next(iter(search.file.objectives.items()))
+    return best_by(metric, direction == "max", [run for run in runs if run.status == "FINISHED"])
 
 
 @dataclass(frozen=True)

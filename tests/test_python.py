@@ -285,3 +285,49 @@ def test_the_best_of_a_study_predicts_folders_patterns_and_windows(
     }.items():
         _, errors = run_mar(folder, *best, *arguments, code=2)
         assert message in errors
+
+
+# MLflow warns on loading that a column of paths or arrays has no type that it could check.
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred:UserWarning")
+def test_mlflow_loads_a_result_and_classifies_files_and_arrays(
+    folder: Path, study: mar.Study, film: Path
+) -> None:
+    import mlflow
+    import pandas as pd
+
+    mlflow.set_tracking_uri(f"sqlite:///{folder / 'store' / 'mlflow.db'}")
+    mlflow.set_registry_uri(f"sqlite:///{folder / 'store' / 'mlflow.db'}")
+    loaded = mlflow.pyfunc.load_model("models:/study@best")
+    best = mar.load("models:/study@best", store=folder / "store")
+    frames = decode_with("pyav", film)
+    expected = best.predict(film)
+    for given in (str(film), [str(film)], pd.DataFrame({"video": [frames]})):
+        (row,) = loaded.predict(given).to_dict("records")
+        assert row["class"] == expected[0].name
+        for each in expected:
+            assert row[each.name] == pytest.approx(each.probability)
+    assert loaded.metadata.signature is not None
+    assert loaded.metadata.metadata == {"classes": list(best.classes)}
+
+
+def test_the_best_model_of_a_study_has_the_alias_best_and_a_run_says_where_it_is_from(
+    folder: Path, study: mar.Study
+) -> None:
+    import getpass
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'store' / 'mlflow.db'}")
+    found = mar.results("study", store=folder / "store")
+    best = client.get_model_version_by_alias("study", "best")
+    tops = found.metrics["test/top1"]
+    assert tops[best.run_id] == tops.max()
+    latest = client.get_model_version_by_alias("study", "latest")
+    assert latest.run_id in found.runs.index
+    tags = client.get_run(str(best.run_id)).data.tags
+    assert tags["mlflow.user"] == getpass.getuser()
+    assert tags["mlflow.source.name"].endswith("study.yaml")
+    assert "mar.load" in tags["mlflow.note.content"]
+    files = {each.path for each in client.list_artifacts(str(best.run_id), "result")}
+    assert {"result/MLmodel", "result/requirements.txt", "result/python_env.yaml"} <= files
+    assert not [name for name in files if name.endswith((".pkl", ".pickle"))]

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from mar import RESULT_DIR
 from mar.atomic_dir import atomic_write
 from mar.config.overrides import flatten, without_paths
 from mar.errors import Failure
@@ -29,6 +28,7 @@ from orchestration.storage.trial_sync import prune_remote_checkpoints
 from orchestration.studies.metrics import METRICS
 from orchestration.studies.trial import Study, Trial
 from orchestration.tracking import provenance
+from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
 from orchestration.tracking.tags import (
     EXPECTED,
@@ -92,7 +92,11 @@ class RunRecorder:
         self.launch = store.launch
         self.progress = progress
         self.trials = {trial.key: trial for trial in study.trials}
-        self.common_tags = {STUDY: study.name, **provenance.tags()}
+        self.common_tags = {
+            STUDY: study.name,
+            **provenance.tags(),
+            **provenance.source_tags(study.path),
+        }
         self.experiment = store.experiment(study.name)
         # A run that is still RUNNING is of a launch that was killed: this launch holds the study's
         # lock, so no other one writes to it.
@@ -162,14 +166,14 @@ class RunRecorder:
         # The test's report may have been lost with the trial's process; the result has its metrics.
         final = EpochReport(trial.settings.recipe.epochs, metrics, is_final=True)
         self.writer.log_report(key, final)
-        self.writer.artifacts(key, trial_dir.result, RESULT_DIR)
+        # A trial that is only tested has no weights of its own.
+        self.writer.result(key, trial_dir.result, has_model=key not in self.trained_by)
         self._log_worker_logs(key)
         # The file exists only where the worker ran out of memory and halved its micro-batch.
         with suppress(OSError, ValueError):
             microbatch = read_json(trial_dir.microbatch)
             clips = str(microbatch["max_microbatch_clips"])
             self.writer.tag(key, MICROBATCH_CLIPS, clips)
-        # A trial that is only tested has no weights of its own to register.
         if key not in self.trained_by:
             tested = {
                 name: f"{value:.4f}" for name, value in metrics.items() if name.startswith("test/")
@@ -282,6 +286,14 @@ class RunRecorder:
         link = f"[Figures, claims, LaTeX: the report]({page})\n\n"
         self.writer.tag(_PARENT, "mlflow.note.content", (link + note)[:_MOST_NOTE])
         self.writer.artifacts(_PARENT, reports, "report")
+
+    def mark_best(self, run: RunRecord | None) -> None:
+        """Give the study's best model the alias ``best`` in MLflow; none is no change."""
+        # The run of a trial that was only tested has no model of its own.
+        if run is not None and run.has_model:
+            tags = {"trial": run.tags.get("mlflow.runName", "")}
+            name = self.study.name
+            self.writer.after_flush(lambda: self.store.register(run.run_id, name, tags, "best"))
 
     def __enter__(self) -> RunRecorder:
         return self

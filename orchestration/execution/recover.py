@@ -119,9 +119,10 @@ def _write_run(
     # The final report adds only the test's metrics: the epochs are logged by now.
     final = {name: float(value) for name, value in reached.items()}
     writer.log_report(key, EpochReport(settings.recipe.epochs, final, is_final=True))
-    writer.artifacts(key, folder / RESULT_DIR, RESULT_DIR)
     # A trial that was only tested has no model of its own to register.
-    if TRAINED_BY not in tags:
+    has_model = TRAINED_BY not in tags
+    writer.result(key, folder / RESULT_DIR, has_model)
+    if has_model:
         writer.register(key, study, {"trial": str(record["name"])})
     writer.end(key, "FINISHED")
     writer.open(study, lambda: parent)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from mar.atomic_dir import atomic_write
 from mar.config.overrides import PATH_SETTINGS
 from mar.model.flops import cost
+from mar.safe_text import markdown
 from orchestration.storage.trial_dir import TrialDir
 from orchestration.studies.trial import Trial
 from orchestration.tracking.tags import (
@@ -48,6 +49,7 @@ def trial_tags(
         # By its identity, a later launch of any study finds the run and does not train it again.
         IDENTITY: trial.identity,
         PARENT_RUN: parent,
+        "mlflow.note.content": _description(trial),
         LABELS: json.dumps(dict(trial.labels), ensure_ascii=False),
         SEED: str(trial.settings.seed),
         COST_GFLOPS: f"{costs.gflops:.4f}",
@@ -62,6 +64,20 @@ def trial_tags(
     for name in PATH_SETTINGS:
         tags[f"{DATA_PREFIX}{name}"] = str(getattr(data, name))
     return tags
+
+
+def _description(trial: Trial) -> str:
+    """Return what MLflow shows above a run: what the trial is, and how its model is loaded."""
+    # Labels are a user's words, and MLflow renders Markdown.
+    labels = [f"- {markdown(axis)}: {markdown(label)}" for axis, label in trial.labels.items()]
+    lines = [
+        *labels,
+        f"- seed: {trial.settings.seed}",
+        "",
+        'From Python: `mar.load("runs:/…")` with this run\'s id, or '
+        '`mlflow.pyfunc.load_model("runs:/…/result")`.',
+    ]
+    return "\n".join(lines)
 
 
 def write_record(trial_dir: TrialDir, study: str, name: str, tags: Mapping[str, str]) -> None:

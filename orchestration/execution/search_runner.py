@@ -27,6 +27,7 @@ from orchestration.reporting.search_report import found_text, write_search_repor
 from orchestration.search.optuna_search import OptunaSearch, open_search
 from orchestration.search.schema import Search
 from orchestration.storage.trial_dir import TrialDir
+from orchestration.studies.best import best_by
 from orchestration.studies.loader import fetch_weights
 from orchestration.studies.schema import StudyFile
 from orchestration.studies.trial import Study, Trial
@@ -73,6 +74,10 @@ def run_search(search: Search, launch: LaunchConfig) -> None:
             is_asked_to_stop = launch.stop_file.exists() and optuna_search.num_left > 0
             was_stopped = recorder.was_stopped or is_asked_to_stop
             folder = launch.report_folder(search.name)
+            metric, direction = next(iter(search.file.objectives.items()))
+            done = [run for run in store.trials() if run.experiment == study.name]
+            finished = [run for run in done if run.status == "FINISHED"]
+            recorder.mark_best(best_by(metric, direction == "max", finished))
             write_search_report(optuna_search, folder)
             recorder.log_report(folder, None, found_text(optuna_search))
     print(f"\n{found_text(optuna_search)}")

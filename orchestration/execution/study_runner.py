@@ -25,6 +25,7 @@ from orchestration.reporting.study_report import write_report
 from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.table_formats import FORMATS
 from orchestration.reporting.tables import table_info
+from orchestration.studies.best import best_of_study
 from orchestration.studies.budget import Budget
 from orchestration.studies.loader import fetch_weights
 from orchestration.studies.matching import match
@@ -80,6 +81,7 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
             folder = launch.report_folder(study.name)
             # Read again: MLflow now has the runs of this launch.
             results = StudyResults.match(study, store.trials(), store.file_of)
+            recorder.mark_best(best_of_study(study, results.runs))
             table, lines = write_report(results, folder)
             recorder.log_report(folder, results, table)
     # The report has all rows; the terminal shows those that ``--filter`` chose.

@@ -1,4 +1,4 @@
-"""The only module that imports mlflow: its client and entities, and its errors explained."""
+"""MLflow's client and entities, and its errors explained; ``mlflow_model`` alone imports it too."""
 
 from __future__ import annotations
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import platform
 import shutil
 import subprocess
 from importlib import metadata
+from pathlib import Path
 
 from mar.errors import UserError
 from orchestration.installation import CODE, checkout
@@ -28,6 +30,20 @@ def tags() -> dict[str, str]:
         "host": platform.node(),
         **_git(),
     }
+
+
+def source_tags(file: Path | None) -> dict[str, str]:
+    """Return who launches a study and its file, under the names that MLflow's pages show.
+
+    ``file`` is none for a study that a program made.
+    """
+    try:
+        user = getpass.getuser()
+    # In a container a user may have a number and no name.
+    except (KeyError, OSError):
+        user = ""
+    source = str(file) if file else "mar"
+    return {"mlflow.user": user, "mlflow.source.name": source, "mlflow.source.type": "LOCAL"}
 
 
 def package_versions() -> dict[str, str | None]:

@@ -223,19 +223,26 @@ class Store:
                 self.client.set_terminated(run_id, "KILLED")
         return len(stale)
 
-    def register(self, run_id: str, name: str, tags: Mapping[str, str]) -> None:
-        """Make a run's result a version of the study's registered model.
+    def register(
+        self, run_id: str, name: str, tags: Mapping[str, str], alias: str = "latest"
+    ) -> None:
+        """Make a run's result a version of a study's registered model, and give it an alias.
 
-        Does nothing if it is one already, or if the store has no registry.
+        A version that exists is not made again. Does nothing if the store has no registry.
         """
         # The writer may try this again after a call in the middle of it failed, so each step looks
         # first whether it is done.
         try:
             if not self.client.search_registered_models(f"name = '{name}'", max_results=1):
                 self.client.create_registered_model(name)
-            if not self.client.search_model_versions(f"run_id = '{run_id}'"):
+            # A study's best model may be another study's too, which shares the trial.
+            found = self.client.search_model_versions(f"run_id = '{run_id}'")
+            versions = [each.version for each in found if each.name == name]
+            if not versions:
                 source = f"{self.client.get_run(run_id).info.artifact_uri}/{RESULT_DIR}"
-                self.client.create_model_version(name, source, run_id, tags=dict(tags))
+                made = self.client.create_model_version(name, source, run_id, tags=dict(tags))
+                versions = [made.version]
+            self.client.set_registered_model_alias(name, alias, str(versions[0]))
         except MlflowException as error:
             # Any other error may pass, as a server that restarts: the writer tries again.
             if error.error_code not in _NO_REGISTRY:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import queue
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from mar import RESULT_DIR
 from mar.errors import Failure, notice
 from mar.training.reports import EpochReport
 from orchestration.secrets import without_secrets
 from orchestration.tracking.client import Metric, is_permanent, mention_refusal, unusable
+from orchestration.tracking.mlflow_model import class_names, write_mlflow_model
 from orchestration.tracking.store import Store
 
 _NOTICE_EVERY_S = 5.0
@@ -79,6 +82,19 @@ class Writer:
         self._operations.put(
             lambda: self.client.log_artifacts(self._runs[key], str(folder), artifact_path=below)
         )
+
+    def result(self, key: str, folder: Path, has_model: bool) -> None:
+        """Upload a trial's result, and with it what makes it a model for MLflow."""
+        self.artifacts(key, folder, RESULT_DIR)
+        # A pre-training has no classes, so it classifies nothing.
+        classes = class_names(folder)
+        if has_model and classes is not None:
+            self._operations.put(lambda: self._upload_model_files(key, classes))
+
+    def _upload_model_files(self, key: str, classes: Sequence[str]) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_mlflow_model(Path(scratch), classes)
+            self.client.log_artifacts(self._runs[key], scratch, artifact_path=RESULT_DIR)
 
     def artifact(self, key: str, file: Path) -> None:
         """Upload one file."""

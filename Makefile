@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo mini test test-cluster chaos check format clean
+.PHONY: demo mini test test-cluster chaos check docs format clean
 
 demo: $(STAMP)
 	@$(BIN)/mar data make motion-verbs mar_data/motion-verbs
@@ -41,7 +41,12 @@ test-cluster: $(STAMP)
 chaos: $(STAMP)
 	$(BIN)/python tests/chaos.py --minutes 60
 
-check: $(STAMP)
+# The site, in build/site: the reference's pages are written from the code first. A warning, as of a dead link, is an error.
+docs: $(STAMP)
+	$(BIN)/python benchmarks/reference_pages.py docs/reference
+	$(BIN)/zensical build --strict --clean
+
+check: $(STAMP) docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright

@@ -16,7 +16,7 @@ from orchestration.cli.bench import bench
 from orchestration.cli.data import data_app
 from orchestration.cli.inference import predict, reconstruct
 from orchestration.cli.jobs import jobs_app, status, stop_study, submit
-from orchestration.cli.recipes import cost, diff, mask, show
+from orchestration.cli.recipes import cost, diff, mask, settings, show
 from orchestration.cli.studies import figure, plan, report, run, table
 from orchestration.cli.system import doctor, recover, ui
 from orchestration.cli.weights import evaluate, weights_app
@@ -69,6 +69,7 @@ for verb in (
     predict,
     reconstruct,
     bench,
+    settings,
     show,
     diff,
     cost,

@@ -1,8 +1,9 @@
-"""The verbs for recipes: show, diff, cost, mask."""
+"""The verbs for recipes: settings, show, diff, cost, mask."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,27 @@ def show(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = Fals
         print(json.dumps(tree, indent=1, ensure_ascii=False))
     else:
         print(text.rstrip())
+
+
+def settings(
+    path: Annotated[
+        str,
+        typer.Argument(metavar="[PATH]", help="A setting or branch, as mask or mask.ratio."),
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Explain the settings of a recipe: what each means, its type, default and source."""
+    from dataclasses import asdict
+
+    from mar.config.reference import settings_below
+
+    found = settings_below(path)
+    if as_json:
+        print(json.dumps([asdict(each) for each in found], indent=1, ensure_ascii=False))
+        return
+    for each in found:
+        print(f"{each.path} = {each.default}    ({each.type})")
+        print(textwrap.fill(each.meaning, 96, initial_indent="    ", subsequent_indent="    "))
 
 
 def diff(

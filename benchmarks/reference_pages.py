@@ -1,0 +1,300 @@
+"""Writes the reference's pages from the code: settings, files, metrics, command, Python, store.
+
+    python benchmarks/reference_pages.py docs/reference
+
+``make docs`` runs it before it builds the site. Nothing here repeats what a docstring says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import mar
+from mar.config.reference import Setting, branches, keys_of, settings_below
+from orchestration.cli.app import app
+from orchestration.config import HELP, LaunchConfig, WorkerConfig
+from orchestration.search.schema import SearchFile
+from orchestration.storage.trial_dir import TrialDir
+from orchestration.studies.metrics import METRICS
+from orchestration.studies.schema import StudyFile
+from orchestration.tracking import tags
+
+ROOT = Path(__file__).parent.parent
+
+
+def settings_page() -> str:
+    """Every setting of a recipe, by branch."""
+    lines = [
+        "# Settings",
+        "",
+        "Everything that changes a result. A recipe is a YAML file of these; a study's axis sets "
+        "them; so does the command, as `mar run STUDY mask.ratio=0.75`. `mar settings mask` prints "
+        "the same, and `mar show RECIPE` what a recipe has.",
+        "",
+    ]
+    for branch, about in branches().items():
+        lines += [f"## {branch}", "", about, "", *table(settings_below(branch), branch)]
+    return "\n".join([*lines, "## seed", "", *table(settings_below("seed"), "")])
+
+
+def table(keys: Iterable[Setting], branch: str) -> list[str]:
+    """Return a Markdown table of settings or keys."""
+    lines = ["| name | default | what it may be | meaning |", "|:--|:--|:--|:--|"]
+    for each in keys:
+        name = each.path.removeprefix(f"{branch}.") if branch else each.path
+        default = f"`{each.default}`" if each.default != "required" else "required"
+        cells = [f"`{name}`", default, each.type, each.meaning]
+        lines.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |")
+    return [*lines, ""]
+
+
+def files_page() -> str:
+    """The keys of study and search files."""
+    lines = [
+        "# Study and search files",
+        "",
+        "## A study",
+        "",
+        "Each combination of the axes' labels is a row of the table, trained once for each seed.",
+        "",
+        *table(keys_of(StudyFile), ""),
+        "A label's settings may be a list, as `mask.ratio: [0.25, 0.5]`: one label for each value.",
+        "",
+        "## A search",
+        "",
+        "Optuna proposes trials, one after another or several at a time.",
+        "",
+        *table(keys_of(SearchFile), ""),
+    ]
+    return "\n".join(lines)
+
+
+def metrics_page() -> str:
+    """Columns of tables, metrics and tags in MLflow."""
+    lines = [
+        "# Metrics and tags",
+        "",
+        "## Columns of a table",
+        "",
+        "The names that `table.columns`, `figure.x`, `figure.y` and a search's `objectives` take.",
+        "",
+        "| name | printed as | metric in MLflow | better |",
+        "|:--|:--|:--|:--|",
+    ]
+    better = {True: "more", False: "less", None: ""}
+    for name, metric in METRICS.items():
+        source = metric.source
+        if source.startswith("cost."):
+            source = f"none: computed from the settings ({source.removeprefix('cost.')})"
+        lines.append(
+            f"| `{name}` | {metric.title} | `{source}` | {better[metric.higher_is_better]} |"
+        )
+    lines += [
+        "",
+        "## Tags of a run",
+        "",
+        "| tag | meaning |",
+        "|:--|:--|",
+        *(f"| `{value}` | {text} |" for value, text in documented(tags)),
+        "",
+        "Also `version.PACKAGE`, `host`, `git.dirty` and MLflow's own: user, source, commit.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def documented(module: Any) -> Iterable[tuple[str, str]]:
+    """Yield the value of each text constant of a module, and the docstring below it."""
+    body = ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
+    for number, node in enumerate(body):
+        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)):
+            continue
+        below = body[number + 1] if number + 1 < len(body) else None
+        text = ""
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            text = one_line(str(below.value.value))
+        yield str(node.value.value), text
+
+
+def command_page() -> str:
+    """Every verb of the command, with its arguments and options."""
+    command: Any = typer.main.get_command(app)
+    lines = ["# The command", "", "Exit codes: 0 done, 1 failed, 2 the user's mistake.", ""]
+    for name, verb in command.commands.items():
+        if hasattr(verb, "commands"):
+            for below, part in verb.commands.items():
+                lines += verb_lines(f"{name} {below}", part)
+        else:
+            lines += verb_lines(name, verb)
+    return "\n".join(lines)
+
+
+def verb_lines(name: str, verb: Any) -> list[str]:
+    """Return the lines about one verb."""
+    arguments = [each for each in verb.params if each.param_type_name == "argument"]
+    usage = " ".join(metavar(each) for each in arguments)
+    help_text = one_line(verb.help or "")
+    lines = [f"## mar {name}", "", help_text, "", "```", f"mar {name} {usage}".rstrip(), "```", ""]
+    rows: list[str] = []
+    for each in verb.params:
+        if each.name == "help" or getattr(each, "hidden", False):
+            continue
+        if each.param_type_name == "argument":
+            shown = f"`{metavar(each)}`"
+        else:
+            shown = ", ".join(f"`{option}`" for option in each.opts)
+        meaning = one_line(each.help or "")
+        default = each.default
+        if default not in (None, False, (), ...) and each.param_type_name == "option":
+            meaning += f" Default: {default}."
+        rows.append(f"| {shown} | {meaning.replace('|', chr(92) + '|')} |")
+    if rows:
+        lines += ["| | |", "|:--|:--|", *rows, ""]
+    return lines
+
+
+def metavar(argument: Any) -> str:
+    """Return the placeholder of an argument."""
+    return argument.metavar or argument.name.upper()
+
+
+def python_page() -> str:
+    """The public names of ``import mar``."""
+    lines = ["# Python", "", "```python", "import mar", "```", ""]
+    for name in ("load", "Model", "Study", "results", "Results", "UserError", "Failure"):
+        value = getattr(mar, name)
+        if not inspect.isclass(value):
+            lines += call_lines(f"mar.{name}", value, 2)
+            continue
+        lines += [f"## mar.{name}", "", *docstring(value)]
+        for member, found in vars(value).items():
+            if member.startswith("_") or not inspect.getdoc(found):
+                continue
+            function = getattr(found, "__func__", found)
+            if callable(function):
+                lines += call_lines(f"{name}.{member}", function, 3)
+            elif hasattr(found, "func") or isinstance(found, property):
+                lines += [f"### {name}.{member}", "", *docstring(found)]
+    options = [each for config in (LaunchConfig, WorkerConfig) for each in fields_of(config)]
+    lines += [
+        "## Options of Study.run",
+        "",
+        "| option | meaning |",
+        "|:--|:--|",
+        *(f"| `{name}` | {text} |" for name, text in options),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def fields_of(config: Any) -> list[tuple[str, str]]:
+    """Return the fields of a configuration that are options, with their help."""
+    found = config.__dataclass_fields__.values()
+    return [
+        (each.name, each.metadata[HELP].replace("|", "\\|"))
+        for each in found
+        if HELP in each.metadata
+    ]
+
+
+def call_lines(name: str, function: Callable[..., Any], level: int) -> list[str]:
+    """Return the lines about a function: its signature and its docstring."""
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.name not in ("self", "cls")]
+    text = str(signature.replace(parameters=own)).replace("'", "")
+    return [
+        f"{'#' * level} {name}",
+        "",
+        "```python",
+        f"{name}{text}",
+        "```",
+        "",
+        *docstring(function),
+    ]
+
+
+def docstring(thing: Any) -> list[str]:
+    """Return a docstring as Markdown: its sections as lists, its examples as code."""
+    text = inspect.getdoc(thing) or ""
+    lines: list[str] = []
+    for block in text.replace("``", "`").split("\n\n"):
+        first, *rest = block.split("\n")
+        if first in ("Args:", "Returns:", "Raises:"):
+            items = re.sub(r"\n\s{4,}(?=\S)", " ", "\n".join(line[4:] for line in rest))
+            lines += [f"**{first}**", "", *(f"- {item}" for item in items.split("\n")), ""]
+        elif first.startswith(">>>"):
+            code = [line.removeprefix(">>> ") for line in (first, *rest)]
+            lines += ["```python", *code, "```", ""]
+        else:
+            lines += [block, ""]
+    return lines
+
+
+def store_page() -> str:
+    """The files of a store and of a trial's folder."""
+    lines = [
+        "# Files in a store",
+        "",
+        "A store is a folder (`--store`, by default `mar_store`). It can be moved and copied.",
+        "",
+        "| path | what it is |",
+        "|:--|:--|",
+        "| `mlflow.db` | the tracking store of MLflow, SQLite; `mar recover` makes it again from "
+        "the results |",
+        "| `artifacts/` | MLflow's artifacts: the results, logs and reports of each run |",
+        "| `trials/KEY/` | one training: its checkpoints while it runs, then its result |",
+        "| `reports/STUDY/` | the table in every format, the figures and the page |",
+        "| `frames/` | frame caches that `data.cache: auto` made |",
+        "| `searches/NAME.db` | a search's Optuna study |",
+        "| `studies/` | which file has which study's name |",
+        "| `locks/` | held while a study runs; a request to stop |",
+        "",
+        "## A trial's folder",
+        "",
+        "| path | what it is |",
+        "|:--|:--|",
+    ]
+    example = TrialDir(Path("KEY"))
+    for name, member in vars(TrialDir).items():
+        if isinstance(member, property):
+            path = getattr(example, name)
+            if isinstance(path, Path):
+                lines.append(f"| `{path}` | {one_line(member.__doc__ or '')} |")
+    return "\n".join([*lines, ""])
+
+
+def one_line(text: str) -> str:
+    """Return a docstring as one line of Markdown."""
+    return " ".join(text.split()).replace("``", "`")
+
+
+PAGES = {
+    "settings.md": settings_page,
+    "files.md": files_page,
+    "metrics.md": metrics_page,
+    "command.md": command_page,
+    "python.md": python_page,
+    "store.md": store_page,
+}
+
+
+def main() -> None:
+    """Write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, page in PAGES.items():
+        (folder / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from orchestration.cli.options import file_finder, records_of
+from orchestration.api import file_finder, records_of_store
 from orchestration.reporting.significance import claims
 from orchestration.reporting.study_report import claim_lines, write_report
 from orchestration.reporting.study_results import StudyResults
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("folder", type=Path)
     given = parser.parse_args()
-    records = records_of(given.store, None)
+    records = records_of_store(given.store, None)
     file_of = file_finder(given.store, None)
     index = [
         "# Mini: every verdict",

@@ -283,7 +283,7 @@ def draw(info: FigureInfo, file: Path) -> None:
         axes.axhline(info.chance, color="0.4", linestyle=":", label=label)
     axes.set(title=info.title, xlabel=info.x_title, ylabel=info.y_title)
     if len(info.series) > 1 or info.chance is not None:
-        axes.legend(frameon=False, fontsize=7 if len(info.series) > _FEW else None)
+        _legend(figure, axes, info)
     lacking = {"missing": info.missing, "some seeds missing": info.partial}
     note = "; ".join(f"{what}: {', '.join(labels)}" for what, labels in lacking.items() if labels)
     notes = textwrap.fill(note, _NOTE_WIDTH)
@@ -293,6 +293,16 @@ def draw(info: FigureInfo, file: Path) -> None:
     # Room for the labels of the outermost points.
     axes.margins(x=0.12, y=0.12)
     save(figure, file)
+
+
+def _legend(figure: Figure, axes: Any, info: FigureInfo) -> None:
+    """Name the series, beside points and curves and below bars."""
+    size = 7 if len(info.series) > _FEW else None
+    # Bars fill the axes from the left to the right: there is no place inside that they leave free.
+    if info.kind == "bars":
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=size)
+    else:
+        axes.legend(frameon=False, fontsize=size)
 
 
 def _line(axes: Any, series: Series, position: int, alone: bool) -> None:

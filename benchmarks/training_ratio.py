@@ -67,7 +67,7 @@ class Training:
 
     def _batches(self) -> Iterator[Batch]:
         videos = read_split(self.settings.data, "train")
-        order = TrainingOrder(self.settings, len(videos), WorkerRank())
+        order = TrainingOrder(self.settings, [video.label for video in videos], WorkerRank())
         return training_batches(self.settings, videos, order, 0, CPU)
 
     def step(self) -> None:

@@ -433,9 +433,10 @@ def test_every_epoch_sees_each_video_at_most_once_and_workers_share_a_batch(
     num_videos: int, world: int, first_step: int
 ) -> None:
     settings = TrainingConfig.model_validate({"recipe": {"epochs": 3, "batch_size": 8}})
-    whole = list(TrainingOrder(settings, num_videos, WorkerRank()))
+    whole = list(TrainingOrder(settings, [0] * num_videos, WorkerRank()))
     shares = [
-        list(TrainingOrder(settings, num_videos, WorkerRank(rank, world))) for rank in range(world)
+        list(TrainingOrder(settings, [0] * num_videos, WorkerRank(rank, world)))
+        for rank in range(world)
     ]
     assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
     assert all(len(part) % 2 == 0 for worker_rank in shares for part in worker_rank)
@@ -444,7 +445,10 @@ def test_every_epoch_sees_each_video_at_most_once_and_workers_share_a_batch(
         keys = sum(whole[epoch * per_epoch : (epoch + 1) * per_epoch], [])
         assert len(set(keys)) == per_epoch * 8
         assert {key[1] for key in keys} == {epoch}
-    assert list(TrainingOrder(settings, num_videos, WorkerRank(), first_step)) == whole[first_step:]
+    assert (
+        list(TrainingOrder(settings, [0] * num_videos, WorkerRank(), first_step))
+        == whole[first_step:]
+    )
 
 
 # Augmentation
@@ -557,7 +561,7 @@ def test_repeats_are_other_frames_or_the_same_frames_cropped_anew(
         assert all(pair.shape == (2, 4, 16, 16, 3) for pair in pairs)
         assert all(torch.equal(pair[0], pair[1]) for pair in pairs) == are_equal
     settings = tiny({"augment.repeats": 2})
-    assert TrainingOrder(settings, 16, WorkerRank()).steps_per_epoch == 4
+    assert TrainingOrder(settings, [0] * 16, WorkerRank()).steps_per_epoch == 4
     batch = one_after_another(
         collate([TrainingClips(settings, split)[(index, 0)] for index in (0, 1, 2, 3)])
     )
@@ -684,3 +688,20 @@ def test_shared_memory_is_looked_at_before_loader_processes_start() -> None:
         loader(_Failing(), [[number] for number in range(9)], 2, torch.device("cpu"), 10**12)
     assert raised.value.kind == "shm"
     loader(_Failing(), [], 2, torch.device("cpu"), 10**12)
+
+
+def test_balanced_sampling_shows_every_class_equally_often(tiny: Settings) -> None:
+    labels = [0] * 90 + [1] * 10
+    settings = tiny(
+        {"recipe.class_sampling": "balanced", "recipe.batch_size": 10, "recipe.epochs": 40}
+    )
+    steps = list(TrainingOrder(settings, labels, WorkerRank()))
+    assert len(steps) == 40 * 10, "an epoch has as many videos as with natural sampling"
+    rare = sum(labels[video] for keys in steps for video, _ in keys) / (40 * 100)
+    # Four standard deviations of 4,000 draws at one half.
+    assert abs(rare - 0.5) < 0.032
+    assert steps == list(TrainingOrder(settings, labels, WorkerRank()))
+    parts = [list(TrainingOrder(settings, labels, WorkerRank(rank, 2))) for rank in range(2)]
+    assert [sorted(one + other) for one, other in zip(*parts, strict=True)] == [
+        sorted(keys) for keys in steps
+    ]

@@ -19,7 +19,7 @@ import mar
 from mar.data.annotations import read_split
 from mar.data.decoders import decode_with
 from mar.data.motion_verbs import MotionVerbs, make
-from mar.evaluation.evaluator import Evaluator
+from mar.evaluation.evaluator import Evaluator, Predictions, write_class_accuracies
 from mar.inference import Model
 
 CPU = torch.device("cpu")
@@ -331,3 +331,21 @@ def test_the_best_model_of_a_study_has_the_alias_best_and_a_run_says_where_it_is
     files = {each.path for each in client.list_artifacts(str(best.run_id), "result")}
     assert {"result/MLmodel", "result/requirements.txt", "result/python_env.yaml"} <= files
     assert not [name for name in files if name.endswith((".pkl", ".pickle"))]
+
+
+def test_each_class_has_its_accuracy_and_counts_the_same_in_their_mean(
+    result: Path, tmp_path: Path
+) -> None:
+    from sklearn.metrics import balanced_accuracy_score
+
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 3])
+    taken_for = torch.tensor([0, 0, 0, 1, 1, 0, 3])
+    probabilities = torch.nn.functional.one_hot(taken_for, 4).float()
+    predictions = Predictions(torch.arange(7), labels, probabilities, ())
+    expected = 100 * balanced_accuracy_score(labels, taken_for)
+    assert predictions.metrics("test")["test/mean_class_top1"] == pytest.approx(expected)
+    write_class_accuracies(predictions, ["a", "=b"], tmp_path / "classes.csv")
+    lines = (tmp_path / "classes.csv").read_text().splitlines()
+    assert lines[1:] == ["0,a,4,75.0000", "1,'=b,2,50.0000", "2,,0,", "3,,1,100.0000"]
+    assert "classes.csv" in {file.name for file in result.iterdir()}
+    assert "test/mean_class_top1" in json.loads((result / "metrics.json").read_text())

@@ -263,7 +263,7 @@ def _time_fed(
     train_state = train_state_of(case)
     random_data = random_batch(case, device)
     videos = _videos(settings.data)
-    order = TrainingOrder(settings, len(videos), worker_rank())
+    order = TrainingOrder(settings, [video.label for video in videos], worker_rank())
     batches = training_batches(settings, videos, order, 1, device)
     threads = torch.get_num_threads()
     step_threads = threads

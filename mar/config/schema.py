@@ -335,6 +335,9 @@ class RecipeConfig(Node):
     classifier, as in VideoMAE's pre-training (Tables IX b, XIII)."""
     epochs: PositiveInt = 40
     """Passes over the training split."""
+    class_sampling: Literal["natural", "balanced"] = "natural"
+    """``natural``: each video once an epoch. ``balanced``: as many videos an epoch, drawn so that
+    every class is equally frequent: those of a rare class several times."""
     batch_size: PositiveInt = 512
     """Clips per optimiser step, over all workers together."""
     base_lr: PositiveFloat = 1.0e-3

@@ -240,7 +240,8 @@ def batch_indices(settings: TrainingConfig, worker_rank: WorkerRank) -> list[int
 class TrainingOrder:
     """The (video, epoch) keys of this worker for each step from ``first_step`` on.
 
-    Each epoch is a new permutation of the split; its last, incomplete batch is dropped.
+    Each epoch is a new permutation of the split; under ``recipe.class_sampling: balanced`` it is as
+    many draws from it. The last, incomplete batch is dropped.
 
     Raises:
         UserError: the batch is larger than the split, or too small for the number of workers.
@@ -249,10 +250,11 @@ class TrainingOrder:
     def __init__(
         self,
         settings: TrainingConfig,
-        num_videos: int,
+        labels: Sequence[int],
         worker_rank: WorkerRank,
         first_step: int = 0,
     ) -> None:
+        num_videos = len(labels)
         size = settings.videos_per_batch
         if size > num_videos:
             raise UserError(
@@ -266,7 +268,7 @@ class TrainingOrder:
                 "videos each"
             )
         self.settings = settings
-        self.num_videos = num_videos
+        self.labels = np.asarray(labels)
         self.worker_rank = worker_rank
         self.first_step = first_step
         self.steps_per_epoch = num_videos // settings.videos_per_batch
@@ -278,8 +280,19 @@ class TrainingOrder:
         # A resumed training skips the steps that it has done; nothing is decoded for these.
         first_epoch, skipped = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.settings.recipe.epochs):
-            order = stream(self.settings.seed, Stream.ORDER, epoch).permutation(self.num_videos)
+            order = self._order(epoch)
             for step in range(skipped, self.steps_per_epoch):
                 # Every worker draws the same permutation and takes its part of each batch.
                 yield [(int(order[step * size + position]), epoch) for position in part]
             skipped = 0
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the videos of an epoch, by their index in the split."""
+        rng = stream(self.settings.seed, Stream.ORDER, epoch)
+        num_videos = len(self.labels)
+        if self.settings.recipe.class_sampling == "natural":
+            return rng.permutation(num_videos)
+        # A video's probability is the inverse of its class's size, so each class has the same.
+        _, classes, counts = np.unique(self.labels, return_inverse=True, return_counts=True)
+        shares = 1 / counts[classes]
+        return rng.choice(num_videos, num_videos, p=shares / shares.sum())

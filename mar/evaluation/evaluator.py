@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,11 @@ class Predictions:
         best = self.probabilities.topk(min(k, self.probabilities.shape[1]), dim=1).indices
         return 100 * (best == self.labels[:, None]).any(dim=1).double().mean().item()
 
+    def class_accuracies(self) -> Float[Tensor, " classes"]:
+        """Return the top-1 accuracy of each class in percent; nan for a class without a video."""
+        counts = self.confusion().double()
+        return 100 * counts.diagonal() / counts.sum(dim=1)
+
     def confusion(self) -> Int[Tensor, "classes classes"]:
         """Return the number of videos of each class (rows) by predicted class (columns)."""
         num_classes = self.probabilities.shape[1]
@@ -63,7 +68,13 @@ class Predictions:
             f"{stage}/num_videos": float(len(self.labels)),
             f"{stage}/num_broken": float(len(self.broken)),
         }
-        return {f"{stage}/top1": self.accuracy(1), f"{stage}/top5": self.accuracy(5), **counts}
+        return {
+            f"{stage}/top1": self.accuracy(1),
+            f"{stage}/top5": self.accuracy(5),
+            # Over the classes that have a video: each counts the same, however few it has.
+            f"{stage}/mean_class_top1": self.class_accuracies().nanmean().item(),
+            **counts,
+        }
 
 
 @dataclass(frozen=True)
@@ -218,6 +229,20 @@ def class_probabilities(
     ):
         scores = model.classify(pixels, hidden)
     return scores.float().softmax(dim=1)
+
+
+def write_class_accuracies(predictions: Predictions, names: Sequence[str], file: Path) -> None:
+    """Write a row for each class: its number, name, number of videos and top-1 accuracy."""
+    counts = predictions.confusion().sum(dim=1).tolist()
+    accuracies = predictions.class_accuracies().tolist()
+    with file.open("w", newline="", encoding="utf-8") as output:
+        writer = csv.writer(output)
+        writer.writerow(["class", "name", "videos", "top1"])
+        for label, (count, accuracy) in enumerate(zip(counts, accuracies, strict=True)):
+            name = names[label] if label < len(names) else ""
+            # A class without a video has no accuracy.
+            shown = f"{accuracy:.4f}" if count else ""
+            writer.writerow([label, cell(name), count, shown])
 
 
 def write_predictions(predictions: Predictions, videos: list[Video], file: Path) -> None:

@@ -44,7 +44,7 @@ def fit(
     Reports every epoch, and those before a resumption once more, because a reader may have lost
     some. Writes ``folder/result``: ``model.safetensors``, ``settings.yaml``, ``metrics.json``,
     ``history.csv``, ``curves.png`` and, where there are classes, ``predictions.csv``,
-    ``correctness.npz`` and ``confusion.png``.
+    ``correctness.npz``, ``classes.csv`` and ``confusion.png``.
 
     Raises:
         UserError: the settings do not fit the data.
@@ -58,7 +58,7 @@ def fit(
     train = read_split(settings.data, "train")
     val = read_split(settings.data, "val")
     frame_cache.check(settings.data, train)
-    order = TrainingOrder(settings, len(train), distributed.worker_rank())
+    order = TrainingOrder(settings, [video.label for video in train], distributed.worker_rank())
     # Initial weights draw from PyTorch's global stream, dropout from one that each step seeds.
     torch.manual_seed(settings.seed)
     model = MAR(settings).to(runtime.device)

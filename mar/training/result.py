@@ -17,7 +17,12 @@ from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video, class_names
 from mar.errors import Failure
 from mar.evaluation.correctness import CORRECTNESS, write_correctness
-from mar.evaluation.evaluator import Predictions, Reconstruction, write_predictions
+from mar.evaluation.evaluator import (
+    Predictions,
+    Reconstruction,
+    write_class_accuracies,
+    write_predictions,
+)
 from mar.model.mar import MAR
 from mar.visualization.charts import draw_confusion, draw_curves
 from mar.visualization.reconstructions import draw_reconstructions
@@ -94,6 +99,7 @@ def _prediction_writers(
         CLASSES: lambda file: write_text(file, classes),
         "predictions.csv": lambda file: write_predictions(predictions, val, file),
         CORRECTNESS: lambda file: write_correctness(correct, tested, file),
+        "classes.csv": lambda file: write_class_accuracies(predictions, names, file),
         "confusion.png": lambda file: draw_confusion(predictions.confusion().numpy(), names, file),
     }
 

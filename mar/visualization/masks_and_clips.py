@@ -41,7 +41,7 @@ def draw_clips(settings: TrainingConfig, num_clips: int, num_frames: int, file: 
     """
     # The same steps as in the training loop, for one worker and step 0, on the CPU.
     videos = read_split(settings.data, "train")
-    order = TrainingOrder(settings, len(videos), WorkerRank())
+    order = TrainingOrder(settings, [video.label for video in videos], WorkerRank())
     check(settings.data, videos)
     dataset = TrainingClips(settings, videos)
     batch = collate([dataset[key] for key in next(iter(order))[:num_clips]])

@@ -30,6 +30,9 @@ class Metric:
 METRICS = {
     "top1": Metric("Top-1 (%)", "test/top1", higher_is_better=True),
     "top5": Metric("Top-5 (%)", "test/top5", higher_is_better=True),
+    "mean_class_top1": Metric(
+        "Mean-class top-1 (%)", "test/mean_class_top1", higher_is_better=True
+    ),
     "shuffled_top1": Metric("Top-1, shuffled frames (%)", "test/top1_shuffled_frames"),
     "gflops": Metric("GFLOPs", "cost.gflops", digits=4),
     "params": Metric("Param (M)", "cost.params_m"),

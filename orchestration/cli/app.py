@@ -22,15 +22,43 @@ from orchestration.cli.system import doctor, recover, ui
 from orchestration.cli.weights import evaluate, weights_app
 from orchestration.secrets import without_secrets
 
+_EXAMPLES = """Examples:
+
+mar plan quickstart — what it would train, and what that costs
+
+mar run quickstart mask.ratio=0.75 — train what is missing, print the table
+
+mar predict mini clip.mp4 — ask the model that ships with mar
+
+mar settings mask — what each setting means"""
+
 # Without Typer's own exceptions: ``main`` prints one line for each error that it knows.
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(data_app, name="data")
-app.add_typer(weights_app, name="weights")
-app.add_typer(jobs_app, name="jobs")
-app.command()(status)
-app.command("stop")(stop_study)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Masked Action Recognition: studies, searches and models.",
+    epilog=_EXAMPLES,
+)
+# In the order in which a new user needs them; the help lists the groups in this order.
+_VERBS = {
+    "Studies and searches": (plan, run, status, table, figure, report),
+    "Models": (predict, reconstruct, evaluate),
+    "Recipes and data": (settings, show, diff, cost, mask),
+    "This machine": (ui, doctor, bench, recover),
+}
+for _group, _verbs in _VERBS.items():
+    for _verb in _verbs:
+        app.command(rich_help_panel=_group)(_verb)
+app.command("stop", rich_help_panel="Studies and searches")(stop_study)
+app.add_typer(weights_app, name="weights", rich_help_panel="Models")
+app.add_typer(data_app, name="data", rich_help_panel="Recipes and data")
 # ``submit`` parses the options of ``mar run`` itself (``_parse_run_options``).
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
+app.command(
+    rich_help_panel="Clusters",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(submit)
+app.add_typer(jobs_app, name="jobs", rich_help_panel="Clusters")
 
 
 def main() -> NoReturn:
@@ -57,25 +85,3 @@ def main() -> NoReturn:
 def _end(message: str, code: int) -> NoReturn:
     print(f"mar: {without_secrets(message)}", file=sys.stderr)
     sys.exit(code)
-
-
-for verb in (
-    run,
-    plan,
-    table,
-    figure,
-    report,
-    evaluate,
-    predict,
-    reconstruct,
-    bench,
-    settings,
-    show,
-    diff,
-    cost,
-    mask,
-    ui,
-    recover,
-    doctor,
-):
-    app.command()(verb)

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mar.config.overrides import build, merge
-from mar.config.schema import MaskConfig, TrainingConfig
+from mar.config.schema import MASK_STRATEGIES, MaskConfig, TrainingConfig
 from mar.model.flops import cost
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask, training_mask
 from orchestration.studies.identity import identity
 
-NAMES = get_args(MaskConfig.model_fields["strategy"].annotation)
+NAMES = MASK_STRATEGIES
 MOTIONS = get_args(MaskConfig.model_fields["motion"].annotation)
 
 

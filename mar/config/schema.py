@@ -10,7 +10,7 @@ pydantic takes the string below a field as the field's description.
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from mar import plugins
 from mar.config.randaugment_policy import RandAugmentPolicy
 from mar.config.types import (
     Area,
@@ -49,6 +50,10 @@ ENCODER_SIZES = {
 """Name -> (width D, depth L, heads) of the plain ViT family (Dosovitskiy et al., Table 1)."""
 
 
+MASK_STRATEGIES = ("cell", "random", "block", "uniform", "tube", "frame")
+"""``mask.strategy`` without what packages add."""
+ANNOTATION_FORMATS = ("list", "folders", "ssv2", "kinetics", "ucf101", "hmdb51")
+"""``data.format`` without what packages add."""
 _MOST_TOKENS = 2**18
 """Most tokens of a clip; the paper's have 1,568. More is a mistake, or a file that is made to
 exhaust the memory."""
@@ -72,9 +77,10 @@ AUTO_CACHE = "auto"
 class DataConfig(Node):
     """The data set: its videos and their labels."""
 
-    format: Literal["list", "folders", "ssv2", "kinetics", "ucf101", "hmdb51"] = "list"
+    format: Annotated[str, Field(json_schema_extra={"enum": list(ANNOTATION_FORMATS)})] = "list"
     """Format of the annotations. ``list``: a path and a class number on each line; ``folders``: a
-    folder for each class; or the format in which a benchmark is distributed."""
+    folder for each class; the format in which a benchmark is distributed; or one that an installed
+    package adds."""
     root: str = "data"
     """Folder of the data set. It is not part of a trial's identity; the data's fingerprint is."""
     videos: str = "."
@@ -105,6 +111,11 @@ class DataConfig(Node):
     broken: Literal["error", "skip"] = "error"
     """``error``: a training video that cannot be decoded stops the trial; ``skip``: it is left out
     and counted."""
+
+    @field_validator("format")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        return plugins.check_name(plugins.FORMATS, name, ANNOTATION_FORMATS)
 
     @property
     def cache_folder(self) -> str | None:
@@ -184,8 +195,10 @@ class EncoderConfig(Node):
 class MaskConfig(Node):
     """Which tokens are hidden in training (section III-B)."""
 
-    strategy: Literal["cell", "random", "block", "uniform", "tube", "frame"] = "cell"
-    """Arrangement of the hidden tokens (Table II)."""
+    strategy: Annotated[str, Field(json_schema_extra={"enum": list(MASK_STRATEGIES)})] = "cell"
+    """Arrangement of the hidden tokens (Table II), or a strategy that an installed package adds."""
+    options: dict[str, Any] = {}
+    """Settings of a package's own strategy."""
     motion: Literal["running", "standard"] = "running"
     """Whether the mask moves from slice to slice, Eq. 1 (Table II)."""
     ratio: MaskRatio = 0.5
@@ -197,6 +210,22 @@ class MaskConfig(Node):
     temporal: Literal["shuffled", "fixed"] = "shuffled"
     """Slices in random order, or in running order (Table III a)."""
 
+    @field_validator("strategy")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        return plugins.check_name(plugins.MASKS, name, MASK_STRATEGIES)
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.strategy in MASK_STRATEGIES:
+            if self.options:
+                raise ValueError(f"options: the strategy {self.strategy} has none")
+            return self
+        # Defaults are filled in, so that an option that is written out is the same trial.
+        checked = plugins.mask_options(self.strategy, self.options).model_dump(mode="json")
+        object.__setattr__(self, "options", checked)
+        return self
+
     @model_validator(mode="after")
     def _can_run(self) -> Self:
         # A tube mask is the same in all slices by definition, and a frame mask hides whole slices.
@@ -207,6 +236,10 @@ class MaskConfig(Node):
     def num_hidden(self, grid: Grid) -> int:
         """Return the number of hidden tokens in a clip, which is the same in every clip."""
         t, h, w = grid
+        if self.strategy not in MASK_STRATEGIES:
+            added: plugins.MaskStrategy = plugins.load(plugins.MASKS, self.strategy)
+            options = plugins.mask_options(self.strategy, self.options)
+            return added.num_hidden(options, self.ratio, grid)
         # Whole slices.
         if self.strategy == "frame":
             return round(self.ratio * t) * h * w

@@ -75,7 +75,9 @@ def annotation_file(data: DataConfig, what: Literal["train", "val", "labels"]) -
     if given:
         names = [given]
     else:
-        names = [name.format(split=data.split) for name in _OFFICIAL[data.format].get(what, ())]
+        names = [
+            name.format(split=data.split) for name in _OFFICIAL.get(data.format, {}).get(what, ())
+        ]
     # exists() and not is_file(): HMDB51 has a folder of lists, and "folders" one of class folders.
     found = next((root / name for name in names if (root / name).exists()), None)
     if found is None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from mar import plugins
 from mar.config.schema import DataConfig
 from mar.data.annotation_files import Annotations, Row, Split, annotation_file, named_classes
 from mar.data.official_formats import read_hmdb51, read_kinetics, read_ssv2, read_ucf101
@@ -24,7 +25,14 @@ def read_annotations(data: DataConfig, split: Split) -> Annotations:
         UserError: a missing file, or a line that cannot be understood; the message names file and
             line.
     """
+    if data.format not in _READERS:
+        reader: Reader = plugins.load(plugins.FORMATS, data.format)
+        return reader(data, split)
     return _READERS[data.format](data, split)
+
+
+Reader = Callable[[DataConfig, Split], Annotations]
+"""A reader of a format; of a package's own too. It raises a UserError for the user's mistakes."""
 
 
 _LONGEST_LINE = 10_000
@@ -136,7 +144,7 @@ def _read_folders(data: DataConfig, split: Split) -> Annotations:
     return Annotations(rows, classes)
 
 
-_READERS: dict[str, Callable[[DataConfig, Split], Annotations]] = {
+_READERS: dict[str, Reader] = {
     "list": _read_list,
     "ssv2": read_ssv2,
     "kinetics": read_kinetics,

@@ -16,7 +16,7 @@ The strategies are those of Fig. 3 and Table II. All but ``frame`` and ``tube`` 
 M_t = s(M_{t-1} | M_{t-2}, ..., M_1), where s rotates the mask from one slice to the next.
 
 A new strategy is a function like those below, an entry in ``_STRATEGIES``, and a name in
-``MaskConfig.strategy``.
+``MASK_STRATEGIES``; or it is in a package of its own (``mar.plugins``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mar import plugins
 from mar.config.schema import Grid, MaskConfig, TrainingConfig
+from mar.errors import UserError
 
 _WIDEST_BLOCK = 3.0
 """Largest ratio of a block's height to its width, or of its width to its height."""
@@ -45,7 +47,7 @@ def training_mask(
     # allowed (TrainingConfig checks the cell only where a ratio is above 0).
     if mask.ratio == 0:
         return torch.zeros(num_clips, *grid, dtype=torch.bool, device=generator.device)
-    strategy = _STRATEGIES[mask.strategy]
+    strategy = _STRATEGIES.get(mask.strategy, _of_package)
     return strategy(mask, grid, mask.num_hidden(grid), num_clips, generator)
 
 
@@ -257,6 +259,28 @@ def _frame(
     noise = torch.rand(num_clips, t, generator=generator, device=generator.device)
     slices = _smallest(noise, num_hidden // (h * w))
     return slices[:, :, None, None].expand(-1, -1, h, w)
+
+
+def _of_package(
+    mask: MaskConfig, grid: Grid, num_hidden: int, num_clips: int, generator: torch.Generator
+) -> Bool[Tensor, "B t h w"]:
+    """Draw masks by a strategy that an installed package adds.
+
+    Raises:
+        UserError: it returns something else than masks that each hide ``num_hidden`` tokens.
+    """
+    strategy: plugins.MaskStrategy = plugins.load(plugins.MASKS, mask.strategy)
+    options = plugins.mask_options(mask.strategy, mask.options)
+    drawn: Tensor = strategy.draw(options, grid, num_hidden, num_clips, generator)
+    is_mask = drawn.dtype == torch.bool and drawn.shape == (num_clips, *grid)
+    # A wrong count would only show in the model, as tokens of other clips.
+    if not is_mask or not (drawn.flatten(1).sum(dim=1) == num_hidden).all():
+        raise UserError(
+            f"mask.strategy {mask.strategy}, of the package "
+            f"{plugins.origin(plugins.MASKS, mask.strategy)}: expected {num_clips} boolean masks "
+            f"of {' × '.join(map(str, grid))} tokens that each hide {num_hidden}"
+        )
+    return drawn
 
 
 def _smallest(values: Float[Tensor, "B n"], count: int) -> Bool[Tensor, "B n"]:

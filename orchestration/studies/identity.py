@@ -11,7 +11,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from mar import RESULTS_VERSION
+from mar import RESULTS_VERSION, plugins
 from mar.config.canonical import canonical
 from mar.config.overrides import build, without_paths
 from mar.config.schema import TrainingConfig
@@ -50,11 +50,24 @@ def identity(settings: TrainingConfig, data_fingerprint: str) -> str:
     if settings.evaluation.mask.ratio == settings.mask.ratio:
         mask = {**tree["evaluation"]["mask"], "ratio": None}
         tree["evaluation"] = {**tree["evaluation"], "mask": mask}
+    # What another package computes may change with its version.
+    packages = _packages(settings)
+    if packages:
+        tree["packages"] = packages
     # The content of the weights, not their name: a file may be renamed or replaced.
     if settings.encoder.weights:
         weights = weights_fingerprint(settings.encoder.weights)
         tree["encoder"] = {**tree["encoder"], "weights": weights}
     return _line(tree)
+
+
+def _packages(settings: TrainingConfig) -> dict[str, str]:
+    """Return the packages and versions of what the settings name from outside mar."""
+    used = {
+        "mask.strategy": plugins.origin(plugins.MASKS, settings.mask.strategy),
+        "data.format": plugins.origin(plugins.FORMATS, settings.data.format),
+    }
+    return {path: package for path, package in used.items() if package is not None}
 
 
 def training_identity(identity_line: str) -> str:
@@ -84,11 +97,15 @@ def with_defaults_filled(
     own_fingerprint = tree.pop("fingerprint")
     # The first version had no number in its identities.
     results = tree.pop("results", 1)
+    packages = tree.pop("packages", None)
     if weights:
         tree["encoder"]["weights"] = f"{WEIGHTS_ABSENT}{weights}"
     filled: dict[str, Any] = json.loads(identity(build(tree), data_fingerprint or own_fingerprint))
     # ``identity`` writes today's version, which is not that of the run.
     filled["results"] = results
+    # Nor is today's version of a package.
+    if packages is not None:
+        filled["packages"] = packages
     return _line(filled)
 
 

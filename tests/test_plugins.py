@@ -1,0 +1,125 @@
+"""A package of a user's own adds a mask and an annotation format, without a change of mar."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_tree
+
+PACKAGE = Path(__file__).parent / "package"
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, built and installed by pip into a folder of its own."""
+    source = Path(shutil.copytree(PACKAGE, tmp_path_factory.mktemp("source") / "package"))
+    folder = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(folder), str(source)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    tree = tiny_tree(videos)
+    tree["recipe"]["epochs"] = 1
+    tree["data"] = {"format": "pairs", "root": str(folder), "videos": "videos", "num_classes": 2}
+    (folder / "videos").symlink_to(videos / "videos")
+    names = json.loads((videos / "labels.json").read_text())
+    for split, file in {"train": "train.json", "val": "validation.json"}.items():
+        listed = json.loads((videos / file).read_text())
+        lines = [
+            f"{names[each['template'].replace('[', '').replace(']', '')]} -> {each['id']}.mp4"
+            for each in listed
+        ]
+        (folder / f"{split}.pairs").write_text("\n".join(lines))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "study.yaml").write_text(
+        "title: Stripes\nrecipe: recipe.yaml\naxes:\n  mask:\n"
+        "    cell: {}\n    stripes: {mask.strategy: stripes}\n"
+        "    wide: {mask.strategy: stripes, mask.options: {width: 2}}\n"
+        "table: {columns: [top1]}\n"
+    )
+    return folder
+
+
+def run(
+    folder: Path, packages: Path, *arguments: str, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [BIN / "mar", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(packages)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_a_packages_mask_and_format_are_used_in_a_study(study: Path, installed: Path) -> None:
+    printed = run(study, installed, "run", "study.yaml", "--backend", "local").stdout
+    assert re.search(r"\| stripes +\| \d", printed) and re.search(r"\| wide +\| \d", printed)
+    masks = json.loads(
+        run(study, installed, "mask", "recipe.yaml", "mask.strategy=stripes", "--json").stdout
+    )
+    drawn = json.dumps(masks)
+    assert "[1, 0, 1, 0]" in drawn or "[0, 1, 0, 1]" in drawn
+
+
+def test_its_version_is_part_of_the_trials_identity(
+    study: Path, installed: Path, tmp_path: Path
+) -> None:
+    before = json.loads(run(study, installed, "plan", "study.yaml", "--json").stdout)
+    later = Path(shutil.copytree(installed, tmp_path / "later"))
+    (facts,) = later.glob("*.dist-info/METADATA")
+    facts.write_text(facts.read_text().replace("Version: 1.0", "Version: 1.1"))
+    after = json.loads(run(study, later, "plan", "study.yaml", "--json").stdout)
+    assert all(one["key"] != other["key"] for one, other in zip(before, after, strict=True))
+    # An option that is written out as its default is the same trial.
+    same = run(
+        study,
+        installed,
+        "plan",
+        "study.yaml",
+        "axes.mask.stripes.mask.options={width: 1}",
+        "--json",
+    )
+    assert [line["key"] for line in json.loads(same.stdout)] == [line["key"] for line in before]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["mask.strategy=zigzag"], r"must be 'cell', .* or of an installed package: .*'stripes'"),
+        (
+            ["mask.strategy=stripes", "mask.options={widht: 1}"],
+            r"options\.widht: Extra inputs .*\(the package my-masks 1\.0\)",
+        ),
+        (["mask.options={width: 1}"], r"options: the strategy cell has none"),
+        (["mask.strategy=lost"], r"of the package my-masks 1\.0: AttributeError: .*nowhere"),
+        (["mask.strategy=broken"], r"of the package my-masks 1\.0: expected \d+ boolean masks"),
+    ],
+)
+def test_a_mistake_names_the_package(
+    study: Path, installed: Path, changes: list[str], message: str
+) -> None:
+    done = run(study, installed, "mask", "recipe.yaml", *changes, code=2)
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_the_package_the_error_says_what_there_is(study: Path, tmp_path: Path) -> None:
+    done = run(
+        study, tmp_path, "mask", "recipe.yaml", "data.format=list", "mask.strategy=stripes", code=2
+    )
+    assert "no package adds one (mar.masks)" in done.stderr

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -349,3 +350,26 @@ def test_each_class_has_its_accuracy_and_counts_the_same_in_their_mean(
     assert lines[1:] == ["0,a,4,75.0000", "1,'=b,2,50.0000", "2,,0,", "3,,1,100.0000"]
     assert "classes.csv" in {file.name for file in result.iterdir()}
     assert "test/mean_class_top1" in json.loads((result / "metrics.json").read_text())
+
+
+def python_blocks(guide: str) -> list[str]:
+    text = (Path(__file__).parent.parent / "docs" / "guides" / guide).read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_guides_examples_run_as_they_are_printed(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("clip.mp4", "long.mp4"):
+        (tmp_path / name).write_bytes(film.read_bytes())
+    names: dict[str, Any] = {"pixels": torch.rand(2, 3, 8, 36, 36)}
+    first, windows, *_ = python_blocks("python.md")
+    exec(first, names)
+    assert names["model"](names["pixels"]).shape == (2, 8)
+    exec(windows, names)
+    run_mar(tmp_path, "weights", "export", "mini", "model.onnx")
+    capsys.readouterr()
+    (onnx,) = python_blocks("weights.md")
+    exec(onnx, {})
+    assert capsys.readouterr().out.strip() in mar.load("mini").classes

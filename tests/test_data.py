@@ -32,7 +32,7 @@ from mar.data.decoders import decode_with, write_video
 from mar.data.loaders import collate, loader
 from mar.data.motion_verbs import FRAMES_PER_S, PHOTOS, VERBS, MotionVerbs, make
 from mar.data.sampling import Reader, evaluation_frames, training_frames
-from mar.data.video.sequential_reader import BrokenVideo
+from mar.data.video.sequential_reader import BrokenVideo, SequentialReader
 from mar.distributed import WorkerRank
 from mar.errors import Failure, UserError
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -421,6 +421,12 @@ def test_test_views_are_clips_times_crops_and_shuffling_keeps_the_frames(tiny: S
     )
 
 
+def test_a_crop_of_a_row_of_pixels_has_a_pixel() -> None:
+    settings = TrainingConfig.model_validate({"augment": {"crop_aspect": [0.1, 0.2]}})
+    top, left, h, w = random_box(1, 50, settings, np.random.default_rng(0))
+    assert (top, h, w) == (0, 1, 1) and 0 <= left < 50
+
+
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 1000))
 def test_a_random_crop_lies_in_the_frame(height: int, width: int, seed: int) -> None:
     top, left, h, w = random_box(height, width, TrainingConfig(), np.random.default_rng(seed))
@@ -705,3 +711,17 @@ def test_balanced_sampling_shows_every_class_equally_often(tiny: Settings) -> No
     assert [sorted(one + other) for one, other in zip(*parts, strict=True)] == [
         sorted(keys) for keys in steps
     ]
+
+
+def test_a_long_video_that_is_replaced_by_a_shorter_one_is_broken_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No frame is kept, as in a video of gigabytes.
+    monkeypatch.setattr("mar.data.video.sequential_reader._KEPT_BYTES", 0)
+    frames = np.zeros((20, 32, 32, 3), np.uint8)
+    write_video(tmp_path / "long.mp4", frames)
+    reader = SequentialReader.of(tmp_path / "long.mp4")
+    write_video(tmp_path / "long.mp4", frames[:5])
+    assert len(reader.frames([0, 4])) == 2
+    with pytest.raises(BrokenVideo, match="it lost frames while it was read"):
+        reader.frames([0, 12])

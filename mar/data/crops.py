@@ -35,8 +35,9 @@ def random_box(height: int, width: int, settings: TrainingConfig, rng: np.random
 
 def _largest_box(height: int, width: int, aspects: tuple[float, float]) -> Box:
     """Return the largest box in the centre whose aspect ratio is within the limits."""
-    w = min(width, round(height * aspects[1]))
-    h = min(height, round(width / aspects[0]))
+    # At least one pixel: of a row of pixels, a narrow aspect ratio would leave none.
+    w = max(1, min(width, round(height * aspects[1])))
+    h = max(1, min(height, round(width / aspects[0])))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

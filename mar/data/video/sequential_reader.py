@@ -82,7 +82,11 @@ class SequentialReader:
         return self.length
 
     def frames(self, indices: Sequence[int]) -> Frames:
-        """Return the frames with these numbers."""
+        """Return the frames with these numbers.
+
+        Raises:
+            BrokenVideo: the file has fewer frames than when it was opened.
+        """
         if self.kept is not None:
             chosen = {index: pixels_of(self.kept[index]) for index in set(indices)}
         else:
@@ -92,6 +96,8 @@ class SequentialReader:
                 for index, frame in enumerate(iter_frames(self.path))
                 if index in wanted
             }
+            if len(chosen) < len(wanted):
+                raise BrokenVideo(self.path, "it lost frames while it was read: was it replaced?")
         # An index may occur several times: a video shorter than a clip repeats frames.
         return np.stack([chosen[index] for index in indices])
 

@@ -13,7 +13,7 @@ import typer
 
 from mar.errors import Failure, UserError
 from orchestration.cli.bench import bench
-from orchestration.cli.data import data_app
+from orchestration.cli.data import data_app, init
 from orchestration.cli.inference import predict, reconstruct
 from orchestration.cli.jobs import jobs_app, status, stop_study, submit
 from orchestration.cli.recipes import cost, diff, mask, settings, show
@@ -44,7 +44,7 @@ app = typer.Typer(
 _VERBS = {
     "Studies and searches": (plan, run, status, table, figure, report),
     "Models": (predict, reconstruct, evaluate),
-    "Recipes and data": (settings, show, diff, cost, mask),
+    "Recipes and data": (init, settings, show, diff, cost, mask),
     "This machine": (ui, doctor, bench, recover),
 }
 for _group, _verbs in _VERBS.items():

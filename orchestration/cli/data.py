@@ -30,6 +30,43 @@ Processes = Annotated[
 _CORES = usable_cores()
 
 
+def init(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Videos: a folder for each class, perhaps below train and val."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder to write. Default: DIR's name and _recipe."),
+    ] = None,
+) -> None:
+    """Write a recipe and lists for a folder of videos, and say what was guessed."""
+    from mar.data.new_recipe import write_recipe
+
+    target = output or Path(f"{folder.resolve().name}_recipe")
+    found = write_recipe(folder, target)
+    print(
+        printable(
+            f"{len(found.classes)} classes: {', '.join(found.classes[:8])}"
+            f"{', …' if len(found.classes) > 8 else ''}"
+        )
+    )
+    how = "by its own folders" if found.has_split else "one video of five of each class for testing"
+    print(f"{len(found.train)} training and {len(found.test)} test videos, divided {how}")
+    if found.seconds is not None:
+        print(f"median length {found.seconds:.1f} s at {found.fps:.1f} frames a second")
+    for reason in found.broken[:3]:
+        print(printable(f"broken: {reason}"))
+    recipe = target / "recipe.yaml"
+    frames = target / "frames"
+    print(f"written {recipe} (its comments say what was guessed), train.txt, val.txt, labels.txt")
+    print(f"next: mar data check {recipe}")
+    print(f"      mar data pack {recipe} {frames} --short-side 54 --format raw")
+    print(f"      mar run {recipe} data.cache={frames}")
+
+
 @data_app.command("make")
 def data_make(
     kind: Annotated[Literal["motion-verbs"], typer.Argument(help="The data set to make.")],

@@ -150,6 +150,7 @@ def recipe_text(root: Path, found: Survey) -> str:
         f"  val: {_quoted('val.txt')}",
         f"  labels: {_quoted('labels.txt')}",
         f"  num_classes: {len(found.classes)}",
+        *_split_lines(found),
         *_clip_lines(found),
         "# The model that ships with mar, which knows drawn motion: so few clips are too few to",
         "# learn from scratch. For more videos and a GPU: recipes/paper, and weights of VideoMAE.",
@@ -179,6 +180,15 @@ def recipe_text(root: Path, found: Survey) -> str:
         f"evaluation: {{clips: 2, crops: 3, shuffled_frames: true, every_epochs: {epochs}}}",
     ]
     return "\n".join([*lines, ""])
+
+
+def _split_lines(found: Survey) -> list[str]:
+    if found.has_split:
+        return []
+    return [
+        "# One video of five of each class is for testing. If several are cut from one recording,",
+        "# put them on one side in the lists: else the test measures who was seen before.",
+    ]
 
 
 def _clip_lines(found: Survey) -> list[str]:

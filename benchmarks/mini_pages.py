@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -21,6 +22,7 @@ from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.table_formats import FORMATS
 from orchestration.reporting.tables import table_info
 from orchestration.studies.loader import paper_studies, read_study
+from orchestration.studies.trial import Study
 
 WIDEST = 900
 """Width of a picture, pixels."""
@@ -33,6 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--seeds", type=int, help="Only this many seeds, while the others are not trained yet."
+    )
     given = parser.parse_args()
     records = records_of_store(given.store, None)
     file_of = file_finder(given.store, None)
@@ -44,7 +49,7 @@ def main() -> None:
         "",
     ]
     for name in paper_studies():
-        study = read_study(name, ["recipe=mini"])
+        study = _of_seeds(read_study(name, ["recipe=mini"]), given.seeds)
         results = StudyResults.match(study, records, file_of)
         finished = sum(row.finished for row in results.rows)
         wanted = sum(row.seeds for row in results.rows)
@@ -59,6 +64,15 @@ def main() -> None:
         index += [f"  - {line}" for line in claim_lines(claims(results))]
         print(f"{page}: {finished} of {wanted} trials")
     (given.folder / "results.md").write_text("\n".join([*index, ""]), encoding="utf-8")
+
+
+def _of_seeds(study: Study, count: int | None) -> Study:
+    """Return a study with its first seeds alone; None: all."""
+    if count is None:
+        return study
+    seeds = study.file.seeds[:count]
+    trials = [trial for trial in study.trials if trial.settings.seed in seeds]
+    return replace(study, trials=trials, file=study.file.model_copy(update={"seeds": seeds}))
 
 
 def _write_page(results: StudyResults, folder: Path, page: str) -> None:

@@ -556,3 +556,18 @@ def test_a_study_without_a_finished_trial_takes_the_speed_of_earlier_studies(stu
     alone, after = (plan_trials(other, [], earlier=each)[0] for each in (None, earlier))
     assert alone.device_hours is None
     assert after.device_hours is not None and after.device_hours > 0
+
+
+def test_a_study_of_another_seed_takes_the_speed_of_the_stores_runs(study: Study) -> None:
+    others = runs(study, 70.0)
+    again = [
+        replace(trial, settings=trial.settings.model_copy(update={"seed": 7}))
+        for trial in study.trials
+    ]
+    lines = plan_trials(replace(study, trials=again), others)
+    assert [line.state for line in lines] == ["new"] * 4
+    here = plan_trials(study, others)
+    assert lines[1].device_hours == pytest.approx(here[1].device_hours)
+    # A run whose settings mean nothing today is left out.
+    others[0].identity = '{"mask": {"shape": "oval"}}'
+    assert plan_trials(replace(study, trials=again), others)[0].device_hours is None

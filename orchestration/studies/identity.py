@@ -80,6 +80,19 @@ def training_identity(identity_line: str) -> str:
     return _line(tree)
 
 
+def settings_of_identity(identity_line: str) -> TrainingConfig:
+    """Return the settings of an identity; its weights are a fingerprint, and data have no paths.
+
+    Raises:
+        ValueError: it is not an identity.
+        SettingError: it has a setting or value that does not exist today.
+    """
+    tree: dict[str, Any] = json.loads(identity_line)
+    for name in ("fingerprint", "results", "packages"):
+        tree.pop(name, None)
+    return build(tree)
+
+
 def with_defaults_filled(
     identity_line: str, data_fingerprint: str | None = None, weights: str | None = None
 ) -> str:

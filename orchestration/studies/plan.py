@@ -15,6 +15,7 @@ from mar.errors import UserError
 from mar.model.flops import cost
 from orchestration.installation import packaged
 from orchestration.studies.diff import Neighbours
+from orchestration.studies.identity import settings_of_identity
 from orchestration.studies.matching import AnyRecord, Record, match, match_training
 from orchestration.studies.trial import ABSENT, Study, Trial
 
@@ -24,6 +25,8 @@ _BYTES_PER_PARAMETER = 4
 # AdamW's two moments.
 _CHECKPOINTS = 2 * 3
 """Space of a running trial's checkpoints, as a multiple of its model's."""
+_RUNS_FOR_A_RATE = 30
+"""Finished runs of a store whose throughput is averaged."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class PlannedTrial:
     """Clips seen in training; none if the size of the training split is unknown."""
     device_hours: float | None
     """Of its training and its tests, at the device's throughput; without a device at the mean of
-    the study's finished trials, or else of those of earlier studies; none if none is known."""
+    the study's finished trials, or else of those of earlier studies, or of other runs of the
+    store; none if none is known."""
     storage_gib: float
     run_id: str | None
 
@@ -97,7 +101,7 @@ def plan_trials(
     if device:
         rate = device.train_gflops_per_s
     else:
-        rate = _mean(rates or earlier.rates)
+        rate = _mean(rates or earlier.rates or _rates_of_store(records))
     sizes: dict[str, int | None] = {}
     lines: list[PlannedTrial] = []
     for trial in trials:
@@ -372,6 +376,25 @@ def _measured_rates(study: Study, found: dict[str, AnyRecord]) -> list[float]:
         for trial, run in runs
         if "throughput/clips_per_s" in run.metrics
     ]
+
+
+def _rates_of_store(records: Sequence[Record]) -> list[float]:
+    """Return the training GFLOPs a second of some finished runs, of whatever study.
+
+    A study of another seed or recipe has no finished trial of its own, but the machine is the same.
+    """
+    rates: list[float] = []
+    for run in records:
+        speed = run.metrics.get("throughput/clips_per_s")
+        # Some runs are enough for a mean: reading the settings of thousands takes seconds.
+        if speed is None or run.status != "FINISHED" or len(rates) == _RUNS_FOR_A_RATE:
+            continue
+        try:
+            rates.append(speed * cost(settings_of_identity(run.identity)).train_gflops)
+        # A run of an earlier version may have settings that do not exist today.
+        except (ValueError, KeyError, UserError):
+            continue
+    return rates
 
 
 def _mean(values: Sequence[float]) -> float | None:

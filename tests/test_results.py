@@ -561,7 +561,7 @@ def test_a_study_without_a_finished_trial_takes_the_speed_of_earlier_studies(stu
 def test_a_study_of_another_seed_takes_the_speed_of_the_stores_runs(study: Study) -> None:
     others = runs(study, 70.0)
     again = [
-        replace(trial, settings=trial.settings.model_copy(update={"seed": 7}))
+        replace(trial, settings=trial.settings.model_copy(update={"seed": 7 + trial.settings.seed}))
         for trial in study.trials
     ]
     lines = plan_trials(replace(study, trials=again), others)

@@ -569,5 +569,5 @@ def test_a_study_of_another_seed_takes_the_speed_of_the_stores_runs(study: Study
     here = plan_trials(study, others)
     assert lines[1].device_hours == pytest.approx(here[1].device_hours)
     # A run whose settings mean nothing today is left out.
-    others[0].identity = '{"mask": {"shape": "oval"}}'
+    others[0].identity = others[0].identity.replace('"strategy": "cell"', '"strategy": "oval"')
     assert plan_trials(replace(study, trials=again), others)[0].device_hours is None

@@ -56,7 +56,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         else:
             what = "a safetensors file: name it so (.safetensors)"
         raise UserError(f"{file}: not a PyTorch checkpoint but {what}")
-    is_archive = zipfile.is_zipfile(file)
+    is_archive = _is_archive(file)
     if is_archive and _is_compressed(file):
         raise UserError(
             f"{file}: refused, because it is compressed, which PyTorch does not do: it may be "
@@ -85,6 +85,19 @@ def _first_bytes(file: Path) -> bytes:
             return stream.read(64)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
+
+
+def _is_archive(file: Path) -> bool:
+    """Whether a file is an archive.
+
+    Raises:
+        UserError: its end says that it is one of several parts.
+    """
+    try:
+        return zipfile.is_zipfile(file)
+    # is_zipfile() answers for a file without an archive's end, and raises for a damaged end.
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise UserError(f"{file}: {_why_not(error)}") from None
 
 
 def _is_compressed(file: Path) -> bool:

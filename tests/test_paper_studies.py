@@ -14,7 +14,8 @@ from conftest import tiny_tree
 
 from mar.config.schema import TrainingConfig
 from mar.errors import UserError
-from mar.model.encoder import patchify, unpatchify
+from mar.model.decoder import reconstruction_target
+from mar.model.encoder import patchify, take, unpatchify
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask
 from mar.model.pixels import to_pixels
@@ -227,7 +228,8 @@ def test_a_perfect_model_rebuilds_the_original(
     hidden = evaluation_mask(settings).expand(2, -1, -1, -1)
 
     def perfect(pixels: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return model._target(pixels, model._indices(hidden)[1])
+        tubelets = patchify(pixels, settings.encoder.tubelet)
+        return reconstruction_target(take(tubelets, model.indices(hidden)[1]), normalize)
 
     monkeypatch.setattr(model, "reconstruct", perfect)
     masked, whole = rebuilt(settings, model, pixels, hidden)

@@ -291,13 +291,13 @@ def test_the_best_of_a_study_predicts_folders_patterns_and_windows(
 # MLflow warns on loading that a column of paths or arrays has no type that it could check.
 @pytest.mark.filterwarnings("ignore:.*Any type hint is inferred:UserWarning")
 def test_mlflow_loads_a_result_and_classifies_files_and_arrays(
-    folder: Path, study: mar.Study, film: Path
+    folder: Path, study: mar.Study, film: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
     import pandas as pd
 
-    mlflow.set_tracking_uri(f"sqlite:///{folder / 'store' / 'mlflow.db'}")
-    mlflow.set_registry_uri(f"sqlite:///{folder / 'store' / 'mlflow.db'}")
+    # Not mlflow.set_tracking_uri(): it sets this variable for all later tests, too.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'store' / 'mlflow.db'}")
     loaded = mlflow.pyfunc.load_model("models:/study@best")
     best = mar.load("models:/study@best", store=folder / "store")
     frames = decode_with("pyav", film)

@@ -263,7 +263,9 @@ def best_result(
     folder = Path(store)
     best = _best_run(str(name), folder, tracking_uri)
     if best is None:
-        raise UserError(f"{name}: no finished trial of it in the store {folder.resolve()}")
+        raise UserError(
+            f"{name}: no finished training of it in --store {folder}; mar run {name} trains it"
+        )
     return trained_folder(best, LaunchConfig(folder, tracking_uri))
 
 

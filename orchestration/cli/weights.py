@@ -105,6 +105,7 @@ def _trained_by(recipe: str, store: Path) -> Path:
         UserError: the file is not a recipe, or the store has no finished training of it.
     """
     from mar import MANIFEST, RESULT_DIR
+    from orchestration.api import best_result
     from orchestration.studies.loader import read_study
 
     study = read_study(recipe)
@@ -112,11 +113,10 @@ def _trained_by(recipe: str, store: Path) -> Path:
         raise UserError(f"{recipe} is a study of {len(study.trials)} trials; name a recipe")
     result = store / "trials" / study.trials[0].key / RESULT_DIR
     # The manifest is written last: without it the training has not finished.
-    if not (result / MANIFEST).is_file():
-        raise UserError(
-            f"{recipe}: no finished training of it in --store {store}; mar run {recipe} trains it"
-        )
-    return result
+    if (result / MANIFEST).is_file():
+        return result
+    # A training of an earlier version has a folder of another name: its run in MLflow is found.
+    return best_result(recipe, store=store)
 
 
 @weights_app.command("export")

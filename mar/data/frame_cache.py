@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 
+from mar.atomic_dir import atomic_write
 from mar.config.schema import DataConfig
 from mar.data import process_pool
 from mar.data.annotations import Video, read_split
@@ -78,7 +79,7 @@ def pack(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            _write(settings, json.dumps(asdict(packing)).encode())
+            atomic_write(settings, json.dumps(asdict(packing)).encode())
             # load_index() remembers a folder's index, which packing changes.
             try:
                 return _pack(data, videos, Index(folder), processes, progress)
@@ -292,7 +293,7 @@ def _pack_shard(folder: Path, packing: Packing, decoder: str, part: tuple[int, l
         placed = [plain(replace(entry, ends_at=offset + entry.ends_at)) for entry in entries]
         header = {"sha256": digest, "bytes": size, "entries": placed}
         # Last: a shard without this file does not exist for a reader, and is packed again.
-        _write(folder / f"{number:05}.json", json.dumps(header).encode())
+        atomic_write(folder / f"{number:05}.json", json.dumps(header).encode())
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise Failure(
@@ -345,10 +346,3 @@ def _encoded(frame: Frames, packing: Packing) -> bytes:
     pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).contiguous()
     encoded: Any = encode_jpeg(pixels, quality=packing.quality)
     return encoded.numpy().tobytes()
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write a file so that readers see either the old content or the whole new one."""
-    unfinished = file.with_name(f".{file.name}")
-    unfinished.write_bytes(content)
-    unfinished.rename(file)

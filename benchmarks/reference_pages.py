@@ -101,14 +101,17 @@ def metrics_page() -> str:
         "",
         "## Tags of a run",
         "",
-        "| tag | meaning |",
-        "|:--|:--|",
-        *(f"| `{value}` | {text} |" for value, text in documented(tags)),
-        "",
+        *pairs("tag", documented(tags)),
         "Also `version.PACKAGE`, `host`, `git.dirty` and MLflow's own: user, source, commit.",
         "",
     ]
     return "\n".join(lines)
+
+
+def pairs(heading: str, rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a Markdown table of names and their meanings."""
+    lines = [f"| {heading} | meaning |", "|:--|:--|"]
+    return [*lines, *(f"| `{name}` | {text} |" for name, text in rows), ""]
 
 
 def documented(module: Any) -> Iterable[tuple[str, str]]:
@@ -187,10 +190,7 @@ def python_page() -> str:
     lines += [
         "## Options of Study.run",
         "",
-        "| option | meaning |",
-        "|:--|:--|",
-        *(f"| `{name}` | {text} |" for name, text in options),
-        "",
+        *pairs("option", options),
     ]
     return "\n".join(lines)
 

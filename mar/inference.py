@@ -205,8 +205,6 @@ class Model(nn.Module):
         """
         if not self.settings.test_ratio:
             raise UserError("nothing is hidden in testing: set mask.ratio, as mask.ratio=0.5")
-        if not self.settings.test_ratio:
-            raise UserError("nothing is hidden in testing: set mask.ratio, as mask.ratio=0.5")
         self.require("decoder")
         with _opened(video, self.settings) as source:
             # One clip, the centre crop: further views would show the same.

@@ -93,11 +93,10 @@ def load(group: str, name: str) -> Any:
         ) from error
 
 
-def origin(group: str, name: str) -> str | None:
-    """Return the package and version that a name is from; none for what is built in."""
-    found = _installed(group).get(name)
-    if found is None:
-        return None
+def origin(group: str, name: str) -> str:
+    """Return the package and version that adds a name."""
+    found = _installed(group)[name]
+    # Entry points that a program makes by itself belong to no package.
     if found.dist is None:
         return found.value
     return f"{found.dist.name} {found.dist.version}"
@@ -118,7 +117,7 @@ def mask_options(name: str, given: Mapping[str, Any]) -> BaseModel:
         return strategy.options.model_validate(dict(given))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        path = ".".join(str(part) for part in first["loc"])
         raise ValueError(
-            f"options.{place}: {first['msg']} (the package {origin(MASKS, name)})"
+            f"options.{path}: {first['msg']} (the package {origin(MASKS, name)})"
         ) from None

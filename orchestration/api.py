@@ -14,7 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from pydantic import TypeAdapter, ValidationError
+
 from mar.errors import UserError
+from mar.training.retention import RetentionPolicy
 from orchestration.config import DEFAULT_STORE, LaunchConfig, WorkerConfig
 from orchestration.studies.loader import read_study
 from orchestration.studies.names import name_in_store, name_of
@@ -389,12 +392,30 @@ def _launch(store: Path, tracking_uri: str | None, options: Mapping[str, Any]) -
             f"run({unknown[0]}=…): no such option; there are "
             f"{', '.join(sorted(launch_names | worker_names))}"
         )
+    worker = {key: options[key] for key in options if key in worker_names}
+    launch = {key: options[key] for key in options if key in launch_names}
     try:
-        worker = WorkerConfig(**{key: options[key] for key in options if key in worker_names})
-        launch = {key: options[key] for key in options if key in launch_names}
-        return LaunchConfig(store=store, tracking_uri=tracking_uri, worker=worker, **launch)
+        # As on the command line: "last=1,best".
+        if isinstance(worker.get("keep"), str):
+            worker["keep"] = RetentionPolicy.parse(worker["keep"])
+        return TypeAdapter(LaunchConfig).validate_python(
+            {**launch, "store": store, "tracking_uri": tracking_uri, "worker": worker}
+        )
+    # pydantic's own error, of a type or a range, is one too.
     except ValueError as error:
-        raise UserError(f"run(): {error}") from None
+        raise UserError(f"run(): {_first_reason(error)}") from None
+
+
+def _first_reason(error: ValueError) -> str:
+    """Return the reason of an error in one line, with the option's name."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    # "Value error, " begins a message of our own, which has the option's name already.
+    own = first["msg"].removeprefix("Value error, ")
+    if own != first["msg"] or not first["loc"]:
+        return own
+    return f"{first['loc'][-1]}: {own}"
 
 
 def _yaml(value: Any) -> str:

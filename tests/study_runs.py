@@ -1,6 +1,10 @@
 """Runs of a small study, made up, as MLflow would return them."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from conftest import tiny_tree
 
 from orchestration.studies.trial import Study
 
@@ -17,6 +21,15 @@ paper:
 table: {columns: [top1, gflops]}
 figure: {kind: points, x: gflops, y: [top1], chance: true}
 """
+
+
+def write_studies(folder: Path, videos: Path, studies: dict[str, str]) -> None:
+    """Write study files into a folder, and the tiny recipe that they share."""
+    tree = tiny_tree(videos)
+    tree["recipe"]["epochs"] = 2
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    for name, text in studies.items():
+        (folder / name).write_text(text)
 
 
 @dataclass

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from commands import run_mar
-from conftest import TINY_STUDY, tiny_tree
-from study_runs import STUDY
+from conftest import TINY_STUDY
+from study_runs import STUDY, write_studies
 
 import mar
 from mar.data.annotations import read_split
@@ -22,6 +21,9 @@ from mar.data.decoders import decode_with
 from mar.data.motion_verbs import MotionVerbs, make
 from mar.evaluation.evaluator import Evaluator, Predictions, write_class_accuracies
 from mar.inference import Model
+from orchestration.config import LaunchConfig
+from orchestration.tracking.models import source_run
+from orchestration.tracking.store import Store
 
 CPU = torch.device("cpu")
 
@@ -30,11 +32,7 @@ CPU = torch.device("cpu")
 def folder(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
     """A folder with a study of four trials, of two rows and two seeds, that Python has run."""
     folder = tmp_path_factory.mktemp("python")
-    tree = tiny_tree(videos)
-    tree["recipe"]["epochs"] = 2
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    (folder / "study.yaml").write_text(STUDY)
-    (folder / "other.yaml").write_text(TINY_STUDY)
+    write_studies(folder, videos, {"study.yaml": STUDY, "other.yaml": TINY_STUDY})
     study = mar.Study.read(folder / "study.yaml", store=folder / "store")
     assert study.run(backend="local") is study
     return folder
@@ -227,6 +225,12 @@ def test_a_mistake_in_a_call_is_said_in_words(folder: Path, study: mar.Study) ->
         study.run(wokers=2)
     with pytest.raises(mar.UserError, match="workers: 0 is less than 1"):
         study.run(workers=0)
+    with pytest.raises(mar.UserError, match=r"run\(\): backend: Input should be 'train'"):
+        study.run(backend="wrong")
+    with pytest.raises(mar.UserError, match=r"run\(\): workers: Input should be a valid integer"):
+        study.run(workers="two")
+    with pytest.raises(mar.UserError, match=r"run\(\): "):
+        study.run(keep="newest")
     with pytest.raises(mar.UserError, match=r"recipe\.epoch"):
         mar.Study.read(folder / "study.yaml", {"recipe.epoch": 2})
 
@@ -373,3 +377,46 @@ def test_the_guides_examples_run_as_they_are_printed(
     (onnx,) = python_blocks("weights.md")
     exec(onnx, {})
     assert capsys.readouterr().out.strip() in mar.load("mini").classes
+
+
+TESTED_TWICE = """\
+title: Tested twice
+recipe: recipe.yaml
+axes:
+  test: {as trained: {}, all visible: {evaluation.mask.ratio: 0.0}}
+table: {columns: [top1]}
+"""
+
+
+def test_the_best_of_a_study_whose_rows_share_a_model_is_that_model(
+    tmp_path: Path, videos: Path, film: Path
+) -> None:
+    write_studies(tmp_path, videos, {"twice.yaml": TESTED_TWICE})
+    store = tmp_path / "store"
+    mar.Study.read(tmp_path / "twice.yaml", store=store).run(backend="local", keep="last=1")
+    # One was trained; the other was tested with the first one's model.
+    records = mar.results("twice", store=store).records
+    (trained,) = [record for record in records if record.has_model]
+    (tested,) = [record for record in records if not record.has_model]
+    opened = Store(LaunchConfig(store))
+    assert source_run(tested, opened) == source_run(trained, opened) == trained
+    version = opened.client.get_model_version_by_alias("twice", "best")
+    assert version.run_id == trained.run_id
+    expected = mar.load(f"runs:/{trained.run_id}", store=store).predict(film)
+    assert mar.load(f"runs:/{tested.run_id}", store=store).predict(film) == expected
+    (parent,) = opened.client.search_runs([trained.experiment_id], "tags.`mar.kind` = 'study'")
+    with pytest.raises(mar.UserError, match="a study's run, which has no model"):
+        mar.load(f"runs:/{parent.info.run_id}", store=store)
+
+
+def test_a_result_that_came_without_its_model_is_a_run_and_no_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "archive_results.py"
+    archive = str(tmp_path / "results.tar.gz")
+    for arguments in (("pack", str(folder / "store"), archive), ("unpack", archive, "store")):
+        subprocess.run([sys.executable, script, *arguments], check=True, cwd=tmp_path)
+    run_mar(tmp_path, "recover", "--store", "store")
+    opened = Store(LaunchConfig(tmp_path / "store"))
+    assert len(opened.trials()) == 4
+    assert not opened.client.search_model_versions()

@@ -4,9 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from commands import run_mar as mar
-from conftest import tiny_tree
+from study_runs import write_studies
 
 from orchestration.config import LaunchConfig, sqlite_address
 from orchestration.secrets import without_secrets
@@ -27,10 +26,7 @@ claims: {"less is better": ["25 > 50"]}
 def folder(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
     """A folder with a study of two trials that has run, in ``store``."""
     folder = tmp_path_factory.mktemp("studies")
-    tree = tiny_tree(videos)
-    tree["recipe"]["epochs"] = 2
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    (folder / "two.yaml").write_text(STUDY)
+    write_studies(folder, videos, {"two.yaml": STUDY})
     mar(folder, "run", "two.yaml", "--backend", "local", "--store", "store")
     return folder
 

@@ -136,8 +136,11 @@ def _measured(paths: Sequence[Path]) -> tuple[float | None, float | None, tuple[
     return statistics.median(lengths), statistics.median(rates), tuple(broken)
 
 
-def recipe_text(root: Path, found: Survey) -> str:
-    """Return the recipe for a folder, with the reason of each guess."""
+def recipe_text(root: Path, found: Survey, lists: Path) -> str:
+    """Return the recipe for a folder, with the reason of each guess.
+
+    ``lists`` is the folder of ``train.txt``, ``val.txt`` and ``labels.txt``.
+    """
     size = _batch_size(len(found.train))
     epochs = max(10, min(200, round(_STEPS * size / len(found.train))))
     lines = [
@@ -146,9 +149,9 @@ def recipe_text(root: Path, found: Survey) -> str:
         "data:",
         "  format: list",
         f"  root: {_quoted(str(absolute_path(root)))}",
-        f"  train: {_quoted('train.txt')}",
-        f"  val: {_quoted('val.txt')}",
-        f"  labels: {_quoted('labels.txt')}",
+        f"  train: {_quoted(str(absolute_path(lists / 'train.txt')))}",
+        f"  val: {_quoted(str(absolute_path(lists / 'val.txt')))}",
+        f"  labels: {_quoted(str(absolute_path(lists / 'labels.txt')))}",
         f"  num_classes: {len(found.classes)}",
         *_split_lines(found),
         *_clip_lines(found),
@@ -223,21 +226,17 @@ def write_recipe(root: Path, folder: Path) -> Survey:
         UserError: as :func:`survey`; or one of the files exists already.
     """
     found = survey(root)
+    # The recipe last: where it is, its lists are.
     files = {
         "train.txt": _list_text(found.train),
         "val.txt": _list_text(found.test),
         "labels.txt": "".join(f"{name}\n" for name in found.classes),
-        "recipe.yaml": "",
+        "recipe.yaml": recipe_text(root, found, folder),
     }
     for name in files:
         if (folder / name).exists():
             raise UserError(f"{folder / name} exists already: choose another folder (-o)")
-    text = recipe_text(root, found)
-    for name in ("train.txt", "val.txt", "labels.txt"):
-        text = text.replace(_quoted(name), _quoted(str(absolute_path(folder / name))))
-    files["recipe.yaml"] = text
     folder.mkdir(parents=True, exist_ok=True)
-    # The recipe last: where it is, its lists are.
     for name, content in files.items():
         write_text(folder / name, content)
     return found

@@ -96,7 +96,7 @@ def _is_archive(file: Path) -> bool:
     try:
         return zipfile.is_zipfile(file)
     # is_zipfile() answers for a file without an archive's end, and raises for a damaged end.
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(f"{file}: {_why_not(error)}") from None
 
 
@@ -109,9 +109,10 @@ def _is_compressed(file: Path) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
             return sum(each.file_size for each in archive.infolist()) > file.stat().st_size
-    # NotImplementedError: the list names a later version of the format. PyTorch reads archives by
-    # itself, and must not get one that could not be checked here.
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+    # A damaged list raises many kinds of errors; one that names a later version of the format,
+    # NotImplementedError. PyTorch reads archives by itself, and must not get one that could not be
+    # checked here.
+    except Exception as error:
         raise UserError(f"{file}: {_why_not(error)}") from None
 
 

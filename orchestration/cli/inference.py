@@ -80,10 +80,7 @@ def predict(
     """Name the most probable classes of videos, or of windows of long ones."""
     # Checked first: reading the model takes seconds.
     files = list(_files(videos))
-    window_s = _seconds("--window", window)
-    stride_s = _seconds("--stride", stride)
-    if stride_s is not None and window_s is None:
-        raise UserError(f"--stride {stride}: how long are the windows? Give --window too")
+    window_s, stride_s = _window(window, stride)
     if output and output.suffix not in (".csv", ".json"):
         raise UserError(f"-o {output}: expected a name that ends in .csv or .json")
     trained = _loaded(model, is_best, setting, store, tracking_uri)
@@ -148,10 +145,23 @@ def _files(videos: list[str]) -> Iterator[Path]:
             found = [path / each for each in sorted(videos_below(path))]
         else:
             # Not Path.glob: an absolute pattern is allowed here.
-            found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
+            pattern = glob.glob(str(path), recursive=True)  # noqa: PTH207
+            found = [Path(each) for each in sorted(pattern)]
         if not found:
             raise UserError(f"no such video: {name}")
         yield from found
+
+
+def _window(window: str | None, stride: str | None) -> tuple[float | None, float | None]:
+    """Return the length of a window and the distance between two, in seconds.
+
+    Raises:
+        UserError: one is not a positive number, or there is a distance without a length.
+    """
+    stride_s = _seconds("--stride", stride)
+    if stride_s is not None and window is None:
+        raise UserError(f"--stride {stride}: how long are the windows? Give --window too")
+    return _seconds("--window", window), stride_s
 
 
 def _seconds(option: str, text: str | None) -> float | None:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from mar.atomic_dir import atomic_write
 from mar.config.overrides import flatten, without_paths
-from mar.errors import Failure
+from mar.errors import Failure, UserError, notice
 from mar.model.flops import cost
 from mar.safe_input import read_json
 from mar.training.reports import EpochReport
@@ -28,6 +28,7 @@ from orchestration.storage.trial_sync import prune_remote_checkpoints
 from orchestration.studies.metrics import METRICS
 from orchestration.studies.trial import Study, Trial
 from orchestration.tracking import provenance
+from orchestration.tracking.models import source_run
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
 from orchestration.tracking.tags import (
@@ -289,11 +290,18 @@ class RunRecorder:
 
     def mark_best(self, run: RunRecord | None) -> None:
         """Give the study's best model the alias ``best`` in MLflow; none is no change."""
-        # The run of a trial that was only tested has no model of its own.
-        if run is not None and run.has_model:
-            tags = {"trial": run.tags.get("mlflow.runName", "")}
-            name = self.study.name
-            self.writer.after_flush(lambda: self.store.register(run.run_id, name, tags, "best"))
+        if run is None:
+            return
+        # A trial that was only tested has no model of its own: the best model is the one it tested.
+        try:
+            source = source_run(run, self.store)
+        # That run was deleted from MLflow. The study is complete without the alias.
+        except UserError as error:
+            notice(f"no alias best: {error}")
+            return
+        tags = {"trial": source.tags.get("mlflow.runName", "")}
+        name = self.study.name
+        self.writer.after_flush(lambda: self.store.register(source.run_id, name, tags, "best"))
 
     def __enter__(self) -> RunRecorder:
         return self

@@ -119,8 +119,10 @@ def _write_run(
     # The final report adds only the test's metrics: the epochs are logged by now.
     final = {name: float(value) for name, value in reached.items()}
     writer.log_report(key, EpochReport(settings.recipe.epochs, final, is_final=True))
-    # A trial that was only tested has no model of its own to register.
-    has_model = TRAINED_BY not in tags
+    # A trial that was only tested has no model of its own to register; nor has a result that came
+    # without its model (benchmarks/archive_results.py).
+    is_model_here = (folder / RESULT_DIR / "model.safetensors").is_file()
+    has_model = TRAINED_BY not in tags and is_model_here
     writer.result(key, folder / RESULT_DIR, has_model)
     if has_model:
         writer.register(key, study, {"trial": str(record["name"])})

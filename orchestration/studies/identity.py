@@ -14,7 +14,7 @@ from typing import Any
 from mar import RESULTS_VERSION, plugins
 from mar.config.canonical import canonical
 from mar.config.overrides import build, without_paths
-from mar.config.schema import TrainingConfig
+from mar.config.schema import ANNOTATION_FORMATS, MASK_STRATEGIES, TrainingConfig
 from mar.weights.hub import ABSENT as WEIGHTS_ABSENT
 from mar.weights.hub import fingerprint
 
@@ -63,11 +63,13 @@ def identity(settings: TrainingConfig, data_fingerprint: str) -> str:
 
 def _packages(settings: TrainingConfig) -> dict[str, str]:
     """Return the packages and versions of what the settings name from outside mar."""
-    used = {
-        "mask.strategy": plugins.origin(plugins.MASKS, settings.mask.strategy),
-        "data.format": plugins.origin(plugins.FORMATS, settings.data.format),
-    }
-    return {path: package for path, package in used.items() if package is not None}
+    used: dict[str, str] = {}
+    # What is built in wins over a package's own of the same name, as where it is used.
+    if settings.mask.strategy not in MASK_STRATEGIES:
+        used["mask.strategy"] = plugins.origin(plugins.MASKS, settings.mask.strategy)
+    if settings.data.format not in ANNOTATION_FORMATS:
+        used["data.format"] = plugins.origin(plugins.FORMATS, settings.data.format)
+    return used
 
 
 def training_identity(identity_line: str) -> str:

@@ -385,9 +385,11 @@ def _rates_of_store(records: Sequence[Record]) -> list[float]:
     """
     rates: list[float] = []
     for run in records:
-        speed = run.metrics.get("throughput/clips_per_s")
         # Some runs are enough for a mean: reading the settings of thousands takes seconds.
-        if speed is None or run.status != "FINISHED" or len(rates) == _RUNS_FOR_A_RATE:
+        if len(rates) == _RUNS_FOR_A_RATE:
+            break
+        speed = run.metrics.get("throughput/clips_per_s")
+        if speed is None or run.status != "FINISHED":
             continue
         try:
             rates.append(speed * cost(settings_of_identity(run.identity)).train_gflops)

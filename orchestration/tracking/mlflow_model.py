@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("mar-on-ray", "torch", "timm", "numpy", "safetensors", "pandas")
 """What loading and predicting needs; a result's versions are written beside it."""
-_FLAVOR = "python_function"
 
 
 def class_names(result: Path) -> list[str] | None:
@@ -64,7 +63,7 @@ def write_mlflow_model(folder: Path, classes: Sequence[str]) -> None:
         metadata={"classes": list(classes)},
     )
     model.add_flavor(
-        _FLAVOR,
+        "python_function",
         loader_module=__name__,
         data=".",
         env={"virtualenv": "python_env.yaml"},

@@ -30,7 +30,10 @@ def result_folder(name: str, launch: LaunchConfig) -> Path:
     except MlflowException as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name}: not in {launch.shown_tracking}: {reason}") from None
-    return store.result_of(_trained(record, store))
+    # A study has a run of its own beside its trials'.
+    if not record.key:
+        raise UserError(f"{name}: a study's run, which has no model; name the run of a trial")
+    return store.result_of(source_run(record, store))
 
 
 def trained_folder(record: RunRecord, launch: LaunchConfig) -> Path:
@@ -41,7 +44,7 @@ def trained_folder(record: RunRecord, launch: LaunchConfig) -> Path:
         Failure: neither this disk nor MLflow has the result.
     """
     store = Store(launch)
-    return store.result_of(_trained(record, store))
+    return store.result_of(source_run(record, store))
 
 
 def _run_id(name: str, store: Store) -> str:
@@ -66,8 +69,12 @@ def _run_id(name: str, store: Store) -> str:
     )
 
 
-def _trained(record: RunRecord, store: Store) -> RunRecord:
-    """Return the run whose model a run has: another's, if it was only tested."""
+def source_run(record: RunRecord, store: Store) -> RunRecord:
+    """Return the run whose model a run was tested with: its own, or that of the trial it names.
+
+    Raises:
+        UserError: that trial's run is gone.
+    """
     key = record.tags.get(TRAINED_BY)
     if key is None:
         return record

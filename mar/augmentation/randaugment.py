@@ -77,8 +77,8 @@ def rand_augment(
     interpolation: Interpolation = "bilinear",
 ) -> Float[Tensor, "B C T H W"]:
     """Apply each clip's operations, in order, to all its frames; pixel values from 0 to 1."""
-    # Frames become images of their own, with whole values from 0 to 255 as in PIL. This copies
-    # nothing but the values: to_pixels() has the frames before the channels in memory already.
+    # Frames become images of their own, with whole values from 0 to 255 as in PIL. contiguous()
+    # copies nothing here: to_pixels() has the frames before the channels in memory already.
     num_frames = pixels.shape[2]
     images = (pixels * 255).round().transpose(1, 2).contiguous()
     # All clips that have the same operation in the same turn are processed together: at most

@@ -119,14 +119,14 @@ def parts_of(base: Case, machine: Machine, is_small: bool) -> dict[str, Callable
         "training": lambda: speeds("Training", machine, contestants(base)),
         "inference": lambda: speeds("Inference", machine, contestants(inference)),
         "ratios": lambda: speeds("Mask ratios", machine, by_ratio),
-        "large": lambda: speeds("ViT-L", machine, [large, replace(large, training=False)]),
+        "large": lambda: speeds("ViT-L", machine, at_large(large)),
         "waits": lambda: waits(base),
     }
     if base.device == "cuda":
         parts["memory"] = lambda: memory(base)
     parts |= {
         "compiled": lambda: speeds("Compiled", machine, compiled(base)),
-        "kernels": lambda: kernels(base),
+        "kernels": lambda: kernels(replace(base, compiles="default")),
         "beside": lambda: beside(base, is_small),
         "randaugment": lambda: randaugment(base),
         "augmentation": lambda: augmentation_table(base, machine, 3, COMMAND),
@@ -139,11 +139,18 @@ def parts_of(base: Case, machine: Machine, is_small: bool) -> dict[str, Callable
 def contestants(case: Case) -> list[Case]:
     return [
         case,
+        replace(case, compiles="default"),
         replace(case, contestant="standard"),
+        replace(case, contestant="standard", compiles="default"),
         replace(case, contestant="released"),
         replace(case, contestant="videomae"),
         replace(case, contestant="videomae-fp32", steps=min(case.steps, 5)),
     ]
+
+
+def at_large(case: Case) -> list[Case]:
+    training = [case, replace(case, compiles="default")]
+    return training + [replace(each, training=False) for each in training]
 
 
 def case_at(case: Case, ratio: float) -> Case:
@@ -152,16 +159,15 @@ def case_at(case: Case, ratio: float) -> Case:
 
 
 def compiled(case: Case) -> list[Case]:
-    """What compiling and CUDA graphs bring, at a full batch and where launches dominate."""
+    """What else changes a step's time or memory, at a full batch and where launches dominate."""
     one = replace(case, clips=1)
-    cases: list[Case] = [replace(case, recomputes=True)]
-    for each in (case, one):
-        cases += [
-            replace(each, compiles=""),
-            replace(each, compiles="default"),
-            replace(each, compiles="reduce-overhead"),
-        ]
-    return cases
+    return [
+        replace(case, recomputes=True),
+        replace(case, compiles="reduce-overhead"),
+        one,
+        replace(one, compiles="default"),
+        replace(one, compiles="reduce-overhead"),
+    ]
 
 
 def batches(case: Case) -> list[Case]:
@@ -267,7 +273,7 @@ def waits(case: Case) -> Table:
 
 
 def kernels(case: Case) -> Table:
-    """Name the kernels that take most of a step, attention's among them."""
+    """Name the kernels that take most of a compiled step, attention's among them."""
     from torch.profiler import ProfilerActivity, profile
 
     learner = train_state_of(case)
@@ -294,7 +300,7 @@ def kernels(case: Case) -> Table:
         (key[:110].replace("|", "/"), f"{time_us / 1e3:.2f}", f"{100 * time_us / whole:.1f}")
         for time_us, key in times[:25]
     ]
-    return Table("Kernels of a step", COMMAND, ("kernel", "ms", "%"), rows)
+    return Table("Kernels of a compiled step", COMMAND, ("kernel", "ms", "%"), rows)
 
 
 def beside(case: Case, is_small: bool) -> Table:

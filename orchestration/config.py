@@ -99,7 +99,8 @@ class WorkerConfig:
     )
     compile: bool = _option(
         False,
-        "Compile the model's blocks: slower to start; mar bench shows whether it is worth it.",
+        "Compile the model's blocks: on a GPU about 20 s to start, then more clips a second "
+        "(H200, ViT-B: 29 % in training); on a CPU 3 %.",
     )
     checkpoint_every_steps: int | None = _option(
         None, "Checkpoint inside epochs too; an epoch's end always has one.", minimum=1

@@ -176,17 +176,16 @@ for mode in ("", "default"):
     case = Case("mar", size="tiny", frames=4, pixels=32, precision="fp32", clips=4, compiles=mode)
     state = train_state_of(case)
     batch = random_batch(case, torch.device("cpu"))
-    for block in state.model.encoder.blocks:
-        block.eval()  # stochastic depth draws in another order
     sums.append(torch.stack([train_step(state, batch) for _ in range(2)]))
 torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-5)
 assert not counters["graph_break"] and not counters["recompile_limit"], counters
-assert counters["stats"]["unique_graphs"] == 8, counters
+assert counters["stats"]["unique_graphs"] == 5, counters
 """
 
 
 def test_compiled_blocks_give_the_same_losses() -> None:
-    """Eight graphs for eighteen blocks: attention and MLP of encoder, decoder and classifier."""
+    """Five graphs for eighteen blocks: the encoder's with and without stochastic depth, the
+    decoder's and its last, the classifier's."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

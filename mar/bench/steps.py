@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mar.augmentation.augment import soft_labels
-from mar.bench.machine import Machine, synchronise
+from mar.bench.machine import Machine
 from mar.bench.peers import Released, videomae
 from mar.bench.roofline import Recorder, floor
 from mar.config.overrides import build
@@ -185,14 +186,9 @@ def time_case(case: Case, machine: Machine | None = None) -> Timed:
         step = _training(case, device)
     else:
         step = _inference(case, device)
-    times: list[float] = []
-    for _ in range(1 + case.warm_up + case.steps):
-        # A device works asynchronously: without waiting, only the launches would be timed.
-        synchronise(device)
-        started = time.perf_counter()
-        step()
-        synchronise(device)
-        times.append(time.perf_counter() - started)
+    (first_s,) = _step_seconds(step, 1, device)
+    _step_seconds(step, case.warm_up, device)
+    seconds = _step_seconds(step, case.steps, device)
     if device.type == "cuda":
         peak_gib = torch.cuda.max_memory_allocated(device) / 2**30
     else:
@@ -201,7 +197,7 @@ def time_case(case: Case, machine: Machine | None = None) -> Timed:
     gflops = costs.train_gflops if case.training else costs.gflops
     # The paper counts a multiply-add as one operation, data sheets and this benchmark as two.
     useful_operations = 2e9 * case.clips * gflops
-    timed = Timed(case, times[1 + case.warm_up :], times[0], peak_gib, useful_operations)
+    timed = Timed(case, seconds, first_s, peak_gib, useful_operations)
     if machine is None:
         return timed
     # The peak was read before this step: recording is not part of what is measured.
@@ -210,6 +206,30 @@ def time_case(case: Case, machine: Machine | None = None) -> Timed:
     least = floor(recorder.work, machine)
     memory_share = least.memory_s / least.seconds
     return replace(timed, floor_s=least.seconds, memory_share=memory_share, bytes=least.bytes)
+
+
+def _step_seconds(step: Callable[[], object], number: int, device: torch.device) -> list[float]:
+    """Take steps as a training does, one after another; return the time of each.
+
+    A GPU works asynchronously: while it runs a step, the processor prepares the next one. So the
+    GPU's own clock is read between steps, and nothing waits for it before the last one has ended.
+    """
+    if device.type != "cuda":
+        times: list[float] = []
+        for _ in range(number):
+            started = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - started)
+        return times
+    torch.cuda.synchronize(device)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(number + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize(device)
+    # elapsed_time() is in milliseconds.
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
 
 
 def _training(case: Case, device: torch.device) -> Callable[[], object]:

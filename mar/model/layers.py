@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers.attention import Attention as TimmAttention
+from timm.layers.drop import DropPath
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -113,27 +114,40 @@ class Block(TimmBlock):
 
         For the others only keys and values are computed.
         """
-        kept = x if num_out is None else x[:, -num_out:]
-        x = kept + self.drop_path1(self.attention_branch(x, num_out))
-        return x + self.drop_path2(self.mlp_branch(x))
+        # Drawn outside of :meth:`transform`: the rate differs from block to block. In compiled code
+        # it would be a constant, and each block would need a version of its own.
+        attention_scale = self._path_scale(x, self.drop_path1)
+        mlp_scale = self._path_scale(x, self.drop_path2)
+        return self.transform(x, num_out, attention_scale, mlp_scale)
 
-    def attention_branch(
-        self, x: Float[Tensor, "B N D"], num_out: int | None = None
+    def transform(
+        self,
+        x: Float[Tensor, "B N D"],
+        num_out: int | None,
+        attention_scale: Float[Tensor, "B 1 1"] | None,
+        mlp_scale: Float[Tensor, "B 1 1"] | None,
     ) -> Float[Tensor, "B Q D"]:
-        """Return the attention's output, which is added to the tokens."""
-        return self.attn(self.norm1(x), num_queries=num_out)
+        """Return the block's output; stochastic depth multiplies a branch by its scale."""
+        kept = x if num_out is None else x[:, -num_out:]
+        x = kept + _scaled(self.attn(self.norm1(x), num_queries=num_out), attention_scale)
+        return x + _scaled(self.mlp(self.norm2(x)), mlp_scale)
 
-    def mlp_branch(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Return the MLP's output, which is added to the tokens."""
-        return self.mlp(self.norm2(x))
+    def _path_scale(
+        self, x: Float[Tensor, "B N D"], path: nn.Module
+    ) -> Float[Tensor, "B 1 1"] | None:
+        """Draw stochastic depth's factor of each clip: 0, or 1 over the share that is kept."""
+        # A block whose rate is 0 has an nn.Identity here.
+        if not self.training or not isinstance(path, DropPath):
+            return None
+        kept = 1 - path.drop_prob
+        return x.new_empty((x.shape[0], 1, 1)).bernoulli_(kept).div_(kept)
 
-    def compile_parts(self, mode: str = "default") -> None:
-        """Compile the parts between the residual sums."""
-        # Stochastic depth is outside of these parts. Its rate differs from block to block and is a
-        # constant of compiled code: whole blocks would be compiled once for each rate, and
-        # torch.compile stops compiling after eight versions (docs/log.md).
-        self.attention_branch = torch.compile(self.attention_branch, mode=mode, dynamic=False)
-        self.mlp_branch = torch.compile(self.mlp_branch, mode=mode, dynamic=False)
+
+def _scaled(
+    branch: Float[Tensor, "B N D"], scale: Float[Tensor, "B 1 1"] | None
+) -> Float[Tensor, "B N D"]:
+    # In the branch's own type, as timm's DropPath: bfloat16 under autocast.
+    return branch if scale is None else branch * scale.to(branch.dtype)
 
 
 class Blocks(nn.Sequential):
@@ -193,7 +207,8 @@ def set_execution_mode(
         if isinstance(part, Blocks):
             part.activation_checkpointing = activation_checkpointing
         if isinstance(part, Block) and compiled:
-            part.compile_parts(compiled)
+            # Whole blocks: the residual sums, the scales and the norms become one pass over memory.
+            part.transform = torch.compile(part.transform, mode=compiled, dynamic=False)
 
 
 def initialise(module: nn.Module, as_made: Sequence[nn.Module] = ()) -> None:

@@ -106,7 +106,7 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model is; ``to`` moves it."""
-        return self.network.encoder.positions.device
+        return self.network.device
 
     def forward(
         self, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"] | None = None

@@ -1,4 +1,4 @@
-"""What installed packages add: masks and annotation formats, by entry points.
+"""What installed packages add by entry points: masks, encoders, classifiers, annotation formats.
 
 A package names them in its ``pyproject.toml``::
 
@@ -11,7 +11,8 @@ until a setting names what it adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -23,12 +24,16 @@ from mar.errors import UserError
 
 MASKS = "mar.masks"
 """The group of :class:`MaskStrategy` objects."""
+ENCODERS = "mar.encoders"
+"""The group of :class:`EncoderFactory` objects."""
+CLASSIFIERS = "mar.classifiers"
+"""The group of :class:`ClassifierFactory` objects."""
 FORMATS = "mar.annotation_formats"
 """The group of functions from (``DataConfig``, split) to ``Annotations``."""
 
 
 class NoOptions(BaseModel, extra="forbid", frozen=True):
-    """The settings of a strategy that has none."""
+    """The settings of what has none."""
 
 
 def _rounded_down(_: BaseModel, ratio: float, grid: tuple[int, int, int]) -> int:
@@ -49,6 +54,40 @@ class MaskStrategy:
     num_hidden: Callable[[Any, float, tuple[int, int, int]], int] = _rounded_down
     """(options, ratio ρ, token grid) -> hidden tokens of a clip; by default ρ of all, rounded
     down."""
+
+
+@dataclass(frozen=True)
+class EncoderFactory:
+    """An encoder of a package of one's own: what its entry point in ``mar.encoders`` names."""
+
+    build: Callable[[Any, tuple[int, int, int], int], Any]
+    """(options, token grid, values P of a tubelet) -> an ``nn.Module`` that maps visible tubelets,
+    B × K × P, normalised by ImageNet's mean and deviation, and their flat indices, B × K, to tokens
+    B × K × D. Layer decay knows ``embed.…`` and ``blocks.0.…`` by these names; other parameters
+    have the full learning rate."""
+    width: Callable[[Any], int]
+    """(options) -> the width D of a token."""
+    options: type[BaseModel] = NoOptions
+    """The encoder's own settings, ``encoder.options``: a pydantic model."""
+
+
+@dataclass(frozen=True)
+class ClassifierFactory:
+    """A classifier of a package of one's own: what its entry point in ``mar.classifiers`` names."""
+
+    build: Callable[[Any, int, tuple[int, int, int], int], Any]
+    """(options, the encoder's width D, token grid, classes C) -> an ``nn.Module`` that maps the
+    encoder's visible tokens, B × K × D, and their flat indices, B × K, to class scores, B × C."""
+    options: type[BaseModel] = NoOptions
+    """The classifier's own settings, ``classifier.options``: a pydantic model."""
+
+
+_TYPES: dict[str, type[MaskStrategy | EncoderFactory | ClassifierFactory]] = {
+    MASKS: MaskStrategy,
+    ENCODERS: EncoderFactory,
+    CLASSIFIERS: ClassifierFactory,
+}
+"""Group -> the class of what its entry points name."""
 
 
 @lru_cache
@@ -83,14 +122,9 @@ def load(group: str, name: str) -> Any:
     Raises:
         UserError: the package cannot be imported, or the name leads to nothing.
     """
-    try:
-        return _installed(group)[name].load()
     # The package's own code runs here, which may raise anything.
-    except Exception as error:
-        raise UserError(
-            f"{name} ({group}), of the package {origin(group, name)}: {type(error).__name__}: "
-            f"{error}"
-        ) from error
+    with named(group, name):
+        return _installed(group)[name].load()
 
 
 def origin(group: str, name: str) -> str:
@@ -102,22 +136,58 @@ def origin(group: str, name: str) -> str:
     return f"{found.dist.name} {found.dist.version}"
 
 
-def mask_options(name: str, given: Mapping[str, Any]) -> BaseModel:
-    """Return the checked settings of a package's mask strategy.
+def options(group: str, name: str, given: Mapping[str, Any]) -> BaseModel:
+    """Return the checked settings of what a package adds under a name.
 
     Raises:
-        ValueError: the strategy refuses them, or is not a :class:`MaskStrategy`.
+        ValueError: they are refused, or the entry point names something of another class.
     """
-    strategy = load(MASKS, name)
-    if not isinstance(strategy, MaskStrategy):
+    added = load(group, name)
+    expected = _TYPES[group]
+    if not isinstance(added, expected):
         raise ValueError(
-            f"{name}, of the package {origin(MASKS, name)}, is not a mar.plugins.MaskStrategy"
+            f"{name}, of the package {origin(group, name)}, is not a mar.plugins."
+            f"{expected.__name__}"
         )
     try:
-        return strategy.options.model_validate(dict(given))
+        return added.options.model_validate(dict(given))
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         raise ValueError(
-            f"options.{path}: {first['msg']} (the package {origin(MASKS, name)})"
+            f"options.{path}: {first['msg']} (the package {origin(group, name)})"
         ) from None
+
+
+def checked_options(
+    group: str, name: str, given: Mapping[str, Any], is_built_in: bool
+) -> dict[str, Any]:
+    """Return the value of a branch's setting ``options``, defaults filled in.
+
+    Raises:
+        ValueError: something that is built in has no options; a package's own refuses them.
+    """
+    if is_built_in:
+        if given:
+            raise ValueError(f"options: {name} has none")
+        return {}
+    # Defaults are filled in, so that an option that is written out is the same trial.
+    return options(group, name, given).model_dump(mode="json")
+
+
+@contextmanager
+def named(group: str, name: str) -> Generator[None]:
+    """Turn any error of a package's code into one that names the package.
+
+    Raises:
+        UserError: the code raised something.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{name} ({group}), of the package {origin(group, name)}: {type(error).__name__}: "
+            f"{error}"
+        ) from error

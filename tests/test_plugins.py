@@ -1,4 +1,4 @@
-"""A package of a user's own adds a mask and an annotation format, without a change of mar."""
+"""A package of a user's own adds masks, encoders, classifiers and formats, without a fork."""
 
 import json
 import os
@@ -76,6 +76,76 @@ def test_a_packages_mask_and_format_are_used_in_a_study(study: Path, installed: 
     assert "[1, 0, 1, 0]" in drawn or "[0, 1, 0, 1]" in drawn
 
 
+MODELS = """\
+title: Models of a package
+recipe: recipe.yaml
+fixed: {mask.strategy: stripes}
+axes:
+  model:
+    ours: {}
+    mixer: {encoder: {size: mixer, width: null, depth: null, heads: null}}
+    wide: {encoder: {size: mixer, width: null, depth: null, heads: null, options: {width: 32}}}
+    max-pool: {classifier.kind: max-pool}
+table: {columns: [top1, gflops, params]}
+"""
+
+
+@pytest.fixture(scope="module")
+def models(study: Path, installed: Path) -> str:
+    """What a run prints whose rows are a package's models."""
+    (study / "models.yaml").write_text(MODELS)
+    return run(study, installed, "run", "models.yaml", "--backend", "local").stdout
+
+
+def test_a_packages_encoder_and_classifier_are_trained(models: str) -> None:
+    rows = dict(re.findall(r"^\| (\S+) +\| (\d.*)\|$", models, re.MULTILINE))
+    assert {*rows} == {"ours", "mixer", "wide", "max-pool"}
+
+
+def test_their_cost_is_counted(study: Path, installed: Path) -> None:
+    """A linear layer's multiply-adds are its inputs times its outputs, for each token."""
+    mixer = (
+        "encoder={size: mixer, width: null, depth: null, heads: null, tubelet: [2, 8, 8], "
+        "options: {width: 16, depth: 2}}"
+    )
+    pooled = "classifier={kind: max-pool}"
+    clip = "clip={frames: 4, size: 32}"
+    printed = run(study, installed, "cost", "recipe.yaml", mixer, pooled, clip, "--json").stdout
+    tokens = 2 * 4 * 4
+    patch = 3 * 2 * 8 * 8
+    embedding = tokens // 2 * patch * 16
+    blocks = 2 * tokens // 2 * 32 * 16
+    assert json.loads(printed)["gflops"] * 1e9 == embedding + blocks + 16 * 2
+    parameters = (patch + 1) * 16 + tokens * 16 + 2 * (32 + 1) * 16 + (16 + 1) * 2
+    assert json.loads(printed)["params_m"] * 1e6 == pytest.approx(parameters)
+
+
+def test_their_result_predicts_and_can_be_started_from(
+    study: Path, installed: Path, models: str
+) -> None:
+    best = run(study, installed, "predict", "models.yaml", "--best", "videos", "--json").stdout
+    assert json.loads(best)
+    settings = {
+        file.parent: yaml.safe_load(file.read_text())
+        for file in (study / "mar_store").rglob("settings.yaml")
+    }
+    result = next(
+        folder for folder, tree in settings.items() if tree["encoder"]["options"].get("width") == 16
+    )
+    shown = run(study, installed, "weights", "show", str(result)).stdout
+    assert "encoder.size=mixer" in shown
+    again = ["encoder.size=mixer", "encoder.width=null", "encoder.depth=null", "encoder.heads=null"]
+    changes = [*again, f"encoder.weights={result}", "reconstruction.init=random"]
+    started = run(study, installed, "run", "recipe.yaml", *changes, "--backend", "local")
+    assert "encoder: 7 tensors" in started.stdout + started.stderr
+    run(study, installed, "weights", "export", str(result), "mixer.onnx")
+    assert (study / "mixer.onnx").stat().st_size > 1000
+    refused = run(
+        study, installed, "weights", "convert", str(result), "out", "--to", "huggingface", code=2
+    )
+    assert "is of a package" in refused.stderr
+
+
 def test_its_version_is_part_of_the_trials_identity(
     study: Path, installed: Path, tmp_path: Path
 ) -> None:
@@ -105,8 +175,18 @@ def test_its_version_is_part_of_the_trials_identity(
             ["mask.strategy=stripes", "mask.options={widht: 1}"],
             r"options\.widht: Extra inputs .*\(the package my-masks 1\.0\)",
         ),
-        (["mask.options={width: 1}"], r"options: the strategy cell has none"),
+        (["mask.options={width: 1}"], r"options: cell has none"),
         (["mask.strategy=lost"], r"of the package my-masks 1\.0: AttributeError: .*nowhere"),
+        (
+            ["encoder={size: mixer, width: null, depth: null, heads: null, options: {widht: 1}}"],
+            r"options\.widht: Extra inputs .*\(the package my-masks 1\.0\)",
+        ),
+        (
+            ["encoder={size: a_mask, width: null, depth: null, heads: null}"],
+            r"a_mask, of the package my-masks 1\.0, is not a mar\.plugins\.EncoderFactory",
+        ),
+        (["classifier.options={width: 1}"], r"options: bridging has none"),
+        (["classifier.kind=nearest"], r"or of an installed package: .*'max-pool'"),
         (["mask.strategy=broken"], r"of the package my-masks 1\.0: expected \d+ boolean masks"),
     ],
 )
@@ -114,6 +194,28 @@ def test_a_mistake_names_the_package(
     study: Path, installed: Path, changes: list[str], message: str
 ) -> None:
     done = run(study, installed, "mask", "recipe.yaml", *changes, code=2)
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["encoder={size: narrow, width: null, depth: null, heads: null}"],
+            r"narrow \(mar\.encoders\), of the package my-masks 1\.0: its output for two clips is "
+            r"2 × \d+ × 16; expected 2 × \d+ × 17",
+        ),
+        (
+            ["classifier.kind=transposed"],
+            r"transposed \(mar\.classifiers\), of the package my-masks 1\.0: RuntimeError",
+        ),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_it_is_trained(
+    study: Path, installed: Path, changes: list[str], message: str
+) -> None:
+    done = run(study, installed, "cost", "recipe.yaml", *changes, code=2)
     assert re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
 

@@ -229,8 +229,8 @@ def test_an_image_vit_inflated_gives_the_image_models_tokens_on_a_still_clip(
     still = torch.rand(2, 3, 1, 64, 64).expand(-1, -1, 2, -1, -1)
     with torch.no_grad():
         tokens = model.encode(still, torch.arange(16).expand(2, -1))
-        mean = model.encoder.mean.view(3, 1, 1, 1)
-        std = model.encoder.std.view(3, 1, 1, 1)
+        mean = model.mean.view(3, 1, 1, 1)
+        std = model.std.view(3, 1, 1, 1)
         normalised = (still - mean) / std
         expected = image.forward_features(normalised[:, :, 0])
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)

@@ -303,8 +303,8 @@ def test_the_peer_from_transformers_has_the_same_weights() -> None:
     model, pixels = MAR(settings).eval(), torch.rand(2, 3, 4, 32, 32)
     theirs = videomae(model, settings).eval()
     with torch.no_grad():
-        mean = model.encoder.mean.view(3, 1, 1, 1)
-        std = model.encoder.std.view(3, 1, 1, 1)
+        mean = model.mean.view(3, 1, 1, 1)
+        std = model.std.view(3, 1, 1, 1)
         scores = theirs(pixel_values=((pixels - mean) / std).transpose(1, 2)).logits
         torch.testing.assert_close(
             scores,

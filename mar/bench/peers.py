@@ -56,11 +56,11 @@ class Released(nn.Module):
         """Return the visible tokens F_v of the encoder."""
         encoder = self.mar.encoder
         # Our embedding is a matrix over visible tubelets; the release convolves the whole video.
-        kernel = encoder.embed.weight.unflatten(1, (3, *encoder.tubelet))
-        mean = encoder.mean.view(3, 1, 1, 1)
-        std = encoder.std.view(3, 1, 1, 1)
+        kernel = encoder.embed.weight.unflatten(1, (3, *self.mar.tubelet))
+        mean = self.mar.mean.view(3, 1, 1, 1)
+        std = self.mar.std.view(3, 1, 1, 1)
         video = (pixels - mean) / std
-        embedded = F.conv3d(video, kernel, encoder.embed.bias, stride=encoder.tubelet)
+        embedded = F.conv3d(video, kernel, encoder.embed.bias, stride=self.mar.tubelet)
         tokens = embedded.flatten(2).transpose(1, 2)
         visible = (tokens + encoder.positions)[~hidden].unflatten(0, (len(pixels), -1))
         outputs: list[Tensor] = []
@@ -96,7 +96,7 @@ class Released(nn.Module):
     def _target(self, pixels: Tensor, hidden: Tensor) -> Tensor:
         """Return x_M of Eq. 3, normalised by channel within each tubelet if the settings say so."""
         # All tubelets are prepared; the hidden ones are selected at the end.
-        tubelets = patchify(pixels, self.mar.encoder.tubelet)
+        tubelets = patchify(pixels, self.mar.tubelet)
         tubelets = tubelets.unflatten(-1, (pixels.shape[1], -1)).transpose(-1, -2)
         if self.mar.reconstruction.normalize_target:
             mean = tubelets.mean(dim=-2, keepdim=True)

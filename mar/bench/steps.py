@@ -292,8 +292,8 @@ def _losses(case: Case, model: MAR, device: torch.device) -> nn.Module:
 
         return _Losses(released, released_loss)
     peer = videomae(model, settings).to(device)
-    mean = model.encoder.mean.view(3, 1, 1, 1).to(device)
-    std = model.encoder.std.view(3, 1, 1, 1).to(device)
+    mean = model.mean.view(3, 1, 1, 1).to(device)
+    std = model.std.view(3, 1, 1, 1).to(device)
 
     def videomae_loss(pixels: Tensor, labels: Tensor) -> Tensor:
         # transformers expects (B, T, C, H, W).
@@ -316,8 +316,8 @@ def _inference(case: Case, device: torch.device) -> Callable[[], object]:
         classify = partial(Released(model).classify, hidden=hidden)
     elif "videomae" in case.contestant:
         peer = videomae(model, settings).to(device).eval()
-        mean = model.encoder.mean.view(3, 1, 1, 1)
-        std = model.encoder.std.view(3, 1, 1, 1)
+        mean = model.mean.view(3, 1, 1, 1)
+        std = model.std.view(3, 1, 1, 1)
 
         def classify_by_peer(pixels: Tensor) -> Tensor:
             normalised = (pixels - mean) / std

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mar.config.schema import ClassifierConfig, MaskConfig, ReconstructionConfig, TrainingConfig
+from mar.config.schema import (
+    ClassifierConfig,
+    EncoderConfig,
+    MaskConfig,
+    ReconstructionConfig,
+    TrainingConfig,
+)
 
 _WITH_CELLS = ("cell", "uniform")
 """Strategies whose masks have cells; that of ``uniform`` is the token grid."""
@@ -15,7 +21,8 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
 
     A linear classifier has no width. Where nothing is hidden there are no cells, and nothing is
     reconstructed. A running uniform mask is a running cell as large as the token grid. Masks
-    without cells have no cell's size, spatial or temporal order, and no start state in testing.
+    without cells have no cell's size, spatial or temporal order, and no start state in testing. A
+    package's encoder and classifier have their own options alone.
     """
     changes: dict[str, Any] = {}
     classifier = settings.classifier
@@ -23,6 +30,14 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
     if classifier.kind == "linear":
         effective = {"kind": "linear", "dropout": classifier.dropout, "norm": classifier.norm}
         changes["classifier"] = ClassifierConfig.model_validate(effective)
+    if classifier.is_of_package:
+        effective = {"kind": classifier.kind, "options": classifier.options}
+        changes["classifier"] = ClassifierConfig.model_validate(effective)
+    if settings.encoder.is_of_package:
+        vit = EncoderConfig()
+        changes["encoder"] = settings.encoder.model_copy(
+            update={"drop_path": vit.drop_path, "init": vit.init}
+        )
     if not settings.reconstructs:
         changes["reconstruction"] = ReconstructionConfig(weight=0.0)
     # With a ratio of 0 in training alone, the cell still shapes the mask in testing.

@@ -52,6 +52,8 @@ ENCODER_SIZES = {
 
 MASK_STRATEGIES = ("cell", "random", "block", "uniform", "tube", "frame")
 """``mask.strategy`` without what packages add."""
+CLASSIFIER_KINDS = ("bridging", "linear", "mlp")
+"""``classifier.kind`` without what packages add."""
 ANNOTATION_FORMATS = ("list", "folders", "ssv2", "kinetics", "ucf101", "hmdb51")
 """``data.format`` without what packages add."""
 _MOST_TOKENS = 2**18
@@ -148,8 +150,11 @@ class ClipConfig(Node):
 class EncoderConfig(Node):
     """The plain ViT with joint space-time attention (section IV-A)."""
 
-    size: Literal["tiny", "small", "base", "large", "huge", "custom"] = "base"
-    """Named size; ``custom`` takes ``width``, ``depth`` and ``heads``."""
+    size: Annotated[str, Field(json_schema_extra={"enum": [*ENCODER_SIZES, "custom"]})] = "base"
+    """Named size; ``custom`` takes ``width``, ``depth`` and ``heads``; or an encoder that an
+    installed package adds."""
+    options: dict[str, Any] = {}
+    """Settings of a package's own encoder."""
     width: Width | None = None
     """Token width D, when ``custom``."""
     depth: Depth | None = None
@@ -167,6 +172,18 @@ class EncoderConfig(Node):
     """Pre-trained weights to start from: a file, a folder, a Hugging Face or timm name; none:
     random (Table IX b)."""
 
+    @field_validator("size")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        return plugins.check_name(plugins.ENCODERS, name, (*ENCODER_SIZES, "custom"))
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        is_built_in = not self.is_of_package
+        checked = plugins.checked_options(plugins.ENCODERS, self.size, self.options, is_built_in)
+        object.__setattr__(self, "options", checked)
+        return self
+
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
         # A width beside a named size would be ignored without a word, so it is an error.
@@ -177,18 +194,29 @@ class EncoderConfig(Node):
             raise ValueError(
                 f"size '{self.size}' fixes width, depth and heads; set size: custom to choose them"
             )
-        if self.dimensions[0] % self.dimensions[2]:
+        if not self.is_of_package and self.dimensions[0] % self.dimensions[2]:
             raise ValueError(
                 f"width {self.dimensions[0]} is not divisible by {self.dimensions[2]} heads"
             )
         return self
 
     @property
+    def is_of_package(self) -> bool:
+        """Whether an installed package adds this encoder."""
+        # A name that is built in wins over a package's own.
+        return self.size != "custom" and self.size not in ENCODER_SIZES
+
+    @property
     def dimensions(self) -> tuple[int, int, int]:
-        """Width D, depth L, heads."""
+        """Width D, depth L, heads; a package's encoder has a width, the others are 0."""
         if self.size == "custom":
             assert self.width and self.depth and self.heads
             return self.width, self.depth, self.heads
+        if self.is_of_package:
+            added: plugins.EncoderFactory = plugins.load(plugins.ENCODERS, self.size)
+            options = plugins.options(plugins.ENCODERS, self.size, self.options)
+            with plugins.named(plugins.ENCODERS, self.size):
+                return added.width(options), 0, 0
         return ENCODER_SIZES[self.size]
 
 
@@ -217,12 +245,8 @@ class MaskConfig(Node):
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        if self.strategy in MASK_STRATEGIES:
-            if self.options:
-                raise ValueError(f"options: the strategy {self.strategy} has none")
-            return self
-        # Defaults are filled in, so that an option that is written out is the same trial.
-        checked = plugins.mask_options(self.strategy, self.options).model_dump(mode="json")
+        is_built_in = self.strategy in MASK_STRATEGIES
+        checked = plugins.checked_options(plugins.MASKS, self.strategy, self.options, is_built_in)
         object.__setattr__(self, "options", checked)
         return self
 
@@ -238,7 +262,7 @@ class MaskConfig(Node):
         t, h, w = grid
         if self.strategy not in MASK_STRATEGIES:
             added: plugins.MaskStrategy = plugins.load(plugins.MASKS, self.strategy)
-            options = plugins.mask_options(self.strategy, self.options)
+            options = plugins.options(plugins.MASKS, self.strategy, self.options)
             return added.num_hidden(options, self.ratio, grid)
         # Whole slices.
         if self.strategy == "frame":
@@ -255,8 +279,11 @@ class MaskConfig(Node):
 class ClassifierConfig(Node):
     """From encoded visible tokens to class scores (section III-C)."""
 
-    kind: Literal["bridging", "linear", "mlp"] = "bridging"
-    """``bridging``: transformer blocks (Eq. 2); or the baselines of Tables V and VI."""
+    kind: Annotated[str, Field(json_schema_extra={"enum": list(CLASSIFIER_KINDS)})] = "bridging"
+    """``bridging``: transformer blocks (Eq. 2); the baselines of Tables V and VI; or a classifier
+    that an installed package adds."""
+    options: dict[str, Any] = {}
+    """Settings of a package's own classifier."""
     width: Width = 512
     """Token width of the bridging classifier, and hidden width of the MLP (Table VI)."""
     depth: Depth = 2
@@ -272,6 +299,23 @@ class ClassifierConfig(Node):
     norm: Literal["tokens", "pooled"] = "tokens"
     """The encoder's last norm: on each token, or on their average, as in VideoMAE's fine-tuned
     models."""
+
+    @field_validator("kind")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        return plugins.check_name(plugins.CLASSIFIERS, name, CLASSIFIER_KINDS)
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        is_built_in = not self.is_of_package
+        checked = plugins.checked_options(plugins.CLASSIFIERS, self.kind, self.options, is_built_in)
+        object.__setattr__(self, "options", checked)
+        return self
+
+    @property
+    def is_of_package(self) -> bool:
+        """Whether an installed package adds this classifier."""
+        return self.kind not in CLASSIFIER_KINDS
 
     @model_validator(mode="after")
     def _options_apply(self) -> Self:
@@ -490,6 +534,11 @@ class TrainingConfig(Node):
             raise ValueError(
                 "recipe.objective: 'reconstruction' needs mask.ratio and reconstruction.weight "
                 "above 0"
+            )
+        if self.classifier.norm == "pooled" and self.encoder.is_of_package:
+            raise ValueError(
+                f"classifier.norm: 'pooled' moves the ViT's last norm; {self.encoder.size} has its "
+                "own: set it to tokens"
             )
         if self.classifier.norm == "pooled" and self.reconstructs:
             raise ValueError(

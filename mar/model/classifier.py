@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mar.config.schema import ClassifierConfig
+from mar import plugins
+from mar.config.schema import ClassifierConfig, TrainingConfig
 from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
 
 
-def build_classifier(
-    config: ClassifierConfig, encoder_width: int, num_tokens: int, num_classes: int
-) -> nn.Module:
-    """Return the classifier that ``config.kind`` names.
+def build_classifier(settings: TrainingConfig) -> nn.Module:
+    """Return the classifier that ``classifier.kind`` names.
 
     Each maps the visible tokens and their flat indices to class scores.
+
+    Raises:
+        UserError: the code of a package's classifier fails.
     """
+    config = settings.classifier
+    width = settings.encoder.dimensions[0]
+    num_classes = settings.data.num_classes
     if config.kind == "bridging":
-        return BridgingClassifier(config, encoder_width, num_tokens, num_classes)
+        return BridgingClassifier(config, width, prod(settings.grid), num_classes)
     if config.kind == "mlp":
-        return MLPClassifier(config, encoder_width, num_classes)
-    return LinearClassifier(config, encoder_width, num_classes)
+        return MLPClassifier(config, width, num_classes)
+    if config.kind == "linear":
+        return LinearClassifier(config, width, num_classes)
+    factory: plugins.ClassifierFactory = plugins.load(plugins.CLASSIFIERS, config.kind)
+    options = plugins.options(plugins.CLASSIFIERS, config.kind, config.options)
+    with plugins.named(plugins.CLASSIFIERS, config.kind):
+        return factory.build(options, width, settings.grid, num_classes)
 
 
 class BridgingClassifier(nn.Module):

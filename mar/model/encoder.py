@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mar.config.schema import EncoderConfig
+from mar import plugins
+from mar.config.schema import EncoderConfig, TrainingConfig
 from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
-from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
 def patchify(
@@ -50,21 +52,16 @@ class Encoder(nn.Module):
     """
 
     positions: Tensor
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, config: EncoderConfig, num_tokens: int, last_norm: bool = True) -> None:
         super().__init__()
         width, depth, heads = config.dimensions
-        self.tubelet = config.tubelet
         # A 3D convolution whose stride is its kernel is a linear layer on each tubelet. As a linear
         # layer it can run on the visible ones only.
-        self.embed = nn.Linear(3 * config.tubelet[0] * config.tubelet[1] * config.tubelet[2], width)
-        # Not persistent: the buffers are constants and no part of a checkpoint. As buffers they
-        # move to the device with the model.
+        self.embed = nn.Linear(3 * prod(config.tubelet), width)
+        # Not persistent: the table is a constant and no part of a checkpoint. As a buffer it moves
+        # to the device with the model.
         self.register_buffer("positions", sin_cos_positions(num_tokens, width), persistent=False)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1), persistent=False)
         self.blocks = transformer_blocks(width, depth, heads, config.drop_path)
         # Without the last norm a linear classifier norms the average instead (norm: pooled).
         self.norm = LayerNorm(width) if last_norm else nn.Identity()
@@ -75,14 +72,25 @@ class Encoder(nn.Module):
     def forward(
         self, tubelets: Float[Tensor, "B K P"], visible: Int[Tensor, "B K"]
     ) -> Float[Tensor, "B K D"]:
-        """Embed visible tubelets, add their positions, run the blocks and the final norm.
+        """Embed visible, normalised tubelets, add their positions, run the blocks and the norm."""
+        return self.norm(self.blocks(self.embed(tubelets) + self.positions[visible]))
 
-        Their values are from 0 to 1. They are normalised here and not as whole clips, because
-        nothing reads the hidden ones.
-        """
-        channels = tubelets.unflatten(-1, (3, -1))
-        normalised = ((channels - self.mean) / self.std).flatten(-2)
-        return self.norm(self.blocks(self.embed(normalised) + self.positions[visible]))
+
+def build_encoder(settings: TrainingConfig) -> Encoder:
+    """Return the encoder that ``encoder.size`` names: the ViT, or one of an installed package.
+
+    Raises:
+        UserError: the package's code fails.
+    """
+    config = settings.encoder
+    if not config.is_of_package:
+        last_norm = settings.classifier.norm == "tokens"
+        return Encoder(config, prod(settings.grid), last_norm)
+    factory: plugins.EncoderFactory = plugins.load(plugins.ENCODERS, config.size)
+    options = plugins.options(plugins.ENCODERS, config.size, config.options)
+    with plugins.named(plugins.ENCODERS, config.size):
+        # The call is an Encoder's. What reads its parts too is for the ViT alone.
+        return factory.build(options, settings.grid, 3 * prod(config.tubelet))
 
 
 def flat_conv_weight(weight: Float[Tensor, "D C t h w"]) -> Float[Tensor, "D P"]:

@@ -7,15 +7,21 @@ The convention is fvcore's, and it reproduces every GFLOPs figure of the paper f
 - the patch embedding is counted on all tokens, as the release embeds them all before it drops any;
 - the reconstruction branch is not counted, because it does not run in testing.
 
-The number of attention heads has no effect. N is the number of tokens, D the width of them.
+Of an encoder or a classifier that a package adds, PyTorch counts the matrix products
+(:mod:`mar.model.package_cost`). The number of attention heads has no effect. N is the number of
+tokens, D the width of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 from mar.config.schema import TrainingConfig
+
+if TYPE_CHECKING:
+    from mar.model.package_cost import PackageCost
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ def _blocks_flops(num_tokens: int, width: int, depth: int) -> int:
 
 
 def _encoder_flops(settings: TrainingConfig, visible: int) -> int:
+    if settings.encoder.is_of_package:
+        return _package_encoder(settings, visible).operations
     width, depth, _ = settings.encoder.dimensions
     embedding = prod(settings.grid) * _patch_values(settings) * width
     # With norm: pooled the encoder has no last norm; the linear classifier counts its own.
@@ -81,6 +89,8 @@ def _classifier_flops(settings: TrainingConfig, visible: int) -> int:
     if settings.pretrains:
         return 0
     config = settings.classifier
+    if config.is_of_package:
+        return _package_classifier(settings, visible).operations
     width = settings.encoder.dimensions[0]
     classes = settings.data.num_classes
     if config.kind == "linear":
@@ -123,6 +133,8 @@ def _blocks_params(width: int, depth: int) -> int:
 
 
 def _encoder_params(settings: TrainingConfig) -> int:
+    if settings.encoder.is_of_package:
+        return _package_encoder(settings, 1).params
     width, depth, _ = settings.encoder.dimensions
     return (
         (_patch_values(settings) + 1) * width
@@ -135,6 +147,8 @@ def _classifier_params(settings: TrainingConfig) -> int:
     if settings.pretrains:
         return 0
     config = settings.classifier
+    if config.is_of_package:
+        return _package_classifier(settings, 1).params
     width = settings.encoder.dimensions[0]
     classes = settings.data.num_classes
     if config.kind == "linear":
@@ -166,3 +180,16 @@ def _decoder_params(settings: TrainingConfig) -> int:
         + _blocks_params(config.width, config.depth)
         + (config.width + 1) * _patch_values(settings)
     )
+
+
+def _package_encoder(settings: TrainingConfig, visible: int) -> PackageCost:
+    # Imported here: everything else in this file is arithmetic and needs no PyTorch.
+    from mar.model.package_cost import encoder_cost
+
+    return encoder_cost(settings, visible)
+
+
+def _package_classifier(settings: TrainingConfig, visible: int) -> PackageCost:
+    from mar.model.package_cost import classifier_cost
+
+    return classifier_cost(settings, visible)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from mar.config.schema import TrainingConfig
 from mar.model.classifier import build_classifier
 from mar.model.decoder import Decoder, reconstruction_loss, reconstruction_target
-from mar.model.encoder import Encoder, patchify, take
+from mar.model.encoder import build_encoder, patchify, take
+from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,14 @@ def split_indices(hidden: Bool[Tensor, "B t h w"]) -> tuple[Int[Tensor, "B K"], 
     return order[:, :num_visible], order[:, num_visible:]
 
 
-def _decoder(settings: TrainingConfig, width: int, num_tokens: int, patch_values: int) -> Decoder:
-    return Decoder(settings.reconstruction, width, num_tokens, patch_values, settings.encoder.init)
+def _decoder(settings: TrainingConfig) -> Decoder:
+    return Decoder(
+        settings.reconstruction,
+        settings.encoder.dimensions[0],
+        prod(settings.grid),
+        3 * prod(settings.encoder.tubelet),
+        settings.encoder.init,
+    )
 
 
 class MAR(nn.Module):
@@ -48,25 +56,25 @@ class MAR(nn.Module):
     Takes videos with pixel values from 0 to 1, and a mask that is True where a token is hidden.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, settings: TrainingConfig) -> None:
         super().__init__()
-        t, h, w = settings.grid
-        num_tokens = t * h * w
-        width = settings.encoder.dimensions[0]
+        self.tubelet = settings.encoder.tubelet
         self.reconstruction = settings.reconstruction
-        self.encoder = Encoder(
-            settings.encoder, num_tokens, last_norm=settings.classifier.norm == "tokens"
-        )
+        # Not persistent: constants are no part of a checkpoint. As buffers they move to the device
+        # with the model.
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1), persistent=False)
+        self.encoder = build_encoder(settings)
         # Also built for a pre-training, which has none: its initialisation takes numbers from
         # PyTorch's generator, and without it the decoder would start from other random weights.
-        classifier = build_classifier(
-            settings.classifier, width, num_tokens, settings.data.num_classes
-        )
+        classifier = build_classifier(settings)
         self.classifier = None if settings.pretrains else classifier
-        patch_values = self.encoder.embed.in_features
         has_decoder = settings.reconstructs
         if has_decoder:
-            self.decoder = _decoder(settings, width, num_tokens, patch_values)
+            self.decoder = _decoder(settings)
         else:
             self.decoder = None
 
@@ -81,8 +89,8 @@ class MAR(nn.Module):
         ``labels`` are class probabilities.
         """
         visible_indices, hidden_indices = self.indices(hidden)
-        tubelets = patchify(pixels, self.encoder.tubelet)
-        tokens = self.encoder(take(tubelets, visible_indices), visible_indices)
+        tubelets = patchify(pixels, self.tubelet)
+        tokens = self._encode(tubelets, visible_indices)
         nothing = torch.zeros(len(pixels), device=pixels.device)
         classification = reconstruction = nothing
         if self.classifier is not None:
@@ -128,15 +136,27 @@ class MAR(nn.Module):
         self, pixels: Float[Tensor, "B C T H W"], visible: Int[Tensor, "B K"]
     ) -> Float[Tensor, "B K D"]:
         """Return the encoder's tokens F_v of the visible tubelets, by their flat indices."""
-        tubelets = patchify(pixels, self.encoder.tubelet)
-        return self.encoder(take(tubelets, visible), visible)
+        return self._encode(patchify(pixels, self.tubelet), visible)
+
+    def _encode(
+        self, tubelets: Float[Tensor, "B N P"], visible: Int[Tensor, "B K"]
+    ) -> Float[Tensor, "B K D"]:
+        # Normalised after hidden tubelets are dropped, and not as whole clips: nothing reads those.
+        channels = take(tubelets, visible).unflatten(-1, (3, -1))
+        normalised = ((channels - self.mean) / self.std).flatten(-2)
+        return self.encoder(normalised, visible)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return self.mean.device
 
     def indices(
         self, hidden: Bool[Tensor, "B t h w"]
     ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
         """Return the indices of visible and of hidden tokens, on the model's device."""
         visible_indices, hidden_indices = split_indices(hidden)
-        device = self.encoder.positions.device
+        device = self.device
         # The copies may be asynchronous: the device's stream runs them before the kernels that
         # read the indices.
         return (

@@ -270,7 +270,7 @@ def _of_package(
         UserError: it returns something else than masks that each hide ``num_hidden`` tokens.
     """
     strategy: plugins.MaskStrategy = plugins.load(plugins.MASKS, mask.strategy)
-    options = plugins.mask_options(mask.strategy, mask.options)
+    options = plugins.options(plugins.MASKS, mask.strategy, mask.options)
     drawn: Tensor = strategy.draw(options, grid, num_hidden, num_clips, generator)
     is_mask = drawn.dtype == torch.bool and drawn.shape == (num_clips, *grid)
     # A wrong count would only show in the model, as tokens of other clips.

@@ -81,8 +81,10 @@ def is_decayed(name: str, recipe: RecipeConfig) -> bool:
 def parameter_groups(model: MAR, recipe: RecipeConfig) -> list[dict[str, Any]]:
     """Return one group for each pair of learning-rate factor (``lr_scale``) and weight decay."""
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    depth = len(model.encoder.blocks)
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    # By name: a package's encoder may have no blocks.
+    depth = len({name.split(".")[2] for name in parameters if name.startswith("encoder.blocks.")})
+    for name, parameter in parameters.items():
         scale = layer_scale(name, depth, recipe)
         if is_decayed(name, recipe):
             decay = recipe.weight_decay

@@ -87,7 +87,7 @@ def draw_reconstructions(
     batch = collate([clips[number] for number in range(len(videos))])
     if batch.broken:
         raise Failure(str(batch.broken[0]))
-    pixels = to_pixels(batch.clips[:, 0].to(model.encoder.positions.device))
+    pixels = to_pixels(batch.clips[:, 0].to(model.device))
     # The caller may be in the middle of a training, so the model's mode is restored below.
     was_training = model.training
     model.eval()

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mar import plugins
 from mar.atomic_dir import Writers, write_atomic_dir, write_text
 from mar.config.overrides import without_paths
 from mar.config.schema import TrainingConfig
@@ -46,7 +47,7 @@ A video ViT for Masked Action Recognition
 | | |
 |---|---|
 | parts | {parts} |
-| encoder | {width} wide, {depth} deep, {heads} heads, tubelets of {tubelet} |
+| encoder | {encoder}, tubelets of {tubelet} |
 | clip | {frames} frames of {size} × {size} pixels, {tokens} tokens |
 | visible tokens | {visible} at ρ = {ratio:.0%} |
 | classes | {classes} |
@@ -92,6 +93,11 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
         Failure: the disk refuses.
     """
     check_fit(weights, settings)
+    if settings.encoder.is_of_package:
+        raise UserError(
+            f"encoder.size: Hugging Face's VideoMAE is a ViT, and {settings.encoder.size} is of a "
+            "package; --to mar and ONNX hold it"
+        )
     frames, height, width = settings.encoder.tubelet
     if height != width:
         raise UserError(
@@ -332,6 +338,10 @@ def _card(
     """Return the text of the model card."""
     figures = cost(settings)
     width, depth, heads = settings.encoder.dimensions
+    encoder = f"{width} wide, {depth} deep, {heads} heads"
+    if settings.encoder.is_of_package:
+        package = plugins.origin(plugins.ENCODERS, settings.encoder.size)
+        encoder = f"{settings.encoder.size} of the package {package}, {width} wide"
     parts = [
         part
         for part in ("encoder", "decoder", "classifier")
@@ -344,9 +354,7 @@ def _card(
         source=Path(weights.source).name,
         layout=weights.layout,
         parts=", ".join(parts),
-        width=width,
-        depth=depth,
-        heads=heads,
+        encoder=encoder,
         tubelet=" × ".join(str(length) for length in settings.encoder.tubelet),
         frames=settings.clip.frames,
         size=settings.clip.size,

@@ -290,7 +290,7 @@ def _advice(weights: Weights, settings: TrainingConfig) -> str:
     other = {
         path: value
         for path, value in sizes.items()
-        if path.startswith(tuple(_BRANCH_OF)) and here[path] != value
+        if path.startswith(tuple(_BRANCH_OF)) and here.get(path) != value
     }
     if other:
         return f". The file has {', '.join(f'{key}={value}' for key, value in other.items())}"
@@ -320,6 +320,14 @@ def _counted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
     return "; ".join(parts)
 
 
+def _place(path: str) -> int:
+    """Return the position of a setting in the schema; options of a package have their branch's."""
+    branch, _, rest = path.partition(".")
+    if rest.startswith("options."):
+        path = f"{branch}.options"
+    return SETTING_PATHS.index(path)
+
+
 def contents(weights: Weights) -> str:
     """Return a description of a checkpoint, one item a line.
 
@@ -340,7 +348,7 @@ def contents(weights: Weights) -> str:
         if path.startswith((*branches, "clip."))
     }
     # The order of the schema puts the settings of a branch together.
-    in_order = sorted(sizes.items(), key=lambda each: SETTING_PATHS.index(each[0]))
+    in_order = sorted(sizes.items(), key=lambda each: _place(each[0]))
     sizes_text = ", ".join(
         f"{path}={value}" for path, value in in_order if path.split(".")[-1] in SIZES and value
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mar.config.overrides import flatten
 from mar.errors import UserError
 from mar.weights.checkpoint_settings import (
     classes_beside,
@@ -55,7 +56,11 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
     # A large model is split into shards; no key is in two of them.
     for file in weight_files(path):
         tensors |= read_tensors(file)
-    translated = translate(tensors, inflate_frames)
+    # The encoder of a package may have any names: our own settings beside the file say what it is.
+    layout = None
+    if "encoder.size" in flatten(config_beside(path, OURS)):
+        layout = OURS
+    translated = translate(tensors, inflate_frames, layout)
     if translated is None:
         raise UserError(
             f"{name}: not a layout that mar knows (VideoMAE, MAR, Hugging Face VideoMAE, image "

@@ -189,15 +189,18 @@ LAYOUTS = (
 )
 
 
-def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
+def translate(
+    tensors: Tensors, inflate_frames: int, layout: Layout | None = None
+) -> Translated | None:
     """Return a checkpoint's tensors under our names, in float32; None where no layout fits.
+
+    ``layout`` is given where more than the tensors' names tells it.
 
     A 2D patch embedding is inflated over ``inflate_frames`` frames: it is repeated, and divided by
     their number, so that a still clip has the tokens of its image.
     """
-    layout = next(
-        (layout for layout in LAYOUTS if all(_fits(mark, tensors) for mark in layout.marks)), None
-    )
+    found = (each for each in LAYOUTS if all(_fits(mark, tensors) for mark in each.marks))
+    layout = layout or next(found, None)
     if layout is None:
         return None
     renamed: dict[str, Tensor] = {}
@@ -214,8 +217,9 @@ def translate(tensors: Tensors, inflate_frames: int) -> Translated | None:
             unused[key] = reason
     tubelet = None
     embedding = renamed.get("encoder.embed.weight")
-    # Only our own format has the embedding as a matrix, which does not show the tubelet.
-    if embedding is not None and embedding.ndim > 2:
+    # Our own format has the ViT's embedding as a matrix, which does not show the tubelet; a
+    # package's encoder may have anything by that name.
+    if layout is not OURS and embedding is not None and embedding.ndim > 2:
         if embedding.ndim == 4:
             embedding = inflated(embedding, inflate_frames)
         else:

@@ -67,6 +67,10 @@ def _packages(settings: TrainingConfig) -> dict[str, str]:
     # What is built in wins over a package's own of the same name, as where it is used.
     if settings.mask.strategy not in MASK_STRATEGIES:
         used["mask.strategy"] = plugins.origin(plugins.MASKS, settings.mask.strategy)
+    if settings.encoder.is_of_package:
+        used["encoder.size"] = plugins.origin(plugins.ENCODERS, settings.encoder.size)
+    if settings.classifier.is_of_package:
+        used["classifier.kind"] = plugins.origin(plugins.CLASSIFIERS, settings.classifier.kind)
     if settings.data.format not in ANNOTATION_FORMATS:
         used["data.format"] = plugins.origin(plugins.FORMATS, settings.data.format)
     return used

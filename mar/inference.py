@@ -22,6 +22,7 @@ from mar.data.annotations import Video
 from mar.data.dataset import FrameSource, evaluation_views
 from mar.data.decoders import check as check_decoder
 from mar.data.frame_cache import open_video
+from mar.data.video.paths import is_video
 from mar.data.video.sequential_reader import BrokenVideo, Frames
 from mar.distributed import default_device
 from mar.errors import Failure, UserError
@@ -311,7 +312,7 @@ def _opened(video: VideoInput, settings: TrainingConfig) -> Generator[FrameSourc
         yield FrameArray(_checked_frames(video))
         return
     path = Path(video).expanduser()
-    if not path.is_file():
+    if not is_video(path):
         raise UserError(f"no such video: {path}")
     check_decoder(settings.data.decoder)
     try:

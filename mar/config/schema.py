@@ -54,7 +54,9 @@ MASK_STRATEGIES = ("cell", "random", "block", "uniform", "tube", "frame")
 """``mask.strategy`` without what packages add."""
 CLASSIFIER_KINDS = ("bridging", "linear", "mlp")
 """``classifier.kind`` without what packages add."""
-ANNOTATION_FORMATS = ("list", "folders", "ssv2", "kinetics", "ucf101", "hmdb51")
+ANNOTATION_FORMATS = (
+    "list", "folders", "ssv2", "kinetics", "ucf101", "hmdb51", "diving48", "jester",
+)  # fmt: skip
 """``data.format`` without what packages add."""
 _MOST_TOKENS = 2**18
 """Most tokens of a clip; the paper's have 1,568. More is a mistake, or a file that is made to

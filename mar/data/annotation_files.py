@@ -35,6 +35,16 @@ _OFFICIAL: dict[str, dict[str, tuple[str, ...]]] = {
         "val": ("testlist{split:02d}.txt", "ucfTrainTestlist/testlist{split:02d}.txt"),
         "labels": ("classInd.txt", "ucfTrainTestlist/classInd.txt"),
     },
+    "diving48": {
+        "train": ("Diving48_V2_train.json", "Diving48_train.json"),
+        "val": ("Diving48_V2_test.json", "Diving48_test.json"),
+        "labels": ("Diving48_vocab.json",),
+    },
+    "jester": {
+        "train": ("jester-v1-train.csv", "annotations/jester-v1-train.csv"),
+        "val": ("jester-v1-validation.csv", "annotations/jester-v1-validation.csv"),
+        "labels": ("jester-v1-labels.csv", "annotations/jester-v1-labels.csv"),
+    },
     "hmdb51": {
         "train": ("testTrainMulti_7030_splits", "splits", "."),
         "val": ("testTrainMulti_7030_splits", "splits", "."),

@@ -13,8 +13,16 @@ from pathlib import Path
 from mar import plugins
 from mar.config.schema import DataConfig
 from mar.data.annotation_files import Annotations, Row, Split, annotation_file, named_classes
-from mar.data.official_formats import read_hmdb51, read_kinetics, read_ssv2, read_ucf101
-from mar.data.video.files import absolute_path, is_file, is_hidden, videos_below
+from mar.data.official_formats import (
+    read_diving48,
+    read_hmdb51,
+    read_jester,
+    read_kinetics,
+    read_ssv2,
+    read_ucf101,
+)
+from mar.data.video.files import absolute_path, is_hidden, videos_below
+from mar.data.video.paths import is_file
 from mar.errors import UserError, notice
 
 
@@ -150,5 +158,7 @@ _READERS: dict[str, Reader] = {
     "kinetics": read_kinetics,
     "ucf101": read_ucf101,
     "hmdb51": read_hmdb51,
+    "diving48": read_diving48,
+    "jester": read_jester,
     "folders": _read_folders,
 }

@@ -14,6 +14,7 @@ from mar.config.schema import DataConfig
 from mar.data import cache_index
 from mar.data.annotation_files import Row, Split, annotation_file
 from mar.data.annotation_formats import read_annotations
+from mar.data.video.paths import video_bytes
 from mar.errors import UserError
 
 _FINGERPRINTED_FILES = 1000
@@ -133,7 +134,7 @@ def _below(name: str, folder: Path, resolved: Path) -> str | None:
 def _size(data: DataConfig, video: Video) -> int:
     """Return the size of a video's file, or its size when it was packed; -1: it does not exist."""
     with suppress(OSError):
-        return video.path.stat().st_size
+        return video_bytes(video.path)
     if data.cache_folder:
         known = cache_index.load_index(data.cache_folder).entries.get(video.name)
     else:

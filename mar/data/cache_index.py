@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 from pydantic import InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter
 
 from mar.config.schema import DataConfig
+from mar.data.video.paths import video_bytes
 from mar.errors import UserError
 from mar.safe_input import read_json
 
@@ -207,9 +208,9 @@ def _damaged(file: Path) -> UserError:
 
 
 def _size(path: Path) -> int:
-    """Return a file's size in bytes; -1: it does not exist or cannot be read."""
+    """Return a video's size in bytes; -1: it does not exist or cannot be read."""
     try:
-        return path.stat().st_size
+        return video_bytes(path)
     except OSError:
         return -1
 

@@ -25,6 +25,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mar.data.video.image_folder import ImageFolder
+from mar.data.video.paths import is_folder
 from mar.data.video.seeking import NotSeekable, StreamIndex, index_of
 from mar.data.video.sequential_reader import (
     BrokenVideo,
@@ -130,13 +132,15 @@ _JUMPING: dict[str, type[Decord] | type[TorchCodec]] = {"torchcodec": TorchCodec
 
 
 def open_with(decoder: str, path: Path) -> Decoder:
-    """Open a file with ``auto``, ``decord``, ``torchcodec`` or ``pyav``.
+    """Open a file with ``auto``, ``decord``, ``torchcodec`` or ``pyav``; or a folder of images.
 
     PyAV opens the file instead if the chosen decoder fails or would not be exact.
 
     Raises:
         BrokenVideo: no decoder finds a frame.
     """
+    if is_folder(path):
+        return ImageFolder(path)
     chosen = fastest_decoder() if decoder == "auto" else decoder
     if chosen != "pyav":
         # decord raises DECORDError, torchcodec RuntimeError; PyAV may still read such a file.

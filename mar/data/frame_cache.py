@@ -40,7 +40,7 @@ from mar.data.cache_index import (
 )
 from mar.data.decoders import check as check_decoder
 from mar.data.sampling import Reader
-from mar.data.video.files import is_file
+from mar.data.video.paths import is_video, video_bytes
 from mar.data.video.sequential_reader import BrokenVideo, Frames
 from mar.errors import Failure, UserError
 
@@ -305,8 +305,8 @@ def _pack_shard(folder: Path, packing: Packing, decoder: str, part: tuple[int, l
 def _packed(file: Any, video: Video, packing: Packing, decoder: str) -> tuple[Entry, list[int]]:
     """Write one video's frames; return its entry and the offset at which each frame ends."""
     size = -1
-    if is_file(video.path):
-        size = video.path.stat().st_size
+    if is_video(video.path):
+        size = video_bytes(video.path)
     entry = Entry(video.name, size, start=file.tell())
     ends: list[int] = []
     try:

@@ -1,7 +1,7 @@
 """Reads the official annotation files of public data sets.
 
-Something-Something v2, Kinetics-400, UCF101 and HMDB51. Their files name videos, but not the folder
-and the file ending that a user's copy has: ``VideoFolder`` finds those.
+Something-Something v2, Kinetics-400, UCF101, HMDB51, Diving48 and Jester. Their files name videos,
+but not the folder and the file ending that a user's copy has: ``VideoFolder`` finds those.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mar.data.annotation_files import (
     read_text,
 )
 from mar.data.video.files import VideoFolder
+from mar.data.video.paths import is_folder
 from mar.errors import UserError
 from mar.safe_input import parse_json
 
@@ -202,6 +203,74 @@ def read_hmdb51(data: DataConfig, split: Split) -> Annotations:
                     Row(folder.find(stem, near=name, default=default), label, f"{file}:{number}")
                 )
     return Annotations(rows, classes)
+
+
+def read_diving48(data: DataConfig, split: Split) -> Annotations:
+    """Read Diving48: a JSON list of objects with "vid_name" and "label".
+
+    The vocabulary is a list of classes, each a list of four words: take-off, somersaults, twists
+    and position. Frame numbers are not used: every video is one dive.
+    """
+    file = annotation_file(data, split)
+    folder = VideoFolder(data)
+    rows: list[Row] = []
+    for number, item in enumerate(_read_json(file, list), start=1):
+        location = f"{file}: item {number}"
+        if not isinstance(item, dict) or not {"vid_name", "label"} <= item.keys():
+            raise UserError(
+                f"{location}: expected an object with 'vid_name' and 'label', not "
+                f"{json.dumps(item)[:80]}"
+            )
+        entry: dict[str, Any] = item
+        if not _NUMBER.fullmatch(str(entry["label"])):
+            raise UserError(
+                f"{location}: 'label' must be a class number, not {json.dumps(entry['label'])}"
+            )
+        stem = str(entry["vid_name"])
+        name = folder.find(stem, default=f"{stem}.mp4")
+        rows.append(Row(name, int(entry["label"]), location))
+    vocabulary = _read_json(annotation_file(data, "labels"), list)
+    return Annotations(rows, [_joined(words) for words in vocabulary])
+
+
+def _joined(words: Any) -> str:
+    """Return the words of a class as one name."""
+    if isinstance(words, list):
+        parts: list[Any] = words
+        return " ".join(str(part) for part in parts)
+    return str(words)
+
+
+def read_jester(data: DataConfig, split: Split) -> Annotations:
+    """Read Jester: lines of ``34870;Drumming Fingers``, and a file with a class name on each line.
+
+    Its videos are folders of images, named by the number; files of that name are read too. The
+    order of the names is the classes' order.
+    """
+    labels = annotation_file(data, "labels")
+    names = [line.strip() for line in read_text(labels).splitlines() if line.strip()]
+    numbers = {name: number for number, name in enumerate(names)}
+    file = annotation_file(data, split)
+    root = Path(data.root) / data.videos
+    lines = [
+        (number, line.strip())
+        for number, line in enumerate(read_text(file).splitlines(), start=1)
+        if line.strip()
+    ]
+    # Only a copy with files is searched: Jester's folders have more than five million images.
+    is_of_images = any(is_folder(root / line.partition(";")[0]) for _, line in lines[:1000])
+    folder = None if is_of_images else VideoFolder(data)
+    rows: list[Row] = []
+    for number, line in lines:
+        location = f"{file}:{number}"
+        video, separator, label = line.partition(";")
+        if not separator or not video:
+            raise UserError(f"{location}: expected '34870;Drumming Fingers', not {line!r}")
+        if label not in numbers:
+            raise UserError(f"{location}: the class {label!r} is not in {labels}")
+        name = video if folder is None else folder.find(video, default=video)
+        rows.append(Row(name, numbers[label], location))
+    return Annotations(rows, names)
 
 
 def _labels(file: Path) -> dict[str, int]:

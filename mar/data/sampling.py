@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from mar.config.schema import ClipConfig
 from mar.data.decoders import Decoder, open_with
+from mar.data.video.image_folder import ImageFolder
 from mar.data.video.sequential_reader import Frames, SequentialReader, iter_frames, pixels_of
 
 _FRAMES_AT_ONCE = 64
@@ -78,7 +79,8 @@ class Reader:
 
     def frames(self, indices: Sequence[int]) -> Frames:
         """Return the frames with these numbers, ``[len(indices), H, W, 3]``."""
-        if not isinstance(self._decoder, SequentialReader):
+        # Nothing takes over from the two that never seek.
+        if not isinstance(self._decoder, SequentialReader | ImageFolder):
             # decord raises DECORDError and, on unusual files, RuntimeError. One bad packet makes it
             # fail for the whole file, where PyAV still reads the other frames.
             try:

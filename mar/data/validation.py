@@ -23,7 +23,7 @@ from mar.data.cache_index import packing_of
 from mar.data.decoders import check as check_decoder
 from mar.data.frame_cache import is_packed, open_video
 from mar.data.sampling import Reader, frames_wanted, training_frames
-from mar.data.video.files import is_file
+from mar.data.video.paths import is_file, is_video
 from mar.data.video.seeking import key_frames
 from mar.data.video.sequential_reader import BrokenVideo, Frames, iter_frames, pixels_of
 from mar.safe_text import cell, printable
@@ -221,7 +221,7 @@ def write_findings(report: DataReport, file: Path) -> None:
 def _check_video(data: DataConfig, clip: ClipConfig, video: Video) -> tuple[str, str]:
     """Return the kind of one video, and a message about it."""
     # A training reads a packed video from the frame cache: its file may be gone.
-    if not is_file(video.path) and not is_packed(data, video):
+    if not is_video(video.path) and not is_packed(data, video):
         return "missing", "no such file"
     try:
         with open_video(data, video) as reader:
@@ -252,7 +252,8 @@ def _disagreement(reader: Reader) -> str:
     Returns where they differ, or an empty string.
     """
     name = reader.decoder
-    if name == "pyav":
+    # Images have nothing to seek in.
+    if name in ("pyav", "images"):
         return ""
     # Thumbnails, so that all frames of a long video fit into memory.
     shown = np.stack([_thumbnail(pixels_of(frame)) for frame in iter_frames(reader.path)])

@@ -128,17 +128,24 @@ def reconstruct(
 
 
 def _files(videos: list[str]) -> Iterator[Path]:
-    """Yield the video files that arguments stand for: files, folders and patterns.
+    """Yield the videos that arguments stand for: files, folders and patterns.
+
+    A folder with images in it is one video; of any other folder, the videos below it.
 
     Raises:
         UserError: there is no such file or folder, or nothing in it.
     """
     from mar.data.video.files import videos_below
+    from mar.data.video.image_folder import is_image
 
     for name in videos:
         path = Path(name).expanduser()
         # A file may have the characters of a pattern in its name.
         if path.is_file():
+            yield path
+            continue
+        # A video that is a folder of images.
+        if path.is_dir() and any(is_image(each.name) for each in path.iterdir()):
             yield path
             continue
         if path.is_dir():

@@ -113,15 +113,6 @@ def _stem(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]  # noqa: PTH119, PTH122
 
 
-def is_file(path: Path) -> bool:
-    """Whether a file is there; a name that no file system can hold is not."""
-    try:
-        return path.is_file()
-    # A name of more than 255 bytes.
-    except OSError:
-        return False
-
-
 def absolute_path(path: Path) -> Path:
     """Return an absolute path without ``..``; links are not resolved."""
     return Path(os.path.abspath(path))  # noqa: PTH100  (Path.resolve follows links)

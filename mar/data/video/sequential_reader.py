@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mar.data.video.container import MOST_PIXELS, open_container
-from mar.data.video.files import is_file
+from mar.data.video.paths import is_file
 from mar.safe_text import printable
 
 Frames = npt.NDArray[np.uint8]

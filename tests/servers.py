@@ -1,11 +1,16 @@
-"""An MLflow server over HTTP."""
+"""Servers over HTTP: an MLflow server, and a hub that takes uploads."""
 
+import base64
+import json
 import os
 import signal
 import socket
 import subprocess
+import threading
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from commands import BIN, wait_for
 from conftest import BUCKET
@@ -49,3 +54,57 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class Hub:
+    """A hub for models, as far as an upload asks one; it keeps what it was sent."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, bytes, str | None]] = []
+        """Path, body and authorization of each request, in their order."""
+        requests = self.requests
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length") or 0))
+                requests.append((self.path, body, self.headers.get("authorization")))
+                page = f"http://{self.headers['host']}/me/it"
+                content: dict[str, Any] = {"url": page}
+                if "/preupload/" in self.path:
+                    names = [each["path"] for each in json.loads(body)["files"]]
+                    content = {
+                        "files": [
+                            {"path": name, "uploadMode": "regular", "shouldIgnore": False}
+                            for name in names
+                        ]
+                    }
+                if "/commit/" in self.path:
+                    content = {"commitUrl": f"{page}/commit/1", "commitOid": "1"}
+                written = json.dumps(content).encode()
+                self.send_response(200)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(written)))
+                self.end_headers()
+                self.wfile.write(written)
+
+            do_GET = do_POST = answer  # noqa: N815
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def files(self) -> dict[str, bytes]:
+        """Return the content of each file of the last commit."""
+        (body,) = [body for path, body, _ in self.requests if "/commit/" in path][-1:]
+        lines = [json.loads(line) for line in body.splitlines()]
+        return {
+            line["value"]["path"]: base64.b64decode(line["value"]["content"])
+            for line in lines
+            if line["key"] == "file"
+        }
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()

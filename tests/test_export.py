@@ -1,6 +1,7 @@
 """Weights out: what was written comes back exactly, here, in transformers and in onnxruntime."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,3 +268,12 @@ def test_a_recipes_training_is_converted_by_the_recipes_name(
     study = str(packaged("search_spaces") / "quickstart.yaml")
     code, _, complaint = command(capsys, "weights", "convert", study, str(tmp_path / "other"))
     assert code == 2 and "is a study of 4 trials" in complaint
+
+
+def test_a_pre_training_has_nothing_to_export_to_onnx(
+    tiny: Callable[..., TrainingConfig], tmp_path: Path
+) -> None:
+    settings = tiny({"recipe.objective": "reconstruction"})
+    weights = Weights("pretrained", "mar", dict(MAR(settings).state_dict()), {}, {})
+    with pytest.raises(UserError, match="has no classifier: it was pre-trained only"):
+        write_onnx(tmp_path / "model.onnx", weights, settings)

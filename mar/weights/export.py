@@ -236,6 +236,11 @@ def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
     if file.exists():
         raise UserError(f"{file} exists already: choose another name, or remove it")
     model = MAR(settings).eval()
+    if model.classifier is None:
+        raise UserError(
+            f"{weights.source} ({weights.layout}) has no classifier: it was pre-trained only; "
+            "fine-tune it first"
+        )
     load(model, weights, settings, ("encoder.", "classifier."))
     clip = settings.clip
     # Two clips and not one: torch.export treats a dimension of length 1 as a constant.

@@ -6,6 +6,7 @@ Parsing and printing, nothing else.
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,6 +74,50 @@ def weights_convert(
     store: StoreFolder = DEFAULT_STORE,
 ) -> None:
     """Write a checkpoint of any known layout as safetensors, config.json and a model card."""
+    _convert(source, folder, overrides, to, store)
+    print(f"written    {folder}")
+
+
+@weights_app.command("push")
+def weights_push(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="As for mar weights convert.")],
+    name: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub; made if missing.")
+    ],
+    overrides: Overrides = None,
+    to: Annotated[Literal["mar", "huggingface"], typer.Option(help="Format of the files.")] = "mar",
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public; else it is private.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the files, say what would be sent, stop.")
+    ] = False,
+    store: StoreFolder = DEFAULT_STORE,
+) -> None:
+    """Upload a checkpoint to Hugging Face (or the hub at HF_ENDPOINT), with a model card."""
+    from mar.weights.push import check_target, hub_address, listing, push
+
+    check_target(name)
+    with tempfile.TemporaryDirectory() as parent:
+        # The card has the folder's name as its title.
+        folder = Path(parent) / name.rpartition("/")[2]
+        _convert(source, folder, overrides, to, store)
+        for file, size in listing(folder):
+            print(f"file       {file}, {size / 2**20:.2f} MiB")
+        if dry_run:
+            print(f"not sent   to {hub_address()}/{name}: --dry-run")
+            return
+        print(f"sent       {push(folder, name, public)}")
+
+
+def _convert(
+    source: str,
+    folder: Path,
+    overrides: list[str] | None,
+    to: Literal["mar", "huggingface"],
+    store: Path,
+) -> None:
+    """Write a checkpoint to a folder, and print what it has."""
     from mar.weights.export import write_hugging_face, write_model
     from mar.weights.pretrained import contents, model_settings
     from mar.weights.reading import read_weights
@@ -95,7 +140,6 @@ def weights_convert(
             f"left out   {len(left_out)} tensors that this format cannot hold, the first: "
             f"{printable(left_out[0])}"
         )
-    print(f"written    {folder}")
 
 
 def _trained_by(recipe: str, store: Path) -> Path:

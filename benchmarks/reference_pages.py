@@ -1,4 +1,4 @@
-"""Writes the reference's pages from the code: settings, files, metrics, command, Python, store.
+"""Writes the reference's pages from the code, and one for each table and figure of the paper.
 
     python benchmarks/reference_pages.py docs/reference
 
@@ -21,10 +21,16 @@ import mar
 from mar.config.reference import Setting, branches, keys_of, settings_below
 from orchestration.cli.app import app
 from orchestration.config import HELP, LaunchConfig, WorkerConfig
+from orchestration.reporting.study_results import StudyResults
+from orchestration.reporting.table_formats import FORMATS
+from orchestration.reporting.tables import table_info
 from orchestration.search.schema import SearchFile
 from orchestration.storage.trial_dir import TrialDir
+from orchestration.studies.loader import paper_studies, read_study
 from orchestration.studies.metrics import METRICS
+from orchestration.studies.plan import device, plan_trials
 from orchestration.studies.schema import StudyFile
+from orchestration.studies.trial import Study
 from orchestration.tracking import tags
 
 ROOT = Path(__file__).parent.parent
@@ -271,6 +277,76 @@ def store_page() -> str:
     return "\n".join([*lines, ""])
 
 
+DEVICES = ("v100", "h200")
+"""Profiles whose hours a study's page gives."""
+
+
+def paper_pages() -> dict[str, str]:
+    """A page for each study of the paper: its command, its hours, the paper's numbers; an index."""
+    pages: dict[str, str] = {}
+    index = [
+        "# The paper's tables and figures",
+        "",
+        "Each is a study that ships with mar. Hours are device-hours of its own trainings and "
+        "tests, by the devices' profiles (`mar plan STUDY --device v100`); what studies share is "
+        "trained once, so together they are fewer ([all of it](../guides/paper.md)).",
+        "",
+        "| study | rows | to train | " + " | ".join(f"hours, {each}" for each in DEVICES) + " |",
+        "|:--|--:|--:|" + "--:|" * len(DEVICES),
+    ]
+    for name in paper_studies():
+        study = read_study(name)
+        lines = plan_trials(study, [])
+        to_train = sum(line.state == "new" for line in lines)
+        hours = [_hours(study, device_name) for device_name in DEVICES]
+        cells = " | ".join(hours)
+        index.append(
+            f"| [{study.file.title}](paper_{study.name}.md) | {len(study.trials)} | {to_train} | "
+            f"{cells} |"
+        )
+        pages[f"paper_{study.name}.md"] = _paper_page(study, to_train, hours)
+    pages["paper.md"] = "\n".join([*index, ""])
+    return pages
+
+
+def _hours(study: Study, device_name: str) -> str:
+    """Return the device-hours of a study's own trainings and tests."""
+    planned = [
+        line.device_hours
+        for line in plan_trials(study, [], device(device_name))
+        if line.state in ("new", "test")
+    ]
+    known = [each for each in planned if each is not None]
+    # A sum over some of the trials would look like the cost of all of them.
+    if len(known) < len(planned):
+        return "–"
+    return f"{sum(known):,.1f}"
+
+
+def _paper_page(study: Study, to_train: int, hours: list[str]) -> str:
+    lines = [f"# {study.file.title}", ""]
+    if to_train:
+        costs = ", ".join(
+            f"{each} device-hours on {name}" for name, each in zip(DEVICES, hours, strict=True)
+        )
+        lines += [f"{to_train} trainings: {costs}.", ""]
+    lines += ["```", f"mar run {study.name}", f"mar table {study.name}", "```", ""]
+    if study.file.paper:
+        lines += ["The paper's numbers, and room for yours:", ""]
+    lines += [FORMATS["md"](table_info(StudyResults(study, {}))), ""]
+    if study.file.claims:
+        lines += [
+            "## What the paper concludes",
+            "",
+            *(f"- {each}" for each in study.file.claims),
+            "",
+        ]
+    mini = f"docs/mini/{study.name}.md"
+    if (ROOT / mini).is_file():
+        lines += [f"[The same at a small size, trained](../mini/{study.name}.md)", ""]
+    return "\n".join(lines)
+
+
 def one_line(text: str) -> str:
     """Return a docstring as one line of Markdown."""
     return " ".join(text.split()).replace("``", "`")
@@ -292,8 +368,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    for name, page in PAGES.items():
-        (folder / name).write_text(page(), encoding="utf-8")
+    pages = {name: page() for name, page in PAGES.items()} | paper_pages()
+    for name, text in pages.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,11 @@ def ut_interaction(source: Path, folder: Path) -> None:
     study = {
         "title": "UT-Interaction, leave one sequence out",
         "recipe": "recipes/real_clips.yaml",
-        "fixed": {"data.root": str(folder), "data.num_classes": 6},
+        "fixed": {
+            "data.root": str(folder),
+            "data.num_classes": 6,
+            "data.labels": _write_names(folder, rows),
+        },
         "axes": {"Start": STARTS, "ρ": RATIOS, "Sequence": axis},
         "table": {
             "columns": ["top1", "shuffled_top1", "gflops"],
@@ -78,6 +82,7 @@ def ucf101_12(source: Path, folder: Path) -> None:
             "data.num_classes": 12,
             "data.train": "train.txt",
             "data.val": "test.txt",
+            "data.labels": _write_names(folder, rows),
         },
         "axes": {"Start": STARTS, "ρ": RATIOS},
         "table": {
@@ -107,6 +112,13 @@ def _write_list(file: Path, rows: list[dict[str, str]], chosen: list[bool]) -> N
         if is_chosen
     ]
     file.write_text("".join(lines), encoding="utf-8")
+
+
+def _write_names(folder: Path, rows: list[dict[str, str]]) -> str:
+    """Write the classes' names, one a line; return the file's name."""
+    names = {int(row["label"]): row["class"].replace("_", " ") for row in rows}
+    (folder / "labels.txt").write_text("".join(f"{names[key]}\n" for key in sorted(names)))
+    return "labels.txt"
 
 
 def _write_study(folder: Path, study: dict[str, Any]) -> None:

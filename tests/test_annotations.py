@@ -237,6 +237,7 @@ def test_a_check_finds_each_kind_of_fault(odd: DataConfig) -> None:
         "refused": 2,
         "duplicate": 0,
         "wrong": 0,
+        "stale": 0,
     }
     assert report.per_class == {"train": {"0": 1, "1": 0}, "val": {"0": 2, "1": 1}}
     assert not report.is_sound

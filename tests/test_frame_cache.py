@@ -10,12 +10,13 @@ import pytest
 from filelock import FileLock
 from trainings import assert_same_weights, train
 
-from mar.config.schema import DataConfig, TrainingConfig
+from mar.config.schema import ClipConfig, DataConfig, TrainingConfig
 from mar.data.annotations import fingerprint, read_split
 from mar.data.cache_index import Index, Packing
 from mar.data.dataset import EvaluationClips, TrainingClips
 from mar.data.frame_cache import open_video, pack, verify
 from mar.data.sampling import Reader
+from mar.data.validation import check_data
 from mar.data.video.sequential_reader import BrokenVideo
 from mar.errors import UserError
 from orchestration.cli.app import main
@@ -85,6 +86,11 @@ def test_a_changed_or_new_video_makes_the_cache_stale_and_packing_again_mends_it
         UserError, match=r"1 videos have changed since, the first: .*; run mar data pack again"
     ):
         Index(tmp_path / "cache").check(videos)
+    report = check_data(cached, ClipConfig(), 1, lambda *_: None)
+    assert [(each.video, each.kind) for each in report.findings if each.kind == "stale"] == [
+        (videos[0].name, "stale")
+    ]
+    assert not report.is_sound
     assert pack(copy, tmp_path / "cache", Packing("raw"), 1, lambda *_: None) == 23
     Index(tmp_path / "cache").check(videos)
     with open_video(cached, videos[0]) as one, Reader(videos[1].path) as other:

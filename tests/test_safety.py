@@ -464,6 +464,7 @@ def test_names_in_the_csv_of_a_data_check_are_neutral(tmp_path: Path, videos: Pa
         "refused": 0,
         "duplicate": 0,
         "wrong": 0,
+        "stale": 0,
     }
     report = DataReport({"train": counts}, [found], {"train": {"a": 0}}, None, ())
     write_findings(report, tmp_path / "found.csv")
@@ -668,3 +669,18 @@ def test_a_dashboard_that_fails_while_a_job_is_followed_is_a_failure_in_words(
     for call in (lambda: jobs.follow("mar-x"), lambda: jobs.stop("mar-x"), jobs.list):
         with pytest.raises(Failure, match=r"127.0.0.1:8265 does not answer"):
             call()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("cost", "a" * 300),
+        ("run", "quickstart", "recipe=" + "a" * 300),
+        ("predict", "mini", "a" * 300),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_a_mistake(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    _, error = run_mar(tmp_path, *arguments, code=2)
+    assert "Traceback" not in error

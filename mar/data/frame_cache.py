@@ -244,6 +244,11 @@ def is_packed(data: DataConfig, video: Video) -> bool:
     return data.cache_folder is not None and video.name in load_index(data.cache_folder).entries
 
 
+def is_unchanged(data: DataConfig, video: Video) -> bool:
+    """Whether the data have no frame cache, or it has the video as its file is now."""
+    return data.cache_folder is None or load_index(data.cache_folder).is_fresh(video)
+
+
 def open_video(data: DataConfig, video: Video) -> Reader | CachedVideo:
     """Return a reader of the video: from the cache if there is one, else of its file.
 

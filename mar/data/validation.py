@@ -21,14 +21,14 @@ from mar.data.annotation_files import Row, Split
 from mar.data.annotations import Video, class_names, fingerprint, videos_of
 from mar.data.cache_index import packing_of
 from mar.data.decoders import check as check_decoder
-from mar.data.frame_cache import is_packed, open_video
+from mar.data.frame_cache import is_packed, is_unchanged, open_video
 from mar.data.sampling import Reader, frames_wanted, training_frames
 from mar.data.video.paths import is_file, is_video
 from mar.data.video.seeking import key_frames
 from mar.data.video.sequential_reader import BrokenVideo, Frames, iter_frames, pixels_of
 from mar.safe_text import cell, printable
 
-KINDS = ("ok", "missing", "unreadable", "short", "refused", "duplicate", "wrong")
+KINDS = ("ok", "missing", "unreadable", "short", "refused", "duplicate", "wrong", "stale")
 """The states of a video. ``short``: it has fewer frames than a clip takes, so some are repeated; it
 can be trained on, and this is no fault. ``wrong``: a decoder that seeks returns other frames than a
 player shows."""
@@ -157,7 +157,7 @@ def _report(
     has_videos = all(videos.values()) and (
         data.missing == "error" or all(sum(c.values()) for c in per_class.values())
     )
-    faults: tuple[str, ...] = ("refused", "duplicate", "wrong")
+    faults: tuple[str, ...] = ("refused", "duplicate", "wrong", "stale")
     if data.missing == "error":
         faults += ("missing",)
     if data.broken == "error":
@@ -223,6 +223,8 @@ def _check_video(data: DataConfig, clip: ClipConfig, video: Video) -> tuple[str,
     # A training reads a packed video from the frame cache: its file may be gone.
     if not is_video(video.path) and not is_packed(data, video):
         return "missing", "no such file"
+    if not is_unchanged(data, video):
+        return "stale", "not in the frame cache as it is now: run mar data pack again"
     try:
         with open_video(data, video) as reader:
             length = len(reader)

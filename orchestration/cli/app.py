@@ -6,6 +6,7 @@ so that ``mar --help`` and ``mar plan`` are quick.
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import NoReturn
 
@@ -78,7 +79,8 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
-        _end(str(error), 1)
+        # A name that no file system can hold is a mistake of whoever wrote it.
+        _end(str(error), 2 if error.errno == errno.ENAMETOOLONG else 1)
     sys.exit(0)
 
 

@@ -277,6 +277,24 @@ def store_page() -> str:
     return "\n".join([*lines, ""])
 
 
+def clusters_page() -> str:
+    """The README of ``cluster/`` with the files that it names below."""
+    text = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
+    text = text.replace("](../docs/", "](../")
+    files = dict.fromkeys(re.findall(r"\]\(([a-z_]+/[a-z_.]+|Dockerfile)\)", text))
+    sections: list[str] = []
+    for name in files:
+        content = (ROOT / "cluster" / name).read_text(encoding="utf-8").rstrip()
+        language = "yaml" if name.endswith(".yaml") else "bash"
+        sections += [f"## cluster/{name}", "", f"```{language}", content, "```", ""]
+        # The heading's anchor, as the site makes it: letters, digits, underscores and hyphens.
+        anchor = re.sub(r"[^a-z0-9_-]", "", f"cluster/{name}".lower())
+        text = text.replace(f"]({name})", f"](#{anchor})")
+    # What is left is a folder: a page has no listing of it.
+    text = re.sub(r"\[(mlflow/)\]\(mlflow/\)", r"`cluster/\1`", text)
+    return "\n".join([text.rstrip(), "", *sections])
+
+
 DEVICES = ("v100", "h200")
 """Profiles whose hours a study's page gives."""
 
@@ -359,6 +377,7 @@ PAGES = {
     "command.md": command_page,
     "python.md": python_page,
     "store.md": store_page,
+    "clusters.md": clusters_page,
 }
 
 

@@ -236,7 +236,8 @@ class Model(nn.Module):
 
     def _probabilities_of(self, source: FrameSource) -> Float[Tensor, " classes"]:
         pixels = self._pixels(source)
-        return class_probabilities(self.network, pixels, self.settings).mean(dim=0).cpu()
+        probabilities = class_probabilities(self.network, pixels, self.settings, len(pixels))
+        return probabilities.mean(dim=0).cpu()
 
     def _best(self, probabilities: Float[Tensor, " classes"], top: int) -> list[Prediction]:
         best = probabilities.topk(min(top, len(probabilities)))

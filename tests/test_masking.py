@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mar.config.overrides import build
+from mar.config.canonical import canonical
+from mar.config.overrides import SettingError, build
 from mar.config.schema import MaskConfig
 from mar.model.mar import split_indices
 from mar.model.masking import _run_cells, evaluation_mask, training_mask
@@ -183,3 +184,59 @@ def test_visible_and_hidden_places_are_in_order_and_complete() -> None:
     )
     assert mask.flatten(1).gather(1, hidden).all()
     assert not mask.flatten(1).gather(1, visible).any()
+
+
+def complementary(ratio: float, cell: tuple[int, int], views: int, start: int = 0) -> torch.Tensor:
+    mask = {"start": start, "views": "complementary"}
+    tree = {"mask": {"ratio": ratio, "cell": cell}, "evaluation": {"mask": mask}}
+    return evaluation_mask(build(tree), views=views)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("cell", [(14, 14), (7, 2), (2, 7), (2, 2)])
+def test_two_complementary_views_see_everything_once_at_half(
+    cell: tuple[int, int], start: int
+) -> None:
+    """States A and C of a 2 × 2 cell; the two colours of a checkerboard in the larger ones."""
+    first, second = complementary(0.5, cell, 2, start)
+    assert torch.equal(first, ~second)
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_four_complementary_views_see_everything_once_at_three_quarters(start: int) -> None:
+    masks = complementary(0.75, (2, 2), 4, start)
+    assert ((~masks).sum(dim=0) == 1).all()
+    same = evaluation_mask(
+        build({"mask": {"ratio": 0.75}, "evaluation": {"mask": {"start": start}}})
+    )
+    assert torch.equal(masks[:1], same)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.4, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("cell", [(14, 14), (7, 7), (2, 2)])
+def test_complementary_views_hide_as_many_tokens_each(ratio: float, cell: tuple[int, int]) -> None:
+    masks = complementary(ratio, cell, 6)
+    assert masks.flatten(1).sum(dim=1).tolist() == [int(ratio * 1568)] * 6
+
+
+def test_views_of_one_mask_are_that_mask() -> None:
+    one = evaluation_mask(build({}))
+    assert torch.equal(evaluation_mask(build({}), views=3), one.expand(3, -1, -1, -1))
+
+
+def test_complementary_views_need_cells() -> None:
+    tree = {"mask": {"strategy": "random"}, "evaluation": {"mask": {"views": "complementary"}}}
+    with pytest.raises(
+        SettingError, match=r"'complementary' needs mask\.strategy: cell or uniform"
+    ):
+        build(tree)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [({"clips": 1, "crops": 1}, True), ({"clips": 2, "crops": 1}, False)],
+)
+def test_one_view_complements_nothing(change: dict[str, int], is_same: bool) -> None:
+    plain = build({"evaluation": change})
+    other = build({"evaluation": {**change, "mask": {"views": "complementary"}}})
+    assert (canonical(plain) == canonical(other)) is is_same

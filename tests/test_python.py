@@ -16,11 +16,16 @@ from conftest import TINY_STUDY
 from study_runs import STUDY, write_studies
 
 import mar
+from mar.config.overrides import build, merge
 from mar.data.annotations import read_split
+from mar.data.dataset import evaluation_views
 from mar.data.decoders import decode_with
+from mar.data.frame_cache import open_video
 from mar.data.motion_verbs import MotionVerbs, make
 from mar.evaluation.evaluator import Evaluator, Predictions, write_class_accuracies
 from mar.inference import Model
+from mar.model.masking import evaluation_mask
+from mar.model.pixels import to_pixels
 from orchestration.config import LaunchConfig
 from orchestration.tracking.models import source_run
 from orchestration.tracking.store import Store
@@ -80,6 +85,28 @@ def test_the_model_that_ships_knows_its_verbs(tmp_path: Path) -> None:
     )
     # Chance level is 8 of 64.
     assert right > 38
+
+
+def test_views_that_complement_each_other_have_a_mask_each(model: Model) -> None:
+    changes = {
+        "evaluation.clips": 2,
+        "evaluation.crops": 1,
+        "evaluation.mask.views": "complementary",
+    }
+    settings = build(merge(model.settings.model_dump(mode="json"), changes))
+    (video,) = read_split(settings.data, "val")[:1]
+    tested = Evaluator(settings, [video], CPU, clips=2)(model.network).probabilities
+    model.eval()
+    with open_video(settings.data, video) as reader:
+        pixels = to_pixels(evaluation_views(settings, reader, 2, 1))
+    masks = evaluation_mask(settings, views=2)
+    assert not torch.equal(masks[0], masks[1])
+    with torch.no_grad():
+        scores = [
+            model.network.classify(pixels[view][None], masks[view][None]) for view in range(2)
+        ]
+    expected = torch.stack([each.softmax(dim=1) for each in scores]).mean(dim=0)
+    torch.testing.assert_close(tested, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_prediction_is_that_of_a_test(model: Model) -> None:

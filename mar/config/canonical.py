@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mar.config.schema import (
+    MASKS_WITH_CELLS,
     ClassifierConfig,
     EncoderConfig,
     MaskConfig,
@@ -12,16 +13,14 @@ from mar.config.schema import (
     TrainingConfig,
 )
 
-_WITH_CELLS = ("cell", "uniform")
-"""Strategies whose masks have cells; that of ``uniform`` is the token grid."""
-
 
 def canonical(settings: TrainingConfig) -> TrainingConfig:
     """Return the settings with those that have no effect at their defaults.
 
     A linear classifier has no width. Where nothing is hidden there are no cells, and nothing is
     reconstructed. A running uniform mask is a running cell as large as the token grid. Masks
-    without cells have no cell's size, spatial or temporal order, and no start state in testing. A
+    without cells have no cell's size, spatial or temporal order, and no start state in testing. One
+    view has nothing to complement. A
     package's encoder and classifier have their own options alone.
     """
     changes: dict[str, Any] = {}
@@ -49,7 +48,7 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
         changes["mask"] = MaskConfig().model_copy(
             update={"ratio": settings.mask.ratio, "cell": cell}
         )
-    elif settings.mask.strategy not in _WITH_CELLS:
+    elif settings.mask.strategy not in MASKS_WITH_CELLS:
         default = MaskConfig()
         changes["mask"] = settings.mask.model_copy(
             update={
@@ -58,9 +57,15 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
                 "temporal": default.temporal,
             }
         )
-    if settings.mask.strategy not in _WITH_CELLS or not settings.test_ratio:
-        test_mask = settings.evaluation.mask.model_copy(update={"start": 0})
-        changes["evaluation"] = settings.evaluation.model_copy(update={"mask": test_mask})
+    evaluation = settings.evaluation
+    without_effect: dict[str, Any] = {}
+    if evaluation.clips * evaluation.crops == 1:
+        without_effect = {"views": "same"}
+    if settings.mask.strategy not in MASKS_WITH_CELLS or not settings.test_ratio:
+        without_effect = {"start": 0, "views": "same"}
+    if without_effect:
+        test_mask = evaluation.mask.model_copy(update=without_effect)
+        changes["evaluation"] = evaluation.model_copy(update={"mask": test_mask})
     # As in the copy above, all changed branches are valid already.
     return settings.model_copy(update=changes)
 

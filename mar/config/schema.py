@@ -52,6 +52,8 @@ ENCODER_SIZES = {
 
 MASK_STRATEGIES = ("cell", "random", "block", "uniform", "tube", "frame")
 """``mask.strategy`` without what packages add."""
+MASKS_WITH_CELLS = ("cell", "uniform")
+"""Strategies whose masks have cells; that of ``uniform`` is the token grid."""
 CLASSIFIER_KINDS = ("bridging", "linear", "mlp")
 """``classifier.kind`` without what packages add."""
 ANNOTATION_FORMATS = (
@@ -450,12 +452,15 @@ class RecipeConfig(Node):
 
 
 class EvaluationMaskConfig(Node):
-    """The mask of evaluation: deterministic, the same for every clip."""
+    """The mask of evaluation: deterministic, the same for every video."""
 
     start: NonNegativeInt = 0
     """State of the running cell in the first slice: 0 is A (Table III b)."""
     ratio: MaskRatio | None = None
     """ρ in testing; none: as in training (Table III c)."""
+    views: Literal["same", "complementary"] = "same"
+    """``same``: all views of a video have one mask; ``complementary``: each view (clip and crop)
+    shows the tokens of a cell that the views before it showed least."""
 
 
 class EvaluationConfig(Node):
@@ -553,6 +558,16 @@ class TrainingConfig(Node):
                 raise ValueError(
                     f"{path}: {mask.ratio} leaves no token of {prod(self.grid)} visible"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _views_have_cells(self) -> Self:
+        has_cells = self.mask.strategy in MASKS_WITH_CELLS
+        if self.evaluation.mask.views == "complementary" and not has_cells:
+            raise ValueError(
+                f"evaluation.mask.views: 'complementary' needs mask.strategy: "
+                f"{' or '.join(MASKS_WITH_CELLS)}, not {self.mask.strategy}"
+            )
         return self
 
     @model_validator(mode="after")

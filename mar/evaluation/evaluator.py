@@ -200,7 +200,7 @@ class Evaluator:
     ) -> Float[Tensor, " B"]:
         num_videos, views = clips.shape[:2]
         pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
-        hidden = evaluation_mask(self.settings).expand(len(pixels), -1, -1, -1)
+        hidden = evaluation_mask(self.settings, views=views).repeat(num_videos, 1, 1, 1)
         # A pre-training has no labels, but the model's forward() takes some.
         labels = torch.zeros(len(pixels), self.settings.data.num_classes, device=self.device)
         with torch.autocast(
@@ -215,15 +215,18 @@ class Evaluator:
         num_videos, views = clips.shape[:2]
         pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
         # Probabilities and not scores are averaged over the views.
-        probabilities = class_probabilities(model, pixels, self.settings)
+        probabilities = class_probabilities(model, pixels, self.settings, views)
         return probabilities.view(num_videos, views, -1).mean(dim=1).cpu()
 
 
 def class_probabilities(
-    model: MAR, pixels: Float[Tensor, "B C T H W"], settings: TrainingConfig
+    model: MAR, pixels: Float[Tensor, "B C T H W"], settings: TrainingConfig, views: int = 1
 ) -> Float[Tensor, "B classes"]:
-    """Return the probability of each class under the mask of testing, in float32."""
-    hidden = evaluation_mask(settings).expand(len(pixels), -1, -1, -1)
+    """Return the probability of each class under the mask of testing, in float32.
+
+    ``pixels`` have ``views`` clips of each video, one video after another.
+    """
+    hidden = evaluation_mask(settings, views=views).repeat(len(pixels) // views, 1, 1, 1)
     with torch.autocast(
         pixels.device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"
     ):

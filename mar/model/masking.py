@@ -52,12 +52,13 @@ def training_mask(
 
 
 def evaluation_mask(
-    settings: TrainingConfig, device: torch.device | None = None
-) -> Bool[Tensor, "1 t h w"]:
-    """Return the one mask that all clips of an evaluation share (section III-B, last paragraph).
+    settings: TrainingConfig, device: torch.device | None = None, views: int = 1
+) -> Bool[Tensor, "V t h w"]:
+    """Return the mask of an evaluation: one that all clips share (section III-B), or one a view.
 
     Cells run in order from ``evaluation.mask.start``. The other strategies are random in testing
-    too: their mask is drawn once, from a fixed seed.
+    too: their mask is drawn once, from a fixed seed. With ``evaluation.mask.views: complementary``
+    there is a mask for each of a video's ``views``, else the one is repeated.
     """
     mask = settings.test_mask
     grid = settings.grid
@@ -68,12 +69,39 @@ def evaluation_mask(
         cell = mask.cell
         if mask.strategy == "uniform":
             cell = (h, w)
-        starts = torch.full((1, h // cell[0], w // cell[1]), settings.evaluation.mask.start)
+        start = settings.evaluation.mask.start
+        starts = torch.full((views,), start)
+        if settings.evaluation.mask.views == "complementary":
+            num_hidden = int(mask.ratio * cell[0] * cell[1])
+            starts = _complementary_starts(cell, num_hidden, start, views)
+        starts = starts[:, None, None].expand(-1, h // cell[0], w // cell[1])
         return _run_cells(mask, grid, cell, mask.num_hidden(grid), starts).to(device)
     # The seed is a constant and not settings.seed: trials that differ only in their seed are tested
     # under the same mask.
     generator = torch.Generator().manual_seed(0)
-    return training_mask(mask, grid, 1, generator).to(device)
+    return training_mask(mask, grid, 1, generator).expand(views, -1, -1, -1).to(device)
+
+
+def _complementary_starts(
+    cell: tuple[int, int], num_hidden: int, start: int, views: int
+) -> Int[Tensor, " V"]:
+    """Return start states of a cell, such that the views together see as much as they can.
+
+    Each view has the state whose visible tokens the views before it saw least often; of several
+    the next one after ``start``. In a 2 × 2 cell these are states A and C at ρ = 50 %, which are
+    disjoint, and all four at 75 %.
+    """
+    area = cell[0] * cell[1]
+    state_a = _state_a(cell, num_hidden)
+    # In the order from ``start`` on, so that the first of equal ones is the next after it.
+    states = torch.stack([state_a.roll(start + step) for step in range(area)])
+    times_seen = torch.zeros(area)
+    steps: list[int] = []
+    for _ in range(views):
+        overlap = (~states).float() @ times_seen
+        steps.append(int(overlap.argmin()))
+        times_seen += ~states[steps[-1]]
+    return (start + torch.tensor(steps)) % area
 
 
 def _cell(

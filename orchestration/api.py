@@ -335,7 +335,7 @@ class Results:
 
         frames: dict[str, pd.DataFrame] = {}
         for run in self.records:
-            if run.status == "FINISHED" and run.has_model:
+            if run.status == "FINISHED" and run.was_trained:
                 file = self.find_file(run, "history.csv")
                 frames[run.run_id] = pd.read_csv(file, index_col="epoch")
         if not frames:

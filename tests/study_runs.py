@@ -40,6 +40,7 @@ class Run:
     weights: str | None = None
     run_id: str = field(default="run")
     has_model: bool = True
+    was_trained: bool = True
 
 
 def runs(study: Study, *top1: float) -> list[Run]:

@@ -447,3 +447,8 @@ def test_a_result_that_came_without_its_model_is_a_run_and_no_model(
     opened = Store(LaunchConfig(tmp_path / "store"))
     assert len(opened.trials()) == 4
     assert not opened.client.search_model_versions()
+    # What is to be tested with such a training is trained: its model is not there.
+    study = mar.Study.read(
+        folder / "study.yaml", {"evaluation.mask.start": 1}, store=tmp_path / "store"
+    )
+    assert {*study.plan()["state"]} == {"new"}

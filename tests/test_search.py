@@ -55,6 +55,7 @@ class Run:
     status: str = "FINISHED"
     weights: str | None = None
     has_model: bool = True
+    was_trained: bool = True
 
 
 Open = Callable[..., OptunaSearch]

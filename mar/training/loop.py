@@ -152,7 +152,13 @@ def reevaluate(
     val = read_split(settings.data, "val")
     manifest = read_atomic_dir(result)
     model = MAR(settings).to(runtime.device)
-    model.load_state_dict(load_file(result / "model.safetensors"))
+    weights = result / "model.safetensors"
+    if not weights.is_file():
+        raise Failure(
+            f"{weights} is gone: nothing can be tested with that training. Remove its folder, "
+            f"{result.parent}, and it is trained again"
+        )
+    model.load_state_dict(load_file(weights))
     # The other training was validated and tested under other settings: those figures are not ours.
     history = {
         name: value

@@ -23,7 +23,16 @@ from orchestration.studies.identity import identity, key_of
 from orchestration.studies.trial import ABSENT
 from orchestration.tracking.run_record import RunRecord
 from orchestration.tracking.store import Store
-from orchestration.tracking.tags import FOLDER, IDENTITY, KEY, KIND, PARENT_RUN, STUDY, TRAINED_BY
+from orchestration.tracking.tags import (
+    FOLDER,
+    IDENTITY,
+    KEY,
+    KIND,
+    MODEL_LOST,
+    PARENT_RUN,
+    STUDY,
+    TRAINED_BY,
+)
 from orchestration.tracking.writer import Writer
 
 _UNKNOWN_STUDY = "recovered"
@@ -111,6 +120,11 @@ def _write_run(
     parent = store.run(experiment, study, {KIND: "study"}, {STUDY: study})
     # The record has neither the parent's id nor, if the store was moved, the right folder.
     tags = {**record["tags"], STUDY: study, PARENT_RUN: parent, FOLDER: str(folder)}
+    # A result may come without its model (benchmarks/archive_results.py): nothing can be tested
+    # with it, so the run says so.
+    is_model_here = (folder / RESULT_DIR / "model.safetensors").is_file()
+    if TRAINED_BY not in tags and not is_model_here:
+        tags[MODEL_LOST] = "true"
     run_id = store.run(experiment, record["name"], {KIND: "trial", KEY: key}, tags)
     store.parameters(run_id, without_paths(settings))
     writer.open(key, lambda: run_id)
@@ -119,9 +133,7 @@ def _write_run(
     # The final report adds only the test's metrics: the epochs are logged by now.
     final = {name: float(value) for name, value in reached.items()}
     writer.log_report(key, EpochReport(settings.recipe.epochs, final, is_final=True))
-    # A trial that was only tested has no model of its own to register; nor has a result that came
-    # without its model (benchmarks/archive_results.py).
-    is_model_here = (folder / RESULT_DIR / "model.safetensors").is_file()
+    # A trial that was only tested has no model of its own to register.
     has_model = TRAINED_BY not in tags and is_model_here
     writer.result(key, folder / RESULT_DIR, has_model)
     if has_model:

@@ -248,7 +248,7 @@ def _print_summary(
         record for record in records if record.run_id not in before and record.status == "FINISHED"
     ]
     # A run of a trial that was only tested has no model of its own.
-    num_trained = sum(record.has_model for record in new)
+    num_trained = sum(record.was_trained for record in new)
     trials = [trial for study in studies for trial in study.trials]
     num_missing = len({trial.key for trial in trials}) - len(match(trials, records))
     print(

@@ -226,8 +226,8 @@ def _state(
         else:
             unlike = ""
         return TrialState(trial.name, trial.key, "missing", "", "", "", "", None, "", own, unlike)
-    # A finished run without a model was only tested, with another trial's model.
-    state = {"FINISHED": "finished" if run.has_model else "tested"}.get(
+    # What was not trained was tested with another trial's model.
+    state = {"FINISHED": "finished" if run.was_trained else "tested"}.get(
         run.status, run.status.lower()
     )
     seconds = run.metrics.get("time/elapsed_s")

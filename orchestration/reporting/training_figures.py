@@ -51,8 +51,8 @@ def curves_info(results: StudyResults) -> FigureInfo | None:
     found = results.runs
     histories: dict[str, list[dict[str, dict[int, float]]]] = {}
     for trial in study.trials:
-        # A run without a model was only tested: it has no epochs.
-        if trial.key in found and found[trial.key].has_model:
+        # A run that was only tested has no epochs.
+        if trial.key in found and found[trial.key].was_trained:
             file = results.file(found[trial.key], "history.csv")
             if file is not None:
                 histories.setdefault(trial.row, []).append(_history(file))

@@ -37,8 +37,13 @@ class Record(Protocol):
         ...
 
     @property
+    def was_trained(self) -> bool:
+        """Whether it was trained, not only tested."""
+        ...
+
+    @property
     def has_model(self) -> bool:
-        """Whether its result has a model: it was trained, not only tested."""
+        """Whether its result has a model: it was trained, and not recovered without one."""
         ...
 
     @property
@@ -63,7 +68,8 @@ def match(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dict[str, An
 
 def match_training(trials: Sequence[Trial], records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
     """Return, by trial key, a finished run of the same training, tested in any way."""
-    # A run that was only tested has no model with which to test again.
+    # A run that was only tested has no model with which to test again; nor has one whose result
+    # came without it.
     return _match(trials, [record for record in records if record.has_model], training_identity)
 
 

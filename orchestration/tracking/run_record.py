@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orchestration.tracking.tags import IDENTITY, KEY, TRAINED_BY, WEIGHTS
+from orchestration.tracking.tags import IDENTITY, KEY, MODEL_LOST, TRAINED_BY, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,15 @@ class RunRecord:
         return self.tags.get(KEY, "")
 
     @property
-    def has_model(self) -> bool:
-        """Whether its result has a model: it was trained, not only tested."""
+    def was_trained(self) -> bool:
+        """Whether it was trained, not only tested."""
         # A trial that was only tested names the trial whose model it used.
         return TRAINED_BY not in self.tags
+
+    @property
+    def has_model(self) -> bool:
+        """Whether its result has a model: it was trained, and not recovered without one."""
+        return self.was_trained and MODEL_LOST not in self.tags
 
     @property
     def weights(self) -> str | None:

@@ -452,3 +452,10 @@ def test_a_result_that_came_without_its_model_is_a_run_and_no_model(
         folder / "study.yaml", {"evaluation.mask.start": 1}, store=tmp_path / "store"
     )
     assert {*study.plan()["state"]} == {"new"}
+    # Also where the run itself is a row of the study: two seeds, as it is and from another state.
+    both = "title: Both\nrecipe: recipe.yaml\nseeds: [0, 1]\naxes:\n  start:\n"
+    both += "    A: {mask.ratio: 0.5}\n    B: {mask.ratio: 0.5, evaluation.mask.start: 1}\n"
+    both += "table: {columns: [top1]}\n"
+    (folder / "both.yaml").write_text(both)
+    planned = mar.Study.read(folder / "both.yaml", store=tmp_path / "store").plan()
+    assert sorted(planned["state"]) == ["have", "have", "new", "new"]

@@ -118,7 +118,9 @@ def plan_trials(
                 gflops += clips * figures.train_gflops
             hours = gflops / rate / 3600
         earlier.trials.setdefault(trial.key, name)
-        earlier.trainings.setdefault(trial.training, name)
+        # A finished run without its model leaves later lines nothing to test with.
+        if trial.key not in found or found[trial.key].has_model:
+            earlier.trainings.setdefault(trial.training, name)
         storage_gib = figures.train_params_m * 1e6 * _BYTES_PER_PARAMETER / 2**30
         if trial.key in found:
             run_id = found[trial.key].run_id

@@ -72,3 +72,18 @@ def here(workdir: Path, *arguments: str, code: int = 0) -> str:
     """Run the command in ``place``; return its errors and what it printed, of JSON that alone."""
     output, errors = run_mar(workdir, *arguments, code=code)
     return output if "--json" in arguments else errors + output
+
+
+def end_ray(folder: Path | str) -> None:
+    """Kill the Ray whose sessions are in a folder, and no other.
+
+    ``ray stop`` ends every Ray of this machine, also one that trains for somebody else.
+    """
+    for process in psutil.process_iter(["cmdline"]):
+        if not any(str(folder) in word for word in process.info["cmdline"] or []):
+            continue
+        # Workers are named by what they do: only their parent, the raylet, names the folder.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in [*process.children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()

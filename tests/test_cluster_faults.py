@@ -3,7 +3,6 @@
 Nothing is lost.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ import boto3
 import psutil
 import pytest
 import yaml
+from commands import end_ray
 from conftest import tiny_tree
 from moto.server import ThreadedMotoServer
 
@@ -95,13 +95,7 @@ class Cluster:
 
     def kill(self, name: str) -> None:
         """End all of a node's processes with SIGKILL, as if its machine had lost its power."""
-        for process in psutil.process_iter(["cmdline"]):
-            with_folder = any(
-                str(self.folder / name) in word for word in process.info["cmdline"] or []
-            )
-            if with_folder:
-                for child in [*children(process), process]:
-                    kill(child)
+        end_ray(self.folder / name)
 
     def loses_all_nodes(self) -> None:
         for name in [name for name in self.nodes if name != "head"]:
@@ -122,28 +116,13 @@ class Cluster:
         return [process for process in found if process.info["cmdline"][0].startswith(title)]
 
     def end(self) -> None:
-        ray("stop", "--force", "--grace-period=1")
-        for process in psutil.process_iter(["cmdline"]):
-            if any(str(self.folder) in word for word in process.info["cmdline"] or []):
-                kill(process)
+        end_ray(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, name: str, arguments: list[str], *before: str) -> None:
         (self.folder / name).mkdir(exist_ok=True)
         ray("start", *arguments, *NODE, f"--temp-dir={self.folder / name}", before=before)
         self.nodes.append(name)
-
-
-def kill(process: psutil.Process) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.kill()
-
-
-def children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
 
 
 def ray(*arguments: str, before: tuple[str, ...] = ()) -> str:

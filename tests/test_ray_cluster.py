@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from commands import end_ray
 from conftest import tiny_tree
 from servers import Server
 
@@ -77,7 +78,7 @@ def cluster() -> Generator[Path]:
     ray("start", "--head", *head, *NODE, f"--temp-dir={short}")
     join(short / "second")
     yield short
-    ray("stop", "--force", "--grace-period=1")
+    end_ray(short)
     shutil.rmtree(short, ignore_errors=True)
 
 
@@ -385,9 +386,7 @@ def elsewhere(tmp_path: Path) -> Generator[str]:
         capture_output=True,
     )
     yield "http://10.213.7.2:8265"
-    subprocess.run(
-        [*inside, BIN / "ray", "stop", "--force"], env=open_to_all, check=True, capture_output=True
-    )
+    end_ray(folder)
     subprocess.run(["ip", "netns", "del", "mar-open"], check=True)
     shutil.rmtree(folder, ignore_errors=True)
 

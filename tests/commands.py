@@ -74,16 +74,24 @@ def here(workdir: Path, *arguments: str, code: int = 0) -> str:
     return output if "--json" in arguments else errors + output
 
 
-def end_ray(folder: Path | str) -> None:
-    """Kill the Ray whose sessions are in a folder, and no other.
-
-    ``ray stop`` ends every Ray of this machine, also one that trains for somebody else.
-    """
+def ray_processes(folder: Path | str) -> list[psutil.Process]:
+    """Return the processes of the Ray whose sessions are in a folder, and of no other."""
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter(["cmdline"]):
         if not any(str(folder) in word for word in process.info["cmdline"] or []):
             continue
         # Workers are named by what they do: only their parent, the raylet, names the folder.
         with contextlib.suppress(psutil.NoSuchProcess):
-            for each in [*process.children(recursive=True), process]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
+            found |= {each.pid: each for each in process.children(recursive=True)}
+            found[process.pid] = process
+    return [*found.values()]
+
+
+def end_ray(folder: Path | str) -> None:
+    """Kill the Ray whose sessions are in a folder, and no other.
+
+    ``ray stop`` ends every Ray of this machine, also one that trains for somebody else.
+    """
+    for process in ray_processes(folder):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -18,7 +18,7 @@ import boto3
 import psutil
 import pytest
 import yaml
-from commands import end_ray
+from commands import end_ray, ray_processes
 from conftest import tiny_tree
 from moto.server import ThreadedMotoServer
 
@@ -112,8 +112,12 @@ class Cluster:
         ]
 
     def processes(self, title: str) -> list[psutil.Process]:
-        found = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
-        return [process for process in found if process.info["cmdline"][0].startswith(title)]
+        found: list[psutil.Process] = []
+        for process in ray_processes(self.folder):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+                    found.append(process)
+        return found
 
     def end(self) -> None:
         end_ray(self.folder)
@@ -207,7 +211,7 @@ class Running:
         assert self.process.poll() is None, self.log.read_text()
 
     def ends_well(self) -> str:
-        self.process.wait(timeout=280)
+        self.process.wait(timeout=560)
         assert self.process.returncode == 0, self.log.read_text()
         return self.log.read_text()
 

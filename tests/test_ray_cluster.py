@@ -92,7 +92,7 @@ def workdir(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def mar(workdir: Path, *arguments: str, code: int = 0) -> str:
     done = subprocess.run(
-        [BIN / "mar", *arguments], cwd=workdir, capture_output=True, text=True, timeout=280
+        [BIN / "mar", *arguments], cwd=workdir, capture_output=True, text=True, timeout=560
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -245,7 +245,7 @@ def test_the_commands_of_the_cluster_files_run_as_they_stand(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
     )
     assert done.returncode == 0, f"{file}: {done.stdout}{done.stderr}"
     assert "0 finished before, 1 to train" in done.stdout
@@ -287,7 +287,7 @@ def test_a_trial_trains_on_two_nodes_and_goes_on_after_one_is_killed_and_another
     )
     os.kill(raylets[-1], signal.SIGKILL)
     join(cluster / "third")
-    output = running.communicate(timeout=280)[0]
+    output = running.communicate(timeout=560)[0]
     assert running.returncode == 0, output
     assert 0 < done < 60
     assert epochs_of(workdir) == list(range(1, 61)), "each epoch once"

@@ -316,6 +316,27 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     assert steady.is_significant and not unsteady.is_significant
 
 
+def test_rows_that_test_the_same_trainings_are_compared_training_by_training() -> None:
+    """Trainings that differ by much, and a test that is a little better for each of them."""
+    rng = np.random.default_rng(0)
+    ease = rng.standard_normal(2000)
+    names = [f"{number}.mp4" for number in range(2000)]
+
+    def tested(level: float, bonus: float, training: str) -> Correctness:
+        right = ease + level + bonus > 0
+        return replace(Correctness.of(dict(zip(names, right, strict=True))), training=training)
+
+    levels = {"a": -0.5, "b": 0.0, "c": 0.5}
+    plain = [tested(level, 0.0, name) for name, level in levels.items()]
+    better = [tested(level, 0.1, name) for name, level in levels.items()]
+    found = compare(better, plain)
+    apart = compare(better, [replace(each, training="") for each in plain])
+    assert found and apart
+    assert found.difference == apart.difference > 2
+    assert found.is_significant and not apart.is_significant
+    assert found.high - found.low < (apart.high - apart.low) / 5
+
+
 def test_many_rows_need_stronger_evidence() -> None:
     def gap(p: float) -> Comparison:
         return Comparison(1.0, 0.0, 2.0, p, 100)

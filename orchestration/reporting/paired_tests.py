@@ -32,6 +32,8 @@ class Correctness:
     (``mar.evaluation.correctness.videos_digest``)."""
     names: Callable[[], list[str]]
     """Reads the videos' names; called only when two models were tested on different videos."""
+    training: str = ""
+    """Identity of the training whose model this is; empty where it is not known."""
 
     @classmethod
     def of(cls, correct: Mapping[str, bool]) -> Correctness:
@@ -83,7 +85,8 @@ def compare(ours: Sequence[Correctness], theirs: Sequence[Correctness]) -> Compa
 
     With one training each, McNemar's exact test over the videos decides whether these two models
     differ. With several, a t test over seeds and videos decides whether the settings differ (see
-    :func:`_variance`).
+    :func:`_variance`). Rows that test the same trainings in two ways are compared training by
+    training: how much one differs from another is in both rows, and cancels.
     """
     one, other = (np.array(row, dtype=float) for row in _over_the_same(ours, theirs))
     num_videos = one.shape[1]
@@ -92,7 +95,10 @@ def compare(ours: Sequence[Correctness], theirs: Sequence[Correctness]) -> Compa
     # For each video, the difference of the rows' shares of seeds that classify it correctly.
     gaps = one.mean(axis=0) - other.mean(axis=0)
     difference = float(gaps.mean())
-    variance, freedom = _variance(one, other)
+    if _are_of_the_same_trainings(ours, theirs):
+        variance, freedom = _variance([one - other])
+    else:
+        variance, freedom = _variance([one, other])
     reach = _student(freedom).ppf((1 + CONFIDENCE) / 2) * variance**0.5
     num_seeds = min(len(ours), len(theirs))
     if len(ours) == len(theirs) == 1:
@@ -142,10 +148,17 @@ def _accuracy(seeds: Sequence[Correctness]) -> float:
     return float(np.mean([each.correct.mean() for each in seeds]))
 
 
-def _variance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> tuple[float, float]:
+def _are_of_the_same_trainings(ours: Sequence[Correctness], theirs: Sequence[Correctness]) -> bool:
+    """Whether two rows test the same trainings, in the same order."""
+    trainings = [each.training for each in ours]
+    return all(trainings) and trainings == [each.training for each in theirs]
+
+
+def _variance(rows: Sequence[npt.NDArray[np.float64]]) -> tuple[float, float]:
     """Return the variance of the difference of two rows' means, and its degrees of freedom.
 
-    ``one`` and ``other`` have the shape seeds × videos.
+    ``rows`` are the two, each seeds × videos; or, where both are tests of the same trainings, one:
+    their difference.
 
     Seeds and videos are crossed random factors. The variance between seeds and the variance between
     videos are added. Both contain the variance of single videos under single seeds, so that part is
@@ -155,21 +168,23 @@ def _variance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> t
     the formula then trusts it too much (7 % false positives at two seeds,
     ``benchmarks/false_positives.py``).
     """
-    num_videos = one.shape[1]
-    gaps = one.mean(axis=0) - other.mean(axis=0)
+    num_videos = rows[0].shape[1]
+    gaps = rows[0].mean(axis=0)
+    if len(rows) > 1:
+        gaps = gaps - rows[1].mean(axis=0)
     if num_videos > 1:
         between_videos = float(gaps.var(ddof=1)) / num_videos
     else:
         between_videos = 0.0
     # With one seed each, nothing is known about the variance between seeds.
-    few = len(one) + len(other) - 2
+    few = sum(len(row) - 1 for row in rows)
     if few == 0:
         return between_videos, max(num_videos - 1.0, 1.0)
-    shares = 1 / len(one) + 1 / len(other)
-    deviations = [*(one.mean(axis=1) - one.mean()), *(other.mean(axis=1) - other.mean())]
+    shares = sum(1 / len(row) for row in rows)
+    deviations = np.concatenate([row.mean(axis=1) - row.mean() for row in rows])
     between_seeds = shares * float(np.square(deviations).sum()) / few
     # The part that is in both variances: how single videos vary between the seeds of a row.
-    within = sum(float(np.square(row - row.mean(axis=0)).sum()) for row in (one, other))
+    within = sum(float(np.square(row - row.mean(axis=0)).sum()) for row in rows)
     of_both = shares * within / few / num_videos**2
     # An estimate by subtraction may come out too small, even negative.
     variance = max(between_seeds + between_videos - of_both, between_seeds, between_videos)

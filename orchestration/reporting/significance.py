@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mar.errors import Failure
@@ -185,7 +185,8 @@ def _correctness_of_rows(results: StudyResults, only: set[str] | None = None) ->
         run = found[trial.key]
         if run.run_id not in read:
             read[run.run_id] = read_correctness(run, file_of)
-        return read[run.run_id]
+        # A run may have been logged before a setting existed: the trial knows the training.
+        return replace(read[run.run_id], training=trial.training)
 
     correct: dict[str, Answers] = {}
     for row, trials in grouped.items():

@@ -123,7 +123,7 @@ def load(group: str, name: str) -> Any:
         UserError: the package cannot be imported, or the name leads to nothing.
     """
     # The package's own code runs here, which may raise anything.
-    with named(group, name):
+    with package_errors(group, name):
         return _installed(group)[name].load()
 
 
@@ -176,7 +176,7 @@ def checked_options(
 
 
 @contextmanager
-def named(group: str, name: str) -> Generator[None]:
+def package_errors(group: str, name: str) -> Generator[None]:
     """Turn any error of a package's code into one that names the package.
 
     Raises:

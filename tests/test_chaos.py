@@ -4,7 +4,8 @@ from pathlib import Path
 
 from chaos import SETTINGS, run
 
-_SECONDS = 300
+_SECONDS = 1200
+"""No more faults after this. Two rounds take three minutes, and much more beside other work."""
 _SEED = 11
 
 

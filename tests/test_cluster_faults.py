@@ -3,6 +3,7 @@
 Nothing is lost.
 """
 
+import contextlib
 import json
 import os
 import re

@@ -2,6 +2,8 @@
 
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,14 @@ from mar.errors import UserError
 def image(file: Path, level: int, size: int = 24) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((size, size, 3), level, np.uint8)).save(file)
+
+
+def stating(file: Path, size: int) -> None:
+    """Write a PNG whose header states a size that it does not have."""
+    content = bytearray(file.read_bytes())
+    content[16:24] = struct.pack(">II", size, size)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    file.write_bytes(content)
 
 
 @pytest.fixture
@@ -60,6 +70,17 @@ def test_the_frame_cache_has_the_same_frames(data: DataConfig, tmp_path: Path) -
         np.testing.assert_array_equal(packed.frames(range(12)), plain.frames(range(12)))
 
 
+def test_a_cache_of_images_of_different_sizes_says_so(data: DataConfig, tmp_path: Path) -> None:
+    """Also where the odd one is far from the first: frames are packed some at a time."""
+    folder = Path(data.root) / "videos" / "0"
+    for frame in range(12, 90):
+        image(folder / f"img_{frame + 1}.png", 5, 24 if frame < 80 else 30)
+    pack(data, tmp_path / "cache", Packing("raw", None), 1, lambda *_: None)
+    cached = data.model_copy(update={"cache": str(tmp_path / "cache")})
+    with pytest.raises(BrokenVideo, match="30 × 30 pixels, where another image has 24 × 24"):
+        open_video(cached, read_split(cached, "train")[0])
+
+
 def test_other_images_are_other_data(data: DataConfig) -> None:
     before = fingerprint(data)
     image(Path(data.root) / "videos" / "0" / "img_13.png", 7)
@@ -73,14 +94,16 @@ def test_other_images_are_other_data(data: DataConfig) -> None:
         (lambda folder: os.truncate(folder / "img_3.png", 50), r"img_3\.png: "),
         (
             lambda folder: image(folder / "img_3.png", 0, 30),
-            r"different sizes: 24 × 24 and 30 × 30",
+            r"30 × 30 pixels, where another image has 24 × 24|24 × 24 pixels, where",
         ),
         (
             lambda folder: [each.unlink() for each in folder.iterdir()],
             r"a folder without images",
         ),
+        (lambda folder: stating(folder / "img_3.png", 10_000), r"img_3\.png: 10000 × 10000 pixels"),
+        (lambda folder: stating(folder / "img_3.png", 30_000), r"img_3\.png: .*pixels"),
     ],
-    ids=["no image", "cut off", "another size", "empty"],
+    ids=["no image", "cut off", "another size", "empty", "too large", "far too large"],
 )
 def test_a_folder_that_cannot_be_read_is_a_broken_video(
     data: DataConfig, spoil: object, reason: str

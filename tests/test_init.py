@@ -39,8 +39,8 @@ def test_a_folder_of_classes_becomes_a_recipe_that_trains(films: Path, tmp_path:
     assert all(each.path.is_file() for each in [*train, *test])
     assert {each.label for each in test} == {0, 1}
     check, _ = run_mar(tmp_path, "data", "check", "mine/recipe.yaml")
-    assert re.search(r"^train +18( +0){6}$", check, re.MULTILINE)
-    assert re.search(r"^val +6( +0){6}$", check, re.MULTILINE)
+    assert re.search(r"^train +18( +0){7}$", check, re.MULTILINE)
+    assert re.search(r"^val +6( +0){7}$", check, re.MULTILINE)
     short = ["recipe.epochs=1", "recipe.warmup_epochs=0", "evaluation.every_epochs=1"]
     table, _ = run_mar(tmp_path, "run", "mine/recipe.yaml", *short, "--backend", "local")
     assert re.search(r"\| mine/recipe +\| \d", table)

@@ -20,8 +20,7 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
     A linear classifier has no width. Where nothing is hidden there are no cells, and nothing is
     reconstructed. A running uniform mask is a running cell as large as the token grid. Masks
     without cells have no cell's size, spatial or temporal order, and no start state in testing. One
-    view has nothing to complement. A
-    package's encoder and classifier have their own options alone.
+    view has nothing to complement. A package's encoder and classifier have their own options alone.
     """
     changes: dict[str, Any] = {}
     classifier = settings.classifier

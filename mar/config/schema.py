@@ -219,7 +219,7 @@ class EncoderConfig(Node):
         if self.is_of_package:
             added: plugins.EncoderFactory = plugins.load(plugins.ENCODERS, self.size)
             options = plugins.options(plugins.ENCODERS, self.size, self.options)
-            with plugins.named(plugins.ENCODERS, self.size):
+            with plugins.package_errors(plugins.ENCODERS, self.size):
                 return added.width(options), 0, 0
         return ENCODER_SIZES[self.size]
 

@@ -21,8 +21,8 @@ from mar.data.official_formats import (
     read_ssv2,
     read_ucf101,
 )
-from mar.data.video.files import absolute_path, is_hidden, videos_below
-from mar.data.video.paths import is_file
+from mar.data.video.files import absolute_path, videos_below
+from mar.data.video.paths import is_file, is_hidden
 from mar.errors import UserError, notice
 
 

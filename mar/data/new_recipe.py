@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mar.atomic_dir import write_text
 from mar.data.sampling import Reader
-from mar.data.video.files import absolute_path, is_hidden, videos_below
+from mar.data.video.files import absolute_path, videos_below
+from mar.data.video.paths import is_hidden
 from mar.data.video.sequential_reader import BrokenVideo
 from mar.errors import UserError
 

@@ -32,7 +32,7 @@ def build_classifier(settings: TrainingConfig) -> nn.Module:
         return LinearClassifier(config, width, num_classes)
     factory: plugins.ClassifierFactory = plugins.load(plugins.CLASSIFIERS, config.kind)
     options = plugins.options(plugins.CLASSIFIERS, config.kind, config.options)
-    with plugins.named(plugins.CLASSIFIERS, config.kind):
+    with plugins.package_errors(plugins.CLASSIFIERS, config.kind):
         return factory.build(options, width, settings.grid, num_classes)
 
 

@@ -88,7 +88,7 @@ def build_encoder(settings: TrainingConfig) -> Encoder:
         return Encoder(config, prod(settings.grid), last_norm)
     factory: plugins.EncoderFactory = plugins.load(plugins.ENCODERS, config.size)
     options = plugins.options(plugins.ENCODERS, config.size, config.options)
-    with plugins.named(plugins.ENCODERS, config.size):
+    with plugins.package_errors(plugins.ENCODERS, config.size):
         # The call is an Encoder's. What reads its parts too is for the ViT alone.
         return factory.build(options, settings.grid, 3 * prod(config.tubelet))
 

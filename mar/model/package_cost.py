@@ -95,7 +95,8 @@ def _counted(
     """
     # Of the first so many tokens. Two clips, because one would hide a mistake with that dimension.
     indices = torch.arange(values.shape[1], device="meta").expand(2, -1)
-    with plugins.named(group, name), FlopCounterMode(display=False) as counter, torch.no_grad():
+    counter = FlopCounterMode(display=False)
+    with plugins.package_errors(group, name), counter, torch.no_grad():
         shape = tuple(module.eval()(values, indices).shape)
     if shape != expected:
         wanted, got = (" × ".join(map(str, each)) for each in (expected, shape))

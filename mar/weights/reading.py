@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mar.config.overrides import flatten
+from mar.config.schema import ENCODER_SIZES
 from mar.errors import UserError
 from mar.weights.checkpoint_settings import (
     classes_beside,
@@ -57,8 +58,10 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
     for file in weight_files(path):
         tensors |= read_tensors(file)
     # The encoder of a package may have any names: our own settings beside the file say what it is.
+    # Of a ViT the names do, also where another's file lies beside such settings.
     layout = None
-    if "encoder.size" in flatten(config_beside(path, OURS)):
+    size = flatten(config_beside(path, OURS)).get("encoder.size", "custom")
+    if size != "custom" and size not in ENCODER_SIZES:
         layout = OURS
     translated = translate(tensors, inflate_frames, layout)
     if translated is None:

@@ -136,7 +136,7 @@ def _files(videos: list[str]) -> Iterator[Path]:
         UserError: there is no such file or folder, or nothing in it.
     """
     from mar.data.video.files import videos_below
-    from mar.data.video.image_folder import is_image
+    from mar.data.video.paths import is_image
 
     for name in videos:
         path = Path(name).expanduser()

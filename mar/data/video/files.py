@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mar.config.schema import DataConfig
 from mar.data import cache_index
+from mar.data.video.paths import is_hidden
 from mar.errors import UserError
 
 VIDEO_ENDINGS = (
@@ -95,14 +96,6 @@ def videos_below(root: Path) -> Iterator[str]:
             is_video = os.path.splitext(name)[1].lower() in VIDEO_ENDINGS  # noqa: PTH122
             if is_video and not is_hidden(name):
                 yield name if inside == "." else f"{inside}/{name}"
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether the file or folder was made by a system or program, and not by a person.
-
-    Examples: ``.ipynb_checkpoints``, ``@eaDir``, ``._a.mp4``, ``__MACOSX``.
-    """
-    return name.startswith((".", "@")) or name == "__MACOSX"
 
 
 def _folders(path: str) -> list[str]:

@@ -7,14 +7,14 @@ The images are read in the order of the numbers in their names: ``img_2.jpg`` be
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mar.data.video.container import MOST_PIXELS
-from mar.data.video.files import is_hidden
-from mar.data.video.paths import IMAGE_ENDINGS
+from mar.data.video.paths import is_image
 from mar.data.video.sequential_reader import BrokenVideo, Frames
 
 _NUMBER = re.compile("([0-9]+)")
@@ -33,10 +33,15 @@ class ImageFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        names = [each.name for each in path.iterdir() if is_image(each.name)]
+        try:
+            names = [each.name for each in path.iterdir() if is_image(each.name)]
+        except OSError as error:
+            raise BrokenVideo(path, error.strerror or str(error)) from None
         if not names:
             raise BrokenVideo(path, "a folder without images")
         self.names = sorted(names, key=_in_order)
+        # Of the first frame that is read: all others must have its height and width.
+        self.shape: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -45,13 +50,19 @@ class ImageFolder:
         """Return the frames with these numbers.
 
         Raises:
-            BrokenVideo: an image cannot be read, or has another size than the first one.
+            BrokenVideo: an image cannot be read, or has another size than others.
         """
         chosen = {index: self._frame(self.names[index]) for index in {*indices}}
-        sizes = {frame.shape for frame in chosen.values()}
-        if len(sizes) > 1:
-            shown = " and ".join(f"{width} × {height}" for height, width, _ in sorted(sizes))
-            raise BrokenVideo(self.path, f"images of different sizes: {shown}")
+        for index, frame in chosen.items():
+            self.shape = self.shape or frame.shape
+            if frame.shape != self.shape:
+                height, width, _ = frame.shape
+                other_height, other_width, _ = self.shape
+                raise BrokenVideo(
+                    self.path,
+                    f"{self.names[index]}: {width} × {height} pixels, where another image has "
+                    f"{other_width} × {other_height}",
+                )
         return np.stack([chosen[index] for index in indices])
 
     def _frame(self, name: str) -> Frames:
@@ -59,7 +70,11 @@ class ImageFolder:
         from PIL import Image, UnidentifiedImageError
 
         try:
-            with Image.open(self.path / name) as image:
+            with warnings.catch_warnings():
+                # PIL warns of sizes that are refused below, by a lower limit.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(self.path / name)
+            with image:
                 # Checked before decoding: a header can state a size that does not fit into memory.
                 if image.width * image.height > MOST_PIXELS:
                     raise BrokenVideo(
@@ -70,14 +85,10 @@ class ImageFolder:
                 return np.asarray(image.convert("RGB"))
         except UnidentifiedImageError:
             raise BrokenVideo(self.path, f"{name}: not an image that can be decoded") from None
-        # PIL raises SyntaxError and ValueError too for damaged files.
-        except (OSError, SyntaxError, ValueError) as error:
+        # PIL raises SyntaxError and ValueError too for damaged files, and has a limit of its own
+        # for the size that a header states.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise BrokenVideo(self.path, f"{name}: {error}") from None
-
-
-def is_image(name: str) -> bool:
-    """Return whether a file's name is that of an image, and not hidden."""
-    return name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name)
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:

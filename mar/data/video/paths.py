@@ -18,6 +18,19 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether the file or folder was made by a system or program, and not by a person.
+
+    Examples: ``.ipynb_checkpoints``, ``@eaDir``, ``._a.mp4``, ``__MACOSX``.
+    """
+    return name.startswith((".", "@")) or name == "__MACOSX"
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file's name is that of an image, and not hidden."""
+    return name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name)
+
+
 def is_video(path: Path) -> bool:
     """Whether a file or a folder (of images) is there."""
     return is_file(path) or is_folder(path)
@@ -40,6 +53,4 @@ def video_bytes(path: Path) -> int:
     if not path.is_dir():
         return path.stat().st_size
     with os.scandir(path) as entries:
-        return sum(
-            entry.stat().st_size for entry in entries if entry.name.lower().endswith(IMAGE_ENDINGS)
-        )
+        return sum(entry.stat().st_size for entry in entries if is_image(entry.name))

@@ -104,6 +104,18 @@ class Model(nn.Module):
         names = frozenset(part.removesuffix(".") for part in parts)
         return cls(network, settings, weights.classes, names)
 
+    def __repr__(self) -> str:
+        """Say what the model is, in one line: the modules of ``network`` are printed by it."""
+        clip = self.settings.clip
+        classes = ""
+        if "classifier" in self.parts:
+            classes = f", {self.settings.data.num_classes} classes"
+        return (
+            f"Model({self.settings.encoder.size} encoder{classes}, clips of {clip.frames} × "
+            f"{clip.size} × {clip.size}, {self.settings.test_ratio:.0%} hidden in testing; has "
+            f"{', '.join(sorted(self.parts))})"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the model is; ``to`` moves it."""

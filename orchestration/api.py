@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from mar.errors import UserError
+from mar.errors import UserError, notice
 from mar.training.retention import RetentionPolicy
 from orchestration.config import DEFAULT_STORE, LaunchConfig, WorkerConfig
+from orchestration.studies.best import best_of_study
 from orchestration.studies.loader import read_study
+from orchestration.studies.matching import match
 from orchestration.studies.names import name_in_store, name_of
 
 # Not at the top for real: pandas, torch and MLflow take seconds to load, and a plan needs none.
@@ -89,6 +92,39 @@ def file_finder(store: Path, tracking_uri: str | None) -> Callable[[Any, str], P
         return opened[0].file_of(record, name)
 
     return find
+
+
+def results_of(study: ResolvedStudy, store: Path, tracking_uri: str | None) -> StudyResults:
+    """Return the finished runs of a study's trials.
+
+    Tells the user if there are none, while runs of the study with other settings are finished.
+    """
+    from orchestration.reporting.study_results import StudyResults
+
+    records = records_of_store(store, tracking_uri)
+    found = StudyResults.match(study, records, file_finder(store, tracking_uri))
+    count = sum(run.experiment == study.name and run.status == "FINISHED" for run in records)
+    if count and not found.runs:
+        overrides = _last_overrides(study, store, tracking_uri)
+        advice = ""
+        if overrides:
+            advice = f"; the last launch had {' '.join(map(shlex.quote, overrides))}"
+        notice(
+            f"{study.name}: its {count} finished runs have other settings than were asked "
+            f"for{advice}. mar plan --explain shows what differs"
+        )
+    return found
+
+
+def _last_overrides(study: ResolvedStudy, store: Path, tracking_uri: str | None) -> list[str]:
+    from orchestration.tracking.store import Store
+
+    return Store(LaunchConfig(store, tracking_uri)).last_overrides(study.name)
+
+
+def _has_store(store: Path, tracking_uri: str | None) -> bool:
+    """Whether there may be runs to read: opening a store that does not exist would make it."""
+    return tracking_uri is not None or LaunchConfig(store).database.is_file()
 
 
 def named_in_store(study: ResolvedStudy, store: Path, claims: bool = False) -> ResolvedStudy:
@@ -191,17 +227,21 @@ class Study:
 
     def results(self) -> StudyResults:
         """Return the finished runs of its trials, for tables and figures of one's own."""
-        from orchestration.reporting.study_results import StudyResults
+        if not _has_store(self.store, self.tracking_uri):
+            from orchestration.reporting.study_results import StudyResults
 
-        find = file_finder(self.store, self.tracking_uri)
-        return StudyResults.match(self.resolved, self._records(), find)
+            return StudyResults(self.resolved, {})
+        return results_of(self.resolved, self.store, self.tracking_uri)
 
     def table(self) -> pd.DataFrame:
         """Return the study's table: a row for each combination of labels, in its order.
 
-        For each metric there is its mean over seeds; ``METRIC_half_width``, half the mean's 95 %
-        confidence interval (Student's t; absent with fewer than two seeds); ``METRIC_n``, the
-        number of values; and where the paper has a value, ``METRIC_paper``.
+        For each metric there is its mean over seeds; ``METRIC_n``, the number of values;
+        ``METRIC_least`` and ``METRIC_greatest`` of several; ``METRIC_half_width``, half the mean's
+        95 % confidence interval (Student's t; from three values on); and where the paper has a
+        value, ``METRIC_paper``. With a reference row, ``difference`` is each other row's top-1
+        minus the reference's, with its 95 % interval (``difference_low``, ``difference_high``) and
+        p value (``difference_p``, corrected by Holm's method).
         """
         import pandas as pd
 
@@ -214,16 +254,26 @@ class Study:
             for name in info.columns:
                 cell = row.cells[name]
                 values[name] = cell.mean
-                values[f"{name}_half_width"] = cell.half_width
                 values[f"{name}_n"] = len(cell.values)
+                if len(cell.values) > 1:
+                    values[f"{name}_least"] = min(cell.values)
+                    values[f"{name}_greatest"] = max(cell.values)
+                if len(cell.values) > 2:
+                    values[f"{name}_half_width"] = cell.half_width
                 values[f"{name}_paper"] = cell.paper
+            compared = info.comparisons.get(row.label)
+            if compared is not None:
+                values["difference"] = compared.difference
+                values["difference_low"] = compared.low
+                values["difference_high"] = compared.high
+                values["difference_p"] = compared.p
             rows.append({**dict(zip(info.axes, row.labels, strict=True)), **values})
         frame = pd.DataFrame(rows)
         # Columns that no row fills, such as the paper's values of a study of one's own.
         unused = [
             column
             for column in frame.columns
-            if column.endswith(("_half_width", "_paper")) and frame[column].isna().all()
+            if column.endswith("_paper") and frame[column].isna().all()
         ]
         return frame.drop(columns=unused).set_index(list(info.axes))
 
@@ -244,8 +294,7 @@ class Study:
         return target
 
     def _records(self) -> list[RunRecord]:
-        # Without a store nothing is finished, and asking would make one.
-        if self.tracking_uri is None and not LaunchConfig(self.store).database.is_file():
+        if not _has_store(self.store, self.tracking_uri):
             return []
         return records_of_store(self.store, self.tracking_uri)
 
@@ -256,7 +305,8 @@ def best_result(
     """Return the result folder of the best trial of a study or search.
 
     The best is by a search's first objective, or by the first column of a study's table that is a
-    measured metric with a better direction, as ``top1``.
+    measured metric with a better direction, as ``top1``. Where no trial has the file's settings,
+    those of the study's last launch hold, and the user is told.
 
     Raises:
         UserError: the file cannot be read, or none of its trials is finished.
@@ -274,17 +324,32 @@ def best_result(
 
 def _best_run(name: str, store: Path, tracking_uri: str | None) -> RunRecord | None:
     from orchestration.search.schema import read_search
-    from orchestration.studies.best import best_by, best_of_study
+    from orchestration.studies.best import best_by
     from orchestration.studies.yaml_document import Document, find
 
     if "space" not in Document(find(name, "study")).content:
-        study = Study.read(name, store=store, tracking_uri=tracking_uri)
-        return best_of_study(study.resolved, study.results().runs)
+        return _best_of_study(name, store, tracking_uri)
     search = read_search(name)
     stored = name_in_store(search.name, search.path, store)
     runs = results(stored, store=store, tracking_uri=tracking_uri).records
     metric, direction = next(iter(search.file.objectives.items()))
     return best_by(metric, direction == "max", [run for run in runs if run.status == "FINISHED"])
+
+
+def _best_of_study(name: str, store: Path, tracking_uri: str | None) -> RunRecord | None:
+    study = named_in_store(read_study(name), store)
+    if not _has_store(store, tracking_uri):
+        return None
+    records = records_of_store(store, tracking_uri)
+    found = match(study.trials, records)
+    if not found:
+        overrides = _last_overrides(study, store, tracking_uri)
+        study = named_in_store(read_study(name, overrides), store)
+        found = match(study.trials, records)
+        if found:
+            words = " ".join(map(shlex.quote, overrides))
+            notice(f"{name}: the best with the settings of its last launch: {words}")
+    return best_of_study(study, found)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,25 @@ def test_a_folder_of_classes_becomes_a_recipe_that_trains(films: Path, tmp_path:
     assert "exists already" in error
 
 
+def test_clips_of_one_recording_are_on_one_side(films: Path, tmp_path: Path) -> None:
+    film = sorted(films.rglob("*.mp4"))[0]
+    for name in ("Archery", "Biking"):
+        (tmp_path / "ucf" / name).mkdir(parents=True)
+        for number in range(18):
+            clip = f"v_{name}_g{number // 3 + 1:02}_c{number % 3 + 1:02}.mp4"
+            shutil.copy(film, tmp_path / "ucf" / name / clip)
+    # A link's own name is the recipe's, not that of the folder it leads to.
+    (tmp_path / "linked").symlink_to(tmp_path / "ucf")
+    run_mar(tmp_path, "init", "linked")
+    settings = build(recipe_tree(str(tmp_path / "linked_recipe" / "recipe.yaml")))
+    sides = [
+        {video.name[: -len("_c01.mp4")] for video in read_split(settings.data, split)}
+        for split in ("train", "val")
+    ]
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) == 2
+
+
 def test_a_split_of_its_own_is_kept_and_long_videos_are_sampled_densely(
     films: Path, tmp_path: Path
 ) -> None:

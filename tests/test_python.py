@@ -225,6 +225,10 @@ def test_a_study_is_planned_run_and_read(folder: Path, study: mar.Study, tmp_pat
     assert list(table.index) == ["50 %", "75 %"]
     assert table.loc["75 %", "top1_paper"] == 69.46
     assert list(table.top1_n) == [2, 2]
+    # Two values have a range, as in the printed table; Student's interval of two says nothing.
+    assert "top1_half_width" not in table
+    assert (table.top1_least <= table.top1).all()
+    assert (table.top1_greatest >= table.top1).all()
     found = mar.results(str(folder / "study.yaml"), store=folder / "store")
     tops = found.metrics.loc[found.runs.index[found.runs.trial.str.startswith("50 %")], "test/top1"]
     assert table.loc["50 %", "top1"] == pytest.approx(tops.mean())
@@ -317,6 +321,27 @@ def test_the_best_of_a_study_predicts_folders_patterns_and_windows(
     }.items():
         _, errors = run_mar(folder, *best, *arguments, code=2)
         assert message in errors
+
+
+def test_what_was_trained_with_other_settings_is_named_and_the_best_of_it_predicts(
+    folder: Path, film: Path, tmp_path: Path
+) -> None:
+    for file, source in {"study.yaml": "other.yaml", "recipe.yaml": "recipe.yaml"}.items():
+        (tmp_path / file).write_text((folder / source).read_text())
+    run_mar(tmp_path, "run", "study.yaml", "recipe.base_lr=3e-4", "--backend", "local")
+    table, errors = run_mar(tmp_path, "table", "study.yaml")
+    assert "are finished; –: not available yet" in table
+    assert "its 2 finished runs have other settings than were asked for" in errors
+    assert "the last launch had recipe.base_lr=3e-4" in errors
+    table, errors = run_mar(tmp_path, "table", "study.yaml", "recipe.base_lr=3e-4")
+    assert "–" not in table
+    assert "other settings" not in errors
+    answer, errors = run_mar(tmp_path, "predict", "study.yaml", "--best", str(film))
+    assert str(film) in answer
+    assert "with the settings of its last launch: recipe.base_lr=3e-4" in errors
+    trial = next((tmp_path / "mar_store" / "trials").iterdir())
+    _, errors = run_mar(tmp_path, "predict", str(trial), str(film), code=2)
+    assert f"the model of this trial is in {trial / 'result'}" in errors
 
 
 # MLflow warns on loading that a column of paths or arrays has no type that it could check.

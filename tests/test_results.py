@@ -97,7 +97,7 @@ def test_the_paper_stands_beside_ours_and_is_never_mixed_with_it(study: Study) -
     assert second.split("|")[3].strip() == "69.46"
     assert "70.50 [70.00, 71.00]" in first, "of two seeds the range"
     assert "**" not in first, "two seeds do not tell the two rows apart"
-    assert "n = 2 trainings a row" in text
+    assert "Each row is the mean over n = 2 trainings; beside it: [least, greatest]." in text
     apart = to_markdown(table_info(StudyResults.match(study, runs(study, 70.0, 70.1, 60.0, 60.1))))
     assert "**70.05 [70.00, 70.10]**" in apart
 
@@ -113,6 +113,7 @@ def test_latex_is_escaped_and_uses_booktabs(study: Study) -> None:
     text = to_latex(table_info(StudyResults.match(study, [])))
     assert "\\caption{Mask ratio \\& 100 \\%" in text
     assert "\\toprule" in text
+    assert "\\label{tab:study}" in text
     assert latex_escaped("a_b × ρ \\ 5 %") == "a\\_b $\\times$ $\\rho$ \\textbackslash{} 5 \\%"
 
 

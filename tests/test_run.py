@@ -657,6 +657,9 @@ def test_the_small_verbs_print_what_they_promise(workdir: Path) -> None:
     shown = yaml.safe_load(mar(workdir, "show", "recipe.yaml", "mask.ratio=0.75"))
     assert shown["mask"]["ratio"] == 0.75
     assert json.loads(mar(workdir, "show", "recipe.yaml", "--json"))["encoder"]["width"] == 16
+    listed = json.loads(mar(workdir, "show", "--json"))
+    assert listed["table4_cell_size"].startswith("Table IV")
+    assert "real clips" in listed["recipes/real_clips"]
     assert json.loads(mar(workdir, "cost", "recipe.yaml", "--json"))["tokens"] == 64
     assert "GFLOPs a view" in mar(workdir, "cost", "recipe.yaml")
     masks = json.loads(mar(workdir, "mask", "recipe.yaml", "--json", "--clips", "1"))

@@ -173,8 +173,8 @@ class EncoderConfig(Node):
     """Random start of the patch embedding and the decoder's first projection: Xavier uniform, or
     PyTorch's own (release)."""
     weights: str | None = None
-    """Pre-trained weights to start from: a file, a folder, a Hugging Face or timm name; none:
-    random (Table IX b)."""
+    """Pre-trained weights to start from: a file, a folder, a Hugging Face or timm name, or
+    ``mini``, the small model that ships with mar; none: random (Table IX b)."""
 
     @field_validator("size")
     @classmethod

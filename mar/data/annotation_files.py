@@ -92,7 +92,8 @@ def annotation_file(data: DataConfig, what: Literal["train", "val", "labels"]) -
     found = next((root / name for name in names if (root / name).exists()), None)
     if found is None:
         raise UserError(
-            f"data.{what}: no annotation file {' or '.join(str(root / name) for name in names)}"
+            f"data.{what}: no annotation file {' or '.join(str(root / name) for name in names)} "
+            "(its path is relative to data.root)"
         )
     return found
 

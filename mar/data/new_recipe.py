@@ -5,6 +5,7 @@ Every value that it guesses is written with its reason, for a person to check.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ _TRAINING = ("train", "training")
 _TESTING = ("val", "validation", "test", "testing")
 _LOOKED_AT = 40
 """Videos that are opened, spread evenly over the folder: enough for a median."""
+_GROUP = re.compile(r"(?<=_g\d\d)_c\d+$")
+"""The end of a name as ``v_Archery_g01_c02``: the second clip of recording 1."""
 _ONE_IN = 5
 """One video of five of each class is for testing, where the folder has no split of its own."""
 _SHORT_S = 6.0
@@ -97,14 +100,22 @@ def _by_class(root: Path) -> dict[str, list[Path]]:
 def _divided(
     videos: Mapping[str, Sequence[Path]],
 ) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """Divide each class: every fifth video is for testing, at least one where there are two."""
+    """Divide each class: every fifth video is for testing, at least one where there are two.
+
+    Where all names have the recording they are cut from (``…_g01_c02``, as UCF101's), it is every
+    fifth recording.
+    """
     train: dict[str, list[Path]] = {}
     test: dict[str, list[Path]] = {}
+    has_groups = all(_GROUP.search(video.stem) for each in videos.values() for video in each)
     for name, each in videos.items():
+        groups = {video: str(number) for number, video in enumerate(each)}
+        if has_groups:
+            groups = {video: _GROUP.sub("", video.stem) for video in each}
         # From the second on, so that a class with two videos has one for each.
-        chosen = set(range(1, len(each), _ONE_IN))
-        test[name] = [video for number, video in enumerate(each) if number in chosen]
-        train[name] = [video for number, video in enumerate(each) if number not in chosen]
+        chosen = set(list(dict.fromkeys(groups.values()))[1::_ONE_IN])
+        test[name] = [video for video in each if groups[video] in chosen]
+        train[name] = [video for video in each if groups[video] not in chosen]
     return train, test
 
 
@@ -144,6 +155,7 @@ def recipe_text(root: Path, found: Survey, lists: Path) -> str:
     """
     size = _batch_size(len(found.train))
     epochs = max(10, min(200, round(_STEPS * size / len(found.train))))
+    steps = epochs * (len(found.train) // size)
     lines = [
         f"# {len(found.classes)} classes, {len(found.train)} training and {len(found.test)} test "
         "videos. Written by mar init: check what it guessed.",
@@ -175,7 +187,7 @@ def recipe_text(root: Path, found: Survey, lists: Path) -> str:
         "  mixup: 0.2",
         "  cutmix: 0.2",
         "recipe:",
-        f"  epochs: {epochs}  # some {_STEPS} steps",
+        f"  epochs: {epochs}  # {steps} steps",
         f"  batch_size: {size}",
         "  base_lr: 8.0e-3",
         f"  warmup_epochs: {max(1, epochs // 20)}",
@@ -190,8 +202,9 @@ def _split_lines(found: Survey) -> list[str]:
     if found.has_split:
         return []
     return [
-        "# One video of five of each class is for testing. If several are cut from one recording,",
-        "# put them on one side in the lists: else the test measures who was seen before.",
+        "# One video of five of each class is for testing, or, where all names are as g01_c02 of",
+        "# UCF101, one recording of five. If several are cut from one recording, put them on one",
+        "# side in the lists: else the test measures who was seen before.",
     ]
 
 

@@ -192,9 +192,10 @@ def report_text(report: DataReport, num_named: int = 10) -> str:
         # The spread of class sizes and empty classes show a wrong list or labels file at a glance.
         sizes = sorted(classes.values())
         empty = [name for name, count in classes.items() if not count]
-        spread = (
-            f"{sizes[0]} to {sizes[-1]} videos each, {sizes[len(sizes) // 2]} in the middle one"
-        )
+        spread = f"{sizes[0]} videos each"
+        if sizes[0] != sizes[-1]:
+            middle = sizes[len(sizes) // 2]
+            spread = f"{sizes[0]} to {sizes[-1]} videos each, {middle} in the middle one"
         line = f"{split:<7}{len(sizes)} classes, {spread}"
         if empty:
             line += f"; none of {', '.join(empty[:5])}"

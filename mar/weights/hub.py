@@ -9,6 +9,7 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
+from mar import MANIFEST, RESULT_DIR
 from mar.errors import UserError
 from mar.safe_input import below, read_json
 
@@ -101,8 +102,12 @@ def weight_files(path: Path) -> list[Path]:
     """
     files = [path] if path.is_file() else _weight_files(path)
     if not files:
+        advice = ""
+        if (path / RESULT_DIR / MANIFEST).is_file():
+            advice = f"; the model of this trial is in {path / RESULT_DIR}"
         raise UserError(
-            f"{path}: no weights in it (model.safetensors, its shards' index, or pytorch_model.bin)"
+            f"{path}: no weights in it (model.safetensors, its shards' index, or "
+            f"pytorch_model.bin){advice}"
         )
     return files
 

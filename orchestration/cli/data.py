@@ -44,8 +44,9 @@ def init(
 ) -> None:
     """Write a recipe and lists for a folder of videos, and say what was guessed."""
     from mar.data.new_recipe import write_recipe
+    from mar.data.video.files import absolute_path
 
-    target = output or Path(f"{folder.resolve().name}_recipe")
+    target = output or Path(f"{absolute_path(folder).name}_recipe")
     found = write_recipe(folder, target)
     print(
         printable(

@@ -13,12 +13,30 @@ from mar.errors import UserError
 from orchestration.cli.options import AsJson, Output, Overrides, RecipeName
 
 
-def show(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Print all settings of a recipe, with those that it inherits and the defaults."""
+def show(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="A recipe; none: list what ships with mar."),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print all settings of a recipe, with its defaults; or list the studies and recipes."""
     import yaml
 
     from orchestration.studies.recipe import read_recipe
+    from orchestration.studies.yaml_document import shipped
 
+    if recipe is None:
+        names = shipped()
+        if as_json:
+            print(json.dumps(names, indent=1, ensure_ascii=False))
+            return
+        width = max(map(len, names)) + 2
+        for name, meaning in names.items():
+            print(f"{name:<{width}}{meaning}")
+        print("\nA recipe of yours may start from one of these: extends: recipes/real_clips.yaml")
+        return
     tree = read_recipe(recipe, overrides or []).model_dump(mode="json")
     # In the schema's order, which keeps related settings together.
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=None)

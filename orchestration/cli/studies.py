@@ -326,9 +326,12 @@ def report(
 
 
 def _results(study: Study, store: Path, tracking_uri: str | None) -> StudyResults:
-    """Return a study's results from MLflow."""
-    from orchestration.api import file_finder
-    from orchestration.reporting.study_results import StudyResults
+    """Return a study's results from MLflow.
 
-    records = records_of(store, tracking_uri)
-    return StudyResults.match(study, records, file_finder(store, tracking_uri))
+    Raises:
+        UserError: the store does not exist.
+    """
+    from orchestration.api import results_of
+
+    print_store(store, tracking_uri)
+    return results_of(study, store, tracking_uri)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rich.console import Console, ConsoleRenderable, Group
@@ -88,7 +89,8 @@ class LiveProgress:
         # A new dict, not an update: the display's thread may be reading the old one.
         state.metrics = {**state.metrics, **report.metrics}
         if not report.is_final:
-            self._line(f"  {trial.name}: {self._metrics_text(state)}   [{self.summary()}]")
+            shown = self._metrics_text(state, report.metrics)
+            self._line(f"  {trial.name}: {shown}   [{self.summary()}]")
 
     def finished(self, trial: Trial, metrics: dict[str, float]) -> None:
         """Show that a trial is done."""
@@ -117,7 +119,7 @@ class LiveProgress:
 
     def message(self, trial: Trial, message: str) -> None:
         """Show a message of a trial."""
-        text = Text(printable(f"! {trial.name}: {message}"), style="yellow")
+        text = Text(printable(f"· {trial.name}: {message}"), style="dim")
         self.console.print(text, soft_wrap=True)
 
     def counts(self) -> dict[str, int]:
@@ -194,13 +196,16 @@ class LiveProgress:
             )
         return Group(table, Text(self.summary(), style="bold"))
 
-    def _metrics_text(self, state: _State) -> str:
-        metrics = state.metrics
-        return (
-            f"epoch {state.epoch}/{state.epochs}, loss {_metric(metrics, 'train/loss', '.4f')}, "
-            f"top-1 {_metric(metrics, 'val/top1', '.2f')} %, "
-            f"{_metric(metrics, 'throughput/clips_per_s', '.0f')} clips/s"
-        )
+    def _metrics_text(self, state: _State, metrics: Mapping[str, float]) -> str:
+        """Return an epoch's own metrics; not every epoch has a validation."""
+        parts = [
+            f"epoch {state.epoch}/{state.epochs}",
+            f"loss {_metric(metrics, 'train/loss', '.4f')}",
+        ]
+        if "val/top1" in metrics:
+            parts.append(f"top-1 {metrics['val/top1']:.2f} %")
+        parts.append(f"{_metric(metrics, 'throughput/clips_per_s', '.0f')} clips/s")
+        return ", ".join(parts)
 
     def _line(self, message: str) -> None:
         # In a terminal the table shows all of this. No markup: names may contain brackets.
@@ -208,7 +213,7 @@ class LiveProgress:
             self.console.print(printable(message), soft_wrap=True, highlight=False, markup=False)
 
 
-def _metric(metrics: dict[str, float], name: str, form: str) -> str:
+def _metric(metrics: Mapping[str, float], name: str, form: str) -> str:
     if name not in metrics:
         return "–"
     return format(metrics[name], form)

@@ -38,6 +38,7 @@ from orchestration.tracking.tags import (
     KEY,
     KIND,
     MICROBATCH_CLIPS,
+    OVERRIDES,
     PRUNED,
     RUNS,
     STUDY,
@@ -123,7 +124,15 @@ class RunRecorder:
         title = self.study.file.title
         metrics, differing = _columns(self.study)
         self.store.show_columns(self.experiment, metrics, [*parameters, *differing])
-        tags = {**self.common_tags, TITLE: title, "mlflow.note.content": title}
+        overrides = json.dumps(self.study.overrides, ensure_ascii=False)
+        if len(overrides) > _MOST_NOTE:
+            overrides = "[]"
+        tags = {
+            **self.common_tags,
+            TITLE: title,
+            "mlflow.note.content": title,
+            OVERRIDES: overrides,
+        }
         return self.store.run(self.experiment, self.study.name, {KIND: "study"}, tags)
 
     # What a backend reports (``TrialCallback``).

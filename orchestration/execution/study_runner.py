@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
 
 from mar.errors import Failure, UserError, notice
 from orchestration.backends.choice import backend_of
-from orchestration.config import LaunchConfig
+from orchestration.config import DEFAULT_STORE, LaunchConfig
 from orchestration.execution.lock import study_lock
 from orchestration.execution.preflight import check_data, check_weights, pack_frames
 from orchestration.execution.progress import LiveProgress
@@ -21,6 +23,7 @@ from orchestration.execution.scheduling import missing_trials, train_missing
 from orchestration.execution.signals import graceful_shutdown
 from orchestration.execution.webhook import failures_by_kind, notify_webhook
 from orchestration.failures import REMEDIES
+from orchestration.installation import packaged
 from orchestration.reporting.study_report import write_report
 from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.table_formats import FORMATS
@@ -81,7 +84,8 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
             folder = launch.report_folder(study.name)
             # Read again: MLflow now has the runs of this launch.
             results = StudyResults.match(study, store.trials(), store.file_of)
-            recorder.mark_best(best_of_study(study, results.runs))
+            best = best_of_study(study, results.runs)
+            recorder.mark_best(best)
             table, lines = write_report(results, folder)
             recorder.log_report(folder, results, table)
     # The report has all rows; the terminal shows those that ``--filter`` chose.
@@ -93,6 +97,13 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
     print(f"figure   {folder / 'figure.png'}")
     print(f"report   {folder / 'report.html'} (and report.md, table.tex, …)")
     print(f"MLflow   {_mlflow_hint(launch)}   (experiment {study.name!r})")
+    if best is not None and study.path is not None:
+        verb = "predict"
+        # A pre-training has no classifier.
+        if study.trials[0].settings.pretrains:
+            verb = "reconstruct"
+        name = _as_typed(study.path)
+        print(f"use it   mar {verb} {name} --best{_store_option(launch)} VIDEO")
     # Outside the lock: no other launch waits for a webhook that does not answer.
     notify_webhook(study, recorder)
     _raise_if_unfinished(study, recorder)
@@ -129,10 +140,25 @@ def _mlflow_hint(launch: LaunchConfig) -> str:
     """Return where MLflow shows the study: a server's address, or the command that starts one."""
     if launch.tracking_uri:
         return launch.shown_tracking
-    # The default store: the command needs no option.
-    if str(launch.store) == "mar_store":
-        return "mar ui"
-    return f"mar ui --store {shlex.quote(str(launch.store))}"
+    return f"mar ui{_store_option(launch)}"
+
+
+def _store_option(launch: LaunchConfig) -> str:
+    """Return what a command needs to read this launch's store: nothing for the default one."""
+    option = ""
+    if launch.store != DEFAULT_STORE:
+        option = f" --store {shlex.quote(str(launch.store))}"
+    if launch.tracking_uri:
+        option += f" --tracking-uri {launch.shown_tracking}"
+    return option
+
+
+def _as_typed(file: Path) -> str:
+    """Return a study's name for a command: of a shipped one its name, of another its path."""
+    spaces = packaged("search_spaces").resolve()
+    if file.is_relative_to(spaces):
+        return shlex.quote(str(file.relative_to(spaces).with_suffix("")))
+    return shlex.quote(os.path.relpath(file))
 
 
 def _raise_if_unfinished(study: Study, recorder: RunRecorder) -> None:

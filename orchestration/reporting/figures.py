@@ -39,7 +39,7 @@ class Series:
     x: Sequence[float]
     y: Sequence[float]
     error: Sequence[float]
-    """Half widths of 95 % intervals; 0 with one seed."""
+    """Half widths of 95 % intervals, with two seeds of their range; 0 with one seed."""
     is_papers: bool = False
     """Whether the values are the paper's printed ones."""
     is_line: bool = False
@@ -155,7 +155,7 @@ def _series(
         ],
         [(row.cells[x].mean or 0.0) if x else float(position) for position, row in present],
         [row.cells[name].mean or 0.0 for _, row in present],
-        [row.cells[name].half_width or 0.0 for _, row in present],
+        [row.cells[name].reach or 0.0 for _, row in present],
     )
 
 

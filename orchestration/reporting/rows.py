@@ -53,6 +53,17 @@ class Cell:
         )
 
     @property
+    def reach(self) -> float | None:
+        """Half of what a figure shows around the mean, as the table does by default.
+
+        From three values that is the 95 % interval. With two it would be six times their distance
+        and say nothing: their range stands for it. None with fewer.
+        """
+        if len(self.values) == 2:
+            return (max(self.values) - min(self.values)) / 2
+        return self.half_width
+
+    @property
     def deviation(self) -> float | None:
         """The standard deviation over seeds; none with fewer than two."""
         if len(self.values) > 1:

@@ -86,7 +86,7 @@ def write_report(results: StudyResults, folder: Path) -> tuple[str, list[str]]:
 
 
 def claim_lines(judged: Sequence[Claim]) -> list[str]:
-    """Return a line for each of the paper's claims: our verdict, and the measured differences."""
+    """Return a line for each of the study's claims: our verdict, and the measured differences."""
     lines: list[str] = []
     for claim in judged:
         gaps = [
@@ -147,7 +147,7 @@ def _markdown(results: StudyResults, table: TableInfo, judged: Sequence[str]) ->
     found = "\n".join(markdown(note) for note in findings(results))
     title = markdown(study.file.title)
     claimed = (
-        "## The paper's claims\n\n" + "".join(f"- {markdown(line)}\n" for line in judged) + "\n"
+        "## Claims\n\n" + "".join(f"- {markdown(line)}\n" for line in judged) + "\n"
         if judged
         else ""
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,7 +55,12 @@ def to_latex(info: TableInfo) -> str:
     caption = latex_escaped(
         ". ".join(sentence.rstrip(".") for sentence in [info.title, *info.notes]) + "."
     )
-    return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\\end{{table}}\n"
+    # Letters, digits and signs alone: TeX reads a label before it is defined, unescaped.
+    label = re.sub("[^A-Za-z0-9_.-]", "-", info.name)
+    return (
+        f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n\\label{{tab:{label}}}\n{body}"
+        "\\end{table}\n"
+    )
 
 
 def to_html(info: TableInfo, has_caption: bool = True) -> str:

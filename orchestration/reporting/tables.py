@@ -54,6 +54,8 @@ class TableInfo:
     """The axis over whose labels each row is a mean."""
     own_notes: Sequence[str] = ()
     """The notes of the study's file."""
+    name: str = ""
+    """The study's name: LaTeX's label of the table."""
     is_significant: Mapping[str, bool] = field(default_factory=dict[str, bool])
     """Metric -> whether its best row differs significantly from the next one. Only then is it
     printed bold."""
@@ -105,7 +107,10 @@ class TableInfo:
     @property
     def _comparison_note(self) -> str:
         """The note that explains the column of differences from the reference row."""
-        correction = f"Holm's correction for {len(self.comparisons)} rows, 5 %"
+        correction = "5 %"
+        # A single row needs none.
+        if len(self.comparisons) > 1:
+            correction = f"Holm's correction for {len(self.comparisons)} rows, 5 %"
         if self.mean_over:
             return (
                 f"To {self.reference}: difference in top-1, 95 % interval; {ALIKE}: no significant "
@@ -131,10 +136,10 @@ class TableInfo:
         if self.common_seeds and self.mean_over:
             number = f"Each row is the mean over {self.common_seeds} labels of {self.mean_over}; "
         elif self.common_seeds:
-            number = f"n = {self.common_seeds} trainings a row; "
+            number = f"Each row is the mean over n = {self.common_seeds} trainings; "
         else:
-            number = ""
-        return [f"{number}beside a mean: {' or '.join(sorted(meanings))}."]
+            return [f"Beside a mean: {' or '.join(sorted(meanings))}."]
+        return [f"{number}beside it: {' or '.join(sorted(meanings))}."]
 
 
 def table_info(results: StudyResults) -> TableInfo:
@@ -157,6 +162,7 @@ def table_info(results: StudyResults) -> TableInfo:
         layout.spread,
         layout.mean_over,
         study.file.notes,
+        study.name,
         is_significant,
     )
 

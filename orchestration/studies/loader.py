@@ -47,7 +47,7 @@ def _of_one(path: Path, overrides: Sequence[str]) -> Study:
     )
     trial = Trial({"recipe": title}, settings, _fingerprint(settings, {}))
     # The study's name becomes the name of a folder: a slash would make two of it.
-    return Study(title.replace("/", "_"), file, [trial], path)
+    return Study(title.replace("/", "_"), file, [trial], path, overrides=tuple(overrides))
 
 
 def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Study:
@@ -101,7 +101,7 @@ def read_study(name: str, overrides: Sequence[str] = (), only: Sequence[str] = (
             settings = _build(merged, recipe, document, own, file, given)
             content = _fingerprint(settings, fingerprints)
             trials.append(Trial(named, settings, content, file.table.mean_over))
-    study = Study(document.path.stem, file, trials, document.path)
+    study = Study(document.path.stem, file, trials, document.path, overrides=tuple(overrides))
     if not trials:
         raise UserError(
             f"{document.path}: no trial in it; every axis needs a label, and seeds a seed"

@@ -212,7 +212,7 @@ def plan_text(
                 f"{line.state:<5}{line.trial.name:<{width}}"
                 f"{line.gflops:>9.4g}{line.params_m:>11.2f}"
                 f"{_or_dash(line.num_clips if runs else None, ','):>12}"
-                f"{_or_dash(line.device_hours if runs else None, '.2f'):>14}{of}"
+                f"{_hours_text(line.device_hours if runs else None):>14}{of}"
             )
             text += _explained(line, neighbours) if neighbours and runs else []
     return "\n".join([*text, *_totals(lines, device)])
@@ -248,7 +248,7 @@ def _totals(lines: Sequence[PlannedTrial], device: Device | None) -> list[str]:
             where = f"on {device.name} ({device.source})"
         else:
             where = "at the throughput of finished trials"
-        summary += f", about {sum(hours):.2f} device-hours {where}"
+        summary += f", about {_hours_text(sum(hours))} device-hours {where}"
         if device and device.price_per_h:
             summary += f", {sum(hours) * device.price_per_h:,.0f} in money"
     elif new:
@@ -318,6 +318,13 @@ def plan_json(lines: Sequence[PlannedTrial], neighbours: Neighbours | None = Non
 def _or_dash(value: float | None, form: str) -> str:
     """Return a formatted number, or a dash for none."""
     return "–" if value is None else format(value, form)
+
+
+def _hours_text(hours: float | None) -> str:
+    """Return hours with two decimals, or with two digits where they would round to nothing."""
+    if hours is not None and 0 < hours < 0.1:
+        return f"{hours:.2g}"
+    return _or_dash(hours, ".2f")
 
 
 def _num_clips(trial: Trial, sizes: dict[str, int | None]) -> int | None:

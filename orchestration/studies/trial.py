@@ -83,6 +83,8 @@ class Study:
     """The study's file; none for a search, whose trials are proposed by Optuna."""
     chosen: frozenset[str] | None = None
     """Keys of the trials that this launch runs (``--filter``); none: all."""
+    overrides: tuple[str, ...] = ()
+    """The settings of the command line that replaced the file's, each as ``path=value``."""
 
     @property
     def to_run(self) -> list[Trial]:

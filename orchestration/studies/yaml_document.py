@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,29 @@ def find(name: str, kind: str) -> Path:
     raise UserError(
         f"no {kind} {name!r}: neither a file nor one that ships with mar ({', '.join(near)})"
     )
+
+
+def shipped() -> dict[str, str]:
+    """Return the studies and recipes that ship with mar: name -> title, or its first comment."""
+    spaces = packaged("search_spaces")
+    found: dict[str, str] = {}
+    for file in [*sorted(spaces.glob("*.yaml")), *sorted((spaces / "recipes").rglob("*.yaml"))]:
+        if file.name == FAMILY_FILE:
+            continue
+        title = Document(file).content.get("title")
+        if not title:
+            comments = " ".join(_first_comments(file)).split(". ")
+            title = comments[0].rstrip(".")
+        found[str(file.relative_to(spaces).with_suffix(""))] = str(title)
+    return found
+
+
+def _first_comments(file: Path) -> Iterator[str]:
+    """Yield the lines of the comment that a file begins with."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            return
+        yield line.removeprefix("#").strip()
 
 
 class _KeysAsWritten(PlainLoader):

@@ -27,7 +27,7 @@ from orchestration.tracking.client import (
 )
 from orchestration.tracking.embedded import follow_move, one_at_a_time
 from orchestration.tracking.run_record import RunRecord
-from orchestration.tracking.tags import EXPECTED, FOLDER, KIND
+from orchestration.tracking.tags import EXPECTED, FOLDER, KIND, OVERRIDES
 
 _NO_REGISTRY = (
     "INVALID_PARAMETER_VALUE",
@@ -95,6 +95,16 @@ class Store:
             }
             runs = self._runs(names, f"tags.`{KIND}` = 'study'")
         return {names[run.info.experiment_id]: int(run.data.tags.get(EXPECTED, 0)) for run in runs}
+
+    def last_overrides(self, study: str) -> list[str]:
+        """Return the overrides of a study's last launch; empty if that is not known here."""
+        with explained(self.launch):
+            found = self.client.get_experiment_by_name(study)
+            if found is None:
+                return []
+            runs = self._runs([found.experiment_id], f"tags.`{KIND}` = 'study'")
+        # Launches of an earlier version did not record them.
+        return [word for run in runs for word in json.loads(run.data.tags.get(OVERRIDES, "[]"))]
 
     def _runs(self, experiment_ids: Iterable[str], query: str) -> list[Run]:
         """Return all runs of some experiments that a query finds."""

@@ -9,6 +9,8 @@ STUDY = "mar.study"
 TITLE = "mar.title"
 EXPECTED = "mar.expected"
 """Of a study: its number of trials, finished or not, at its last launch."""
+OVERRIDES = "mar.overrides"
+"""Of a study: the settings of its last launch that replaced the file's, ``path=value``; JSON."""
 RUNS = "mar.runs"
 """Of a study: the runs in its table, also those of other studies; JSON."""
 

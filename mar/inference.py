@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from mar.config.schema import TrainingConfig
@@ -27,8 +27,9 @@ from mar.data.video.sequential_reader import BrokenVideo, Frames
 from mar.distributed import default_device
 from mar.errors import Failure, UserError
 from mar.evaluation.evaluator import class_probabilities
+from mar.model.encoder import patchify
 from mar.model.mar import MAR
-from mar.model.masking import evaluation_mask
+from mar.model.masking import DrawnMask, evaluation_mask
 from mar.model.pixels import to_pixels
 from mar.visualization.reconstructions import rebuilt
 from mar.weights.pretrained import EVERYTHING, load, model_settings
@@ -122,7 +123,7 @@ class Model(nn.Module):
         return self.network.device
 
     def forward(
-        self, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"] | None = None
+        self, pixels: Float[Tensor, "B C T H W"], hidden: DrawnMask | None = None
     ) -> Float[Tensor, "B classes"]:
         """Return class scores of clips with pixel values from 0 to 1.
 
@@ -205,7 +206,7 @@ class Model(nn.Module):
         """
         with _opened(video, self.settings) as source:
             pixels = self._pixels(source)
-        tokens = self.network.encode(pixels, self.visible_tokens(len(pixels)))
+        tokens = self.network.encode(pixels, self.visible_tokens(pixels))
         return tokens.mean(dim=(0, 1)) if pooled else tokens
 
     @torch.no_grad()
@@ -226,9 +227,10 @@ class Model(nn.Module):
         masked, redrawn = rebuilt(self.settings, self.network, pixels, self._test_mask(1))
         return Reconstruction(pixels[0], masked[0], redrawn[0])
 
-    def visible_tokens(self, num_clips: int) -> Tensor:
-        """Return the flat indices of the tokens that testing shows, [num_clips, K]."""
-        visible, _ = self.network.indices(self._test_mask(num_clips))
+    def visible_tokens(self, pixels: Float[Tensor, "B C T H W"]) -> Int[Tensor, "B K"]:
+        """Return the flat indices of the tokens of clips that testing shows."""
+        tubelets = patchify(pixels, self.settings.encoder.tubelet)
+        visible, _ = self.network.indices(self._test_mask(len(pixels)), tubelets)
         return visible
 
     def require(self, part: str) -> None:
@@ -238,7 +240,7 @@ class Model(nn.Module):
                 f"this model has no {part}: its file has {', '.join(sorted(self.parts))} alone"
             )
 
-    def _test_mask(self, num_clips: int) -> Bool[Tensor, "B t h w"]:
+    def _test_mask(self, num_clips: int) -> DrawnMask:
         return evaluation_mask(self.settings).expand(num_clips, -1, -1, -1)
 
     def _pixels(self, source: FrameSource) -> Float[Tensor, "views C T H W"]:

@@ -45,7 +45,7 @@ def _rounded_down(_: BaseModel, ratio: float, grid: tuple[int, int, int]) -> int
 class MaskStrategy:
     """A mask strategy of a package of one's own: what its entry point in ``mar.masks`` names."""
 
-    draw: Callable[[Any, tuple[int, int, int], int, int, Any], Any]
+    draw: Callable[[Any, tuple[int, int, int], int, int, Any], Any] | None = None
     """(options, token grid, hidden tokens of a clip, clips, ``torch.Generator``) -> a boolean
     tensor, B × t × h × w, True where a token is hidden; every clip hides as many. All random
     numbers must come from the generator."""
@@ -54,6 +54,10 @@ class MaskStrategy:
     num_hidden: Callable[[Any, float, tuple[int, int, int]], int] = _rounded_down
     """(options, ratio ρ, token grid) -> hidden tokens of a clip; by default ρ of all, rounded
     down."""
+    score: Callable[[Any, Any], Any] | None = None
+    """A mask that sees the clip has this in place of ``draw``: (options, tubelets with pixel values
+    from 0 to 1, B × t × h × w × P, on their device) -> a number for each token, B × t × h × w. The
+    tokens of the highest numbers are visible; chance decides between equal ones."""
 
 
 @dataclass(frozen=True)

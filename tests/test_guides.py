@@ -144,5 +144,10 @@ def test_pre_training_and_weights(quickstart: Path) -> None:
     assert "not sent" in follow("weights.md", quickstart)
 
 
+def test_beyond_the_paper(workplace: Path) -> None:
+    follow("beyond.md", workplace)
+    assert (workplace / "motion.png").stat().st_size > 1000
+
+
 def test_a_search(workplace: Path) -> None:
     follow("search.md", workplace)

@@ -218,18 +218,19 @@ def test_a_mistake_in_a_study_is_named(workdir: Path, old: str, new: str, messag
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("strategy", ["cell", "redundancy"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_perfect_model_rebuilds_the_original(
-    tiny: Settings, normalize: bool, monkeypatch: pytest.MonkeyPatch
+    tiny: Settings, normalize: bool, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = tiny({"reconstruction.normalize_target": normalize})
+    settings = tiny({"reconstruction.normalize_target": normalize, "mask": {"strategy": strategy}})
     pixels = to_pixels(torch.randint(0, 256, (2, 8, 16, 16, 3), dtype=torch.uint8))
     model = MAR(settings)
     hidden = evaluation_mask(settings).expand(2, -1, -1, -1)
 
     def perfect(pixels: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         tubelets = patchify(pixels, settings.encoder.tubelet)
-        return reconstruction_target(take(tubelets, model.indices(hidden)[1]), normalize)
+        return reconstruction_target(take(tubelets, model.indices(hidden, tubelets)[1]), normalize)
 
     monkeypatch.setattr(model, "reconstruct", perfect)
     masked, whole = rebuilt(settings, model, pixels, hidden)

@@ -6,11 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import tiny_tree
+
+from mar.config.schema import TrainingConfig
+from mar.model.encoder import patchify
+from mar.visualization.masks_and_clips import middle_clip
 
 PACKAGE = Path(__file__).parent / "package"
 BIN = Path(sys.executable).parent
@@ -74,6 +80,25 @@ def test_a_packages_mask_and_format_are_used_in_a_study(study: Path, installed: 
     )
     drawn = json.dumps(masks)
     assert "[1, 0, 1, 0]" in drawn or "[0, 1, 0, 1]" in drawn
+
+
+def test_a_packages_mask_sees_the_clip(
+    study: Path, installed: Path, videos: Path, tiny: Callable[..., TrainingConfig]
+) -> None:
+    film = min((videos / "videos").glob("*.mp4"))
+    command = ["mask", "recipe.yaml", "--json", "--clips", "0", "--video", str(film)]
+    shown = json.loads(run(study, installed, *command, "mask.strategy=bright").stdout)
+    hidden = torch.tensor(shown["evaluation"]).bool().flatten()
+    settings = tiny()
+    pixels = middle_clip(settings, film)
+    bright = patchify(pixels[None], settings.encoder.tubelet)[0].mean(dim=-1)
+    assert hidden.sum() == 32
+    assert bright[~hidden].min() >= bright[hidden].max() - 1e-6
+    run(study, installed, "run", "recipe.yaml", "mask.strategy=bright", "--backend", "local")
+    wrong = run(study, installed, *command, "mask.strategy=misshapen", code=2)
+    assert "of the package my-masks 1.0: expected a score for each token" in wrong.stderr
+    unseen = run(study, installed, "mask", "recipe.yaml", "mask.strategy=bright", code=2)
+    assert "bright sees the clip: which? Give --video FILE" in unseen.stderr
 
 
 MODELS = """\

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +89,27 @@ class _NoWaiting(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {},
+        {"mask.strategy": "motion"},
+        {"mask.strategy": "redundancy"},
+        {"mask.strategy": "static"},
+        {"mask.choice": "motion", "mask.content": 0.5},
+    ],
+)
 def test_a_step_never_waits_for_its_device(
-    tiny: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch, mask: dict[str, object]
 ) -> None:
     """All but the backward pass, on a device that does not exist: reading a number there fails.
 
     ``benchmarks/device.py`` has a device that is there say so of the whole step.
     """
-    settings = tiny(AUGMENTED)
-    tokens = prod(settings.grid)
-    batch_indices = (
-        torch.zeros(4, tokens // 2, dtype=torch.long),
-        torch.zeros(4, tokens - tokens // 2, dtype=torch.long),
-    )
-    monkeypatch.setattr(
-        model_module, "split_indices", lambda hidden: batch_indices
-    )  # looks at the mask, while it is on the CPU
+    settings = tiny({**AUGMENTED, **mask})
+    number = settings.mask.num_hidden(settings.grid)
+    # It looks at the mask, while it is on the CPU.
+    monkeypatch.setattr(model_module, "num_hidden_of", lambda drawn: number)
     monkeypatch.setattr(
         torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor
     )  # looks at numbers, at the start

@@ -20,7 +20,7 @@ from torch import Tensor
 from mar.augmentation.randaugment import Operations, draw_operations, rand_augment
 from mar.config.randaugment_policy import RandAugmentPolicy
 from mar.config.schema import AugmentConfig, TrainingConfig
-from mar.model.masking import training_mask
+from mar.model.masking import DrawnMask, training_mask
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD, to_pixels
 from mar.rng import Stream, rng, rng_seed
 
@@ -49,7 +49,7 @@ class Erased:
 class Drawn:
     """The random choices of a step, for each of its clips."""
 
-    hidden: Bool[Tensor, "B t h w"]
+    hidden: DrawnMask
     mirrored: Bool[Tensor, " B"]
     operations: Operations
     erased: list[Erased | None]

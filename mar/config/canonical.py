@@ -19,8 +19,9 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
 
     A linear classifier has no width. Where nothing is hidden there are no cells, and nothing is
     reconstructed. A running uniform mask is a running cell as large as the token grid. Masks
-    without cells have no cell's size, spatial or temporal order, and no start state in testing. One
-    view has nothing to complement. A package's encoder and classifier have their own options alone.
+    without cells have no cell's size, spatial or temporal order, and no start state in testing.
+    Where a mask does not see the clip, content decides nothing. One view has nothing to complement.
+    A package's encoder and classifier have their own options alone.
     """
     changes: dict[str, Any] = {}
     classifier = settings.classifier
@@ -56,6 +57,8 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
                 "temporal": default.temporal,
             }
         )
+    mask = changes.get("mask", settings.mask)
+    changes["mask"] = mask.model_copy(update=_content_without_effect(mask))
     evaluation = settings.evaluation
     without_effect: dict[str, Any] = {}
     if evaluation.clips * evaluation.crops == 1:
@@ -67,6 +70,20 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
         changes["evaluation"] = evaluation.model_copy(update={"mask": test_mask})
     # As in the copy above, all changed branches are valid already.
     return settings.model_copy(update=changes)
+
+
+def _content_without_effect(mask: MaskConfig) -> dict[str, Any]:
+    """Return the defaults of those settings of masks that see the clip that have no effect."""
+    default = MaskConfig()
+    names = {"choice", "content", "keep", "static_below"}
+    if mask.sees_clip:
+        names = {"static_below"}
+        # Of a cell, the mask that has not seen the clip says how many tokens each shows.
+        if mask.strategy != "cell":
+            names = {"static_below", "choice", "content", "motion"}
+        if mask.strategy == "static":
+            names.remove("static_below")
+    return {name: getattr(default, name) for name in names}
 
 
 def _is_running_uniform(mask: MaskConfig) -> bool:

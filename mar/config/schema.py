@@ -50,7 +50,9 @@ ENCODER_SIZES = {
 """Name -> (width D, depth L, heads) of the plain ViT family (Dosovitskiy et al., Table 1)."""
 
 
-MASK_STRATEGIES = ("cell", "random", "block", "uniform", "tube", "frame")
+MASKS_OF_CONTENT = ("motion", "redundancy", "static")
+"""Strategies that see the clip (``mar.model.content_masks``)."""
+MASK_STRATEGIES = ("cell", "random", "block", "uniform", "tube", "frame", *MASKS_OF_CONTENT)
 """``mask.strategy`` without what packages add."""
 MASKS_WITH_CELLS = ("cell", "uniform")
 """Strategies whose masks have cells; that of ``uniform`` is the token grid."""
@@ -241,6 +243,16 @@ class MaskConfig(Node):
     """All cells start in the same random state, or each in its own (Table III a)."""
     temporal: Literal["shuffled", "fixed"] = "shuffled"
     """Slices in random order, or in running order (Table III a)."""
+    choice: Literal["rotation", "motion", "redundancy"] = "rotation"
+    """Which tokens of a running cell are visible: those of its state (Eq. 1), or as many of those
+    that change most, as in the strategies ``motion`` and ``redundancy``. Ours."""
+    content: Fraction = 1.0
+    """Share of the cells in which ``choice`` decides; in the others the state does."""
+    keep: Literal["most", "least"] = "most"
+    """Where content decides: the tokens that change most are visible, or, as a control, least."""
+    static_below: NonNegativeFloat = 0.02
+    """``static``: a token is like the one before it if its pixels, from 0 to 1, differ by less in
+    the mean."""
 
     @field_validator("strategy")
     @classmethod
@@ -260,6 +272,21 @@ class MaskConfig(Node):
         if self.strategy in ("tube", "frame") and self.motion == "running":
             raise ValueError(f"a {self.strategy} mask cannot run: set motion: standard (Table II)")
         return self
+
+    @property
+    def sees_clip(self) -> bool:
+        """Whether the pixels of a clip decide which of its tokens are hidden."""
+        if self.strategy == "cell":
+            return self.choice != "rotation" and self.content > 0
+        if self.strategy in MASK_STRATEGIES:
+            return self.strategy in MASKS_OF_CONTENT
+        added: plugins.MaskStrategy = plugins.load(plugins.MASKS, self.strategy)
+        return added.score is not None
+
+    @property
+    def sees_embeddings(self) -> bool:
+        """Whether it compares the embeddings of patches, which only our own encoder offers."""
+        return "redundancy" in (self.strategy, self.choice) and self.sees_clip
 
     def num_hidden(self, grid: Grid) -> int:
         """Return the number of hidden tokens in a clip, which is the same in every clip."""
@@ -558,6 +585,15 @@ class TrainingConfig(Node):
                 raise ValueError(
                     f"{path}: {mask.ratio} leaves no token of {prod(self.grid)} visible"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _content_is_known(self) -> Self:
+        if self.mask.sees_embeddings and self.encoder.is_of_package:
+            raise ValueError(
+                "mask: 'redundancy' compares the ViT's patch embeddings, and "
+                f"{self.encoder.size} is of a package; choose motion"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,9 @@ The convention is fvcore's, and it reproduces every GFLOPs figure of the paper f
 - one multiply-add counts one, and a LayerNorm counts five for each value;
 - biases, GELU, softmax, residuals and averages count nothing;
 - the patch embedding is counted on all tokens, as the release embeds them all before it drops any;
-- the reconstruction branch is not counted, because it does not run in testing.
+- the reconstruction branch is not counted, because it does not run in testing;
+- a mask that sees the clip is counted: one for each value that it compares, and the patch embedding
+  once more where it compares embeddings.
 
 Of an encoder or a classifier that a package adds, PyTorch counts the matrix products
 (:mod:`mar.model.package_cost`). The number of attention heads has no effect. N is the number of
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from mar.config.schema import TrainingConfig
+from mar.config.schema import MaskConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from mar.model.package_cost import PackageCost
@@ -54,12 +56,15 @@ def cost(settings: TrainingConfig) -> Cost:
         + _classifier_flops(settings, train)
         + _decoder_flops(settings, train)
     )
+    test_selection = _selection_flops(settings, settings.test_mask)
     inference_params = _encoder_params(settings) + _classifier_params(settings)
     return Cost(
-        gflops=(_encoder_flops(settings, test) + _classifier_flops(settings, test)) / 1e9,
+        gflops=(_encoder_flops(settings, test) + _classifier_flops(settings, test) + test_selection)
+        / 1e9,
         # A backward pass has about twice the operations of a forward pass: one product each for the
         # gradients of inputs and of weights.
-        train_gflops=3 * forward / 1e9,
+        # A mask has none.
+        train_gflops=(3 * forward + _selection_flops(settings, settings.mask)) / 1e9,
         params_m=inference_params / 1e6,
         train_params_m=(inference_params + _decoder_params(settings)) / 1e6,
         tokens=tokens,
@@ -120,6 +125,18 @@ def _decoder_flops(settings: TrainingConfig, visible: int) -> int:
     # blocks are counted on all tokens, though the last one computes less (see Decoder).
     ends = visible * encoder_width * config.width + unseen * config.width * _patch_values(settings)
     return ends + _blocks_flops(tokens, config.width, config.depth) + 5 * unseen * config.width
+
+
+def _selection_flops(settings: TrainingConfig, mask: MaskConfig) -> int:
+    """Return the operations with which the pixels of a clip decide what is hidden."""
+    if not mask.sees_clip or not mask.ratio:
+        return 0
+    tokens = prod(settings.grid)
+    values = tokens * _patch_values(settings)
+    if mask.sees_embeddings:
+        width = settings.encoder.dimensions[0]
+        return values * width + tokens * width
+    return values
 
 
 def _patch_values(settings: TrainingConfig) -> int:

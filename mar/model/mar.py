@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from mar.config.schema import TrainingConfig
 from mar.model.classifier import build_classifier
+from mar.model.content_masks import hidden_by_content
 from mar.model.decoder import Decoder, reconstruction_loss, reconstruction_target
 from mar.model.encoder import build_encoder, patchify, take
+from mar.model.masking import DrawnMask
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -26,17 +28,31 @@ class Losses:
     reconstruction: Float[Tensor, " B"]
 
 
-def split_indices(hidden: Bool[Tensor, "B t h w"]) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
+def num_hidden_of(drawn: DrawnMask) -> int:
+    """Return how many tokens a drawn mask hides, which is the same for each of its clips.
+
+    It is drawn on the CPU, so counting does not make an accelerator wait.
+    """
+    first = drawn[0]
+    if drawn.dtype == torch.bool:
+        return int(first.sum())
+    return int((first >= 0).sum())
+
+
+def split_indices(
+    hidden: Bool[Tensor, "B t h w"], num_hidden: int | None = None
+) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
     """Return the flat indices of visible and of hidden tokens, both in order t, h, w.
 
-    Masks are drawn on the CPU, so counting here does not make an accelerator wait.
+    Without ``num_hidden``, the hidden tokens of the first mask are counted.
     """
     flat = hidden.flatten(1)
     # Visible tokens (0) sort before hidden ones (1). The stable sort keeps each group in the order
     # t, h, w.
     order = flat.to(torch.uint8).argsort(dim=1, stable=True)
-    # The first clip's count serves for all: all masks of a batch hide the same number of tokens.
-    num_visible = flat.shape[1] - int(flat[0].sum())
+    if num_hidden is None:
+        num_hidden = num_hidden_of(hidden)
+    num_visible = flat.shape[1] - num_hidden
     return order[:, :num_visible], order[:, num_visible:]
 
 
@@ -53,7 +69,8 @@ def _decoder(settings: TrainingConfig) -> Decoder:
 class MAR(nn.Module):
     """Masked Action Recognition (Fig. 2).
 
-    Takes videos with pixel values from 0 to 1, and a mask that is True where a token is hidden.
+    Takes videos with pixel values from 0 to 1, and a mask that is True where a token is hidden; or,
+    of a strategy that sees the clip, the order that :mod:`mar.model.masking` drew in its place.
     """
 
     mean: Tensor
@@ -62,6 +79,7 @@ class MAR(nn.Module):
     def __init__(self, settings: TrainingConfig) -> None:
         super().__init__()
         self.tubelet = settings.encoder.tubelet
+        self.mask = settings.mask
         self.reconstruction = settings.reconstruction
         # Not persistent: constants are no part of a checkpoint. As buffers they move to the device
         # with the model.
@@ -81,15 +99,15 @@ class MAR(nn.Module):
     def forward(
         self,
         pixels: Float[Tensor, "B C T H W"],
-        hidden: Bool[Tensor, "B t h w"],
+        hidden: DrawnMask,
         labels: Float[Tensor, "B classes"],
     ) -> Losses:
         """Return L = λ L_r + L_c for each clip (Eq. 5), or L_r alone in a pre-training.
 
         ``labels`` are class probabilities.
         """
-        visible_indices, hidden_indices = self.indices(hidden)
         tubelets = patchify(pixels, self.tubelet)
+        visible_indices, hidden_indices = self.indices(hidden, tubelets)
         tokens = self._encode(tubelets, visible_indices)
         nothing = torch.zeros(len(pixels), device=pixels.device)
         classification = reconstruction = nothing
@@ -116,20 +134,22 @@ class MAR(nn.Module):
         )
 
     def classify(
-        self, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"]
+        self, pixels: Float[Tensor, "B C T H W"], hidden: DrawnMask
     ) -> Float[Tensor, "B classes"]:
         """Return the class scores; the reconstruction branch is not run (Fig. 2)."""
         assert self.classifier is not None
-        visible_indices, _ = self.indices(hidden)
-        return self.classifier(self.encode(pixels, visible_indices), visible_indices)
+        tubelets = patchify(pixels, self.tubelet)
+        visible_indices, _ = self.indices(hidden, tubelets)
+        return self.classifier(self._encode(tubelets, visible_indices), visible_indices)
 
     def reconstruct(
-        self, pixels: Float[Tensor, "B C T H W"], hidden: Bool[Tensor, "B t h w"]
+        self, pixels: Float[Tensor, "B C T H W"], hidden: DrawnMask
     ) -> Float[Tensor, "B M P"]:
         """Return the predicted values of the hidden tubelets (Fig. 6)."""
         assert self.decoder is not None
-        visible_indices, hidden_indices = self.indices(hidden)
-        tokens = self.encode(pixels, visible_indices)
+        tubelets = patchify(pixels, self.tubelet)
+        visible_indices, hidden_indices = self.indices(hidden, tubelets)
+        tokens = self._encode(tubelets, visible_indices)
         return self.decoder(tokens, visible_indices, hidden_indices)
 
     def encode(
@@ -142,20 +162,45 @@ class MAR(nn.Module):
         self, tubelets: Float[Tensor, "B N P"], visible: Int[Tensor, "B K"]
     ) -> Float[Tensor, "B K D"]:
         # Normalised after hidden tubelets are dropped, and not as whole clips: nothing reads those.
-        channels = take(tubelets, visible).unflatten(-1, (3, -1))
-        normalised = ((channels - self.mean) / self.std).flatten(-2)
-        return self.encoder(normalised, visible)
+        return self.encoder(self._normalised(take(tubelets, visible)), visible)
+
+    def _normalised(self, tubelets: Float[Tensor, "B K P"]) -> Float[Tensor, "B K P"]:
+        channels = tubelets.unflatten(-1, (3, -1))
+        return ((channels - self.mean) / self.std).flatten(-2)
+
+    def _embedded(self, tubelets: Float[Tensor, "B N P"]) -> Float[Tensor, "B N D"]:
+        return self.encoder.embed(self._normalised(tubelets))
 
     @property
     def device(self) -> torch.device:
         """The device of the model."""
         return self.mean.device
 
+    def masked(
+        self, drawn: DrawnMask, tubelets: Float[Tensor, "B N P"], num_hidden: int | None = None
+    ) -> Bool[Tensor, "B t h w"]:
+        """Return the masks of clips; ``drawn`` is one already, unless the strategy sees the clip.
+
+        Without ``num_hidden``, the hidden tokens of ``drawn`` are counted.
+        """
+        if drawn.dtype == torch.bool:
+            return drawn
+        if num_hidden is None:
+            num_hidden = num_hidden_of(drawn)
+        order = drawn.to(self.device, non_blocking=True)
+        return hidden_by_content(self.mask, order, num_hidden, tubelets, self._embedded)
+
     def indices(
-        self, hidden: Bool[Tensor, "B t h w"]
+        self, drawn: DrawnMask, tubelets: Float[Tensor, "B N P"], num_hidden: int | None = None
     ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
-        """Return the indices of visible and of hidden tokens, on the model's device."""
-        visible_indices, hidden_indices = split_indices(hidden)
+        """Return the indices of visible and of hidden tokens, on the model's device.
+
+        Without ``num_hidden``, the hidden tokens of ``drawn`` are counted.
+        """
+        if num_hidden is None:
+            num_hidden = num_hidden_of(drawn)
+        hidden = self.masked(drawn, tubelets, num_hidden)
+        visible_indices, hidden_indices = split_indices(hidden, num_hidden)
         device = self.device
         # The copies may be asynchronous: the device's stream runs them before the kernels that
         # read the indices.

@@ -15,6 +15,9 @@ Departures from the released code, and choices where the paper is silent:
 The strategies are those of Fig. 3 and Table II. All but ``frame`` and ``tube`` can run, by Eq. 1:
 M_t = s(M_{t-1} | M_{t-2}, ..., M_1), where s rotates the mask from one slice to the next.
 
+Of a strategy that sees the clip, what is drawn here is an order of its tokens, from which the model
+makes the mask (:mod:`mar.model.content_masks`).
+
 A new strategy is a function like those below, an entry in ``_STRATEGIES``, and a name in
 ``MASK_STRATEGIES``; or it is in a package of its own (``mar.plugins``).
 """
@@ -31,34 +34,44 @@ from torch import Tensor
 from mar import plugins
 from mar.config.schema import Grid, MaskConfig, TrainingConfig
 from mar.errors import UserError
+from mar.model.content_masks import drawn_order
 
 _WIDEST_BLOCK = 3.0
 """Largest ratio of a block's height to its width, or of its width to its height."""
 
+DrawnMask = Bool[Tensor, "B t h w"] | Int[Tensor, "B t h w"]
+"""A mask; or the order from which a mask that sees the clip is made."""
 Strategy = Callable[[MaskConfig, Grid, int, int, torch.Generator], Tensor]
 """(settings, token grid, hidden tokens of a clip, clips, generator) -> mask, B × t × h × w."""
 
 
 def training_mask(
     mask: MaskConfig, grid: Grid, num_clips: int, generator: torch.Generator
-) -> Bool[Tensor, "B t h w"]:
+) -> DrawnMask:
     """Draw an independent mask for each clip, on the generator's device."""
     # At ratio 0 every strategy gives the same mask, and a grid that the cell does not divide is
     # allowed (TrainingConfig checks the cell only where a ratio is above 0).
     if mask.ratio == 0:
         return torch.zeros(num_clips, *grid, dtype=torch.bool, device=generator.device)
     strategy = _STRATEGIES.get(mask.strategy, _of_package)
-    return strategy(mask, grid, mask.num_hidden(grid), num_clips, generator)
+    if mask.sees_clip and mask.strategy != "cell":
+        # Only the number of its hidden tokens matters.
+        strategy = _random
+    hidden = strategy(mask, grid, mask.num_hidden(grid), num_clips, generator)
+    if mask.sees_clip:
+        return drawn_order(hidden, generator)
+    return hidden
 
 
 def evaluation_mask(
     settings: TrainingConfig, device: torch.device | None = None, views: int = 1
-) -> Bool[Tensor, "V t h w"]:
+) -> DrawnMask:
     """Return the mask of an evaluation: one that all clips share (section III-B), or one a view.
 
-    Cells run in order from ``evaluation.mask.start``. The other strategies are random in testing
-    too: their mask is drawn once, from a fixed seed. With ``evaluation.mask.views: complementary``
-    there is a mask for each of a video's ``views``, else the one is repeated.
+    Of a mask that sees the clip it is the order that they share. Cells run in order from
+    ``evaluation.mask.start``. The other strategies are random in testing too: their mask is drawn
+    once, from a fixed seed. With ``evaluation.mask.views: complementary`` there is a mask for each
+    of a video's ``views``, else the one is repeated.
     """
     mask = settings.test_mask
     grid = settings.grid
@@ -75,7 +88,10 @@ def evaluation_mask(
             num_hidden = int(mask.ratio * cell[0] * cell[1])
             starts = _complementary_starts(cell, num_hidden, start, views)
         starts = starts[:, None, None].expand(-1, h // cell[0], w // cell[1])
-        return _run_cells(mask, grid, cell, mask.num_hidden(grid), starts).to(device)
+        hidden = _run_cells(mask, grid, cell, mask.num_hidden(grid), starts)
+        if mask.sees_clip:
+            hidden = drawn_order(hidden, torch.Generator().manual_seed(0))
+        return hidden.to(device)
     # The seed is a constant and not settings.seed: trials that differ only in their seed are tested
     # under the same mask.
     generator = torch.Generator().manual_seed(0)
@@ -232,7 +248,7 @@ def _random(
     t, h, w = grid
     device = generator.device
     # Fig. 3 a: the random mask of the first slice moves on, so every slice hides the same number.
-    if mask.motion == "running":
+    if mask.motion == "running" and not mask.sees_clip:
         noise = torch.rand(num_clips, h * w, generator=generator, device=device)
         first = _smallest(noise, num_hidden // t).view(num_clips, h, w)
         return _run_across(first, t)
@@ -299,6 +315,11 @@ def _of_package(
     """
     strategy: plugins.MaskStrategy = plugins.load(plugins.MASKS, mask.strategy)
     options = plugins.options(plugins.MASKS, mask.strategy, mask.options)
+    if strategy.draw is None:
+        raise UserError(
+            f"mask.strategy {mask.strategy}, of the package "
+            f"{plugins.origin(plugins.MASKS, mask.strategy)}, has neither draw nor score"
+        )
     drawn: Tensor = strategy.draw(options, grid, num_hidden, num_clips, generator)
     is_mask = drawn.dtype == torch.bool and drawn.shape == (num_clips, *grid)
     # A wrong count would only show in the model, as tokens of other clips.

@@ -6,30 +6,81 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from mar.augmentation.augment import augmented, draw_step, mix
 from mar.config.schema import TrainingConfig
-from mar.data.annotations import class_names, read_split
-from mar.data.dataset import TrainingClips, TrainingOrder, one_after_another
-from mar.data.frame_cache import check
+from mar.data.annotations import Video, class_names, read_split
+from mar.data.dataset import TrainingClips, TrainingOrder, evaluation_views, one_after_another
+from mar.data.frame_cache import check, open_video
 from mar.data.loaders import collate
+from mar.data.video.paths import is_video
+from mar.data.video.sequential_reader import BrokenVideo
 from mar.distributed import WorkerRank
-from mar.errors import Failure
+from mar.errors import Failure, UserError
+from mar.model.encoder import patchify
+from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask, training_mask
+from mar.model.pixels import to_pixels
 from mar.rng import Stream, rng
 from mar.visualization.charts import save
 
 
-def example_masks(settings: TrainingConfig, num_clips: int) -> dict[str, Bool[Tensor, "t h w"]]:
-    """Return the mask of evaluation and ``num_clips`` masks drawn as in training, by name."""
+def example_masks(
+    settings: TrainingConfig,
+    num_clips: int,
+    pixels: Float[Tensor, "C T H W"] | None = None,
+    network: MAR | None = None,
+) -> dict[str, Bool[Tensor, "t h w"]]:
+    """Return the mask of evaluation and ``num_clips`` masks drawn as in training, by name.
+
+    A mask that sees the clip sees ``pixels``, and the patch embeddings of ``network``; by default
+    those of a model that has learnt nothing.
+
+    Raises:
+        UserError: the mask sees the clip, and there is none.
+    """
     # Examples, and not the masks of a certain step, whose generator has another seed (draw_step).
     generator = torch.Generator().manual_seed(settings.seed)
-    drawn = training_mask(settings.mask, settings.grid, num_clips, generator)
-    named = {f"training, clip {number}": mask for number, mask in enumerate(drawn, start=1)}
-    return {"evaluation": evaluation_mask(settings)[0], **named}
+    training = training_mask(settings.mask, settings.grid, num_clips, generator)
+    drawn = {"evaluation": evaluation_mask(settings)[:1]}
+    for number in range(num_clips):
+        drawn[f"training, clip {number + 1}"] = training[number : number + 1]
+    if not settings.mask.sees_clip:
+        return {name: each[0] for name, each in drawn.items()}
+    if pixels is None:
+        raise UserError(
+            f"mask.strategy: {settings.mask.strategy} sees the clip: which? Give a video"
+        )
+    tubelets = patchify(pixels[None], settings.encoder.tubelet)
+    model = network or MAR(settings)
+    return {name: model.masked(each, tubelets)[0] for name, each in drawn.items()}
+
+
+def middle_clip(settings: TrainingConfig, path: Path) -> Float[Tensor, "C T H W"]:
+    """Return a video's middle clip and centre crop, as a test has it; pixel values from 0 to 1.
+
+    Raises:
+        UserError: no such file.
+        Failure: it cannot be decoded.
+    """
+    if not is_video(path):
+        raise UserError(f"no such video: {path}")
+    # The frame cache has the data set's videos, and this may be any.
+    data = settings.data.model_copy(update={"cache": None})
+    try:
+        # Label 0 is a placeholder.
+        with open_video(data, Video(str(path), path, 0)) as reader:
+            return to_pixels(evaluation_views(settings, reader, 1, 1))[0]
+    except BrokenVideo as broken:
+        raise Failure(str(broken), "data") from None
+
+
+_SHADE = 0.2
+"""Brightness of hidden patches that are drawn over a frame."""
 
 
 def draw_clips(settings: TrainingConfig, num_clips: int, num_frames: int, file: Path) -> None:
@@ -80,8 +131,13 @@ def draw_clips(settings: TrainingConfig, num_clips: int, num_frames: int, file: 
     save(figure, file)
 
 
-def draw_masks(masks: dict[str, Bool[Tensor, "t h w"]], title: str, file: Path) -> None:
-    """Draw each mask as a row of slices, hidden tokens dark.
+def draw_masks(
+    masks: dict[str, Bool[Tensor, "t h w"]],
+    title: str,
+    file: Path,
+    pixels: Float[Tensor, "C T H W"] | None = None,
+) -> None:
+    """Draw each mask as a row of slices, hidden tokens dark; with ``pixels`` over their frames.
 
     Raises:
         UserError: matplotlib does not write that format.
@@ -91,9 +147,18 @@ def draw_masks(masks: dict[str, Bool[Tensor, "t h w"]], title: str, file: Path) 
     panels: Any = figure.subplots(len(masks), num_slices, squeeze=False)
     for row, (line, (name, mask)) in enumerate(zip(panels, masks.items(), strict=True)):
         for step, (panel, hidden) in enumerate(zip(line, mask, strict=True)):
-            # pcolormesh has its first row at the bottom.
-            cells = hidden.flip(0).int().numpy()
-            panel.pcolormesh(cells, cmap="Greys", vmin=0, vmax=1.6, edgecolors="0.8", linewidth=0.4)
+            if pixels is None:
+                # pcolormesh has its first row at the bottom.
+                cells = hidden.flip(0).int().numpy()
+                panel.pcolormesh(
+                    cells, cmap="Greys", vmin=0, vmax=1.6, edgecolors="0.8", linewidth=0.4
+                )
+            else:
+                # The first frame of the slice's tubelets.
+                frame = pixels[:, step * pixels.shape[1] // num_slices]
+                shade = _SHADE + (1 - _SHADE) * (~hidden).float()
+                shade = interpolate(shade[None, None], size=tuple(frame.shape[1:]))[0]
+                panel.imshow((frame * shade).clamp(0, 1).permute(1, 2, 0).numpy())
             panel.set(aspect="equal", xticks=[], yticks=[])
             if row == 0:
                 panel.set_title(f"t = {step}", fontsize=8)

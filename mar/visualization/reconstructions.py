@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,8 +18,8 @@ from mar.data.frame_cache import check
 from mar.data.loaders import collate
 from mar.errors import Failure, UserError
 from mar.model.encoder import patchify, unpatchify
-from mar.model.mar import MAR, split_indices
-from mar.model.masking import evaluation_mask
+from mar.model.mar import MAR, num_hidden_of
+from mar.model.masking import DrawnMask, evaluation_mask
 from mar.model.pixels import to_pixels
 from mar.visualization.charts import save
 
@@ -34,7 +34,7 @@ def rebuilt(
     settings: TrainingConfig,
     model: MAR,
     pixels: Float[Tensor, "B C T H W"],
-    hidden: Bool[Tensor, "B t h w"],
+    drawn: DrawnMask,
 ) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B C T H W"]]:
     """Return the masked videos and the reconstructed ones.
 
@@ -43,24 +43,25 @@ def rebuilt(
     tubelet = settings.encoder.tubelet
     channels = pixels.shape[1]
     patches = patchify(pixels, tubelet)
-    indices = split_indices(hidden)[1].to(pixels.device)
+    hidden = model.masked(drawn, patches)
+    _, indices = model.indices(hidden, patches, num_hidden_of(drawn))
     # gather and scatter need an index for each of the P values of a patch.
     index = indices[..., None].expand(-1, -1, patches.shape[-1])
     original = patches.gather(1, index)
     # The model predicts patches with the channel last; patchify() has it first.
-    drawn = (
+    predicted = (
         model.reconstruct(pixels, hidden).float().unflatten(-1, (-1, channels)).transpose(-1, -2)
     )
     # Predictions of normalised patches (Table VIII) have no mean and deviation. They are taken from
     # the original, and undo the normalisation of reconstruction_target().
     if settings.reconstruction.normalize_target:
         values = original.unflatten(-1, (channels, -1))
-        drawn = drawn * (values.std(dim=-1, keepdim=True) + 1e-6) + values.mean(
+        predicted = predicted * (values.std(dim=-1, keepdim=True) + 1e-6) + values.mean(
             dim=-1, keepdim=True
         )
     lines = (
         patches.scatter(1, index, part)
-        for part in (torch.full_like(original, _GREY), drawn.flatten(-2))
+        for part in (torch.full_like(original, _GREY), predicted.flatten(-2))
     )
     masked, redrawn = (unpatchify(line, settings.grid, tubelet) for line in lines)
     # A prediction can be outside of the range of pixels.

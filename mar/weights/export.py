@@ -23,8 +23,9 @@ from mar.atomic_dir import Writers, write_atomic_dir, write_text
 from mar.config.overrides import without_paths
 from mar.config.schema import TrainingConfig
 from mar.errors import Failure, UserError
+from mar.model.encoder import patchify
 from mar.model.flops import cost
-from mar.model.mar import MAR, split_indices
+from mar.model.mar import MAR, num_hidden_of, split_indices
 from mar.model.masking import evaluation_mask
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 from mar.weights.pretrained import fitting, load
@@ -198,21 +199,35 @@ def check_fit(weights: Weights, settings: TrainingConfig) -> None:
 class Inference(nn.Module):
     """The deployed model: from pixels to class scores, under the mask of evaluation.
 
-    Hidden tubelets are never read.
+    Where the mask does not see the clip, hidden tubelets are never read.
     """
 
     visible: Tensor
+    order: Tensor
 
     def __init__(self, model: MAR, settings: TrainingConfig) -> None:
         super().__init__()
         self.model = model
-        # The mask of evaluation is fixed, so the graph has its indices as a constant.
-        self.register_buffer("visible", split_indices(evaluation_mask(settings))[0])
+        drawn = evaluation_mask(settings)
+        self.num_hidden = num_hidden_of(drawn)
+        self.sees_clip = drawn.dtype != torch.bool
+        # A mask that does not see the clip is fixed in testing, so the graph has its indices as a
+        # constant. Of one that does, the graph has the order, and makes the mask itself.
+        if self.sees_clip:
+            self.register_buffer("order", drawn)
+        else:
+            self.register_buffer("visible", split_indices(drawn)[0])
 
     def forward(self, pixels: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B classes"]:
         """Return the class scores."""
         # Not ``len(pixels)``: torch.export would make the number of clips a constant.
-        indices = self.visible.expand(pixels.shape[0], -1)
+        num_clips = pixels.shape[0]
+        if self.sees_clip:
+            tubelets = patchify(pixels, self.model.tubelet)
+            order = self.order.expand(num_clips, -1, -1, -1)
+            indices, _ = self.model.indices(order, tubelets, self.num_hidden)
+        else:
+            indices = self.visible.expand(num_clips, -1)
         tokens = self.model.encode(pixels, indices)
         assert self.model.classifier is not None
         return self.model.classifier(tokens, indices)
@@ -258,6 +273,7 @@ def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
             input_names=["pixels"],
             output_names=["scores"],
             dynamic_shapes={"pixels": {0: torch.export.Dim("clips", min=1, max=4096)}},
+            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
         )
     # The file gets its name after it has been compared, so a wrong one is never used.
     unfinished = file.with_name(f".{file.name}.unfinished")
@@ -283,6 +299,29 @@ def write_onnx(file: Path, weights: Weights, settings: TrainingConfig) -> float:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
     return difference
+
+
+def _stable_sort(
+    values: Any, *, stable: bool = True, dim: int = -1, descending: bool = False
+) -> Any:
+    """Return ONNX's nodes for a stable sort, which PyTorch's exporter does not know.
+
+    ONNX's TopK of all values is one: of equal values the one of the lower index comes first.
+    """
+    # An optional package, which ``write_onnx`` has found.
+    import onnx
+    import onnxscript
+
+    # Its functions have types of their own for what are tensors of the graph here.
+    op: Any = onnxscript.opset18
+    # TopK takes no small integers; those here are indices and masks.
+    is_float = values.dtype is not None and values.dtype.is_floating_point()
+    sortable = values if is_float else op.Cast(values, to=onnx.TensorProto.INT64)
+    length = op.Reshape(op.Gather(op.Shape(values), dim, axis=0), [1])
+    ordered, places = op.TopK(sortable, length, axis=dim, largest=int(descending), sorted=1)
+    if not is_float:
+        ordered = op.CastLike(ordered, values)
+    return ordered, places
 
 
 def _onnx_difference(file: Path, pixels: Tensor, expected: Tensor) -> float:

@@ -177,18 +177,42 @@ def mask(
     overrides: Overrides = None,
     output: Output = None,
     clips: Annotated[int, typer.Option(min=0, help="Number of random masks, as in training.")] = 3,
+    video: Annotated[
+        Path | None,
+        typer.Option(help="Draw over the frames of a video; needed by masks that see the clip."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw a recipe's masks, as in Figs. 3 and 4; with --json print them, 1 for a hidden token."""
-    from mar.visualization.masks_and_clips import draw_masks, example_masks
+    from mar.model.mar import MAR
+    from mar.visualization.masks_and_clips import draw_masks, example_masks, middle_clip
+    from mar.weights.pretrained import load
+    from mar.weights.reading import read_weights
     from orchestration.studies.recipe import read_recipe
 
     settings = read_recipe(recipe, overrides or [])
-    masks = example_masks(settings, clips)
+    pixels = None
+    if video is not None:
+        pixels = middle_clip(settings, video)
+    elif settings.mask.sees_clip:
+        raise UserError(f"mask: {settings.mask.strategy} sees the clip: which? Give --video FILE")
+    network = None
+    if settings.mask.sees_embeddings:
+        network = MAR(settings)
+        if settings.encoder.weights:
+            load(network, read_weights(settings.encoder.weights), settings, ("encoder.",))
+    masks = example_masks(settings, clips, pixels, network)
     if as_json:
         print(json.dumps({name: hidden.int().tolist() for name, hidden in masks.items()}))
         return
     chosen = settings.mask
     file = output or Path("mask.png")
-    draw_masks(masks, f"{chosen.strategy} {chosen.motion}, {chosen.ratio:.0%} hidden (dark)", file)
+    what = f"{chosen.strategy} {chosen.motion}"
+    if chosen.sees_clip:
+        what = chosen.strategy
+        if chosen.strategy == "cell":
+            what += f", {chosen.content:.0%} by {chosen.choice}"
+        if chosen.keep == "least":
+            what += " (least)"
+    draw_masks(masks, f"{what}, {chosen.ratio:.0%} hidden (dark)", file, pixels)
     print(file)

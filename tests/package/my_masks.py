@@ -31,6 +31,8 @@ def draw(
 
 
 stripes = MaskStrategy(draw, Options)
+bright = MaskStrategy(score=lambda options, tubelets: tubelets.mean(dim=-1))
+misshapen = MaskStrategy(score=lambda options, tubelets: tubelets[..., 0, 0])
 broken = MaskStrategy(lambda options, grid, *rest: torch.zeros(1, *grid))
 
 

@@ -35,6 +35,8 @@ class Stream(IntEnum):
     """RandAugment's operations on whole frames; counters: epoch, video, clip."""
     FRAME_SHUFFLE = 8
     """The order of frames in the test with shuffled frames; counter: video."""
+    RATIO = 9
+    """Which of several mask ratios a step has; counter: step."""
 
 
 def rng(seed: int, stream: Stream, *counters: int) -> np.random.Generator:

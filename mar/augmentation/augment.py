@@ -73,7 +73,11 @@ def draw_step(settings: TrainingConfig, step: int) -> Drawn:
     size = settings.recipe.batch_size
     augment = settings.augment
     generator = torch.Generator().manual_seed(rng_seed(settings.seed, Stream.MASK_AND_FLIP, step))
-    hidden = training_mask(settings.mask, settings.grid, size, generator)
+    masks = settings.mask.in_training
+    chosen = 0
+    if len(masks) > 1:
+        chosen = int(rng(settings.seed, Stream.RATIO, step).integers(len(masks)))
+    hidden = training_mask(masks[chosen], settings.grid, size, generator)
     # Drawn after the masks, from the same generator, and also if flip is off: the order of draws is
     # part of every result.
     mirrored = (torch.rand(size, generator=generator) < 0.5) & augment.flip

@@ -40,13 +40,13 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
     if not settings.reconstructs:
         changes["reconstruction"] = ReconstructionConfig(weight=0.0)
     # With a ratio of 0 in training alone, the cell still shapes the mask in testing.
-    if not settings.mask.ratio and not settings.test_ratio:
+    if not settings.mask.hides and not settings.test_ratio:
         changes["mask"] = MaskConfig(ratio=0.0)
     elif _is_running_uniform(settings.mask):
         # model_copy skips validation on purpose: the cell is the grid, so it divides it.
-        cell = settings.grid[1:]
+        mask = settings.mask
         changes["mask"] = MaskConfig().model_copy(
-            update={"ratio": settings.mask.ratio, "cell": cell}
+            update={"ratio": mask.ratio, "ratios": mask.ratios, "cell": settings.grid[1:]}
         )
     elif settings.mask.strategy not in MASKS_WITH_CELLS:
         default = MaskConfig()

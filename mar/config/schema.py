@@ -236,7 +236,11 @@ class MaskConfig(Node):
     motion: Literal["running", "standard"] = "running"
     """Whether the mask moves from slice to slice, Eq. 1 (Table II)."""
     ratio: MaskRatio = 0.5
-    """ρ, the share of hidden tokens; 0 hides nothing (Tables II, III c, V)."""
+    """ρ, the share of hidden tokens; 0 hides nothing (Tables II, III c, V). A list, as
+    ``[0.5, 0.25, 0.75]``: each step of training draws one, and testing has the first unless
+    ``evaluation.mask.ratio`` says otherwise."""
+    ratios: tuple[MaskRatio, ...] = ()
+    """The list, if ``ratio`` was given as one; it is filled in."""
     cell: tuple[PositiveInt, PositiveInt] = (2, 2)
     """Height r and width q of the running cell, tokens (Table IV)."""
     spatial: Literal["repeated", "random"] = "repeated"
@@ -253,6 +257,19 @@ class MaskConfig(Node):
     static_below: NonNegativeFloat = 0.02
     """``static``: a token is like the one before it if its pixels, from 0 to 1, differ by less in
     the mean."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_ratios(cls, given: Any) -> Any:
+        """Take the list that ``ratio`` may be apart."""
+        if not isinstance(given, dict) or not isinstance(given.get("ratio"), list | tuple):
+            return given
+        ratios = given["ratio"]
+        if not ratios:
+            raise ValueError("ratio: the list is empty")
+        # A list of one is that one.
+        several = ratios if len(ratios) > 1 else []
+        return {**given, "ratio": ratios[0], "ratios": several}
 
     @field_validator("strategy")
     @classmethod
@@ -272,6 +289,21 @@ class MaskConfig(Node):
         if self.strategy in ("tube", "frame") and self.motion == "running":
             raise ValueError(f"a {self.strategy} mask cannot run: set motion: standard (Table II)")
         return self
+
+    @property
+    def hides(self) -> bool:
+        """Whether training hides anything."""
+        return any(each.ratio > 0 for each in self.in_training)
+
+    @property
+    def in_training(self) -> tuple[MaskConfig, ...]:
+        """The masks of training: one for each ratio."""
+        if not self.ratios:
+            return (self,)
+        # The ratios are checked already.
+        return tuple(
+            self.model_copy(update={"ratio": ratio, "ratios": ()}) for ratio in self.ratios
+        )
 
     @property
     def sees_clip(self) -> bool:
@@ -381,6 +413,13 @@ class ReconstructionConfig(Node):
     init: Literal["pretrained", "random"] = "pretrained"
     """Start the decoder from ``encoder.weights`` too, if they have a decoder, or at random (Table
     VIII)."""
+    tokens: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the hidden tokens that are reconstructed in training, spread by a running cell
+    (VideoMAE V2's dual masking); in testing all are."""
+
+    def num_reconstructed(self, num_hidden: int) -> int:
+        """Return how many of a clip's hidden tokens are reconstructed in training."""
+        return max(1, round(self.tokens * num_hidden))
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -543,8 +582,7 @@ class TrainingConfig(Node):
                 "allowed: set a smaller clip.frames or clip.size"
             )
         # Where nothing is hidden, the cell has no effect and need not fit.
-        ratios = (self.mask.ratio, self.test_ratio)
-        if self.mask.strategy == "cell" and any(ratios):
+        if self.mask.strategy == "cell" and (self.mask.hides or self.test_ratio):
             _, h, w = self.grid
             if h % self.mask.cell[0] or w % self.mask.cell[1]:
                 raise ValueError(
@@ -580,11 +618,22 @@ class TrainingConfig(Node):
                 "tokens, or reconstruction.weight to 0"
             )
         # A ratio below 1 can still hide everything, because a frame mask rounds to whole slices.
-        for path, mask in (("mask.ratio", self.mask), ("evaluation.mask.ratio", self.test_mask)):
+        masks = [("mask.ratio", each) for each in self.mask.in_training]
+        for path, mask in (*masks, ("evaluation.mask.ratio", self.test_mask)):
             if mask.num_hidden(self.grid) >= prod(self.grid):
                 raise ValueError(
                     f"{path}: {mask.ratio} leaves no token of {prod(self.grid)} visible"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _every_ratio_reconstructs(self) -> Self:
+        hidden = [each.num_hidden(self.grid) for each in self.mask.in_training]
+        if self.reconstruction.weight > 0 and max(hidden) > 0 == min(hidden):
+            raise ValueError(
+                f"mask.ratio: {list(self.mask.ratios)} has one that hides nothing, which leaves "
+                "nothing to reconstruct; leave it out, or set reconstruction.weight to 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -641,7 +690,7 @@ class TrainingConfig(Node):
     def test_mask(self) -> MaskConfig:
         """The mask's settings in testing."""
         # model_copy does not validate again, and need not: the ratio has been checked.
-        return self.mask.model_copy(update={"ratio": self.test_ratio})
+        return self.mask.model_copy(update={"ratio": self.test_ratio, "ratios": ()})
 
     @property
     def redraws_in_testing(self) -> bool:
@@ -657,4 +706,5 @@ class TrainingConfig(Node):
     def reconstructs(self) -> bool:
         """Whether the model has a reconstruction branch: λ > 0, and the mask hides something."""
         # With nothing hidden the loss of Eq. 3 would be the mean of no values, nan.
-        return self.reconstruction.weight > 0 and self.mask.num_hidden(self.grid) > 0
+        hidden = [each.num_hidden(self.grid) for each in self.mask.in_training]
+        return self.reconstruction.weight > 0 and max(hidden) > 0

@@ -50,26 +50,33 @@ def cost(settings: TrainingConfig) -> Cost:
     # Training and testing may hide different shares (Table III c).
     tokens = prod(settings.grid)
     test = tokens - settings.test_mask.num_hidden(settings.grid)
-    train = tokens - settings.mask.num_hidden(settings.grid)
-    forward = (
-        _encoder_flops(settings, train)
-        + _classifier_flops(settings, train)
-        + _decoder_flops(settings, train)
-    )
+    # Of several ratios a step has any with the same chance.
+    masks = settings.mask.in_training
+    training = sum(_training_flops(settings, mask) for mask in masks) / len(masks)
     test_selection = _selection_flops(settings, settings.test_mask)
     inference_params = _encoder_params(settings) + _classifier_params(settings)
     return Cost(
         gflops=(_encoder_flops(settings, test) + _classifier_flops(settings, test) + test_selection)
         / 1e9,
-        # A backward pass has about twice the operations of a forward pass: one product each for the
-        # gradients of inputs and of weights.
-        # A mask has none.
-        train_gflops=(3 * forward + _selection_flops(settings, settings.mask)) / 1e9,
+        train_gflops=training / 1e9,
         params_m=inference_params / 1e6,
         train_params_m=(inference_params + _decoder_params(settings)) / 1e6,
         tokens=tokens,
         visible_tokens=test,
     )
+
+
+def _training_flops(settings: TrainingConfig, mask: MaskConfig) -> int:
+    """Return the operations of a training step on one clip, with a mask of one ratio."""
+    visible = prod(settings.grid) - mask.num_hidden(settings.grid)
+    forward = (
+        _encoder_flops(settings, visible)
+        + _classifier_flops(settings, visible)
+        + _decoder_flops(settings, visible)
+    )
+    # A backward pass has about twice the operations of a forward pass: one product each for the
+    # gradients of inputs and of weights. A mask that sees the clip has no backward pass.
+    return 3 * forward + _selection_flops(settings, mask)
 
 
 def _blocks_flops(num_tokens: int, width: int, depth: int) -> int:
@@ -118,11 +125,12 @@ def _decoder_flops(settings: TrainingConfig, visible: int) -> int:
     if not settings.reconstructs:
         return 0
     config = settings.reconstruction
-    tokens = prod(settings.grid)
-    unseen = tokens - visible
+    unseen = config.num_reconstructed(prod(settings.grid) - visible)
+    tokens = visible + unseen
     encoder_width = settings.encoder.dimensions[0]
-    # The projection runs on visible tokens, the last norm and the pixel head on hidden ones. The
-    # blocks are counted on all tokens, though the last one computes less (see Decoder).
+    # The projection runs on visible tokens, the last norm and the pixel head on the hidden ones
+    # that are reconstructed. The blocks are counted on both, though the last one computes less (see
+    # Decoder).
     ends = visible * encoder_width * config.width + unseen * config.width * _patch_values(settings)
     return ends + _blocks_flops(tokens, config.width, config.depth) + 5 * unseen * config.width
 

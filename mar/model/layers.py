@@ -203,6 +203,9 @@ def set_execution_mode(
     # against PyTorch's limit of eight versions, and the new model would run uncompiled.
     if compiled:
         torch.compiler.reset()
+        # One version for each shape: of encoder, classifier and decoder, in training and testing,
+        # and for each of several mask ratios.
+        torch._dynamo.config.recompile_limit = 64  # pyright: ignore[reportPrivateUsage]
     for part in model.modules():
         if isinstance(part, Blocks):
             part.activation_checkpointing = activation_checkpointing

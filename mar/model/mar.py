@@ -15,7 +15,7 @@ from mar.model.classifier import build_classifier
 from mar.model.content_masks import hidden_by_content
 from mar.model.decoder import Decoder, reconstruction_loss, reconstruction_target
 from mar.model.encoder import build_encoder, patchify, take
-from mar.model.masking import DrawnMask
+from mar.model.masking import DrawnMask, decoder_order
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -75,6 +75,7 @@ class MAR(nn.Module):
 
     mean: Tensor
     std: Tensor
+    decoder_order: Tensor
 
     def __init__(self, settings: TrainingConfig) -> None:
         super().__init__()
@@ -93,6 +94,7 @@ class MAR(nn.Module):
         has_decoder = settings.reconstructs
         if has_decoder:
             self.decoder = _decoder(settings)
+            self.register_buffer("decoder_order", decoder_order(settings.grid), persistent=False)
         else:
             self.decoder = None
 
@@ -117,6 +119,8 @@ class MAR(nn.Module):
             # labels (Table I). Under autocast the scores are bfloat16; the loss is in float32.
             classification = F.cross_entropy(scores.float(), labels, reduction="none")
         if self.decoder is not None:
+            if self.training:
+                hidden_indices = self._reconstructed(hidden_indices)
             predicted = self.decoder(tokens, visible_indices, hidden_indices)
             # The target x_M of Eq. 3 has the pixels from 0 to 1, as in the release: without
             # ImageNet's mean and deviation, which are for the encoder alone.
@@ -132,6 +136,15 @@ class MAR(nn.Module):
             classification,
             reconstruction,
         )
+
+    def _reconstructed(self, hidden: Int[Tensor, "B M"]) -> Int[Tensor, "B R"]:
+        """Return those of the hidden tokens that are reconstructed (``reconstruction.tokens``)."""
+        count = self.reconstruction.num_reconstructed(hidden.shape[1])
+        if count == hidden.shape[1]:
+            return hidden
+        first = self.decoder_order[hidden].argsort(dim=1)[:, :count]
+        # In the order t, h, w, as they were.
+        return hidden.gather(1, first.sort(dim=1).values)
 
     def classify(
         self, pixels: Float[Tensor, "B C T H W"], hidden: DrawnMask

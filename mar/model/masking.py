@@ -332,6 +332,24 @@ def _of_package(
     return drawn
 
 
+def decoder_order(grid: Grid) -> Int[Tensor, " N"]:
+    """Return the order in which hidden tokens are chosen to be reconstructed, the lowest first.
+
+    A 2 × 2 running cell, as VideoMAE V2's decoder mask is: of four tokens side by side each comes
+    at another turn, and from slice to slice they change turns. Tokens of one turn are in an order
+    of chance that is always the same.
+    """
+    t, h, w = grid
+    # On the CPU also where the model is built without memory, on the meta device.
+    cpu = torch.device("cpu")
+    slices = torch.arange(t, device=cpu)[:, None, None]
+    rows = torch.arange(h, device=cpu)[None, :, None] % 2
+    columns = torch.arange(w, device=cpu)[None, None, :] % 2
+    turn = ((2 * rows + columns + slices) % 4).flatten()
+    chance = torch.rand(t * h * w, generator=torch.Generator().manual_seed(0), device=cpu)
+    return (turn + chance).argsort().argsort()
+
+
 def _smallest(values: Float[Tensor, "B n"], count: int) -> Bool[Tensor, "B n"]:
     """Return a mask that is True at the ``count`` smallest values of each row.
 

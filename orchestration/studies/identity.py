@@ -81,7 +81,7 @@ def training_identity(identity_line: str) -> str:
     tree: dict[str, Any] = json.loads(identity_line)
     tree.pop("evaluation")
     # Without a mask in training, the other mask settings affect the test alone.
-    if not tree["mask"]["ratio"]:
+    if not tree["mask"]["ratio"] and not tree["mask"]["ratios"]:
         tree["mask"] = {"ratio": 0.0}
     return _line(tree)
 

@@ -250,7 +250,7 @@ class Model(nn.Module):
 
     def _probabilities_of(self, source: FrameSource) -> Float[Tensor, " classes"]:
         pixels = self._pixels(source)
-        probabilities = class_probabilities(self.network, pixels, self.settings, len(pixels))
+        probabilities = class_probabilities(self.network, pixels, self.settings)
         return probabilities.mean(dim=0).cpu()
 
     def _best(self, probabilities: Float[Tensor, " classes"], top: int) -> list[Prediction]:

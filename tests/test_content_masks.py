@@ -14,11 +14,12 @@ from mar.config.schema import MaskConfig, TrainingConfig
 from mar.data.annotations import read_split
 from mar.data.dataset import evaluation_views
 from mar.data.frame_cache import open_video
+from mar.evaluation.evaluator import Evaluator, class_probabilities
 from mar.model.content_masks import hidden_by_content
 from mar.model.encoder import patchify
 from mar.model.flops import cost
 from mar.model.mar import MAR, num_hidden_of
-from mar.model.masking import evaluation_mask, training_mask
+from mar.model.masking import evaluation_mask, evaluation_masks, training_mask
 from mar.model.pixels import to_pixels
 from mar.weights.export import write_onnx
 from mar.weights.pretrained import load
@@ -47,11 +48,7 @@ def clips(tiny: Callable[..., TrainingConfig]) -> Tensor:
     """Two real test clips, as tubelets on a grid of 4 × 4 × 4."""
     settings = tiny()
     assert settings.grid == GRID
-    pixels: list[Tensor] = []
-    for video in read_split(settings.data, "val")[:2]:
-        with open_video(settings.data, video) as reader:
-            pixels.append(to_pixels(evaluation_views(settings, reader, 1, 1)))
-    return patchify(torch.cat(pixels), settings.encoder.tubelet)
+    return patchify(torch.cat(_clips(settings)[:2]), settings.encoder.tubelet)
 
 
 @pytest.mark.parametrize("keep", ["most", "least"])
@@ -189,6 +186,40 @@ def test_onnx_makes_the_mask_that_pytorch_makes(mask: dict[str, object], tmp_pat
         expected = model.classify(pixels, evaluation_mask(settings).expand(3, -1, -1, -1))
     (scores,) = session.run(None, {"pixels": pixels.numpy()})
     np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_chance_decides_for_each_video_anew_where_that_is_asked_for(
+    tiny: Callable[..., TrainingConfig],
+) -> None:
+    control = {"mask": {"strategy": "random"}, "evaluation.mask.per_video": True}
+    settings = tiny(control)
+    masks = evaluation_masks(settings, 2, [3, 8])
+    assert torch.equal(masks[0], masks[1]), "the views of a video share theirs"
+    assert not torch.equal(masks[0], masks[2])
+    assert torch.equal(evaluation_masks(settings, 2, [8])[0], masks[2])
+    shared = evaluation_masks(tiny({"mask": {"strategy": "random"}}), 1, [3, 8])
+    assert torch.equal(shared[0], shared[1])
+    # A split is tested in batches of some videos: their size changes no prediction.
+    videos = read_split(settings.data, "val")
+    torch.manual_seed(0)
+    model = MAR(settings)
+    whole = Evaluator(settings, videos, torch.device("cpu"))(model).probabilities
+    videos_apart = [
+        class_probabilities(model.eval(), clip, settings, [number])
+        for number, clip in enumerate(_clips(settings))
+    ]
+    torch.testing.assert_close(whole, torch.cat(videos_apart).double(), check_dtype=False)
+    cells = {"evaluation.mask.per_video": True}
+    assert identity(tiny(cells), "data") == identity(tiny(), "data"), "cells draw nothing"
+
+
+def _clips(settings: TrainingConfig) -> list[Tensor]:
+    """Return the test clip of each video of the split, 1 × C × T × H × W."""
+    pixels: list[Tensor] = []
+    for video in read_split(settings.data, "val"):
+        with open_video(settings.data, video) as reader:
+            pixels.append(to_pixels(evaluation_views(settings, reader, 1, 1)))
+    return pixels
 
 
 def test_what_selects_is_counted() -> None:

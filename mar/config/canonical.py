@@ -65,6 +65,8 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
         without_effect = {"views": "same"}
     if settings.mask.strategy not in MASKS_WITH_CELLS or not settings.test_ratio:
         without_effect = {"start": 0, "views": "same"}
+    if settings.mask.strategy in MASKS_WITH_CELLS or not settings.test_ratio:
+        without_effect["per_video"] = False
     if without_effect:
         test_mask = evaluation.mask.model_copy(update=without_effect)
         changes["evaluation"] = evaluation.model_copy(update={"mask": test_mask})

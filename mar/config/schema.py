@@ -518,7 +518,7 @@ class RecipeConfig(Node):
 
 
 class EvaluationMaskConfig(Node):
-    """The mask of evaluation: deterministic, the same for every video."""
+    """The mask of evaluation: always the same one."""
 
     start: NonNegativeInt = 0
     """State of the running cell in the first slice: 0 is A (Table III b)."""
@@ -527,6 +527,9 @@ class EvaluationMaskConfig(Node):
     views: Literal["same", "complementary"] = "same"
     """``same``: all views of a video have one mask; ``complementary``: each view (clip and crop)
     shows the tokens of a cell that the views before it showed least."""
+    per_video: bool = False
+    """Of strategies without cells: chance decides for each video of the split anew, instead of once
+    for all (a control for masks that see the clip)."""
 
 
 class EvaluationConfig(Node):

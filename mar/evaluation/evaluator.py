@@ -19,7 +19,7 @@ from mar.data.frame_cache import check
 from mar.data.loaders import loader
 from mar.errors import Failure
 from mar.model.mar import MAR
-from mar.model.masking import evaluation_mask
+from mar.model.masking import evaluation_masks
 from mar.model.pixels import to_pixels
 from mar.safe_text import cell
 
@@ -161,7 +161,7 @@ class Evaluator:
         return Reconstruction(losses[videos.argsort()], failed)
 
     def _gathered(
-        self, model: MAR, measure: Callable[[MAR, Tensor], Tensor]
+        self, model: MAR, measure: Callable[[MAR, Tensor, Sequence[int]], Tensor]
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[str, ...]]:
         """Return videos, labels and measures of all workers, and the reasons of broken videos."""
         # Without dropout and stochastic depth.
@@ -178,7 +178,7 @@ class Evaluator:
                     (
                         batch.videos[chosen],
                         batch.labels[chosen],
-                        measure(model, batch.clips[chosen]),
+                        measure(model, batch.clips[chosen], batch.videos[chosen].tolist()),
                     )
                 )
         model.train()
@@ -196,11 +196,11 @@ class Evaluator:
         return (videos, labels, measured), failed
 
     def _reconstruction(
-        self, model: MAR, clips: UInt8[Tensor, "B views T H W C"]
+        self, model: MAR, clips: UInt8[Tensor, "B views T H W C"], videos: Sequence[int]
     ) -> Float[Tensor, " B"]:
         num_videos, views = clips.shape[:2]
         pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
-        hidden = evaluation_mask(self.settings, views=views).repeat(num_videos, 1, 1, 1)
+        hidden = evaluation_masks(self.settings, views, videos)
         # A pre-training has no labels, but the model's forward() takes some.
         labels = torch.zeros(len(pixels), self.settings.data.num_classes, device=self.device)
         with torch.autocast(
@@ -210,23 +210,27 @@ class Evaluator:
         return losses.view(num_videos, views).mean(dim=1).cpu()
 
     def _probabilities(
-        self, model: MAR, clips: UInt8[Tensor, "B views T H W C"]
+        self, model: MAR, clips: UInt8[Tensor, "B views T H W C"], videos: Sequence[int]
     ) -> Float[Tensor, "B classes"]:
         num_videos, views = clips.shape[:2]
         pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
         # Probabilities and not scores are averaged over the views.
-        probabilities = class_probabilities(model, pixels, self.settings, views)
+        probabilities = class_probabilities(model, pixels, self.settings, videos)
         return probabilities.view(num_videos, views, -1).mean(dim=1).cpu()
 
 
 def class_probabilities(
-    model: MAR, pixels: Float[Tensor, "B C T H W"], settings: TrainingConfig, views: int = 1
+    model: MAR,
+    pixels: Float[Tensor, "B C T H W"],
+    settings: TrainingConfig,
+    videos: Sequence[int] = (0,),
 ) -> Float[Tensor, "B classes"]:
     """Return the probability of each class under the mask of testing, in float32.
 
-    ``pixels`` have ``views`` clips of each video, one video after another.
+    ``pixels`` have the test views of each video, one video after another; ``videos`` are the
+    numbers of these in their split.
     """
-    hidden = evaluation_mask(settings, views=views).repeat(len(pixels) // views, 1, 1, 1)
+    hidden = evaluation_masks(settings, len(pixels) // len(videos), videos)
     with torch.autocast(
         pixels.device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"
     ):

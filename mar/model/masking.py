@@ -25,14 +25,14 @@ A new strategy is a function like those below, an entry in ``_STRATEGIES``, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mar import plugins
-from mar.config.schema import Grid, MaskConfig, TrainingConfig
+from mar.config.schema import MASKS_WITH_CELLS, Grid, MaskConfig, TrainingConfig
 from mar.errors import UserError
 from mar.model.content_masks import drawn_order
 
@@ -96,6 +96,24 @@ def evaluation_mask(
     # under the same mask.
     generator = torch.Generator().manual_seed(0)
     return training_mask(mask, grid, 1, generator).expand(views, -1, -1, -1).to(device)
+
+
+def evaluation_masks(settings: TrainingConfig, views: int, videos: Sequence[int]) -> DrawnMask:
+    """Return the masks of the test views of some videos, one video after another.
+
+    ``videos`` are their numbers in the split, on which a mask depends that is drawn for each video
+    (``evaluation.mask.per_video``).
+    """
+    is_drawn = settings.mask.strategy not in MASKS_WITH_CELLS and settings.test_ratio > 0
+    if not (settings.evaluation.mask.per_video and is_drawn):
+        return evaluation_mask(settings, views=views).repeat(len(videos), 1, 1, 1)
+    drawn: list[Tensor] = []
+    for video in videos:
+        # 0 is the seed of the one mask for all.
+        generator = torch.Generator().manual_seed(1 + video)
+        mask = training_mask(settings.test_mask, settings.grid, 1, generator)
+        drawn.append(mask.expand(views, -1, -1, -1))
+    return torch.cat(drawn)
 
 
 def _complementary_starts(

@@ -548,6 +548,8 @@ class EvaluationConfig(Node):
     """Crops of each clip in the final test: the centre, or three along the long side."""
     mask: EvaluationMaskConfig = EvaluationMaskConfig()
     """The mask in testing."""
+    merge: NonNegativeInt = 0
+    """Tokens that each block of the encoder merges in testing, without training (ToMe); 0: none."""
     every_epochs: PositiveInt = 1
     """Epochs between two one-view validations during training."""
     shuffled_frames: bool = False
@@ -645,6 +647,15 @@ class TrainingConfig(Node):
             raise ValueError(
                 "mask: 'redundancy' compares the ViT's patch embeddings, and "
                 f"{self.encoder.size} is of a package; choose motion"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _vit_merges(self) -> Self:
+        if self.evaluation.merge and self.encoder.is_of_package:
+            raise ValueError(
+                f"evaluation.merge: merges tokens in the blocks of the ViT; {self.encoder.size} is "
+                "of a package: set it to 0"
             )
         return self
 

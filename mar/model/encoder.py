@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mar import plugins
 from mar.config.schema import EncoderConfig, TrainingConfig
 from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
+from mar.model.merging import run_merging
 
 
 def patchify(
@@ -53,8 +54,11 @@ class Encoder(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, config: EncoderConfig, num_tokens: int, last_norm: bool = True) -> None:
+    def __init__(
+        self, config: EncoderConfig, num_tokens: int, last_norm: bool = True, merge: int = 0
+    ) -> None:
         super().__init__()
+        self.merge = merge
         width, depth, heads = config.dimensions
         # A 3D convolution whose stride is its kernel is a linear layer on each tubelet. As a linear
         # layer it can run on the visible ones only.
@@ -73,7 +77,10 @@ class Encoder(nn.Module):
         self, tubelets: Float[Tensor, "B K P"], visible: Int[Tensor, "B K"]
     ) -> Float[Tensor, "B K D"]:
         """Embed visible, normalised tubelets, add their positions, run the blocks and the norm."""
-        return self.norm(self.blocks(self.embed(tubelets) + self.positions[visible]))
+        tokens = self.embed(tubelets) + self.positions[visible]
+        if self.merge and not self.training:
+            return self.norm(run_merging(self.blocks, tokens, self.merge))
+        return self.norm(self.blocks(tokens))
 
 
 def build_encoder(settings: TrainingConfig) -> Encoder:
@@ -85,7 +92,7 @@ def build_encoder(settings: TrainingConfig) -> Encoder:
     config = settings.encoder
     if not config.is_of_package:
         last_norm = settings.classifier.norm == "tokens"
-        return Encoder(config, prod(settings.grid), last_norm)
+        return Encoder(config, prod(settings.grid), last_norm, settings.evaluation.merge)
     factory: plugins.EncoderFactory = plugins.load(plugins.ENCODERS, config.size)
     options = plugins.options(plugins.ENCODERS, config.size, config.options)
     with plugins.package_errors(plugins.ENCODERS, config.size):

@@ -53,11 +53,14 @@ def cost(settings: TrainingConfig) -> Cost:
     # Of several ratios a step has any with the same chance.
     masks = settings.mask.in_training
     training = sum(_training_flops(settings, mask) for mask in masks) / len(masks)
-    test_selection = _selection_flops(settings, settings.test_mask)
+    inference = (
+        _encoder_flops(settings, test, settings.evaluation.merge)
+        + _classifier_flops(settings, test)
+        + _selection_flops(settings, settings.test_mask)
+    )
     inference_params = _encoder_params(settings) + _classifier_params(settings)
     return Cost(
-        gflops=(_encoder_flops(settings, test) + _classifier_flops(settings, test) + test_selection)
-        / 1e9,
+        gflops=inference / 1e9,
         train_gflops=training / 1e9,
         params_m=inference_params / 1e6,
         train_params_m=(inference_params + _decoder_params(settings)) / 1e6,
@@ -87,14 +90,29 @@ def _blocks_flops(num_tokens: int, width: int, depth: int) -> int:
     )
 
 
-def _encoder_flops(settings: TrainingConfig, visible: int) -> int:
+def _merging_blocks_flops(num_tokens: int, width: int, depth: int, heads: int, merge: int) -> int:
+    """Return the operations of blocks that each merge tokens between attention and MLP."""
+    flops = 0
+    for _ in range(depth):
+        attention = 4 * width**2 * num_tokens + 2 * num_tokens**2 * width + 5 * num_tokens * width
+        # The keys of even tokens with those of odd ones, averaged over the heads.
+        matching = -(-num_tokens // 2) * (num_tokens // 2) * width // heads
+        num_tokens -= min(merge, num_tokens // 2)
+        flops += attention + matching + 8 * width**2 * num_tokens + 5 * num_tokens * width
+    return flops
+
+
+def _encoder_flops(settings: TrainingConfig, visible: int, merge: int = 0) -> int:
     if settings.encoder.is_of_package:
         return _package_encoder(settings, visible).operations
-    width, depth, _ = settings.encoder.dimensions
+    width, depth, heads = settings.encoder.dimensions
+    blocks = _blocks_flops(visible, width, depth)
+    if merge:
+        blocks = _merging_blocks_flops(visible, width, depth, heads, merge)
     embedding = prod(settings.grid) * _patch_values(settings) * width
     # With norm: pooled the encoder has no last norm; the linear classifier counts its own.
     last_norm = 5 * visible * width * (settings.classifier.norm == "tokens")
-    return embedding + _blocks_flops(visible, width, depth) + last_norm
+    return embedding + blocks + last_norm
 
 
 def _classifier_flops(settings: TrainingConfig, visible: int) -> int:

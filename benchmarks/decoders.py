@@ -28,7 +28,7 @@ import torch
 from mar.bench.machine import this_machine
 from mar.bench.run import heading
 from mar.bench.tables import Table, spread, write
-from mar.config.schema import ClipConfig
+from mar.config.input_settings import ClipConfig
 from mar.data import decoders
 from mar.data.decoders import Decord, TorchCodec, probe_decoder
 from mar.data.sampling import Reader, training_frames

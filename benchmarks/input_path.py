@@ -25,8 +25,8 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
 from mar.augmentation.randaugment import draw_operations, rand_augment
+from mar.config.input_settings import DataConfig
 from mar.config.randaugment_policy import RandAugmentPolicy
-from mar.config.schema import DataConfig
 from mar.data.annotations import Video
 from mar.data.cache_index import Packing
 from mar.data.crops import crop_and_resize

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from orchestration.api import file_finder, records_of_store
 from orchestration.reporting.significance import claims
 from orchestration.reporting.study_report import claim_lines, write_report
 from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.table_formats import FORMATS
 from orchestration.reporting.tables import table_info
+from orchestration.stored_results import file_finder, records_of_store
 from orchestration.studies.loader import paper_studies, read_study
 from orchestration.studies.trial import Study
 

@@ -6,9 +6,7 @@ read and run studies by the same functions.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -17,13 +15,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from mar.errors import UserError, notice
+from mar.errors import UserError
 from mar.training.retention import RetentionPolicy
 from orchestration.config import DEFAULT_STORE, LaunchConfig, WorkerConfig
-from orchestration.studies.best import best_of_study
+from orchestration.stored_results import (
+    file_finder,
+    has_store,
+    named_in_store,
+    records_of_store,
+    results_of,
+)
 from orchestration.studies.loader import read_study
-from orchestration.studies.matching import match
-from orchestration.studies.names import name_in_store, name_of
+from orchestration.studies.names import name_of
 
 # Not at the top for real: pandas, torch and MLflow take seconds to load, and a plan needs none.
 if TYPE_CHECKING:
@@ -67,76 +70,6 @@ def load(
 
         text = str(result_folder(text, LaunchConfig(Path(store), tracking_uri)))
     return load_model(text, overrides)
-
-
-def records_of_store(store: Path, tracking_uri: str | None) -> list[RunRecord]:
-    """Return the trials' runs in MLflow, of all studies."""
-    from orchestration.tracking.store import Store
-
-    return Store(LaunchConfig(store, tracking_uri)).trials()
-
-
-def file_finder(store: Path, tracking_uri: str | None) -> Callable[[Any, str], Path]:
-    """Return a function that finds a file of a run's result.
-
-    The function downloads the file from MLflow if it is not on this disk.
-    """
-    # Opened with the first file: a table without paired tests needs none.
-    opened: list[Any] = []
-
-    def find(record: Any, name: str) -> Path:
-        from orchestration.tracking.store import Store
-
-        if not opened:
-            opened.append(Store(LaunchConfig(store, tracking_uri)))
-        return opened[0].file_of(record, name)
-
-    return find
-
-
-def results_of(study: ResolvedStudy, store: Path, tracking_uri: str | None) -> StudyResults:
-    """Return the finished runs of a study's trials.
-
-    Tells the user if there are none, while runs of the study with other settings are finished.
-    """
-    from orchestration.reporting.study_results import StudyResults
-
-    records = records_of_store(store, tracking_uri)
-    found = StudyResults.match(study, records, file_finder(store, tracking_uri))
-    count = sum(run.experiment == study.name and run.status == "FINISHED" for run in records)
-    if count and not found.runs:
-        overrides = _last_overrides(study, store, tracking_uri)
-        advice = ""
-        if overrides:
-            advice = f"; the last launch had {' '.join(map(shlex.quote, overrides))}"
-        notice(
-            f"{study.name}: its {count} finished runs have other settings than were asked "
-            f"for{advice}. mar plan --explain shows what differs"
-        )
-    return found
-
-
-def _last_overrides(study: ResolvedStudy, store: Path, tracking_uri: str | None) -> list[str]:
-    from orchestration.tracking.store import Store
-
-    return Store(LaunchConfig(store, tracking_uri)).last_overrides(study.name)
-
-
-def _has_store(store: Path, tracking_uri: str | None) -> bool:
-    """Whether there may be runs to read: opening a store that does not exist would make it."""
-    return tracking_uri is not None or LaunchConfig(store).database.is_file()
-
-
-def named_in_store(study: ResolvedStudy, store: Path, claims: bool = False) -> ResolvedStudy:
-    """Return a study with its name in the store.
-
-    With ``claims``, the store records that the name belongs to the study's file.
-    """
-    # Only a file can claim a name in the store.
-    if study.path is None:
-        return study
-    name = name_in_store(study.name, study.path, store, claims)
-    return dataclasses.replace(study, name=name)
 
 
 @dataclass(frozen=True)
@@ -227,7 +160,7 @@ class Study:
 
     def results(self) -> StudyResults:
         """Return the finished runs of its trials, for tables and figures of one's own."""
-        if not _has_store(self.store, self.tracking_uri):
+        if not has_store(self.store, self.tracking_uri):
             from orchestration.reporting.study_results import StudyResults
 
             return StudyResults(self.resolved, {})
@@ -294,62 +227,9 @@ class Study:
         return target
 
     def _records(self) -> list[RunRecord]:
-        if not _has_store(self.store, self.tracking_uri):
+        if not has_store(self.store, self.tracking_uri):
             return []
         return records_of_store(self.store, self.tracking_uri)
-
-
-def best_result(
-    name: str | Path, *, store: str | Path = DEFAULT_STORE, tracking_uri: str | None = None
-) -> Path:
-    """Return the result folder of the best trial of a study or search.
-
-    The best is by a search's first objective, or by the first column of a study's table that is a
-    measured metric with a better direction, as ``top1``. Where no trial has the file's settings,
-    those of the study's last launch hold, and the user is told.
-
-    Raises:
-        UserError: the file cannot be read, or none of its trials is finished.
-    """
-    from orchestration.tracking.models import trained_folder
-
-    folder = Path(store)
-    best = _best_run(str(name), folder, tracking_uri)
-    if best is None:
-        raise UserError(
-            f"{name}: no finished training of it in --store {folder}; mar run {name} trains it"
-        )
-    return trained_folder(best, LaunchConfig(folder, tracking_uri))
-
-
-def _best_run(name: str, store: Path, tracking_uri: str | None) -> RunRecord | None:
-    from orchestration.search.schema import read_search
-    from orchestration.studies.best import best_by
-    from orchestration.studies.yaml_document import Document, find
-
-    if "space" not in Document(find(name, "study")).content:
-        return _best_of_study(name, store, tracking_uri)
-    search = read_search(name)
-    stored = name_in_store(search.name, search.path, store)
-    runs = results(stored, store=store, tracking_uri=tracking_uri).records
-    metric, direction = next(iter(search.file.objectives.items()))
-    return best_by(metric, direction == "max", [run for run in runs if run.status == "FINISHED"])
-
-
-def _best_of_study(name: str, store: Path, tracking_uri: str | None) -> RunRecord | None:
-    study = named_in_store(read_study(name), store)
-    if not _has_store(store, tracking_uri):
-        return None
-    records = records_of_store(store, tracking_uri)
-    found = match(study.trials, records)
-    if not found:
-        overrides = _last_overrides(study, store, tracking_uri)
-        study = named_in_store(read_study(name, overrides), store)
-        found = match(study.trials, records)
-        if found:
-            words = " ".join(map(shlex.quote, overrides))
-            notice(f"{name}: the best with the settings of its last launch: {words}")
-    return best_of_study(study, found)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mar.config.schema import ClipConfig, DataConfig
+from mar.config.input_settings import ClipConfig, DataConfig
 from mar.data.annotation_files import Annotations, Split
 from mar.data.annotation_formats import read_annotations
 from mar.data.annotations import class_names, fingerprint, read_split

@@ -16,7 +16,8 @@ from conftest import TINY_STUDY, tiny_tree
 from filelock import FileLock
 from trainings import assert_same_weights
 
-from mar.config.schema import DataConfig, TrainingConfig
+from mar.config.input_settings import DataConfig
+from mar.config.schema import TrainingConfig
 from mar.data import auto_cache
 from mar.data.annotations import fingerprint, read_split
 from mar.data.auto_cache import ensure_packed, plan_cache
@@ -132,7 +133,7 @@ def test_two_processes_pack_once(data: DataConfig, tmp_path: Path) -> None:
     folder = cache_folder(data, tmp_path / "frames")
     code = (
         "import sys; from pathlib import Path\n"
-        "from mar.config.schema import DataConfig\n"
+        "from mar.config.input_settings import DataConfig\n"
         "from mar.data.auto_cache import ensure_packed\n"
         "data = DataConfig.model_validate_json(sys.argv[1])\n"
         "done = []\n"

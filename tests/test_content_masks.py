@@ -9,8 +9,9 @@ import torch
 from test_export import SMALL, weights_of
 from torch import Tensor
 
+from mar.config.mask_settings import MaskConfig
 from mar.config.overrides import build, merge
-from mar.config.schema import MaskConfig, TrainingConfig
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import read_split
 from mar.data.dataset import evaluation_views
 from mar.data.frame_cache import open_video
@@ -21,7 +22,7 @@ from mar.model.flops import cost
 from mar.model.mar import MAR, num_hidden_of
 from mar.model.masking import evaluation_mask, evaluation_masks, training_mask
 from mar.model.pixels import to_pixels
-from mar.weights.export import write_onnx
+from mar.weights.onnx_export import write_onnx
 from mar.weights.pretrained import load
 from orchestration.studies.identity import identity
 

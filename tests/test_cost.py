@@ -12,7 +12,7 @@ from mar.config.schema import TrainingConfig
 from mar.model import layers
 from mar.model.flops import cost
 from mar.model.mar import MAR
-from mar.weights.export import Inference
+from mar.weights.onnx_export import Inference
 
 
 @pytest.mark.parametrize(

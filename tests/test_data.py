@@ -18,7 +18,8 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset
 
 from mar.augmentation.augment import draw_erased, erase, flip, mix, soft_labels, swapped
-from mar.config.schema import AugmentConfig, ClipConfig, DataConfig, TrainingConfig
+from mar.config.input_settings import AugmentConfig, ClipConfig, DataConfig
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import class_names, fingerprint, read_split
 from mar.data.crops import random_box, test_boxes
 from mar.data.dataset import (

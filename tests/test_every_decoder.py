@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numbered_videos import numbers_of, write_numbered
 
-from mar.config.schema import DataConfig
+from mar.config.input_settings import DataConfig
 from mar.data import decoders
 from mar.data.decoders import BrokenVideo, decode_with
 from mar.data.sampling import Reader

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mar.config.mask_settings import MASK_STRATEGIES, MaskConfig
 from mar.config.overrides import build, merge
-from mar.config.schema import MASK_STRATEGIES, MaskConfig, TrainingConfig
+from mar.config.schema import TrainingConfig
 from mar.model.content_masks import hidden_by_content
 from mar.model.flops import cost
 from mar.model.mar import MAR, num_hidden_of

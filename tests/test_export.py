@@ -19,7 +19,8 @@ from mar.errors import Failure, UserError
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask
 from mar.model.pixels import IMAGENET_MEAN
-from mar.weights.export import write_hugging_face, write_model, write_onnx
+from mar.weights.export import write_hugging_face, write_model
+from mar.weights.onnx_export import write_onnx
 from mar.weights.pretrained import EVERYTHING, load, model_settings
 from mar.weights.reading import Weights, read_weights
 from orchestration.cli.app import main

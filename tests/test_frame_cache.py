@@ -10,7 +10,8 @@ import pytest
 from filelock import FileLock
 from trainings import assert_same_weights, train
 
-from mar.config.schema import ClipConfig, DataConfig, TrainingConfig
+from mar.config.input_settings import ClipConfig, DataConfig
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import fingerprint, read_split
 from mar.data.cache_index import Index, Packing
 from mar.data.dataset import EvaluationClips, TrainingClips

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numbered_videos import edit, numbers_of, picture, write_numbered
 
-from mar.config.schema import ClipConfig, DataConfig
+from mar.config.input_settings import ClipConfig, DataConfig
 from mar.data import decoders, process_pool
 from mar.data.annotations import read_split
 from mar.data.cache_index import Packing

@@ -11,7 +11,7 @@ import pytest
 from commands import run_mar
 from PIL import Image
 
-from mar.config.schema import DataConfig
+from mar.config.input_settings import DataConfig
 from mar.data.annotations import class_names, fingerprint, read_split
 from mar.data.cache_index import Packing
 from mar.data.frame_cache import open_video, pack

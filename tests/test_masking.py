@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mar.config.canonical import canonical
+from mar.config.mask_settings import MaskConfig
 from mar.config.overrides import SettingError, build
-from mar.config.schema import MaskConfig
 from mar.model.mar import split_indices
 from mar.model.masking import _run_cells, evaluation_mask, training_mask
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mar.augmentation.augment import augmented, draw_step
+from mar.config.input_settings import ClipConfig
 from mar.config.overrides import SettingError, build, merge
-from mar.config.schema import ClipConfig, TrainingConfig
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import read_split
 from mar.data.crops import random_box
 from mar.data.dataset import EvaluationClips, TrainingClips

@@ -22,7 +22,8 @@ from commands import run_mar
 from conftest import BUCKET, tiny_tree
 
 from mar.atomic_dir import read_atomic_dir, write_atomic_dir, write_text
-from mar.config.schema import DataConfig, TrainingConfig
+from mar.config.input_settings import DataConfig
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import read_split
 from mar.data.cache_index import Index, Packing
 from mar.data.decoders import write_video

@@ -23,8 +23,9 @@ from trainings import CPU, assert_same_weights, train, weights
 from mar import RESULT_DIR
 from mar.atomic_dir import read_atomic_dir
 from mar.augmentation.augment import mix
+from mar.config.input_settings import AugmentConfig
 from mar.config.overrides import build
-from mar.config.schema import AugmentConfig, TrainingConfig
+from mar.config.schema import TrainingConfig
 from mar.errors import Failure, UserError
 from mar.evaluation.evaluator import Predictions
 from mar.model.mar import MAR

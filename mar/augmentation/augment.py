@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from mar.augmentation.randaugment import Operations, draw_operations, rand_augment
+from mar.config.input_settings import AugmentConfig
 from mar.config.randaugment_policy import RandAugmentPolicy
-from mar.config.schema import AugmentConfig, TrainingConfig
+from mar.config.schema import TrainingConfig
 from mar.model.masking import DrawnMask, training_mask
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD, to_pixels
 from mar.rng import Stream, rng, rng_seed

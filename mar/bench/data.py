@@ -18,8 +18,9 @@ from mar.augmentation.augment import augmented, draw_step, mix
 from mar.bench.machine import Machine, synchronise
 from mar.bench.steps import Case, random_batch, train_state_of
 from mar.bench.tables import Table, spread
+from mar.config.input_settings import DataConfig
 from mar.config.overrides import build, merge
-from mar.config.schema import DataConfig, TrainingConfig
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video
 from mar.data.cache_index import Packing
 from mar.data.dataset import Batch, TrainingClips, TrainingOrder

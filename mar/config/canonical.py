@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mar.config.schema import (
-    MASKS_WITH_CELLS,
-    ClassifierConfig,
-    EncoderConfig,
-    MaskConfig,
-    ReconstructionConfig,
-    TrainingConfig,
-)
+from mar.config.mask_settings import MASKS_WITH_CELLS, MaskConfig
+from mar.config.model_settings import ClassifierConfig, EncoderConfig, ReconstructionConfig
+from mar.config.schema import TrainingConfig
 
 
 def canonical(settings: TrainingConfig) -> TrainingConfig:

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mar.config.schema import Node, TrainingConfig
+from mar.config.node import Node
+from mar.config.schema import TrainingConfig
 from mar.errors import UserError
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mar.config.schema import DataConfig
+from mar.config.input_settings import DataConfig
 from mar.errors import UserError
 
 Split = Literal["train", "val"]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mar import plugins
-from mar.config.schema import DataConfig
+from mar.config.input_settings import DataConfig
 from mar.data.annotation_files import Annotations, Row, Split, annotation_file, named_classes
 from mar.data.official_formats import (
     read_diving48,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from mar.config.schema import DataConfig
+from mar.config.input_settings import DataConfig
 from mar.data import cache_index
 from mar.data.annotation_files import Row, Split, annotation_file
 from mar.data.annotation_formats import read_annotations

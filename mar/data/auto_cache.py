@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mar.config.schema import DataConfig
+from mar.config.input_settings import DataConfig
 from mar.data.annotations import Video, read_split
 from mar.data.cache_index import SETTINGS, Index, Packing, load_index
 from mar.data.video.header import stated_frame_bytes

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import InstanceOf, NonNegativeInt, PositiveInt, TypeAdapter
 
-from mar.config.schema import DataConfig
+from mar.config.input_settings import DataConfig
 from mar.data.video.paths import video_bytes
 from mar.errors import UserError
 from mar.safe_input import read_json

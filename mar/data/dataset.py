@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mar.augmentation.randaugment import draw_operations, rand_augment
+from mar.config.input_settings import AugmentConfig
 from mar.config.randaugment_policy import RandAugmentPolicy
-from mar.config.schema import AugmentConfig, TrainingConfig
+from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video
 from mar.data.crops import crop_and_resize, random_box, resize_short_side, test_boxes
 from mar.data.frame_cache import open_video

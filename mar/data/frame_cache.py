@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 
 from mar.atomic_dir import atomic_write
-from mar.config.schema import DataConfig
+from mar.config.input_settings import DataConfig
 from mar.data import process_pool
 from mar.data.annotations import Video, read_split
 from mar.data.cache_index import (

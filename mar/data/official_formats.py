@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mar.config.schema import DataConfig
+from mar.config.input_settings import DataConfig
 from mar.data.annotation_files import (
     Annotations,
     Row,
@@ -230,15 +230,15 @@ def read_diving48(data: DataConfig, split: Split) -> Annotations:
         name = folder.find(stem, default=f"{stem}.mp4")
         rows.append(Row(name, int(entry["label"]), location))
     vocabulary = _read_json(annotation_file(data, "labels"), list)
-    return Annotations(rows, [_joined(words) for words in vocabulary])
+    return Annotations(rows, [_joined(name) for name in vocabulary])
 
 
-def _joined(words: Any) -> str:
-    """Return the words of a class as one name."""
-    if isinstance(words, list):
-        parts: list[Any] = words
+def _joined(name: Any) -> str:
+    """Return the name of a class, which may be a list of its parts."""
+    if isinstance(name, list):
+        parts: list[Any] = name
         return " ".join(str(part) for part in parts)
-    return str(words)
+    return str(name)
 
 
 def read_jester(data: DataConfig, split: Split) -> Annotations:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mar.config.schema import ClipConfig
+from mar.config.input_settings import ClipConfig
 from mar.data.decoders import Decoder, open_with
 from mar.data.video.image_folder import ImageFolder
 from mar.data.video.sequential_reader import Frames, SequentialReader, iter_frames, pixels_of

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mar.config.schema import ClipConfig, DataConfig
+from mar.config.input_settings import ClipConfig, DataConfig
 from mar.data import process_pool
 from mar.data.annotation_files import Row, Split
 from mar.data.annotations import Video, class_names, fingerprint, videos_of

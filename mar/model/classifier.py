@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mar import plugins
-from mar.config.schema import ClassifierConfig, TrainingConfig
+from mar.config.model_settings import ClassifierConfig
+from mar.config.schema import TrainingConfig
 from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
 
 

@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mar import plugins
-from mar.config.schema import MaskConfig
+from mar.config.mask_settings import MaskConfig
 from mar.errors import UserError
 
 Embed = Callable[[Float[Tensor, "B N P"]], Float[Tensor, "B N D"]]
@@ -77,15 +77,16 @@ def hidden_by_content(
     if mask.strategy == "cell":
         return _hidden_in_cells(mask, order, rank, score)
     num_visible = order[0].numel() - num_hidden
-    places = _places(score.flatten(1), rank.flatten(1))
-    return (places >= num_visible).view_as(order)
+    position = _order_by_score(score.flatten(1), rank.flatten(1))
+    return (position >= num_visible).view_as(order)
 
 
-def _places(score: Float[Tensor, "*B n"], rank: Int[Tensor, "*B n"]) -> Int[Tensor, "*B n"]:
-    """Return each token's place by score, the highest first; of equal scores by rank."""
+def _order_by_score(score: Float[Tensor, "*B n"], rank: Int[Tensor, "*B n"]) -> Int[Tensor, "*B n"]:
+    """Return each token's position by score, the highest first; of equal scores by rank."""
     by_rank = rank.argsort(dim=-1)
     by_score = score.gather(-1, by_rank).argsort(dim=-1, descending=True, stable=True)
-    # A permutation's argsort is its inverse: the token of each place -> the place of each token.
+    # A permutation's argsort is its inverse: from the token of each position, the position of each
+    # token.
     return by_rank.gather(-1, by_score).argsort(dim=-1)
 
 
@@ -98,7 +99,7 @@ def _hidden_in_cells(
     """Return masks whose cells each show as many tokens as the mask of ``order`` does."""
     order, rank, score = (_in_cells(each, mask.cell) for each in (order, rank, score))
     num_visible = (order < 0).sum(dim=-1, keepdim=True)
-    hidden = _places(score, rank) >= num_visible
+    hidden = _order_by_score(score, rank) >= num_visible
     if mask.content < 1:
         # The ranks of the cells' first tokens order the cells at random.
         first = rank[..., 0].flatten(1)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mar.config.schema import ReconstructionConfig
+from mar.config.model_settings import ReconstructionConfig
 from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
 
 

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mar import plugins
-from mar.config.schema import EncoderConfig, TrainingConfig
+from mar.config.model_settings import EncoderConfig
+from mar.config.schema import TrainingConfig
 from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
 from mar.model.merging import run_merging
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from mar.config.schema import MaskConfig, TrainingConfig
+from mar.config.mask_settings import MaskConfig
+from mar.config.schema import TrainingConfig
 
 if TYPE_CHECKING:
     from mar.model.package_cost import PackageCost

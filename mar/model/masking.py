@@ -32,7 +32,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mar import plugins
-from mar.config.schema import MASKS_WITH_CELLS, Grid, MaskConfig, TrainingConfig
+from mar.config.mask_settings import MASKS_WITH_CELLS, MaskConfig
+from mar.config.schema import TrainingConfig
+from mar.config.types import Grid
 from mar.errors import UserError
 from mar.model.content_masks import drawn_order
 

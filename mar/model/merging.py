@@ -31,16 +31,16 @@ def run_merging(blocks: Blocks, tokens: Float[Tensor, "B K D"], merge: int) -> T
     """Return the blocks' output for each token, where each block merges ``merge`` of them."""
     x = tokens
     sizes = torch.ones_like(x[..., :1], dtype=torch.float32)
-    # Of each token of the input, the place of the merged token that it is in.
-    places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    # Of each token of the input, the index of the merged token that it is in.
+    in_token = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     for block in blocks:
         block = cast("Block", block)
         attended, keys = _attention(cast("Attention", block.attn), block.norm1(x), sizes)
         x = x + attended
         x, sizes, moved = _merged(x, sizes, keys, num_merged(x.shape[1], merge))
-        places = moved.gather(1, places)
+        in_token = moved.gather(1, in_token)
         x = x + block.mlp(block.norm2(x))
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, in_token[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _attention(

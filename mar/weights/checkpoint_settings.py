@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mar.config.model_settings import ENCODER_SIZES
 from mar.config.overrides import flatten
-from mar.config.schema import ENCODER_SIZES
 from mar.weights.safe_loading import read_mapping
 from mar.weights.state_dict_mapping import OURS, Layout, Translated
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mar.config.model_settings import ENCODER_SIZES
 from mar.config.overrides import flatten
-from mar.config.schema import ENCODER_SIZES
 from mar.errors import UserError
 from mar.weights.checkpoint_settings import (
     classes_beside,

@@ -192,7 +192,8 @@ def _seconds(option: str, text: str | None) -> float | None:
 def _loaded(
     name: str, is_best: bool, setting: list[str] | None, store: Path, tracking_uri: str | None
 ) -> Model:
-    from orchestration.api import best_result, load
+    from orchestration.api import load
+    from orchestration.stored_results import best_result
     from orchestration.studies.recipe import parse_overrides
 
     if is_best:

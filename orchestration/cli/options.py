@@ -109,7 +109,7 @@ def records_of(store: Path, tracking_uri: str | None, may_be_new: bool = False) 
     if not print_store(store, tracking_uri, may_be_new):
         return []
     # Not at the top: it loads MLflow, which takes seconds.
-    from orchestration.api import records_of_store
+    from orchestration.stored_results import records_of_store
 
     return list(records_of_store(store, tracking_uri))
 
@@ -130,7 +130,7 @@ def studies_of(
     Raises:
         UserError: neither or both were given; or what ``read_study`` raises.
     """
-    from orchestration.api import named_in_store
+    from orchestration.stored_results import named_in_store
     from orchestration.studies.loader import paper_studies, read_study
 
     if is_all:

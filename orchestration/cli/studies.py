@@ -331,7 +331,7 @@ def _results(study: Study, store: Path, tracking_uri: str | None) -> StudyResult
     Raises:
         UserError: the store does not exist.
     """
-    from orchestration.api import results_of
+    from orchestration.stored_results import results_of
 
     print_store(store, tracking_uri)
     return results_of(study, store, tracking_uri)

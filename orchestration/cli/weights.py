@@ -149,7 +149,7 @@ def _trained_by(recipe: str, store: Path) -> Path:
         UserError: the file is not a recipe, or the store has no finished training of it.
     """
     from mar import MANIFEST, RESULT_DIR
-    from orchestration.api import best_result
+    from orchestration.stored_results import best_result
     from orchestration.studies.loader import read_study
 
     study = read_study(recipe)
@@ -170,7 +170,7 @@ def weights_export(
     overrides: Overrides = None,
 ) -> None:
     """Write the inference path under the evaluation mask to ONNX, and compare it with PyTorch."""
-    from mar.weights.export import write_onnx
+    from mar.weights.onnx_export import write_onnx
     from mar.weights.pretrained import model_settings
     from mar.weights.reading import read_weights
     from orchestration.studies.recipe import parse_overrides

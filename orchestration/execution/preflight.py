@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mar.config.schema import AUTO_CACHE, DataConfig
+from mar.config.input_settings import AUTO_CACHE, DataConfig
 from mar.data.annotations import read_split
 from mar.data.auto_cache import CachePlan, ensure_packed, plan_cache, refuse_if_too_large
 from mar.data.cache_index import cache_folder

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mar import MANIFEST, RESULT_DIR
-from mar.config.schema import EvaluationMaskConfig
+from mar.config.mask_settings import EvaluationMaskConfig
 from orchestration.backends.base import TrainedResults
 from orchestration.backends.choice import backend_of
 from orchestration.execution.recorder import RunRecorder

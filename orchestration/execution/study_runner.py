@@ -94,16 +94,7 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
         table = FORMATS["md"](table_info(results.of(chosen)))
     print(f"\n{table}")
     print("\n".join([*lines, ""]))
-    print(f"figure   {folder / 'figure.png'}")
-    print(f"report   {folder / 'report.html'} (and report.md, table.tex, …)")
-    print(f"MLflow   {_mlflow_hint(launch)}   (experiment {study.name!r})")
-    if best is not None and study.path is not None:
-        verb = "predict"
-        # A pre-training has no classifier.
-        if study.trials[0].settings.pretrains:
-            verb = "reconstruct"
-        name = _as_typed(study.path)
-        print(f"use it   mar {verb} {name} --best{_store_option(launch)} VIDEO")
+    _print_where(study, launch, has_model=best is not None)
     # Outside the lock: no other launch waits for a webhook that does not answer.
     notify_webhook(study, recorder)
     _raise_if_unfinished(study, recorder)
@@ -134,6 +125,20 @@ def _counts(study: Study, plan: _Plan) -> str:
     if plan.num_over_budget:
         counts += f", {plan.num_over_budget} left out: over the budget"
     return counts
+
+
+def _print_where(study: Study, launch: LaunchConfig, has_model: bool) -> None:
+    """Print where the results are, and how to use the best model."""
+    folder = launch.report_folder(study.name)
+    print(f"figure   {folder / 'figure.png'}")
+    print(f"report   {folder / 'report.html'} (and report.md, table.tex, …)")
+    print(f"MLflow   {_mlflow_hint(launch)}   (experiment {study.name!r})")
+    if has_model and study.path is not None:
+        verb = "predict"
+        # A pre-training has no classifier.
+        if study.trials[0].settings.pretrains:
+            verb = "reconstruct"
+        print(f"use it   mar {verb} {_as_typed(study.path)} --best{_store_option(launch)} VIDEO")
 
 
 def _mlflow_hint(launch: LaunchConfig) -> str:

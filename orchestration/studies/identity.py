@@ -13,8 +13,10 @@ from typing import Any
 
 from mar import RESULTS_VERSION, plugins
 from mar.config.canonical import canonical
+from mar.config.input_settings import ANNOTATION_FORMATS
+from mar.config.mask_settings import MASK_STRATEGIES
 from mar.config.overrides import build, without_paths
-from mar.config.schema import ANNOTATION_FORMATS, MASK_STRATEGIES, TrainingConfig
+from mar.config.schema import TrainingConfig
 from mar.weights.hub import ABSENT as WEIGHTS_ABSENT
 from mar.weights.hub import fingerprint
 

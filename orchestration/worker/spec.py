@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from mar.config.schema import AUTO_CACHE
+from mar.config.input_settings import AUTO_CACHE
 from mar.data.cache_index import cache_folder
 from orchestration.config import LaunchConfig, WorkerConfig
 from orchestration.storage.trial_dir import TrialDir

@@ -21,8 +21,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from mar.atomic_dir import atomic_write
+from mar.config.input_settings import DataConfig
 from mar.config.overrides import build
-from mar.config.schema import DataConfig
 from mar.data.auto_cache import ensure_packed
 from mar.distributed import default_device, worker_rank
 from mar.errors import Failure, Stopped

@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, PositiveInt
 from torch import nn
 
-from mar.config.schema import DataConfig
+from mar.config.input_settings import DataConfig
 from mar.data.annotation_files import Annotations, Row, Split
 from mar.plugins import ClassifierFactory, EncoderFactory, MaskStrategy
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mar.config.schema import DataConfig
+from mar.config.input_settings import DataConfig
 from mar.data import cache_index
 from mar.data.video.paths import is_hidden
 from mar.errors import UserError

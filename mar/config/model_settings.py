@@ -1,0 +1,184 @@
+"""Settings of the model: encoder, classifier, reconstruction branch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
+
+from mar import plugins
+from mar.config.node import Node
+from mar.config.types import Depth, Fraction, Tubelet, Width
+
+ENCODER_SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+"""Name -> (width D, depth L, heads) of the plain ViT family (Dosovitskiy et al., Table 1)."""
+CLASSIFIER_KINDS = ("bridging", "linear", "mlp")
+"""``classifier.kind`` without what packages add."""
+
+
+class EncoderConfig(Node):
+    """The plain ViT with joint space-time attention (section IV-A)."""
+
+    size: Annotated[str, Field(json_schema_extra={"enum": [*ENCODER_SIZES, "custom"]})] = "base"
+    """Named size; ``custom`` takes ``width``, ``depth`` and ``heads``; or an encoder that an
+    installed package adds."""
+    options: dict[str, Any] = {}
+    """Settings of a package's own encoder."""
+    width: Width | None = None
+    """Token width D, when ``custom``."""
+    depth: Depth | None = None
+    """Number of blocks L, when ``custom``."""
+    heads: PositiveInt | None = None
+    """Attention heads, when ``custom``."""
+    tubelet: Tubelet = (2, 16, 16)
+    """Frames, height and width of the patch that becomes one token (section IV-A)."""
+    drop_path: Fraction = 0.1
+    """Stochastic depth of the last block, rising linearly from 0 (Table I)."""
+    init: Literal["xavier", "torch"] = "xavier"
+    """Random start of the patch embedding and the decoder's first projection: Xavier uniform, or
+    PyTorch's own (release)."""
+    weights: str | None = None
+    """Pre-trained weights to start from: a file, a folder, a Hugging Face or timm name, or
+    ``mini``, the small model that ships with mar; none: random (Table IX b)."""
+
+    @field_validator("size")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        return plugins.check_name(plugins.ENCODERS, name, (*ENCODER_SIZES, "custom"))
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        is_built_in = not self.is_of_package
+        checked = plugins.checked_options(plugins.ENCODERS, self.size, self.options, is_built_in)
+        object.__setattr__(self, "options", checked)
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        # A width beside a named size would be ignored without a word, so it is an error.
+        given = (self.width, self.depth, self.heads)
+        if self.size == "custom" and None in given:
+            raise ValueError("size 'custom' needs width, depth and heads")
+        if self.size != "custom" and given != (None, None, None):
+            raise ValueError(
+                f"size '{self.size}' fixes width, depth and heads; set size: custom to choose them"
+            )
+        if not self.is_of_package and self.dimensions[0] % self.dimensions[2]:
+            raise ValueError(
+                f"width {self.dimensions[0]} is not divisible by {self.dimensions[2]} heads"
+            )
+        return self
+
+    @property
+    def is_of_package(self) -> bool:
+        """Whether an installed package adds this encoder."""
+        # A name that is built in wins over a package's own.
+        return self.size != "custom" and self.size not in ENCODER_SIZES
+
+    @property
+    def dimensions(self) -> tuple[int, int, int]:
+        """Width D, depth L, heads; a package's encoder has a width, the others are 0."""
+        if self.size == "custom":
+            assert self.width and self.depth and self.heads
+            return self.width, self.depth, self.heads
+        if self.is_of_package:
+            added: plugins.EncoderFactory = plugins.load(plugins.ENCODERS, self.size)
+            options = plugins.options(plugins.ENCODERS, self.size, self.options)
+            with plugins.package_errors(plugins.ENCODERS, self.size):
+                return added.width(options), 0, 0
+        return ENCODER_SIZES[self.size]
+
+
+class ClassifierConfig(Node):
+    """From encoded visible tokens to class scores (section III-C)."""
+
+    kind: Annotated[str, Field(json_schema_extra={"enum": list(CLASSIFIER_KINDS)})] = "bridging"
+    """``bridging``: transformer blocks (Eq. 2); the baselines of Tables V and VI; or a classifier
+    that an installed package adds."""
+    options: dict[str, Any] = {}
+    """Settings of a package's own classifier."""
+    width: Width = 512
+    """Token width of the bridging classifier, and hidden width of the MLP (Table VI)."""
+    depth: Depth = 2
+    """Blocks of the bridging classifier, or layers of the MLP (Table VI)."""
+    heads: PositiveInt = 4
+    """Attention heads of the bridging classifier."""
+    positions: bool = False
+    """Add sin-cos positions to the input of the bridging classifier (Table VII)."""
+    mask_tokens: bool = False
+    """Add a learned token to its input for each hidden token (Table VII)."""
+    dropout: Fraction = 0.1
+    """Dropout before the last linear layer (Table I)."""
+    norm: Literal["tokens", "pooled"] = "tokens"
+    """The encoder's last norm: on each token, or on their average, as in VideoMAE's fine-tuned
+    models."""
+
+    @field_validator("kind")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        return plugins.check_name(plugins.CLASSIFIERS, name, CLASSIFIER_KINDS)
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        is_built_in = not self.is_of_package
+        checked = plugins.checked_options(plugins.CLASSIFIERS, self.kind, self.options, is_built_in)
+        object.__setattr__(self, "options", checked)
+        return self
+
+    @property
+    def is_of_package(self) -> bool:
+        """Whether an installed package adds this classifier."""
+        return self.kind not in CLASSIFIER_KINDS
+
+    @model_validator(mode="after")
+    def _options_apply(self) -> Self:
+        # An option without an effect is refused: trials that differ only in it would be equal.
+        if self.kind == "bridging" and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        if self.kind == "mlp" and self.depth < 2:
+            raise ValueError(
+                "an MLP has at least two layers: set depth: 2 or more, or kind: linear"
+            )
+        if self.kind != "bridging" and (self.positions or self.mask_tokens):
+            raise ValueError("positions and mask_tokens need kind: bridging (Table VII)")
+        if self.kind != "linear" and self.norm == "pooled":
+            raise ValueError("norm: 'pooled' needs kind: linear")
+        return self
+
+
+class ReconstructionConfig(Node):
+    """The auxiliary branch that reconstructs hidden patches, in training only (section III-D)."""
+
+    weight: NonNegativeFloat = 0.1
+    """λ of Eq. 5; at 0 the model has no such branch (Table IX a)."""
+    normalize_target: bool = True
+    """Normalise each channel of a target patch by its own mean and deviation (Eq. 3, Table
+    VIII)."""
+    width: Width = 384
+    """Token width of the decoder."""
+    depth: Depth = 4
+    """Blocks of the decoder."""
+    heads: PositiveInt = 6
+    """Attention heads of the decoder."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start the decoder from ``encoder.weights`` too, if they have a decoder, or at random (Table
+    VIII)."""
+    tokens: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the hidden tokens that are reconstructed in training, spread by a running cell
+    (VideoMAE V2's dual masking); in testing all are."""
+
+    def num_reconstructed(self, num_hidden: int) -> int:
+        """Return how many of a clip's hidden tokens are reconstructed in training."""
+        return max(1, round(self.tokens * num_hidden))
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        return self

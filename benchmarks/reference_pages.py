@@ -26,9 +26,10 @@ from orchestration.reporting.table_formats import FORMATS
 from orchestration.reporting.tables import table_info
 from orchestration.search.schema import SearchFile
 from orchestration.storage.trial_dir import TrialDir
+from orchestration.studies.devices import device
 from orchestration.studies.loader import paper_studies, read_study
 from orchestration.studies.metrics import METRICS
-from orchestration.studies.plan import device, plan_trials
+from orchestration.studies.plan import plan_trials
 from orchestration.studies.schema import StudyFile
 from orchestration.studies.trial import Study
 from orchestration.tracking import tags

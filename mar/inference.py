@@ -134,7 +134,8 @@ class Model(nn.Module):
         """
         self.require("classifier")
         if hidden is None:
-            hidden = self._test_mask(len(pixels))
+            # Each is a clip of its own, and not a view among several.
+            hidden = evaluation_mask(self.settings).expand(len(pixels), -1, -1, -1)
         return self.network.classify(pixels, hidden)
 
     @torch.no_grad()
@@ -224,13 +225,16 @@ class Model(nn.Module):
             # One clip, the centre crop: further views would show the same.
             views = evaluation_views(self.settings, source, 1, 1)
         pixels = to_pixels(views.to(self.device))
-        masked, redrawn = rebuilt(self.settings, self.network, pixels, self._test_mask(1))
+        masked, redrawn = rebuilt(
+            self.settings, self.network, pixels, evaluation_mask(self.settings)
+        )
         return Reconstruction(pixels[0], masked[0], redrawn[0])
 
     def visible_tokens(self, pixels: Float[Tensor, "B C T H W"]) -> Int[Tensor, "B K"]:
-        """Return the flat indices of the tokens of clips that testing shows."""
+        """Return the flat indices of the tokens that testing shows of a video's views."""
         tubelets = patchify(pixels, self.settings.encoder.tubelet)
-        visible, _ = self.network.indices(self._test_mask(len(pixels)), tubelets)
+        masks = evaluation_mask(self.settings, views=len(pixels))
+        visible, _ = self.network.indices(masks, tubelets)
         return visible
 
     def require(self, part: str) -> None:
@@ -239,9 +243,6 @@ class Model(nn.Module):
             raise UserError(
                 f"this model has no {part}: its file has {', '.join(sorted(self.parts))} alone"
             )
-
-    def _test_mask(self, num_clips: int) -> DrawnMask:
-        return evaluation_mask(self.settings).expand(num_clips, -1, -1, -1)
 
     def _pixels(self, source: FrameSource) -> Float[Tensor, "views C T H W"]:
         evaluation = self.settings.evaluation

@@ -10,12 +10,13 @@ from test_export import SMALL, weights_of
 from torch import Tensor
 
 from mar.config.mask_settings import MaskConfig
-from mar.config.overrides import build, merge
+from mar.config.overrides import SettingError, build, merge
 from mar.config.schema import TrainingConfig
 from mar.data.annotations import read_split
 from mar.data.dataset import evaluation_views
 from mar.data.frame_cache import open_video
 from mar.evaluation.evaluator import Evaluator, class_probabilities
+from mar.inference import Model
 from mar.model.content_masks import hidden_by_content
 from mar.model.encoder import patchify
 from mar.model.flops import cost
@@ -131,6 +132,46 @@ def test_a_cell_without_a_choice_is_the_papers_bit_for_bit_and_the_same_training
     drawn = training_mask(same.mask, same.grid, 3, generator())
     assert torch.equal(drawn, training_mask(plain.mask, plain.grid, 3, generator()))
     assert torch.equal(evaluation_mask(same), evaluation_mask(plain))
+
+
+def test_the_views_of_a_test_see_the_same_where_they_are_to(
+    tiny: Callable[..., TrainingConfig],
+) -> None:
+    settings = tiny({"mask": {"choice": "motion", "content": 0.5}})
+    first, second = evaluation_mask(settings, views=2)
+    assert torch.equal(first, second)
+    with pytest.raises(SettingError, match="no state decides"):
+        tiny({"mask": {"choice": "motion"}, "evaluation.mask.views": "complementary"})
+    start = {"mask": {"choice": "motion"}, "evaluation.mask.start": 1}
+    assert identity(tiny(start), "data") == identity(tiny({"mask": {"choice": "motion"}}), "data")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"mask": {"choice": "motion", "content": 0.5}},
+        {"mask": {"strategy": "random"}, "evaluation.mask.per_video": True},
+        {"evaluation.mask.views": "complementary"},
+    ],
+)
+def test_features_are_of_the_tokens_that_a_prediction_sees(
+    tiny: Callable[..., TrainingConfig], mask: dict[str, object]
+) -> None:
+    settings = tiny({**mask, "evaluation.clips": 2})
+    model = Model(MAR(settings), settings, (), frozenset({"encoder", "classifier"}))
+    seen: list[Tensor] = []
+    model.network.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    video = np.random.default_rng(0).integers(0, 255, (16, 20, 20, 3), np.uint8)
+    model.probabilities(video)
+    model.features(video)
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_an_earlier_choice_of_cells_changes_no_other_strategy() -> None:
+    motion = {"strategy": "motion"}
+    plain, chosen = build({"mask": motion}), build({"mask": {**motion, "choice": "redundancy"}})
+    assert identity(plain, "data") == identity(chosen, "data")
+    assert cost(plain) == cost(chosen)
 
 
 def test_embeddings_are_those_of_the_models_own_patches(

@@ -15,12 +15,36 @@ from mar.model.masking import decoder_order, training_mask
 from orchestration.studies.identity import identity
 
 
-def test_its_tokens_are_spread_over_space_and_time() -> None:
-    for share in (0.25, 0.5, 0.75):
-        chosen = (decoder_order((8, 14, 14)) < share * 1568).view(8, 14, 14)
-        cells = chosen.view(8, 7, 2, 7, 2).sum(dim=(2, 4))
-        assert (cells == 4 * share).all(), "as many of each 2 × 2 cell in each slice"
-        assert (chosen.sum(dim=0) == 8 * share).all(), "and of each place over the slices"
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {},
+        {"temporal": "fixed"},
+        {"spatial": "random"},
+        {"ratio": 0.75},
+        {"cell": [7, 7]},
+        {"strategy": "random", "motion": "standard"},
+        {"strategy": "tube", "motion": "standard", "ratio": 0.9},
+    ],
+)
+def test_its_tokens_are_spread_over_space_and_time(mask: dict[str, object]) -> None:
+    """Also where the mask is a running cell itself, with which they must not keep step."""
+    settings = build({"mask": mask, "reconstruction": {"tokens": 0.5}})
+    generator = torch.Generator().manual_seed(0)
+    hidden = training_mask(settings.mask, settings.grid, 16, generator)
+    order = decoder_order(settings.grid)
+    shares: list[torch.Tensor] = []
+    for clip in hidden:
+        unseen = torch.nonzero(clip.flatten())[:, 0]
+        chosen = unseen[order[unseen].argsort()[: len(unseen) // 2]]
+        counts = torch.zeros(1568).index_fill(0, chosen, 1.0).view(8, 14, 14)
+        shares.append(counts.sum(dim=(1, 2)) / clip.sum(dim=(1, 2)))
+        # A quarter of the picture, over all slices.
+        for part in (slice(0, 7), slice(7, 14)):
+            of_part = counts[:, part, part].sum() / clip[:, part, part].sum()
+            assert 0.35 < of_part < 0.65
+    assert torch.cat(shares).min() > 0.3
+    assert torch.cat(shares).max() < 0.7
 
 
 def test_the_loss_in_training_is_that_of_its_share_and_in_testing_of_all(

@@ -13,7 +13,7 @@ from mar.model.flops import cost
 from mar.model.layers import transformer_blocks
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask
-from mar.model.merging import _attention, run_merging
+from mar.model.merging import _attention, _merged, run_merging
 from orchestration.studies.identity import identity, training_identity
 
 
@@ -89,6 +89,26 @@ def _encoder(tiny: Callable[..., TrainingConfig]) -> float:
     width = tiny().encoder.dimensions[0]
     blocks = 3 * (12 * width**2 * 32 + 2 * 32**2 * width + 10 * 32 * width)
     return blocks + 64 * 96 * width + 5 * 32 * width
+
+
+def test_more_than_there_are_merge_to_one() -> None:
+    torch.manual_seed(0)
+    blocks = transformer_blocks(16, 6, 2).eval()
+    with torch.no_grad():
+        merged = run_merging(blocks, torch.randn(2, 9, 16), 1000)
+    assert merged.isfinite().all()
+    torch.testing.assert_close(merged, merged[:, :1].expand_as(merged))
+
+
+def test_in_bfloat16_the_same_tokens_are_merged() -> None:
+    torch.manual_seed(0)
+    # Tokens so similar that bfloat16 cannot tell their similarities apart.
+    keys = torch.randn(1, 1, 16) + 0.05 * torch.randn(1, 100, 16)
+    values = torch.randn(1, 100, 16)
+    sizes = torch.ones(1, 100, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, moved = _merged(values, sizes, keys, 20)
+    assert torch.equal(moved, _merged(values, sizes, keys, 20)[2])
 
 
 def test_it_changes_the_test_and_not_the_training(tiny: Callable[..., TrainingConfig]) -> None:

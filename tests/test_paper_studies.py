@@ -27,8 +27,9 @@ from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.table_formats import to_latex, to_markdown
 from orchestration.reporting.tables import table_info
 from orchestration.studies.budget import Budget
+from orchestration.studies.devices import device
 from orchestration.studies.loader import paper_studies, read_study
-from orchestration.studies.plan import Planned, device, plan_text, plan_trials
+from orchestration.studies.plan import Planned, plan_text, plan_trials
 from orchestration.tracking.store import Store
 from orchestration.tracking.tags import TRAINED_BY
 

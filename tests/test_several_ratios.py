@@ -9,7 +9,7 @@ from commands import run_mar
 from study_runs import write_studies
 
 from mar.augmentation.augment import draw_step
-from mar.config.overrides import SettingError, build
+from mar.config.overrides import SettingError, build, merge
 from mar.config.schema import TrainingConfig
 from mar.model.flops import cost
 from mar.model.mar import num_hidden_of
@@ -47,6 +47,14 @@ def test_one_ratio_draws_what_it_always_drew(tiny: Callable[..., TrainingConfig]
     one, listed = tiny({"mask.ratio": 0.5}), tiny({"mask.ratio": [0.5]})
     assert identity(one, "data") == identity(listed, "data")
     assert one == listed
+    assert one == tiny({"mask.ratio": [0.5, 0.5]})
+
+
+def test_a_value_replaces_a_list_also_where_all_settings_are_written_out() -> None:
+    several = build({"mask": {"ratio": [0.5, 0.25]}})
+    one = build(merge(several.model_dump(mode="json"), {"mask.ratio": 0.75}))
+    assert cost(one) == cost(build({"mask": {"ratio": 0.75}}))
+    assert build(several.model_dump(mode="json")) == several
 
 
 def test_it_costs_the_mean_and_is_another_training() -> None:
@@ -62,11 +70,13 @@ def test_it_costs_the_mean_and_is_another_training() -> None:
     ("ratio", "message"),
     [
         ([], "the list is empty"),
-        ([0.5, 1.0], "must be less than 1"),
+        ([0.5, 1.0], r"mask\.ratio: each of a list must be at least 0 and less than 1, not 1\.0"),
+        ([0.5, "a"], r"less than 1, not 'a'"),
+        ("a", r"mask\.ratio: must be a valid number"),
         ([0.5, 0.0], "has one that hides nothing"),
     ],
 )
-def test_a_list_that_cannot_be_trained_is_refused(ratio: list[float], message: str) -> None:
+def test_a_list_that_cannot_be_trained_is_refused(ratio: object, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         build({"mask": {"ratio": ratio}})
     assert build({"mask": {"ratio": [0.5, 0.0]}, "reconstruction": {"weight": 0.0}}).mask.hides

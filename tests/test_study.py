@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,20 @@ def test_settings_that_do_nothing_make_no_second_training(
     tiny: Callable[..., TrainingConfig], one: dict[str, Any], other: dict[str, Any]
 ) -> None:
     assert identity(tiny(one), "data") == identity(tiny(other), "data")
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_run_of_any_earlier_version_may_be_asked_for_its_training(
+    tiny: Callable[..., TrainingConfig], ratio: float
+) -> None:
+    """Its identity lacks the settings that came later; only ρ was there from the start."""
+    tree = json.loads(identity(tiny({"mask.ratio": ratio}), "data"))
+    for group in tree:
+        if isinstance(tree[group], dict) and group != "evaluation":
+            for name in {*tree[group]} - {"ratio"}:
+                earlier = {**tree, group: {**tree[group]}}
+                del earlier[group][name]
+                assert training_identity(json.dumps(earlier))
 
 
 def test_settings_that_do_something_do_make_one(tiny: Callable[..., TrainingConfig]) -> None:

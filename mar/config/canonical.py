@@ -41,7 +41,7 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
         # model_copy skips validation on purpose: the cell is the grid, so it divides it.
         mask = settings.mask
         changes["mask"] = MaskConfig().model_copy(
-            update={"ratio": mask.ratio, "ratios": mask.ratios, "cell": settings.grid[1:]}
+            update={"ratio": mask.ratio, "cell": settings.grid[1:]}
         )
     elif settings.mask.strategy not in MASKS_WITH_CELLS:
         default = MaskConfig()
@@ -58,7 +58,8 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
     without_effect: dict[str, Any] = {}
     if evaluation.clips * evaluation.crops == 1:
         without_effect = {"views": "same"}
-    if settings.mask.strategy not in MASKS_WITH_CELLS or not settings.test_ratio:
+    # Where content decides in every cell, the states say only how many tokens each shows.
+    if mask.strategy not in MASKS_WITH_CELLS or mask.content_decides or not settings.test_ratio:
         without_effect = {"start": 0, "views": "same"}
     if settings.mask.strategy in MASKS_WITH_CELLS or not settings.test_ratio:
         without_effect["per_video"] = False

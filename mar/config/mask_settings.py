@@ -15,7 +15,7 @@ from pydantic import (
 
 from mar import plugins
 from mar.config.node import Node
-from mar.config.types import Fraction, Grid, MaskRatio
+from mar.config.types import Fraction, Grid, MaskRatio, MaskRatios
 
 MASKS_OF_CONTENT = ("motion", "redundancy", "static")
 """Strategies that see the clip (``mar.model.content_masks``)."""
@@ -34,12 +34,10 @@ class MaskConfig(Node):
     """Settings of a package's own strategy."""
     motion: Literal["running", "standard"] = "running"
     """Whether the mask moves from slice to slice, Eq. 1 (Table II)."""
-    ratio: MaskRatio = 0.5
+    ratio: MaskRatios = 0.5
     """ρ, the share of hidden tokens; 0 hides nothing (Tables II, III c, V). A list, as
     ``[0.5, 0.25, 0.75]``: each step of training draws one, and testing has the first unless
     ``evaluation.mask.ratio`` says otherwise."""
-    ratios: tuple[MaskRatio, ...] = ()
-    """The list, if ``ratio`` was given as one; it is filled in."""
     cell: tuple[PositiveInt, PositiveInt] = (2, 2)
     """Height r and width q of the running cell, tokens (Table IV)."""
     spatial: Literal["repeated", "random"] = "repeated"
@@ -56,19 +54,6 @@ class MaskConfig(Node):
     static_below: NonNegativeFloat = 0.02
     """``static``: a token is like the one before it if its pixels, from 0 to 1, differ by less in
     the mean."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_ratios(cls, given: Any) -> Any:
-        """Take the list that ``ratio`` may be apart."""
-        if not isinstance(given, dict) or not isinstance(given.get("ratio"), list | tuple):
-            return given
-        ratios = given["ratio"]
-        if not ratios:
-            raise ValueError("ratio: the list is empty")
-        # A list of one is that one.
-        several = ratios if len(ratios) > 1 else []
-        return {**given, "ratio": ratios[0], "ratios": several}
 
     @field_validator("strategy")
     @classmethod
@@ -90,19 +75,24 @@ class MaskConfig(Node):
         return self
 
     @property
-    def hides(self) -> bool:
-        """Whether training hides anything."""
-        return any(each.ratio > 0 for each in self.in_training)
+    def first_ratio(self) -> float:
+        """ρ, the first of several."""
+        if isinstance(self.ratio, tuple):
+            return self.ratio[0]
+        return self.ratio
 
     @property
     def in_training(self) -> tuple[MaskConfig, ...]:
         """The masks of training: one for each ratio."""
-        if not self.ratios:
+        if not isinstance(self.ratio, tuple):
             return (self,)
         # The ratios are checked already.
-        return tuple(
-            self.model_copy(update={"ratio": ratio, "ratios": ()}) for ratio in self.ratios
-        )
+        return tuple(self.model_copy(update={"ratio": ratio}) for ratio in self.ratio)
+
+    @property
+    def hides(self) -> bool:
+        """Whether training hides anything."""
+        return any(each.first_ratio > 0 for each in self.in_training)
 
     @property
     def sees_clip(self) -> bool:
@@ -115,9 +105,17 @@ class MaskConfig(Node):
         return added.score is not None
 
     @property
+    def content_decides(self) -> bool:
+        """Whether content decides everything: of cells, in every cell."""
+        return self.sees_clip and (self.strategy != "cell" or self.content == 1)
+
+    @property
     def sees_embeddings(self) -> bool:
         """Whether it compares the embeddings of patches, which only our own encoder offers."""
-        return "redundancy" in (self.strategy, self.choice) and self.sees_clip
+        kind = self.strategy
+        if self.strategy == "cell":
+            kind = self.choice
+        return self.sees_clip and kind == "redundancy"
 
     def num_hidden(self, grid: Grid) -> int:
         """Return the number of hidden tokens in a clip, which is the same in every clip."""
@@ -125,17 +123,17 @@ class MaskConfig(Node):
         if self.strategy not in MASK_STRATEGIES:
             added: plugins.MaskStrategy = plugins.load(plugins.MASKS, self.strategy)
             options = plugins.options(plugins.MASKS, self.strategy, self.options)
-            return added.num_hidden(options, self.ratio, grid)
+            return added.num_hidden(options, self.first_ratio, grid)
         # Whole slices.
         if self.strategy == "frame":
-            return round(self.ratio * t) * h * w
+            return round(self.first_ratio * t) * h * w
         # The mask of one slice is repeated or moved, so each slice hides the same number. int()
         # rounds down, as the release and VideoMAE do.
         if self.strategy in ("tube", "block") or (
             self.strategy == "random" and self.motion == "running"
         ):
-            return t * int(self.ratio * h * w)
-        return int(self.ratio * t * h * w)
+            return t * int(self.first_ratio * h * w)
+        return int(self.first_ratio * t * h * w)
 
 
 class EvaluationMaskConfig(Node):

@@ -179,7 +179,7 @@ class TrainingConfig(Node):
         hidden = [each.num_hidden(self.grid) for each in self.mask.in_training]
         if self.reconstruction.weight > 0 and max(hidden) > 0 == min(hidden):
             raise ValueError(
-                f"mask.ratio: {list(self.mask.ratios)} has one that hides nothing, which leaves "
+                f"mask.ratio: {self.mask.ratio} has one that hides nothing, which leaves "
                 "nothing to reconstruct; leave it out, or set reconstruction.weight to 0"
             )
         return self
@@ -209,6 +209,11 @@ class TrainingConfig(Node):
             raise ValueError(
                 f"evaluation.mask.views: 'complementary' needs mask.strategy: "
                 f"{' or '.join(MASKS_WITH_CELLS)}, not {self.mask.strategy}"
+            )
+        if self.evaluation.mask.views == "complementary" and self.mask.content_decides:
+            raise ValueError(
+                "evaluation.mask.views: 'complementary' shows the states of a cell in turn, and "
+                f"with mask.choice: {self.mask.choice} no state decides: set it to same"
             )
         return self
 
@@ -241,13 +246,13 @@ class TrainingConfig(Node):
     def test_ratio(self) -> float:
         """ρ in testing."""
         ratio = self.evaluation.mask.ratio
-        return self.mask.ratio if ratio is None else ratio
+        return self.mask.first_ratio if ratio is None else ratio
 
     @property
     def test_mask(self) -> MaskConfig:
         """The mask's settings in testing."""
         # model_copy does not validate again, and need not: the ratio has been checked.
-        return self.mask.model_copy(update={"ratio": self.test_ratio, "ratios": ()})
+        return self.mask.model_copy(update={"ratio": self.test_ratio})
 
     @property
     def redraws_in_testing(self) -> bool:

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 """A share of a whole, 0 to 1 inclusive."""
 MaskRatio = Annotated[float, Field(ge=0.0, lt=1.0)]
 """ρ, the share of tokens hidden; below 1, because something must stay visible."""
+
+
+def _several(value: Any) -> Any:
+    """Check a list of ratios; of equal ones, one is enough.
+
+    pydantic's own message for a value that may be a number or a list would speak of both.
+    """
+    if not isinstance(value, list | tuple):
+        return value
+    ratios: list[Any] = list(value)
+    if not ratios:
+        raise ValueError("the list is empty")
+    for ratio in ratios:
+        is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+        if not is_number or not 0 <= ratio < 1:
+            raise ValueError(f"each of a list must be at least 0 and less than 1, not {ratio!r}")
+    if len(set(ratios)) == 1:
+        return ratios[0]
+    return ratios
+
+
+MaskRatios = Annotated[MaskRatio | tuple[MaskRatio, ...], BeforeValidator(_several)]
+"""One ratio, or several."""
 Tubelet = tuple[PositiveInt, PositiveInt, PositiveInt]
 
 

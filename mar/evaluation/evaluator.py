@@ -19,7 +19,7 @@ from mar.data.frame_cache import check
 from mar.data.loaders import loader
 from mar.errors import Failure
 from mar.model.mar import MAR
-from mar.model.masking import evaluation_masks
+from mar.model.masking import evaluation_mask, evaluation_masks
 from mar.model.pixels import to_pixels
 from mar.safe_text import cell
 
@@ -223,14 +223,17 @@ def class_probabilities(
     model: MAR,
     pixels: Float[Tensor, "B C T H W"],
     settings: TrainingConfig,
-    videos: Sequence[int] = (0,),
+    videos: Sequence[int] | None = None,
 ) -> Float[Tensor, "B classes"]:
     """Return the probability of each class under the mask of testing, in float32.
 
     ``pixels`` have the test views of each video, one video after another; ``videos`` are the
-    numbers of these in their split.
+    numbers of these in their split. Without them they are of one video that is in no split.
     """
-    hidden = evaluation_masks(settings, len(pixels) // len(videos), videos)
+    if videos is None:
+        hidden = evaluation_mask(settings, views=len(pixels))
+    else:
+        hidden = evaluation_masks(settings, len(pixels) // len(videos), videos)
     with torch.autocast(
         pixels.device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"
     ):

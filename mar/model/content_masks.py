@@ -41,11 +41,15 @@ Embed = Callable[[Float[Tensor, "B N P"]], Float[Tensor, "B N D"]]
 
 
 def drawn_order(
-    hidden: Bool[Tensor, "B t h w"], generator: torch.Generator
+    hidden: Bool[Tensor, "B t h w"], generator: torch.Generator, is_shared: bool = False
 ) -> Int[Tensor, "B t h w"]:
-    """Return an order for each clip, whose sign is the mask ``hidden``."""
-    noise = torch.rand(hidden.flatten(1).shape, generator=generator, device=generator.device)
-    rank = noise.argsort(dim=1).view_as(hidden)
+    """Return an order for each clip, whose sign is the mask ``hidden``.
+
+    With ``is_shared`` all clips have the same ranks.
+    """
+    num_clips = 1 if is_shared else len(hidden)
+    noise = torch.rand((num_clips, hidden[0].numel()), generator=generator, device=generator.device)
+    rank = noise.argsort(dim=1).view(num_clips, *hidden.shape[1:])
     # -1 - rank and not -rank: 0 has no sign.
     return torch.where(hidden, rank, -1 - rank)
 

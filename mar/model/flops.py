@@ -156,7 +156,7 @@ def _decoder_flops(settings: TrainingConfig, visible: int) -> int:
 
 def _selection_flops(settings: TrainingConfig, mask: MaskConfig) -> int:
     """Return the operations with which the pixels of a clip decide what is hidden."""
-    if not mask.sees_clip or not mask.ratio:
+    if not mask.sees_clip or not mask.first_ratio:
         return 0
     tokens = prod(settings.grid)
     values = tokens * _patch_values(settings)

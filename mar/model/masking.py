@@ -53,7 +53,7 @@ def training_mask(
     """Draw an independent mask for each clip, on the generator's device."""
     # At ratio 0 every strategy gives the same mask, and a grid that the cell does not divide is
     # allowed (TrainingConfig checks the cell only where a ratio is above 0).
-    if mask.ratio == 0:
+    if mask.first_ratio == 0:
         return torch.zeros(num_clips, *grid, dtype=torch.bool, device=generator.device)
     strategy = _STRATEGIES.get(mask.strategy, _of_package)
     if mask.sees_clip and mask.strategy != "cell":
@@ -79,7 +79,7 @@ def evaluation_mask(
     grid = settings.grid
     # "In inference, we simply use the spatially repeated running masking": all cells start in the
     # same state, and the slices are not shuffled.
-    if mask.strategy in ("cell", "uniform") and mask.ratio > 0:
+    if mask.strategy in ("cell", "uniform") and mask.first_ratio > 0:
         _, h, w = grid
         cell = mask.cell
         if mask.strategy == "uniform":
@@ -87,12 +87,12 @@ def evaluation_mask(
         start = settings.evaluation.mask.start
         starts = torch.full((views,), start)
         if settings.evaluation.mask.views == "complementary":
-            num_hidden = int(mask.ratio * cell[0] * cell[1])
+            num_hidden = int(mask.first_ratio * cell[0] * cell[1])
             starts = _complementary_starts(cell, num_hidden, start, views)
         starts = starts[:, None, None].expand(-1, h // cell[0], w // cell[1])
         hidden = _run_cells(mask, grid, cell, mask.num_hidden(grid), starts)
         if mask.sees_clip:
-            hidden = drawn_order(hidden, torch.Generator().manual_seed(0))
+            hidden = drawn_order(hidden, torch.Generator().manual_seed(0), is_shared=True)
         return hidden.to(device)
     # The seed is a constant and not settings.seed: trials that differ only in their seed are tested
     # under the same mask.
@@ -355,16 +355,17 @@ def _of_package(
 def decoder_order(grid: Grid) -> Int[Tensor, " N"]:
     """Return the order in which hidden tokens are chosen to be reconstructed, the lowest first.
 
-    A 2 × 2 running cell, as VideoMAE V2's decoder mask is: of four tokens side by side each comes
-    at another turn, and from slice to slice they change turns. Tokens of one turn are in an order
-    of chance that is always the same.
+    A running cell, as VideoMAE V2's decoder mask is: of four squares side by side each comes at
+    another turn, and from slice to slice they change turns. A square has 2 × 2 tokens, and not one:
+    a cell of the running mask, whose period is the same, would otherwise have all or none of its
+    hidden tokens chosen. Tokens of one turn are in an order of chance that is always the same.
     """
     t, h, w = grid
     # On the CPU also where the model is built without memory, on the meta device.
     cpu = torch.device("cpu")
     slices = torch.arange(t, device=cpu)[:, None, None]
-    rows = torch.arange(h, device=cpu)[None, :, None] % 2
-    columns = torch.arange(w, device=cpu)[None, None, :] % 2
+    rows = torch.arange(h, device=cpu)[None, :, None] // 2 % 2
+    columns = torch.arange(w, device=cpu)[None, None, :] // 2 % 2
     turn = ((2 * rows + columns + slices) % 4).flatten()
     chance = torch.rand(t * h * w, generator=torch.Generator().manual_seed(0), device=cpu)
     return (turn + chance).argsort().argsort()

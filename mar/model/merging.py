@@ -23,7 +23,7 @@ from mar.model.layers import Attention, Block, Blocks
 
 
 def num_merged(num_tokens: int, merge: int) -> int:
-    """Return how many of some tokens a block merges: at most all even ones but the last."""
+    """Return how many of some tokens a block merges: at most one for each odd one."""
     return min(merge, num_tokens // 2)
 
 
@@ -37,8 +37,11 @@ def run_merging(blocks: Blocks, tokens: Float[Tensor, "B K D"], merge: int) -> T
         block = cast("Block", block)
         attended, keys = _attention(cast("Attention", block.attn), block.norm1(x), sizes)
         x = x + attended
-        x, sizes, moved = _merged(x, sizes, keys, num_merged(x.shape[1], merge))
-        in_token = moved.gather(1, in_token)
+        count = num_merged(x.shape[1], merge)
+        # One token is left.
+        if count:
+            x, sizes, moved = _merged(x, sizes, keys, count)
+            in_token = moved.gather(1, in_token)
         x = x + block.mlp(block.norm2(x))
     return x.gather(1, in_token[..., None].expand(-1, -1, x.shape[-1]))
 
@@ -70,8 +73,10 @@ def _merged(
     Returns:
         The tokens that are left, their sizes, and the new place of each token.
     """
-    keys = F.normalize(keys.float(), dim=-1)
-    similarity, partner = (keys[:, ::2] @ keys[:, 1::2].mT).max(dim=-1)
+    # Autocast would compute the product in bfloat16, which has few values near 1.
+    with torch.autocast(x.device.type, enabled=False):
+        keys = F.normalize(keys.float(), dim=-1)
+        similarity, partner = (keys[:, ::2] @ keys[:, 1::2].mT).max(dim=-1)
     order = similarity.argsort(dim=1, descending=True, stable=True)
     gone, kept = order[:, :count], order[:, count:].sort(dim=1).values
     into = partner.gather(1, gone)

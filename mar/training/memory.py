@@ -38,7 +38,7 @@ def peak_training_memory_gib(settings: TrainingConfig, num_clips: int) -> float:
     is_bf16 = settings.recipe.precision == "bf16"
     pixels = torch.rand(num_clips, 3, clip.frames, clip.size, clip.size, device=device)
     # Of several ratios, the one that hides least.
-    mask = min(settings.mask.in_training, key=lambda each: each.ratio)
+    mask = min(settings.mask.in_training, key=lambda each: each.first_ratio)
     # Any class probabilities give the same memory.
     labels = torch.full((num_clips, num_classes), 1 / num_classes, device=device)
     try:

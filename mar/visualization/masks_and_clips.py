@@ -45,11 +45,17 @@ def example_masks(
     """
     # Examples, and not the masks of a certain step, whose generator has another seed (draw_step).
     generator = torch.Generator().manual_seed(settings.seed)
-    training = training_mask(settings.mask, settings.grid, num_clips, generator)
     drawn = {"evaluation": evaluation_mask(settings)[:1]}
-    for number in range(num_clips):
-        drawn[f"training, clip {number + 1}"] = training[number : number + 1]
-    if not settings.mask.sees_clip:
+    masks = settings.mask.in_training
+    for mask in masks:
+        training = training_mask(mask, settings.grid, num_clips, generator)
+        ratio = ""
+        if len(masks) > 1:
+            ratio = f"ρ = {mask.first_ratio:.0%}, "
+        for number in range(num_clips):
+            drawn[f"training, {ratio}clip {number + 1}"] = training[number : number + 1]
+    # At ratio 0 there is a mask also where it would see the clip.
+    if all(each.dtype == torch.bool for each in drawn.values()):
         return {name: each[0] for name, each in drawn.items()}
     if pixels is None:
         raise UserError(

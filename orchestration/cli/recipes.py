@@ -194,7 +194,7 @@ def mask(
     pixels = None
     if video is not None:
         pixels = middle_clip(settings, video)
-    elif settings.mask.sees_clip:
+    elif settings.mask.sees_clip and (settings.mask.hides or settings.test_ratio):
         raise UserError(f"mask: {settings.mask.strategy} sees the clip: which? Give --video FILE")
     network = None
     if settings.mask.sees_embeddings:
@@ -214,5 +214,6 @@ def mask(
             what += f", {chosen.content:.0%} by {chosen.choice}"
         if chosen.keep == "least":
             what += " (least)"
-    draw_masks(masks, f"{what}, {chosen.ratio:.0%} hidden (dark)", file, pixels)
+    hidden = " or ".join(f"{each.first_ratio:.0%}" for each in chosen.in_training)
+    draw_masks(masks, f"{what}, {hidden} hidden (dark)", file, pixels)
     print(file)

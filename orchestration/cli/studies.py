@@ -100,7 +100,7 @@ def _run_studies(
 ) -> None:
     from orchestration.execution.study_runner import run_studies, run_study
     from orchestration.studies.budget import Budget
-    from orchestration.studies.plan import device as profile_of
+    from orchestration.studies.devices import device as profile_of
 
     # On the error stream, so that the output of the verb stays the study's.
     print_store(launch.store, launch.tracking_uri, may_be_new=True)
@@ -204,9 +204,9 @@ def plan(
 
     from orchestration.config import LaunchConfig
     from orchestration.execution.preflight import check_data, frames_to_pack
+    from orchestration.studies.devices import device as profile_of
     from orchestration.studies.diff import Neighbours
     from orchestration.studies.plan import Planned, plan_json, plan_text, plan_trials
-    from orchestration.studies.plan import device as profile_of
 
     if price_per_h is not None and device is None:
         raise UserError(

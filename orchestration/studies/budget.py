@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mar.errors import UserError
+from orchestration.studies.devices import Device
 from orchestration.studies.matching import Record, match_training
-from orchestration.studies.plan import Device, plan_trials
+from orchestration.studies.plan import plan_trials
 from orchestration.studies.trial import Study, Trial
 
 

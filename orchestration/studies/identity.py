@@ -49,7 +49,7 @@ def identity(settings: TrainingConfig, data_fingerprint: str) -> str:
     # With another version of the code, equal settings may give other results.
     tree["results"] = RESULTS_VERSION
     # None means the ratio of training: the same ratio written out is the same test.
-    if settings.evaluation.mask.ratio == settings.mask.ratio:
+    if settings.evaluation.mask.ratio == settings.mask.first_ratio:
         mask = {**tree["evaluation"]["mask"], "ratio": None}
         tree["evaluation"] = {**tree["evaluation"], "mask": mask}
     # What another package computes may change with its version.
@@ -83,7 +83,7 @@ def training_identity(identity_line: str) -> str:
     tree: dict[str, Any] = json.loads(identity_line)
     tree.pop("evaluation")
     # Without a mask in training, the other mask settings affect the test alone.
-    if not tree["mask"]["ratio"] and not tree["mask"]["ratios"]:
+    if not tree["mask"]["ratio"]:
         tree["mask"] = {"ratio": 0.0}
     return _line(tree)
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from mar.data.annotations import read_split
 from mar.errors import UserError
 from mar.model.flops import cost
-from orchestration.installation import packaged
+from orchestration.studies.devices import Device, planning_figures
 from orchestration.studies.diff import Neighbours
 from orchestration.studies.identity import settings_of_identity
 from orchestration.studies.matching import AnyRecord, Record, match, match_training
@@ -27,19 +24,6 @@ _CHECKPOINTS = 2 * 3
 """Space of a running trial's checkpoints, as a multiple of its model's."""
 _RUNS_FOR_A_RATE = 30
 """Finished runs of a store whose throughput is averaged."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """How fast a device trains, and what it costs."""
-
-    name: str
-    train_gflops_per_s: float
-    """In billions of multiply-adds, as all costs here."""
-    source: str
-    """Where the figure is from."""
-    price_per_h: float | None = None
-    """In any currency: it is only printed."""
 
 
 @dataclass(frozen=True)
@@ -147,39 +131,6 @@ def _state(
     if trial.training in earlier.trainings:
         return "test", earlier.trainings[trial.training]
     return "new", ""
-
-
-def device(name: str) -> Device:
-    """Return a device's profile: one that ships with mar, or of a user's NAME=GFLOPS_PER_S.
-
-    Raises:
-        UserError: no profile has that name, or GFLOPS_PER_S is not a positive number.
-    """
-    given, _, speed = name.partition("=")
-    if speed:
-        try:
-            gflops_per_s = float(speed)
-            # ``float`` also reads "nan", "inf" and negative numbers.
-            if not 0 < gflops_per_s < float("inf"):
-                raise ValueError
-            return Device(given, gflops_per_s, "given on the command line")
-        except ValueError:
-            raise UserError(f"--device {name}: expected NAME=GFLOPS_PER_S, as mine=50000") from None
-    profiles = _known()["devices"]
-    if name not in profiles:
-        raise UserError(
-            f"--device {name}: no such profile ({', '.join(profiles)}); or NAME=GFLOPS_PER_S"
-        )
-    return Device(name, **profiles[name])
-
-
-@lru_cache
-def _known() -> dict[str, Any]:
-    """Return the device profiles and the sizes of the official training splits."""
-    # A file of ours, so it is not read with the limits of ``mar.safe_input``.
-    return yaml.safe_load(
-        (packaged("search_spaces") / "paper" / "planning.yaml").read_text(encoding="utf-8")
-    )
 
 
 def plan_text(
@@ -351,7 +302,7 @@ def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | No
     # Most trials of a study share their data: its list of videos is read once.
     source = data.model_dump_json()
     if source not in known:
-        official = _known()["train_videos"].get(data.format)
+        official = planning_figures()["train_videos"].get(data.format)
         if trial.fingerprint == ABSENT:
             known[source] = official
         else:

@@ -1,4 +1,4 @@
-"""Writes docs/mini from a store: a page for each study of the paper, and one with every verdict.
+"""Writes docs/mini from a store: a page for each study, and one with every verdict.
 
     python benchmarks/mini_pages.py mar_store docs/mini
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from orchestration.installation import packaged
 from orchestration.reporting.significance import claims
 from orchestration.reporting.study_report import claim_lines, write_report
 from orchestration.reporting.study_results import StudyResults
@@ -48,7 +49,8 @@ def main() -> None:
         "[README.md](README.md).",
         "",
     ]
-    for name in paper_studies():
+    beyond = [each.stem for each in sorted(packaged("search_spaces").glob("beyond_*.yaml"))]
+    for name in [*paper_studies(), *beyond]:
         study = _of_seeds(read_study(name, ["recipe=mini"]), given.seeds)
         results = StudyResults.match(study, records, file_of)
         finished = sum(row.finished for row in results.rows)
@@ -82,7 +84,7 @@ def _write_page(results: StudyResults, folder: Path, page: str) -> None:
     parts = [f"# {study.file.title}", "", FORMATS["md"](table_info(results)), ""]
     judged = claim_lines(claims(results))
     if judged:
-        parts += ["## The paper's claims", "", *(f"- {line}" for line in judged), ""]
+        parts += ["## Claims", "", *(f"- {line}" for line in judged), ""]
     with tempfile.TemporaryDirectory() as temporary:
         write_report(results, Path(temporary))
         for kind, heading in PICTURES.items():

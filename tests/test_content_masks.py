@@ -17,7 +17,7 @@ from mar.data.dataset import evaluation_views
 from mar.data.frame_cache import open_video
 from mar.evaluation.evaluator import Evaluator, class_probabilities
 from mar.inference import Model
-from mar.model.content_masks import hidden_by_content
+from mar.model.content_masks import hidden_by_content, run_lengths
 from mar.model.encoder import patchify
 from mar.model.flops import cost
 from mar.model.mar import MAR, num_hidden_of
@@ -88,6 +88,36 @@ def test_tokens_like_those_before_them_are_hidden_first_and_the_others_by_chance
     assert len({mask.numpy().tobytes() for mask in masks}) > 1, "the rest is drawn"
     few = made(config(strategy="static", ratio=0.9), tubelets)[1]
     assert set(torch.nonzero(~few.flatten())[:, 0].tolist()) < new
+
+
+def test_a_token_knows_how_many_hidden_ones_after_it_are_like_it() -> None:
+    mask = config(strategy="static", lengths=True)
+    tubelets = torch.zeros(1, 4, 1, 3, 2)
+    # Place 0 rests; place 1 changes in slice 2; place 2 in every slice.
+    tubelets[0, 2:, 0, 1] = 1.0
+    tubelets[0, :, 0, 2] = torch.arange(4.0)[:, None]
+    visible = torch.tensor([[0, 1, 2, 5, 7, 8]])
+    # 0: slices 1 to 3 follow. 1: slice 1. 2, 5, 8: the next is new. 7 (slice 2): slice 3.
+    assert run_lengths(mask, visible, tubelets).tolist() == [[3, 1, 0, 0, 1, 0]]
+    # A token that is seen ends the run before it.
+    assert run_lengths(mask, torch.tensor([[0, 6]]), tubelets).tolist() == [[1, 1]]
+
+
+def test_lengths_are_part_of_the_position(tiny: Callable[..., TrainingConfig]) -> None:
+    plain = tiny({"mask": {"strategy": "static"}})
+    lasting = tiny({"mask": {"strategy": "static", "lengths": True}})
+    assert identity(plain, "data") != identity(lasting, "data")
+    torch.manual_seed(0)
+    one, other = MAR(plain).eval(), MAR(lasting).eval()
+    other.load_state_dict(one.state_dict())
+    still = torch.rand(1, 3, 1, 16, 16).expand(-1, -1, 8, -1, -1)
+    moving = torch.rand(1, 3, 8, 16, 16)
+    drawn = evaluation_mask(plain)
+    with torch.no_grad():
+        assert torch.equal(one.classify(moving, drawn), other.classify(moving, drawn))
+        assert not torch.equal(one.classify(still, drawn), other.classify(still, drawn))
+    with pytest.raises(SettingError, match=r"mask\.lengths"):
+        tiny({"mask": {"strategy": "motion", "lengths": True}})
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 0.6])
@@ -209,7 +239,7 @@ def test_a_clips_scores_do_not_depend_on_the_clips_beside_it(
     [
         {"strategy": "motion"},
         {"strategy": "redundancy", "keep": "least"},
-        {"strategy": "static", "ratio": 0.75},
+        {"strategy": "static", "ratio": 0.75, "lengths": True},
         {"choice": "motion", "content": 0.5},
     ],
 )

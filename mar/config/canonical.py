@@ -73,14 +73,14 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
 def _content_without_effect(mask: MaskConfig) -> dict[str, Any]:
     """Return the defaults of those settings of masks that see the clip that have no effect."""
     default = MaskConfig()
-    names = {"choice", "content", "keep", "static_below"}
+    names = {"choice", "content", "keep", "static_below", "lengths"}
     if mask.sees_clip:
-        names = {"static_below"}
+        names = {"static_below", "lengths"}
         # Of a cell, the mask that has not seen the clip says how many tokens each shows.
         if mask.strategy != "cell":
-            names = {"static_below", "choice", "content", "motion"}
+            names |= {"choice", "content", "motion"}
         if mask.strategy == "static":
-            names.remove("static_below")
+            names -= {"static_below", "lengths"}
     return {name: getattr(default, name) for name in names}
 
 

@@ -54,6 +54,8 @@ class MaskConfig(Node):
     static_below: NonNegativeFloat = 0.02
     """``static``: a token is like the one before it if its pixels, from 0 to 1, differ by less in
     the mean."""
+    lengths: bool = False
+    """``static``: a visible token's position says how many hidden ones after it are like it."""
 
     @field_validator("strategy")
     @classmethod

@@ -194,6 +194,14 @@ class TrainingConfig(Node):
         return self
 
     @model_validator(mode="after")
+    def _static_tokens_have_lengths(self) -> Self:
+        if self.mask.lengths and (self.mask.strategy != "static" or self.encoder.is_of_package):
+            raise ValueError(
+                "mask.lengths: are those of mask.strategy: static, and of the ViT; set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _vit_merges(self) -> Self:
         if self.evaluation.merge and self.encoder.is_of_package:
             raise ValueError(

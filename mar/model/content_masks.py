@@ -16,7 +16,8 @@ The strategies:
 - ``redundancy``: the distance of its patch embedding from that of the tubelet before it (EVEREST,
   Hwang et al., 2024: tokens at little distance are redundant);
 - ``static``: tubelets that are like the one before them are hidden first, the others by chance
-  (run-length tokenization, Choudhury et al., 2024; without its code for the length of a run);
+  (run-length tokenization, Choudhury et al., 2024); ``mask.lengths`` adds the length of a run to
+  the position of its first token, as fixed sin-cos codes where that paper learns them;
 - ``cell`` with ``mask.choice``: in each running cell as many tokens are visible as in the paper,
   but content decides which. Ours.
 
@@ -134,10 +135,31 @@ def _score(
     if kind == "redundancy":
         return _distances(tubelets, embed)
     if kind == "static":
-        is_new = (_changes(tubelets) >= mask.static_below).float()
-        # In the first slice all are.
-        return torch.cat([torch.ones_like(is_new[:, :1]), is_new[:, 1:]], dim=1)
+        return _is_new(mask, tubelets).float()
     return _score_of_package(mask, tubelets)
+
+
+def _is_new(mask: MaskConfig, tubelets: Float[Tensor, "B t h w P"]) -> Bool[Tensor, "B t h w"]:
+    """Return which tokens are unlike those before them; in the first slice all are."""
+    is_new = _changes(tubelets) >= mask.static_below
+    return torch.cat([torch.ones_like(is_new[:, :1]), is_new[:, 1:]], dim=1)
+
+
+@torch.no_grad()
+def run_lengths(
+    mask: MaskConfig, visible: Int[Tensor, "B K"], tubelets: Float[Tensor, "B t h w P"]
+) -> Int[Tensor, "B K"]:
+    """Return for each visible token how many hidden ones directly after it are like it."""
+    shown = torch.zeros_like(tubelets[..., 0], dtype=torch.bool).flatten(1)
+    shown = shown.scatter(1, visible, True).view(tubelets.shape[:-1])
+    goes_on = ~shown & ~_is_new(mask, tubelets)
+    # From the last slice to the first: the run of a token is one more than that of the next.
+    after = torch.zeros_like(visible[:, :1]).expand(-1, shown[0, 0].numel())
+    lengths: list[Tensor] = []
+    for step in reversed(range(shown.shape[1])):
+        lengths.append(after)
+        after = torch.where(goes_on[:, step].flatten(1), after + 1, torch.zeros_like(after))
+    return torch.stack(lengths[::-1], dim=1).flatten(1).gather(1, visible)
 
 
 def _changes(tubelets: Float[Tensor, "B t h w P"]) -> Float[Tensor, "B t h w"]:

@@ -75,10 +75,20 @@ class Encoder(nn.Module):
         initialise(self, [self.embed] if config.init == "torch" else [])
 
     def forward(
-        self, tubelets: Float[Tensor, "B K P"], visible: Int[Tensor, "B K"]
+        self,
+        tubelets: Float[Tensor, "B K P"],
+        visible: Int[Tensor, "B K"],
+        lengths: Int[Tensor, "B K"] | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """Embed visible, normalised tubelets, add their positions, run the blocks and the norm."""
+        """Embed visible, normalised tubelets, add their positions, run the blocks and the norm.
+
+        ``lengths`` (``mask.lengths``) are added to the positions: 0 adds nothing.
+        """
         tokens = self.embed(tubelets) + self.positions[visible]
+        if lengths is not None:
+            # The table of positions serves for lengths too, from its first row on.
+            code = self.positions[lengths] - self.positions[0]
+            tokens = tokens + code
         if self.merge and not self.training:
             return self.norm(run_merging(self.blocks, tokens, self.merge))
         return self.norm(self.blocks(tokens))

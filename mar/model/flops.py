@@ -163,6 +163,9 @@ def _selection_flops(settings: TrainingConfig, mask: MaskConfig) -> int:
     if mask.sees_embeddings:
         width = settings.encoder.dimensions[0]
         return values * width + tokens * width
+    if mask.lengths:
+        # Once to choose, and once more for the lengths of what was chosen.
+        return 2 * values
     return values
 
 

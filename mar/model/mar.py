@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mar.config.schema import TrainingConfig
 from mar.model.classifier import build_classifier
-from mar.model.content_masks import hidden_by_content
+from mar.model.content_masks import hidden_by_content, run_lengths
 from mar.model.decoder import Decoder, reconstruction_loss, reconstruction_target
 from mar.model.encoder import build_encoder, patchify, take
 from mar.model.masking import DrawnMask, decoder_order
@@ -81,6 +81,7 @@ class MAR(nn.Module):
         super().__init__()
         self.tubelet = settings.encoder.tubelet
         self.mask = settings.mask
+        self.grid = settings.grid
         self.reconstruction = settings.reconstruction
         # Not persistent: constants are no part of a checkpoint. As buffers they move to the device
         # with the model.
@@ -175,7 +176,11 @@ class MAR(nn.Module):
         self, tubelets: Float[Tensor, "B N P"], visible: Int[Tensor, "B K"]
     ) -> Float[Tensor, "B K D"]:
         # Normalised after hidden tubelets are dropped, and not as whole clips: nothing reads those.
-        return self.encoder(self._normalised(take(tubelets, visible)), visible)
+        normalised = self._normalised(take(tubelets, visible))
+        if not self.mask.lengths:
+            return self.encoder(normalised, visible)
+        lengths = run_lengths(self.mask, visible, tubelets.unflatten(1, self.grid))
+        return self.encoder(normalised, visible, lengths)
 
     def _normalised(self, tubelets: Float[Tensor, "B K P"]) -> Float[Tensor, "B K P"]:
         channels = tubelets.unflatten(-1, (3, -1))

@@ -4,6 +4,7 @@ What does not fit is said.
 """
 
 import argparse
+import collections
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -587,3 +589,80 @@ def test_a_download_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     assert locate("org/sharded") is None
     assert fingerprint("org/sharded") == f"{ABSENT}org/sharded"
+
+
+def vit_names(prefix: str, bias: str = "qkv.bias") -> dict[str, Tensor]:
+    """A video ViT of two blocks without a table of positions, as V-JEPA names it."""
+    tensors = {"patch_embed.proj.weight": torch.rand(48, 3, 2, 16, 16)}
+    tensors["patch_embed.proj.bias"] = torch.rand(48)
+    for block in range(2):
+        shapes = {
+            "norm1": (48,),
+            "norm2": (48,),
+            "attn.qkv": (144, 48),
+            "attn.proj": (48, 48),
+            "mlp.fc1": (192, 48),
+            "mlp.fc2": (48, 192),
+        }
+        for part, shape in shapes.items():
+            tensors[f"blocks.{block}.{part}.weight"] = torch.rand(shape)
+            if part != "attn.qkv" or bias == "qkv.bias":
+                tensors[f"blocks.{block}.{part}.bias"] = torch.rand(shape[0])
+        if bias != "qkv.bias":
+            for each in ("q_bias", "v_bias"):
+                tensors[f"blocks.{block}.attn.{each}"] = torch.rand(48)
+    tensors |= {"norm.weight": torch.rand(48), "norm.bias": torch.rand(48)}
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone.", "encoder."])
+def test_a_model_that_says_nothing_of_its_positions_is_refused(prefix: str, tmp_path: Path) -> None:
+    """V-JEPA's have the names of VideoMAE's, and would load with positions of another kind."""
+    file = tmp_path / "encoder.pth"
+    torch.save(vit_names(prefix), file)
+    with pytest.raises(UserError, match=r"says nothing of its positions\. .*V-JEPA.*config\.json"):
+        read_weights(str(file))
+    (tmp_path / "config.json").write_text('{"model_type": "videomae"}')
+    assert "encoder.blocks.1.mlp.fc2.weight" in read_weights(str(file)).tensors
+    (tmp_path / "config.json").write_text('{"model_type": "vjepa2"}')
+    with pytest.raises(UserError, match="says nothing of its positions"):
+        read_weights(str(file))
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "encoder."])
+def test_an_encoder_of_videomae_alone_is_known_by_its_biases(prefix: str, tmp_path: Path) -> None:
+    torch.save(vit_names(prefix, "q_bias"), tmp_path / "encoder.pth")
+    assert len(read_weights(str(tmp_path / "encoder.pth")).tensors) == 28
+
+
+def test_several_models_in_one_file_are_named(tmp_path: Path) -> None:
+    torch.save(
+        {"encoder": vit_names(""), "predictor": vit_names(""), "epoch": 1}, tmp_path / "j.pt"
+    )
+    with pytest.raises(UserError, match=r"it has 2 state dictionaries: encoder, predictor\. Save"):
+        read_weights(str(tmp_path / "j.pt"))
+
+
+def test_harmless_data_beside_weights_is_no_obstacle(tmp_path: Path) -> None:
+    counts: collections.defaultdict[str, list[int]] = collections.defaultdict(list)
+    counts["a"].append(1)
+    beside = {
+        "loss": np.float64(0.5),
+        "step": np.int64(7),
+        "best": np.float32(0.25),
+        "is_last": np.bool_(True),
+        "path": Path("/data/kinetics"),
+        "counts": counts,
+        "args": argparse.Namespace(lr=1e-3),
+        "names": {1, 2},
+    }
+    torch.save({"model": vit_names("", "q_bias"), **beside}, tmp_path / "whole.pth")
+    assert len(read_weights(str(tmp_path / "whole.pth")).tensors) == 28
+
+
+def test_one_more_module_of_a_training_is_left_out(tmp_path: Path) -> None:
+    state = vit_names("model.", "q_bias") | {"criterion.weight": torch.rand(5)}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "lightning.ckpt")
+    weights = read_weights(str(tmp_path / "lightning.ckpt"))
+    assert len(weights.tensors) == 28
+    assert set(weights.unused) == {"criterion.weight"}

@@ -164,6 +164,16 @@ def config_beside(path: Path, layout: Layout) -> dict[str, Any]:
     return config if config.get("model_type") == "videomae" else {}
 
 
+def is_said_to_be_videomae(path: Path) -> bool:
+    """Whether the ``config.json`` beside weights says that they are a VideoMAE's.
+
+    Raises:
+        UserError: the file exists and cannot be read.
+    """
+    folder = path if path.is_dir() else path.parent
+    return read_mapping(folder / "config.json").get("model_type") == "videomae"
+
+
 CLASSES = "classes.json"
 """The file of a result with the classes' names by number."""
 

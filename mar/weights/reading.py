@@ -18,6 +18,7 @@ from mar.weights.checkpoint_settings import (
     classes_beside,
     config_beside,
     is_flat,
+    is_said_to_be_videomae,
     settings_of,
 )
 from mar.weights.hub import fetch, weight_files
@@ -69,6 +70,15 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
             f"{name}: not a layout that mar knows (VideoMAE, MAR, Hugging Face VideoMAE, image "
             "ViT, mar's own); "
             f"its first keys: {listed(list(tensors))}"
+        )
+    is_sure = translated.layout.is_sure_of_positions(tensors) or is_said_to_be_videomae(path)
+    if not is_sure:
+        raise UserError(
+            f"{name}: its names are those of {translated.layout.name}, but it says nothing of its "
+            "positions. mar adds sin-cos positions to the tokens; a model with others, as V-JEPA "
+            "with rotary ones, has the same names and would compute something else. If its "
+            'positions are VideoMAE\'s, say so: a config.json with {"model_type": "videomae"} '
+            "beside the file"
         )
     layout = translated.layout.name
     kept = translated.tensors

@@ -6,6 +6,7 @@ The formats are safetensors, PyTorch's (with ``weights_only``), JSON and YAML.
 from __future__ import annotations
 
 import argparse
+import pathlib
 import pickle
 import re
 import warnings
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -29,6 +31,35 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 """The prefixes that DistributedDataParallel, torch.compile and Lightning add to every name."""
 _NEWER_PICKLE = (0x8C, 0x8D, 0x8E, 0x8F, 0x90, 0x91, 0x92, 0x93, 0x94, 0x95, 0x96, 0x97, 0x98)
 """Pickle's operations of protocol 4 and later, which ``weights_only`` does not know."""
+
+
+def _numpy_scalars() -> list[Any]:
+    """Return what a pickled number of NumPy names: the function that makes it, and its types."""
+    codes = ("e", "f", "d", "b", "h", "i", "l", "B", "H", "I", "L", "?")
+    types = [type(np.dtype(code)) for code in codes]
+    # Before NumPy 2 the module had another name, which files still have.
+    scalar = np.float64(0).__reduce__()[0]
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *types]
+
+
+def _plain_dict(*_: object) -> dict[Any, Any]:
+    """Stand for ``defaultdict``, which PyTorch's careful reader cannot fill."""
+    return {}
+
+
+_HARMLESS: list[Any] = [
+    # VideoMAE's files have their command's arguments in it; it holds plain data.
+    argparse.Namespace,
+    # Losses, accuracies, paths and counters that trainers save beside the weights.
+    *_numpy_scalars(),
+    pathlib.PosixPath,
+    (_plain_dict, "collections.defaultdict"),
+    list,
+    dict,
+    int,
+    float,
+]
+"""What a checkpoint may name beside tensors: none of it can run code or open a file."""
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -65,8 +96,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         with (
             warnings.catch_warnings(),
-            # VideoMAE's files have their command's arguments in it; it holds plain data.
-            torch.serialization.safe_globals([argparse.Namespace]),
+            torch.serialization.safe_globals(_HARMLESS),
         ):
             # torch warns of pickles of other protocols, which it then refuses.
             warnings.simplefilter("ignore")
@@ -163,6 +193,17 @@ def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
             )
         if found:
             return found
+        models = [
+            str(key)
+            for key, value in content.items()
+            if isinstance(value, Mapping)
+            and any(isinstance(each, Tensor) for each in value.values())
+        ]
+        if models:
+            raise UserError(
+                f"{file}: it has {len(models)} state dictionaries: {', '.join(models)}. Save the "
+                f"one that you want alone: torch.save(torch.load(FILE)[{models[0]!r}], NEW)"
+            )
     raise UserError(f"{file}: no tensors in it, by name or under {', '.join(_WRAPPERS)}")
 
 
@@ -176,13 +217,25 @@ def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     # The counter of ``torch.optim.swa_utils.AveragedModel``: it has no prefix and no use here.
     named = {key: value for key, value in tensors.items() if key != "n_averaged"}
     # Repeated, because wrappers can be nested: "module._orig_mod.encoder…".
-    while named and (
-        prefix := next(
-            (each for each in _PREFIXES if all(key.startswith(each) for key in named)), None
-        )
-    ):
-        named = {key.removeprefix(prefix): value for key, value in named.items()}
-    return named
+    while True:
+        stripped = next(filter(None, (_stripped(named, each) for each in _PREFIXES)), None)
+        if stripped is None:
+            return named
+        named = stripped
+
+
+def _stripped(named: dict[str, Tensor], prefix: str) -> dict[str, Tensor] | None:
+    """Return the tensors without a prefix that most of their names have; None if they have not.
+
+    Lightning's files have every module of a training: beside the model perhaps its loss, whose
+    names have another prefix. They are kept as they are.
+    """
+    wrapped = [key for key in named if key.startswith(prefix)]
+    if not wrapped or len(wrapped) <= len(named) / 2:
+        return None
+    changed = {key.removeprefix(prefix): value for key, value in named.items()}
+    # Two modules have a tensor of that name: which is the model is not to be guessed.
+    return changed if len(changed) == len(named) else None
 
 
 def read_mapping(file: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ inflated to 3D (section IV-B, "Pre-training Dataset").
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,18 @@ class Layout:
     """(pattern of a whole key, our name); the first pattern that matches is used."""
     unused: tuple[tuple[str, str], ...] = ()
     """(pattern of a whole key, why the model has no use for it)."""
+    shows_positions: tuple[str, ...] = ()
+    """Patterns: one of them matches a key if the model's positions are added to its tokens, as
+    VideoMAE's are. Other models share the names of their blocks, and turn queries and keys by the
+    positions instead (V-JEPA): they would load, and compute something else. Empty: the names of the
+    layout are enough."""
+
+    def is_sure_of_positions(self, keys: Iterable[str]) -> bool:
+        """Whether a checkpoint with these keys has positions as this layout says."""
+        patterns = self.shows_positions
+        if not patterns:
+            return True
+        return any(re.fullmatch(pattern, key) for key in keys for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class Translated:
 
 
 _POSITIONS = "positions are computed, for any clip size"
+# VideoMAE's attention has biases of query and value alone, under names that no other ViT has.
+_OF_VIDEOMAE = (r".*pos_embed", r".*\.attn\.[qv]_bias", r"encoder_to_(cls_)?decoder\.weight")
 # VideoMAE, MAR's release and timm share these names. Regular expressions have braces of their own,
 # so ``{old}`` and ``{new}`` are replaced and not formatted.
 _TORCH_BLOCK = (
@@ -140,6 +154,7 @@ LAYOUTS = (
             (r"pos_embed", _POSITIONS),
             (r"cls_head\.mask_token", "the released model does not use it"),
         ),
+        (*_OF_VIDEOMAE, r"cls_head\..*"),
     ),
     Layout(
         "VideoMAE, pre-trained",
@@ -151,6 +166,7 @@ LAYOUTS = (
             *_DECODER,
         ),
         ((r"(encoder\.)?pos_embed", _POSITIONS),),
+        _OF_VIDEOMAE,
     ),
     Layout(
         "Hugging Face VideoMAE",
@@ -185,6 +201,7 @@ LAYOUTS = (
             (r"cls_token", "MAR has no class token"),
             (r"mask_token|decoder_.*", "a decoder of image patches"),
         ),
+        _OF_VIDEOMAE,
     ),
 )
 

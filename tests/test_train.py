@@ -121,14 +121,26 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_with_the_next_step(
     assert_same_weights(tmp_path / "undisturbed", tmp_path / "killed")
 
 
-def test_accumulated_gradients_give_the_same_training(tiny: Settings, tmp_path: Path) -> None:
-    settings = tiny(
-        {"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "augment.cutmix": 0.0, **AUGMENTED}
-    )
+BEYOND: dict[str, Any] = {
+    "mask": {"strategy": "motion", "ratio": [0.5, 0.75]},
+    "reconstruction.tokens": 0.5,
+    "evaluation.mask.per_video": True,
+    "evaluation.merge": 2,
+}
+"""What is beyond the paper, all at once: a mask that sees the clip, two ratios, and the others."""
+
+
+@pytest.mark.parametrize("more", [{}, BEYOND], ids=["paper", "beyond"])
+def test_accumulated_gradients_give_the_same_training(
+    tiny: Settings, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    quiet = {"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "augment.cutmix": 0.0}
+    settings = tiny({**quiet, **AUGMENTED, **more})
     train(settings, tmp_path / "whole")
     train(settings, tmp_path / "parts", max_microbatch_clips=2)
     for name, tensor in weights(tmp_path / "whole").items():
-        torch.testing.assert_close(weights(tmp_path / "parts")[name], tensor, atol=2e-5, rtol=1e-3)
+        # A key's bias has a gradient of rounding errors alone, which AdamW makes as large as others.
+        torch.testing.assert_close(weights(tmp_path / "parts")[name], tensor, atol=1e-4, rtol=1e-3)
 
 
 def _work(rank: int, world: int, settings: str, folder: str, port: int) -> None:
@@ -139,12 +151,14 @@ def _work(rank: int, world: int, settings: str, folder: str, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_workers_train_what_one_does(tiny: Settings, tmp_path: Path) -> None:
-    settings = tiny(
-        {"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "recipe.epochs": 2, **AUGMENTED}
-    )
+@pytest.mark.parametrize(("more", "port"), [({}, 29511), (BEYOND, 29513)], ids=["paper", "beyond"])
+def test_two_workers_train_what_one_does(
+    tiny: Settings, tmp_path: Path, more: dict[str, Any], port: int
+) -> None:
+    quiet = {"encoder.drop_path": 0.0, "classifier.dropout": 0.0, "recipe.epochs": 2}
+    settings = tiny({**quiet, **AUGMENTED, **more})
     alone = train(settings, tmp_path / "one")
-    arguments = (2, settings.model_dump_json(), str(tmp_path / "two"), 29511)
+    arguments = (2, settings.model_dump_json(), str(tmp_path / "two"), port)
     multiprocessing.spawn(_work, args=arguments, nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, atol=2e-5, rtol=1e-3)

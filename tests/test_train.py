@@ -139,7 +139,7 @@ def test_accumulated_gradients_give_the_same_training(
     train(settings, tmp_path / "whole")
     train(settings, tmp_path / "parts", max_microbatch_clips=2)
     for name, tensor in weights(tmp_path / "whole").items():
-        # A key's bias has a gradient of rounding errors alone, which AdamW makes as large as others.
+        # The gradient of a key's bias is rounding alone, which AdamW makes as large as others.
         torch.testing.assert_close(weights(tmp_path / "parts")[name], tensor, atol=1e-4, rtol=1e-3)
 
 

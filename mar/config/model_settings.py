@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, mode
 
 from mar import plugins
 from mar.config.node import Node
-from mar.config.types import Depth, Fraction, Tubelet, Width
+from mar.config.types import Depth, Fraction, TrainedBlocks, Tubelet, Width
 
 ENCODER_SIZES = {
     "tiny": (192, 12, 3),
@@ -47,6 +47,11 @@ class EncoderConfig(Node):
     """Pre-trained weights to start from: a file, a folder, a Hugging Face or timm name, or
     ``mini``, the small model that ships with mar; none: random (Table IX b)."""
 
+    train: TrainedBlocks = "all"
+    """Which parts of the encoder are trained: ``all``; ``none``, for a probe of what it knows; or
+    ``{last: N}``, its last N blocks and its last norm. What is not trained has no stochastic
+    depth."""
+
     @field_validator("size")
     @classmethod
     def _is_known(cls, name: str) -> str:
@@ -74,6 +79,24 @@ class EncoderConfig(Node):
                 f"width {self.dimensions[0]} is not divisible by {self.dimensions[2]} heads"
             )
         return self
+
+    @model_validator(mode="after")
+    def _has_blocks_to_train(self) -> Self:
+        if isinstance(self.train, int) and self.is_of_package:
+            raise ValueError(f"train: which blocks of {self.size} are last is not known: all, none")
+        if isinstance(self.train, int) and self.train > self.dimensions[1]:
+            raise ValueError(f"train: the last {self.train} of {self.dimensions[1]} blocks")
+        return self
+
+    @property
+    def num_frozen(self) -> int:
+        """The number of blocks, from the first on, that are not trained."""
+        depth = self.dimensions[1]
+        if self.train == "all":
+            return 0
+        if self.train == "none":
+            return depth
+        return depth - self.train
 
     @property
     def is_of_package(self) -> bool:

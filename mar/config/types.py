@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
 
@@ -33,6 +33,20 @@ def _several(value: Any) -> Any:
 
 MaskRatios = Annotated[MaskRatio | tuple[MaskRatio, ...], BeforeValidator(_several)]
 """One ratio, or several."""
+
+
+def _last(value: Any) -> Any:
+    """Take ``{last: N}``, also as a text, for N."""
+    if isinstance(value, dict) and list(value) == ["last"]:
+        return value["last"]
+    if isinstance(value, str) and value.startswith("last:"):
+        number = value.removeprefix("last:").strip()
+        return int(number) if number.isdecimal() else value
+    return value
+
+
+TrainedBlocks = Annotated[Literal["all", "none"] | PositiveInt, BeforeValidator(_last)]
+"""All blocks of an encoder, none, or the last of them."""
 Tubelet = tuple[PositiveInt, PositiveInt, PositiveInt]
 
 

@@ -111,6 +111,16 @@ def build_encoder(settings: TrainingConfig) -> Encoder:
         return factory.build(options, settings.grid, 3 * prod(config.tubelet))
 
 
+def frozen_parts(encoder: Encoder, config: EncoderConfig) -> list[nn.Module]:
+    """Return the parts of an encoder that are not trained (``encoder.train``)."""
+    if config.train == "all":
+        return []
+    # A package's encoder too.
+    if config.train == "none":
+        return [encoder]
+    return [encoder.embed, *encoder.blocks[: config.num_frozen]]
+
+
 def flat_conv_weight(weight: Float[Tensor, "D C t h w"]) -> Float[Tensor, "D P"]:
     """Return the weights of a 3D convolution as those of a linear layer on tubelets."""
     # The convolution's dimensions have patchify()'s order already: channel, frame, row, column.

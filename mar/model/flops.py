@@ -73,14 +73,25 @@ def cost(settings: TrainingConfig) -> Cost:
 def _training_flops(settings: TrainingConfig, mask: MaskConfig) -> int:
     """Return the operations of a training step on one clip, with a mask of one ratio."""
     visible = prod(settings.grid) - mask.num_hidden(settings.grid)
-    forward = (
-        _encoder_flops(settings, visible)
-        + _classifier_flops(settings, visible)
-        + _decoder_flops(settings, visible)
-    )
+    encoder = _encoder_flops(settings, visible)
+    heads = _classifier_flops(settings, visible) + _decoder_flops(settings, visible)
     # A backward pass has about twice the operations of a forward pass: one product each for the
-    # gradients of inputs and of weights. A mask that sees the clip has no backward pass.
-    return 3 * forward + _selection_flops(settings, mask)
+    # gradients of inputs and of weights. A mask that sees the clip has none, nor has what is not
+    # trained of the encoder.
+    backward = 2 * (_trained_flops(settings, visible, encoder) + heads)
+    return encoder + heads + backward + _selection_flops(settings, mask)
+
+
+def _trained_flops(settings: TrainingConfig, visible: int, encoder: int) -> int:
+    """Return the operations of those parts of the encoder that are trained."""
+    config = settings.encoder
+    if config.train == "all":
+        return encoder
+    if config.train == "none":
+        return 0
+    width = config.dimensions[0]
+    last_norm = 5 * visible * width * (settings.classifier.norm == "tokens")
+    return _blocks_flops(visible, width, config.train) + last_norm
 
 
 def _blocks_flops(num_tokens: int, width: int, depth: int) -> int:

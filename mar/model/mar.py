@@ -14,7 +14,7 @@ from mar.config.schema import TrainingConfig
 from mar.model.classifier import build_classifier
 from mar.model.content_masks import hidden_by_content, run_lengths
 from mar.model.decoder import Decoder, reconstruction_loss, reconstruction_target
-from mar.model.encoder import build_encoder, patchify, take
+from mar.model.encoder import build_encoder, frozen_parts, patchify, take
 from mar.model.masking import DrawnMask, decoder_order
 from mar.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 
@@ -88,6 +88,9 @@ class MAR(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1), persistent=False)
         self.encoder = build_encoder(settings)
+        self.frozen = frozen_parts(self.encoder, settings.encoder)
+        for part in self.frozen:
+            part.requires_grad_(False)
         # Also built for a pre-training, which has none: its initialisation takes numbers from
         # PyTorch's generator, and without it the decoder would start from other random weights.
         classifier = build_classifier(settings)
@@ -98,6 +101,13 @@ class MAR(nn.Module):
             self.register_buffer("decoder_order", decoder_order(settings.grid), persistent=False)
         else:
             self.decoder = None
+
+    def train(self, mode: bool = True) -> MAR:
+        """Set the mode of training; what is not trained stays in that of evaluation."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def forward(
         self,

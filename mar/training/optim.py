@@ -81,9 +81,11 @@ def is_decayed(name: str, recipe: RecipeConfig) -> bool:
 def parameter_groups(model: MAR, recipe: RecipeConfig) -> list[dict[str, Any]]:
     """Return one group for each pair of learning-rate factor (``lr_scale``) and weight decay."""
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    parameters = dict(model.named_parameters())
+    everything = dict(model.named_parameters())
+    # The decay counts all blocks, also where only the last are trained.
+    parameters = {name: each for name, each in everything.items() if each.requires_grad}
     # By name: a package's encoder may have no blocks.
-    depth = len({name.split(".")[2] for name in parameters if name.startswith("encoder.blocks.")})
+    depth = len({name.split(".")[2] for name in everything if name.startswith("encoder.blocks.")})
     for name, parameter in parameters.items():
         scale = layer_scale(name, depth, recipe)
         if is_decayed(name, recipe):

@@ -1,0 +1,83 @@
+"""An encoder of which all, nothing, or the last blocks are trained."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_step import batch_of
+from torch import Tensor
+
+from mar.config.overrides import SettingError, build
+from mar.config.schema import TrainingConfig
+from mar.model.flops import cost
+from mar.model.mar import MAR
+from mar.training.checkpoint import Progress
+from mar.training.optim import build_optimizer
+from mar.training.step import RuntimeConfig, TrainState, train_step
+from orchestration.studies.identity import identity
+
+CPU = torch.device("cpu")
+
+
+def changed(settings: TrainingConfig) -> set[str]:
+    """Return the parameters that two steps of training change."""
+    torch.manual_seed(0)
+    model = MAR(settings)
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    optimizer = build_optimizer(model, settings.recipe)
+    state = TrainState(settings, RuntimeConfig(CPU), model.train(), optimizer, Progress())
+    for _ in range(2):
+        train_step(state, batch_of(settings))
+    return {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
+
+
+def test_only_what_is_to_be_trained_changes(tiny: Callable[..., TrainingConfig]) -> None:
+    base: dict[str, Any] = {"encoder.depth": 3, "recipe.batch_size": 4}
+    everything = changed(tiny(base))
+    assert {name for name in everything if name.startswith("encoder.embed")}
+    last = changed(tiny({**base, "encoder.train": {"last": 1}}))
+    blocks = {name.split(".")[2] for name in last if name.startswith("encoder.blocks")}
+    assert blocks == {"2"}
+    assert not [name for name in last if name.startswith("encoder.embed")]
+    assert "encoder.norm.weight" in last
+    none = changed(tiny({**base, "encoder.train": "none"}))
+    assert not [name for name in none if name.startswith("encoder.")]
+    for part in ("classifier.", "decoder."):
+        heads = {name for name in everything if name.startswith(part)}
+        assert heads == {name for name in none if name.startswith(part)}
+
+
+def test_what_is_not_trained_has_no_stochastic_depth(tiny: Callable[..., TrainingConfig]) -> None:
+    settings = tiny({"encoder.train": "none", "encoder.drop_path": 0.9, "encoder.depth": 3})
+    model = MAR(settings).train()
+    tubelets, visible = torch.rand(4, 10, 96), torch.arange(10).expand(4, -1)
+    first: Tensor = model.encoder(tubelets, visible)
+    assert torch.equal(first, model.encoder(tubelets, visible))
+    assert not first.requires_grad, "nothing is kept for a backward pass"
+    assert model.classifier is not None and model.classifier.training
+
+
+def test_it_costs_less_and_is_another_training() -> None:
+    whole, last, none = (
+        build({"encoder": {"train": train}}) for train in ("all", {"last": 4}, "none")
+    )
+    figures = [cost(each).train_gflops for each in (whole, last, none)]
+    assert figures == sorted(figures, reverse=True)
+    assert cost(none).gflops == cost(whole).gflops
+    assert len({identity(each, "data") for each in (whole, last, none)}) == 3
+    assert build({"encoder": {"train": "last: 4"}}) == last
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"last": 13}, r"encoder: train: the last 13 of 12 blocks"),
+        ({"last": 0}, r"encoder\.train"),
+        ("some", r"encoder\.train: must be 'all' or 'none'"),
+        ({"first": 2}, r"encoder\.train"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(train: object, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        build({"encoder": {"train": train}})

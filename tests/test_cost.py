@@ -62,6 +62,8 @@ def test_a_counter_that_is_not_ours_counts_the_same(
         {"classifier.kind": "linear"},
         {"classifier.kind": "linear", "classifier.norm": "pooled", "reconstruction.weight": 0.0},
         {"classifier.kind": "mlp", "classifier.depth": 3},
+        {"classifier.kind": "attentive", "classifier.depth": 1},
+        {"classifier.kind": "attentive", "classifier.depth": 3},
         {"classifier.mask_tokens": True},
         {"recipe.objective": "reconstruction"},
     ],

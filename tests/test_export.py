@@ -121,6 +121,7 @@ def test_a_linear_classifier_goes_to_transformers_and_a_bridging_one_is_said_to_
         {"classifier.kind": "linear", "classifier.norm": "pooled", "mask.ratio": 0.0},
         {"classifier.mask_tokens": True, "classifier.positions": True},
         {"evaluation.merge": 5},
+        {"classifier.kind": "attentive"},
     ],
 )
 def test_onnxruntime_gives_the_scores_for_any_number_of_clips(

@@ -6,10 +6,14 @@ from typing import Any
 import pytest
 import torch
 from test_step import batch_of
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from mar.config.model_settings import ClassifierConfig
 from mar.config.overrides import SettingError, build
 from mar.config.schema import TrainingConfig
+from mar.model.classifier import AttentiveClassifier
 from mar.model.flops import cost
 from mar.model.mar import MAR
 from mar.training.checkpoint import Progress
@@ -67,6 +71,43 @@ def test_it_costs_less_and_is_another_training() -> None:
     assert cost(none).gflops == cost(whole).gflops
     assert len({identity(each, "data") for each in (whole, last, none)}) == 3
     assert build({"encoder": {"train": "last: 4"}}) == last
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_attentive_classifier_is_a_query_that_attends_to_the_tokens(depth: int) -> None:
+    config = ClassifierConfig.model_validate(
+        {"kind": "attentive", "width": 16, "heads": 2, "depth": depth, "dropout": 0.0}
+    )
+    torch.manual_seed(0)
+    ours = AttentiveClassifier(config, 24, 5).eval()
+    reference = nn.MultiheadAttention(16, 2, batch_first=True)
+    with torch.no_grad():
+        query_weight, query_bias = ours.to_query.weight, ours.to_query.bias
+        reference.in_proj_weight.copy_(torch.cat([query_weight, ours.to_keys_and_values.weight]))
+        reference.in_proj_bias.copy_(torch.cat([query_bias, ours.to_keys_and_values.bias]))
+        reference.out_proj.load_state_dict(ours.attended.state_dict())
+        tokens = torch.randn(3, 10, 24)
+        x = ours.norm_tokens(ours.blocks(ours.project(tokens)))
+        query = ours.query.expand(3, -1, -1)
+        query = query + reference(query, x, x)[0]
+        query = query + ours.mlp(ours.norm_query(query))
+        expected = ours.head(ours.norm(query[:, 0]))
+        torch.testing.assert_close(ours(tokens, torch.arange(10).expand(3, -1)), expected)
+    assert len(ours.blocks) == depth - 1
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_attentive_classifiers_operations_are_those_that_pytorch_counts(depth: int) -> None:
+    settings = {"kind": "attentive", "width": 16, "heads": 2, "depth": depth}
+    whole = build({"classifier": settings, "mask": {"ratio": 0.0}, "data": {"num_classes": 5}})
+    model = AttentiveClassifier(whole.classifier, 768, 5).eval().requires_grad_(False)
+    math = sdpa_kernel(SDPBackend.MATH)
+    with math, FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 1568, 768), torch.arange(1568)[None])
+    norms = 5 * 16 * (1568 * (1 + 2 * (depth - 1)) + 2)
+    linear = {"classifier": {"kind": "linear"}, "mask": {"ratio": 0.0}, "data": {"num_classes": 5}}
+    ours = (cost(whole).gflops - cost(build(linear)).gflops) * 1e9 + 768 * 5
+    assert ours - norms == pytest.approx(counter.get_total_flops() / 2)
 
 
 @pytest.mark.parametrize(

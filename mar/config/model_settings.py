@@ -18,7 +18,7 @@ ENCODER_SIZES = {
     "huge": (1280, 32, 16),
 }
 """Name -> (width D, depth L, heads) of the plain ViT family (Dosovitskiy et al., Table 1)."""
-CLASSIFIER_KINDS = ("bridging", "linear", "mlp")
+CLASSIFIER_KINDS = ("bridging", "linear", "mlp", "attentive")
 """``classifier.kind`` without what packages add."""
 
 
@@ -122,16 +122,19 @@ class ClassifierConfig(Node):
     """From encoded visible tokens to class scores (section III-C)."""
 
     kind: Annotated[str, Field(json_schema_extra={"enum": list(CLASSIFIER_KINDS)})] = "bridging"
-    """``bridging``: transformer blocks (Eq. 2); the baselines of Tables V and VI; or a classifier
-    that an installed package adds."""
+    """``bridging``: transformer blocks (Eq. 2); the baselines of Tables V and VI; ``attentive``: a
+    learned query that attends to the tokens, as V-JEPA's probes; or a classifier that an installed
+    package adds."""
     options: dict[str, Any] = {}
     """Settings of a package's own classifier."""
     width: Width = 512
-    """Token width of the bridging classifier, and hidden width of the MLP (Table VI)."""
+    """Token width of the bridging and the attentive classifier, and hidden width of the MLP (Table
+    VI)."""
     depth: Depth = 2
-    """Blocks of the bridging classifier, or layers of the MLP (Table VI)."""
+    """Blocks of the bridging and the attentive classifier, the query's included, or layers of the
+    MLP (Table VI)."""
     heads: PositiveInt = 4
-    """Attention heads of the bridging classifier."""
+    """Attention heads of the bridging and the attentive classifier."""
     positions: bool = False
     """Add sin-cos positions to the input of the bridging classifier (Table VII)."""
     mask_tokens: bool = False
@@ -162,7 +165,7 @@ class ClassifierConfig(Node):
     @model_validator(mode="after")
     def _options_apply(self) -> Self:
         # An option without an effect is refused: trials that differ only in it would be equal.
-        if self.kind == "bridging" and self.width % self.heads:
+        if self.kind in ("bridging", "attentive") and self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         if self.kind == "mlp" and self.depth < 2:
             raise ValueError(

@@ -6,12 +6,13 @@ from math import prod
 
 import torch
 from jaxtyping import Float, Int
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from mar import plugins
 from mar.config.model_settings import ClassifierConfig
 from mar.config.schema import TrainingConfig
-from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
+from mar.model.layers import LayerNorm, attention, initialise, sin_cos_positions, transformer_blocks
 
 
 def build_classifier(settings: TrainingConfig) -> nn.Module:
@@ -29,6 +30,8 @@ def build_classifier(settings: TrainingConfig) -> nn.Module:
         return BridgingClassifier(config, width, prod(settings.grid), num_classes)
     if config.kind == "mlp":
         return MLPClassifier(config, width, num_classes)
+    if config.kind == "attentive":
+        return AttentiveClassifier(config, width, num_classes)
     if config.kind == "linear":
         return LinearClassifier(config, width, num_classes)
     factory: plugins.ClassifierFactory = plugins.load(plugins.CLASSIFIERS, config.kind)
@@ -98,6 +101,48 @@ class BridgingClassifier(nn.Module):
         if self.add_positions:
             return tokens + self.positions[indices]
         return tokens
+
+
+class AttentiveClassifier(nn.Module):
+    """A learned query that attends to the tokens, after blocks among these (Bardes et al., 2024).
+
+    The probe of V-JEPA and V-JEPA 2, at the width of ``classifier.width``: ``classifier.depth``
+    counts the query's block too, so at 1 there is no other.
+    """
+
+    def __init__(self, config: ClassifierConfig, encoder_width: int, num_classes: int) -> None:
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.project = nn.Linear(encoder_width, width, bias=False)
+        self.blocks = transformer_blocks(width, config.depth - 1, config.heads)
+        self.query = nn.Parameter(torch.zeros(1, 1, width))
+        self.norm_tokens = LayerNorm(width)
+        self.to_query = nn.Linear(width, width)
+        self.to_keys_and_values = nn.Linear(width, 2 * width)
+        self.attended = nn.Linear(width, width)
+        self.norm_query = LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width)
+        self.norm = LayerNorm(width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(width, num_classes)
+        initialise(self)
+        nn.init.trunc_normal_(self.query, std=0.02)
+
+    def forward(
+        self, tokens: Float[Tensor, "B K D"], visible: Int[Tensor, "B K"]
+    ) -> Float[Tensor, "B classes"]:
+        """Return the class scores of each clip."""
+        x = self.norm_tokens(self.blocks(self.project(tokens)))
+        # Not len(tokens): torch.export would make it a constant.
+        query = self.query.to(x.dtype).expand(tokens.shape[0], -1, -1)
+        keys, values = (
+            self.to_keys_and_values(x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+        queries = self.to_query(query).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query = query + self.attended(attention(queries, keys, values).transpose(1, 2).flatten(2))
+        query = query + self.mlp(self.norm_query(query))
+        return self.head(self.dropout(self.norm(query[:, 0])))
 
 
 class LinearClassifier(nn.Module):

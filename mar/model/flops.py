@@ -138,6 +138,13 @@ def _classifier_flops(settings: TrainingConfig, visible: int) -> int:
     if config.kind == "linear":
         return 5 * width * (config.norm == "pooled") + width * classes
     project = visible * width * config.width
+    if config.kind == "attentive":
+        inner = config.width
+        # Keys and values of each token, its products with the query, and a norm of it.
+        tokens = visible * (2 * inner**2 + 2 * inner + 5 * inner)
+        # The query's projections and MLP, its two norms, and the scores.
+        query = (2 + 8) * inner**2 + 10 * inner + inner * classes
+        return project + _blocks_flops(visible, inner, config.depth - 1) + tokens + query
     # Only the MLP's first layer runs on each token; the others run on one averaged vector.
     if config.kind == "mlp":
         return project + max(config.depth - 2, 0) * config.width**2 + config.width * classes
@@ -212,6 +219,11 @@ def _classifier_params(settings: TrainingConfig) -> int:
     if config.kind == "linear":
         return 2 * width * (config.norm == "pooled") + (width + 1) * classes
     head = (config.width + 1) * classes
+    if config.kind == "attentive":
+        inner = config.width
+        # The query itself; four projections and the MLP with their biases; three norms.
+        query = inner + 12 * inner**2 + 9 * inner + 6 * inner
+        return width * inner + _blocks_params(inner, config.depth - 1) + query + head
     if config.kind == "mlp":
         return (
             (width + 1) * config.width

@@ -49,7 +49,9 @@ def drawn_order(
     With ``is_shared`` all clips have the same ranks.
     """
     num_clips = 1 if is_shared else len(hidden)
-    noise = torch.rand((num_clips, hidden[0].numel()), generator=generator, device=generator.device)
+    noise = torch.rand(
+        (num_clips, hidden.shape[1:].numel()), generator=generator, device=generator.device
+    )
     rank = noise.argsort(dim=1).view(num_clips, *hidden.shape[1:])
     # -1 - rank and not -rank: 0 has no sign.
     return torch.where(hidden, rank, -1 - rank)

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -7,6 +8,12 @@ from hypothesis import strategies as st
 from mar.config.overrides import SETTING_PATHS, SettingError, build, flatten, merge
 from mar.config.schema import TrainingConfig
 from orchestration.studies.identity import identity, with_defaults_filled
+
+
+@pytest.mark.parametrize("tree", [[], "mask", None])
+def test_settings_are_a_mapping(tree: Any) -> None:
+    with pytest.raises(SettingError, match="settings must be a mapping"):
+        build(tree)
 
 
 def test_an_unknown_setting_names_its_nearest_neighbour() -> None:

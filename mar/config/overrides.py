@@ -72,13 +72,15 @@ class SettingError(UserError):
         self.path = path
 
 
-def build(tree: Mapping[str, Any]) -> TrainingConfig:
+def build(tree: object) -> TrainingConfig:
     """Check a nested mapping and return it as settings.
 
     Raises:
         SettingError: an unknown path (the message suggests a similar one), or a value that breaks a
             rule.
     """
+    if not isinstance(tree, Mapping):
+        raise SettingError("", f"settings must be a mapping, not {tree!r}")
     try:
         return TrainingConfig.model_validate(tree)
     except ValidationError as error:

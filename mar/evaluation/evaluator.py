@@ -103,7 +103,7 @@ class Evaluator:
     """Evaluates a model on one split; may be called several times.
 
     With ``is_kept`` its loader processes live as long as it does. ``alive`` is called for every
-    batch.
+    batch. Where ``videos`` are a part of a split, ``first_video`` is the number of its first one.
 
     Raises:
         UserError: the frame cache lacks a video or is stale, or the decoder that the settings name
@@ -122,6 +122,7 @@ class Evaluator:
         loader_processes: int = 0,
         is_kept: bool = False,
         alive: Callable[[], None] = lambda: None,
+        first_video: int = 0,
     ) -> None:
         # Checked before any video is opened: with a stale cache or a decoder that does not work,
         # every video would be reported as broken.
@@ -135,6 +136,7 @@ class Evaluator:
         self.settings = settings
         self.device = device
         self.alive = alive
+        self.first_video = first_video
         dataset = EvaluationClips(settings, videos, clips, crops, shuffled)
         bytes_per_batch = size * clips * crops * bytes_per_clip(settings)
         self.loader = loader(dataset, batches, loader_processes, device, bytes_per_batch, is_kept)
@@ -160,6 +162,32 @@ class Evaluator:
         (videos, _, losses), failed = self._gathered(model, self._reconstruction)
         return Reconstruction(losses[videos.argsort()], failed)
 
+    @torch.no_grad()
+    def features(
+        self, model: MAR, per_token: bool = False
+    ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, "n ..."], tuple[str, ...]]:
+        """Return the numbers and labels of the videos, the encoder's features, and what is broken.
+
+        Features are the mean of the encoder's tokens over all views, ``n D``; with ``per_token``
+        the tokens themselves, ``n views K D``.
+
+        Raises:
+            Failure: not one video could be decoded.
+        """
+
+        def measure(
+            model: MAR, clips: UInt8[Tensor, "B views T H W C"], videos: Sequence[int]
+        ) -> Float[Tensor, "B ..."]:
+            views = clips.shape[1]
+            pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
+            tokens = model.features(pixels, evaluation_masks(self.settings, views, videos))
+            tokens = tokens.float().unflatten(0, (-1, views)).cpu()
+            return tokens if per_token else tokens.mean(dim=(1, 2))
+
+        (videos, labels, values), failed = self._gathered(model, measure)
+        order = videos.argsort()
+        return videos[order], labels[order], values[order], failed
+
     def _gathered(
         self, model: MAR, measure: Callable[[MAR, Tensor, Sequence[int]], Tensor]
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[str, ...]]:
@@ -174,11 +202,12 @@ class Evaluator:
             # A broken video has black clips in its position. They must not be measured.
             if batch.good.any():
                 chosen = batch.good
+                numbers = batch.videos[chosen] + self.first_video
                 seen.append(
                     (
-                        batch.videos[chosen],
+                        numbers,
                         batch.labels[chosen],
-                        measure(model, batch.clips[chosen], batch.videos[chosen].tolist()),
+                        measure(model, batch.clips[chosen], numbers.tolist()),
                     )
                 )
         model.train()

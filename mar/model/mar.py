@@ -166,6 +166,14 @@ class MAR(nn.Module):
         visible_indices, _ = self.indices(hidden, tubelets)
         return self.classifier(self._encode(tubelets, visible_indices), visible_indices)
 
+    def features(
+        self, pixels: Float[Tensor, "B C T H W"], hidden: DrawnMask
+    ) -> Float[Tensor, "B K D"]:
+        """Return the encoder's tokens F_v under a mask."""
+        tubelets = patchify(pixels, self.tubelet)
+        visible_indices, _ = self.indices(hidden, tubelets)
+        return self._encode(tubelets, visible_indices)
+
     def reconstruct(
         self, pixels: Float[Tensor, "B C T H W"], hidden: DrawnMask
     ) -> Float[Tensor, "B M P"]:

@@ -20,7 +20,7 @@ from orchestration.cli.jobs import jobs_app, status, stop_study, submit
 from orchestration.cli.recipes import cost, diff, mask, settings, show
 from orchestration.cli.studies import figure, plan, report, run, table
 from orchestration.cli.system import doctor, recover, ui
-from orchestration.cli.weights import evaluate, weights_app
+from orchestration.cli.weights import evaluate, features, weights_app
 from orchestration.secrets import without_secrets
 
 _EXAMPLES = """Examples:
@@ -44,7 +44,7 @@ app = typer.Typer(
 # In the order in which a new user needs them; the help lists the groups in this order.
 _VERBS = {
     "Studies and searches": (plan, run, status, table, figure, report),
-    "Models": (predict, reconstruct, evaluate),
+    "Models": (predict, reconstruct, evaluate, features),
     "Recipes and data": (init, settings, show, diff, cost, mask),
     "This machine": (ui, doctor, bench, recover),
 }

@@ -1,0 +1,153 @@
+"""The encoder's features of a data set, in files that an interrupted run continues; probes of them.
+
+A folder has one file for each ``_VIDEOS_PER_FILE`` videos of a split, and ``features.json``, which
+says what they are of. Each file is written in one piece: what is there is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from mar.atomic_dir import atomic_write, write_text
+from mar.config.schema import TrainingConfig
+from mar.data.annotations import Video
+from mar.errors import UserError
+from mar.evaluation.evaluator import Evaluator
+from mar.model.mar import MAR
+
+_VIDEOS_PER_FILE = 1024
+_DESCRIPTION = "features.json"
+_NEIGHBOURS = 20
+"""k of the nearest neighbours."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of those videos of a split that could be decoded."""
+
+    videos: Int[Tensor, " n"]
+    """Each video's index in the split."""
+    labels: Int[Tensor, " n"]
+    values: Float[Tensor, "n ..."]
+    """``n D``, or by token ``n views K D``."""
+
+
+def write_features(
+    network: MAR,
+    settings: TrainingConfig,
+    videos: Sequence[Video],
+    folder: Path,
+    description: Mapping[str, Any],
+    *,
+    per_token: bool = False,
+    loader_processes: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write the features of a split's videos; files that are there already are kept.
+
+    Args:
+        network: The model, on its device.
+        settings: Clips, crops and the mask are those of its test.
+        videos: The split, in its order.
+        folder: Where to write; made if it does not exist.
+        description: What the features are of: model, data and settings.
+        per_token: All tokens of all views, instead of their mean.
+        loader_processes: Processes that decode.
+        progress: Called with the number of videos that are done, and of all.
+
+    Returns:
+        The number of videos that could not be decoded.
+
+    Raises:
+        UserError: the folder has features of something else.
+        Failure: not one video of a file could be decoded.
+    """
+    said = folder / _DESCRIPTION
+    text = json.dumps({**description, "per_token": per_token}, indent=1, ensure_ascii=False)
+    if said.is_file() and said.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"{folder}: it has features of another model, of other data or settings "
+            f"({_DESCRIPTION} says which): choose another folder, or remove it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(said, text)
+    num_broken = 0
+    for first in range(0, len(videos), _VIDEOS_PER_FILE):
+        part = list(videos[first : first + _VIDEOS_PER_FILE])
+        file = folder / f"features_{first:07}.safetensors"
+        if not file.is_file():
+            evaluation = settings.evaluation
+            evaluator = Evaluator(
+                settings,
+                part,
+                network.device,
+                clips=evaluation.clips,
+                crops=evaluation.crops,
+                loader_processes=loader_processes,
+                first_video=first,
+            )
+            numbers, labels, values, failed = evaluator.features(network, per_token)
+            tensors = {"videos": numbers, "labels": labels, "features": values}
+            atomic_write(file, save(tensors, {"broken": str(len(failed))}))
+        num_broken += len(part) - len(load_file(file)["videos"])
+        if progress is not None:
+            progress(first + len(part), len(videos))
+    return num_broken
+
+
+def read_features(folder: Path) -> Features:
+    """Read the features of a split.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    files = sorted(folder.glob("features_*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no features in it; mar features makes them")
+    parts = [load_file(file) for file in files]
+    videos, labels, values = (
+        torch.cat([part[name] for part in parts]) for name in ("videos", "labels", "features")
+    )
+    return Features(videos, labels, values)
+
+
+def nearest_neighbours(train: Features, test: Features) -> float:
+    """Return the top-1 accuracy, percent, of a vote of the 20 nearest training videos.
+
+    Nearness is the cosine of pooled features; each neighbour votes with exp(cosine / 0.07), as in
+    DINO (Caron et al., 2021).
+    """
+    reference = torch.nn.functional.normalize(train.values.float(), dim=1)
+    asked = torch.nn.functional.normalize(test.values.float(), dim=1)
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    hits = 0
+    # In pieces: all pairs of a large data set would not fit into memory.
+    for values, labels in zip(asked.split(1024), test.labels.split(1024), strict=True):
+        cosines, nearest = (values @ reference.T).topk(min(_NEIGHBOURS, len(reference)), dim=1)
+        votes = torch.zeros(len(values), num_classes)
+        votes.scatter_add_(1, train.labels[nearest], (cosines / 0.07).exp())
+        hits += int((votes.argmax(dim=1) == labels).sum())
+    return 100 * hits / len(test.labels)
+
+
+def linear_probe(train: Features, test: Features) -> float:
+    """Return the top-1 accuracy, percent, of scikit-learn's logistic regression on the features.
+
+    Features are scaled to mean 0 and deviation 1 over the training videos.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    model.fit(train.values.numpy(), train.labels.numpy())
+    return 100 * float(model.score(test.values.numpy(), test.labels.numpy()))

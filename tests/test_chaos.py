@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from chaos import SETTINGS, run
 
 _SECONDS = 1200
@@ -9,6 +10,8 @@ _SECONDS = 1200
 _SEED = 11
 
 
+# Beside other work a round takes many minutes; a timeout would be no finding.
+@pytest.mark.timeout(2 * _SECONDS)
 def test_a_study_under_random_faults_equals_one_that_nobody_disturbed(tmp_path: Path) -> None:
     """Two backends, one after the other; which faults come, and when, follows from the seed."""
     settings = [setting for setting in SETTINGS if setting.name in ("local", "inline")]

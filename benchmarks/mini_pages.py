@@ -56,9 +56,11 @@ def main() -> None:
         finished = sum(row.finished for row in results.rows)
         wanted = sum(row.seeds for row in results.rows)
         page = f"{study.name}.md"
-        # A figure of masks needs no training; the others have nothing to show yet.
-        if study.trains and not finished:
-            index.append(f"- {study.file.title}: none of {wanted} trials yet")
+        # A figure of masks needs no training; the others have nothing to show yet. What is beyond
+        # the paper shares rows with its tables, and is shown when it is whole.
+        is_open = not finished or (name in beyond and finished < wanted)
+        if study.trains and is_open:
+            index.append(f"- {study.file.title}: {finished} of {wanted} trials yet")
             (given.folder / page).unlink(missing_ok=True)
             continue
         _write_page(results, given.folder, page)

@@ -1,6 +1,7 @@
 """Figures of a study beside its table: learning curves, confusions, Pareto front, pages."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from study_runs import STUDY, Run, runs
 
 from mar.errors import Failure, UserError
 from orchestration.reporting import training_figures
-from orchestration.reporting.figures import figure_info
+from orchestration.reporting.figures import FigureInfo, Series, figure_info
 from orchestration.reporting.plotly_figures import write_figure
 from orchestration.reporting.study_report import write_report
 from orchestration.reporting.study_results import StudyResults
@@ -127,6 +128,17 @@ def test_the_pareto_front_has_only_rows_that_no_other_beats(study: Study) -> Non
     ).series[-1]
     assert (worse_and_dearer.name, worse_and_dearer.labels) == ("Pareto front", ["75 %"])
     assert dearer_but_better.labels == ["75 %", "50 %"]
+
+
+@pytest.mark.parametrize(("costs", "is_log"), [([0.02, 86.0], True), ([41.0, 180.0], False)])
+def test_costs_that_are_far_apart_have_a_logarithmic_axis(costs: list[float], is_log: bool) -> None:
+    series = Series("ours", ["a", "b"], costs, [70.0, 71.0], [0.0, 0.0])
+    info = FigureInfo("t", "points", "GFLOPs", "top-1", [series], None, ["a", "b"], [], [])
+    assert info.has_log_x == is_log
+    assert not replace(info, kind="curves").has_log_x
+    # Rows that have no cost stand side by side, from 0 on.
+    rows = replace(series, x=[0.0, 40.0])
+    assert not replace(info, series=[rows]).has_log_x
 
 
 def test_an_html_figure_needs_nothing_else_and_shows_labels_as_text(

@@ -22,6 +22,8 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#0
 """The palette of Okabe and Ito: colour-blind readers can distinguish its colours."""
 _ABOVE = (0, 7)
 """Offset of a label from its point, in typographic points."""
+_WIDE_RANGE = 30
+"""Largest ratio of two x values on a linear scale."""
 _NOTE_WIDTH = 110
 """Characters in a line of the note below the figure."""
 _LEVEL_CHARACTERS = 70
@@ -64,6 +66,17 @@ class FigureInfo:
     """Rows without a finished trial."""
     partial: Sequence[str]
     """Rows with some, but not all, seeds finished."""
+
+    @property
+    def has_log_x(self) -> bool:
+        """Whether x has a logarithmic scale: points of such different costs would share a column.
+
+        A small model of ours may stand beside the paper's, which costs thousands of times as much.
+        """
+        values = [x for series in self.series for x in series.x]
+        if self.kind != "points" or not values or min(values) <= 0:
+            return False
+        return max(values) / min(values) > _WIDE_RANGE
 
     def frame(self) -> pd.DataFrame:
         """Return the points as a table, which is stored beside the picture."""
@@ -282,6 +295,8 @@ def draw(info: FigureInfo, file: Path) -> None:
         label = f"chance level ({info.chance:g} %)"
         axes.axhline(info.chance, color="0.4", linestyle=":", label=label)
     axes.set(title=info.title, xlabel=info.x_title, ylabel=info.y_title)
+    if info.has_log_x:
+        axes.set_xscale("log")
     if len(info.series) > 1 or info.chance is not None:
         _legend(figure, axes, info)
     lacking = {"missing": info.missing, "some seeds missing": info.partial}

@@ -79,6 +79,8 @@ def chart(info: FigureInfo) -> Markup:
         }
         figure.add_trace(go.Scatter(x=[None], y=[None], hoverinfo="skip", **legend))
     figure.update_layout(xaxis_title=info.x_title, yaxis_title=info.y_title, **_LOOK)
+    if info.has_log_x:
+        figure.update_xaxes(type="log")
     return part_of_page(figure)
 
 

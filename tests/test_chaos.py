@@ -18,5 +18,6 @@ def test_a_study_under_random_faults_equals_one_that_nobody_disturbed(tmp_path: 
     tally = run(tmp_path, _SEED, _SECONDS, settings, most_rounds=2, faults_a_round=5)
     assert not tally.problems, "\n".join(tally.problems)
     assert set(tally.rounds) == {"local", "inline"}
-    assert sum(tally.faults.values()) >= 4
+    # How many come before a study is finished depends on how fast the machine trains.
+    assert {backend for backend, _ in tally.faults} == {"local", "inline"}
     assert tally.points > 1000

@@ -343,9 +343,13 @@ print("alive")
 
 
 def test_leaving_ray_does_not_end_the_process_over_another_threads_garbage() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", GARBAGE, "ours"], capture_output=True, text=True, check=False
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", GARBAGE, "ours"], capture_output=True, text=True, check=False
+        )
+        # Ray gives up where a busy machine takes too long to start it; that is not what is tested.
+        if "timed out during startup" not in done.stderr:
+            break
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr[-2000:]
 
 

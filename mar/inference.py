@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mar.config.schema import TrainingConfig
@@ -27,7 +27,6 @@ from mar.data.video.sequential_reader import BrokenVideo, Frames
 from mar.distributed import default_device
 from mar.errors import Failure, UserError
 from mar.evaluation.evaluator import class_probabilities
-from mar.model.encoder import patchify
 from mar.model.mar import MAR
 from mar.model.masking import DrawnMask, evaluation_mask
 from mar.model.pixels import to_pixels
@@ -207,7 +206,8 @@ class Model(nn.Module):
         """
         with _opened(video, self.settings) as source:
             pixels = self._pixels(source)
-        tokens = self.network.encode(pixels, self.visible_tokens(pixels))
+        masks = evaluation_mask(self.settings, views=len(pixels))
+        tokens = self.network.features(pixels, masks)
         return tokens.mean(dim=(0, 1)) if pooled else tokens
 
     @torch.no_grad()
@@ -229,13 +229,6 @@ class Model(nn.Module):
             self.settings, self.network, pixels, evaluation_mask(self.settings)
         )
         return Reconstruction(pixels[0], masked[0], redrawn[0])
-
-    def visible_tokens(self, pixels: Float[Tensor, "B C T H W"]) -> Int[Tensor, "B K"]:
-        """Return the flat indices of the tokens that testing shows of a video's views."""
-        tubelets = patchify(pixels, self.settings.encoder.tubelet)
-        masks = evaluation_mask(self.settings, views=len(pixels))
-        visible, _ = self.network.indices(masks, tubelets)
-        return visible
 
     def require(self, part: str) -> None:
         """Raise a UserError if the file had no such part: ``classifier`` or ``decoder``."""

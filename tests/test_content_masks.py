@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from test_export import SMALL, weights_of
@@ -244,7 +245,6 @@ def test_a_clips_scores_do_not_depend_on_the_clips_beside_it(
     ],
 )
 def test_onnx_makes_the_mask_that_pytorch_makes(mask: dict[str, object], tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
     settings = build(merge(SMALL, {"mask": mask}))
     weights = weights_of(settings)
     assert write_onnx(tmp_path / "model.onnx", weights, settings) < 1e-4

@@ -1,6 +1,7 @@
 """The encoder's features of a data set, and probes of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import mar
 from mar.config.schema import TrainingConfig
 from mar.data.annotations import read_split
-from mar.errors import UserError
+from mar.errors import Failure, UserError
 from mar.evaluation import features as module
 from mar.evaluation.features import (
     Features,
@@ -98,3 +99,29 @@ def test_the_command_writes_and_probes(tmp_path: Path, videos: Path) -> None:
     assert "choose another folder" in errors
     _, errors = run_mar(tmp_path, *command, "--probe", "--per-token", code=2)
     assert "leave --per-token out" in errors
+
+
+def test_a_file_of_broken_videos_alone_keeps_the_others(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny()
+    network = MAR(settings).eval()
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    videos = read_split(settings.data, "val")
+    lost = [replace(video, path=broken) for video in videos[:3]]
+    monkeypatch.setattr(module, "_VIDEOS_PER_FILE", 3)
+    assert write_features(network, settings, [*lost, *videos], tmp_path / "some", {}) == 3
+    found = read_features(tmp_path / "some")
+    assert found.videos.tolist() == list(range(3, 3 + len(videos)))
+    assert len(found.values) == len(videos)
+    with pytest.raises(Failure, match="not one of 3 videos could be decoded"):
+        write_features(network, settings, lost, tmp_path / "none", {})
+
+
+def test_a_name_that_is_no_text_is_no_obstacle(tiny: Tiny, tmp_path: Path) -> None:
+    settings = tiny()
+    videos = read_split(settings.data, "val")[:2]
+    for _ in range(2):
+        description = {"videos": ["\udcff.mp4"]}
+        write_features(MAR(settings).eval(), settings, videos, tmp_path, description)

@@ -194,6 +194,34 @@ def test_compiled_blocks_give_the_same_losses() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+COMPILED_BY_RATIO = """
+import torch
+from mar.bench.steps import Case, random_batch, train_state_of
+from mar.config.overrides import build, merge
+from mar.model.mar import MAR
+from mar.training.step import RuntimeConfig, TrainState, train_step
+from mar.training.optim import build_optimizer
+from mar.training.checkpoint import Progress
+compile_ = torch.compile
+torch.compile = lambda part, mode, dynamic: compile_(part, backend="eager", dynamic=dynamic)
+case = Case("mar", size="tiny", frames=4, pixels=64, precision="fp32", clips=4)
+ratios = [0.5, 0.25, 0.75, 0.625]
+settings = build(merge(case.settings.model_dump(mode="json"), {"mask.ratio": ratios}))
+model = MAR(settings)
+runtime = RuntimeConfig(torch.device("cpu"), compile=True)
+state = TrainState(settings, runtime, model, build_optimizer(model, settings.recipe), Progress())
+with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    for step in range(24):
+        state.progress.step = step
+        train_step(state, random_batch(case, torch.device("cpu")))
+"""
+
+
+def test_several_ratios_are_each_compiled_and_none_runs_uncompiled() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILED_BY_RATIO], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 COMPILED_IN_TURN = """
 import torch
 from mar.model.layers import set_execution_mode, transformer_blocks

@@ -165,14 +165,12 @@ class Evaluator:
     @torch.no_grad()
     def features(
         self, model: MAR, per_token: bool = False
-    ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, "n ..."], tuple[str, ...]]:
-        """Return the numbers and labels of the videos, the encoder's features, and what is broken.
+    ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, "n ..."]]:
+        """Return the numbers and labels of the videos, and the encoder's features.
 
         Features are the mean of the encoder's tokens over all views, ``n D``; with ``per_token``
-        the tokens themselves, ``n views K D``.
-
-        Raises:
-            Failure: not one video could be decoded.
+        the tokens themselves, ``n views K D``. Broken videos are left out; if all are, the tensors
+        are empty.
         """
 
         def measure(
@@ -184,9 +182,15 @@ class Evaluator:
             tokens = tokens.float().unflatten(0, (-1, views)).cpu()
             return tokens if per_token else tokens.mean(dim=(1, 2))
 
-        (videos, labels, values), failed = self._gathered(model, measure)
+        # A part of a data set may be broken as a whole, and the rest is not.
+        try:
+            (videos, labels, values), _ = self._gathered(model, measure)
+        except Failure as failure:
+            if failure.kind != "data":
+                raise
+            return torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0)
         order = videos.argsort()
-        return videos[order], labels[order], values[order], failed
+        return videos[order], labels[order], values[order]
 
     def _gathered(
         self, model: MAR, measure: Callable[[MAR, Tensor, Sequence[int]], Tensor]

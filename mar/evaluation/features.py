@@ -20,7 +20,7 @@ from torch import Tensor
 from mar.atomic_dir import atomic_write, write_text
 from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video
-from mar.errors import UserError
+from mar.errors import Failure, UserError
 from mar.evaluation.evaluator import Evaluator
 from mar.model.mar import MAR
 
@@ -69,10 +69,11 @@ def write_features(
 
     Raises:
         UserError: the folder has features of something else.
-        Failure: not one video of a file could be decoded.
+        Failure: not one video could be decoded.
     """
     said = folder / _DESCRIPTION
-    text = json.dumps({**description, "per_token": per_token}, indent=1, ensure_ascii=False)
+    # In ASCII: a file name need not be UTF-8.
+    text = json.dumps({**description, "per_token": per_token}, indent=1)
     if said.is_file() and said.read_text(encoding="utf-8") != text:
         raise UserError(
             f"{folder}: it has features of another model, of other data or settings "
@@ -95,12 +96,14 @@ def write_features(
                 loader_processes=loader_processes,
                 first_video=first,
             )
-            numbers, labels, values, failed = evaluator.features(network, per_token)
+            numbers, labels, values = evaluator.features(network, per_token)
             tensors = {"videos": numbers, "labels": labels, "features": values}
-            atomic_write(file, save(tensors, {"broken": str(len(failed))}))
+            atomic_write(file, save(tensors))
         num_broken += len(part) - len(load_file(file)["videos"])
         if progress is not None:
             progress(first + len(part), len(videos))
+    if videos and num_broken == len(videos):
+        raise Failure(f"{folder}: not one of {num_broken} videos could be decoded", "data")
     return num_broken
 
 

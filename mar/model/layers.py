@@ -192,20 +192,24 @@ def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.
 
 
 def set_execution_mode(
-    model: nn.Module, compiled: str = "", activation_checkpointing: bool = False
+    model: nn.Module,
+    compiled: str = "",
+    activation_checkpointing: bool = False,
+    num_ratios: int = 1,
 ) -> None:
     """Set how a model's blocks run.
 
     ``compiled`` is a mode of ``torch.compile`` (empty: not compiled). ``activation_checkpointing``
-    recomputes activations in the backward pass.
+    recomputes activations in the backward pass. With several mask ratios, ``num_ratios``, the same
+    code is compiled for as many numbers of tokens.
     """
     # A worker trains one trial after another. Code that was compiled for an earlier trial counts
     # against PyTorch's limit of eight versions, and the new model would run uncompiled.
     if compiled:
         torch.compiler.reset()
-        # One version for each shape: of encoder, classifier and decoder, in training and testing,
-        # and for each of several mask ratios.
-        torch._dynamo.config.recompile_limit = 64  # pyright: ignore[reportPrivateUsage]
+        # PyTorch's own limit for one number of visible tokens. It has no public name for it.
+        limit = 8 * num_ratios
+        torch._dynamo.config.recompile_limit = limit  # pyright: ignore[reportPrivateUsage]
     for part in model.modules():
         if isinstance(part, Blocks):
             part.activation_checkpointing = activation_checkpointing

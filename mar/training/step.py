@@ -67,7 +67,8 @@ class TrainState:
         mode = ""
         if self.runtime.compile:
             mode = "default"
-        set_execution_mode(self.model, mode, self.runtime.activation_checkpointing)
+        num_ratios = len(self.settings.mask.in_training)
+        set_execution_mode(self.model, mode, self.runtime.activation_checkpointing, num_ratios)
         self.wrapped: nn.Module = self.model
         if self.worker_rank.world > 1:
             device = self.runtime.device

@@ -320,7 +320,7 @@ def _counted(names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
     return "; ".join(parts)
 
 
-def _place(path: str) -> int:
+def _position_of(path: str) -> int:
     """Return the position of a setting in the schema; options of a package have their branch's."""
     branch, _, rest = path.partition(".")
     if rest.startswith("options."):
@@ -348,7 +348,7 @@ def contents(weights: Weights) -> str:
         if path.startswith((*branches, "clip."))
     }
     # The order of the schema puts the settings of a branch together.
-    in_order = sorted(sizes.items(), key=lambda each: _place(each[0]))
+    in_order = sorted(sizes.items(), key=lambda each: _position_of(each[0]))
     sizes_text = ", ".join(
         f"{path}={value}" for path, value in in_order if path.split(".")[-1] in SIZES and value
     )

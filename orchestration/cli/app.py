@@ -20,7 +20,8 @@ from orchestration.cli.jobs import jobs_app, status, stop_study, submit
 from orchestration.cli.recipes import cost, diff, mask, settings, show
 from orchestration.cli.studies import figure, plan, report, run, table
 from orchestration.cli.system import doctor, recover, ui
-from orchestration.cli.weights import evaluate, features, weights_app
+from orchestration.cli.testing import evaluate, features
+from orchestration.cli.weights import weights_app
 from orchestration.secrets import without_secrets
 
 _EXAMPLES = """Examples:

@@ -1,4 +1,4 @@
-"""The verbs for models: weights, evaluate.
+"""The verb for pre-trained weights: mar weights.
 
 Parsing and printing, nothing else.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -182,148 +182,3 @@ def weights_export(
     )
     print(f"{file}: input pixels (clips, 3, T, H, W) from 0 to 1, output scores (clips, classes)")
     print(f"onnxruntime and PyTorch differ by at most {difference:.1e} on two random clips")
-
-
-_TEST_SETTINGS = ("data", "clip", "mask", "evaluation")
-"""Groups of settings that ``mar evaluate`` takes from ``--recipe``; the model has the others."""
-
-
-def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Weights of any layout: a trial's result folder, a file …"
-        ),
-    ],
-    overrides: Overrides = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="Recipe whose data, clip, mask and evaluation settings to take."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="csv file for the predictions.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Test a model on a data set's validation split, with all views; nothing is trained."""
-    from mar.data.annotations import read_split
-    from mar.distributed import default_device
-    from mar.evaluation.evaluator import write_predictions
-    from mar.weights.pretrained import read_model
-    from orchestration.studies.recipe import parse_overrides, recipe_tree
-
-    changes = parse_overrides(overrides or [])
-    # Overrides win over the recipe, and the recipe over what the model was trained with.
-    shared: dict[str, Any] = {}
-    if recipe:
-        tree = recipe_tree(recipe)
-        shared = {name: tree[name] for name in _TEST_SETTINGS if name in tree}
-    settings, trained, _ = read_model(model, shared, changes)
-    videos = read_split(settings.data, "val")
-    predictions = _tested(trained, settings, videos, default_device())
-    metrics = predictions.metrics("test")
-    if output:
-        write_predictions(predictions, videos, output)
-    if as_json:
-        print(json.dumps(metrics, indent=1))
-        return
-    views = settings.evaluation
-    summary = (
-        f"top-1 {metrics['test/top1']:.2f} %, top-5 {metrics['test/top5']:.2f} % of "
-        f"{len(predictions.labels)} videos ({views.clips} clips × {views.crops} crops, "
-        f"{settings.test_ratio:.0%} hidden)"
-    )
-    # A broken video has no prediction, so the percentages are of the others.
-    if predictions.broken:
-        summary += f"; {len(predictions.broken)} more could not be decoded"
-    print(summary)
-
-
-def features(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Weights of any layout: a trial's result folder, a file …"
-        ),
-    ],
-    overrides: Overrides = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="Recipe whose data, clip, mask and evaluation settings to take."),
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder to write: train and val below it.")
-    ] = Path("features"),
-    per_token: Annotated[
-        bool, typer.Option("--per-token", help="All tokens of all views, not their mean.")
-    ] = False,
-    probe: Annotated[
-        bool,
-        typer.Option("--probe", help="Also classify: by 20 neighbours, and linearly."),
-    ] = False,
-    loader_processes: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 0,
-) -> None:
-    """Write the encoder's features of a data set; run again, it goes on where it was ended."""
-    from dataclasses import replace
-
-    from mar.config.overrides import flatten, without_paths
-    from mar.data.annotations import fingerprint, read_split
-    from mar.distributed import default_device
-    from mar.evaluation.features import (
-        linear_probe,
-        nearest_neighbours,
-        read_features,
-        write_features,
-    )
-    from mar.inference import Model
-    from mar.weights.hub import fingerprint as weights_fingerprint
-    from mar.weights.reading import read_weights
-    from orchestration.studies.recipe import parse_overrides, recipe_tree
-
-    if probe and per_token:
-        raise UserError("features: --probe is of pooled features; leave --per-token out")
-    shared: dict[str, Any] = {}
-    if recipe:
-        tree = recipe_tree(recipe)
-        shared = {name: tree[name] for name in _TEST_SETTINGS if name in tree}
-    # The encoder alone: the data may have other classes than the model was trained for.
-    weights = read_weights(model)
-    encoder = {
-        name: value for name, value in weights.tensors.items() if name.startswith("encoder.")
-    }
-    changes = {**flatten(shared), **parse_overrides(overrides or [])}
-    trained = Model.of(replace(weights, tensors=encoder), {"augment.flip_swaps": [], **changes})
-    trained.to(default_device())
-    description = {
-        "weights": weights_fingerprint(model),
-        "data": fingerprint(trained.settings.data),
-        "settings": without_paths(trained.settings),
-    }
-    for split in ("train", "val"):
-        videos = read_split(trained.settings.data, split)
-        broken = write_features(
-            trained.network,
-            trained.settings,
-            videos,
-            output / split,
-            {**description, "split": split, "videos": [video.name for video in videos]},
-            per_token=per_token,
-            loader_processes=loader_processes,
-            progress=lambda done, count, split=split: print(f"{split}: {done} of {count} videos"),
-        )
-        if broken:
-            print(f"{split}: {broken} videos could not be decoded")
-    print(f"written {output} (features_*.safetensors, features.json)")
-    if probe:
-        train, val = (read_features(output / split) for split in ("train", "val"))
-        print(f"20 nearest neighbours  {nearest_neighbours(train, val):.2f} %")
-        print(f"linear                 {linear_probe(train, val):.2f} %")
-
-
-def _tested(model: Any, settings: Any, videos: list[Any], device: Any) -> Any:
-    from mar.evaluation.evaluator import Evaluator
-
-    views = settings.evaluation
-    return Evaluator(settings, videos, device, clips=views.clips, crops=views.crops)(
-        model.to(device)
-    )

@@ -302,9 +302,12 @@ def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | No
     # Most trials of a study share their data: its list of videos is read once.
     source = data.model_dump_json()
     if source not in known:
-        official = planning_figures()["train_videos"].get(data.format)
-        if trial.fingerprint == ABSENT:
-            known[source] = official
+        official = planning_figures()["train_videos"].get(data.format, {})
+        if trial.fingerprint == ABSENT and official.get("classes") == data.num_classes:
+            known[source] = official["videos"]
+        # Other videos in that format, as those of mini.
+        elif trial.fingerprint == ABSENT:
+            known[source] = None
         else:
             known[source] = len(read_split(data, "train"))
     return known[source]

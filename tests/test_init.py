@@ -57,7 +57,8 @@ def test_clips_of_one_recording_are_on_one_side(films: Path, tmp_path: Path) -> 
             shutil.copy(film, tmp_path / "ucf" / name / clip)
     # A link's own name is the recipe's, not that of the folder it leads to.
     (tmp_path / "linked").symlink_to(tmp_path / "ucf")
-    run_mar(tmp_path, "init", "linked")
+    printed, _ = run_mar(tmp_path, "init", "linked")
+    assert "one recording of five of each class for testing" in printed
     settings = build(recipe_tree(str(tmp_path / "linked_recipe" / "recipe.yaml")))
     sides = [
         {video.name[: -len("_c01.mp4")] for video in read_split(settings.data, split)}
@@ -65,6 +66,14 @@ def test_clips_of_one_recording_are_on_one_side(films: Path, tmp_path: Path) -> 
     ]
     assert not sides[0] & sides[1]
     assert len(sides[1]) == 2
+    # A class of one recording could not be on both sides: its clips are divided as any videos.
+    (tmp_path / "ucf" / "Rowing").mkdir()
+    for number in range(6):
+        clip = tmp_path / "ucf" / "Rowing" / f"v_Rowing_g01_c{number + 1:02}.mp4"
+        shutil.copy(film, clip)
+    found = write_recipe(tmp_path / "ucf", tmp_path / "again")
+    assert found.divided_by == "videos"
+    assert {label for _, label in found.test} == {0, 1, 2}
 
 
 def test_a_split_of_its_own_is_kept_and_long_videos_are_sampled_densely(
@@ -78,7 +87,7 @@ def test_a_split_of_its_own_is_kept_and_long_videos_are_sampled_densely(
             for number in range(2):
                 write_video(folder / f"{number}.mp4", film.repeat(20, axis=0), 12)
     found = write_recipe(tmp_path / "long", tmp_path / "mine")
-    assert found.has_split and found.seconds is not None and found.seconds > 6
+    assert found.divided_by == "folders" and found.seconds is not None and found.seconds > 6
     settings = build(recipe_tree(str(tmp_path / "mine" / "recipe.yaml")))
     # Two seconds of twelve frames each, in eight steps.
     assert (settings.clip.sampling, settings.clip.stride) == ("dense", 3)

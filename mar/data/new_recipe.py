@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mar.atomic_dir import write_text
 from mar.data.sampling import Reader
@@ -44,8 +45,9 @@ class Survey:
     train: tuple[tuple[str, int], ...]
     """Path below the folder, and class number."""
     test: tuple[tuple[str, int], ...]
-    has_split: bool
-    """Whether the folder has a split of its own."""
+    divided_by: Literal["folders", "videos", "recordings"]
+    """``folders``: the folder has a split of its own. Else every fifth video of a class is for
+    testing, or every fifth recording with all clips that are cut from it."""
     seconds: float | None
     """Median length of the videos that were opened; None: no file states a frame rate."""
     fps: float | None
@@ -67,10 +69,11 @@ def survey(root: Path) -> Survey:
     if training is not None and testing is not None:
         train = _by_class(training)
         test = _by_class(testing)
-        has_split = True
+        divided_by: Literal["folders", "videos", "recordings"] = "folders"
     else:
-        train, test = _divided(_by_class(root))
-        has_split = False
+        videos = _by_class(root)
+        divided_by = "recordings" if _has_recordings(videos) else "videos"
+        train, test = _divided(videos, by_recording=divided_by == "recordings")
     classes = tuple(sorted({*train, *test}))
     if len(classes) < 2 or not any(train.values()) or not any(test.values()):
         raise UserError(
@@ -81,7 +84,7 @@ def survey(root: Path) -> Survey:
     listed_test = _listed(test, classes, root)
     paths = [root / path for path, _ in (*listed_train, *listed_test)]
     seconds, fps, broken = _measured(paths)
-    return Survey(classes, listed_train, listed_test, has_split, seconds, fps, broken)
+    return Survey(classes, listed_train, listed_test, divided_by, seconds, fps, broken)
 
 
 def _folders(root: Path) -> list[Path]:
@@ -97,20 +100,28 @@ def _by_class(root: Path) -> dict[str, list[Path]]:
     return {name: videos for name, videos in found.items() if videos}
 
 
+def _has_recordings(videos: Mapping[str, Sequence[Path]]) -> bool:
+    """Whether all names say which recording a clip is cut from, and each class has several."""
+    for each in videos.values():
+        if not all(_GROUP.search(video.stem) for video in each):
+            return False
+        if len({_GROUP.sub("", video.stem) for video in each}) < 2:
+            return False
+    return True
+
+
 def _divided(
-    videos: Mapping[str, Sequence[Path]],
+    videos: Mapping[str, Sequence[Path]], by_recording: bool
 ) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
     """Divide each class: every fifth video is for testing, at least one where there are two.
 
-    Where all names have the recording they are cut from (``…_g01_c02``, as UCF101's), it is every
-    fifth recording.
+    ``by_recording``: every fifth recording, whose clips stay together.
     """
     train: dict[str, list[Path]] = {}
     test: dict[str, list[Path]] = {}
-    has_groups = all(_GROUP.search(video.stem) for each in videos.values() for video in each)
     for name, each in videos.items():
         groups = {video: str(number) for number, video in enumerate(each)}
-        if has_groups:
+        if by_recording:
             groups = {video: _GROUP.sub("", video.stem) for video in each}
         # From the second on, so that a class with two videos has one for each.
         chosen = set(list(dict.fromkeys(groups.values()))[1::_ONE_IN])
@@ -199,12 +210,13 @@ def recipe_text(root: Path, found: Survey, lists: Path) -> str:
 
 
 def _split_lines(found: Survey) -> list[str]:
-    if found.has_split:
+    if found.divided_by == "folders":
         return []
+    if found.divided_by == "recordings":
+        return ["# One recording of five (the g01 of g01_c02) of each class is for testing."]
     return [
-        "# One video of five of each class is for testing, or, where all names are as g01_c02 of",
-        "# UCF101, one recording of five. If several are cut from one recording, put them on one",
-        "# side in the lists: else the test measures who was seen before.",
+        "# One video of five of each class is for testing. If several are cut from one recording,",
+        "# put them on one side in the lists: else the test measures who was seen before.",
     ]
 
 

@@ -54,8 +54,15 @@ def init(
             f"{', …' if len(found.classes) > 8 else ''}"
         )
     )
-    how = "by its own folders" if found.has_split else "one video of five of each class for testing"
-    print(f"{len(found.train)} training and {len(found.test)} test videos, divided {how}")
+    how = {
+        "folders": "by its own folders",
+        "videos": "one video of five of each class for testing",
+        "recordings": "one recording of five of each class for testing (g01 of g01_c02)",
+    }
+    print(
+        f"{len(found.train)} training and {len(found.test)} test videos, divided "
+        f"{how[found.divided_by]}"
+    )
     if found.seconds is not None:
         print(f"median length {found.seconds:.1f} s at {found.fps:.1f} frames a second")
     for reason in found.broken[:3]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from mar.errors import UserError
 from mar.model.decoder import reconstruction_loss, reconstruction_target
 from mar.model.encoder import patchify, take
-from mar.model.layers import sin_cos_positions
 from mar.model.mar import MAR, split_indices
 from mar.model.masking import evaluation_mask
+from mar.model.positions import sin_cos_positions
 from mar.weights.pretrained import EVERYTHING, load, model_settings
 from mar.weights.reading import read_weights
 

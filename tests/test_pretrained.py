@@ -33,8 +33,8 @@ from mar.config.schema import TrainingConfig
 from mar.errors import UserError
 from mar.model.decoder import reconstruction_loss, reconstruction_target
 from mar.model.encoder import patchify, take
-from mar.model.layers import sin_cos_positions
 from mar.model.mar import MAR, split_indices
+from mar.model.positions import sin_cos_positions
 from mar.weights.hub import ABSENT, fetch, fingerprint, locate
 from mar.weights.pretrained import check_start, load, model_settings, start
 from mar.weights.reading import read_weights
@@ -624,7 +624,7 @@ def test_a_model_that_says_nothing_of_its_positions_is_refused(prefix: str, tmp_
         read_weights(str(file))
     (tmp_path / "config.json").write_text('{"model_type": "videomae"}')
     assert "encoder.blocks.1.mlp.fc2.weight" in read_weights(str(file)).tensors
-    (tmp_path / "config.json").write_text('{"model_type": "vjepa2"}')
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(UserError, match="says nothing of its positions"):
         read_weights(str(file))
 
@@ -636,10 +636,8 @@ def test_an_encoder_of_videomae_alone_is_known_by_its_biases(prefix: str, tmp_pa
 
 
 def test_several_models_in_one_file_are_named(tmp_path: Path) -> None:
-    torch.save(
-        {"encoder": vit_names(""), "predictor": vit_names(""), "epoch": 1}, tmp_path / "j.pt"
-    )
-    with pytest.raises(UserError, match=r"it has 2 state dictionaries: encoder, predictor\. Save"):
+    torch.save({"student": vit_names(""), "teacher": vit_names(""), "epoch": 1}, tmp_path / "j.pt")
+    with pytest.raises(UserError, match=r"it has 2 state dictionaries: student, teacher\. Save"):
         read_weights(str(tmp_path / "j.pt"))
 
 

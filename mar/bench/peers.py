@@ -62,6 +62,7 @@ class Released(nn.Module):
         video = (pixels - mean) / std
         embedded = F.conv3d(video, kernel, encoder.embed.bias, stride=self.mar.tubelet)
         tokens = embedded.flatten(2).transpose(1, 2)
+        assert encoder.positions is not None
         visible = (tokens + encoder.positions)[~hidden].unflatten(0, (len(pixels), -1))
         outputs: list[Tensor] = []
         for block in encoder.blocks:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from mar import plugins
 from mar.config.node import Node
-from mar.config.types import Depth, Fraction, TrainedBlocks, Tubelet, Width
+from mar.config.types import Depth, Fraction, PretrainedGrid, TrainedBlocks, Tubelet, Width
 
 ENCODER_SIZES = {
     "tiny": (192, 12, 3),
@@ -18,6 +24,8 @@ ENCODER_SIZES = {
     "huge": (1280, 32, 16),
 }
 """Name -> (width D, depth L, heads) of the plain ViT family (Dosovitskiy et al., Table 1)."""
+_LEAST_ROTARY_HEAD = 6
+"""Channels of an attention head: a pair for each of time, height and width."""
 CLASSIFIER_KINDS = ("bridging", "linear", "mlp", "attentive")
 """``classifier.kind`` without what packages add."""
 
@@ -36,8 +44,17 @@ class EncoderConfig(Node):
     """Number of blocks L, when ``custom``."""
     heads: PositiveInt | None = None
     """Attention heads, when ``custom``."""
+    mlp_ratio: Annotated[float, Field(gt=0.0, le=64.0)] = 4.0
+    """Hidden width of a block's MLP over the token width (VideoMAE V2's giant: 48 / 11)."""
     tubelet: Tubelet = (2, 16, 16)
     """Frames, height and width of the patch that becomes one token (section IV-A)."""
+    positions: Literal["computed", "interpolated", "rotary_vjepa2", "rotary_vjepa2_1"] = "computed"
+    """Where a token is. ``computed``: sin-cos of its flat index, added (section III-B).
+    ``interpolated``: the same of ``pretrained_grid``, resized to the clip's. ``rotary_vjepa2``,
+    ``rotary_vjepa2_1``: queries and keys are turned, as in V-JEPA 2 and 2.1."""
+    pretrained_grid: PretrainedGrid | None = None
+    """Tokens in time, height and width of the clips of pre-training, when positions are
+    ``interpolated``; a VideoMAE of 16 frames of 224 pixels: [8, 14, 14]."""
     drop_path: Fraction = 0.1
     """Stochastic depth of the last block, rising linearly from 0 (Table I)."""
     init: Literal["xavier", "torch"] = "xavier"
@@ -81,6 +98,30 @@ class EncoderConfig(Node):
         return self
 
     @model_validator(mode="after")
+    def _positions_apply(self) -> Self:
+        is_interpolated = self.positions == "interpolated"
+        has_own = self.positions != "computed" or self.mlp_ratio != 4.0
+        if self.is_of_package and has_own:
+            raise ValueError(
+                f"positions and mlp_ratio are the ViT's; {self.size} has options of its own"
+            )
+        if is_interpolated and self.pretrained_grid is None:
+            raise ValueError(
+                "positions: 'interpolated' needs pretrained_grid, the tokens in time, height and "
+                "width of the pre-training's clips, as [8, 14, 14]"
+            )
+        if not is_interpolated and self.pretrained_grid is not None:
+            raise ValueError(
+                f"pretrained_grid has an effect with positions: interpolated, not {self.positions}"
+            )
+        if self.is_rotary and self.dimensions[0] // self.dimensions[2] < _LEAST_ROTARY_HEAD:
+            raise ValueError(
+                f"positions: '{self.positions}' needs {_LEAST_ROTARY_HEAD} channels in a head, two "
+                f"for each axis; it has {self.dimensions[0] // self.dimensions[2]}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_blocks_to_train(self) -> Self:
         if isinstance(self.train, int) and self.is_of_package:
             raise ValueError(f"train: which blocks of {self.size} are last is not known: all, none")
@@ -97,6 +138,16 @@ class EncoderConfig(Node):
         if self.train == "none":
             return depth
         return depth - self.train
+
+    @property
+    def mlp_width(self) -> int:
+        """The hidden width of a block's MLP."""
+        return round(self.mlp_ratio * self.dimensions[0])
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether positions turn queries and keys, instead of being added to the tokens."""
+        return self.positions.startswith("rotary")
 
     @property
     def is_of_package(self) -> bool:

@@ -129,6 +129,11 @@ class TrainingConfig(Node):
                 f"clip: {list(shape)} makes {prod(self.grid)} tokens; at most {_MOST_TOKENS} are "
                 "allowed: set a smaller clip.frames or clip.size"
             )
+        if prod(self.encoder.pretrained_grid or ()) > _MOST_TOKENS:
+            raise ValueError(
+                f"encoder.pretrained_grid: {list(self.encoder.pretrained_grid or ())} are more "
+                f"than {_MOST_TOKENS} tokens"
+            )
         # Where nothing is hidden, the cell has no effect and need not fit.
         if self.mask.strategy == "cell" and (self.mask.hides or self.test_ratio):
             _, h, w = self.grid
@@ -208,6 +213,21 @@ class TrainingConfig(Node):
                 f"evaluation.merge: merges tokens in the blocks of the ViT; {self.encoder.size} is "
                 "of a package: set it to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _positions_are_added(self) -> Self:
+        # Both work on tokens that have their positions already: a merged token is at no place that
+        # its query could be turned by.
+        for path, is_set in (
+            ("evaluation.merge", self.evaluation.merge > 0),
+            ("mask.lengths", self.mask.lengths),
+        ):
+            if is_set and self.encoder.is_rotary:
+                raise ValueError(
+                    f"{path}: needs positions that are added to the tokens, and encoder.positions: "
+                    f"{self.encoder.positions} turns queries and keys"
+                )
         return self
 
     @model_validator(mode="after")

@@ -48,6 +48,8 @@ def _last(value: Any) -> Any:
 TrainedBlocks = Annotated[Literal["all", "none"] | PositiveInt, BeforeValidator(_last)]
 """All blocks of an encoder, none, or the last of them."""
 Tubelet = tuple[PositiveInt, PositiveInt, PositiveInt]
+PretrainedGrid = tuple[PositiveInt, PositiveInt, PositiveInt]
+"""Tokens of a clip in time, height and width."""
 
 
 # pydantic reports the ValueError of a validator with the setting's path before it.

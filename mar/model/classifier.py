@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mar import plugins
 from mar.config.model_settings import ClassifierConfig
 from mar.config.schema import TrainingConfig
-from mar.model.layers import LayerNorm, attention, initialise, sin_cos_positions, transformer_blocks
+from mar.model.layers import LayerNorm, attention, initialise, transformer_blocks
+from mar.model.positions import sin_cos_positions
 
 
 def build_classifier(settings: TrainingConfig) -> nn.Module:

@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mar.config.model_settings import ReconstructionConfig
-from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
+from mar.model.layers import LayerNorm, initialise, transformer_blocks
+from mar.model.positions import sin_cos_positions
 
 
 class Decoder(nn.Module):

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from mar import plugins
 from mar.config.model_settings import EncoderConfig
 from mar.config.schema import TrainingConfig
-from mar.model.layers import LayerNorm, initialise, sin_cos_positions, transformer_blocks
+from mar.config.types import Grid
+from mar.model.layers import LayerNorm, initialise, transformer_blocks
 from mar.model.merging import run_merging
+from mar.model.positions import added_positions, rotations
 
 
 def patchify(
@@ -53,10 +55,11 @@ class Encoder(nn.Module):
     Hidden tubelets are dropped before the embedding, and cost nothing.
     """
 
-    positions: Tensor
+    positions: Tensor | None
+    rotations: Tensor | None
 
     def __init__(
-        self, config: EncoderConfig, num_tokens: int, last_norm: bool = True, merge: int = 0
+        self, config: EncoderConfig, grid: Grid, last_norm: bool = True, merge: int = 0
     ) -> None:
         super().__init__()
         self.merge = merge
@@ -64,10 +67,17 @@ class Encoder(nn.Module):
         # A 3D convolution whose stride is its kernel is a linear layer on each tubelet. As a linear
         # layer it can run on the visible ones only.
         self.embed = nn.Linear(3 * prod(config.tubelet), width)
-        # Not persistent: the table is a constant and no part of a checkpoint. As a buffer it moves
-        # to the device with the model.
-        self.register_buffer("positions", sin_cos_positions(num_tokens, width), persistent=False)
-        self.blocks = transformer_blocks(width, depth, heads, config.drop_path)
+        # Not persistent: a table is a constant and no part of a checkpoint. As a buffer it moves to
+        # the device with the model.
+        added = None
+        turned = None
+        if config.is_rotary:
+            turned = rotations(config, grid)
+        else:
+            added = added_positions(config, grid)
+        self.register_buffer("positions", added, persistent=False)
+        self.register_buffer("rotations", turned, persistent=False)
+        self.blocks = transformer_blocks(width, depth, heads, config.drop_path, config.mlp_width)
         # Without the last norm a linear classifier norms the average instead (norm: pooled).
         self.norm = LayerNorm(width) if last_norm else nn.Identity()
         # The release leaves the embedding as PyTorch initialises a Conv3d, uniform in ± 1/√fan_in,
@@ -80,11 +90,19 @@ class Encoder(nn.Module):
         visible: Int[Tensor, "B K"],
         lengths: Int[Tensor, "B K"] | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """Embed visible, normalised tubelets, add their positions, run the blocks and the norm.
+        """Embed visible, normalised tubelets, apply their positions, run the blocks and the norm.
 
         ``lengths`` (``mask.lengths``) are added to the positions: 0 adds nothing.
         """
-        tokens = self.embed(tubelets) + self.positions[visible]
+        tokens = self.embed(tubelets)
+        if self.rotations is not None:
+            # Under autocast the embedding is bfloat16; the sum of all residuals is not.
+            tokens = tokens.to(self.embed.weight.dtype)
+            # The axis of the heads is that between clips and tokens.
+            rotation = self.rotations[:, visible].unsqueeze(2)
+            return self.norm(self.blocks(tokens, rotation=rotation))
+        assert self.positions is not None
+        tokens = tokens + self.positions[visible]
         if lengths is not None:
             # The table of positions serves for lengths too, from its first row on.
             code = self.positions[lengths] - self.positions[0]
@@ -103,7 +121,7 @@ def build_encoder(settings: TrainingConfig) -> Encoder:
     config = settings.encoder
     if not config.is_of_package:
         last_norm = settings.classifier.norm == "tokens"
-        return Encoder(config, prod(settings.grid), last_norm, settings.evaluation.merge)
+        return Encoder(config, settings.grid, last_norm, settings.evaluation.merge)
     factory: plugins.EncoderFactory = plugins.load(plugins.ENCODERS, config.size)
     options = plugins.options(plugins.ENCODERS, config.size, config.options)
     with plugins.package_errors(plugins.ENCODERS, config.size):

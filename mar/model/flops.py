@@ -21,6 +21,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from mar.config.mask_settings import MaskConfig
+from mar.config.model_settings import EncoderConfig
 from mar.config.schema import TrainingConfig
 
 if TYPE_CHECKING:
@@ -91,36 +92,40 @@ def _trained_flops(settings: TrainingConfig, visible: int, encoder: int) -> int:
         return 0
     width = config.dimensions[0]
     last_norm = 5 * visible * width * (settings.classifier.norm == "tokens")
-    return _blocks_flops(visible, width, config.train) + last_norm
+    return _blocks_flops(visible, width, config.train, config.mlp_width) + last_norm
 
 
-def _blocks_flops(num_tokens: int, width: int, depth: int) -> int:
-    # A block: 3 D² for queries, keys and values, D² for their projection, 8 D² for the MLP (ratio
-    # 4), each for N tokens; N² D each for QKᵀ and its product with V; two LayerNorms, 5 N D each.
+def _blocks_flops(num_tokens: int, width: int, depth: int, mlp_width: int | None = None) -> int:
+    # A block: 3 D² for queries, keys and values, D² for their projection, 2 D M for the MLP of
+    # hidden width M (8 D² at the usual ratio of 4), each for N tokens; N² D each for QKᵀ and its
+    # product with V; two LayerNorms, 5 N D each.
+    mlp = 2 * width * (mlp_width or 4 * width)
     return depth * (
-        12 * width**2 * num_tokens + 2 * num_tokens**2 * width + 10 * num_tokens * width
+        (4 * width**2 + mlp) * num_tokens + 2 * num_tokens**2 * width + 10 * num_tokens * width
     )
 
 
-def _merging_blocks_flops(num_tokens: int, width: int, depth: int, heads: int, merge: int) -> int:
+def _merging_blocks_flops(num_tokens: int, config: EncoderConfig, merge: int) -> int:
     """Return the operations of blocks that each merge tokens between attention and MLP."""
+    width, depth, heads = config.dimensions
     flops = 0
     for _ in range(depth):
         attention = 4 * width**2 * num_tokens + 2 * num_tokens**2 * width + 5 * num_tokens * width
         # The keys of even tokens with those of odd ones, averaged over the heads.
         matching = -(-num_tokens // 2) * (num_tokens // 2) * width // heads
         num_tokens -= min(merge, num_tokens // 2)
-        flops += attention + matching + 8 * width**2 * num_tokens + 5 * num_tokens * width
+        mlp = 2 * width * config.mlp_width * num_tokens
+        flops += attention + matching + mlp + 5 * num_tokens * width
     return flops
 
 
 def _encoder_flops(settings: TrainingConfig, visible: int, merge: int = 0) -> int:
     if settings.encoder.is_of_package:
         return _package_encoder(settings, visible).operations
-    width, depth, heads = settings.encoder.dimensions
-    blocks = _blocks_flops(visible, width, depth)
+    width, depth, _ = settings.encoder.dimensions
+    blocks = _blocks_flops(visible, width, depth, settings.encoder.mlp_width)
     if merge:
-        blocks = _merging_blocks_flops(visible, width, depth, heads, merge)
+        blocks = _merging_blocks_flops(visible, settings.encoder, merge)
     embedding = prod(settings.grid) * _patch_values(settings) * width
     # With norm: pooled the encoder has no last norm; the linear classifier counts its own.
     last_norm = 5 * visible * width * (settings.classifier.norm == "tokens")
@@ -191,10 +196,11 @@ def _patch_values(settings: TrainingConfig) -> int:
     return 3 * prod(settings.encoder.tubelet)
 
 
-def _blocks_params(width: int, depth: int) -> int:
-    # A block's matrices have 12 D² weights. The vectors of 13 D: biases of the query, key, value
-    # and output projections 4 D and of the MLP 5 D, two LayerNorms of 2 D.
-    return depth * (12 * width**2 + 13 * width)
+def _blocks_params(width: int, depth: int, mlp_width: int | None = None) -> int:
+    # A block's matrices have 4 D² + 2 D M weights. Biases of the query, key, value and output
+    # projections have 4 D values and those of the MLP M + D; two LayerNorms have 2 D each.
+    hidden = mlp_width or 4 * width
+    return depth * (4 * width**2 + 2 * width * hidden + hidden + 9 * width)
 
 
 def _encoder_params(settings: TrainingConfig) -> int:
@@ -203,7 +209,7 @@ def _encoder_params(settings: TrainingConfig) -> int:
     width, depth, _ = settings.encoder.dimensions
     return (
         (_patch_values(settings) + 1) * width
-        + _blocks_params(width, depth)
+        + _blocks_params(width, depth, settings.encoder.mlp_width)
         + 2 * width * (settings.classifier.norm == "tokens")
     )
 

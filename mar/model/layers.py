@@ -1,4 +1,4 @@
-"""Parts of encoder, decoder and bridging classifier: positions and transformer blocks.
+"""Parts of encoder, decoder and bridging classifier: attention and transformer blocks.
 
 Departures from the released code:
 
@@ -22,23 +22,12 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mar.model.positions import rotated
+
 _CLIPS_AT_ONCE = 4
 """Clips of an evaluation's batch whose softmax(QKᵀ) is in memory at one time."""
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 """LayerNorm with the ε of the released models."""
-
-
-def sin_cos_positions(num_tokens: int, width: int) -> Float[Tensor, "N D"]:
-    """Return the fixed table of sin-cos positions.
-
-    Sine in even and cosine in odd channels of p / 10000^(2⌊j/2⌋/D), where p is the flat index.
-    """
-    # In double precision, as the release computes it: the angle is up to N - 1 (1,567) radians, and
-    # float32 would lose digits of its sine.
-    position = torch.arange(num_tokens, dtype=torch.float64)[:, None]
-    channel = torch.arange(width)
-    angle = position / torch.pow(10000.0, 2 * (channel // 2).double() / width)
-    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
 
 
 def attention(
@@ -82,8 +71,12 @@ class Attention(TimmAttention):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         num_queries: int | None = None,
+        rotation: Float[Tensor, "2 B 1 N d"] | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        """Return the attention of each token, or of each of the last ones, to all tokens."""
+        """Return the attention of each token, or of each of the last ones, to all tokens.
+
+        ``rotation`` turns queries and keys by the tokens' positions (:mod:`mar.model.positions`).
+        """
         # timm's signature has both arguments. MAR drops hidden tokens before the encoder, so no
         # attention mask is needed.
         assert attn_mask is None and not is_causal, "every token sees every token here"
@@ -101,6 +94,9 @@ class Attention(TimmAttention):
             queries = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             rest = F.linear(x, weight[width:], bias[width:])
             keys, values = rest.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            queries = rotated(queries, rotation[..., -queries.shape[2] :, :])
+            keys = rotated(keys, rotation)
         return self.proj(attention(queries, keys, values).transpose(1, 2).flatten(2))
 
 
@@ -108,17 +104,20 @@ class Block(TimmBlock):
     """timm's pre-norm block, which can compute the last ``num_out`` tokens only."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Float[Tensor, "B N D"], num_out: int | None = None
+        self,
+        x: Float[Tensor, "B N D"],
+        num_out: int | None = None,
+        rotation: Float[Tensor, "2 B 1 N d"] | None = None,
     ) -> Float[Tensor, "B Q D"]:
         """Return all tokens, or the last ones.
 
-        For the others only keys and values are computed.
+        For the others only keys and values are computed. ``rotation`` is that of the attention.
         """
         # Drawn outside of :meth:`transform`: the rate differs from block to block. In compiled code
         # it would be a constant, and each block would need a version of its own.
         attention_scale = self._path_scale(x, self.drop_path1)
         mlp_scale = self._path_scale(x, self.drop_path2)
-        return self.transform(x, num_out, attention_scale, mlp_scale)
+        return self.transform(x, num_out, attention_scale, mlp_scale, rotation)
 
     def transform(
         self,
@@ -126,10 +125,12 @@ class Block(TimmBlock):
         num_out: int | None,
         attention_scale: Float[Tensor, "B 1 1"] | None,
         mlp_scale: Float[Tensor, "B 1 1"] | None,
+        rotation: Float[Tensor, "2 B 1 N d"] | None,
     ) -> Float[Tensor, "B Q D"]:
         """Return the block's output; stochastic depth multiplies a branch by its scale."""
         kept = x if num_out is None else x[:, -num_out:]
-        x = kept + _scaled(self.attn(self.norm1(x), num_queries=num_out), attention_scale)
+        attended = self.attn(self.norm1(x), num_queries=num_out, rotation=rotation)
+        x = kept + _scaled(attended, attention_scale)
         return x + _scaled(self.mlp(self.norm2(x)), mlp_scale)
 
     def _path_scale(
@@ -158,32 +159,44 @@ class Blocks(nn.Sequential):
     memory and a third more work."""
 
     def forward(
-        self, input: Float[Tensor, "B N D"], num_out: int | None = None
+        self,
+        input: Float[Tensor, "B N D"],
+        num_out: int | None = None,
+        rotation: Float[Tensor, "2 B 1 N d"] | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        """Return all tokens, or the last ``num_out``."""
+        """Return all tokens, or the last ``num_out``; ``rotation`` is that of the attention."""
         x = input
         for number, block in enumerate(self, start=1):
             # Only the last block may drop tokens: the blocks before it need all keys and values.
             wanted = num_out if number == len(self) else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = cast("Tensor", checkpoint(block, x, wanted, use_reentrant=False))
+                again = checkpoint(block, x, wanted, rotation, use_reentrant=False)
+                x = cast("Tensor", again)
             else:
-                x = block(x, wanted)
+                x = block(x, wanted, rotation)
         return x
 
 
-def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.0) -> Blocks:
-    """Return ``depth`` pre-norm blocks (MLP ratio 4, GELU, timm's defaults).
+def transformer_blocks(
+    width: int, depth: int, heads: int, drop_path: float = 0.0, mlp_width: int | None = None
+) -> Blocks:
+    """Return ``depth`` pre-norm blocks (GELU, timm's defaults).
+
+    ``mlp_width`` is the hidden width of their MLPs; None: four times ``width``.
 
     The rate of stochastic depth rises linearly from 0 in the first block to ``drop_path`` in the
     last (Table I).
     """
     # With one block the divisor would be 0; its rate is 0 then.
     rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
+    hidden = mlp_width or 4 * width
     block = partial(
         Block,
         width,
         heads,
+        # timm cuts the product down to a whole number; half a channel more keeps it from being one
+        # too small.
+        mlp_ratio=(hidden + 0.5) / width,
         qkv_bias=True,
         norm_layer=cast("type[nn.Module]", LayerNorm),
         attn_layer=Attention,

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mar.config.model_settings import ENCODER_SIZES
 from mar.config.overrides import flatten
+from mar.weights.layouts import OURS, Layout
 from mar.weights.safe_loading import read_mapping
-from mar.weights.state_dict_mapping import OURS, Layout, Translated
+from mar.weights.state_dict_mapping import Translated
 
 BLOCK_PATTERN = re.compile(r"(^|\.)(blocks|layer|layers|decoder_layers)\.\d+\.")
 
@@ -29,7 +30,10 @@ _KNOWN_CLASSIFIER_HEADS = {512: 4}
 _KNOWN_DECODER_HEADS = {192: 3, 384: 6, 512: 8}
 
 
-SIZES = ("size", "width", "depth", "heads", "tubelet", "kind", "norm", "num_classes", "frames")
+SIZES = (
+    "size", "width", "depth", "heads", "tubelet", "mlp_ratio", "positions", "kind", "norm",
+    "num_classes", "frames",
+)  # fmt: skip
 """Last parts of the settings that a message lists: those that shape a model."""
 
 
@@ -84,13 +88,21 @@ def settings_of(
     }
     if (width, depth) in sizes and heads in (None, sizes[width, depth][1]):
         known = {"encoder.size": sizes[width, depth][0]}
-    stated_settings = {"encoder.heads": heads if known["encoder.size"] == "custom" else None}
-    stated_settings |= {"encoder.tubelet": list(translated.tubelet) if translated.tubelet else None}
-    # Hugging Face's names; where there is no such config these are None, and are dropped below.
-    stated_settings |= {
-        "clip.size": config.get("image_size"),
-        "clip.frames": config.get("num_frames"),
+    stated_settings: dict[str, Any] = {
+        "encoder.heads": heads if known["encoder.size"] == "custom" else None
     }
+    stated_settings |= {"encoder.tubelet": list(translated.tubelet) if translated.tubelet else None}
+    # Hugging Face's names, VideoMAE's and V-JEPA's; where there is no such config these are None,
+    # and are dropped below.
+    stated_settings |= {
+        "clip.size": config.get("image_size", config.get("crop_size")),
+        "clip.frames": config.get("num_frames", config.get("frames_per_clip")),
+    }
+    hidden = tensors.get("encoder.blocks.0.mlp.fc1.weight")
+    if hidden is not None and len(hidden) != 4 * width:
+        known["encoder.mlp_ratio"] = len(hidden) / width
+    if translated.layout.positions != "computed":
+        stated_settings["encoder.positions"] = translated.layout.positions
     stated_settings |= {"reconstruction.normalize_target": config.get("norm_pix_loss")}
     known |= _classifier_settings(tensors) | _decoder_settings(tensors)
     if "decoder.project.weight" in tensors:
@@ -156,22 +168,21 @@ def config_beside(path: Path, layout: Layout) -> dict[str, Any]:
         if config.get("model_type") == "mar":
             return config.get("settings", {})
         return {}
-    if layout.name == "Hugging Face VideoMAE":
-        config = read_mapping(folder / "config.json")
-    else:
-        config = {}
+    if not layout.name.startswith("Hugging Face"):
+        return {}
+    config = read_mapping(folder / "config.json")
     # A file may lie beside the config of another model, whose heads would be wrong for it.
-    return config if config.get("model_type") == "videomae" else {}
+    return config if config.get("model_type") == layout.model_type else {}
 
 
-def is_said_to_be_videomae(path: Path) -> bool:
-    """Whether the ``config.json`` beside weights says that they are a VideoMAE's.
+def model_type_beside(path: Path) -> str:
+    """Return ``model_type`` of the ``config.json`` beside weights; empty where there is none.
 
     Raises:
         UserError: the file exists and cannot be read.
     """
     folder = path if path.is_dir() else path.parent
-    return read_mapping(folder / "config.json").get("model_type") == "videomae"
+    return str(read_mapping(folder / "config.json").get("model_type", ""))
 
 
 CLASSES = "classes.json"

@@ -94,6 +94,11 @@ def write_hugging_face(folder: Path, weights: Weights, settings: TrainingConfig)
             f"encoder.size: Hugging Face's VideoMAE is a ViT, and {settings.encoder.size} is of a "
             "package; --to mar and ONNX hold it"
         )
+    if settings.encoder.positions != "computed":
+        raise UserError(
+            f"encoder.positions: Hugging Face's VideoMAE computes sin-cos positions, and not "
+            f"{settings.encoder.positions}; --to mar and ONNX hold them"
+        )
     _, height, width = settings.encoder.tubelet
     if height != width:
         raise UserError(
@@ -124,7 +129,8 @@ def _hugging_face_config(
     dimensions = settings.encoder.dimensions
     decoder = settings.reconstruction
     pooled = architecture == _CLASSIFIES
-    # The names are those of ``VideoMAEConfig``. An MLP is four times as wide as its tokens.
+    # The names are those of ``VideoMAEConfig``. The decoder's MLP is four times as wide as its
+    # tokens.
     return {
         "model_type": "videomae",
         "architectures": [architecture],
@@ -135,7 +141,7 @@ def _hugging_face_config(
         "hidden_size": dimensions[0],
         "num_hidden_layers": dimensions[1],
         "num_attention_heads": dimensions[2],
-        "intermediate_size": 4 * dimensions[0],
+        "intermediate_size": settings.encoder.mlp_width,
         "decoder_hidden_size": decoder.width,
         "decoder_num_hidden_layers": decoder.depth,
         "decoder_num_attention_heads": decoder.heads,

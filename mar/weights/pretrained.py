@@ -25,8 +25,8 @@ from mar.weights.checkpoint_settings import (
     is_bridging,
     stated_heads,
 )
+from mar.weights.layouts import NOT_KNOWN
 from mar.weights.reading import MAX_NAMED, Weights, listed, read_weights
-from mar.weights.state_dict_mapping import NOT_KNOWN
 
 EVERYTHING = ("encoder.", "decoder.", "classifier.")
 """The parts of a model, for :func:`load`."""
@@ -254,8 +254,22 @@ def _faults(
             path
             for path in STATED_SETTINGS
             if path in weights.stated and _contradicts(path, weights, settings)
-        ],
+        ]
+        + _other_positions(weights, settings),
     }
+
+
+def _other_positions(weights: Weights, settings: TrainingConfig) -> list[str]:
+    """Return the path of the setting of positions if the file's encoder has others."""
+    in_file = str(weights.settings.get("encoder.positions", "computed"))
+    # Both are sin-cos tables: resizing one is the user's choice.
+    added = ("computed", "interpolated")
+    here = settings.encoder.positions
+    fits = in_file == here or (in_file in added and here in added)
+    has_encoder = any(name.startswith("encoder.") for name in weights.tensors)
+    if fits or not has_encoder or settings.encoder.is_of_package:
+        return []
+    return ["encoder.positions"]
 
 
 def _contradicts(path: str, weights: Weights, settings: TrainingConfig) -> bool:
@@ -287,6 +301,8 @@ def _advice(weights: Weights, settings: TrainingConfig) -> str:
     sizes = {
         path: value for path, value in weights.settings.items() if path.split(".")[-1] in SIZES
     }
+    # The usual values, which no file says.
+    sizes = {"encoder.positions": "computed", "encoder.mlp_ratio": 4.0} | sizes
     other = {
         path: value
         for path, value in sizes.items()

@@ -5,25 +5,28 @@ Files are opened so that nothing in them can run: safetensors, or ``torch.load(w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mar.config.model_settings import ENCODER_SIZES
 from mar.config.overrides import flatten
 from mar.errors import UserError
+from mar.model.positions import sin_cos_positions
 from mar.weights.checkpoint_settings import (
     classes_beside,
     config_beside,
     is_flat,
-    is_said_to_be_videomae,
+    model_type_beside,
     settings_of,
 )
 from mar.weights.hub import fetch, weight_files
+from mar.weights.layouts import OURS, V_JEPA_2, Layout
 from mar.weights.safe_loading import read_tensors
-from mar.weights.state_dict_mapping import OURS, translate
+from mar.weights.state_dict_mapping import layout_of, translate
 
 MAX_NAMED = 3
 """The most names that a message lists; it counts the others."""
@@ -64,22 +67,19 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
     size = flatten(config_beside(path, OURS)).get("encoder.size", "custom")
     if size != "custom" and size not in ENCODER_SIZES:
         layout = OURS
+    layout = layout or layout_of(tensors)
+    said = model_type_beside(path)
+    # V-JEPA's encoder alone has the names of a VideoMAE's, but for what shows that it is one.
+    if layout and layout.model_type == "videomae" and said == "vjepa2":
+        layout = layout if layout.has_its_positions(tensors) else V_JEPA_2
     translated = translate(tensors, inflate_frames, layout)
     if translated is None:
         raise UserError(
-            f"{name}: not a layout that mar knows (VideoMAE, MAR, Hugging Face VideoMAE, image "
-            "ViT, mar's own); "
+            f"{name}: not a layout that mar knows (VideoMAE, MAR, V-JEPA 2, Hugging Face's of "
+            "both, image ViT, mar's own); "
             f"its first keys: {listed(list(tensors))}"
         )
-    is_sure = translated.layout.is_sure_of_positions(tensors) or is_said_to_be_videomae(path)
-    if not is_sure:
-        raise UserError(
-            f"{name}: its names are those of {translated.layout.name}, but it says nothing of its "
-            "positions. mar adds sin-cos positions to the tokens; a model with others, as V-JEPA "
-            "with rotary ones, has the same names and would compute something else. If its "
-            'positions are VideoMAE\'s, say so: a config.json with {"model_type": "videomae"} '
-            "beside the file"
-        )
+    _check_positions(name, translated.layout, tensors, said)
     layout = translated.layout.name
     kept = translated.tensors
     unused = dict(translated.unused)
@@ -112,6 +112,56 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
         kept = {key: value for key, value in kept.items() if key not in heads}
     settings, stated = settings_of(translated, kept, config)
     return Weights(name, layout, kept, unused, settings, stated, classes_beside(path, kept))
+
+
+def _check_positions(name: str, layout: Layout, tensors: Mapping[str, Tensor], said: str) -> None:
+    """Check that a checkpoint's positions are those of the layout that its names have.
+
+    Positions are in few files, and no shape depends on them: with others the model would load, and
+    compute something else. ``said`` is what the ``config.json`` beside the file says it is.
+
+    Raises:
+        UserError: they are others, or the file says nothing of them.
+    """
+    if said and said == layout.model_type:
+        return
+    table = next((value for key, value in tensors.items() if key.endswith("pos_embed")), None)
+    is_image = "patch_embed.proj.weight" in tensors and is_flat(tensors)
+    if layout.positions != "computed":
+        # Its rotations are no tensors; the V-JEPA before it had a table.
+        if table is None:
+            return
+        raise UserError(
+            f"{name}: its names are those of {layout.name}, but it has a table of positions, as "
+            "V-JEPA (1) has, whose positions mar does not have. If it is V-JEPA 2 with rotary "
+            'positions, say so: a config.json with {"model_type": "vjepa2"} beside the file'
+        )
+    # The positions of an image say nothing of a video's, and are replaced.
+    if not layout.shows_positions or is_image:
+        return
+    if table is not None:
+        if _is_sin_cos(table):
+            return
+        raise UserError(
+            f"{name}: it has a table of positions ({' × '.join(map(str, table.shape))}) that is "
+            "not the sin-cos table that mar adds to the tokens: it would compute something else"
+        )
+    if layout.has_its_positions(tensors):
+        return
+    raise UserError(
+        f"{name}: its names are those of {layout.name}, but it says nothing of its positions. mar "
+        "adds sin-cos positions to the tokens; a model with others, as V-JEPA with rotary ones, "
+        "has the same names and would compute something else. Say what it is in a config.json "
+        'beside the file: {"model_type": "videomae"} for the positions of VideoMAE, '
+        '{"model_type": "vjepa2"} for those of V-JEPA 2'
+    )
+
+
+def _is_sin_cos(table: Tensor) -> bool:
+    """Whether a stored table of positions is the one that mar computes."""
+    rows = table.flatten(0, -2).float()
+    # Half precision has three digits.
+    return torch.allclose(rows, sin_cos_positions(*rows.shape), atol=2e-3)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -27,6 +27,9 @@ from mar.safe_input import MOST_YAML_BYTES, parse_yaml, read_json
 
 _WRAPPERS = ("model_state", "model", "module", "state_dict", "model_state_dict")
 """The keys under which checkpoints hold their tensors: MAR, VideoMAE, deepspeed, Lightning."""
+_V_JEPA_ENCODERS = ("ema_encoder", "target_encoder")
+"""The keys under which V-JEPA's files have the encoder that is meant to be used: the average over
+the training's steps. The others are the encoder as it was trained, and a predictor."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 """The prefixes that DistributedDataParallel, torch.compile and Lightning add to every name."""
 _NEWER_PICKLE = (0x8C, 0x8D, 0x8E, 0x8F, 0x90, 0x91, 0x92, 0x93, 0x94, 0x95, 0x96, 0x97, 0x98)
@@ -193,6 +196,11 @@ def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
             )
         if found:
             return found
+        if "predictor" in content:
+            for key in _V_JEPA_ENCODERS:
+                if isinstance(content.get(key), Mapping):
+                    inside = _tensors(content[key], file)
+                    return {f"{key}.{name}": value for name, value in inside.items()}
         models = [
             str(key)
             for key, value in content.items()

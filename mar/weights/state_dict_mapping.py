@@ -1,15 +1,15 @@
-"""Maps the tensor names of VideoMAE, MAR's release, Hugging Face and image ViTs to ours.
+"""Maps the tensor names of VideoMAE, MAR's release, V-JEPA, Hugging Face and image ViTs to ours.
 
-Each layout is a list of rules, from a pattern of its names to ours. Differences of content are
-removed after renaming: query, key and value are joined in one matrix, a missing key bias becomes
-zero (``mar.model.layers``), the embedding's convolution becomes a matrix, and a 2D embedding is
-inflated to 3D (section IV-B, "Pre-training Dataset").
+``mar.weights.layouts`` has the rules. Differences of content are removed after renaming: query, key
+and value are joined in one matrix, a missing key bias becomes zero (``mar.model.layers``), the
+embedding's convolution becomes a matrix, and a 2D embedding is inflated to 3D (section IV-B,
+"Pre-training Dataset").
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,35 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mar.model.encoder import flat_conv_weight
+from mar.weights.layouts import LAYOUTS, NOT_KNOWN, OURS, Layout
 
 Tensors = Mapping[str, Tensor]
-NOT_KNOWN = "not known"
-"""The reason why a key was left out that no rule matches."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one family of checkpoints names its tensors."""
-
-    name: str
-    marks: tuple[str, ...]
-    """Patterns: a checkpoint has this layout if each of them matches one of its keys."""
-    rules: tuple[tuple[str, str], ...]
-    """(pattern of a whole key, our name); the first pattern that matches is used."""
-    unused: tuple[tuple[str, str], ...] = ()
-    """(pattern of a whole key, why the model has no use for it)."""
-    shows_positions: tuple[str, ...] = ()
-    """Patterns: one of them matches a key if the model's positions are added to its tokens, as
-    VideoMAE's are. Other models share the names of their blocks, and turn queries and keys by the
-    positions instead (V-JEPA): they would load, and compute something else. Empty: the names of the
-    layout are enough."""
-
-    def is_sure_of_positions(self, keys: Iterable[str]) -> bool:
-        """Whether a checkpoint with these keys has positions as this layout says."""
-        patterns = self.shows_positions
-        if not patterns:
-            return True
-        return any(re.fullmatch(pattern, key) for key in keys for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -60,152 +34,6 @@ class Translated:
     """Frames, height and width of a token, from the embedding; None where that is a matrix."""
 
 
-_POSITIONS = "positions are computed, for any clip size"
-# VideoMAE's attention has biases of query and value alone, under names that no other ViT has.
-_OF_VIDEOMAE = (r".*pos_embed", r".*\.attn\.[qv]_bias", r"encoder_to_(cls_)?decoder\.weight")
-# VideoMAE, MAR's release and timm share these names. Regular expressions have braces of their own,
-# so ``{old}`` and ``{new}`` are replaced and not formatted.
-_TORCH_BLOCK = (
-    (
-        r"{old}(\d+)\.(norm1|norm2|mlp\.fc1|mlp\.fc2|attn\.proj|attn\.qkv)\.(weight|bias)",
-        r"{new}\1.\2.\3",
-    ),
-    # VideoMAE has no key bias, so it has these two in place of one bias for all three.
-    (r"{old}(\d+)\.attn\.(q_bias|v_bias)", r"{new}\1.attn.\2"),
-)
-
-
-def _blocks(old: str, new: str) -> tuple[tuple[str, str], ...]:
-    return tuple(
-        (pattern.replace("{old}", old), ours.replace("{new}", new))
-        for pattern, ours in _TORCH_BLOCK
-    )
-
-
-def _hugging_face_blocks(old: str, new: str) -> tuple[tuple[str, str], ...]:
-    parts = {
-        r"attention\.output\.dense": "attn.proj",
-        "layernorm_before": "norm1",
-        "layernorm_after": "norm2",
-        r"intermediate\.dense": "mlp.fc1",
-        r"output\.dense": "mlp.fc2",
-    }
-    return (
-        (
-            # Only the first letter is kept: ``_joined`` finds the three by it.
-            rf"{old}(\d+)\.attention\.attention\.([qkv])(?:uery|ey|alue)\.(weight|bias)",
-            rf"{new}\1.attn.\2.\3",
-        ),
-        (rf"{old}(\d+)\.attention\.attention\.([qv])_bias", rf"{new}\1.attn.\2_bias"),
-        *(
-            (rf"{old}(\d+)\.{theirs}\.(weight|bias)", rf"{new}\1.{ours}.\2")
-            for theirs, ours in parts.items()
-        ),
-    )
-
-
-_DECODER = (
-    (r"mask_token", "decoder.mask_token"),
-    (r"encoder_to_decoder\.weight", "decoder.project.weight"),
-    *_blocks(r"decoder\.blocks\.", "decoder.blocks."),
-    (r"decoder\.(norm|head)\.(weight|bias)", r"decoder.\1.\2"),
-)
-
-OURS = Layout(
-    "mar", (r"encoder\.embed\.weight",), ((r"((encoder|decoder|classifier)\..+)", r"\1"),)
-)
-# The order matters: marks are compared from the top. The marks of "ViT" are the least specific, and
-# come last.
-LAYOUTS = (
-    OURS,
-    Layout(
-        "MAR release",
-        (r"backbone\.patch_embed\.proj\.weight",),
-        (
-            (r"backbone\.patch_embed\.proj\.(weight|bias)", r"encoder.embed.\1"),
-            *_blocks(r"backbone\.blocks\.", "encoder.blocks."),
-            (r"backbone\.norm\.(weight|bias)", r"encoder.norm.\1"),
-            *_DECODER,
-            # The bridging classifier (section III-C): the release names its parts as no ViT does.
-            (r"encoder_to_cls_decoder\.weight", "classifier.project.weight"),
-            (r"cls_head\.blocks\.(\d+)\.norm\.(weight|bias)", r"classifier.blocks.\1.norm1.\2"),
-            (r"cls_head\.blocks\.(\d+)\.norm_ffn\.(weight|bias)", r"classifier.blocks.\1.norm2.\2"),
-            (
-                r"cls_head\.blocks\.(\d+)\.attn\.to_qkv\.(weight|bias)",
-                r"classifier.blocks.\1.attn.qkv.\2",
-            ),
-            (
-                r"cls_head\.blocks\.(\d+)\.attn\.proj\.(weight|bias)",
-                r"classifier.blocks.\1.attn.proj.\2",
-            ),
-            (
-                # 0 and 3 are the linear layers of a Sequential; the others have no weights.
-                r"cls_head\.blocks\.(\d+)\.ffn\.net\.0\.(weight|bias)",
-                r"classifier.blocks.\1.mlp.fc1.\2",
-            ),
-            (
-                r"cls_head\.blocks\.(\d+)\.ffn\.net\.3\.(weight|bias)",
-                r"classifier.blocks.\1.mlp.fc2.\2",
-            ),
-            (r"cls_head\.(norm|head)\.(weight|bias)", r"classifier.\1.\2"),
-        ),
-        (
-            (r"mean|std", "the pixels' mean and deviation are ImageNet's"),
-            (r"pos_embed", _POSITIONS),
-            (r"cls_head\.mask_token", "the released model does not use it"),
-        ),
-        (*_OF_VIDEOMAE, r"cls_head\..*"),
-    ),
-    Layout(
-        "VideoMAE, pre-trained",
-        (r"encoder\.patch_embed\.proj\.weight",),
-        (
-            (r"encoder\.patch_embed\.proj\.(weight|bias)", r"encoder.embed.\1"),
-            *_blocks(r"encoder\.blocks\.", "encoder.blocks."),
-            (r"encoder\.norm\.(weight|bias)", r"encoder.norm.\1"),
-            *_DECODER,
-        ),
-        ((r"(encoder\.)?pos_embed", _POSITIONS),),
-        _OF_VIDEOMAE,
-    ),
-    Layout(
-        "Hugging Face VideoMAE",
-        (r"(?:videomae\.)?embeddings\.patch_embeddings\.projection\.weight",),
-        (
-            (
-                r"(?:videomae\.)?embeddings\.patch_embeddings\.projection\.(weight|bias)",
-                r"encoder.embed.\1",
-            ),
-            *_hugging_face_blocks(r"(?:videomae\.)?encoder\.layer\.", "encoder.blocks."),
-            (r"(?:videomae\.)?layernorm\.(weight|bias)", r"encoder.norm.\1"),
-            *_hugging_face_blocks(r"decoder\.decoder_layers\.", "decoder.blocks."),
-            *_DECODER,
-            (r"fc_norm\.(weight|bias)", r"classifier.norm.\1"),
-            (r"classifier\.(weight|bias)", r"classifier.head.\1"),
-        ),
-        ((r".*position_embeddings", _POSITIONS),),
-    ),
-    Layout(
-        # VideoMAE's fine-tuned models, and image models of timm and MAE.
-        "ViT",
-        (r"patch_embed\.proj\.weight", r"blocks\.0\.attn\.qkv\.weight"),
-        (
-            (r"patch_embed\.proj\.(weight|bias)", r"encoder.embed.\1"),
-            *_blocks(r"blocks\.", "encoder.blocks."),
-            (r"norm\.(weight|bias)", r"encoder.norm.\1"),
-            (r"fc_norm\.(weight|bias)", r"classifier.norm.\1"),
-            (r"head\.(weight|bias)", r"classifier.head.\1"),
-        ),
-        (
-            (r"pos_embed", _POSITIONS),
-            (r"cls_token", "MAR has no class token"),
-            (r"mask_token|decoder_.*", "a decoder of image patches"),
-        ),
-        _OF_VIDEOMAE,
-    ),
-)
-
-
 def translate(
     tensors: Tensors, inflate_frames: int, layout: Layout | None = None
 ) -> Translated | None:
@@ -216,8 +44,7 @@ def translate(
     A 2D patch embedding is inflated over ``inflate_frames`` frames: it is repeated, and divided by
     their number, so that a still clip has the tokens of its image.
     """
-    found = (each for each in LAYOUTS if all(_fits(mark, tensors) for mark in each.marks))
-    layout = layout or next(found, None)
+    layout = layout or layout_of(tensors)
     if layout is None:
         return None
     renamed: dict[str, Tensor] = {}
@@ -232,6 +59,9 @@ def translate(
                 (why for pattern, why in layout.unused if re.fullmatch(pattern, key)), NOT_KNOWN
             )
             unused[key] = reason
+    modality = renamed.pop("encoder.embed.modality", None)
+    if modality is not None and "encoder.embed.bias" in renamed:
+        renamed["encoder.embed.bias"] = renamed["encoder.embed.bias"] + modality.flatten()
     tubelet = None
     embedding = renamed.get("encoder.embed.weight")
     # Our own format has the ViT's embedding as a matrix, which does not show the tubelet; a
@@ -239,12 +69,16 @@ def translate(
     if layout is not OURS and embedding is not None and embedding.ndim > 2:
         if embedding.ndim == 4:
             embedding = inflated(embedding, inflate_frames)
-        else:
-            embedding = embedding
         frames, height, width = embedding.shape[2:]
         tubelet = (frames, height, width)
         renamed["encoder.embed.weight"] = flat_conv_weight(embedding)
     return Translated(layout, _joined(renamed, may_lack_biases=layout is not OURS), unused, tubelet)
+
+
+def layout_of(tensors: Tensors) -> Layout | None:
+    """Return the layout that the names of a checkpoint's tensors have; None where none fits."""
+    found = (each for each in LAYOUTS if all(_fits(mark, tensors) for mark in each.marks))
+    return next(found, None)
 
 
 def inflated(weight: Float[Tensor, "D C h w"], frames: int) -> Float[Tensor, "D C t h w"]:

@@ -19,6 +19,7 @@ import typer
 
 import mar
 from mar.config.reference import Setting, branches, keys_of, settings_below
+from mar.weights.known_weights import known_weights
 from orchestration.cli.app import app
 from orchestration.config import HELP, LaunchConfig, WorkerConfig
 from orchestration.reporting.study_results import StudyResults
@@ -371,8 +372,37 @@ def one_line(text: str) -> str:
     return " ".join(text.split()).replace("``", "`")
 
 
+def weights_page() -> str:
+    """The pre-trained weights that mar is known to read."""
+    lines = [
+        "# Pre-trained weights",
+        "",
+        "What mar is known to read; `mar weights list` prints the same. `encoder.weights` takes "
+        "the name; a file that has an address is fetched from there first, and its path given. The "
+        "accuracies are their authors', top-1, with their own fine-tuning. The licence is that of "
+        "the weights: non-commercial ones are for research. None of them is downloaded by mar's "
+        "tests: the last column says how each layout is checked.",
+        "",
+        "| name | model | pre-trained on | accuracy | licence | settings | recipe | checked |",
+        "|:--|:--|:--|:--|:--|:--|:--|:--|",
+    ]
+    for each in known_weights():
+        name = f"`{each.name}`"
+        if each.address.startswith("http"):
+            name += f" ([address]({each.address}))"
+        elif each.address:
+            name += f" ({each.address})"
+        data = f"{each.data}, {each.epochs} epochs" if each.epochs else each.data
+        settings = f"`{each.settings}`" if each.settings else ""
+        recipe = f"`{each.recipe}`" if each.recipe else ""
+        cells = [name, each.model, data, each.accuracy, each.licence, settings, recipe]
+        lines.append(f"| {' | '.join([*cells, each.checked])} |")
+    return "\n".join([*lines, ""])
+
+
 PAGES = {
     "settings.md": settings_page,
+    "weights.md": weights_page,
     "files.md": files_page,
     "metrics.md": metrics_page,
     "command.md": command_page,

@@ -45,10 +45,13 @@ def run_mar(workdir: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
 BIN = Path(sys.executable).parent
 
 
-def begin(workdir: Path, *arguments: str) -> subprocess.Popen[str]:
+def begin(
+    workdir: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [BIN / "mar", *arguments],
         cwd=workdir,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,6 +1,7 @@
 """Servers over HTTP: an MLflow server, and a hub that takes uploads."""
 
 import base64
+import hashlib
 import json
 import os
 import signal
@@ -104,6 +105,63 @@ class Hub:
             for line in lines
             if line["key"] == "file"
         }
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Repository:
+    """A hub that serves one file of one repository, whole, damaged, or half of it once."""
+
+    def __init__(self, path: str, content: bytes, served: bytes | None = None) -> None:
+        self.requests: list[tuple[str, str, str | None]] = []
+        """Method, path and range of each request."""
+        self.cut = False
+        """Whether the next answer ends after half of the content."""
+        whole = served or content
+        digest = hashlib.sha256(content).hexdigest()
+        repository = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                span = self.headers.get("range")
+                repository.requests.append((self.command, self.path, span))
+                if self.path.split("/resolve/")[-1].split("/", 1)[-1] != path:
+                    self.send_response(404)
+                    self.send_header("x-error-code", "EntryNotFound")
+                    self.send_header("content-length", "0")
+                    self.end_headers()
+                    return
+                start = int(span.removeprefix("bytes=").split("-")[0]) if span else 0
+                self.send_response(206 if span else 200)
+                self.send_header("etag", f'"{digest}"')
+                self.send_header("x-repo-commit", "1" * 40)
+                self.send_header("accept-ranges", "bytes")
+                self.send_header("content-length", str(len(whole) - start))
+                if span:
+                    self.send_header(
+                        "content-range", f"bytes {start}-{len(whole) - 1}/{len(whole)}"
+                    )
+                self.end_headers()
+                if self.command == "HEAD":
+                    return
+                end = len(whole)
+                if repository.cut:
+                    end = start + (end - start) // 2
+                    repository.cut = False
+                self.wfile.write(whole[start:end])
+                self.wfile.flush()
+                if end < len(whole):
+                    self.connection.shutdown(socket.SHUT_RDWR)
+
+            do_GET = do_HEAD = answer  # noqa: N815
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def stop(self) -> None:
         self.server.shutdown()

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints_of_others import clips, randomised
+from test_pretrained import vit_names
 from torch import Tensor
 from transformers import VJEPA2Config, VJEPA2Model
 
@@ -22,8 +24,6 @@ from mar.model.positions import (
 )
 from mar.weights.pretrained import fitting, load, model_settings
 from mar.weights.reading import Weights, read_weights
-from tests.checkpoints_of_others import clips, randomised
-from tests.test_pretrained import vit_names
 
 SIZES: dict[str, Any] = {
     "crop_size": 64,

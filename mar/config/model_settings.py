@@ -61,8 +61,9 @@ class EncoderConfig(Node):
     """Random start of the patch embedding and the decoder's first projection: Xavier uniform, or
     PyTorch's own (release)."""
     weights: str | None = None
-    """Pre-trained weights to start from: a file, a folder, a Hugging Face or timm name, or
-    ``mini``, the small model that ships with mar; none: random (Table IX b)."""
+    """Pre-trained weights to start from: a file, a folder, a Hugging Face or timm name
+    (``owner/name@revision``), a file there (``hub:owner/name/file@revision``), or ``mini``, the
+    small model that ships with mar; none: random (Table IX b)."""
 
     train: TrainedBlocks = "all"
     """Which parts of the encoder are trained: ``all``; ``none``, for a probe of what it knows; or

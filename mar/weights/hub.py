@@ -6,6 +6,8 @@ Imports neither torch nor Ray.
 from __future__ import annotations
 
 import hashlib
+import re
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,33 +25,101 @@ _FILE_ENDINGS = (".pth", ".pt", ".pyth", ".bin", ".ckpt", ".safetensors", ".tar"
 # are the second choice, because they can contain code.
 _SAFE = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _OLD = ("config.json", "pytorch_model.bin")
+_HUB = "hub:"
+"""The prefix of a name that is never a path: ``hub:owner/name/path/of/file@revision``."""
+
+
+@dataclass(frozen=True)
+class HubName:
+    """What a name means on the hub."""
+
+    repository: str
+    """``owner/name``."""
+    file: str | None = None
+    """Path of a file in the repository; None: the weights of its root."""
+    revision: str | None = None
+    """Branch, tag or commit; None: the main branch."""
+
+    @classmethod
+    def parse(cls, name: str) -> HubName:
+        """Return what ``[hub:]owner/name[/file][@revision]`` or a timm model's name means."""
+        path, _, revision = name.removeprefix(_HUB).partition("@")
+        # A name without an organisation is one of timm's models.
+        parts = path.split("/") if "/" in path else ["timm", path]
+        return cls("/".join(parts[:2]), "/".join(parts[2:]) or None, revision or None)
+
+    @property
+    def text(self) -> str:
+        """The name for a message."""
+        file = f"/{self.file}" if self.file else ""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.repository}{file}{revision}"
 
 
 def fetch(name: str) -> Path:
     """Return the file or folder of the weights called ``name``.
 
-    The name is a path, ``organisation/model``, the name of one of timm's models, or ``mini``, which
-    ships with mar. A model that is not on this machine is downloaded from Hugging Face, timm's
-    models from ``timm/``.
+    The name is a path; ``organisation/model``, the name of one of timm's models, or
+    ``hub:organisation/model/path/of/file``, each with ``@revision`` where another than the main
+    branch is meant; or ``mini``, which ships with mar. What is not on this machine is downloaded
+    from Hugging Face, or the hub at ``HF_ENDPOINT``; an interrupted download is resumed.
 
     Raises:
-        UserError: there is no such file, or the model cannot be downloaded.
+        UserError: there is no such file, or the model cannot be downloaded, or not undamaged.
     """
     found = locate(name)
     if found:
         return found
-    repository = _repository(name)
+    hub_name = HubName.parse(name)
     try:
-        folder = _snapshot(repository, _SAFE)
-        if any(folder.glob("*.safetensors")):
-            return folder
-        return _snapshot(repository, _OLD)
+        if hub_name.file:
+            path = _file(hub_name)
+        else:
+            path = _snapshot(hub_name, _SAFE)
+            if not any(path.glob("*.safetensors")):
+                path = _snapshot(hub_name, _OLD)
     except Exception as error:
         # Errors of huggingface_hub, its HTTP client and a wrong endpoint have no common base.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{name}: no such file here, and Hugging Face gave no {repository}: {reason}"
+            f"{name}: no such file here, and the hub gave no {hub_name.text}: {reason}. "
+            f"{_by_hand(hub_name)}"
         ) from None
+    for file in weight_files(path):
+        _check_download(file, name)
+    return path
+
+
+def _by_hand(name: HubName) -> str:
+    """Return what to do on a machine without a way to the hub."""
+    from huggingface_hub import constants
+
+    address = f"{constants.ENDPOINT}/{name.repository}"
+    revision = name.revision or "main"
+    if name.file:
+        what = f"{address}/resolve/{revision}/{name.file}, and give the file's path instead"
+    else:
+        what = (
+            f"config.json and model.safetensors from {address}/tree/{revision} into one folder, "
+            "and give the folder's path instead"
+        )
+    return f"Without a way to it: fetch {what}; or set HF_ENDPOINT to a mirror"
+
+
+def _check_download(file: Path, name: str) -> None:
+    """Check a downloaded file against the SHA-256 that the hub gave for it.
+
+    Raises:
+        UserError: it is another file. It is removed, so that the next try downloads it.
+    """
+    # The cache has large files under their SHA-256, and a link to it by their name.
+    content = file.resolve()
+    if not re.fullmatch(r"[0-9a-f]{64}", content.name):
+        return
+    if _sha256(str(content), content.stat().st_size, content.stat().st_mtime_ns) != content.name:
+        content.unlink()
+        file.unlink(missing_ok=True)
+        raise UserError(f"{name}: {file.name} was damaged on its way here; run the command again")
 
 
 def locate(name: str) -> Path | None:
@@ -66,16 +136,24 @@ def locate(name: str) -> Path | None:
         return path
     if name in _SHIPPED:
         return Path(__file__).parent / "shipped" / "mini"
+    is_hub = name.startswith(_HUB)
     # No model's name looks like this: asking the hub would only give a less clear error.
-    if (
+    looks_like_path = (
         path.is_absolute()
         or name.startswith(("./", "../", "~"))
         or path.suffix in _FILE_ENDINGS
         or name.count("/") > 1
-    ):
-        raise UserError(f"{name}: no such file or folder of weights")
+    )
+    if looks_like_path and not is_hub:
+        raise UserError(
+            f"{name}: no such file or folder of weights; a file in a repository of the hub is "
+            f"{_HUB}owner/name/path"
+        )
+    hub_name = HubName.parse(name)
     try:
-        folder = _snapshot(_repository(name), _SAFE, local_files_only=True)
+        if hub_name.file:
+            return _file(hub_name, local_files_only=True)
+        folder = _snapshot(hub_name, _SAFE, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
     except HFValidationError:
@@ -169,17 +247,27 @@ def _sha256(file: str, size: int, changed_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _repository(name: str) -> str:
-    """Return the repository on Hugging Face; a name without an organisation is one of timm's."""
-    return name if "/" in name else f"timm/{name}"
+def _file(name: HubName, local_files_only: bool = False) -> Path:
+    """Return the local copy of one file of a repository; downloads it if it is missing."""
+    from huggingface_hub import hf_hub_download
+
+    assert name.file
+    return Path(
+        hf_hub_download(
+            name.repository, name.file, revision=name.revision, local_files_only=local_files_only
+        )
+    )
 
 
-def _snapshot(repository: str, patterns: tuple[str, ...], local_files_only: bool = False) -> Path:
+def _snapshot(name: HubName, patterns: tuple[str, ...], local_files_only: bool = False) -> Path:
     """Return the local folder of a repository's matching files; downloads missing ones."""
     from huggingface_hub import snapshot_download
 
     return Path(
         snapshot_download(
-            repository, allow_patterns=list(patterns), local_files_only=local_files_only
+            name.repository,
+            revision=name.revision,
+            allow_patterns=list(patterns),
+            local_files_only=local_files_only,
         )
     )

@@ -90,6 +90,10 @@ def hugging_face_names(tensors: Tensors, tubelet: tuple[int, int, int]) -> dict[
     """Return encoder, decoder and a linear classifier under the names of Hugging Face's VideoMAE.
 
     Its attention has no key bias; leaving ours out changes nothing (``mar.model.layers``).
+    transformers has had two names for the other two: until 5.4 ``q_bias``, and ``query.bias`` after
+    that. Versions before 5.18 leave the other name out with a warning, and start from zeros. So
+    both are written, and every version reads one of them; those between have a key bias, which is
+    zero.
     """
     named: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -102,9 +106,13 @@ def hugging_face_names(tensors: Tensors, tubelet: tuple[int, int, int]) -> dict[
             kind = name.rpartition(".")[2]
             query, key, third = value.chunk(3)
             if kind == "bias":
+                attention = f"{prefix}attention.attention."
                 named |= {
-                    f"{prefix}attention.attention.q_bias": query,
-                    f"{prefix}attention.attention.v_bias": third,
+                    f"{attention}q_bias": query,
+                    f"{attention}query.bias": query.clone(),
+                    f"{attention}key.bias": torch.zeros_like(key),
+                    f"{attention}v_bias": third,
+                    f"{attention}value.bias": third.clone(),
                 }
             else:
                 parts = {"query": query, "key": key, "value": third}

@@ -24,7 +24,10 @@ WeightsSource = Annotated[
     str,
     typer.Argument(
         metavar="SRC",
-        help="A file, a folder, organisation/model on Hugging Face, or a timm model's name.",
+        help=(
+            "A file, a folder, organisation/model[@revision] on Hugging Face, "
+            "hub:organisation/model/file, or a timm model's name."
+        ),
     ),
 ]
 Overrides = Annotated[
@@ -54,6 +57,38 @@ def weights_show(
         print(json.dumps(payload, indent=1, ensure_ascii=False))
         return
     print(contents(weights))
+
+
+@weights_app.command("list")
+def weights_list(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print pre-trained weights that mar is known to read: where they are, their licence, a recipe.
+
+    Nothing is downloaded.
+    """
+    from mar.weights.known_weights import known_weights
+
+    every = known_weights()
+    if as_json:
+        print(json.dumps([each.model_dump() for each in every], indent=1, ensure_ascii=False))
+        return
+    for each in every:
+        print(each.name)
+        epochs = f", {each.epochs} epochs" if each.epochs else ""
+        lines = {
+            "model": each.model,
+            "from": each.address,
+            "data": f"{each.data}{epochs}",
+            "accuracy": each.accuracy,
+            "licence": each.licence,
+            "settings": each.settings,
+            "recipe": each.recipe,
+            "checked": each.checked,
+        }
+        for label, text in lines.items():
+            if text:
+                print(f"  {label:<10} {text}")
 
 
 @weights_app.command("convert")

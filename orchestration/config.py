@@ -242,6 +242,11 @@ class LaunchConfig:
         """The folder of the frame caches that ``data.cache: auto`` makes."""
         return self.store.resolve() / "frames"
 
+    @property
+    def tokens_root(self) -> Path:
+        """The folder of the tokens that ``encoder.cached`` keeps."""
+        return self.store.resolve() / "tokens"
+
     def trial_folder(self, key: str) -> Path:
         """Return the folder of a trial's checkpoints and result.
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from commands import run_mar
@@ -95,6 +96,14 @@ def test_the_command_writes_and_probes(tmp_path: Path, videos: Path) -> None:
     assert "20 nearest neighbours" in printed and "linear" in printed
     again, _ = run_mar(tmp_path, *command, "-o", "out", "--probe")
     assert again == printed
+    printed, _ = run_mar(tmp_path, *command, "-o", "out", "--parquet")
+    assert "written out/val.parquet" in printed
+    table = pandas.read_parquet(tmp_path / "out" / "val.parquet")
+    found = read_features(tmp_path / "out" / "val")
+    assert table["label"].tolist() == found.labels.tolist()
+    assert all(table["class"]), "the names of the classes"
+    assert all((videos / "videos" / name).is_file() for name in table["video"])
+    assert np.array_equal(np.stack(table["feature"].tolist()), found.values.numpy())
     _, errors = run_mar(tmp_path, *command, "mask.ratio=0.75", "-o", "out", code=2)
     assert "choose another folder" in errors
     _, errors = run_mar(tmp_path, *command, "--probe", "--per-token", code=2)

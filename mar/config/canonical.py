@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mar.config.input_settings import AugmentConfig
 from mar.config.mask_settings import MASKS_WITH_CELLS, MaskConfig
 from mar.config.model_settings import ClassifierConfig, EncoderConfig, ReconstructionConfig
 from mar.config.schema import TrainingConfig
@@ -32,6 +33,9 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
         changes["encoder"] = settings.encoder.model_copy(
             update={"drop_path": vit.drop_path, "init": vit.init}
         )
+    # Cached tokens are not augmented, but for their labels.
+    if settings.encoder.cached:
+        changes["augment"] = AugmentConfig(smoothing=settings.augment.smoothing)
     if not settings.reconstructs:
         changes["reconstruction"] = ReconstructionConfig(weight=0.0)
     # With a ratio of 0 in training alone, the cell still shapes the mask in testing.

@@ -70,6 +70,11 @@ class EncoderConfig(Node):
     ``{last: N}``, its last N blocks and its last norm. What is not trained has no stochastic
     depth."""
 
+    cached: bool = False
+    """With ``train: none``: compute the tokens of each video's test views once, keep them, and
+    train the classifier on them: no augmentation, the mask of testing, one view of each video an
+    epoch."""
+
     @field_validator("size")
     @classmethod
     def _is_known(cls, name: str) -> str:
@@ -124,6 +129,11 @@ class EncoderConfig(Node):
 
     @model_validator(mode="after")
     def _has_blocks_to_train(self) -> Self:
+        if self.cached and self.train != "none":
+            raise ValueError(
+                f"cached: tokens are computed once of an encoder that is not trained: set train: "
+                f"none, not {self.train}"
+            )
         if isinstance(self.train, int) and self.is_of_package:
             raise ValueError(f"train: which blocks of {self.size} are last is not known: all, none")
         if isinstance(self.train, int) and self.train > self.dimensions[1]:

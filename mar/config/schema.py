@@ -231,6 +231,32 @@ class TrainingConfig(Node):
         return self
 
     @model_validator(mode="after")
+    def _tokens_can_be_cached(self) -> Self:
+        if not self.encoder.cached:
+            return self
+        # Each would have no effect, or needs what the cache does not have.
+        conflicts = {
+            "reconstruction.weight": (self.reconstruction.weight > 0, "set it to 0"),
+            "augment.repeats": (self.augment.repeats > 1, "set it to 1"),
+            "mask.strategy": (self.mask.sees_clip, "choose one that does not see the clip"),
+            "mask.ratio": (
+                self.mask.in_training[0].first_ratio != self.test_ratio
+                or len(self.mask.in_training) > 1,
+                "set the ratio of testing, which is the only one",
+            ),
+            "evaluation.mask.views": (
+                self.evaluation.mask.views != "same",
+                "set it to same",
+            ),
+            "evaluation.mask.per_video": (self.evaluation.mask.per_video, "set it to false"),
+            "recipe.objective": (self.pretrains, "a pre-training trains the encoder"),
+        }
+        for path, (is_set, advice) in conflicts.items():
+            if is_set:
+                raise ValueError(f"{path}: does not go with encoder.cached: {advice}")
+        return self
+
+    @model_validator(mode="after")
     def _views_have_cells(self) -> Self:
         has_cells = self.mask.strategy in MASKS_WITH_CELLS
         if self.evaluation.mask.views == "complementary" and not has_cells:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float16, Int, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -37,12 +37,12 @@ VIDEOS_PER_PIECE = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips of uint8 pixels and their labels.
+    """Clips of uint8 pixels and their labels; or the tokens of a frozen encoder in their place.
 
     A broken video is not ``good`` and has black clips, so that the shapes stay the same.
     """
 
-    clips: UInt8[Tensor, "B *views T H W C"]
+    clips: UInt8[Tensor, "B *views T H W C"] | Float16[Tensor, "B *views K D"]
     labels: Int[Tensor, " B"]
     videos: Int[Tensor, " B"]
     """Each clip's video, as its index in the split."""
@@ -54,7 +54,7 @@ class Batch:
 class Sample(NamedTuple):
     """The clips of one video, its label, its index in the split, and why the clips are black."""
 
-    clips: UInt8[Tensor, "views T H W C"]
+    clips: UInt8[Tensor, "views T H W C"] | Float16[Tensor, "views K D"]
     label: int
     video: int
     broken: BrokenVideo | None = None

@@ -27,6 +27,7 @@ from mar.data.dataset import (
     bytes_per_clip,
 )
 from mar.data.process_pool import end_with_parent, forkserver
+from mar.data.token_cache import TokenCache, TrainingTokens, bytes_per_view
 from mar.errors import Failure, UserError
 
 _BATCHES_AHEAD = 2
@@ -44,7 +45,7 @@ def collate(samples: list[Sample]) -> Batch:
     clips, labels, videos, broken = zip(*samples, strict=True)
     good = [each is None for each in broken]
     reasons = tuple(each for each in broken if each is not None)
-    stacked = torch.empty(len(clips), *clips[0].shape, dtype=torch.uint8)
+    stacked = torch.empty(len(clips), *clips[0].shape, dtype=clips[0].dtype)
     batch = Batch(stacked, torch.tensor(labels), torch.tensor(videos), torch.tensor(good), reasons)
     # PyTorch itself would move the batch to shared memory while it sends it. There an error is only
     # printed, and the trainer would wait for the batch for ever.
@@ -202,18 +203,22 @@ def training_batches(
     order: TrainingOrder,
     processes: int,
     device: torch.device,
+    tokens: TokenCache | None = None,
 ) -> Generator[Batch]:
     """Yield this worker's share of the batch of each step, on the device.
 
     A share is loaded in pieces, so that all loader processes work on the first share and none holds
     more than a few megabytes ahead. On a GPU the pieces are copied while the previous step runs.
+    With ``tokens``, clips are those of a frozen encoder.
     """
-    size = (
-        min(VIDEOS_PER_PIECE, settings.videos_per_batch)
-        * settings.augment.repeats
-        * bytes_per_clip(settings)
-    )
-    pieces = loader(TrainingClips(settings, videos), _Pieces(order), processes, device, size)
+    num_clips = min(VIDEOS_PER_PIECE, settings.videos_per_batch) * settings.augment.repeats
+    if tokens is None:
+        dataset = TrainingClips(settings, videos)
+        size = num_clips * bytes_per_clip(settings)
+    else:
+        dataset = TrainingTokens(settings, videos, tokens)
+        size = num_clips * bytes_per_view(settings)
+    pieces = loader(dataset, _Pieces(order), processes, device, size)
     # A stream of its own: on the default stream a copy would wait for the step before it.
     if device.type == "cuda":
         copy_stream = torch.cuda.Stream(device)

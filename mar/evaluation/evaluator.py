@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Float16, Int, UInt8
 from torch import Tensor
 
 from mar import distributed
@@ -17,6 +17,7 @@ from mar.data.annotations import Video
 from mar.data.dataset import EvaluationClips, bytes_per_clip
 from mar.data.frame_cache import check
 from mar.data.loaders import loader
+from mar.data.token_cache import EvaluationTokens, TokenCache, bytes_per_view
 from mar.errors import Failure
 from mar.model.mar import MAR
 from mar.model.masking import evaluation_mask, evaluation_masks
@@ -104,6 +105,7 @@ class Evaluator:
 
     With ``is_kept`` its loader processes live as long as it does. ``alive`` is called for every
     batch. Where ``videos`` are a part of a split, ``first_video`` is the number of its first one.
+    With ``tokens`` the classifier alone runs, on all views that are cached.
 
     Raises:
         UserError: the frame cache lacks a video or is stale, or the decoder that the settings name
@@ -123,6 +125,7 @@ class Evaluator:
         is_kept: bool = False,
         alive: Callable[[], None] = lambda: None,
         first_video: int = 0,
+        tokens: TokenCache | None = None,
     ) -> None:
         # Checked before any video is opened: with a stale cache or a decoder that does not work,
         # every video would be reported as broken.
@@ -137,8 +140,13 @@ class Evaluator:
         self.device = device
         self.alive = alive
         self.first_video = first_video
-        dataset = EvaluationClips(settings, videos, clips, crops, shuffled)
-        bytes_per_batch = size * clips * crops * bytes_per_clip(settings)
+        self.has_tokens = tokens is not None
+        if tokens is None:
+            dataset = EvaluationClips(settings, videos, clips, crops, shuffled)
+            bytes_per_batch = size * clips * crops * bytes_per_clip(settings)
+        else:
+            dataset = EvaluationTokens(settings, videos, tokens)
+            bytes_per_batch = size * clips * crops * bytes_per_view(settings)
         self.loader = loader(dataset, batches, loader_processes, device, bytes_per_batch, is_kept)
 
     @torch.no_grad()
@@ -148,7 +156,8 @@ class Evaluator:
         Raises:
             Failure: not one video could be decoded.
         """
-        (videos, labels, probabilities), failed = self._gathered(model, self._probabilities)
+        measure = self._token_probabilities if self.has_tokens else self._probabilities
+        (videos, labels, probabilities), failed = self._gathered(model, measure)
         order = videos.argsort()
         return Predictions(videos[order], labels[order], probabilities[order], failed)
 
@@ -249,6 +258,19 @@ class Evaluator:
         pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
         # Probabilities and not scores are averaged over the views.
         probabilities = class_probabilities(model, pixels, self.settings, videos)
+        return probabilities.view(num_videos, views, -1).mean(dim=1).cpu()
+
+    def _token_probabilities(
+        self, model: MAR, clips: Float16[Tensor, "B views K D"], videos: Sequence[int]
+    ) -> Float[Tensor, "B classes"]:
+        num_videos, views = clips.shape[:2]
+        tokens = clips.flatten(0, 1).to(self.device, non_blocking=True).float()
+        hidden = evaluation_masks(self.settings, views, videos)
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.settings.recipe.precision == "bf16"
+        ):
+            scores = model.classify_tokens(tokens, hidden)
+        probabilities = scores.float().softmax(dim=1)
         return probabilities.view(num_videos, views, -1).mean(dim=1).cpu()
 
 

@@ -17,14 +17,19 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from mar import distributed
 from mar.atomic_dir import atomic_write, write_text
 from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video
+from mar.data.token_cache import bytes_per_view
 from mar.errors import Failure, UserError
 from mar.evaluation.evaluator import Evaluator
 from mar.model.mar import MAR
+from mar.safe_text import printable
 
 _VIDEOS_PER_FILE = 1024
+_BYTES_PER_FILE = 2**28
+"""All tokens of all views of a thousand videos would take gigabytes of memory: fewer then."""
 _DESCRIPTION = "features.json"
 _NEIGHBOURS = 20
 """k of the nearest neighbours."""
@@ -49,8 +54,10 @@ def write_features(
     description: Mapping[str, Any],
     *,
     per_token: bool = False,
+    is_half: bool = False,
     loader_processes: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> int:
     """Write the features of a split's videos; files that are there already are kept.
 
@@ -61,8 +68,10 @@ def write_features(
         folder: Where to write; made if it does not exist.
         description: What the features are of: model, data and settings.
         per_token: All tokens of all views, instead of their mean.
+        is_half: In half precision.
         loader_processes: Processes that decode.
         progress: Called with the number of videos that are done, and of all.
+        alive: Called for every batch.
 
     Returns:
         The number of videos that could not be decoded.
@@ -82,10 +91,15 @@ def write_features(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(said, text)
     num_broken = 0
-    for first in range(0, len(videos), _VIDEOS_PER_FILE):
-        part = list(videos[first : first + _VIDEOS_PER_FILE])
+    per_file = _VIDEOS_PER_FILE
+    if per_token:
+        views = settings.evaluation.clips * settings.evaluation.crops
+        per_file = min(per_file, max(1, _BYTES_PER_FILE // (views * bytes_per_view(settings))))
+    for first in range(0, len(videos), per_file):
+        part = list(videos[first : first + per_file])
         file = folder / f"features_{first:07}.safetensors"
-        if not file.is_file():
+        # Of several workers each measures a part, so they agree that the file is to be made.
+        if not all(distributed.all_gather(file.is_file())):
             evaluation = settings.evaluation
             evaluator = Evaluator(
                 settings,
@@ -95,8 +109,11 @@ def write_features(
                 crops=evaluation.crops,
                 loader_processes=loader_processes,
                 first_video=first,
+                alive=alive,
             )
             numbers, labels, values = evaluator.features(network, per_token)
+            if is_half:
+                values = values.half()
             tensors = {"videos": numbers, "labels": labels, "features": values}
             atomic_write(file, save(tensors))
         num_broken += len(part) - len(load_file(file)["videos"])
@@ -121,6 +138,42 @@ def read_features(folder: Path) -> Features:
         torch.cat([part[name] for part in parts]) for name in ("videos", "labels", "features")
     )
     return Features(videos, labels, values)
+
+
+def write_parquet(folder: Path, videos: Sequence[Video], classes: Sequence[str]) -> Path:
+    """Write the pooled features of a split as one Parquet file beside its folder.
+
+    Its columns are the video's name, the number and the name of its class, and the feature.
+
+    Returns:
+        The file.
+
+    Raises:
+        Failure: the disk refuses.
+    """
+    import io
+
+    import pyarrow
+    from pyarrow import parquet
+
+    found = read_features(folder)
+    labels = found.labels.tolist()
+    table = pyarrow.table(
+        {
+            # Parquet's texts are UTF-8, and a file's name need not be.
+            "video": [printable(videos[number].name) for number in found.videos.tolist()],
+            "label": labels,
+            "class": [classes[label] if label < len(classes) else "" for label in labels],
+            "feature": pyarrow.FixedSizeListArray.from_arrays(
+                pyarrow.array(found.values.float().flatten().numpy()), found.values.shape[1]
+            ),
+        }
+    )
+    stream = io.BytesIO()
+    parquet.write_table(table, stream)
+    file = folder.with_suffix(".parquet")
+    atomic_write(file, stream.getvalue())
+    return file
 
 
 def nearest_neighbours(train: Features, test: Features) -> float:

@@ -74,7 +74,8 @@ def cost(settings: TrainingConfig) -> Cost:
 def _training_flops(settings: TrainingConfig, mask: MaskConfig) -> int:
     """Return the operations of a training step on one clip, with a mask of one ratio."""
     visible = prod(settings.grid) - mask.num_hidden(settings.grid)
-    encoder = _encoder_flops(settings, visible)
+    # Of cached tokens the encoder has run before the training.
+    encoder = 0 if settings.encoder.cached else _encoder_flops(settings, visible)
     heads = _classifier_flops(settings, visible) + _decoder_flops(settings, visible)
     # A backward pass has about twice the operations of a forward pass: one product each for the
     # gradients of inputs and of weights. A mask that sees the clip has none, nor has what is not

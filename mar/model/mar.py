@@ -111,14 +111,19 @@ class MAR(nn.Module):
 
     def forward(
         self,
-        pixels: Float[Tensor, "B C T H W"],
+        pixels: Float[Tensor, "B C T H W"] | Float[Tensor, "B K D"],
         hidden: DrawnMask,
         labels: Float[Tensor, "B classes"],
     ) -> Losses:
         """Return L = λ L_r + L_c for each clip (Eq. 5), or L_r alone in a pre-training.
 
-        ``labels`` are class probabilities.
+        ``labels`` are class probabilities. In place of pixels there may be cached tokens
+        (``encoder.cached``): L_c alone.
         """
+        if pixels.ndim == 3:
+            scores = self.classify_tokens(pixels, hidden)
+            losses = F.cross_entropy(scores.float(), labels, reduction="none")
+            return Losses(losses, losses, torch.zeros_like(losses))
         tubelets = patchify(pixels, self.tubelet)
         visible_indices, hidden_indices = self.indices(hidden, tubelets)
         tokens = self._encode(tubelets, visible_indices)
@@ -165,6 +170,14 @@ class MAR(nn.Module):
         tubelets = patchify(pixels, self.tubelet)
         visible_indices, _ = self.indices(hidden, tubelets)
         return self.classifier(self._encode(tubelets, visible_indices), visible_indices)
+
+    def classify_tokens(
+        self, tokens: Float[Tensor, "B K D"], hidden: DrawnMask
+    ) -> Float[Tensor, "B classes"]:
+        """Return the class scores of the encoder's tokens, under the mask that left these."""
+        assert self.classifier is not None
+        visible_indices, _ = split_indices(hidden.to(self.device))
+        return self.classifier(tokens, visible_indices)
 
     def features(
         self, pixels: Float[Tensor, "B C T H W"], hidden: DrawnMask

@@ -28,6 +28,7 @@ from mar.model.mar import MAR
 from mar.training import checkpoint
 from mar.training.checkpoint import Progress, Saver
 from mar.training.epoch import Training, evaluate, run_epoch
+from mar.training.frozen_tokens import FrozenTokens, cache_tokens
 from mar.training.memory import peak_training_memory_gib
 from mar.training.optim import build_optimizer
 from mar.training.reports import EpochReport, TrainingCallbacks
@@ -64,17 +65,26 @@ def fit(
     model = MAR(settings).to(runtime.device)
     optimizer = build_optimizer(model, settings.recipe)
     progress = _resume(settings, folder, model, optimizer, callbacks)
+    tokens = None
+    if settings.encoder.cached:
+        tokens = cache_tokens(settings, train, val, model, folder, runtime, callbacks)
     # Before the batches are made: their loader processes load ahead from this step.
     order.first_step = progress.step
     processes = runtime.loader_processes
-    batches = training_batches(settings, train, order, processes, runtime.device)
+    train_tokens = tokens.train if tokens else None
+    batches = training_batches(settings, train, order, processes, runtime.device, train_tokens)
+    # One view of each video; of cached tokens all views, which cost little.
+    views = settings.evaluation if tokens else None
     validate = Evaluator(
         settings,
         val,
         runtime.device,
+        clips=views.clips if views else 1,
+        crops=views.crops if views else 1,
         loader_processes=processes,
         is_kept=True,
         alive=callbacks.heartbeat,
+        tokens=tokens.val if tokens else None,
     )
     with Saver(
         folder, settings, runtime.keep, callbacks.on_checkpoint, callbacks.on_write_error
@@ -95,7 +105,7 @@ def fit(
     batches.close()
     del batches, validate
     trained = FinishedTraining(settings, folder, model, progress.history)
-    return _finish(trained, val, runtime, callbacks)
+    return _finish(trained, val, runtime, callbacks, tokens)
 
 
 def _resume(
@@ -210,11 +220,12 @@ def _finish(
     val: list[Video],
     runtime: RuntimeConfig,
     callbacks: TrainingCallbacks,
+    tokens: FrozenTokens | None = None,
 ) -> dict[str, float]:
     """Test with all views, write the result folder, report the final metrics."""
     settings = trained.settings
     model = trained.model
-    test = _evaluator(trained, val, runtime, callbacks)
+    test = _evaluator(trained, val, runtime, callbacks, tokens=tokens)
     predictions = evaluate(test, model, settings)
     if predictions.broken:
         callbacks.log(
@@ -252,6 +263,7 @@ def _evaluator(
     runtime: RuntimeConfig,
     callbacks: TrainingCallbacks,
     shuffled: bool = False,
+    tokens: FrozenTokens | None = None,
 ) -> Evaluator:
     """Return the evaluator of the test: all views of each video."""
     views = trained.settings.evaluation
@@ -264,4 +276,5 @@ def _evaluator(
         shuffled=shuffled,
         loader_processes=runtime.loader_processes,
         alive=callbacks.heartbeat,
+        tokens=tokens.val if tokens else None,
     )

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mar import distributed
-from mar.augmentation.augment import augmented, draw_step, mix
+from mar.augmentation.augment import augmented, draw_step, mix, soft_labels
 from mar.config.schema import TrainingConfig
 from mar.data.dataset import Batch, batch_indices, one_after_another
 from mar.model.layers import set_execution_mode
 from mar.model.mar import MAR, Losses
+from mar.model.masking import evaluation_mask
 from mar.rng import Stream, rng, rng_seed
 from mar.training.checkpoint import Progress
 from mar.training.optim import gradient_norm, step_if_finite
@@ -48,6 +50,9 @@ class RuntimeConfig:
     """Also save in the middle of an epoch."""
     keep: RetentionPolicy = field(default_factory=RetentionPolicy)
     """Which checkpoints stay."""
+    tokens_root: Path | None = None
+    """Folder of the tokens of frozen encoders (``encoder.cached``), which trainings share; None: in
+    the trial's own folder."""
 
 
 @dataclass
@@ -113,14 +118,22 @@ def train_step(state: TrainState, batch: Batch) -> Tensor:
     for part in microbatches:
         chosen = drawn.of(range(len(drawn.erased))[part])
         good = batch.good[part]
-        pixels, targets = augmented(batch.clips[part], batch.labels[part], chosen, settings)
-        # Every micro-batch draws the same share and box: one mixing for the whole batch.
-        mixing = rng(settings.seed, Stream.MIX, step)
-        pixels, targets = mix(pixels, targets, settings.augment, mixing, good)
+        hidden = chosen.hidden
+        if settings.encoder.cached:
+            # Tokens: nothing of them can be augmented, and the mask of testing has left them.
+            pixels = batch.clips[part].float()
+            smoothing = settings.augment.smoothing
+            targets = soft_labels(batch.labels[part], settings.data.num_classes, smoothing)
+            hidden = evaluation_mask(settings, views=1).expand(len(pixels), -1, -1, -1)
+        else:
+            pixels, targets = augmented(batch.clips[part], batch.labels[part], chosen, settings)
+            # Every micro-batch draws the same share and box: one mixing for the whole batch.
+            mixing = rng(settings.seed, Stream.MIX, step)
+            pixels, targets = mix(pixels, targets, settings.augment, mixing, good)
         with torch.autocast(
             device.type, torch.bfloat16, enabled=settings.recipe.precision == "bf16"
         ):
-            losses: Losses = state.wrapped(pixels, chosen.hidden, targets)
+            losses: Losses = state.wrapped(pixels, hidden, targets)
         # Gradients accumulate locally and are exchanged once, with the last micro-batch.
         synchronise = nullcontext()
         if part is not microbatches[-1]:

@@ -82,16 +82,20 @@ def features(
     probe: Annotated[
         bool, typer.Option("--probe", help="Also classify: by 20 neighbours, and linearly.")
     ] = False,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="Also write a Parquet file for each split.")
+    ] = False,
     loader_processes: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 0,
 ) -> None:
     """Write the encoder's features of a data set; run again, it goes on where it was ended."""
     from mar.config.overrides import without_paths
-    from mar.data.annotations import fingerprint, read_split
-    from mar.evaluation.features import write_features
+    from mar.data.annotations import class_names, fingerprint, read_split
+    from mar.evaluation.features import write_features, write_parquet
     from mar.weights.hub import fingerprint as weights_fingerprint
 
-    if probe and per_token:
-        raise UserError("features: --probe is of pooled features; leave --per-token out")
+    for option, is_given in (("--probe", probe), ("--parquet", parquet)):
+        if is_given and per_token:
+            raise UserError(f"features: {option} is of pooled features; leave --per-token out")
     trained = _encoder(model, _changes(recipe, overrides))
     settings = trained.settings
     for split in ("train", "val"):
@@ -115,6 +119,8 @@ def features(
         )
         if broken:
             print(f"{split}: {broken} videos could not be decoded")
+        if parquet:
+            print(f"written {write_parquet(output / split, videos, class_names(settings.data))}")
     print(f"written {output} (features_*.safetensors, features.json)")
     if probe:
         _print_probes(output)

@@ -15,7 +15,7 @@ from orchestration.studies.recipe import absolute_paths
 from orchestration.studies.trial import Trial
 
 # JSON has no paths: these fields are sent as text.
-_PATHS = ("folder", "stop_file", "trained", "frames")
+_PATHS = ("folder", "stop_file", "trained", "frames", "tokens")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class TrialSpec:
     """The result folder of a training that is only to be tested; none: train."""
     frames: Path | None = None
     """The frame cache that ``data.cache: auto`` stands for; the worker packs what is missing."""
+    tokens: Path | None = None
+    """The folder of the tokens of frozen encoders (``encoder.cached``)."""
 
     @property
     def trial_dir(self) -> TrialDir:
@@ -99,4 +101,5 @@ def build_trial_spec(
         storage=str(launch.store.resolve() / "ray"),
         trained=trained,
         frames=frames,
+        tokens=launch.tokens_root,
     )

@@ -22,6 +22,8 @@ from orchestration.secrets import without_secrets
 
 DEFAULT_STORE = Path("mar_store")
 """Folder of the store where none is given, in the working directory."""
+AUTO_TRIALS = "auto"
+"""``--trials-per-gpu``: by the memory that the largest trial needs."""
 HELP = "help"
 """Key of a field's metadata: its meaning, its unit, and what none means."""
 MINIMUM = "minimum"
@@ -80,10 +82,15 @@ class WorkerConfig:
         "Default: --workers.",
         minimum=1,
     )
-    cpus_per_worker: int = _option(1, "CPU cores of a worker.", minimum=1)
+    cpus_per_worker: float = _option(
+        1.0, "CPU cores of a worker; a fraction lets more workers share them.", minimum=0.01
+    )
     # None: decided by the cluster's resources, since the launch's own machine may have no GPU.
-    gpus_per_worker: int | None = _option(
-        None, "GPUs of a worker. Default: one if the cluster has any, otherwise none.", minimum=0
+    gpus_per_worker: float | None = _option(
+        None,
+        "GPUs of a worker; 0.25: four workers share one. Default: one if the cluster has any, "
+        "otherwise none.",
+        minimum=0,
     )
     loader_processes: int = _option(
         0, "Decoding processes of a worker; 0: the worker decodes itself.", minimum=0
@@ -148,11 +155,19 @@ class WorkerConfig:
             raise ValueError(
                 f"min_workers: {self.min_workers} is more than workers: {self.workers}"
             )
+        gpus = self.gpus_per_worker
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"gpus_per_worker: {gpus:g}: a fraction must be less than one GPU")
         store = self.object_store
         if store and not store.startswith(("s3://", "gs://", "file://")):
             raise ValueError(
                 f"object_store: {store}: expected s3://bucket/folder or gs://bucket/folder"
             )
+
+    @property
+    def threads(self) -> int:
+        """The threads of a worker's arithmetic: at least one."""
+        return max(1, int(self.cpus_per_worker))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, from which ``from_json`` makes an equal object."""
@@ -195,6 +210,12 @@ class LaunchConfig:
     max_concurrent_trials: int | None = _option(
         None, "Largest number of trials at once. Default: as many as fit.", minimum=1
     )
+    trials_per_gpu: str | None = _option(
+        None,
+        "Trials beside each other on one GPU; auto: as many as its memory allows, measured with "
+        "the largest. Default: one.",
+        metavar="N|auto",
+    )
     webhook: str | None = _option(
         None, "Address that gets a JSON message when a study ends; or @FILE, which contains it."
     )
@@ -205,6 +226,19 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         _check_minima(self)
+        asked = self.trials_per_gpu
+        if asked is None:
+            return
+        is_number = asked.isdecimal() and 0 < int(asked) <= 100
+        if asked != AUTO_TRIALS and not is_number:
+            raise ValueError(f"trials_per_gpu: {asked}: expected a number from 1 to 100, or auto")
+        if self.worker.gpus_per_worker is not None:
+            raise ValueError(
+                f"trials_per_gpu: {asked} says the share of a GPU, and --gpus-per-worker does too: "
+                "give one of the two"
+            )
+        if self.backend == "local":
+            raise ValueError("trials_per_gpu: --backend local runs one trial after the other")
 
     @property
     def database(self) -> Path:

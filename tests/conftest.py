@@ -130,6 +130,7 @@ def shared_ray() -> Iterator[None]:
 
 _WITH_RAY = (
     "test_backends.py",
+    "test_gpu_sharing.py",
     "test_run.py",
     "test_chaos.py",
     "test_ray_cluster.py",

@@ -70,7 +70,7 @@ def run_search(
         _run_trial(build_trial_spec(trial, launch, gpus), callback, source.should_prune)
 
 
-def _gpus_per_worker(launch: LaunchConfig) -> int:
+def _gpus_per_worker(launch: LaunchConfig) -> float:
     if launch.worker.workers > 1:
         raise UserError(
             "--backend local trains with one worker; leave out --backend local to use --workers"

@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-from mar.errors import Failure, UserError
+from mar.errors import Failure, UserError, notice
 from orchestration.backends.base import TrainedResults, TrialCallback, TrialSource, reports_in
+from orchestration.backends.gpu_sharing import max_concurrent_trials, share_of
 from orchestration.backends.ray_env import ray_environment
 from orchestration.backends.ray_session import ray_session
 from orchestration.config import LaunchConfig
@@ -51,7 +52,7 @@ def run(
         # An inline trial is one process of Tune's: it has no group of workers.
         raise UserError("--backend inline trains with one worker; leave it out to use --workers")
     waiting = iter(trials)
-    _run(lambda: next(waiting, None), None, launch, callback, trained)
+    _run_with_shares(lambda: next(waiting, None), None, launch, callback, trained, trials)
 
 
 def run_search(
@@ -74,69 +75,106 @@ def run_search(
             announce(trial)
         return trial
 
-    _run(next_announced, source, launch, callback, {})
+    _run_with_shares(next_announced, source, launch, callback, {}, [])
+
+
+def _run_with_shares(
+    next_trial: Callable[[], Trial | None],
+    source: TrialSource | None,
+    launch: LaunchConfig,
+    callback: TrialCallback,
+    trained: TrainedResults,
+    known: Sequence[Trial],
+) -> None:
+    """Run the trials; those that ran out of a shared GPU's memory again, with twice the share.
+
+    ``known`` are the trials to come, as far as they are known.
+    """
+    # Before the import: Ray reads some of these variables when it is imported.
+    os.environ.update(ray_environment(launch))
+    with ray_session(launch):
+        share = share_of(launch, known)
+        if share.message:
+            notice(share.message)
+        gpus = share.gpus
+        crowded = _run(next_trial, source, launch, gpus, callback, trained)
+        while crowded:
+            gpus = min(1.0, 2 * gpus)
+            names = ", ".join(trial.name for trial in crowded)
+            notice(f"no room beside others on a GPU: {gpus:g} of one each for {names}")
+            waiting = iter(crowded)
+            crowded = _run(
+                lambda waiting=waiting: next(waiting, None),
+                source,
+                launch,
+                gpus,
+                callback,
+                trained,
+            )
 
 
 def _run(
     next_trial: Callable[[], Trial | None],
     source: TrialSource | None,
     launch: LaunchConfig,
+    gpus: float,
     callback: TrialCallback,
     trained: TrainedResults,
-) -> None:
-    """Run the trials with Tune.
+) -> list[Trial]:
+    """Run the trials with Tune; returns those that need a larger share of a GPU.
 
     Tune gets them one by one from a searcher. It would copy a grid as a whole for each trial of it
     (``docs/scale.md``).
     """
-    # Before the import: Ray reads some of these variables when it is imported.
-    os.environ.update(ray_environment(launch))
     from ray import tune
 
     _keep_keys_out_of_logs()
     # ``TuneCallback`` reports a lost trial in one line; Tune would log a page of traceback.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with ray_session(launch):
-        gpus = _gpus_per_worker(launch)
-        pruned: set[str] = set()
-        """Keys of the trials that the scheduler pruned."""
+    pruned: set[str] = set()
+    """Keys of the trials that the scheduler pruned."""
+    crowded: set[str] = set()
+    """Keys of the trials that ran out of a shared GPU's memory."""
+    begun: dict[str, Trial] = {}
 
-        def next_config() -> dict[str, Any] | None:
-            if launch.stop_file.exists() or callback.is_over():
-                return None
-            trial = next_trial()
-            if trial is None:
-                return None
-            spec = build_trial_spec(
-                trial, launch, gpus, trained.get(trial.key), ray_environment(launch)
-            )
-            _remove_leftovers(spec)
-            return {"spec": spec.to_json()}
+    def next_config() -> dict[str, Any] | None:
+        if launch.stop_file.exists() or callback.is_over():
+            return None
+        trial = next_trial()
+        if trial is None:
+            return None
+        begun[trial.key] = trial
+        spec = build_trial_spec(
+            trial, launch, gpus, trained.get(trial.key), ray_environment(launch)
+        )
+        _remove_leftovers(spec)
+        return {"spec": spec.to_json()}
 
-        scheduler = None
-        if source:
-            scheduler = _pruning_scheduler(source, pruned)
-        config = tune.TuneConfig(
-            search_alg=_searcher(next_config),
-            scheduler=scheduler,
-            # Without limit: the searcher knows when there are no more trials.
-            num_samples=-1,
-            max_concurrent_trials=_max_concurrent_trials(launch, gpus),
-            # A process that has loaded PyTorch, or has a pool, takes one trial after the other.
-            reuse_actors=True,
-            trial_name_creator=_key_of,
-            trial_dirname_creator=_key_of,
-        )
-        tuner = tune.Tuner(
-            _trainable(launch, gpus),
-            tune_config=config,
-            run_config=_run_config(launch, _tune_callback(callback, pruned)),
-        )
-        try:
-            tuner.fit()
-        except tune.TuneError as error:
-            last_line = str(error).strip().splitlines()[-1]
-            raise Failure(f"Ray Tune stopped: {last_line}") from None
+    scheduler = None
+    if source:
+        scheduler = _pruning_scheduler(source, pruned)
+    config = tune.TuneConfig(
+        search_alg=_searcher(next_config),
+        scheduler=scheduler,
+        # Without limit: the searcher knows when there are no more trials.
+        num_samples=-1,
+        max_concurrent_trials=max_concurrent_trials(launch, gpus),
+        # A process that has loaded PyTorch, or has a pool, takes one trial after the other.
+        reuse_actors=True,
+        trial_name_creator=_key_of,
+        trial_dirname_creator=_key_of,
+    )
+    tuner = tune.Tuner(
+        _trainable(launch, gpus),
+        tune_config=config,
+        run_config=_run_config(launch, _tune_callback(callback, pruned, crowded)),
+    )
+    try:
+        tuner.fit()
+    except tune.TuneError as error:
+        last_line = str(error).strip().splitlines()[-1]
+        raise Failure(f"Ray Tune stopped: {last_line}") from None
+    return [begun[key] for key in begun if key in crowded]
 
 
 def _keep_keys_out_of_logs() -> None:
@@ -227,13 +265,13 @@ def _remove_leftovers(spec: TrialSpec) -> None:
             store.remove(f"trials/{spec.key}/{spec.trial_dir.failure.name}")
 
 
-def _trainable(launch: LaunchConfig, gpus: int) -> Any:
+def _trainable(launch: LaunchConfig, gpus: float) -> Any:
     from ray import tune
 
     if launch.backend == "inline":
         from orchestration.backends.inline import run_inline
 
-        resources = {"CPU": float(launch.worker.cpus_per_worker), "GPU": float(gpus)}
+        resources = {"CPU": launch.worker.cpus_per_worker, "GPU": gpus}
         return tune.with_resources(run_inline, resources)
     from orchestration.backends.worker_pool import PooledTrainable
 
@@ -252,40 +290,6 @@ def _run_config(launch: LaunchConfig, tune_callback: Any) -> Any:
         # Trials write their own checkpoints (``mar/training/checkpoint.py``).
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
     )
-
-
-def _gpus_per_worker(launch: LaunchConfig) -> int:
-    import ray
-
-    if launch.worker.gpus_per_worker is not None:
-        return launch.worker.gpus_per_worker
-    return int(ray.cluster_resources().get("GPU", 0) >= 1)
-
-
-def _max_concurrent_trials(launch: LaunchConfig, gpus: int) -> int:
-    """Return how many trials fit at once.
-
-    If Tune started more, trials could hold some of the workers that others wait for, forever.
-
-    Raises:
-        UserError: not one fits.
-    """
-    import ray
-
-    worker = launch.worker
-    total = ray.cluster_resources()
-    per_worker = {"CPU": worker.cpus_per_worker, "GPU": gpus}
-    asked = {name: amount for name, amount in per_worker.items() if amount}
-    # How many workers the scarcest resource allows.
-    num_workers = min(int(total.get(name, 0) // amount) for name, amount in asked.items())
-    # An elastic trial starts with fewer workers, and then gets all that the cluster has.
-    fewest = worker.min_workers or worker.workers
-    if num_workers < fewest:
-        has = ", ".join(f"{total.get(name, 0):g} {name}" for name in asked)
-        asks = ", ".join(f"{fewest * amount} {name}" for name, amount in asked.items())
-        raise UserError(f"--workers {fewest}: a trial asks for {asks}, the cluster has {has}")
-    num_trials = max(1, num_workers // worker.workers)
-    return min(num_trials, launch.max_concurrent_trials or num_trials)
 
 
 def _spec_of(trial: Any) -> Mapping[str, Any]:
@@ -323,7 +327,7 @@ def _was_stopped(trial: Any, reason: FailureReason | None) -> bool:
     return stop_file.exists()
 
 
-def _tune_callback(callback: TrialCallback, pruned: set[str]) -> Any:
+def _tune_callback(callback: TrialCallback, pruned: set[str], crowded: set[str]) -> Any:
     """Return a callback of Tune's that passes trials' events on to ``callback``.
 
     Tune calls it in the launch's own process.
@@ -375,7 +379,11 @@ def _tune_callback(callback: TrialCallback, pruned: set[str]) -> Any:
             self._ended(trial, trial_dir, reason)
 
         def _ended(self, trial: Any, trial_dir: TrialDir, reason: FailureReason) -> None:
-            if self.callback:
+            spec = TrialSpec.from_json(_spec_of(trial))
+            # Not reported: it is started again, with a larger share.
+            if reason.kind == "memory" and spec.shares_gpu and not trial_dir.is_finished:
+                crowded.add(spec.key)
+            elif self.callback:
                 _report_end(self.callback, self.pruned, trial, trial_dir, reason)
 
     return TuneCallback(callback, pruned)

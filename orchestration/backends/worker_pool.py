@@ -58,7 +58,7 @@ from orchestration.storage.object_store import open_object_store
 from orchestration.worker.spec import TrialSpec
 
 if TYPE_CHECKING:
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
 _SHUTDOWN_S = 6.0
 """Seconds that workers may take to shut down; Tune kills a trial ten seconds after stopping it."""
@@ -276,8 +276,13 @@ def _trainer(spec: TrialSpec, queue: Any) -> TorchTrainer:
     controller_failures = 1
     if spec.waits_for_nodes:
         controller_failures = -1
+    # NCCL refuses two workers of one group on one GPU; gloo does not.
+    torch_config = None
+    if spec.shares_gpu and worker.workers > 1:
+        torch_config = TorchConfig(backend="gloo")
     return TorchTrainer(
         run_worker,
+        torch_config=torch_config,
         train_loop_config={"queue": queue},
         scaling_config=train.ScalingConfig(
             num_workers=num_workers,

@@ -27,7 +27,7 @@ class TrialSpec:
     """The complete settings, as JSON values: the worker builds and checks them again."""
     folder: Path
     worker: WorkerConfig
-    gpus_per_worker: int
+    gpus_per_worker: float
     """``worker.gpus_per_worker``, decided for the cluster that runs the trial."""
     stop_file: Path
     """While this file exists, the trial is to save and stop."""
@@ -44,6 +44,11 @@ class TrialSpec:
     """The frame cache that ``data.cache: auto`` stands for; the worker packs what is missing."""
     tokens: Path | None = None
     """The folder of the tokens of frozen encoders (``encoder.cached``)."""
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether other trials' workers may be on the same GPU."""
+        return 0 < self.gpus_per_worker < 1
 
     @property
     def trial_dir(self) -> TrialDir:
@@ -73,7 +78,7 @@ class TrialSpec:
 def build_trial_spec(
     trial: Trial,
     launch: LaunchConfig,
-    gpus_per_worker: int,
+    gpus_per_worker: float,
     trained: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> TrialSpec:

@@ -64,10 +64,13 @@ def train(
         Why the trial failed permanently; none when it is finished.
     """
     spec = TrialSpec.from_json(spec_json)
-    torch.set_num_threads(spec.worker.cpus_per_worker)
+    torch.set_num_threads(spec.worker.threads)
     device = torch.device("cpu")
     if spec.gpus_per_worker:
         device = default_device()
+    if device.type == "cuda":
+        # Also for a whole device: this process may have had a share of one before.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, spec.gpus_per_worker), device)
     # glibc returns large tensors to the system at once, which costs up to half of a step's time.
     if device.type == "cpu":
         keep_freed_memory()
@@ -135,8 +138,11 @@ def _attempts(
         if reason is None or reason.kind == "stopped":
             break
         is_retried = policy.is_retried_in_process(reason.kind)
+        # Of a shared GPU the launch gives it a larger share first.
+        if reason.kind == "memory" and spec.shares_gpu:
+            is_retried = False
         # Before the raise below: the restarted workers read the halved micro-batch.
-        if reason.kind == "memory":
+        elif reason.kind == "memory":
             is_retried = _halve_microbatch(spec)
         if worker_rank().world > 1:
             raise Failure(reason.message, reason.kind)
@@ -226,7 +232,7 @@ def _pack_frames(trial: _Trial, data: DataConfig, heartbeat: Callable[[], None])
         trial.log.note(f"frame cache: {done} of {total} videos packed")
         alive()
 
-    ensure_packed(data, spec.frames, spec.worker.cpus_per_worker, progress, alive)
+    ensure_packed(data, spec.frames, spec.worker.threads, progress, alive)
 
 
 def _runtime_config(trial: _Trial) -> RuntimeConfig:

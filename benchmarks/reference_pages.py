@@ -261,6 +261,7 @@ def store_page() -> str:
         "| `trials/KEY/` | one training: its checkpoints while it runs, then its result |",
         "| `reports/STUDY/` | the table in every format, the figures and the page |",
         "| `frames/` | frame caches that `data.cache: auto` made |",
+        "| `stable/` | what trainings of several lengths share (`warmup_stable_decay`) |",
         "| `tokens/` | tokens of frozen encoders that `encoder.cached` keeps |",
         "| `searches/NAME.db` | a search's Optuna study |",
         "| `studies/` | which file has which study's name |",

@@ -281,6 +281,11 @@ class LaunchConfig:
         """The folder of the tokens that ``encoder.cached`` keeps."""
         return self.store.resolve() / "tokens"
 
+    @property
+    def stable_root(self) -> Path:
+        """The folder of what trainings of several lengths share (``warmup_stable_decay``)."""
+        return self.store.resolve() / "stable"
+
     def trial_folder(self, key: str) -> Path:
         """Return the folder of a trial's checkpoints and result.
 

@@ -7,7 +7,7 @@ from typing import Any
 from mar.config.input_settings import AugmentConfig
 from mar.config.mask_settings import MASKS_WITH_CELLS, MaskConfig
 from mar.config.model_settings import ClassifierConfig, EncoderConfig, ReconstructionConfig
-from mar.config.schema import TrainingConfig
+from mar.config.schema import RecipeConfig, TrainingConfig
 
 
 def canonical(settings: TrainingConfig) -> TrainingConfig:
@@ -17,7 +17,8 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
     reconstructed. A running uniform mask is a running cell as large as the token grid. Masks
     without cells have no cell's size, spatial or temporal order, and no start state in testing.
     Where a mask does not see the clip, content decides nothing. One view has nothing to complement.
-    A package's encoder and classifier have their own options alone.
+    A package's encoder and classifier have their own options alone. Each schedule of the rate has
+    its own settings.
     """
     changes: dict[str, Any] = {}
     classifier = settings.classifier
@@ -36,6 +37,11 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
     # Cached tokens are not augmented, but for their labels.
     if settings.encoder.cached:
         changes["augment"] = AugmentConfig(smoothing=settings.augment.smoothing)
+    if settings.recipe.schedule == "cosine":
+        unused = {"decay_share": RecipeConfig().decay_share}
+    else:
+        unused = {"cosine_from": RecipeConfig().cosine_from}
+    changes["recipe"] = settings.recipe.model_copy(update=unused)
     if not settings.reconstructs:
         changes["reconstruction"] = ReconstructionConfig(weight=0.0)
     # With a ratio of 0 in training alone, the cell still shapes the mask in testing.

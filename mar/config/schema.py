@@ -25,6 +25,7 @@ from mar.config.input_settings import AugmentConfig, ClipConfig, DataConfig
 from mar.config.mask_settings import MASKS_WITH_CELLS, EvaluationMaskConfig, MaskConfig
 from mar.config.model_settings import ClassifierConfig, EncoderConfig, ReconstructionConfig
 from mar.config.node import Node
+from mar.config.schedule import decay_epochs, stable_epochs
 from mar.config.types import Grid, MaskRatio
 
 _MOST_TOKENS = 2**18
@@ -51,6 +52,13 @@ class RecipeConfig(Node):
     """``linear``: multiply by batch_size / 256 (Table I, footnote)."""
     warmup_epochs: NonNegativeFloat = 5.0
     """Epochs of linear warm-up from ``warmup_lr``."""
+    schedule: Literal["cosine", "warmup_stable_decay"] = "cosine"
+    """How the rate falls after warm-up. ``cosine``: over all epochs (Table I).
+    ``warmup_stable_decay``: it stays, and falls linearly in the last epochs; such a training is the
+    beginning of a longer one, which continues it."""
+    decay_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of the epochs in which the rate falls, at least one epoch, under
+    ``warmup_stable_decay``."""
     cosine_from: Literal["warmup", "start"] = "warmup"
     """``warmup``: the cosine begins at the peak when warm-up ends; ``start``: it begins at epoch 0,
     and warm-up rises to the cosine's value where the two meet (release)."""
@@ -73,6 +81,16 @@ class RecipeConfig(Node):
     """Largest gradient norm; none: not clipped."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of the matrix products; the weights themselves are always float32."""
+
+    @model_validator(mode="after")
+    def _warmup_ends_before_the_decay(self) -> Self:
+        is_stable = self.schedule == "warmup_stable_decay"
+        if is_stable and self.warmup_epochs > stable_epochs(self):
+            raise ValueError(
+                f"warmup_epochs: {self.warmup_epochs:g} of {self.epochs} epochs, of which the last "
+                f"{decay_epochs(self)} are the decay: set fewer, or a smaller decay_share"
+            )
+        return self
 
 
 class EvaluationConfig(Node):

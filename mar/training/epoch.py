@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from mar import distributed
+from mar.config.schedule import stable_epochs
 from mar.config.schema import TrainingConfig
 from mar.data.dataset import Batch
 from mar.errors import Failure, Stopped
 from mar.evaluation.evaluator import Evaluator, Predictions, Reconstruction
 from mar.model.mar import MAR
-from mar.training.checkpoint import Progress, Saver
+from mar.training.checkpoint import Progress, Saver, path_for
 from mar.training.optim import learning_rate, set_learning_rate
+from mar.training.prolong import share
 from mar.training.reports import EpochReport, TrainingCallbacks, TrainingSignal
 from mar.training.step import TrainState, train_step
 
@@ -71,11 +73,22 @@ def run_epoch(training: Training, batches: Iterator[Batch], validate: Evaluator)
     # The checkpoint must have this epoch in its history: a resumed training counts epochs by it.
     progress.history.append(metrics)
     _save(training)
+    _share_stable_part(training)
     training.callbacks.report(EpochReport(training.epoch, metrics))
     # After the last epoch only the test is left: the training finishes and does not stop.
     if training.is_to_stop and training.epoch < settings.recipe.epochs:
         training.saver.wait()
         raise Stopped(f"stopped after epoch {training.epoch}, saved")
+
+
+def _share_stable_part(training: Training) -> None:
+    """At the end of the stable part, leave its checkpoint for longer trainings."""
+    folder = training.runtime.stable_dir
+    is_its_end = training.epoch == stable_epochs(training.settings.recipe)
+    if folder is None or not is_its_end or training.worker_rank.rank:
+        return
+    training.saver.wait()
+    share(path_for(training.saver.folder, training.progress), folder)
 
 
 def evaluate(

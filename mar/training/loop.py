@@ -31,6 +31,7 @@ from mar.training.epoch import Training, evaluate, run_epoch
 from mar.training.frozen_tokens import FrozenTokens, cache_tokens
 from mar.training.memory import peak_training_memory_gib
 from mar.training.optim import build_optimizer
+from mar.training.prolong import shared_start
 from mar.training.reports import EpochReport, TrainingCallbacks
 from mar.training.result import FinishedTraining, write_result
 from mar.training.step import RuntimeConfig
@@ -64,7 +65,7 @@ def fit(
     torch.manual_seed(settings.seed)
     model = MAR(settings).to(runtime.device)
     optimizer = build_optimizer(model, settings.recipe)
-    progress = _resume(settings, folder, model, optimizer, callbacks)
+    progress = _resume(settings, folder, model, optimizer, callbacks, runtime.stable_dir)
     tokens = None
     if settings.encoder.cached:
         tokens = cache_tokens(settings, train, val, model, folder, runtime, callbacks)
@@ -114,8 +115,12 @@ def _resume(
     model: MAR,
     optimizer: torch.optim.Optimizer,
     callbacks: TrainingCallbacks,
+    stable_dir: Path | None,
 ) -> Progress:
     """Load the newest checkpoint, or the pre-trained weights at the start; replay finished epochs.
+
+    Without a checkpoint of its own it begins with a shorter training's stable part, if there is
+    one.
 
     Returns:
         How far the training is.
@@ -124,6 +129,11 @@ def _resume(
     found = distributed.broadcast_from_rank0(
         lambda: checkpoint.latest(folder, settings, callbacks.log)
     )
+    if found is None:
+        found = distributed.broadcast_from_rank0(lambda: shared_start(stable_dir, settings))
+        if found:
+            epochs = len(found.progress.history)
+            callbacks.log(f"continues a shorter training after its epoch {epochs}")
     progress = Progress()
     if found:
         progress = checkpoint.restore(found, model, optimizer)

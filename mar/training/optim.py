@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mar.config.schedule import decay_epochs, stable_epochs
 from mar.config.schema import RecipeConfig
 from mar.model.mar import MAR
 
@@ -23,16 +24,26 @@ def peak_lr(recipe: RecipeConfig) -> float:
 
 
 def learning_rate(recipe: RecipeConfig, epoch: float) -> float:
-    """Return the rate at a time in epochs: linear warm-up, then half a cosine to ``min_lr``."""
+    """Return the rate at a time in epochs: linear warm-up, then what ``schedule`` says."""
+    after_warmup = _cosine
+    if recipe.schedule == "warmup_stable_decay":
+        after_warmup = _stable_decay
     if epoch < recipe.warmup_epochs:
         # With ``cosine_from: start`` the cosine is below its peak when warm-up ends.
-        end = _cosine(recipe, recipe.warmup_epochs)
+        end = after_warmup(recipe, recipe.warmup_epochs)
         return recipe.warmup_lr + (end - recipe.warmup_lr) * epoch / recipe.warmup_epochs
-    return _cosine(recipe, epoch)
+    return after_warmup(recipe, epoch)
+
+
+def _stable_decay(recipe: RecipeConfig, epoch: float) -> float:
+    """Return the peak, which falls linearly to ``min_lr`` in the last epochs (Hu et al., 2024)."""
+    progress = (epoch - stable_epochs(recipe)) / decay_epochs(recipe)
+    progress = min(max(progress, 0.0), 1.0)
+    return peak_lr(recipe) + (recipe.min_lr - peak_lr(recipe)) * progress
 
 
 def _cosine(recipe: RecipeConfig, epoch: float) -> float:
-    """Return the cosine's rate at a time in epochs; ``min_lr`` from the last epoch on."""
+    """Return half a cosine's rate at a time in epochs; ``min_lr`` from the last epoch on."""
     start = 0.0
     if recipe.cosine_from == "warmup":
         start = recipe.warmup_epochs

@@ -50,6 +50,8 @@ class RuntimeConfig:
     """Also save in the middle of an epoch."""
     keep: RetentionPolicy = field(default_factory=RetentionPolicy)
     """Which checkpoints stay."""
+    stable_dir: Path | None = None
+    """Folder that all lengths of a training under ``warmup_stable_decay`` share (``prolong``)."""
     tokens_root: Path | None = None
     """Folder of the tokens of frozen encoders (``encoder.cached``), which trainings share; None: in
     the trial's own folder."""

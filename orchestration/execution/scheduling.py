@@ -8,11 +8,13 @@ from pathlib import Path
 
 from mar import MANIFEST, RESULT_DIR
 from mar.config.mask_settings import EvaluationMaskConfig
+from mar.config.schedule import stable_epochs
 from orchestration.backends.base import TrainedResults
 from orchestration.backends.choice import backend_of
 from orchestration.execution.recorder import RunRecorder
 from orchestration.failures import FailureReason
 from orchestration.storage.object_store import ObjectStore, open_object_store
+from orchestration.studies.identity import stable_identity
 from orchestration.studies.matching import match, match_training
 from orchestration.studies.trial import Study, Trial
 from orchestration.tracking.run_record import RunRecord
@@ -54,8 +56,9 @@ def train_missing(recorder: RunRecorder, trials: Sequence[Trial]) -> None:
         trial for trial in trials if trial.key not in source_trial and trial.key not in known
     ]
     # All trainings come before all tests: a test needs the result of its training.
-    if to_train:
-        _run(recorder, to_train, {})
+    for trials_at_once in rounds(to_train):
+        if not launch.stop_file.exists() and not recorder.is_over():
+            _run(recorder, trials_at_once, {})
     trained: dict[str, Path] = {key: store.result_of(record) for key, record in known.items()}
     # A result may be on this disk alone, and a node that does not share it is to test it.
     if launch.worker.object_store:
@@ -73,6 +76,31 @@ def train_missing(recorder: RunRecorder, trials: Sequence[Trial]) -> None:
         recorder.tested(trial.key, trained_by)
     if to_test and not launch.stop_file.exists() and not recorder.is_over():
         _run(recorder, to_test, trained)
+
+
+def rounds(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Divide trials into rounds, such that each finds what it continues.
+
+    Trainings that differ in their length alone, under ``warmup_stable_decay``, follow each other
+    from the shortest on: each continues the one before it. All others are in the first round.
+    """
+    families: dict[str, list[Trial]] = {}
+    divided: list[list[Trial]] = [[]]
+    for trial in trials:
+        shared = stable_identity(trial.identity)
+        if shared is None:
+            divided[0].append(trial)
+        else:
+            families.setdefault(shared, []).append(trial)
+    for family in families.values():
+        family.sort(key=lambda trial: stable_epochs(trial.settings.recipe))
+        for number, trial in enumerate(family):
+            if number == len(divided):
+                divided.append([])
+            divided[number].append(trial)
+    # Within a round the study's order.
+    order = {trial.key: number for number, trial in enumerate(trials)}
+    return [sorted(each, key=lambda trial: order[trial.key]) for each in divided if each]
 
 
 def _upload_results(store: ObjectStore, results: set[Path]) -> None:

@@ -17,6 +17,7 @@ from orchestration.config import DEFAULT_STORE, LaunchConfig
 from orchestration.execution.lock import study_lock
 from orchestration.execution.preflight import check_data, check_weights, pack_frames
 from orchestration.execution.progress import LiveProgress
+from orchestration.execution.prolonging import prolonging_notes
 from orchestration.execution.recorder import RunRecorder
 from orchestration.execution.recover import finished_here, unrecorded
 from orchestration.execution.scheduling import missing_trials, train_missing
@@ -68,6 +69,8 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
         _mention_unrecorded(launch, store)
         plan = _plan(study, store, budget)
         console.print(f"{study.file.title}: {_counts(study, plan)}", markup=False)
+        for line in prolonging_notes(plan.missing, store.trials(), launch):
+            console.print(line, markup=False)
         pack_frames(plan.missing, launch)
         progress = LiveProgress(list(plan.missing), plan.num_finished, console)
         with RunRecorder(study, store, progress) as recorder, graceful_shutdown(launch):

@@ -88,6 +88,23 @@ def training_identity(identity_line: str) -> str:
     return _line(tree)
 
 
+def stable_identity(identity_line: str) -> str | None:
+    """Return the part of an identity that trainings of all lengths share.
+
+    None: the rate falls from the start, so that no epoch of one length is an epoch of another.
+    """
+    tree: dict[str, Any] = json.loads(identity_line)
+    if tree["recipe"].get("schedule", "cosine") == "cosine":
+        return None
+    # Accuracies of validation are in each epoch's metrics: of ``evaluation`` nothing is left out.
+    recipe = {
+        name: value
+        for name, value in tree["recipe"].items()
+        if name not in ("epochs", "decay_share")
+    }
+    return _line({**tree, "recipe": recipe})
+
+
 def settings_of_identity(identity_line: str) -> TrainingConfig:
     """Return the settings of an identity; its weights are a fingerprint, and data have no paths.
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mar.config.schedule import stable_epochs
 from mar.data.annotations import read_split
 from mar.errors import UserError
 from mar.model.flops import cost
 from orchestration.studies.devices import Device, planning_figures
 from orchestration.studies.diff import Neighbours
-from orchestration.studies.identity import settings_of_identity
+from orchestration.studies.identity import settings_of_identity, stable_identity
 from orchestration.studies.matching import AnyRecord, Record, match, match_training
 from orchestration.studies.trial import ABSENT, Study, Trial
 
@@ -60,6 +61,9 @@ class Planned:
     """Training's identity -> name of the first line with it."""
     rates: list[float] = field(default_factory=list[float])
     """Training GFLOPs a second of each finished trial."""
+    stable: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
+    """Trainings that can be prolonged, without their length -> the lengths of the stable parts
+    that there are."""
 
 
 def plan_trials(
@@ -78,6 +82,7 @@ def plan_trials(
     trials = study.trials if study.trains else []
     found = match(trials, records)
     trained = match_training(trials, records)
+    _add_stable_parts(earlier, trials, records)
     rates = _measured_rates(study, found)
     earlier.rates += rates
     # GFLOPs a second depend on the model's size and the mask's ratio: the study's own trials are
@@ -91,7 +96,7 @@ def plan_trials(
     for trial in trials:
         figures = cost(trial.settings)
         name = f"{study.name}: {trial.name}"
-        clips = _num_clips(trial, sizes)
+        clips = _num_clips(trial, sizes, continued_epochs(trial, trials, earlier))
         # The first line with a training pays for it: later lines find it in ``earlier``.
         state, of = _state(trial, found, trained, earlier)
         hours = None
@@ -278,10 +283,39 @@ def _hours_text(hours: float | None) -> str:
     return _or_dash(hours, ".2f")
 
 
-def _num_clips(trial: Trial, sizes: dict[str, int | None]) -> int | None:
+def _add_stable_parts(earlier: Planned, trials: Sequence[Trial], records: Sequence[Record]) -> None:
+    """Add the stable parts of finished trainings, where a trial of the study may continue one."""
+    if not any(stable_identity(trial.identity) for trial in trials):
+        return
+    for record in records:
+        try:
+            shared = stable_identity(record.identity)
+            if shared and record.status == "FINISHED":
+                recipe = settings_of_identity(record.identity).recipe
+                earlier.stable.setdefault(shared, set()).add(stable_epochs(recipe))
+        # A run of an earlier version may have settings that do not exist today.
+        except (ValueError, KeyError, UserError):
+            continue
+
+
+def continued_epochs(trial: Trial, trials: Sequence[Trial], earlier: Planned) -> int:
+    """Return how many epochs of a training are trained before it, as part of a shorter one."""
+    shared = stable_identity(trial.identity)
+    if shared is None:
+        return 0
+    lengths = {0, *earlier.stable.get(shared, set())}
+    for other in trials:
+        if other.key != trial.key and stable_identity(other.identity) == shared:
+            lengths.add(stable_epochs(other.settings.recipe))
+    own = stable_epochs(trial.settings.recipe)
+    return max(length for length in lengths if length <= own)
+
+
+def _num_clips(trial: Trial, sizes: dict[str, int | None], continued: int) -> int | None:
     """Return how many clips a training sees; none if the number of its videos is unknown.
 
-    ``sizes`` is what ``_num_training_videos`` keeps.
+    ``sizes`` is what ``_num_training_videos`` keeps; ``continued`` the epochs that it need not
+    train.
     """
     size = _num_training_videos(trial, sizes)
     if size is None:
@@ -290,7 +324,7 @@ def _num_clips(trial: Trial, sizes: dict[str, int | None]) -> int | None:
     # video (repeated augmentation), so steps count videos and the costs count clips.
     steps = size // trial.settings.videos_per_batch
     recipe = trial.settings.recipe
-    return steps * recipe.batch_size * recipe.epochs
+    return steps * recipe.batch_size * (recipe.epochs - continued)
 
 
 def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | None:

@@ -11,11 +11,12 @@ from mar.config.input_settings import AUTO_CACHE
 from mar.data.cache_index import cache_folder
 from orchestration.config import LaunchConfig, WorkerConfig
 from orchestration.storage.trial_dir import TrialDir
+from orchestration.studies.identity import key_of, stable_identity
 from orchestration.studies.recipe import absolute_paths
 from orchestration.studies.trial import Trial
 
 # JSON has no paths: these fields are sent as text.
-_PATHS = ("folder", "stop_file", "trained", "frames", "tokens")
+_PATHS = ("folder", "stop_file", "trained", "frames", "stable", "tokens")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class TrialSpec:
     """The result folder of a training that is only to be tested; none: train."""
     frames: Path | None = None
     """The frame cache that ``data.cache: auto`` stands for; the worker packs what is missing."""
+    stable: Path | None = None
+    """The folder that trainings of other lengths share with this one (``warmup_stable_decay``)."""
     tokens: Path | None = None
     """The folder of the tokens of frozen encoders (``encoder.cached``)."""
 
@@ -106,5 +109,12 @@ def build_trial_spec(
         storage=str(launch.store.resolve() / "ray"),
         trained=trained,
         frames=frames,
+        stable=stable_folder(trial, launch),
         tokens=launch.tokens_root,
     )
+
+
+def stable_folder(trial: Trial, launch: LaunchConfig) -> Path | None:
+    """Return the folder that trainings of other lengths share with a trial; None if they cannot."""
+    shared = stable_identity(trial.identity)
+    return launch.stable_root / key_of(shared) if shared else None

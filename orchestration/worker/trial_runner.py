@@ -245,6 +245,7 @@ def _runtime_config(trial: _Trial) -> RuntimeConfig:
         compile=worker.compile,
         checkpoint_every_steps=worker.checkpoint_every_steps,
         keep=worker.keep,
+        stable_dir=trial.spec.stable,
         tokens_root=trial.spec.tokens,
     )
 

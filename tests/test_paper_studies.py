@@ -29,6 +29,7 @@ from orchestration.reporting.tables import table_info
 from orchestration.studies.budget import Budget
 from orchestration.studies.devices import device
 from orchestration.studies.loader import paper_studies, read_study
+from orchestration.studies.order import Order, in_order, uses
 from orchestration.studies.plan import Planned, plan_text, plan_trials
 from orchestration.tracking.store import Store
 from orchestration.tracking.tags import TRAINED_BY
@@ -184,6 +185,39 @@ def test_a_budget_takes_what_fits_in_the_studys_order(workdir: Path) -> None:
         "testing a model again is free"
     )
     assert budget.hours == pytest.approx(hours[0] * 0.01)
+
+
+def test_trials_run_in_the_files_order_or_what_is_shared_or_cheap_first(workdir: Path) -> None:
+    one = "title: One\nrecipe: recipe.yaml\naxes: {A: {dear: {encoder.depth: 4}, both: {}}}\n"
+    two = "title: Two\nrecipe: recipe.yaml\naxes: {B: {both: {}, cheap: {mask.ratio: 0.75}}}\n"
+    table = "table: {columns: [top1]}\n"
+    (workdir / "one.yaml").write_text(one + table)
+    (workdir / "two.yaml").write_text(two + table)
+    studies = [read_study("one.yaml"), read_study("two.yaml")]
+    counts = uses(studies)
+    trials = [studies[0].trials[0], *studies[1].trials[::-1]]
+
+    def rows(order: Order) -> list[str]:
+        return [trial.row for trial in in_order(trials, order, counts)]
+
+    assert rows("file") == ["dear", "cheap", "both"]
+    assert rows("cheapest") == ["cheap", "both", "dear"]
+    assert rows("shared") == ["both", "cheap", "dear"]
+    # A budget for all but the dearest completes the second study alone.
+    slow = device("slow=1e-3")
+    hours = {
+        line.trial.row: line.device_hours or 0.0
+        for study in studies
+        for line in plan_trials(study, [], slow)
+    }
+    budget = Budget(1.01 * (hours["both"] + hours["cheap"]), slow)
+    said = budget.choose(studies, [], "shared")
+    assert "complete with this budget: two\nincomplete: one (1 of 2); " in said
+    assert [trial.row for trial in budget.take(studies[0], studies[0].trials, [])] == ["both"]
+    # In the files' order the dearest comes first, and would leave nothing for the others.
+    budget = Budget(1.01 * hours["dear"], slow)
+    said = budget.choose(studies, [], "file")
+    assert "complete with this budget: none\nincomplete: one (1 of 2), two (0 of 2); " in said
 
 
 def test_a_labels_own_settings_can_be_changed_from_the_command_line(workdir: Path) -> None:

@@ -29,7 +29,11 @@ from orchestration.cli.options import (
 from orchestration.config import LaunchConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from orchestration.reporting.study_results import StudyResults
+    from orchestration.studies.budget import Budget
+    from orchestration.studies.order import Order
     from orchestration.studies.trial import Study
 
 _DEVICE = "Profile for device-hours: v100, h200, NAME=GFLOPS_PER_S."
@@ -48,6 +52,13 @@ def run(
     ] = None,
     device: Annotated[str | None, typer.Option(help=_DEVICE)] = None,
     is_all: IsAll = False,
+    order: Annotated[
+        Literal["file", "shared", "cheapest"],
+        typer.Option(
+            help="Which trials run first: the study's own order; what most of the studies need; or "
+            "the cheapest."
+        ),
+    ] = "file",
     *,
     launch: LaunchConfig,
 ) -> None:
@@ -73,7 +84,11 @@ def run(
         _run_search(study, overrides or [], launch)
     else:
         studies = _studies_to_run(study, overrides, only, is_all, store)
-        _run_studies(studies, launch, budget, device, is_all)
+        among: Sequence[Study] = studies
+        if order == "shared" and not is_all:
+            among = _paper_studies(overrides, store)
+        limit = _budget(budget, device)
+        _run_studies(studies, launch, limit, is_all, order, among)
 
 
 def _run_search(name: str, overrides: list[str], launch: LaunchConfig) -> None:
@@ -94,27 +109,39 @@ def _run_search(name: str, overrides: list[str], launch: LaunchConfig) -> None:
 def _run_studies(
     studies: list[Study],
     launch: LaunchConfig,
-    budget: str | None,
-    device: str | None,
+    budget: Budget | None,
     is_all: bool,
+    order: Order,
+    among: Sequence[Study],
 ) -> None:
     from orchestration.execution.study_runner import run_studies, run_study
-    from orchestration.studies.budget import Budget
-    from orchestration.studies.devices import device as profile_of
 
     # On the error stream, so that the output of the verb stays the study's.
     print_store(launch.store, launch.tracking_uri, may_be_new=True)
-    limit = None
-    if budget is not None:
-        # Without a device, the budget uses the speed that earlier runs measured.
-        profile = None
-        if device:
-            profile = profile_of(device)
-        limit = Budget(_hours(budget), profile)
     if is_all:
-        run_studies(studies, launch, limit)
+        run_studies(studies, launch, budget, order)
     else:
-        run_study(studies[0], launch, limit)
+        run_study(studies[0], launch, budget, order, among)
+
+
+def _budget(hours: str | None, device: str | None) -> Budget | None:
+    from orchestration.studies.budget import Budget
+    from orchestration.studies.devices import device as profile_of
+
+    if hours is None:
+        return None
+    # Without a device, the budget uses the speed that earlier runs measured.
+    profile = profile_of(device) if device else None
+    return Budget(_hours(hours), profile)
+
+
+def _paper_studies(overrides: list[str] | None, store: Path) -> list[Study]:
+    """Return the paper's studies under the same overrides: with them one study shares its rows."""
+    try:
+        return studies_of(None, overrides, None, True, store)
+    except UserError:
+        # An override of this study's own axes means nothing to the others.
+        return []
 
 
 def _studies_to_run(

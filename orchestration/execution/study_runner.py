@@ -33,6 +33,7 @@ from orchestration.studies.best import best_of_study
 from orchestration.studies.budget import Budget
 from orchestration.studies.loader import fetch_weights
 from orchestration.studies.matching import match
+from orchestration.studies.order import Order, in_order, uses
 from orchestration.studies.trial import Study, Trial
 from orchestration.tracking.store import Store
 
@@ -47,10 +48,17 @@ class _Plan:
     num_over_budget: int
 
 
-def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) -> None:
+def run_study(
+    study: Study,
+    launch: LaunchConfig,
+    budget: Budget | None = None,
+    order: Order = "file",
+    among: Sequence[Study] = (),
+) -> None:
     """Run a study, and print its table.
 
-    With a ``budget``, only those missing trials run that fit it, in the study's order.
+    With a ``budget``, only those missing trials run that fit it, in that ``order``. ``among`` are
+    the studies of which ``order: shared`` counts how many need a training.
 
     Raises:
         UserError: the data is missing, another launch runs the study, or a trial does not fit the
@@ -67,7 +75,7 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
         # Inside the lock: what an earlier launch finished is in MLflow by now.
         store = Store(launch)
         _mention_unrecorded(launch, store)
-        plan = _plan(study, store, budget)
+        plan = _plan(study, store, budget, order, among)
         console.print(f"{study.file.title}: {_counts(study, plan)}", markup=False)
         for line in prolonging_notes(plan.missing, store.trials(), launch):
             console.print(line, markup=False)
@@ -103,13 +111,15 @@ def run_study(study: Study, launch: LaunchConfig, budget: Budget | None = None) 
     _raise_if_unfinished(study, recorder)
 
 
-def _plan(study: Study, store: Store, budget: Budget | None) -> _Plan:
+def _plan(
+    study: Study, store: Store, budget: Budget | None, order: Order, among: Sequence[Study]
+) -> _Plan:
     """Return which trials are to run, after checks of their data and weights.
 
     Raises:
         UserError: the data is missing, or the weights do not fit.
     """
-    missing = missing_trials(study, store)
+    missing = in_order(missing_trials(study, store), order, uses(among))
     wanted = missing
     if budget:
         wanted = budget.take(study, missing, store.trials())
@@ -233,7 +243,10 @@ def _mention_unrecorded(launch: LaunchConfig, store: Store) -> None:
 
 
 def run_studies(
-    studies: Sequence[Study], launch: LaunchConfig, budget: Budget | None = None
+    studies: Sequence[Study],
+    launch: LaunchConfig,
+    budget: Budget | None = None,
+    order: Order = "file",
 ) -> None:
     """Run studies one after the other in one Ray; the next ones reuse what earlier ones trained.
 
@@ -241,7 +254,10 @@ def run_studies(
         Failure: a study has trials that failed; the others were run.
         UserError: a study could not start; the others were run.
     """
-    before = {record.run_id for record in Store(launch).trials() if record.status == "FINISHED"}
+    records = Store(launch).trials()
+    before = {record.run_id for record in records if record.status == "FINISHED"}
+    if budget:
+        print(budget.choose(studies, records, order))
     began = time.monotonic()
     errors: list[Failure | UserError] = []
     messages: list[str] = []
@@ -249,7 +265,7 @@ def run_studies(
     with backend_of(launch).session(launch):
         for study in studies:
             try:
-                run_study(study, launch, budget)
+                run_study(study, launch, budget, order, studies)
             # A study that fails must not keep the next ones from running.
             except (Failure, UserError) as error:
                 errors.append(error)

@@ -13,8 +13,10 @@ from conftest import tiny_tree
 from optuna.trial import TrialState
 
 from mar.errors import Failure, UserError
+from mar.model.flops import cost
 from orchestration.reporting.search_report import best_trials, found_text, write_search_report
 from orchestration.search.optuna_search import OptunaSearch, open_search
+from orchestration.search.price_pruning import Curve, is_behind
 from orchestration.search.schema import Dimension, read_search
 from orchestration.studies.recipe import read_recipe
 from orchestration.studies.trial import Trial
@@ -377,6 +379,46 @@ def test_a_trial_that_has_only_its_test_before_it_is_not_ended(open_: Open) -> N
     assert not proposer.should_prune(bad.key, last, {"val/top1": 10.0})
 
 
+def test_a_trial_is_compared_with_those_that_cost_no_more() -> None:
+    cheap = [Curve([1.0, 5.0], {2: accuracy}) for accuracy in (40.0, 42.0, 44.0, 46.0)]
+    dear = [Curve([9.0, 9.0], {2: accuracy}) for accuracy in (80.0, 81.0, 82.0, 83.0)]
+    # As good as the median of what costs no more: it goes on, though all dear ones are better.
+    assert not is_behind(Curve([1.0, 5.0], {2: 42.0}), 2, [*cheap, *dear], 0.5)
+    assert is_behind(Curve([1.0, 5.0], {2: 41.0}), 2, [*cheap, *dear], 0.5)
+    assert not is_behind(Curve([1.0, 5.0], {2: 41.0}), 2, [*cheap, *dear], 0.25)
+    # A dear one is compared with all of them.
+    assert is_behind(Curve([9.0, 9.0], {2: 45.0}), 2, [*cheap, *dear], 0.5)
+    # One that costs less in one of two is no more than it, and not compared: too few are left.
+    assert not is_behind(Curve([0.5, 9.0], {2: 1.0}), 2, [*cheap, *dear], 0.5)
+    # The first epoch is warm-up, and others must have reached the same epoch.
+    assert not is_behind(Curve([9.0, 9.0], {1: 0.0}), 1, [*cheap, *dear], 0.5)
+    assert not is_behind(Curve([9.0, 9.0], {3: 0.0}), 3, [*cheap, *dear], 0.5)
+
+
+def test_a_search_of_several_objectives_prunes_by_price_and_remembers_it(open_: Open) -> None:
+    changes: dict[str, Any] = {"pruner": "price", "trials": 40, "sampler": "random"}
+    proposer = open_(**changes)
+    for _ in range(6):
+        trial = proposer.next()
+        assert trial
+        for epoch in (1, 2):
+            assert not proposer.should_prune(trial.key, epoch, {"val/top1": 50.0})
+        proposer.finished(trial.key, {"test/top1": 53.0}, trial.settings)
+    # Resumed: what the others reached is in Optuna's storage.
+    proposer = open_(**changes)
+    asked = [trial for trial in (proposer.next() for _ in range(12)) if trial]
+    dearest = max(asked, key=lambda trial: cost(trial.settings).gflops)
+    number = proposer.asked[dearest.key].number
+    assert not proposer.should_prune(dearest.key, 1, {"val/top1": 10.0})
+    assert proposer.should_prune(dearest.key, 2, {"val/top1": 10.0})
+    assert dearest.key in proposer.pruned
+    stored = proposer.study.trials[number]
+    assert stored.state == TrialState.PRUNED
+    assert stored.user_attrs["accuracies"] == {"1": 10.0, "2": 10.0}
+    # Its constraints are known to the sampler all the same.
+    assert any("constraint" in name for name in stored.system_attrs), stored.system_attrs
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -397,7 +439,16 @@ def test_a_trial_that_has_only_its_test_before_it_is_not_ended(open_: Open) -> N
             {"initial_points": [{"clip.frames": 8}]},
             "initial point 1: clip.frames is not in the space",
         ),
-        ({"pruner": "asha"}, "pruning needs one objective, there are 2"),
+        ({"pruner": "asha"}, "pruner: asha needs one objective, there are 2; for several: price"),
+        (
+            {"pruner": "price", "objectives": {"top1": "max", "time_s": "min"}},
+            "costs that are known before training (min); time_s does not fit",
+        ),
+        (
+            {"pruner": "price", "objectives": {"gflops": "min"}},
+            "'price' compares top1 (max) at costs",
+        ),
+        ({"pruner": "price", "quantile": 1.0}, "quantile: must be less than 1"),
         ({"sampler": "magic"}, "sampler: must be"),
         ({"space": {}, "initial_points": []}, "a search needs a space and objectives"),
         ({"objectives": {}}, "a search needs a space and objectives"),

@@ -26,7 +26,8 @@ from mar.data.annotations import fingerprint
 from mar.errors import Failure
 from mar.model.flops import cost
 from orchestration.config import sqlite_address
-from orchestration.search.samplers import PRUNERS, SAMPLERS
+from orchestration.search.price_pruning import Curve, is_behind
+from orchestration.search.samplers import PRICE, PRUNERS, SAMPLERS
 from orchestration.search.schema import Search
 from orchestration.search.warm_start import RUN, add_finished_trials, enqueue_initial_points
 from orchestration.studies.identity import identity
@@ -50,6 +51,10 @@ _INFEASIBLE = "infeasible"
 _KEY = "key"
 _AGAIN = "again"
 """The number of the trial of a killed launch that is proposed again."""
+_ACCURACIES = "accuracies"
+"""Validation accuracy by epoch, for ``pruner: price``."""
+_PRICES = "prices"
+"""The objectives that are costs."""
 _COPY = "copy"
 """The proposal equals a finished run, so nothing was trained."""
 UNCOUNTED = {_INFEASIBLE, RUN, _COPY}
@@ -175,6 +180,7 @@ class OptunaSearch:
         number = asked.user_attrs.get(_AGAIN, asked.number)
         trial = Trial({"trial": f"trial {number}"}, settings, self.fingerprint)
         asked.set_user_attr(_KEY, trial.key)
+        asked.set_user_attr(_PRICES, self._prices(settings))
         return trial
 
     def _sample_untried(self) -> dict[str, Any] | None:
@@ -263,6 +269,16 @@ class OptunaSearch:
             return False
         trial = self.asked[key]
         value = metrics["val/top1"]
+        if self.search.file.pruner == PRICE:
+            curves = self._curves(trial, {epoch: value})
+            own = curves.pop(trial.number)
+            quantile = self.search.file.quantile
+            is_last = epoch >= self.epochs[key]
+            if is_last or not is_behind(own, epoch, list(curves.values()), quantile):
+                return False
+            self.pruned.add(key)
+            self.study.tell(self.asked.pop(key), state=TrialState.PRUNED)
+            return True
         # A pruner compares in the direction of the study. Validation accuracy is better when it is
         # higher, so a study that minimizes its objective gets its negative.
         trial.report(
@@ -273,6 +289,29 @@ class OptunaSearch:
         self.pruned.add(key)
         self.study.tell(self.asked.pop(key), state=TrialState.PRUNED)
         return True
+
+    def _curves(self, trial: optuna.Trial, reached: Mapping[int, float]) -> dict[int, Curve]:
+        """Store what a trial has reached; return the curves of all trials of the search.
+
+        They are in Optuna's storage, so that a search that is resumed knows them.
+        """
+        # JSON has texts as keys.
+        own: dict[str, float] = dict(trial.user_attrs.get(_ACCURACIES, {}))
+        own |= {str(epoch): value for epoch, value in reached.items()}
+        trial.set_user_attr(_ACCURACIES, own)
+        curves: dict[int, Curve] = {}
+        for each in self.study.get_trials(deepcopy=False):
+            accuracies = each.user_attrs.get(_ACCURACIES)
+            if accuracies:
+                by_epoch = {int(epoch): value for epoch, value in accuracies.items()}
+                curves[each.number] = Curve(each.user_attrs[_PRICES], by_epoch)
+        return curves
+
+    def _prices(self, settings: TrainingConfig) -> list[float]:
+        """Return the objectives of a trial that are known before it is trained."""
+        figures = cost(settings)
+        sources = [METRICS[name].source for name in self.search.file.objectives]
+        return [cost_figure(figures, source) for source in sources if source.startswith("cost.")]
 
     def values(self, settings: TrainingConfig, metrics: Mapping[str, float]) -> list[float]:
         """Return a trial's value of each objective.

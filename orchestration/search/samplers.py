@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import optuna
 
+PRICE = "price"
+"""The pruner for several objectives."""
 # Optuna does not store a sampler or its seed with a study, so each launch makes one.
 SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
@@ -20,6 +22,8 @@ SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
 # A pruner's step is an epoch: ``OptunaSearch.should_prune`` reports once an epoch.
 PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
     "none": optuna.pruners.NopPruner,
+    # ``search.price_pruning`` decides: Optuna's own pruners know one objective.
+    PRICE: optuna.pruners.NopPruner,
     # Epochs are counted from 1, so 2 spares the first, which is still in warm-up.
     "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2),
     # Trials are compared after 1, 3, 9, … epochs, and the best third of them trains on.

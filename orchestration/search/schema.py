@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import optuna
 from optuna.distributions import (
@@ -17,7 +17,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from mar.config.overrides import SETTING_PATHS, SettingError, build, flatten, merge
 from mar.config.schema import TrainingConfig
@@ -125,8 +125,12 @@ class SearchFile(_Part):
     """Of the sampler."""
     initial_points: tuple[dict[str, Any], ...] = ()
     """Points that are proposed first: the paper's setting, in the shipped searches."""
-    pruner: Literal["none", "median", "asha"] = "none"
-    """Ends trials that are worse than others at the same epoch; with one objective only."""
+    pruner: Literal["none", "median", "asha", "price"] = "none"
+    """Ends trials that are worse than others at the same epoch. ``median`` and ``asha``: with one
+    objective. ``price``: with several, an accuracy and costs; a trial is compared with those that
+    cost no more than it."""
+    quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Of ``pruner: price``: a trial ends below this quantile of the others'; 0.5 is the median."""
     warm_start: bool = True
     """Whether the sampler is given the finished trials of other studies that lie in the space."""
 
@@ -264,11 +268,29 @@ def _check(file: SearchFile, document: Document) -> None:
             )
     _check_constraints(file, document)
     _check_initial_points(file, document)
+    _check_pruner(file, document)
+
+
+def _check_pruner(file: SearchFile, document: Document) -> None:
+    """Check that the pruner can compare trials by these objectives."""
+    location = document.location("pruner")
+    if file.pruner == "price":
+        others = {name: end for name, end in file.objectives.items() if name != "top1"}
+        measured = [
+            name
+            for name, end in others.items()
+            if end != "min" or not METRICS[name].source.startswith("cost.")
+        ]
+        if file.objectives.get("top1") != "max" or measured:
+            raise UserError(
+                f"{location}: pruner: 'price' compares top1 (max) at costs that are known before "
+                f"training (min); {', '.join(measured) or 'top1'} does not fit"
+            )
     # Optuna's ``Trial.should_prune`` raises NotImplementedError with several objectives.
-    if file.pruner != "none" and len(file.objectives) > 1:
+    elif file.pruner != "none" and len(file.objectives) > 1:
         raise UserError(
-            f"{document.location('pruner')}: pruner: pruning needs one objective, there are "
-            f"{len(file.objectives)}"
+            f"{location}: pruner: {file.pruner} needs one objective, there are "
+            f"{len(file.objectives)}; for several: price"
         )
 
 

@@ -20,8 +20,6 @@ from orchestration.studies.schema import BETWEEN_LABELS
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B2A400")
 """The palette of Okabe and Ito: colour-blind readers can distinguish its colours."""
-_ABOVE = (0, 7)
-"""Offset of a label from its point, in typographic points."""
 _WIDE_RANGE = 30
 """Largest ratio of two x values on a linear scale."""
 _NOTE_WIDTH = 110
@@ -282,6 +280,7 @@ def draw(info: FigureInfo, file: Path) -> None:
     axes: Any = figure.subplots()
     # A series and the paper's numbers for it have the same colour.
     names = list(dict.fromkeys(series.name.removesuffix(", paper") for series in info.series))
+    labels: list[Any] = []
     for position, series in enumerate(info.series):
         if series.is_line:
             _line(axes, series, position, alone=info.kind == "curves")
@@ -290,7 +289,7 @@ def draw(info: FigureInfo, file: Path) -> None:
         if info.kind == "bars":
             _bars(axes, info, series, position, colour)
         else:
-            _points(axes, series, colour)
+            labels += _points(axes, series, colour)
     if info.chance is not None:
         label = f"chance level ({info.chance:g} %)"
         axes.axhline(info.chance, color="0.4", linestyle=":", label=label)
@@ -307,7 +306,27 @@ def draw(info: FigureInfo, file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     # Room for the labels of the outermost points.
     axes.margins(x=0.12, y=0.12)
+    _separate(figure, axes, labels)
     save(figure, file)
+
+
+def _separate(figure: Figure, axes: Any, labels: Sequence[Any]) -> None:
+    """Move the points' labels apart; one that is moved far gets a line to its point."""
+    if not labels:
+        return
+    # Imported here: it takes 0.3 s, and a table needs none of it.
+    from adjustText import adjust_text
+
+    # It needs the final sizes of axes and texts.
+    figure.draw_without_rendering()
+    # By a number of passes and not by seconds: the same picture on every machine.
+    adjust_text(
+        list(labels),
+        ax=axes,
+        iter_lim=300,
+        expand=(1.05, 1.3),
+        arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5},
+    )
 
 
 def _legend(figure: Figure, axes: Any, info: FigureInfo) -> None:
@@ -341,8 +360,8 @@ def _line(axes: Any, series: Series, position: int, alone: bool) -> None:
         axes.plot(series.x, series.y, "-", color="0.6", label=series.name, linewidth=1, zorder=1)
 
 
-def _points(axes: Any, series: Series, colour: str) -> None:
-    """Draw the labelled points of a series; the paper's are circles that are not filled."""
+def _points(axes: Any, series: Series, colour: str) -> list[Any]:
+    """Draw the points of a series, and return their labels; the paper's points are not filled."""
     if series.is_papers:
         axes.plot(series.x, series.y, "o", color=colour, markerfacecolor="none", label=series.name)
     else:
@@ -355,14 +374,13 @@ def _points(axes: Any, series: Series, colour: str) -> None:
             label=series.name,
             capsize=3,
         )
-    many = len(series.labels) > _FEW
-    style: dict[str, Any] = {"ha": "center", "fontsize": 8}
-    if many:
-        style = {"ha": "left", "rotation": 35, "fontsize": 6}
-    style |= {"color": "0.45", "fontsize": 6} if series.is_papers else {}
-    # Rotated labels start at their point, because close points would cover centred ones.
-    for label, x, y in zip(series.labels, series.x, series.y, strict=True):
-        axes.annotate(label, (x, y), textcoords="offset points", xytext=_ABOVE, **style)
+    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
+    if len(series.labels) > _FEW:
+        style["fontsize"] = 6
+    if series.is_papers:
+        style |= {"color": "0.45", "fontsize": 6}
+    points = zip(series.labels, series.x, series.y, strict=True)
+    return [axes.text(x, y, label, **style) for label, x, y in points]
 
 
 def _bars(axes: Any, info: FigureInfo, series: Series, position: int, colour: str) -> None:

@@ -383,23 +383,27 @@ def weights_page() -> str:
         "the name; a file that has an address is fetched from there first, and its path given. The "
         "accuracies are their authors', top-1, with their own fine-tuning. The licence is that of "
         "the weights: non-commercial ones are for research. None of them is downloaded by mar's "
-        "tests: the last column says how each layout is checked.",
+        "tests: each entry says how its layout is checked.",
         "",
-        "| name | model | pre-trained on | accuracy | licence | settings | recipe | checked |",
-        "|:--|:--|:--|:--|:--|:--|:--|:--|",
     ]
     for each in known_weights():
-        name = f"`{each.name}`"
-        if each.address.startswith("http"):
-            name += f" ([address]({each.address}))"
-        elif each.address:
-            name += f" ({each.address})"
-        data = f"{each.data}, {each.epochs} epochs" if each.epochs else each.data
-        settings = f"`{each.settings}`" if each.settings else ""
-        recipe = f"`{each.recipe}`" if each.recipe else ""
-        cells = [name, each.model, data, each.accuracy, each.licence, settings, recipe]
-        lines.append(f"| {' | '.join([*cells, each.checked])} |")
-    return "\n".join([*lines, ""])
+        lines += [f"## {each.model}", "", f"`{each.name}`", ""]
+        facts = {
+            "Fetch it": each.address,
+            "Pre-trained on": each.data + (f", {each.epochs} epochs" if each.epochs else ""),
+            "Accuracy": each.accuracy,
+            "Licence": each.licence,
+            "Settings": f"`{each.settings}`" if each.settings else "",
+            "Recipe": f"`{each.recipe}`" if each.recipe else "",
+            "Checked": each.checked,
+        }
+        for label, text in facts.items():
+            if text:
+                # A bare address is a link between angle brackets.
+                shown = re.sub(r"(https?://\S+)", r"<\1>", text)
+                lines.append(f"- {label}: {shown}")
+        lines.append("")
+    return "\n".join(lines)
 
 
 PAGES = {

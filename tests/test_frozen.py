@@ -1,6 +1,7 @@
 """An encoder of which all, nothing, or the last blocks are trained."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,15 +10,18 @@ from test_step import batch_of
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from trainings import assert_same_weights, train
 
 from mar.config.model_settings import ClassifierConfig
 from mar.config.overrides import SettingError, build
 from mar.config.schema import TrainingConfig
+from mar.errors import Stopped
 from mar.model.classifier import AttentiveClassifier
 from mar.model.flops import cost
 from mar.model.mar import MAR
 from mar.training.checkpoint import Progress
 from mar.training.optim import build_optimizer
+from mar.training.reports import TrainingSignal
 from mar.training.step import RuntimeConfig, TrainState, train_step
 from orchestration.studies.identity import identity
 
@@ -60,6 +64,25 @@ def test_what_is_not_trained_has_no_stochastic_depth(tiny: Callable[..., Trainin
     assert torch.equal(first, model.encoder(tubelets, visible))
     assert not first.requires_grad, "nothing is kept for a backward pass"
     assert model.classifier is not None and model.classifier.training
+
+
+@pytest.mark.parametrize("part", ["none", {"last": 1}])
+def test_a_stopped_training_of_a_part_equals_one_that_was_not(
+    part: Any, tiny: Callable[..., TrainingConfig], tmp_path: Path
+) -> None:
+    """Frozen parts have no stochastic depth from the first step on, and from a resumption on."""
+    settings = tiny({"encoder.train": part, "encoder.drop_path": 0.9, "encoder.depth": 3})
+    straight = train(settings, tmp_path / "straight")
+    steps: list[int] = []
+
+    def stop(step: int, _: int) -> TrainingSignal:
+        steps.append(step)
+        return TrainingSignal.STOP if len(steps) == 3 else TrainingSignal.CONTINUE
+
+    with pytest.raises(Stopped):
+        train(settings, tmp_path / "stopped", {"on_step": stop})
+    assert train(settings, tmp_path / "stopped")[-1] == straight[-1]
+    assert_same_weights(tmp_path / "straight", tmp_path / "stopped")
 
 
 def test_it_costs_less_and_is_another_training() -> None:

@@ -16,13 +16,14 @@ from mar.config.overrides import SettingError, build
 from mar.config.schema import TrainingConfig
 from mar.data.annotations import read_split
 from mar.data.token_cache import TokenCache, bytes_per_view, view_shape
-from mar.errors import Stopped, UserError
+from mar.errors import Failure, Stopped, UserError
 from mar.evaluation.evaluator import Evaluator
 from mar.model.flops import cost
 from mar.model.mar import MAR
 from mar.training import frozen_tokens
 from mar.training.frozen_tokens import tokens_name
 from mar.training.reports import TrainingSignal
+from orchestration.studies.identity import identity, training_identity
 
 Tiny = Callable[..., TrainingConfig]
 CACHED: dict[str, Any] = {
@@ -145,7 +146,9 @@ def test_tokens_that_do_not_fit_on_the_disk_are_refused(
     settings = tiny({**CACHED, "recipe.epochs": 1})
     assert bytes_per_view(settings) == 2 * view_shape(settings)[0] * 16
     monkeypatch.setattr(frozen_tokens, "_FREE_SHARE", 1e-12)
-    with pytest.raises(UserError, match=r"tokens of 24 videos, 2 views each, need .* GiB, and"):
+    with pytest.raises(
+        UserError, match=r"tokens of 24 videos, 2 views each, need .* GiB more, and"
+    ):
         train(settings, tmp_path)
 
 
@@ -157,6 +160,7 @@ def test_tokens_that_do_not_fit_on_the_disk_are_refused(
         ({"mask.strategy": "motion"}, r"mask\.strategy: does not go with"),
         ({"evaluation.mask.ratio": 0.0}, r"mask\.ratio: does not go with"),
         ({"augment.repeats": 2}, r"augment\.repeats: does not go with"),
+        ({"evaluation.merge": 2}, r"evaluation\.merge: does not go with"),
     ],
 )
 def test_settings_that_cached_tokens_cannot_follow_are_refused(
@@ -166,8 +170,52 @@ def test_settings_that_cached_tokens_cannot_follow_are_refused(
         tiny({**CACHED, **changes})
 
 
-def test_augmentations_without_effect_make_no_other_trial(tiny: Tiny) -> None:
+def test_the_views_that_it_trains_on_make_another_training(tiny: Tiny) -> None:
+    """Of other trainings the test's views are tested, and no more."""
+
+    def trainings(*changes: dict[str, Any]) -> int:
+        return len({training_identity(identity(tiny(each), "data")) for each in changes})
+
+    assert trainings(CACHED, {**CACHED, "evaluation.clips": 3}) == 2
+    assert trainings(CACHED, {**CACHED, "evaluation.mask.start": 1}) == 2
+    assert trainings(CACHED, {**CACHED, "evaluation.shuffled_frames": True}) == 1
+    assert trainings({}, {"evaluation.clips": 3}) == 1
+
+
+def test_a_broken_training_video_stops_the_training_before_anything_is_kept(
+    tiny: Tiny, videos: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(videos, copy)
+    settings = tiny({**CACHED, "data.root": str(copy)})
+    broken = read_split(settings.data, "train")[3].path
+    whole = broken.read_bytes()
+    broken.write_bytes(b"not a video")
+    with pytest.raises(Failure, match=rf"{broken.name}.*set data\.broken: skip"):
+        train(settings, tmp_path / "trial", tokens_root=tmp_path / "tokens")
+    assert not list((tmp_path / "tokens").rglob("*.safetensors"))
+    broken.write_bytes(whole)
+    train(settings, tmp_path / "trial", tokens_root=tmp_path / "tokens")
+
+
+def test_a_stop_is_heeded_while_tokens_are_computed(tiny: Tiny, tmp_path: Path) -> None:
+    def stop() -> None:
+        raise Stopped("stopped")
+
+    with pytest.raises(Stopped):
+        train(tiny(CACHED), tmp_path, {"while_preparing": stop})
+
+
+def test_settings_without_effect_make_no_other_trial(tiny: Tiny) -> None:
     plain = tiny(CACHED)
+    for changes in (
+        {"encoder.drop_path": 0.5},
+        {"recipe.layer_decay": 0.5},
+        {"mask.temporal": "fixed"},
+        {"clip.round_frames": True},
+    ):
+        assert canonical(tiny({**CACHED, **changes})) == canonical(plain), changes
+        assert tokens_name(tiny({**CACHED, **changes})) == tokens_name(plain), changes
     assert canonical(tiny({**CACHED, "augment.mixup": 0.1})) == canonical(plain)
     assert canonical(tiny({**CACHED, "augment.smoothing": 0.2})) != canonical(plain)
 

@@ -14,8 +14,9 @@ from servers import Repository, free_port
 from test_pretrained import vit_names
 from torch import Tensor
 
+from mar.errors import UserError
 from mar.model.mar import MAR
-from mar.weights.hub import HubName
+from mar.weights.hub import ABSENT, HubName, fingerprint, locate
 from mar.weights.known_weights import known_weights
 from mar.weights.pretrained import check_start, load, model_settings
 from mar.weights.reading import read_weights
@@ -60,6 +61,18 @@ def show(name: str, address: str, home: Path) -> tuple[int, str]:
 )
 def test_a_name_is_a_repository_a_file_in_it_and_a_revision(name: str, expected: HubName) -> None:
     assert HubName.parse(name) == expected
+
+
+@pytest.mark.parametrize("name", ["hub:a/b//c.pth", "hub:a/b/../../c.pth"])
+def test_a_name_that_leads_out_of_a_repository_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="is neither a file, nor a name as"):
+        locate(name)
+    assert fingerprint(name) == f"{ABSENT}{name}"
+
+
+def test_a_revision_may_have_slashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert locate("nobody/nothing@refs/pr/1") is None
 
 
 def test_a_file_of_a_revision_is_fetched_from_the_mirror_once(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints_of_others import clips, randomised
+from checkpoints_of_others import clips, pretraining, randomised, saved
+from safetensors.torch import load_file, save_file
 from test_pretrained import vit_names
 from torch import Tensor
 from transformers import VJEPA2Config, VJEPA2Model
 
+from mar.config.canonical import canonical
 from mar.config.overrides import SettingError, build
 from mar.errors import UserError
 from mar.model.encoder import patchify
@@ -22,6 +26,9 @@ from mar.model.positions import (
     rotations,
     sin_cos_positions,
 )
+from mar.training.checkpoint import Progress, State, save
+from mar.training.optim import build_optimizer
+from mar.training.retention import RetentionPolicy
 from mar.weights.pretrained import fitting, load, model_settings
 from mar.weights.reading import Weights, read_weights
 
@@ -241,8 +248,18 @@ def test_a_resized_table_is_the_old_one_at_its_own_size_and_between_its_rows_els
                     "positions": "rotary_vjepa2",
                 }
             },
-            "6 channels in a head",
+            "at least 6 channels in a head",
         ),
+        (
+            {
+                "encoder": {
+                    "size": "custom", "width": 42, "depth": 1, "heads": 6,
+                    "positions": "rotary_vjepa2",
+                }
+            },
+            "an even number of at least 6 channels in a head, two for each axis; it has 7",
+        ),
+        ({"encoder": {"mlp_ratio": 0.0001}}, "mlp_ratio: 0.0001 of 768 is no channel"),
         (
             {"encoder": {"positions": "interpolated", "pretrained_grid": [4096, 64, 64]}},
             "more than 262144 tokens",
@@ -254,6 +271,51 @@ def test_settings_of_positions_that_contradict_are_refused(
 ) -> None:
     with pytest.raises(SettingError, match=message):
         build(changes)
+
+
+def test_resized_positions_of_the_same_grid_are_the_computed_ones() -> None:
+    same = build({"encoder": {"positions": "interpolated", "pretrained_grid": [8, 14, 14]}})
+    assert canonical(same) == canonical(build({}))
+
+
+def test_our_own_weights_say_their_positions_or_are_refused(tmp_path: Path) -> None:
+    v_jepa().save_pretrained(tmp_path / "theirs")
+    weights = read_weights(str(tmp_path / "theirs"))
+    settings = model_settings(
+        weights, {"clip": {"size": 64, "frames": 4}, "mask": {"cell": [2, 2]}}
+    )
+    model = MAR(settings)
+    optimizer = build_optimizer(model, settings.recipe)
+    state = State(model.state_dict(), optimizer.state_dict(), Progress())
+    checkpoint = save(tmp_path, settings, state, RetentionPolicy())
+    assert read_weights(str(checkpoint)).settings["encoder.positions"] == "rotary_vjepa2"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(checkpoint / "model.safetensors", alone)
+    with pytest.raises(UserError, match="mar's own weights without their settings"):
+        read_weights(str(alone))
+
+
+def test_a_model_of_another_kind_with_videomaes_names_is_refused(tmp_path: Path) -> None:
+    """ViViT's names are those of Hugging Face's VideoMAE, and its positions are learned."""
+    saved(pretraining(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "vivit"}))
+    with pytest.raises(UserError, match="says that it is a vivit, which mar does not read"):
+        read_weights(str(tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["embeddings.position_embeddings"] = torch.rand(1, 33, 48)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"table of positions \(1 × 33 × 48\) that is not the"):
+        read_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_table_without_rows_is_no_table(shape: tuple[int, ...], tmp_path: Path) -> None:
+    torch.save(vit_names("", "q_bias") | {"pos_embed": torch.rand(shape)}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match="has a table of positions"):
+        read_weights(str(tmp_path / "odd.pth"))
 
 
 def test_hidden_tokens_are_dropped_before_anything_turns(tmp_path: Path) -> None:

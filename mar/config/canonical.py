@@ -18,7 +18,8 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
     without cells have no cell's size, spatial or temporal order, and no start state in testing.
     Where a mask does not see the clip, content decides nothing. One view has nothing to complement.
     A package's encoder and classifier have their own options alone. Each schedule of the rate has
-    its own settings.
+    its own settings. An encoder that is not trained has no stochastic depth and no rates; cached
+    tokens are not augmented, and have the mask of testing.
     """
     changes: dict[str, Any] = {}
     classifier = settings.classifier
@@ -34,14 +35,25 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
         changes["encoder"] = settings.encoder.model_copy(
             update={"drop_path": vit.drop_path, "init": vit.init}
         )
+    encoder = changes.get("encoder", settings.encoder)
+    if encoder.positions == "interpolated" and encoder.pretrained_grid == settings.grid:
+        encoder = encoder.model_copy(update={"positions": "computed", "pretrained_grid": None})
+    unused_rates: dict[str, Any] = {}
+    if encoder.train == "none":
+        encoder = encoder.model_copy(update={"drop_path": EncoderConfig().drop_path})
+        # Under ``layer_decay_of: weights`` it is the decoder's mask token's too.
+        if not settings.reconstructs:
+            unused_rates = {"layer_decay": RecipeConfig().layer_decay}
+    changes["encoder"] = encoder
     # Cached tokens are not augmented, but for their labels.
-    if settings.encoder.cached:
+    if encoder.cached:
         changes["augment"] = AugmentConfig(smoothing=settings.augment.smoothing)
+        changes["clip"] = settings.clip.model_copy(update={"round_frames": False})
     if settings.recipe.schedule == "cosine":
         unused = {"decay_share": RecipeConfig().decay_share}
     else:
         unused = {"cosine_from": RecipeConfig().cosine_from}
-    changes["recipe"] = settings.recipe.model_copy(update=unused)
+    changes["recipe"] = settings.recipe.model_copy(update={**unused, **unused_rates})
     if not settings.reconstructs:
         changes["reconstruction"] = ReconstructionConfig(weight=0.0)
     # With a ratio of 0 in training alone, the cell still shapes the mask in testing.
@@ -64,6 +76,11 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
         )
     mask = changes.get("mask", settings.mask)
     changes["mask"] = mask.model_copy(update=_content_without_effect(mask))
+    # Its tokens are those of the mask of testing, which is one for all clips.
+    if encoder.cached:
+        default_mask = MaskConfig()
+        unused_orders = {"spatial": default_mask.spatial, "temporal": default_mask.temporal}
+        changes["mask"] = changes["mask"].model_copy(update=unused_orders)
     evaluation = settings.evaluation
     without_effect: dict[str, Any] = {}
     if evaluation.clips * evaluation.crops == 1:

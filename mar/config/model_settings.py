@@ -120,11 +120,16 @@ class EncoderConfig(Node):
             raise ValueError(
                 f"pretrained_grid has an effect with positions: interpolated, not {self.positions}"
             )
-        if self.is_rotary and self.dimensions[0] // self.dimensions[2] < _LEAST_ROTARY_HEAD:
+        if self.is_of_package:
+            return self
+        head = self.dimensions[0] // self.dimensions[2]
+        if self.is_rotary and (head < _LEAST_ROTARY_HEAD or head % 2):
             raise ValueError(
-                f"positions: '{self.positions}' needs {_LEAST_ROTARY_HEAD} channels in a head, two "
-                f"for each axis; it has {self.dimensions[0] // self.dimensions[2]}"
+                f"positions: '{self.positions}' needs an even number of at least "
+                f"{_LEAST_ROTARY_HEAD} channels in a head, two for each axis; it has {head}"
             )
+        if self.mlp_width < 1:
+            raise ValueError(f"mlp_ratio: {self.mlp_ratio} of {self.dimensions[0]} is no channel")
         return self
 
     @model_validator(mode="after")

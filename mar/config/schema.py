@@ -65,7 +65,7 @@ class RecipeConfig(Node):
     warmup_lr: NonNegativeFloat = 1.0e-6
     """Learning rate of the first step, if ``warmup_epochs`` is above 0."""
     min_lr: NonNegativeFloat = 1.0e-6
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the training."""
     # Table I says 0.5; every configuration of the release has 0.05.
     weight_decay: NonNegativeFloat = 0.05
     """AdamW's weight decay; not applied to biases, norms and mask tokens (in the release, with
@@ -112,7 +112,7 @@ class EvaluationConfig(Node):
     merge: NonNegativeInt = 0
     """Tokens that each block of the encoder merges in testing, without training (ToMe); 0: none."""
     every_epochs: PositiveInt = 1
-    """Epochs between two one-view validations during training."""
+    """Epochs between two validations during training: of one view, and of cached tokens all."""
     shuffled_frames: bool = False
     """Also test with each clip's frames in random order, which removes the motion."""
 
@@ -267,6 +267,7 @@ class TrainingConfig(Node):
                 "set it to same",
             ),
             "evaluation.mask.per_video": (self.evaluation.mask.per_video, "set it to false"),
+            "evaluation.merge": (self.evaluation.merge > 0, "set it to 0"),
             "recipe.objective": (self.pretrains, "a pre-training trains the encoder"),
         }
         for path, (is_set, advice) in conflicts.items():

@@ -24,7 +24,7 @@ from mar.data.video.sequential_reader import BrokenVideo
 from mar.rng import Stream, rng
 
 BYTES_PER_VALUE = 2
-"""Of half precision. The tokens have passed a LayerNorm: its three digits and range are enough."""
+"""Of half precision, which has three digits; values beyond its range are refused when written."""
 
 
 class TokenCache:
@@ -34,6 +34,7 @@ class TokenCache:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.rows: dict[int, tuple[str, int]] = {}
         """Index of a video in the split -> its file, and its row there."""
         for file in sorted(folder.glob("features_*.safetensors")):
@@ -91,7 +92,7 @@ def _sample(settings: TrainingConfig, videos: list[Video], cache: TokenCache, in
     evaluation = settings.evaluation
     views = evaluation.clips * evaluation.crops
     empty = torch.zeros(views, *view_shape(settings), dtype=torch.float16)
-    reason = "it could not be decoded when its tokens were cached"
+    reason = f"it could not be decoded when its tokens were cached; {cache.folder} has them"
     return Sample(empty, label, index, BrokenVideo(videos[index].path, reason))
 
 

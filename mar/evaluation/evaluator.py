@@ -173,13 +173,14 @@ class Evaluator:
 
     @torch.no_grad()
     def features(
-        self, model: MAR, per_token: bool = False
+        self, model: MAR, per_token: bool = False, as_trained: bool = False
     ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, "n ..."]]:
         """Return the numbers and labels of the videos, and the encoder's features.
 
         Features are the mean of the encoder's tokens over all views, ``n D``; with ``per_token``
         the tokens themselves, ``n views K D``. Broken videos are left out; if all are, the tensors
-        are empty.
+        are empty. They are computed in float32; ``as_trained``, in the recipe's precision, and
+        returned in half precision.
         """
 
         def measure(
@@ -187,8 +188,11 @@ class Evaluator:
         ) -> Float[Tensor, "B ..."]:
             views = clips.shape[1]
             pixels = to_pixels(clips.flatten(0, 1).to(self.device, non_blocking=True))
-            tokens = model.features(pixels, evaluation_masks(self.settings, views, videos))
-            tokens = tokens.float().unflatten(0, (-1, views)).cpu()
+            is_bf16 = as_trained and self.settings.recipe.precision == "bf16"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
+                tokens = model.features(pixels, evaluation_masks(self.settings, views, videos))
+            tokens = tokens.half() if as_trained else tokens.float()
+            tokens = tokens.unflatten(0, (-1, views)).cpu()
             return tokens if per_token else tokens.mean(dim=(1, 2))
 
         # A part of a data set may be broken as a whole, and the rest is not.

@@ -1,7 +1,8 @@
 """The encoder's features of a data set, in files that an interrupted run continues; probes of them.
 
-A folder has one file for each ``_VIDEOS_PER_FILE`` videos of a split, and ``features.json``, which
-says what they are of. Each file is written in one piece: what is there is whole.
+A folder has a file for each thousand videos of a split (of all tokens, for fewer), and
+``features.json``, which says what they are of. Each file is written in one piece: what is there is
+whole.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mar import distributed
-from mar.atomic_dir import atomic_write, write_text
+from mar.atomic_dir import atomic_write
 from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video
 from mar.data.token_cache import bytes_per_view
@@ -28,7 +29,7 @@ from mar.model.mar import MAR
 from mar.safe_text import printable
 
 _VIDEOS_PER_FILE = 1024
-_BYTES_PER_FILE = 2**28
+_BYTES_PER_FILE = 2**30
 """All tokens of all views of a thousand videos would take gigabytes of memory: fewer then."""
 _DESCRIPTION = "features.json"
 _NEIGHBOURS = 20
@@ -54,7 +55,8 @@ def write_features(
     description: Mapping[str, Any],
     *,
     per_token: bool = False,
-    is_half: bool = False,
+    is_cache: bool = False,
+    may_be_broken: bool = True,
     loader_processes: int = 0,
     progress: Callable[[int, int], None] | None = None,
     alive: Callable[[], None] = lambda: None,
@@ -68,7 +70,8 @@ def write_features(
         folder: Where to write; made if it does not exist.
         description: What the features are of: model, data and settings.
         per_token: All tokens of all views, instead of their mean.
-        is_half: In half precision.
+        is_cache: For a training on them: computed as it would, and kept in half precision.
+        may_be_broken: Whether videos that cannot be decoded are left out, or are an error.
         loader_processes: Processes that decode.
         progress: Called with the number of videos that are done, and of all.
         alive: Called for every batch.
@@ -78,18 +81,17 @@ def write_features(
 
     Raises:
         UserError: the folder has features of something else.
-        Failure: not one video could be decoded.
+        Failure: a video could not be decoded, and may not be left out, or not one could be; or the
+            values do not fit in half precision.
     """
-    said = folder / _DESCRIPTION
     # In ASCII: a file name need not be UTF-8.
     text = json.dumps({**description, "per_token": per_token}, indent=1)
-    if said.is_file() and said.read_text(encoding="utf-8") != text:
+    # One worker decides and writes: another could read what is half written.
+    if not distributed.broadcast_from_rank0(lambda: _describe(folder, text)):
         raise UserError(
             f"{folder}: it has features of another model, of other data or settings "
             f"({_DESCRIPTION} says which): choose another folder, or remove it"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(said, text)
     num_broken = 0
     per_file = _VIDEOS_PER_FILE
     if per_token:
@@ -111,9 +113,20 @@ def write_features(
                 first_video=first,
                 alive=alive,
             )
-            numbers, labels, values = evaluator.features(network, per_token)
-            if is_half:
-                values = values.half()
+            numbers, labels, values = evaluator.features(network, per_token, is_cache)
+            if len(numbers) < len(part) and not may_be_broken:
+                broken = sorted({*range(first, first + len(part))} - {*numbers.tolist()})
+                raise Failure(
+                    f"{videos[broken[0]].path}: it cannot be decoded ({len(broken)} in this part). "
+                    "Repair or remove it, or set data.broken: skip to leave such videos out",
+                    "data",
+                )
+            if not values.isfinite().all():
+                raise Failure(
+                    f"{folder}: some features are not finite"
+                    + (", or beyond the range of half precision" if is_cache else ""),
+                    "non_finite",
+                )
             tensors = {"videos": numbers, "labels": labels, "features": values}
             atomic_write(file, save(tensors))
         num_broken += len(part) - len(load_file(file)["videos"])
@@ -122,6 +135,16 @@ def write_features(
     if videos and num_broken == len(videos):
         raise Failure(f"{folder}: not one of {num_broken} videos could be decoded", "data")
     return num_broken
+
+
+def _describe(folder: Path, text: str) -> bool:
+    """Write what the features are of; false if the folder has those of something else."""
+    said = folder / _DESCRIPTION
+    if said.is_file():
+        return said.read_text(encoding="utf-8") == text
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(said, text.encode())
+    return True
 
 
 def read_features(folder: Path) -> Features:

@@ -71,6 +71,12 @@ def cost(settings: TrainingConfig) -> Cost:
     )
 
 
+def classifier_gflops(settings: TrainingConfig) -> float:
+    """Return the operations of the classifier alone on one view, 10⁹ multiply-adds."""
+    visible = prod(settings.grid) - settings.test_mask.num_hidden(settings.grid)
+    return _classifier_flops(settings, visible) / 1e9
+
+
 def _training_flops(settings: TrainingConfig, mask: MaskConfig) -> int:
     """Return the operations of a training step on one clip, with a mask of one ratio."""
     visible = prod(settings.grid) - mask.num_hidden(settings.grid)

@@ -91,6 +91,8 @@ class MAR(nn.Module):
         self.frozen = frozen_parts(self.encoder, settings.encoder)
         for part in self.frozen:
             part.requires_grad_(False)
+            # A new module is in training; ``train`` keeps these parts out of it.
+            part.eval()
         # Also built for a pre-training, which has none: its initialisation takes numbers from
         # PyTorch's generator, and without it the decoder would start from other random weights.
         classifier = build_classifier(settings)

@@ -73,7 +73,7 @@ def run_epoch(training: Training, batches: Iterator[Batch], validate: Evaluator)
     # The checkpoint must have this epoch in its history: a resumed training counts epochs by it.
     progress.history.append(metrics)
     _save(training)
-    _share_stable_part(training)
+    share_stable_part(training)
     training.callbacks.report(EpochReport(training.epoch, metrics))
     # After the last epoch only the test is left: the training finishes and does not stop.
     if training.is_to_stop and training.epoch < settings.recipe.epochs:
@@ -81,14 +81,21 @@ def run_epoch(training: Training, batches: Iterator[Batch], validate: Evaluator)
         raise Stopped(f"stopped after epoch {training.epoch}, saved")
 
 
-def _share_stable_part(training: Training) -> None:
+def share_stable_part(training: Training) -> None:
     """At the end of the stable part, leave its checkpoint for longer trainings."""
     folder = training.runtime.stable_dir
     is_its_end = training.epoch == stable_epochs(training.settings.recipe)
     if folder is None or not is_its_end or training.worker_rank.rank:
         return
     training.saver.wait()
-    share(path_for(training.saver.folder, training.progress), folder)
+    checkpoint = path_for(training.saver.folder, training.progress)
+    if not checkpoint.is_dir():
+        return
+    # It only saves longer trainings time: this one goes on without it.
+    try:
+        share(checkpoint, folder)
+    except Failure as failure:
+        training.callbacks.log(f"{failure}: longer trainings will not continue this one")
 
 
 def evaluate(

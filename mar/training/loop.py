@@ -27,7 +27,7 @@ from mar.evaluation.evaluator import Evaluator
 from mar.model.mar import MAR
 from mar.training import checkpoint
 from mar.training.checkpoint import Progress, Saver
-from mar.training.epoch import Training, evaluate, run_epoch
+from mar.training.epoch import Training, evaluate, run_epoch, share_stable_part
 from mar.training.frozen_tokens import FrozenTokens, cache_tokens
 from mar.training.memory import peak_training_memory_gib
 from mar.training.optim import build_optimizer
@@ -100,6 +100,8 @@ def fit(
             order.steps_per_epoch,
             saver,
         )
+        # It may have been ended between its checkpoint and sharing it.
+        share_stable_part(training)
         while training.epoch < settings.recipe.epochs:
             run_epoch(training, batches, validate)
     # Their loader processes end before those of testing start.
@@ -130,9 +132,11 @@ def _resume(
         lambda: checkpoint.latest(folder, settings, callbacks.log)
     )
     if found is None:
-        found = distributed.broadcast_from_rank0(lambda: shared_start(stable_dir, settings))
-        if found:
-            epochs = len(found.progress.history)
+        shared = distributed.broadcast_from_rank0(lambda: shared_start(stable_dir, settings))
+        # Workers on other nodes may not see this disk.
+        if shared and all(distributed.all_gather(shared.path.is_dir())):
+            found = shared
+            epochs = len(shared.progress.history)
             callbacks.log(f"continues a shorter training after its epoch {epochs}")
     progress = Progress()
     if found:

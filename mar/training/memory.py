@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mar.config.schema import TrainingConfig
+from mar.data.token_cache import view_shape
 from mar.errors import UserError
 from mar.model.mar import MAR
 from mar.model.masking import training_mask
@@ -31,17 +33,16 @@ def peak_training_memory_gib(settings: TrainingConfig, num_clips: int) -> float:
     # Memory that this process holds for something else, such as a finished training.
     held_bytes = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    model = MAR(settings).to(device)
-    optimizer = build_optimizer(model, settings.recipe)
-    clip = settings.clip
     num_classes = settings.data.num_classes
     is_bf16 = settings.recipe.precision == "bf16"
-    pixels = torch.rand(num_clips, 3, clip.frames, clip.size, clip.size, device=device)
     # Of several ratios, the one that hides least.
     mask = min(settings.mask.in_training, key=lambda each: each.first_ratio)
-    # Any class probabilities give the same memory.
-    labels = torch.full((num_clips, num_classes), 1 / num_classes, device=device)
     try:
+        model = MAR(settings).to(device)
+        optimizer = build_optimizer(model, settings.recipe)
+        pixels = _inputs(settings, num_clips, device)
+        # Any class probabilities give the same memory.
+        labels = torch.full((num_clips, num_classes), 1 / num_classes, device=device)
         # AdamW allocates its state in the first step, so that step is not yet the peak.
         for _ in range(_STEPS):
             hidden = training_mask(mask, settings.grid, num_clips, generator)
@@ -56,3 +57,11 @@ def peak_training_memory_gib(settings: TrainingConfig, num_clips: int) -> float:
             "use a smaller --batch-size"
         ) from None
     return (torch.cuda.max_memory_allocated(device) - held_bytes) / 2**30
+
+
+def _inputs(settings: TrainingConfig, num_clips: int, device: torch.device) -> Tensor:
+    """Return random clips, or what a classifier of cached tokens gets in their place."""
+    if settings.encoder.cached:
+        return torch.rand(num_clips, *view_shape(settings), device=device)
+    clip = settings.clip
+    return torch.rand(num_clips, 3, clip.frames, clip.size, clip.size, device=device)

@@ -42,17 +42,27 @@ def share(checkpoint: Path, folder: Path) -> None:
         Failure: the disk refuses.
     """
     target = folder / checkpoint.name
-    if target.exists():
+    if _is_whole(target):
         return
     # Renamed at the end, so that a folder of this name is complete.
     unfinished = folder / f".{checkpoint.name}.{os.getpid()}.unfinished"
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        # Left by processes that were ended while they copied; one that still copies tries again.
+        for old in folder.glob(f".{checkpoint.name}.*.unfinished"):
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(checkpoint, unfinished)
         unfinished.rename(target)
-    except OSError as error:
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
         # Another training of this length may have written it meanwhile.
         if not target.exists():
-            raise Failure(
-                f"{folder} cannot be written: {error.strerror or error}", "disk"
-            ) from None
+            raise Failure(f"{folder} cannot be written: {error}", "disk") from None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_atomic_dir(path)
+    except Failure:
+        return False
+    return True

@@ -55,6 +55,8 @@ class TrainingCallbacks:
     log: Callable[[str], None] = print
     """Receives messages for a person."""
     # Workers that act on different answers would wait for each other in the next collective call.
+    while_preparing: Callable[[], None] = lambda: None
+    """Called while a training waits or computes before its first step; may raise ``Stopped``."""
     on_step: Callable[[int, int], TrainingSignal] = lambda done, total: TrainingSignal.CONTINUE
     """Called after each step with the steps done and their total. All workers must get the same
     answer."""

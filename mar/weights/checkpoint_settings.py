@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mar import MANIFEST
 from mar.config.model_settings import ENCODER_SIZES
 from mar.config.overrides import flatten
 from mar.weights.layouts import OURS, Layout
@@ -164,6 +165,9 @@ def config_beside(path: Path, layout: Layout) -> dict[str, Any]:
         settings = folder / "settings.yaml"
         if settings.is_file() and not (folder / "config.json").is_file():
             return read_mapping(settings)
+        # A checkpoint of a training has them in its manifest.
+        if (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
+            return read_mapping(folder / MANIFEST).get("settings", {})
         config = read_mapping(folder / "config.json")
         if config.get("model_type") == "mar":
             return config.get("settings", {})

@@ -69,6 +69,9 @@ def fetch(name: str) -> Path:
     """
     found = locate(name)
     if found:
+        # What was downloaded before may not have been checked: that process may have ended.
+        if not Path(name).expanduser().exists() and name not in _SHIPPED:
+            _check_downloads(found, name)
         return found
     hub_name = HubName.parse(name)
     try:
@@ -80,13 +83,12 @@ def fetch(name: str) -> Path:
                 path = _snapshot(hub_name, _OLD)
     except Exception as error:
         # Errors of huggingface_hub, its HTTP client and a wrong endpoint have no common base.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"{name}: no such file here, and the hub gave no {hub_name.text}: {reason}. "
             f"{_by_hand(hub_name)}"
         ) from None
-    for file in weight_files(path):
-        _check_download(file, name)
+    _check_downloads(path, name)
     return path
 
 
@@ -106,20 +108,25 @@ def _by_hand(name: HubName) -> str:
     return f"Without a way to it: fetch {what}; or set HF_ENDPOINT to a mirror"
 
 
-def _check_download(file: Path, name: str) -> None:
-    """Check a downloaded file against the SHA-256 that the hub gave for it.
+def _check_downloads(path: Path, name: str) -> None:
+    """Check downloaded weights against the SHA-256 that the hub gave for each large file.
 
     Raises:
         UserError: it is another file. It is removed, so that the next try downloads it.
     """
-    # The cache has large files under their SHA-256, and a link to it by their name.
-    content = file.resolve()
-    if not re.fullmatch(r"[0-9a-f]{64}", content.name):
-        return
-    if _sha256(str(content), content.stat().st_size, content.stat().st_mtime_ns) != content.name:
-        content.unlink()
-        file.unlink(missing_ok=True)
-        raise UserError(f"{name}: {file.name} was damaged on its way here; run the command again")
+    for file in weight_files(path):
+        # The cache has large files under their SHA-256, and a link to it by their name; on a disk
+        # without links, and of small files, there is nothing to compare with.
+        content = file.resolve()
+        if not re.fullmatch(r"[0-9a-f]{64}", content.name):
+            continue
+        state = content.stat()
+        if _sha256(str(content), state.st_size, state.st_mtime_ns) != content.name:
+            content.unlink()
+            file.unlink(missing_ok=True)
+            raise UserError(
+                f"{name}: {file.name} was damaged on its way here; run the command again"
+            )
 
 
 def locate(name: str) -> Path | None:
@@ -142,7 +149,7 @@ def locate(name: str) -> Path | None:
         path.is_absolute()
         or name.startswith(("./", "../", "~"))
         or path.suffix in _FILE_ENDINGS
-        or name.count("/") > 1
+        or name.partition("@")[0].count("/") > 1
     )
     if looks_like_path and not is_hub:
         raise UserError(
@@ -156,8 +163,12 @@ def locate(name: str) -> Path | None:
         folder = _snapshot(hub_name, _SAFE, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
-    except HFValidationError:
-        raise UserError(f"{name!r} is neither a file, nor a name as organisation/model") from None
+    # A ValueError: a path in the repository that leads out of it, or has an empty part.
+    except (HFValidationError, ValueError):
+        raise UserError(
+            f"{name!r} is neither a file, nor a name as organisation/model or "
+            f"{_HUB}organisation/model/path/of/file"
+        ) from None
     try:
         return folder if _weight_files(folder) else None
     except UserError:

@@ -16,6 +16,7 @@ from mar.config.model_settings import ENCODER_SIZES
 from mar.config.overrides import flatten
 from mar.errors import UserError
 from mar.model.positions import sin_cos_positions
+from mar.safe_text import printable
 from mar.weights.checkpoint_settings import (
     classes_beside,
     config_beside,
@@ -92,6 +93,12 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
             layout = "image ViT"
         else:
             layout = "VideoMAE, fine-tuned"
+    if translated.layout is OURS and not config and "encoder.embed.weight" in kept:
+        raise UserError(
+            f"{name}: mar's own weights without their settings: positions and heads are in no "
+            "tensor. Keep settings.yaml, config.json or manifest.json beside the file, as mar "
+            "writes them"
+        )
     # The tensors of such a model have the same shapes, so nothing else would reveal it: it
     # would load, and compute other values.
     if config.get("hidden_act", "gelu") != "gelu":
@@ -123,30 +130,36 @@ def _check_positions(name: str, layout: Layout, tensors: Mapping[str, Tensor], s
     Raises:
         UserError: they are others, or the file says nothing of them.
     """
-    if said and said == layout.model_type:
-        return
-    table = next((value for key, value in tensors.items() if key.endswith("pos_embed")), None)
     is_image = "patch_embed.proj.weight" in tensors and is_flat(tensors)
+    # The positions of an image say nothing of a video's, and are replaced; our own files have their
+    # settings beside them.
+    if is_image or layout is OURS:
+        return
+    endings = ("pos_embed", "position_embeddings")
+    table = next((value for key, value in tensors.items() if key.endswith(endings)), None)
+    is_said = said != "" and said == layout.model_type
     if layout.positions != "computed":
         # Its rotations are no tensors; the V-JEPA before it had a table.
-        if table is None:
+        if table is None or is_said:
             return
         raise UserError(
             f"{name}: its names are those of {layout.name}, but it has a table of positions, as "
             "V-JEPA (1) has, whose positions mar does not have. If it is V-JEPA 2 with rotary "
             'positions, say so: a config.json with {"model_type": "vjepa2"} beside the file'
         )
-    # The positions of an image say nothing of a video's, and are replaced.
-    if not layout.shows_positions or is_image:
-        return
-    if table is not None:
-        if _is_sin_cos(table):
-            return
+    if table is not None and not _is_sin_cos(table):
         raise UserError(
             f"{name}: it has a table of positions ({' × '.join(map(str, table.shape))}) that is "
             "not the sin-cos table that mar adds to the tokens: it would compute something else"
         )
-    if layout.has_its_positions(tensors):
+    if table is not None or is_said or layout.has_its_positions(tensors):
+        return
+    if said:
+        raise UserError(
+            f"{name}: its names are those of {layout.name}, and the config.json beside it says "
+            f"that it is a {printable(said)}, which mar does not read"
+        )
+    if not layout.shows_positions:
         return
     raise UserError(
         f"{name}: its names are those of {layout.name}, but it says nothing of its positions. mar "
@@ -159,6 +172,8 @@ def _check_positions(name: str, layout: Layout, tensors: Mapping[str, Tensor], s
 
 def _is_sin_cos(table: Tensor) -> bool:
     """Whether a stored table of positions is the one that mar computes."""
+    if table.ndim < 2:
+        return False
     rows = table.flatten(0, -2).float()
     # Half precision has three digits.
     return torch.allclose(rows, sin_cos_positions(*rows.shape), atol=2e-3)

@@ -81,7 +81,12 @@ def _packages(settings: TrainingConfig) -> dict[str, str]:
 def training_identity(identity_line: str) -> str:
     """Return the part of an identity that the training depends on: all but ``evaluation``."""
     tree: dict[str, Any] = json.loads(identity_line)
-    tree.pop("evaluation")
+    evaluation: dict[str, Any] = tree.pop("evaluation")
+    # Cached tokens are those of the test's views: what says which these are decides the training.
+    if tree["encoder"].get("cached"):
+        for name in ("every_epochs", "shuffled_frames"):
+            evaluation.pop(name)
+        tree["views"] = evaluation
     # Without a mask in training, the other mask settings affect the test alone.
     if not tree["mask"]["ratio"]:
         tree["mask"] = {"ratio": 0.0}

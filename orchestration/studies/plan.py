@@ -10,7 +10,7 @@ from typing import Literal
 from mar.config.schedule import stable_epochs
 from mar.data.annotations import read_split
 from mar.errors import UserError
-from mar.model.flops import cost
+from mar.model.flops import classifier_gflops, cost
 from orchestration.studies.devices import Device, planning_figures
 from orchestration.studies.diff import Neighbours
 from orchestration.studies.identity import settings_of_identity, stable_identity
@@ -102,7 +102,7 @@ def plan_trials(
         hours = None
         if clips is not None and rate:
             is_trained = state != "test"
-            gflops = _tested_views(trial, is_trained) * figures.gflops
+            gflops = _tested_views(trial, is_trained) * _gflops_of_view(trial)
             if is_trained:
                 gflops += clips * figures.train_gflops
             hours = gflops / rate / 3600
@@ -345,6 +345,17 @@ def _num_training_videos(trial: Trial, known: dict[str, int | None]) -> int | No
         else:
             known[source] = len(read_split(data, "train"))
     return known[source]
+
+
+def _gflops_of_view(trial: Trial) -> float:
+    """Return the operations of one view in validation and test.
+
+    Of cached tokens the classifier alone; the pass that computes them, once for all trials that
+    share them, is not counted.
+    """
+    if trial.settings.encoder.cached:
+        return classifier_gflops(trial.settings)
+    return cost(trial.settings).gflops
 
 
 def _tested_views(trial: Trial, is_trained: bool) -> int:

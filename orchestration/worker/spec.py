@@ -116,5 +116,8 @@ def build_trial_spec(
 
 def stable_folder(trial: Trial, launch: LaunchConfig) -> Path | None:
     """Return the folder that trainings of other lengths share with a trial; None if they cannot."""
+    # What is shared is on one disk, and other nodes do not have it.
+    if launch.worker.object_store:
+        return None
     shared = stable_identity(trial.identity)
     return launch.stable_root / key_of(shared) if shared else None

@@ -184,6 +184,7 @@ def _attempt(
                 log=trial.log,
                 on_step=monitor.on_step,
                 heartbeat=monitor.heartbeat,
+                while_preparing=_alive(trial, monitor.heartbeat),
                 on_checkpoint=_on_checkpoint(trial.sync),
                 on_write_error=_WaitForRoom(trial, monitor.heartbeat),
             )
@@ -211,6 +212,18 @@ def _attempt(
     return _record_failure(trial.trial_dir, reason)
 
 
+def _alive(trial: _Trial, heartbeat: Callable[[], None]) -> Callable[[], None]:
+    """Return what a trial calls before its first step: a heartbeat, and a look for a stop."""
+
+    def alive() -> None:
+        heartbeat()
+        # Of several workers, one that left alone would leave the others in a collective call.
+        if worker_rank().world == 1 and trial.spec.stop_file.exists():
+            raise Stopped("stopped before the first step; what is cached is kept")
+
+    return alive
+
+
 def _pack_frames(trial: _Trial, data: DataConfig, heartbeat: Callable[[], None]) -> None:
     """Pack what the node's frame cache lacks, where the settings have ``data.cache: auto``.
 
@@ -223,10 +236,7 @@ def _pack_frames(trial: _Trial, data: DataConfig, heartbeat: Callable[[], None])
     if spec.frames is None:
         return
 
-    def alive() -> None:
-        heartbeat()
-        if spec.stop_file.exists():
-            raise Stopped("stopped while it packed the frame cache")
+    alive = _alive(trial, heartbeat)
 
     def progress(done: int, total: int) -> None:
         trial.log.note(f"frame cache: {done} of {total} videos packed")

@@ -156,7 +156,8 @@ class WorkerConfig:
                 f"min_workers: {self.min_workers} is more than workers: {self.workers}"
             )
         gpus = self.gpus_per_worker
-        if gpus is not None and gpus > 1 and gpus != int(gpus):
+        # An infinite number is no whole one either.
+        if gpus is not None and gpus > 1 and not float(gpus).is_integer():
             raise ValueError(f"gpus_per_worker: {gpus:g}: a fraction must be less than one GPU")
         store = self.object_store
         if store and not store.startswith(("s3://", "gs://", "file://")):
@@ -213,7 +214,7 @@ class LaunchConfig:
     trials_per_gpu: str | None = _option(
         None,
         "Trials beside each other on one GPU; auto: as many as its memory allows, measured with "
-        "the largest. Default: one.",
+        "the largest of a study. Default: one.",
         metavar="N|auto",
     )
     webhook: str | None = _option(

@@ -52,6 +52,7 @@ class Events:
         self.ends: dict[str, str] = {}
         """Key -> how the trial ended."""
         self.order: list[str] = []
+        self.waited: list[str] = []
         self.epochs: dict[str, list[EpochReport]] = {}
         self.reasons: dict[str, FailureReason] = {}
         self.pruned_key = ""
@@ -71,6 +72,9 @@ class Events:
     def epoch(self, key: str, report: EpochReport) -> None:
         self.epochs.setdefault(key, []).append(report)
         self.on_epoch(report)
+
+    def waits(self, key: str) -> None:
+        self.waited.append(key)
 
     def finished(self, key: str) -> None:
         self.ends[key] = "finished"

@@ -14,8 +14,8 @@ from test_backends import Events, metrics_of, trial_of
 import mar.model.mar as model_module
 from mar.config.overrides import build, merge
 from mar.errors import UserError
-from orchestration.backends import gpu_sharing, inline, local, ray_tune
-from orchestration.backends.gpu_sharing import max_concurrent_trials, share_of
+from orchestration.backends import gpu_sharing, inline, local, ray_tune, worker_pool
+from orchestration.backends.gpu_sharing import larger_share, max_concurrent_trials, share_of
 from orchestration.config import LaunchConfig, WorkerConfig
 from orchestration.studies.trial import Trial
 from orchestration.worker import trial_runner
@@ -109,10 +109,12 @@ def test_auto_divides_the_memory_by_what_the_largest_needs(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, large = tiny_trials(videos, 2)
-    large = trial_of(large.settings.model_copy(update={"clip": small.settings.clip}), "large")
+    # As many operations for each clip, and twice as many clips in a step.
+    recipe = large.settings.recipe.model_copy(update={"batch_size": 16})
+    large = trial_of(large.settings.model_copy(update={"recipe": recipe}), "large")
     asked: list[tuple[Trial, int]] = []
 
-    def measure(trial: Trial, clips: int) -> tuple[float, float]:
+    def measure(trial: Trial, clips: int, _: Path) -> tuple[float, float]:
         asked.append((trial, clips))
         return 5.0, 24.0
 
@@ -120,9 +122,9 @@ def test_auto_divides_the_memory_by_what_the_largest_needs(
     share = share_of(launch_of(tmp_path, trials_per_gpu="auto"), [small, large])
     # 0.9 × 24 GiB by 5 GiB and the context's 0.6 GiB.
     assert share.gpus == pytest.approx(1 / 3, abs=1e-4)
-    assert "trials per GPU: 3 (the largest, " in share.message
-    assert "needs 5.0 of 24.0 GiB)" in share.message
-    assert asked == [(small, 8)]
+    assert f"trials per GPU: 3 (the largest, {large.name}, needs 5.0 of 24.0 GiB)" == share.message
+    share_of(launch_of(tmp_path, trials_per_gpu="auto", max_microbatch_clips=8), [large, small])
+    assert asked == [(large, 16), (large, 8)]
 
 
 def test_auto_says_that_it_cannot_measure_a_gpu_that_is_not_there(
@@ -172,26 +174,48 @@ def test_a_trial_without_room_beside_others_gets_a_larger_share_and_its_own_step
     assert not (folder / "microbatch.json").exists(), "its batch was not divided"
 
 
-def test_a_share_that_is_too_small_leaves_the_batch_whole(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("divides", [False, True])
+def test_a_trial_divides_its_batch_only_where_no_larger_share_comes(
+    divides: bool, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> Any:
         raise MemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model_module.MAR, "forward", full)
     (trial,) = tiny_trials(videos, 1)
-    for gpus, is_divided in ((0.25, False), (1.0, True)):
-        launch = launch_of(tmp_path / str(gpus), gpus_per_worker=gpus)
-        spec = build_trial_spec(trial, launch, gpus)
-        reason = trial_runner.train(spec.to_json(), lambda report: None)
-        assert reason is not None and reason.kind == "memory"
-        assert spec.trial_dir.microbatch.exists() == is_divided
+    spec = build_trial_spec(trial, launch_of(tmp_path), 0.25, divides_batch=divides)
+    reason = trial_runner.train(spec.to_json(), lambda report: None)
+    assert reason is not None and reason.kind == "memory"
+    assert spec.trial_dir.microbatch.exists() == divides
+
+
+def test_a_share_grows_to_a_whole_gpu_as_long_as_it_fits(tmp_path: Path) -> None:
+    launch = launch_of(tmp_path, gpus_per_worker=0.25, cpus_per_worker=0.1)
+    share = share_of(launch, [])
+    assert (share.gpus, share.divides_batch) == (0.25, False)
+    share = larger_share(launch, share)
+    assert (share.gpus, share.divides_batch) == (0.5, False)
+    share = larger_share(launch, share)
+    assert (share.gpus, share.divides_batch) == (1.0, True)
+    # Four workers of a half each would need two GPUs.
+    launch = launch_of(tmp_path, workers=4, gpus_per_worker=0.25, cpus_per_worker=0.1)
+    share = larger_share(launch, share_of(launch, []))
+    assert (share.gpus, share.divides_batch) == (0.25, True)
+
+
+def test_workers_of_one_trial_on_one_gpu_are_joined_by_gloo(videos: Path, tmp_path: Path) -> None:
+    (trial,) = tiny_trials(videos, 1)
+    for gpus, backend in ((0.5, "gloo"), (1.0, "nccl")):
+        launch = launch_of(tmp_path, workers=2, gpus_per_worker=gpus)
+        trainer: Any = worker_pool._trainer(build_trial_spec(trial, launch, gpus), None)
+        assert trainer.backend_config.backend == backend
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"gpus_per_worker": 1.5}, "a fraction must be less than one GPU"),
+        ({"gpus_per_worker": float("inf")}, "a fraction must be less than one GPU"),
         ({"trials_per_gpu": "many"}, "expected a number from 1 to 100, or auto"),
         ({"trials_per_gpu": "0"}, "expected a number from 1 to 100, or auto"),
         ({"trials_per_gpu": "2", "gpus_per_worker": 0.5}, "give one of the two"),

@@ -187,6 +187,37 @@ def test_a_budget_takes_what_fits_in_the_studys_order(workdir: Path) -> None:
     assert budget.hours == pytest.approx(hours[0] * 0.01)
 
 
+@pytest.mark.parametrize("order", ["file", "cheapest", "shared"])
+def test_a_budget_for_a_test_does_not_buy_the_training(order: Order, workdir: Path) -> None:
+    """Of the rows with one training any may be the first to run, and then trains."""
+    (workdir / "crossed.yaml").write_text(CROSSED)
+    study = read_study("crossed.yaml")
+    slow = device("slow=1e-3")
+    lines = plan_trials(study, [], slow)
+    training = min(line.device_hours or 0.0 for line in lines if line.state == "new")
+    test = max(line.device_hours or 0.0 for line in lines if line.state == "test")
+    budget = Budget((training + test) / 2, slow)
+    assert budget.hours > test
+    budget.choose([study], [], order)
+    assert budget.chosen == frozenset()
+
+
+def test_a_budget_pays_for_a_training_that_continues_nothing(workdir: Path) -> None:
+    text = "title: Lengths\nrecipe: recipe.yaml\nfixed: {recipe.schedule: warmup_stable_decay}\n"
+    text += "axes: {E: {100: {recipe.epochs: 100}, 110: {recipe.epochs: 110}}}\n"
+    (workdir / "lengths.yaml").write_text(text + "table: {columns: [top1]}\n")
+    study = read_study("lengths.yaml")
+    slow = device("slow=1e-3")
+    short, long = plan_trials(study, [], slow)
+    assert short.device_hours and long.device_hours
+    assert long.device_hours < 0.5 * short.device_hours, "the plan continues the shorter one"
+    budget = Budget(0.9 * short.device_hours, slow)
+    assert budget.take(study, study.trials, []) == []
+    # And with both in it, it is never over-spent.
+    budget = Budget(2.5 * short.device_hours, slow)
+    assert len(budget.take(study, study.trials, [])) == 2
+
+
 def test_trials_run_in_the_files_order_or_what_is_shared_or_cheap_first(workdir: Path) -> None:
     one = "title: One\nrecipe: recipe.yaml\naxes: {A: {dear: {encoder.depth: 4}, both: {}}}\n"
     two = "title: Two\nrecipe: recipe.yaml\naxes: {B: {both: {}, cheap: {mask.ratio: 0.75}}}\n"

@@ -108,6 +108,14 @@ def test_lengths_follow_each_other_and_other_trials_wait_for_none(tiny: Tiny) ->
     assert rounds([]) == []
     study = [long, short]
     assert [continued_epochs(each, study, Planned()) for each in study] == [2, 0]
+    # Two with stable parts of 5 epochs: the one that runs first trains them, the other its decay.
+    equal = [
+        trial(**{**STABLE, "recipe.epochs": 8}),
+        trial(**{**STABLE, "recipe.epochs": 10, "recipe.decay_share": 0.5}),
+    ]
+    assert [stable_epochs(each.settings.recipe) for each in equal] == [5, 5]
+    assert [continued_epochs(each, equal, Planned()) for each in equal] == [0, 5]
+    assert rounds(equal) == [[equal[0]], [equal[1]]]
 
 
 STUDY = """\

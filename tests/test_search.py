@@ -404,8 +404,17 @@ def test_a_search_of_several_objectives_prunes_by_price_and_remembers_it(open_: 
         for epoch in (1, 2):
             assert not proposer.should_prune(trial.key, epoch, {"val/top1": 50.0})
         proposer.finished(trial.key, {"test/top1": 53.0}, trial.settings)
+    # Killed while four ran: these are proposed again, and are no others to compare with.
+    killed = [trial for trial in (proposer.next() for _ in range(4)) if trial]
+    for trial in killed:
+        for epoch in (1, 2):
+            proposer.should_prune(trial.key, epoch, {"val/top1": 99.0})
     # Resumed: what the others reached is in Optuna's storage.
     proposer = open_(**changes)
+    again = proposer.next()
+    assert again and again.key in {trial.key for trial in killed}
+    for epoch in (1, 2):
+        assert not proposer.should_prune(again.key, epoch, {"val/top1": 51.0})
     asked = [trial for trial in (proposer.next() for _ in range(12)) if trial]
     dearest = max(asked, key=lambda trial: cost(trial.settings).gflops)
     number = proposer.asked[dearest.key].number

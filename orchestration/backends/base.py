@@ -44,6 +44,9 @@ class TrialCallback(Protocol):
         A resumed trial reports its earlier epochs again, with ``is_replay``.
         """
 
+    def waits(self, key: str) -> None:
+        """Called when a trial has ended and is to be started again, with more of a GPU."""
+
     def finished(self, key: str) -> None:
         """Called when a trial has a complete result folder."""
 

@@ -3,16 +3,18 @@
 A worker's share of a GPU is what Ray counts: with 0.25, four workers get the same device. PyTorch
 keeps each below its share of the memory (``worker/trial_runner.py``). A trial that runs out of
 memory so is started again with twice the share, from its last checkpoint, before its micro-batch is
-made smaller: then fewer trials run beside each other, and the steps stay as they were.
+made smaller: then fewer trials run beside each other, and the steps stay as they were. Where no
+larger share fits, it divides its batch after all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mar.errors import UserError
+from mar.errors import UserError, notice
 from mar.model.flops import cost
 from orchestration.config import AUTO_TRIALS, LaunchConfig
 from orchestration.studies.trial import Trial
@@ -25,6 +27,12 @@ _MOST_TRIALS = 16
 """Most trials on one GPU under ``auto``: more share its arithmetic, not its memory."""
 
 
+_POLL_S = 1.0
+"""Seconds between two looks for a stop request while it measures."""
+_measurements: dict[tuple[str, int], Any] = {}
+"""Settings and clips -> Ray's reference to their measurement: a launch has several rounds."""
+
+
 @dataclass(frozen=True)
 class Share:
     """A worker's share of a GPU."""
@@ -33,6 +41,22 @@ class Share:
     """GPUs of a worker: a whole number, or a fraction below one."""
     message: str = ""
     """What to tell the user; empty where nothing was decided."""
+    divides_batch: bool = True
+    """Whether a trial that runs out of memory divides its batch; else it gets a larger share."""
+
+
+def _share(gpus: float, message: str = "") -> Share:
+    return Share(gpus, message, divides_batch=not 0 < gpus < 1)
+
+
+def larger_share(launch: LaunchConfig, share: Share) -> Share:
+    """Return twice a share; where that does not fit, the same, and trials divide their batch."""
+    larger = _share(min(1.0, 2 * share.gpus))
+    try:
+        max_concurrent_trials(launch, larger.gpus)
+    except UserError:
+        return Share(share.gpus)
+    return larger
 
 
 def share_of(launch: LaunchConfig, trials: Sequence[Trial]) -> Share:
@@ -48,14 +72,14 @@ def share_of(launch: LaunchConfig, trials: Sequence[Trial]) -> Share:
     import ray
 
     if launch.worker.gpus_per_worker is not None:
-        return Share(launch.worker.gpus_per_worker)
+        return _share(launch.worker.gpus_per_worker)
     has_gpu = ray.cluster_resources().get("GPU", 0) >= 1
     if launch.trials_per_gpu is None:
-        return Share(float(has_gpu))
+        return _share(float(has_gpu))
     if not has_gpu:
         raise UserError(f"--trials-per-gpu {launch.trials_per_gpu}: the cluster has no GPU")
     if launch.trials_per_gpu != AUTO_TRIALS:
-        return Share(_fraction(int(launch.trials_per_gpu)))
+        return _share(_fraction(int(launch.trials_per_gpu)))
     return _measured_share(launch, trials)
 
 
@@ -66,43 +90,62 @@ def _fraction(trials: int) -> float:
 
 def _measured_share(launch: LaunchConfig, trials: Sequence[Trial]) -> Share:
     if not trials:
-        return Share(1.0, "trials per GPU: 1 (auto knows no trial yet to measure)")
-    largest = max(trials, key=lambda trial: cost(trial.settings).train_gflops)
-    clips = largest.settings.recipe.batch_size // launch.worker.workers
-    clips = min(clips, launch.worker.max_microbatch_clips or clips)
-    measured = _measure(largest, clips)
+        return Share(1.0, "trials per GPU: 1 (auto: a search knows no trial yet to measure)")
+
+    def clips_of(trial: Trial) -> int:
+        clips = trial.settings.recipe.batch_size // launch.worker.workers
+        return min(clips, launch.worker.max_microbatch_clips or clips)
+
+    # Activations take most of the memory: as many as operations, for each clip of a pass.
+    largest = max(trials, key=lambda trial: cost(trial.settings).train_gflops * clips_of(trial))
+    measured = _measure(largest, clips_of(largest), launch.stop_file)
     if measured is None:
         return Share(1.0, "trials per GPU: 1 (auto: memory cannot be measured on this device)")
     needed, total = measured
     number = int(_MEMORY_SHARE * total / (needed + _CONTEXT_GIB))
     number = max(1, min(number, _MOST_TRIALS))
-    return Share(
+    return _share(
         _fraction(number),
         f"trials per GPU: {number} (the largest, {largest.name}, needs {needed:.1f} of "
         f"{total:.1f} GiB)",
     )
 
 
-def _measure(trial: Trial, clips: int) -> tuple[float, float] | None:
-    """Return the peak memory of a training step, and a GPU's memory, GiB; None without CUDA."""
+def _measure(trial: Trial, clips: int, stop_file: Path) -> tuple[float, float] | None:
+    """Return the peak memory of a training step, and a GPU's memory, GiB.
+
+    None: the device has no CUDA, the measurement failed, or the study is to stop.
+    """
     import ray
+    from ray.exceptions import RayError
 
     # In a process of its own, on a node with a GPU: this one may have none.
-    measure: Any = ray.remote(num_gpus=1, max_calls=1)(_peak_and_total)
-    return ray.get(measure.remote(trial.settings.model_dump(mode="json"), clips))
+    remote: Any = ray.remote(num_gpus=1, max_calls=1)(_peak_and_total)
+    settings = trial.settings.model_dump_json()
+    pending = _measurements.setdefault((settings, clips), remote.remote(settings, clips))
+    notice("trials per GPU: measuring the largest, once a GPU is free")
+    while not ray.wait([pending], timeout=_POLL_S)[0]:
+        if stop_file.exists():
+            ray.cancel(pending)
+            return None
+    try:
+        return ray.get(pending)
+    except RayError:
+        return None
 
 
-def _peak_and_total(settings: dict[str, Any], clips: int) -> tuple[float, float] | None:
+def _peak_and_total(settings_json: str, clips: int) -> tuple[float, float] | None:
     import torch
 
-    from mar.config.overrides import build
+    from mar.config.schema import TrainingConfig
     from mar.training.memory import peak_training_memory_gib
 
     if not torch.cuda.is_available():
         return None
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     try:
-        return peak_training_memory_gib(build(settings), clips), total
+        settings = TrainingConfig.model_validate_json(settings_json)
+        return peak_training_memory_gib(settings, clips), total
     except UserError:
         # Not even one fits: the trial itself will divide its batch.
         return total, total

@@ -18,7 +18,12 @@ from typing import Any
 
 from mar.errors import Failure, UserError, notice
 from orchestration.backends.base import TrainedResults, TrialCallback, TrialSource, reports_in
-from orchestration.backends.gpu_sharing import max_concurrent_trials, share_of
+from orchestration.backends.gpu_sharing import (
+    Share,
+    larger_share,
+    max_concurrent_trials,
+    share_of,
+)
 from orchestration.backends.ray_env import ray_environment
 from orchestration.backends.ray_session import ray_session
 from orchestration.config import LaunchConfig
@@ -96,28 +101,30 @@ def _run_with_shares(
         share = share_of(launch, known)
         if share.message:
             notice(share.message)
-        gpus = share.gpus
-        crowded = _run(next_trial, source, launch, gpus, callback, trained)
-        while crowded:
-            gpus = min(1.0, 2 * gpus)
-            names = ", ".join(trial.name for trial in crowded)
-            notice(f"no room beside others on a GPU: {gpus:g} of one each for {names}")
-            waiting = iter(crowded)
-            crowded = _run(
-                lambda waiting=waiting: next(waiting, None),
-                source,
-                launch,
-                gpus,
-                callback,
-                trained,
-            )
+        waiting: list[Trial] = []
+
+        def next_waiting() -> Trial | None:
+            return waiting.pop(0) if waiting else next_trial()
+
+        while True:
+            waiting = _run(next_waiting, source, launch, share, callback, trained)
+            if not waiting:
+                return
+            share = larger_share(launch, share)
+            names = ", ".join(trial.name for trial in waiting)
+            if share.divides_batch and share.gpus < 1:
+                notice(
+                    f"no room on a GPU, and no larger share to be had: smaller steps for {names}"
+                )
+            else:
+                notice(f"no room beside others on a GPU: {share.gpus:g} of one each for {names}")
 
 
 def _run(
     next_trial: Callable[[], Trial | None],
     source: TrialSource | None,
     launch: LaunchConfig,
-    gpus: float,
+    share: Share,
     callback: TrialCallback,
     trained: TrainedResults,
 ) -> list[Trial]:
@@ -137,15 +144,25 @@ def _run(
     """Keys of the trials that ran out of a shared GPU's memory."""
     begun: dict[str, Trial] = {}
 
+    gpus = share.gpus
+
     def next_config() -> dict[str, Any] | None:
         if launch.stop_file.exists() or callback.is_over():
+            return None
+        # A search learns from each result: it does not propose more while one is to come.
+        if source and crowded:
             return None
         trial = next_trial()
         if trial is None:
             return None
         begun[trial.key] = trial
         spec = build_trial_spec(
-            trial, launch, gpus, trained.get(trial.key), ray_environment(launch)
+            trial,
+            launch,
+            gpus,
+            trained.get(trial.key),
+            ray_environment(launch),
+            share.divides_batch,
         )
         _remove_leftovers(spec)
         return {"spec": spec.to_json()}
@@ -380,9 +397,12 @@ def _tune_callback(callback: TrialCallback, pruned: set[str], crowded: set[str])
 
         def _ended(self, trial: Any, trial_dir: TrialDir, reason: FailureReason) -> None:
             spec = TrialSpec.from_json(_spec_of(trial))
-            # Not reported: it is started again, with a larger share.
-            if reason.kind == "memory" and spec.shares_gpu and not trial_dir.is_finished:
+            # No failure: it is started again, with a larger share.
+            is_crowded = reason.kind == "memory" and not spec.divides_batch
+            if is_crowded and not trial_dir.is_finished:
                 crowded.add(spec.key)
+                if self.callback:
+                    self.callback.waits(spec.key)
             elif self.callback:
                 _report_end(self.callback, self.pruned, trial, trial_dir, reason)
 

@@ -58,7 +58,7 @@ from orchestration.storage.object_store import open_object_store
 from orchestration.worker.spec import TrialSpec
 
 if TYPE_CHECKING:
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
 _SHUTDOWN_S = 6.0
 """Seconds that workers may take to shut down; Tune kills a trial ten seconds after stopping it."""
@@ -255,7 +255,7 @@ class PooledTrainable(tune.Trainable):
 
 
 def _trainer(spec: TrialSpec, queue: Any) -> TorchTrainer:
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     worker = spec.worker
     resources = {"CPU": float(worker.cpus_per_worker)}

@@ -11,6 +11,7 @@ import typer
 
 from mar.errors import Failure, UserError
 from mar.safe_text import printable
+from orchestration.cli.launch_options import check_launch_options
 from orchestration.cli.options import (
     DEFAULT_STORE,
     AsJson,
@@ -189,6 +190,7 @@ def _check(study: str, arguments: list[str]) -> None:
         UserError: the study or an option is wrong, or a path is relative.
     """
     given = _parse_run_options(study, arguments)
+    check_launch_options(given)
     if given.get("address") or given.get("backend") == "local":
         raise UserError(
             "mar submit: --address is the dashboard's, and --backend local is for this machine"

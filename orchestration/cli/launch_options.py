@@ -56,6 +56,19 @@ def takes_launch_options(verb: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def check_launch_options(values: Mapping[str, Any]) -> None:
+    """Check the parameters of a verb with the launch's options.
+
+    Raises:
+        UserError: one is out of its range, or two contradict each other.
+    """
+    launch_values = {each.name: values[each.name] for each in _option_fields(LaunchConfig)}
+    # It may be a file on the machine where the launch will run.
+    launch_values["webhook"] = None
+    worker_values = {each.name: values[each.name] for each in _option_fields(WorkerConfig)}
+    _launch_config(Path(values["store"]), values["tracking_uri"], launch_values, worker_values)
+
+
 def _option_fields(config: type[Any]) -> list[Field[Any]]:
     """Return the fields that are options: those with a help text."""
     return [each for each in fields(config) if HELP in each.metadata]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mar.errors import UserError
+from mar.errors import UserError, notice
 from mar.safe_text import printable
 from orchestration.cli.launch_options import takes_launch_options
 from orchestration.cli.options import (
@@ -76,10 +76,10 @@ def run(
         _fetch_cache(launch.worker.cache_from, overrides or [])
     # With --all the first word is an override, not a study.
     if study and not is_all and is_search_file(study):
-        if only or budget is not None:
+        if only or budget is not None or order != "file":
             raise UserError(
-                f"{study} is a search: --filter and --budget are for studies; trials=N sets how "
-                "many trials it runs"
+                f"{study} is a search: --filter, --budget and --order are for studies; trials=N "
+                "sets how many trials it runs"
             )
         _run_search(study, overrides or [], launch)
     else:
@@ -139,8 +139,9 @@ def _paper_studies(overrides: list[str] | None, store: Path) -> list[Study]:
     """Return the paper's studies under the same overrides: with them one study shares its rows."""
     try:
         return studies_of(None, overrides, None, True, store)
-    except UserError:
+    except UserError as error:
         # An override of this study's own axes means nothing to the others.
+        notice(f"--order shared: the paper's studies cannot be counted ({error}): cheapest first")
         return []
 
 
@@ -150,7 +151,7 @@ def _studies_to_run(
     """Return the studies to run.
 
     With a filter they keep all of their trials, so that their reports stay complete; ``chosen`` has
-    the keys of those that run.
+    the names of those that run.
     """
     from dataclasses import replace
 
@@ -161,7 +162,7 @@ def _studies_to_run(
     studies: list[Study] = []
     # Both lists are of the same studies, in the same order.
     for study, part in zip(whole, filtered, strict=True):
-        chosen = frozenset(trial.key for trial in part.trials)
+        chosen = frozenset(trial.name for trial in part.trials)
         studies.append(replace(study, chosen=chosen))
     return studies
 

@@ -78,6 +78,10 @@ class LiveProgress:
             event = f"resumes at epoch {epochs_done + 1}/{state.epochs}"
         self._line(f"▶ {trial.name}: {event}   [{self.summary()}]")
 
+    def waits(self, trial: Trial) -> None:
+        """Show that a trial waits to be started again, with more of a GPU."""
+        self.states[trial.key].status = "queued"
+
     def epoch(self, trial: Trial, report: EpochReport) -> None:
         """Show an epoch that a trial finished, or its test."""
         state = self.states[trial.key]

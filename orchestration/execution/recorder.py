@@ -60,6 +60,9 @@ class ProgressReporter(Protocol):
     def started(self, trial: Trial, epochs_done: int = 0) -> None:
         """Show that a trial runs; ``epochs_done`` were finished in earlier launches."""
 
+    def waits(self, trial: Trial) -> None:
+        """Show that a trial waits to be started again."""
+
     def epoch(self, trial: Trial, report: EpochReport) -> None:
         """Show an epoch that a trial reports for the first time, or its test."""
 
@@ -160,6 +163,11 @@ class RunRecorder:
             self._log_position[key] = trial_dir.log.stat().st_size
         write_record(trial_dir, self.study.name, trial.name, self._tags_of(trial))
         self.progress.started(trial, trial_dir.num_epochs_done())
+
+    def waits(self, key: str) -> None:
+        """Show that a trial waits to be started again."""
+        self.begun.discard(key)
+        self.progress.waits(self.trials[key])
 
     def epoch(self, key: str, report: EpochReport) -> None:
         """Log an epoch; the writer drops epochs that were logged before."""

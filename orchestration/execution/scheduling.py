@@ -82,7 +82,8 @@ def rounds(trials: Sequence[Trial]) -> list[list[Trial]]:
     """Divide trials into rounds, such that each finds what it continues.
 
     Trainings that differ in their length alone, under ``warmup_stable_decay``, follow each other
-    from the shortest on: each continues the one before it. All others are in the first round.
+    from the shortest stable part on: each continues the one before it. All others are in the first
+    round.
     """
     families: dict[str, list[Trial]] = {}
     divided: list[list[Trial]] = [[]]

@@ -140,6 +140,10 @@ class SearchRecorder:
         """Record that a trial runs."""
         self.recorder.started(key)
 
+    def waits(self, key: str) -> None:
+        """Show that a trial waits to be started again; for Optuna it still runs."""
+        self.recorder.waits(key)
+
     def epoch(self, key: str, report: EpochReport) -> None:
         """Record an epoch; Optuna gets it when the backend asks whether to prune."""
         self.recorder.epoch(key, report)

@@ -6,6 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,7 +120,10 @@ def _plan(
     Raises:
         UserError: the data is missing, or the weights do not fit.
     """
-    missing = in_order(missing_trials(study, store), order, uses(among))
+    missing = missing_trials(study, store)
+    if order != "file":
+        # Only then: it reads the identities of all these studies' trials.
+        missing = in_order(missing, order, uses(among))
     wanted = missing
     if budget:
         wanted = budget.take(study, missing, store.trials())
@@ -256,6 +260,11 @@ def run_studies(
     """
     records = Store(launch).trials()
     before = {record.run_id for record in records if record.status == "FINISHED"}
+    if budget or order != "file":
+        for study in studies:
+            # What cannot be fetched is an error of its own study, which runs into it below.
+            with suppress(UserError):
+                fetch_weights(study)
     if budget:
         print(budget.choose(studies, records, order))
     began = time.monotonic()

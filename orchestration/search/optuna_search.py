@@ -302,7 +302,8 @@ class OptunaSearch:
         curves: dict[int, Curve] = {}
         for each in self.study.get_trials(deepcopy=False):
             accuracies = each.user_attrs.get(_ACCURACIES)
-            if accuracies:
+            # A killed launch's trials are proposed again, and would be counted twice.
+            if accuracies and each.state != TrialState.FAIL:
                 by_epoch = {int(epoch): value for epoch, value in accuracies.items()}
                 curves[each.number] = Curve(each.user_attrs[_PRICES], by_epoch)
         return curves

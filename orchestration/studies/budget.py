@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from mar.errors import UserError
 from orchestration.studies.devices import Device
@@ -14,8 +14,29 @@ from orchestration.studies.trial import Study, Trial
 
 
 @dataclass
+class _Prices:
+    """What the missing trials of some studies cost."""
+
+    missing: dict[str, Trial] = field(default_factory=dict[str, Trial])
+    """Key -> trial, each once, in the studies' order."""
+    hours: dict[str, float] = field(default_factory=dict[str, float])
+    """Training's identity -> device-hours of a trial with it, training and test."""
+    trained: set[str] = field(default_factory=set[str])
+    """Identities of trainings that are finished: their trials are only tested."""
+
+    def of(self, trial: Trial) -> float:
+        """Return the hours of a trial: any of those with one training may be the first to run."""
+        return 0.0 if trial.training in self.trained else self.hours[trial.training]
+
+
+@dataclass
 class Budget:
-    """Device-hours that may be spent; ``take`` subtracts those of the trials that it returns."""
+    """Device-hours that may be spent; ``take`` subtracts those of the trials that it returns.
+
+    The first trial that is taken with a training pays for it; the others only test its model, which
+    costs nothing here. A training that could continue a shorter one is priced as if it could not,
+    unless the shorter one is finished: the shorter one may not be taken.
+    """
 
     # Studies of one launch share this object, and so the hours.
     hours: float
@@ -30,33 +51,15 @@ class Budget:
         Raises:
             UserError: the hours of a trial cannot be estimated.
         """
-        earlier = Planned()
-        missing: dict[str, Trial] = {}
-        hours: dict[str, float] = {}
-        for study in studies:
-            for line in plan_trials(study, records, self.device, earlier):
-                if line.state == "have" or line.trial.key in missing:
-                    continue
-                missing[line.trial.key] = line.trial
-                hours[line.trial.key] = _known_hours(line)
-        is_free = match_training(list(missing.values()), records).keys()
-        ordered = in_order(
-            list(missing.values()), order, uses(studies), lambda trial: hours[trial.key]
-        )
-        chosen: list[Trial] = []
-        for trial in ordered:
-            self._take_if_it_fits(trial, hours[trial.key], is_free, chosen)
-        self.chosen = frozenset(trial.key for trial in chosen)
-        return self._completeness(studies, missing)
-
-    def _completeness(self, studies: Sequence[Study], missing: Mapping[str, Trial]) -> str:
-        """Return a line for the studies that will be complete, and one for each other."""
-        assert self.chosen is not None
+        prices = self._prices(studies, records)
+        missing = list(prices.missing.values())
+        taken = self._taken(in_order(missing, order, uses(studies), prices.of), prices)
+        self.chosen = frozenset(trial.key for trial in taken)
         complete: list[str] = []
         partial: list[str] = []
         for study in studies:
-            keys = {trial.key for trial in study.trials} if study.trains else set()
-            left = (keys & missing.keys()) - self.chosen
+            keys = {trial.key for trial in study.to_run} if study.trains else set[str]()
+            left = (keys & prices.missing.keys()) - self.chosen
             if left:
                 partial.append(f"{study.name} ({len(keys) - len(left)} of {len(keys)})")
             else:
@@ -66,36 +69,47 @@ class Budget:
             f"incomplete: {', '.join(partial) or 'none'}; {self.hours:.1f} device-hours are left"
         )
 
-    def _take_if_it_fits(
-        self, trial: Trial, hours: float, is_free: Collection[str], chosen: list[Trial]
-    ) -> None:
-        # The first of the trials with one training pays for it, the others test its model.
-        is_paid = trial.key in is_free or any(trial.training == other.training for other in chosen)
-        if is_paid:
-            hours = 0.0
-        # A trial that is too long is left out, and a shorter one after it may still fit.
-        if hours <= self.hours:
-            self.hours -= hours
-            chosen.append(trial)
-
     def take(
         self, study: Study, missing: Sequence[Trial], records: Sequence[Record]
     ) -> list[Trial]:
         """Return the missing trials that fit into the hours, in their order.
-
-        A trial that is only tested, with another's model, costs nothing here.
 
         Raises:
             UserError: the hours of a trial cannot be estimated.
         """
         if self.chosen is not None:
             return [trial for trial in missing if trial.key in self.chosen]
-        planned = {line.trial.key: line for line in plan_trials(study, records, self.device)}
-        chosen: list[Trial] = []
-        paid = match_training(missing, records).keys()
-        for trial in missing:
-            self._take_if_it_fits(trial, _known_hours(planned[trial.key]), paid, chosen)
-        return chosen
+        return self._taken(missing, self._prices([study], records))
+
+    def _prices(self, studies: Sequence[Study], records: Sequence[Record]) -> _Prices:
+        prices = _Prices()
+        earlier = Planned()
+        for study in studies:
+            part = replace(study, trials=study.to_run)
+            lines = plan_trials(part, records, self.device, earlier, continues_planned=False)
+            for line in lines:
+                if line.state != "have":
+                    prices.missing.setdefault(line.trial.key, line.trial)
+                # The lines after it with the same training are priced at their test alone.
+                if line.state == "new":
+                    prices.hours.setdefault(line.trial.training, _known_hours(line))
+        trained = match_training(list(prices.missing.values()), records)
+        for trial in prices.missing.values():
+            if trial.key in trained or trial.training not in prices.hours:
+                prices.trained.add(trial.training)
+        return prices
+
+    def _taken(self, trials: Sequence[Trial], prices: _Prices) -> list[Trial]:
+        """Return those of some trials that fit, and subtract their hours."""
+        taken: list[Trial] = []
+        for trial in trials:
+            hours = prices.of(trial)
+            # A trial that is too long is left out, and a shorter one after it may still fit.
+            if hours <= self.hours:
+                self.hours -= hours
+                prices.trained.add(trial.training)
+                taken.append(trial)
+        return taken
 
 
 def _known_hours(line: PlannedTrial) -> float:

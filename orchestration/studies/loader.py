@@ -297,7 +297,7 @@ def _select(trials: list[Trial], file: StudyFile, only: Sequence[str]) -> list[T
 
 
 def fetch_weights(study: Study) -> None:
-    """Download the pre-trained weights that have a hub's name, for all trials.
+    """Download the pre-trained weights that have a hub's name, for all trials that are to run.
 
     Call it before any trial's ``identity`` is read, because an identity has the weights' content.
 
@@ -306,7 +306,7 @@ def fetch_weights(study: Study) -> None:
     """
     # It may have cached that these weights are absent.
     weights_fingerprint.cache_clear()
-    for name in sorted({trial.settings.encoder.weights or "" for trial in study.trials} - {""}):
+    for name in sorted({trial.settings.encoder.weights or "" for trial in study.to_run} - {""}):
         try:
             fetch(name)
         except UserError as error:

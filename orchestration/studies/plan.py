@@ -71,11 +71,13 @@ def plan_trials(
     records: Sequence[AnyRecord],
     device: Device | None = None,
     earlier: Planned | None = None,
+    continues_planned: bool = True,
 ) -> list[PlannedTrial]:
     """Return a line for each trial in the study's order.
 
     ``earlier`` has the lines of studies that run before this one; the lines of this one are added
-    to it.
+    to it. With ``continues_planned`` a training continues shorter ones of the plan, and else
+    finished ones alone.
     """
     earlier = earlier if earlier is not None else Planned()
     # A figure of masks is drawn from the settings: its rows train nothing.
@@ -96,7 +98,8 @@ def plan_trials(
     for trial in trials:
         figures = cost(trial.settings)
         name = f"{study.name}: {trial.name}"
-        clips = _num_clips(trial, sizes, continued_epochs(trial, trials, earlier))
+        shorter = trials if continues_planned else []
+        clips = _num_clips(trial, sizes, continued_epochs(trial, shorter, earlier))
         # The first line with a training pays for it: later lines find it in ``earlier``.
         state, of = _state(trial, found, trained, earlier)
         hours = None
@@ -299,16 +302,25 @@ def _add_stable_parts(earlier: Planned, trials: Sequence[Trial], records: Sequen
 
 
 def continued_epochs(trial: Trial, trials: Sequence[Trial], earlier: Planned) -> int:
-    """Return how many epochs of a training are trained before it, as part of a shorter one."""
+    """Return how many epochs of a training are trained before it, as part of a shorter one.
+
+    Those of finished runs, and of ``trials`` if all of them are trained: the shorter before the
+    longer, and equally long ones in their order (``execution.scheduling.rounds``).
+    """
     shared = stable_identity(trial.identity)
     if shared is None:
         return 0
-    lengths = {0, *earlier.stable.get(shared, set())}
-    for other in trials:
-        if other.key != trial.key and stable_identity(other.identity) == shared:
-            lengths.add(stable_epochs(other.settings.recipe))
     own = stable_epochs(trial.settings.recipe)
-    return max(length for length in lengths if length <= own)
+    lengths = {0, *(each for each in earlier.stable.get(shared, set()) if each <= own)}
+    is_before = True
+    for other in trials:
+        if other.key == trial.key:
+            is_before = False
+        elif stable_identity(other.identity) == shared:
+            length = stable_epochs(other.settings.recipe)
+            if length < own or (length == own and is_before):
+                lengths.add(length)
+    return max(lengths)
 
 
 def _num_clips(trial: Trial, sizes: dict[str, int | None], continued: int) -> int | None:

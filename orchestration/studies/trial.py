@@ -82,7 +82,8 @@ class Study:
     path: Path | None = None
     """The study's file; none for a search, whose trials are proposed by Optuna."""
     chosen: frozenset[str] | None = None
-    """Keys of the trials that this launch runs (``--filter``); none: all."""
+    """Names of the trials that this launch runs (``--filter``); none: all. Not their keys, which
+    depend on weights that may have to be downloaded first."""
     overrides: tuple[str, ...] = ()
     """The settings of the command line that replaced the file's, each as ``path=value``."""
 
@@ -90,7 +91,7 @@ class Study:
     def to_run(self) -> list[Trial]:
         """The trials that this launch runs."""
         # ``trials`` keeps the others, because the study's table shows all of them.
-        return [trial for trial in self.trials if self.chosen is None or trial.key in self.chosen]
+        return [trial for trial in self.trials if self.chosen is None or trial.name in self.chosen]
 
     @property
     def trains(self) -> bool:

@@ -9,7 +9,7 @@ the layers would multiply.
 | failure | which layer tries again | from |
 |---|---|---|
 | ``memory`` | the worker | the last checkpoint, with half the micro-batch |
-| ``memory``, on a shared GPU | the launch | the last checkpoint, with twice the share of a GPU |
+| ``memory``, on a share of a GPU, with Ray | the launch | the same, with twice the share |
 | ``worker_lost`` | Ray Train; Tune for the trial's process; the worker for a loader | the same |
 | ``stalled`` | as ``worker_lost``: the watchdog ends the process | the last checkpoint |
 | ``non_finite`` | the worker, with ``--retry-non-finite`` | the last checkpoint |

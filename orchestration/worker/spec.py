@@ -39,6 +39,9 @@ class TrialSpec:
     """Whether a lost node may be replaced: on a cluster, not on this machine."""
     storage: str
     """Ray Train's own folder."""
+    divides_batch: bool = True
+    """Whether a trial that runs out of memory divides its batch; else the launch starts it again
+    with a larger share of the GPU."""
     trained: Path | None = None
     """The result folder of a training that is only to be tested; none: train."""
     frames: Path | None = None
@@ -84,6 +87,7 @@ def build_trial_spec(
     gpus_per_worker: float,
     trained: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    divides_batch: bool = True,
 ) -> TrialSpec:
     """Return the specification of a trial for its workers.
 
@@ -107,6 +111,7 @@ def build_trial_spec(
         waits_for_nodes=launch.address is not None,
         # Absolute for the same reason.
         storage=str(launch.store.resolve() / "ray"),
+        divides_batch=divides_batch,
         trained=trained,
         frames=frames,
         stable=stable_folder(trial, launch),

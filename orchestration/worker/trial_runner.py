@@ -139,7 +139,7 @@ def _attempts(
             break
         is_retried = policy.is_retried_in_process(reason.kind)
         # Of a shared GPU the launch gives it a larger share first.
-        if reason.kind == "memory" and spec.shares_gpu:
+        if reason.kind == "memory" and not spec.divides_batch:
             is_retried = False
         # Before the raise below: the restarted workers read the halved micro-batch.
         elif reason.kind == "memory":

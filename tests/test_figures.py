@@ -1,6 +1,7 @@
 """Figures of a study beside its table: learning curves, confusions, Pareto front, pages."""
 
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from study_runs import STUDY, Run, runs
 
 from mar.errors import Failure, UserError
 from orchestration.reporting import training_figures
-from orchestration.reporting.figures import FigureInfo, Series, figure_info
+from orchestration.reporting.figures import FigureInfo, Series, draw, figure_info
 from orchestration.reporting.plotly_figures import write_figure
 from orchestration.reporting.study_report import write_report
 from orchestration.reporting.study_results import StudyResults
@@ -139,6 +140,23 @@ def test_costs_that_are_far_apart_have_a_logarithmic_axis(costs: list[float], is
     # Rows that have no cost stand side by side, from 0 on.
     rows = replace(series, x=[0.0, 40.0])
     assert not replace(info, series=[rows]).has_log_x
+
+
+def test_points_that_are_joined_have_their_series_names_alone(tmp_path: Path) -> None:
+    points = Series("random", ["75 %", "50 %"], [2.0, 1.0], [60.0, 50.0], [1.0, 2.0])
+    info = FigureInfo("Lines", "points", "GFLOPs", "Top-1 (%)", [points], None, [], [], [])
+    for has_lines in (False, True):
+        draw(replace(info, has_lines=has_lines), tmp_path / f"{has_lines}.svg")
+    labelled = (tmp_path / "False.svg").read_text()
+    joined = (tmp_path / "True.svg").read_text()
+    assert "<!-- 75 % -->" in labelled and "<!-- 75 % -->" not in joined
+    # From the left to the right, whatever the rows' order.
+    line = re.search(
+        r'<g id="line2d_\d+">\s*<path d="M ([\d.]+) [\d.]+ \s*L ([\d.]+) [\d.]+ \s*" '
+        r"clip-path",
+        joined,
+    )
+    assert line and float(line[1]) < float(line[2])
 
 
 def test_an_html_figure_needs_nothing_else_and_shows_labels_as_text(

@@ -163,6 +163,11 @@ def test_only_keeps_the_named_trials(write: Callable[[str], str]) -> None:
             "figure: {kind: points}\npaper:",
             "study.yaml:12: figure: kind 'points' needs x",
         ),
+        (
+            "paper:",
+            "figure: {x: gflops, y: [top1]}\npaper:",
+            "study.yaml:12: figure: x needs kind: points, not bars",
+        ),
         ("seeds: [0, 1]", "seeds: [0, 0]", "study.yaml:3: seeds: each seed may be listed once"),
         ("seeds: [0, 1]", "seeds: []", "no trial in it"),
         ("fixed: {recipe.epochs: 2}", "fixed: {seed: 2}", "the seed is set by 'seeds: [0, 1, …]'"),

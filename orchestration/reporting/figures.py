@@ -64,6 +64,8 @@ class FigureInfo:
     """Rows without a finished trial."""
     partial: Sequence[str]
     """Rows with some, but not all, seeds finished."""
+    has_lines: bool = False
+    """Whether the points of each series are joined."""
 
     @property
     def has_log_x(self) -> bool:
@@ -132,6 +134,7 @@ def figure_info(results: StudyResults) -> FigureInfo:
         rows=[row.label for row in all_rows],
         missing=[row.label for row in all_rows if not row.finished],
         partial=[row.label for row in all_rows if 0 < row.finished < row.seeds],
+        has_lines=layout.lines,
     )
 
 
@@ -288,6 +291,8 @@ def draw(info: FigureInfo, file: Path) -> None:
         colour = COLOURS[names.index(series.name.removesuffix(", paper")) % len(COLOURS)]
         if info.kind == "bars":
             _bars(axes, info, series, position, colour)
+        elif info.has_lines and not series.is_papers:
+            _joined_points(axes, series, position)
         else:
             labels += _points(axes, series, colour)
     if info.chance is not None:
@@ -332,8 +337,8 @@ def _separate(figure: Figure, axes: Any, labels: Sequence[Any]) -> None:
 def _legend(figure: Figure, axes: Any, info: FigureInfo) -> None:
     """Name the series, beside points and curves and below bars."""
     size = 7 if len(info.series) > _FEW else None
-    # Bars fill the axes from the left to the right: there is no place inside that they leave free.
-    if info.kind == "bars":
+    # Bars and lines fill the axes: there is no place inside that they leave free.
+    if info.kind == "bars" or info.has_lines:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=size)
     else:
         axes.legend(frameon=False, fontsize=size)
@@ -358,6 +363,22 @@ def _line(axes: Any, series: Series, position: int, alone: bool) -> None:
         )
     else:
         axes.plot(series.x, series.y, "-", color="0.6", label=series.name, linewidth=1, zorder=1)
+
+
+def _joined_points(axes: Any, series: Series, position: int) -> None:
+    """Draw the points of a series, from the left to the right, and lines between them."""
+    points = sorted(zip(series.x, series.y, series.error, strict=True))
+    axes.errorbar(
+        [x for x, _, _ in points],
+        [y for _, y, _ in points],
+        yerr=[error for _, _, error in points],
+        fmt="o-" if position < len(COLOURS) else "s--",
+        color=COLOURS[position % len(COLOURS)],
+        label=series.name,
+        capsize=2,
+        markersize=4,
+        linewidth=1.2,
+    )
 
 
 def _points(axes: Any, series: Series, colour: str) -> list[Any]:

@@ -61,6 +61,9 @@ class FigureLayout(_Part):
     """Metrics on the vertical axis."""
     group: str | None = None
     """An axis (or part of one) that makes a series of each of its labels, for ``points``."""
+    lines: bool = False
+    """Whether to join the points of each series, which the legend alone then names, for
+    ``points``."""
     front: bool = False
     """Whether to join the points that no other beats in both metrics (Pareto front), for
     ``points``."""

@@ -132,6 +132,14 @@ def _check_metrics(file: StudyFile, document: Document) -> None:
             )
     if figure.kind == "points" and figure.x is None:
         raise UserError(f"{document.location('figure')}: figure: kind 'points' needs x")
+    # Without an effect, or bars on top of each other.
+    of_points = {"x": figure.x, "group": figure.group, "lines": figure.lines, "front": figure.front}
+    given = [name for name, value in of_points.items() if value]
+    if figure.kind != "points" and given:
+        raise UserError(
+            f"{document.location('figure')}: figure: {given[0]} needs kind: points, not "
+            f"{figure.kind}"
+        )
 
 
 def _check_rows(study: Study, document: Document) -> None:

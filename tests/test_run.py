@@ -603,7 +603,7 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (
         ["run", "search.yaml", "--filter", "ρ=50 %"],
         2,
-        "search.yaml is a search: --filter and --budget are for studies",
+        "search.yaml is a search: --filter, --budget and --order are for studies",
     ),
     (["table", "search.yaml"], 2, "search.yaml is a search, not a study"),
     (["plan", "tiny.yaml", "--all"], 2, "tiny.yaml: a study or --all, not both"),

@@ -149,16 +149,7 @@ def videomae(model: MAR, settings: TrainingConfig) -> Any:
     )
     config.num_labels = settings.data.num_classes
     theirs = VideoMAEForVideoClassification(config)
-    # Biases have one name in checkpoints, which this function returns, and another in the module.
+    # The names of all versions of transformers; this one has some of them.
     named = hugging_face_names(model.state_dict(), settings.encoder.tubelet)
-    renamed: dict[str, Tensor] = {}
-    for name, value in named.items():
-        module_name = name.replace("q_bias", "query.bias").replace("v_bias", "value.bias")
-        renamed[module_name] = value
-    for name, value in theirs.state_dict().items():
-        # transformers 5.17 has a key bias, 5.23 has none. Zeros give the same result as ours,
-        # because softmax does not change when every key moves by the same vector.
-        if name.endswith("key.bias") and name not in renamed:
-            renamed[name] = torch.zeros_like(value)
-    theirs.load_state_dict(renamed)
+    theirs.load_state_dict({name: named[name] for name in theirs.state_dict()})
     return theirs

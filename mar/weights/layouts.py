@@ -34,6 +34,9 @@ class Layout:
     """``model_type`` of a ``config.json`` that says of a file beside it that it has this layout's
     positions."""
 
+    has_decoder_table: bool = False
+    """Whether its stored table of positions is the decoder's, which says nothing of the encoder."""
+
     def has_its_positions(self, keys: Iterable[str]) -> bool:
         """Whether one of the keys shows that positions are as this layout says."""
         patterns = self.shows_positions
@@ -207,6 +210,7 @@ LAYOUTS = (
         ),
         shows_positions=(*_OF_VIDEOMAE, r"cls_head\..*"),
         model_type="videomae",
+        has_decoder_table=True,
     ),
     Layout(
         "VideoMAE, pre-trained",

@@ -137,6 +137,8 @@ def _check_positions(name: str, layout: Layout, tensors: Mapping[str, Tensor], s
         return
     endings = ("pos_embed", "position_embeddings")
     table = next((value for key, value in tensors.items() if key.endswith(endings)), None)
+    if layout.has_decoder_table:
+        table = None
     is_said = said != "" and said == layout.model_type
     if layout.positions != "computed":
         # Its rotations are no tensors; the V-JEPA before it had a table.

@@ -1,6 +1,5 @@
 """Several trials on one GPU: declared to Ray, and not there."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +173,47 @@ def test_a_trial_without_room_beside_others_gets_a_larger_share_and_its_own_step
     assert not (folder / "microbatch.json").exists(), "its batch was not divided"
 
 
+def test_a_study_that_is_stopped_starts_no_trial_again_that_waits_for_room(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = tiny_trials(videos, 2)
+    launch = launch_of(tmp_path, gpus_per_worker=0.25)
+    launch.stop_file.parent.mkdir(parents=True)
+
+    def crowded(*_: Any) -> list[Trial]:
+        launch.stop_file.touch()
+        return trials
+
+    monkeypatch.setattr(ray_tune, "_run", crowded)
+    events = Events(trials)
+    ray_tune.run(trials, launch, events, {})
+    assert events.ends == {trial.key: "stopped" for trial in trials}
+
+
+def test_trials_that_need_a_larger_share_again_are_not_forgotten_in_a_search(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a search the second round ends at its first crowded trial; the other one still waits."""
+    trials = tiny_trials(videos, 2)
+    shares: list[tuple[float, list[str]]] = []
+
+    def run(next_trial: Any, source: Any, launch: Any, share: Any, *_: Any) -> list[Trial]:
+        started: list[Trial] = []
+        while (trial := next_trial()) is not None:
+            started.append(trial)
+            if share.gpus == 0.5:
+                break
+        shares.append((share.gpus, [trial.key for trial in started]))
+        return started if share.gpus < 1 else []
+
+    monkeypatch.setattr(ray_tune, "_run", run)
+    events = Events(trials)
+    launch = launch_of(tmp_path, gpus_per_worker=0.25, cpus_per_worker=0.1)
+    ray_tune.run_search(events, launch, events, lambda trial: None)
+    keys = [trial.key for trial in trials]
+    assert shares == [(0.25, keys), (0.5, keys[:1]), (1.0, keys)]
+
+
 @pytest.mark.parametrize("divides", [False, True])
 def test_a_trial_divides_its_batch_only_where_no_larger_share_comes(
     divides: bool, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -236,4 +276,3 @@ def test_sharing_a_gpu_of_a_cluster_without_one_is_refused(
     with pytest.raises(UserError, match="--trials-per-gpu 2: the cluster has no GPU"):
         share_of(launch_of(tmp_path, trials_per_gpu="2"), [])
     assert share_of(launch_of(tmp_path), []).gpus == 0.0
-    assert os.environ.get("CUDA_VISIBLE_DEVICES", "") == ""

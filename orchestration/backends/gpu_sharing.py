@@ -29,8 +29,8 @@ _MOST_TRIALS = 16
 
 _POLL_S = 1.0
 """Seconds between two looks for a stop request while it measures."""
-_measurements: dict[tuple[str, int], Any] = {}
-"""Settings and clips -> Ray's reference to their measurement: a launch has several rounds."""
+_measured: dict[tuple[str, int], tuple[float, float] | None] = {}
+"""Settings and clips -> what was measured: a launch has several rounds, and measures once."""
 
 
 @dataclass(frozen=True)
@@ -119,19 +119,22 @@ def _measure(trial: Trial, clips: int, stop_file: Path) -> tuple[float, float] |
     import ray
     from ray.exceptions import RayError
 
+    settings = trial.settings.model_dump_json()
+    if (settings, clips) in _measured:
+        return _measured[settings, clips]
+    notice("trials per GPU: measuring the largest, once a GPU is free")
     # In a process of its own, on a node with a GPU: this one may have none.
     remote: Any = ray.remote(num_gpus=1, max_calls=1)(_peak_and_total)
-    settings = trial.settings.model_dump_json()
-    pending = _measurements.setdefault((settings, clips), remote.remote(settings, clips))
-    notice("trials per GPU: measuring the largest, once a GPU is free")
+    pending = remote.remote(settings, clips)
     while not ray.wait([pending], timeout=_POLL_S)[0]:
         if stop_file.exists():
             ray.cancel(pending)
             return None
     try:
-        return ray.get(pending)
+        _measured[settings, clips] = ray.get(pending)
     except RayError:
         return None
+    return _measured[settings, clips]
 
 
 def _peak_and_total(settings_json: str, clips: int) -> tuple[float, float] | None:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from mar.errors import Failure, UserError, notice
-from orchestration.backends.base import TrainedResults, TrialCallback, TrialSource, reports_in
+from orchestration.backends.base import TrainedResults, TrialCallback, TrialSource
 from orchestration.backends.gpu_sharing import (
     Share,
     larger_share,
@@ -26,11 +26,15 @@ from orchestration.backends.gpu_sharing import (
 )
 from orchestration.backends.ray_env import ray_environment
 from orchestration.backends.ray_session import ray_session
+from orchestration.backends.tune_callbacks import (
+    TrialEnds,
+    key_of,
+    make_callback,
+    make_scheduler,
+    make_searcher,
+)
 from orchestration.config import LaunchConfig
-from orchestration.failures import FailureReason, reason_in_report
 from orchestration.storage.object_store import open_object_store
-from orchestration.storage.trial_dir import TrialDir
-from orchestration.storage.trial_sync import fetch_trial_dir
 from orchestration.studies.trial import Trial
 from orchestration.worker.spec import TrialSpec, build_trial_spec
 
@@ -107,15 +111,18 @@ def _run_with_shares(
             return waiting.pop(0) if waiting else next_trial()
 
         while True:
-            waiting = _run(next_waiting, source, launch, share, callback, trained)
-            if not waiting:
+            crowded = _run(next_waiting, source, launch, share, callback, trained)
+            waiting = [*crowded, *waiting]
+            if launch.stop_file.exists() or callback.is_over():
+                for trial in waiting:
+                    callback.stopped(trial.key)
+                return
+            if not crowded:
                 return
             share = larger_share(launch, share)
-            names = ", ".join(trial.name for trial in waiting)
+            names = ", ".join(trial.name for trial in crowded)
             if share.divides_batch and share.gpus < 1:
-                notice(
-                    f"no room on a GPU, and no larger share to be had: smaller steps for {names}"
-                )
+                notice(f"no room on a GPU, and no larger share fits: smaller passes for {names}")
             else:
                 notice(f"no room beside others on a GPU: {share.gpus:g} of one each for {names}")
 
@@ -138,60 +145,46 @@ def _run(
     _keep_keys_out_of_logs()
     # ``TuneCallback`` reports a lost trial in one line; Tune would log a page of traceback.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    pruned: set[str] = set()
-    """Keys of the trials that the scheduler pruned."""
-    crowded: set[str] = set()
-    """Keys of the trials that ran out of a shared GPU's memory."""
+    ends = TrialEnds()
     begun: dict[str, Trial] = {}
-
-    gpus = share.gpus
 
     def next_config() -> dict[str, Any] | None:
         if launch.stop_file.exists() or callback.is_over():
             return None
         # A search learns from each result: it does not propose more while one is to come.
-        if source and crowded:
+        if source and ends.crowded:
             return None
         trial = next_trial()
         if trial is None:
             return None
         begun[trial.key] = trial
-        spec = build_trial_spec(
-            trial,
-            launch,
-            gpus,
-            trained.get(trial.key),
-            ray_environment(launch),
-            share.divides_batch,
-        )
+        environment = ray_environment(launch)
+        result = trained.get(trial.key)
+        spec = build_trial_spec(trial, launch, share.gpus, result, environment, share.divides_batch)
         _remove_leftovers(spec)
         return {"spec": spec.to_json()}
 
-    scheduler = None
-    if source:
-        scheduler = _pruning_scheduler(source, pruned)
-    config = tune.TuneConfig(
-        search_alg=_searcher(next_config),
-        scheduler=scheduler,
-        # Without limit: the searcher knows when there are no more trials.
-        num_samples=-1,
-        max_concurrent_trials=max_concurrent_trials(launch, gpus),
-        # A process that has loaded PyTorch, or has a pool, takes one trial after the other.
-        reuse_actors=True,
-        trial_name_creator=_key_of,
-        trial_dirname_creator=_key_of,
-    )
     tuner = tune.Tuner(
-        _trainable(launch, gpus),
-        tune_config=config,
-        run_config=_run_config(launch, _tune_callback(callback, pruned, crowded)),
+        _trainable(launch, share.gpus),
+        tune_config=tune.TuneConfig(
+            search_alg=make_searcher(next_config),
+            scheduler=make_scheduler(source, ends) if source else None,
+            # Without limit: the searcher knows when there are no more trials.
+            num_samples=-1,
+            max_concurrent_trials=max_concurrent_trials(launch, share.gpus),
+            # A process that has loaded PyTorch, or has a pool, takes one trial after the other.
+            reuse_actors=True,
+            trial_name_creator=key_of,
+            trial_dirname_creator=key_of,
+        ),
+        run_config=_run_config(launch, make_callback(callback, ends)),
     )
     try:
         tuner.fit()
     except tune.TuneError as error:
         last_line = str(error).strip().splitlines()[-1]
         raise Failure(f"Ray Tune stopped: {last_line}") from None
-    return [begun[key] for key in begun if key in crowded]
+    return [trial for key, trial in begun.items() if key in ends.crowded]
 
 
 def _keep_keys_out_of_logs() -> None:
@@ -205,66 +198,6 @@ def _keep_keys_out_of_logs() -> None:
     # Tune puts these variables into the runtime environment of each trial's process.
     names: set[str] = getattr(class_cache, "ENV_VARS_TO_PROPAGATE", set())
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
-
-
-def _searcher(next_config: Callable[[], dict[str, Any] | None]) -> Any:
-    """Return a searcher of Tune's that proposes the next trial.
-
-    It has no state of its own: MLflow and Optuna's storage know which trials there were.
-    """
-    from ray.tune.search import Searcher
-
-    class TrialSearcher(Searcher):
-        def __init__(self, next_config: Callable[[], dict[str, Any] | None]) -> None:
-            super().__init__(metric="epoch", mode="max")
-            self.next_config = next_config
-
-        def __getstate__(self) -> dict[str, Any]:
-            """Leave threads and storage out: Tune pickles this for a snapshot that is not used."""
-            return {}
-
-        def suggest(self, trial_id: str) -> Any:
-            return self.next_config() or Searcher.FINISHED
-
-        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            """Do nothing: ``TuneCallback`` reports how a trial ended."""
-
-        def save(self, checkpoint_path: str) -> None:
-            """Do nothing: it has no state."""
-
-        def restore(self, checkpoint_path: str) -> None:
-            """Do nothing: it has no state."""
-
-    return TrialSearcher(next_config)
-
-
-def _pruning_scheduler(source: TrialSource, pruned: set[str]) -> Any:
-    """Return a scheduler of Tune's that ends a trial when ``source`` prunes it.
-
-    It adds the trial's key to ``pruned``.
-    """
-    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-
-    class PruningScheduler(FIFOScheduler):
-        def __init__(self, source: TrialSource, pruned: set[str]) -> None:
-            super().__init__()
-            self.source = source
-            self.pruned = pruned
-
-        def __getstate__(self) -> dict[str, Any]:
-            """Return nothing, for the reason that ``TrialSearcher`` has."""
-            return {}
-
-        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            key = _key_of(trial)
-            # A resumed trial reports its earlier epochs again: the source must see each of them.
-            for report in reports_in(result):
-                if self.source.should_prune(key, report.epoch, report.metrics):
-                    self.pruned.add(key)
-                    return TrialScheduler.STOP
-            return TrialScheduler.CONTINUE
-
-    return PruningScheduler(source, pruned)
 
 
 def _remove_leftovers(spec: TrialSpec) -> None:
@@ -307,127 +240,3 @@ def _run_config(launch: LaunchConfig, tune_callback: Any) -> Any:
         # Trials write their own checkpoints (``mar/training/checkpoint.py``).
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
     )
-
-
-def _spec_of(trial: Any) -> Mapping[str, Any]:
-    """Return the spec of one of Tune's trials, as JSON."""
-    spec: Mapping[str, Any] = trial.config["spec"]
-    return spec
-
-
-def _key_of(trial: Any) -> str:
-    return str(_spec_of(trial)["key"])
-
-
-def _trial_dir_of(trial: Any) -> TrialDir:
-    """Return a trial's folder.
-
-    With an object store, what a worker on another node left in it is downloaded first.
-    """
-    spec = TrialSpec.from_json(_spec_of(trial))
-    if spec.worker.object_store:
-        # If the download fails, the folder has no result, and the trial is reported as failed.
-        with suppress(Failure, OSError):
-            store = open_object_store(spec.worker.object_store)
-            fetch_trial_dir(store, spec.key, spec.trial_dir)
-    return spec.trial_dir
-
-
-def _was_stopped(trial: Any, reason: FailureReason | None) -> bool:
-    """Whether the study was asked to stop: then the trial is neither finished nor failed."""
-    stop_file = TrialSpec.from_json(_spec_of(trial)).stop_file
-    if reason is not None and reason.kind == "stopped":
-        # The request may have been made on another machine: repeat it on this disk, where
-        # ``next_config`` looks before it starts another trial.
-        stop_file.parent.mkdir(parents=True, exist_ok=True)
-        stop_file.touch()
-    return stop_file.exists()
-
-
-def _tune_callback(callback: TrialCallback, pruned: set[str], crowded: set[str]) -> Any:
-    """Return a callback of Tune's that passes trials' events on to ``callback``.
-
-    Tune calls it in the launch's own process.
-    """
-    from ray import tune
-
-    class TuneCallback(tune.Callback):
-        def __init__(self, callback: TrialCallback | None, pruned: set[str]) -> None:
-            self.callback = callback
-            self.pruned = pruned
-
-        def __getstate__(self) -> dict[str, Any]:
-            """Return no members, for the reason that ``TrialSearcher`` has."""
-            return {"callback": None, "pruned": set()}
-
-        def on_trial_start(
-            self, iteration: int, trials: list[Any], trial: Any, **info: Any
-        ) -> None:
-            if self.callback:
-                self.callback.started(_key_of(trial))
-
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-        ) -> None:
-            if self.callback:
-                for report in reports_in(result):
-                    self.callback.epoch(_key_of(trial), report)
-
-        def on_trial_complete(
-            self, iteration: int, trials: list[Any], trial: Any, **info: Any
-        ) -> None:
-            trial_dir = _trial_dir_of(trial)
-            # On a full disk the reason is in the last report and in no file.
-            reason = reason_in_report(trial.last_result or {}) or trial_dir.read_failure()
-            if reason is None:
-                reason = FailureReason("it ended without a result")
-            self._ended(trial, trial_dir, reason)
-
-        def on_trial_error(
-            self, iteration: int, trials: list[Any], trial: Any, **info: Any
-        ) -> None:
-            error: object = "Ray lost the trial"
-            if hasattr(trial, "get_error"):
-                error = trial.get_error()
-            trial_dir = _trial_dir_of(trial)
-            reason = trial_dir.read_failure(error)
-            if reason is None:
-                reason = FailureReason("Ray lost the trial", "worker_lost")
-            self._ended(trial, trial_dir, reason)
-
-        def _ended(self, trial: Any, trial_dir: TrialDir, reason: FailureReason) -> None:
-            spec = TrialSpec.from_json(_spec_of(trial))
-            # No failure: it is started again, with a larger share.
-            is_crowded = reason.kind == "memory" and not spec.divides_batch
-            if is_crowded and not trial_dir.is_finished:
-                crowded.add(spec.key)
-                if self.callback:
-                    self.callback.waits(spec.key)
-            elif self.callback:
-                _report_end(self.callback, self.pruned, trial, trial_dir, reason)
-
-    return TuneCallback(callback, pruned)
-
-
-def _report_end(
-    callback: TrialCallback,
-    pruned: set[str],
-    trial: Any,
-    trial_dir: TrialDir,
-    reason: FailureReason,
-) -> None:
-    """Report how a trial ended.
-
-    It failed for ``reason`` only if it was not pruned, has no result, and was not stopped.
-    """
-    key = _key_of(trial)
-    # First: a pruned trial may have had a result before it was stopped.
-    if key in pruned:
-        callback.pruned(key)
-    # Its process may have been lost after it wrote its result.
-    elif trial_dir.is_finished:
-        callback.finished(key)
-    elif _was_stopped(trial, reason):
-        callback.stopped(key)
-    else:
-        callback.failed(key, reason)

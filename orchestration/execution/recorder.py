@@ -114,6 +114,8 @@ class RunRecorder:
         self.expected: set[str] = set()
         """Keys of the trials that this launch is to run."""
         self.begun: set[str] = set()
+        self.waiting: set[str] = set()
+        """Keys of the trials that wait to be started again, with a larger share of a GPU."""
         self.done: set[str] = set()
         self.pruned_trials: set[str] = set()
         self.failures: dict[str, FailureReason] = {}
@@ -142,6 +144,12 @@ class RunRecorder:
 
     def started(self, key: str) -> None:
         """Find or create the trial's run, and log its cost."""
+        # Its run is open.
+        if key in self.waiting:
+            self.waiting.discard(key)
+            trial_dir = self._trial_dir(key)
+            self.progress.started(self.trials[key], trial_dir.num_epochs_done())
+            return
         # Tune also calls this when it starts a trial again after it lost its process.
         if key in self.begun:
             return
@@ -166,7 +174,7 @@ class RunRecorder:
 
     def waits(self, key: str) -> None:
         """Show that a trial waits to be started again."""
-        self.begun.discard(key)
+        self.waiting.add(key)
         self.progress.waits(self.trials[key])
 
     def epoch(self, key: str, report: EpochReport) -> None:

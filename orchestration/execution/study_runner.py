@@ -31,10 +31,9 @@ from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.table_formats import FORMATS
 from orchestration.reporting.tables import table_info
 from orchestration.studies.best import best_of_study
-from orchestration.studies.budget import Budget
+from orchestration.studies.budget import Budget, Order, in_order, uses
 from orchestration.studies.loader import fetch_weights
 from orchestration.studies.matching import match
-from orchestration.studies.order import Order, in_order, uses
 from orchestration.studies.trial import Study, Trial
 from orchestration.tracking.store import Store
 
@@ -77,8 +76,8 @@ def run_study(
         store = Store(launch)
         _mention_unrecorded(launch, store)
         plan = _plan(study, store, budget, order, among)
-        console.print(f"{study.file.title}: {_counts(study, plan)}", markup=False)
-        for line in prolonging_notes(plan.missing, store.trials(), launch):
+        lines = prolonging_notes(plan.missing, store.trials(), launch)
+        for line in [f"{study.file.title}: {_counts(study, plan)}", *lines]:
             console.print(line, markup=False)
         pack_frames(plan.missing, launch)
         progress = LiveProgress(list(plan.missing), plan.num_finished, console)

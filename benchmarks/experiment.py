@@ -38,7 +38,7 @@ from mar.errors import Failure
 from mar.evaluation.correctness import CORRECTNESS, write_correctness
 from mar.training.reports import EpochReport
 from orchestration.config import LaunchConfig
-from orchestration.reporting.figures import draw_figure
+from orchestration.reporting.drawing.matplotlib_figures import draw_figure
 from orchestration.reporting.study_report import write_report
 from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.tables import table_info

@@ -381,7 +381,8 @@ def weights_page() -> str:
         "",
         "What mar is known to read; `mar weights list` prints the same. `encoder.weights` takes "
         "the name; a file that has an address is fetched from there first, and its path given. The "
-        "accuracies are their authors', top-1, with their own fine-tuning. The licence is that of "
+        "accuracies are as published, top-1, after fine-tuning on the named data. The licence is "
+        "that of "
         "the weights: non-commercial ones are for research. None of them is downloaded by mar's "
         "tests: each entry says how its layout is checked.",
         "",

@@ -212,7 +212,7 @@ class Study:
 
     def figure(self, file: str | Path) -> Path:
         """Draw the study's figure (png, pdf, svg, or interactive html), and return the file."""
-        from orchestration.reporting.plotly_figures import write_figure
+        from orchestration.reporting.drawing.plotly_figures import write_figure
 
         write_figure(self.results(), Path(file))
         return Path(file)

@@ -17,6 +17,7 @@ from mar.data.annotations import read_split
 from mar.errors import Failure, UserError
 from mar.evaluation import features as module
 from mar.evaluation.features import (
+    FeatureOptions,
     Features,
     linear_probe,
     nearest_neighbours,
@@ -35,7 +36,7 @@ def test_they_are_those_of_each_video_alone(tiny: Tiny, tmp_path: Path) -> None:
     videos = read_split(settings.data, "val")
     for per_token in (False, True):
         folder = tmp_path / str(per_token)
-        write_features(network, settings, videos, folder, {}, per_token=per_token)
+        write_features(network, settings, videos, folder, {}, FeatureOptions(per_token))
         found = read_features(folder)
         assert found.videos.tolist() == list(range(len(videos)))
         assert found.labels.tolist() == [video.label for video in videos]

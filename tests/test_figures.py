@@ -14,8 +14,9 @@ from study_runs import STUDY, Run, runs
 
 from mar.errors import Failure, UserError
 from orchestration.reporting import training_figures
-from orchestration.reporting.figures import FigureInfo, Series, draw, figure_info
-from orchestration.reporting.plotly_figures import write_figure
+from orchestration.reporting.drawing.matplotlib_figures import draw
+from orchestration.reporting.drawing.plotly_figures import write_figure
+from orchestration.reporting.figures import FigureInfo, Series, figure_info
 from orchestration.reporting.study_report import write_report
 from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.training_figures import confusion, curves_info

@@ -26,10 +26,9 @@ from orchestration.reporting.site import write_site
 from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.table_formats import to_latex, to_markdown
 from orchestration.reporting.tables import table_info
-from orchestration.studies.budget import Budget
+from orchestration.studies.budget import Budget, Order, in_order, uses
 from orchestration.studies.devices import device
 from orchestration.studies.loader import paper_studies, read_study
-from orchestration.studies.order import Order, in_order, uses
 from orchestration.studies.plan import Planned, plan_text, plan_trials
 from orchestration.tracking.store import Store
 from orchestration.tracking.tags import TRAINED_BY

@@ -18,7 +18,7 @@ from transformers import VJEPA2Config, VJEPA2Model
 from mar.config.canonical import canonical
 from mar.config.overrides import SettingError, build
 from mar.errors import UserError
-from mar.model.encoder import patchify
+from mar.model.encoder import patchify, unpatchify
 from mar.model.mar import MAR
 from mar.model.positions import (
     interpolated_positions,
@@ -328,6 +328,6 @@ def test_hidden_tokens_are_dropped_before_anything_turns(tmp_path: Path) -> None
     tubelets = patchify(pixels, model.tubelet)
     hidden = torch.ones(32, dtype=torch.bool)
     hidden[visible[0]] = False
-    tubelets[:, hidden] = 7.0
-    changed = model._encode(tubelets, visible)  # pyright: ignore[reportPrivateUsage]
+    tubelets[:, hidden] = 0.7
+    changed = model.encode(unpatchify(tubelets, model.grid, model.tubelet), visible)
     assert torch.equal(before, changed)

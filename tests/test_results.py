@@ -18,7 +18,8 @@ from mar.data.annotations import read_split
 from mar.errors import Failure, UserError
 from mar.evaluation.correctness import CORRECTNESS, write_correctness
 from mar.model.flops import cost
-from orchestration.reporting.figures import draw, figure_info
+from orchestration.reporting.drawing.matplotlib_figures import draw
+from orchestration.reporting.figures import figure_info
 from orchestration.reporting.paired_tests import (
     Comparison,
     Correctness,

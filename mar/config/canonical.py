@@ -7,7 +7,7 @@ from typing import Any
 from mar.config.input_settings import AugmentConfig
 from mar.config.mask_settings import MASKS_WITH_CELLS, MaskConfig
 from mar.config.model_settings import ClassifierConfig, EncoderConfig, ReconstructionConfig
-from mar.config.schema import RecipeConfig, TrainingConfig
+from mar.config.schema import EvaluationConfig, RecipeConfig, TrainingConfig
 
 
 def canonical(settings: TrainingConfig) -> TrainingConfig:
@@ -21,80 +21,98 @@ def canonical(settings: TrainingConfig) -> TrainingConfig:
     its own settings. An encoder that is not trained has no stochastic depth and no rates; cached
     tokens are not augmented, and have the mask of testing.
     """
+    changes: dict[str, Any] = {
+        "encoder": _encoder(settings),
+        "classifier": _classifier(settings.classifier),
+        "recipe": _recipe(settings),
+        "mask": _mask(settings),
+    }
+    changes["evaluation"] = _evaluation(settings, changes["mask"])
+    if not settings.reconstructs:
+        changes["reconstruction"] = ReconstructionConfig(weight=0.0)
+    # Cached tokens are not augmented, but for their labels.
+    if settings.encoder.cached:
+        changes["augment"] = AugmentConfig(smoothing=settings.augment.smoothing)
+        changes["clip"] = settings.clip.model_copy(update={"round_frames": False})
+    # All changed branches are valid already, and model_copy does not validate again.
+    return settings.model_copy(update=changes)
+
+
+def _encoder(settings: TrainingConfig) -> EncoderConfig:
+    encoder = settings.encoder
+    default = EncoderConfig()
     changes: dict[str, Any] = {}
-    classifier = settings.classifier
+    if encoder.is_of_package:
+        changes |= {"drop_path": default.drop_path, "init": default.init}
+    if encoder.train == "none":
+        changes["drop_path"] = default.drop_path
+    if encoder.positions == "interpolated" and encoder.pretrained_grid == settings.grid:
+        changes |= {"positions": "computed", "pretrained_grid": None}
+    return encoder.model_copy(update=changes)
+
+
+def _classifier(classifier: ClassifierConfig) -> ClassifierConfig:
+    if classifier.is_of_package:
+        effective = {"kind": classifier.kind, "options": classifier.options}
+        return ClassifierConfig.model_validate(effective)
     # The validator of ClassifierConfig ensures that ``positions`` and ``mask_tokens`` are off here.
     if classifier.kind == "linear":
         effective = {"kind": "linear", "dropout": classifier.dropout, "norm": classifier.norm}
-        changes["classifier"] = ClassifierConfig.model_validate(effective)
-    if classifier.is_of_package:
-        effective = {"kind": classifier.kind, "options": classifier.options}
-        changes["classifier"] = ClassifierConfig.model_validate(effective)
-    if settings.encoder.is_of_package:
-        vit = EncoderConfig()
-        changes["encoder"] = settings.encoder.model_copy(
-            update={"drop_path": vit.drop_path, "init": vit.init}
-        )
-    encoder = changes.get("encoder", settings.encoder)
-    if encoder.positions == "interpolated" and encoder.pretrained_grid == settings.grid:
-        encoder = encoder.model_copy(update={"positions": "computed", "pretrained_grid": None})
-    unused_rates: dict[str, Any] = {}
-    if encoder.train == "none":
-        encoder = encoder.model_copy(update={"drop_path": EncoderConfig().drop_path})
-        # Under ``layer_decay_of: weights`` it is the decoder's mask token's too.
-        if not settings.reconstructs:
-            unused_rates = {"layer_decay": RecipeConfig().layer_decay}
-    changes["encoder"] = encoder
-    # Cached tokens are not augmented, but for their labels.
-    if encoder.cached:
-        changes["augment"] = AugmentConfig(smoothing=settings.augment.smoothing)
-        changes["clip"] = settings.clip.model_copy(update={"round_frames": False})
-    if settings.recipe.schedule == "cosine":
-        unused = {"decay_share": RecipeConfig().decay_share}
+        return ClassifierConfig.model_validate(effective)
+    return classifier
+
+
+def _recipe(settings: TrainingConfig) -> RecipeConfig:
+    recipe = settings.recipe
+    default = RecipeConfig()
+    changes: dict[str, Any] = {}
+    if recipe.schedule == "cosine":
+        changes["decay_share"] = default.decay_share
     else:
-        unused = {"cosine_from": RecipeConfig().cosine_from}
-    changes["recipe"] = settings.recipe.model_copy(update={**unused, **unused_rates})
-    if not settings.reconstructs:
-        changes["reconstruction"] = ReconstructionConfig(weight=0.0)
+        changes["cosine_from"] = default.cosine_from
+    # Under ``layer_decay_of: weights`` the decay is the decoder's mask token's too.
+    if settings.encoder.train == "none" and not settings.reconstructs:
+        changes["layer_decay"] = default.layer_decay
+    return recipe.model_copy(update=changes)
+
+
+def _mask(settings: TrainingConfig) -> MaskConfig:
+    mask = settings.mask
+    default = MaskConfig()
     # With a ratio of 0 in training alone, the cell still shapes the mask in testing.
-    if not settings.mask.hides and not settings.test_ratio:
-        changes["mask"] = MaskConfig(ratio=0.0)
-    elif _is_running_uniform(settings.mask):
+    if not mask.hides and not settings.test_ratio:
+        mask = MaskConfig(ratio=0.0)
+    elif _is_running_uniform(mask):
         # model_copy skips validation on purpose: the cell is the grid, so it divides it.
-        mask = settings.mask
-        changes["mask"] = MaskConfig().model_copy(
-            update={"ratio": mask.ratio, "cell": settings.grid[1:]}
-        )
-    elif settings.mask.strategy not in MASKS_WITH_CELLS:
-        default = MaskConfig()
-        changes["mask"] = settings.mask.model_copy(
+        mask = default.model_copy(update={"ratio": mask.ratio, "cell": settings.grid[1:]})
+    elif mask.strategy not in MASKS_WITH_CELLS:
+        mask = mask.model_copy(
             update={
                 "cell": default.cell,
                 "spatial": default.spatial,
                 "temporal": default.temporal,
             }
         )
-    mask = changes.get("mask", settings.mask)
-    changes["mask"] = mask.model_copy(update=_content_without_effect(mask))
-    # Its tokens are those of the mask of testing, which is one for all clips.
-    if encoder.cached:
-        default_mask = MaskConfig()
-        unused_orders = {"spatial": default_mask.spatial, "temporal": default_mask.temporal}
-        changes["mask"] = changes["mask"].model_copy(update=unused_orders)
+    mask = mask.model_copy(update=_content_without_effect(mask))
+    # The tokens are those of the mask of testing, which is one for all clips.
+    if settings.encoder.cached:
+        orders = {"spatial": default.spatial, "temporal": default.temporal}
+        mask = mask.model_copy(update=orders)
+    return mask
+
+
+def _evaluation(settings: TrainingConfig, mask: MaskConfig) -> EvaluationConfig:
+    """Return the settings of testing; ``mask`` has those of the mask that have an effect."""
     evaluation = settings.evaluation
-    without_effect: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     if evaluation.clips * evaluation.crops == 1:
-        without_effect = {"views": "same"}
+        changes = {"views": "same"}
     # Where content decides in every cell, the states say only how many tokens each shows.
     if mask.strategy not in MASKS_WITH_CELLS or mask.content_decides or not settings.test_ratio:
-        without_effect = {"start": 0, "views": "same"}
+        changes = {"start": 0, "views": "same"}
     if settings.mask.strategy in MASKS_WITH_CELLS or not settings.test_ratio:
-        without_effect["per_video"] = False
-    if without_effect:
-        test_mask = evaluation.mask.model_copy(update=without_effect)
-        changes["evaluation"] = evaluation.model_copy(update={"mask": test_mask})
-    # As in the copy above, all changed branches are valid already.
-    return settings.model_copy(update=changes)
+        changes["per_video"] = False
+    return evaluation.model_copy(update={"mask": evaluation.mask.model_copy(update=changes)})
 
 
 def _content_without_effect(mask: MaskConfig) -> dict[str, Any]:

@@ -147,11 +147,6 @@ class TrainingConfig(Node):
                 f"clip: {list(shape)} makes {prod(self.grid)} tokens; at most {_MOST_TOKENS} are "
                 "allowed: set a smaller clip.frames or clip.size"
             )
-        if prod(self.encoder.pretrained_grid or ()) > _MOST_TOKENS:
-            raise ValueError(
-                f"encoder.pretrained_grid: {list(self.encoder.pretrained_grid or ())} are more "
-                f"than {_MOST_TOKENS} tokens"
-            )
         # Where nothing is hidden, the cell has no effect and need not fit.
         if self.mask.strategy == "cell" and (self.mask.hides or self.test_ratio):
             _, h, w = self.grid
@@ -230,6 +225,15 @@ class TrainingConfig(Node):
             raise ValueError(
                 f"evaluation.merge: merges tokens in the blocks of the ViT; {self.encoder.size} is "
                 "of a package: set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pretrained_grid_has_a_size(self) -> Self:
+        grid = self.encoder.pretrained_grid
+        if grid is not None and prod(grid) > _MOST_TOKENS:
+            raise ValueError(
+                f"encoder.pretrained_grid: {list(grid)} are more than {_MOST_TOKENS} tokens"
             )
         return self
 

@@ -47,18 +47,29 @@ class Features:
     """``n D``, or by token ``n views K D``."""
 
 
+@dataclass(frozen=True)
+class FeatureOptions:
+    """What features are written, and how."""
+
+    per_token: bool = False
+    """All tokens of all views, instead of their mean."""
+    is_cache: bool = False
+    """For a training on them: computed as it would, and kept in half precision."""
+    may_be_broken: bool = True
+    """Whether videos that cannot be decoded are left out, or are an error."""
+    loader_processes: int = 0
+    """Processes that decode."""
+
+
 def write_features(
     network: MAR,
     settings: TrainingConfig,
     videos: Sequence[Video],
     folder: Path,
     description: Mapping[str, Any],
+    options: FeatureOptions = FeatureOptions(),
     *,
-    per_token: bool = False,
-    is_cache: bool = False,
-    may_be_broken: bool = True,
-    loader_processes: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, count: None,
     alive: Callable[[], None] = lambda: None,
 ) -> int:
     """Write the features of a split's videos; files that are there already are kept.
@@ -69,10 +80,7 @@ def write_features(
         videos: The split, in its order.
         folder: Where to write; made if it does not exist.
         description: What the features are of: model, data and settings.
-        per_token: All tokens of all views, instead of their mean.
-        is_cache: For a training on them: computed as it would, and kept in half precision.
-        may_be_broken: Whether videos that cannot be decoded are left out, or are an error.
-        loader_processes: Processes that decode.
+        options: What is written.
         progress: Called with the number of videos that are done, and of all.
         alive: Called for every batch.
 
@@ -82,10 +90,10 @@ def write_features(
     Raises:
         UserError: the folder has features of something else.
         Failure: a video could not be decoded, and may not be left out, or not one could be; or the
-            values do not fit in half precision.
+            values are not finite.
     """
     # In ASCII: a file name need not be UTF-8.
-    text = json.dumps({**description, "per_token": per_token}, indent=1)
+    text = json.dumps({**description, "per_token": options.per_token}, indent=1)
     # One worker decides and writes: another could read what is half written.
     if not distributed.broadcast_from_rank0(lambda: _describe(folder, text)):
         raise UserError(
@@ -93,48 +101,66 @@ def write_features(
             f"({_DESCRIPTION} says which): choose another folder, or remove it"
         )
     num_broken = 0
-    per_file = _VIDEOS_PER_FILE
-    if per_token:
-        views = settings.evaluation.clips * settings.evaluation.crops
-        per_file = min(per_file, max(1, _BYTES_PER_FILE // (views * bytes_per_view(settings))))
+    per_file = _videos_per_file(settings, options)
     for first in range(0, len(videos), per_file):
         part = list(videos[first : first + per_file])
         file = folder / f"features_{first:07}.safetensors"
         # Of several workers each measures a part, so they agree that the file is to be made.
         if not all(distributed.all_gather(file.is_file())):
-            evaluation = settings.evaluation
-            evaluator = Evaluator(
-                settings,
-                part,
-                network.device,
-                clips=evaluation.clips,
-                crops=evaluation.crops,
-                loader_processes=loader_processes,
-                first_video=first,
-                alive=alive,
-            )
-            numbers, labels, values = evaluator.features(network, per_token, is_cache)
-            if len(numbers) < len(part) and not may_be_broken:
-                broken = sorted({*range(first, first + len(part))} - {*numbers.tolist()})
-                raise Failure(
-                    f"{videos[broken[0]].path}: it cannot be decoded ({len(broken)} in this part). "
-                    "Repair or remove it, or set data.broken: skip to leave such videos out",
-                    "data",
-                )
-            if not values.isfinite().all():
-                raise Failure(
-                    f"{folder}: some features are not finite"
-                    + (", or beyond the range of half precision" if is_cache else ""),
-                    "non_finite",
-                )
-            tensors = {"videos": numbers, "labels": labels, "features": values}
+            tensors = _measured(network, settings, part, first, options, alive)
             atomic_write(file, save(tensors))
         num_broken += len(part) - len(load_file(file)["videos"])
-        if progress is not None:
-            progress(first + len(part), len(videos))
+        progress(first + len(part), len(videos))
     if videos and num_broken == len(videos):
         raise Failure(f"{folder}: not one of {num_broken} videos could be decoded", "data")
     return num_broken
+
+
+def _videos_per_file(settings: TrainingConfig, options: FeatureOptions) -> int:
+    if not options.per_token:
+        return _VIDEOS_PER_FILE
+    views = settings.evaluation.clips * settings.evaluation.crops
+    return min(_VIDEOS_PER_FILE, max(1, _BYTES_PER_FILE // (views * bytes_per_view(settings))))
+
+
+def _measured(
+    network: MAR,
+    settings: TrainingConfig,
+    part: list[Video],
+    first: int,
+    options: FeatureOptions,
+    alive: Callable[[], None],
+) -> dict[str, Tensor]:
+    """Return the content of one file: the features of a part of a split, from video ``first`` on.
+
+    Raises:
+        Failure: see :func:`write_features`.
+    """
+    evaluation = settings.evaluation
+    evaluator = Evaluator(
+        settings,
+        part,
+        network.device,
+        clips=evaluation.clips,
+        crops=evaluation.crops,
+        loader_processes=options.loader_processes,
+        first_video=first,
+        alive=alive,
+    )
+    numbers, labels, values = evaluator.features(network, options.per_token, options.is_cache)
+    if len(numbers) < len(part) and not options.may_be_broken:
+        broken = sorted({*range(first, first + len(part))} - {*numbers.tolist()})
+        raise Failure(
+            f"{part[broken[0] - first].path}: it cannot be decoded ({len(broken)} in this part). "
+            "Repair or remove it, or set data.broken: skip to leave such videos out",
+            "data",
+        )
+    if not values.isfinite().all():
+        reason = "some features are not finite"
+        if options.is_cache:
+            reason += ", or beyond the range of half precision"
+        raise Failure(reason, "non_finite")
+    return {"videos": numbers, "labels": labels, "features": values}
 
 
 def _describe(folder: Path, text: str) -> bool:

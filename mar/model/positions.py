@@ -1,9 +1,9 @@
 """Positions of tokens: tables that are added, and rotations of queries and keys.
 
 MAR and VideoMAE add a fixed sin-cos table to the tokens (section III-B). V-JEPA 2 adds nothing; it
-turns parts of each query and key by the token's place in time, height and width (rotary positions).
-All tables have one row for each token of the grid, in the order t, h, w, so a hidden token leaves
-its row out and the others keep theirs.
+turns parts of each query and key by the token's coordinates in time, height and width (rotary
+positions). All tables have one row for each token of the grid, in the order t, h, w, so a hidden
+token leaves its row out and the others keep theirs.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def rotations(config: EncoderConfig, grid: Grid) -> Float[Tensor, "2 N d"]:
     if config.positions == "rotary_vjepa2_1":
         # A grid with one row has it at 0: there is nothing to stretch.
         axes[1:] = [axis * (_PRETRAINED_SIDE - 1) / max(len(axis) - 1, 1) for axis in axes[1:]]
-    places = torch.cartesian_prod(*axes).reshape(-1, 3)
-    angles = [places[:, axis, None] * frequency for axis in range(3)]
-    still = torch.zeros(len(places), head - 3 * part, dtype=torch.float64)
+    coordinates = torch.cartesian_prod(*axes).reshape(-1, 3)
+    angles = [coordinates[:, axis, None] * frequency for axis in range(3)]
+    still = torch.zeros(len(coordinates), head - 3 * part, dtype=torch.float64)
     angle = torch.cat([*angles, still], dim=1)
     return torch.stack([angle.cos(), angle.sin()]).float()
 

@@ -25,7 +25,7 @@ from mar.config.schema import TrainingConfig
 from mar.data.annotations import Video, fingerprint
 from mar.data.token_cache import TokenCache, bytes_per_view
 from mar.errors import UserError
-from mar.evaluation.features import write_features
+from mar.evaluation.features import FeatureOptions, write_features
 from mar.model.mar import MAR
 from mar.training.reports import TrainingCallbacks
 from mar.training.step import RuntimeConfig
@@ -96,12 +96,14 @@ def cache_tokens(
                 videos,
                 root / split,
                 {"split": split},
-                per_token=True,
-                is_cache=True,
-                # A broken test video is counted; one of training stops it, unless it may be left
-                # out.
-                may_be_broken=split == "val" or settings.data.broken == "skip",
-                loader_processes=runtime.loader_processes,
+                FeatureOptions(
+                    per_token=True,
+                    is_cache=True,
+                    # A broken test video is counted; one of training stops it, unless it may be
+                    # left out.
+                    may_be_broken=split == "val" or settings.data.broken == "skip",
+                    loader_processes=runtime.loader_processes,
+                ),
                 alive=callbacks.while_preparing,
             )
             if is_new:

@@ -71,35 +71,20 @@ def fit(
         tokens = cache_tokens(settings, train, val, model, folder, runtime, callbacks)
     # Before the batches are made: their loader processes load ahead from this step.
     order.first_step = progress.step
-    processes = runtime.loader_processes
-    train_tokens = tokens.train if tokens else None
-    batches = training_batches(settings, train, order, processes, runtime.device, train_tokens)
-    # One view of each video; of cached tokens all views, which cost little.
-    views = settings.evaluation if tokens else None
-    validate = Evaluator(
+    batches = training_batches(
         settings,
-        val,
+        train,
+        order,
+        runtime.loader_processes,
         runtime.device,
-        clips=views.clips if views else 1,
-        crops=views.crops if views else 1,
-        loader_processes=processes,
-        is_kept=True,
-        alive=callbacks.heartbeat,
-        tokens=tokens.val if tokens else None,
+        tokens.train if tokens else None,
     )
+    validate = _validation(settings, val, runtime, callbacks, tokens)
     with Saver(
         folder, settings, runtime.keep, callbacks.on_checkpoint, callbacks.on_write_error
     ) as saver:
-        training = Training(
-            settings,
-            runtime,
-            model,
-            optimizer,
-            progress,
-            callbacks,
-            order.steps_per_epoch,
-            saver,
-        )
+        steps = order.steps_per_epoch
+        training = Training(settings, runtime, model, optimizer, progress, callbacks, steps, saver)
         # It may have been ended between its checkpoint and sharing it.
         share_stable_part(training)
         while training.epoch < settings.recipe.epochs:
@@ -109,6 +94,32 @@ def fit(
     del batches, validate
     trained = FinishedTraining(settings, folder, model, progress.history)
     return _finish(trained, val, runtime, callbacks, tokens)
+
+
+def _validation(
+    settings: TrainingConfig,
+    val: list[Video],
+    runtime: RuntimeConfig,
+    callbacks: TrainingCallbacks,
+    tokens: FrozenTokens | None,
+) -> Evaluator:
+    """Return the evaluator of the epochs: one view of each video; of cached tokens, all views."""
+    clips = 1
+    crops = 1
+    if tokens:
+        clips = settings.evaluation.clips
+        crops = settings.evaluation.crops
+    return Evaluator(
+        settings,
+        val,
+        runtime.device,
+        clips=clips,
+        crops=crops,
+        loader_processes=runtime.loader_processes,
+        is_kept=True,
+        alive=callbacks.heartbeat,
+        tokens=tokens.val if tokens else None,
+    )
 
 
 def _resume(

@@ -23,7 +23,7 @@ class KnownWeights(BaseModel):
     checked: str
     """How its layout is tested here."""
     accuracy: str
-    """As its authors publish it, top-1, with their own fine-tuning."""
+    """As published, top-1."""
     address: str = ""
     """Where to fetch a file that has no name on the hub."""
     epochs: int | None = None

@@ -81,18 +81,10 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
             f"its first keys: {listed(list(tensors))}"
         )
     _check_positions(name, translated.layout, tensors, said)
-    layout = translated.layout.name
     kept = translated.tensors
     unused = dict(translated.unused)
     # Shapes do not determine the number of heads or the clip's size; this file states them.
     config = config_beside(path, translated.layout)
-    # Both kinds use timm's names. Only image models have a class token or a 2D patch
-    # embedding.
-    if layout == "ViT":
-        if "cls_token" in tensors or is_flat(tensors):
-            layout = "image ViT"
-        else:
-            layout = "VideoMAE, fine-tuned"
     if translated.layout is OURS and not config and "encoder.embed.weight" in kept:
         raise UserError(
             f"{name}: mar's own weights without their settings: positions and heads are in no "
@@ -106,19 +98,40 @@ def read_weights(name: str, inflate_frames: int = 2) -> Weights:
             f"{name}: its activation is {config['hidden_act']}; mar's blocks have GELU, and no "
             "other"
         )
-    # Hugging Face's VideoMAE without ``use_mean_pooling`` classifies the first token after the
-    # encoder's norm. Ours averages all tokens, so that head would give wrong scores.
-    reads_first = (
-        "classifier.head.weight" in kept
-        and "encoder.norm.weight" in kept
-        and translated.layout is not OURS
-    )
-    if reads_first and "classifier.project.weight" not in kept:
-        heads = [key for key in kept if key.startswith("classifier.")]
-        unused |= dict.fromkeys(heads, "its classifier reads the first token, and ours the average")
-        kept = {key: value for key, value in kept.items() if key not in heads}
+    if translated.layout is not OURS:
+        kept, unused = _without_misread_classifier(kept, unused)
     settings, stated = settings_of(translated, kept, config)
-    return Weights(name, layout, kept, unused, settings, stated, classes_beside(path, kept))
+    classes = classes_beside(path, kept)
+    shown = _shown_layout(translated.layout, tensors)
+    return Weights(name, shown, kept, unused, settings, stated, classes)
+
+
+def _shown_layout(layout: Layout, tensors: Mapping[str, Tensor]) -> str:
+    """Return the name of a checkpoint's layout for people."""
+    if layout.name != "ViT":
+        return layout.name
+    # Both kinds use timm's names. Only image models have a class token or a 2D patch embedding.
+    if "cls_token" in tensors or is_flat(tensors):
+        return "image ViT"
+    return "VideoMAE, fine-tuned"
+
+
+def _without_misread_classifier(
+    kept: dict[str, Tensor], unused: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Leave out a classifier of others that would give wrong scores; returns both, changed.
+
+    Hugging Face's VideoMAE without ``use_mean_pooling`` classifies the first token after the
+    encoder's norm. Ours averages all tokens.
+    """
+    has_norm = "encoder.norm.weight" in kept
+    is_bridging_classifier = "classifier.project.weight" in kept
+    if not has_norm or is_bridging_classifier or "classifier.head.weight" not in kept:
+        return kept, unused
+    heads = [key for key in kept if key.startswith("classifier.")]
+    reason = "its classifier reads the first token, and ours the average"
+    rest = {key: value for key, value in kept.items() if key not in heads}
+    return rest, unused | dict.fromkeys(heads, reason)
 
 
 def _check_positions(name: str, layout: Layout, tensors: Mapping[str, Tensor], said: str) -> None:

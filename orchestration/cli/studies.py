@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from orchestration.reporting.study_results import StudyResults
-    from orchestration.studies.budget import Budget
-    from orchestration.studies.order import Order
+    from orchestration.studies.budget import Budget, Order
     from orchestration.studies.trial import Study
 
 _DEVICE = "Profile for device-hours: v100, h200, NAME=GFLOPS_PER_S."
@@ -309,7 +308,7 @@ def figure(
     output: Output = None,
 ) -> None:
     """Draw a study's figure from its runs in MLflow (png, pdf, svg, or interactive html)."""
-    from orchestration.reporting.plotly_figures import write_figure
+    from orchestration.reporting.drawing.plotly_figures import write_figure
 
     (read,) = studies_of(study, overrides, only, False, store)
     file = output or Path(f"{read.name}.png")

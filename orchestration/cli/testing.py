@@ -90,7 +90,7 @@ def features(
     """Write the encoder's features of a data set; run again, it goes on where it was ended."""
     from mar.config.overrides import without_paths
     from mar.data.annotations import class_names, fingerprint, read_split
-    from mar.evaluation.features import write_features, write_parquet
+    from mar.evaluation.features import FeatureOptions, write_features, write_parquet
     from mar.weights.hub import fingerprint as weights_fingerprint
 
     for option, is_given in (("--probe", probe), ("--parquet", parquet)):
@@ -113,8 +113,7 @@ def features(
             videos,
             output / split,
             description,
-            per_token=per_token,
-            loader_processes=loader_processes,
+            FeatureOptions(per_token=per_token, loader_processes=loader_processes),
             progress=lambda done, count, split=split: print(f"{split}: {done} of {count} videos"),
         )
         if broken:

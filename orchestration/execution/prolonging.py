@@ -18,10 +18,13 @@ def prolonging_notes(
     trials: Sequence[Trial], records: Sequence[RunRecord], launch: LaunchConfig
 ) -> list[str]:
     """Return a line for each trial that is another length of a training that was finished."""
+    # Without a trial to run, a store of thousands of runs need not be read.
+    if not trials:
+        return []
     finished = _lengths(records)
     notes: list[str] = []
     for trial in trials:
-        others = finished.get(_without_epochs(trial.identity), set())
+        others = finished.get(_divided(trial.identity)[0], set())
         shorter = [each for each in others if each < trial.settings.recipe.epochs]
         begun = _shared_epochs(trial, launch)
         if begun:
@@ -57,15 +60,16 @@ def _lengths(records: Sequence[RunRecord]) -> dict[str, set[int]]:
         if record.status != "FINISHED":
             continue
         try:
-            epochs = json.loads(record.identity)["recipe"]["epochs"]
-            lengths.setdefault(_without_epochs(record.identity), set()).add(int(epochs))
+            rest, epochs = _divided(record.identity)
+            lengths.setdefault(rest, set()).add(epochs)
         # A run of an earlier version may lack them.
         except (ValueError, KeyError, TypeError):
             continue
     return lengths
 
 
-def _without_epochs(identity_line: str) -> str:
+def _divided(identity_line: str) -> tuple[str, int]:
+    """Return an identity without the number of epochs, and that number."""
     tree: dict[str, Any] = json.loads(identity_line)
-    tree.get("recipe", {}).pop("epochs", None)
-    return json.dumps(tree, sort_keys=True)
+    epochs = int(tree["recipe"].pop("epochs"))
+    return json.dumps(tree, sort_keys=True), epochs

@@ -17,9 +17,9 @@ from optuna.trial import FrozenTrial, TrialState
 from mar.atomic_dir import write_text
 from mar.safe_text import markdown
 from orchestration.reporting.csv_text import csv_text
+from orchestration.reporting.drawing.plotly_figures import part_of_page, plotly_script
 from orchestration.reporting.html_pages import write_page
 from orchestration.reporting.page_footer import footer
-from orchestration.reporting.plotly_figures import part_of_page, plotly_script
 from orchestration.search.optuna_search import OptunaSearch
 from orchestration.studies.metrics import METRICS
 

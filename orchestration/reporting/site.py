@@ -14,14 +14,14 @@ from pathlib import Path
 from markupsafe import Markup
 
 from mar.errors import UserError
-from orchestration.reporting.html_pages import write_page
-from orchestration.reporting.plotly_figures import (
+from orchestration.reporting.drawing.plotly_figures import (
     chart,
     confusion_chart,
     picture,
     plotly_script,
     study_chart,
 )
+from orchestration.reporting.html_pages import write_page
 from orchestration.reporting.significance import IN_ONE, ONE_TRAINING, Claim, claims
 from orchestration.reporting.study_report import findings
 from orchestration.reporting.study_results import StudyResults

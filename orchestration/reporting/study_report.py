@@ -14,15 +14,16 @@ from mar.errors import UserError
 from mar.safe_text import markdown
 from mar.visualization.charts import draw_confusion
 from orchestration.reporting.csv_text import csv_text
-from orchestration.reporting.figures import FigureInfo, draw, draw_figure, figure_info
-from orchestration.reporting.html_pages import write_page
-from orchestration.reporting.page_footer import footer
-from orchestration.reporting.plotly_figures import (
+from orchestration.reporting.drawing.matplotlib_figures import draw, draw_figure
+from orchestration.reporting.drawing.plotly_figures import (
     chart,
     confusion_chart,
     plotly_script,
     study_chart,
 )
+from orchestration.reporting.figures import FigureInfo, figure_info
+from orchestration.reporting.html_pages import write_page
+from orchestration.reporting.page_footer import footer
 from orchestration.reporting.significance import Claim, claims
 from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.table_formats import FORMATS, to_html

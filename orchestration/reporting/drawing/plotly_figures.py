@@ -12,7 +12,8 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from orchestration.reporting.figures import COLOURS, FigureInfo, Series, draw_figure, figure_info
+from orchestration.reporting.drawing.matplotlib_figures import draw_figure
+from orchestration.reporting.figures import COLOURS, FigureInfo, Series, figure_info
 from orchestration.reporting.html_pages import write_page
 from orchestration.reporting.study_results import StudyResults
 from orchestration.reporting.training_figures import Confusion
